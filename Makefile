@@ -1,0 +1,84 @@
+# One target per habit; each does whatever set-up is still missing, so any of them can be the first one typed.
+#   make setup   install everything needed to run, then say what this machine has
+#   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
+#   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
+#   make lint    ruff and mypy
+#   make bench   the benchmarks
+# PYTHON=python3.12 chooses the interpreter, GPUS=2 the number of processes of `make align`.
+# Where PYTHON already has a torch that sees a GPU, that torch is used; else requirements/torch.txt is installed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup align test lint bench
+
+VENV := .venv
+CONFIG ?= configs/smollm2-135m.yaml
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input -q
+
+# A name on the PATH may be a launcher of a version that is not installed: only trying it tells.
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13 python3,\
+	$(shell $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+
+SEES_GPU := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
+	assert torch.cuda.is_available() and (2, 11) <= v < (2, 14)
+
+setup: $(VENV)/.product
+	@$(PY) -m ldalign.env
+
+# One process on the CPU or on one GPU, one per GPU where there are several.
+align: $(VENV)/.product
+	@gpus="$(GPUS)"; \
+	[ -n "$$gpus" ] || gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ "$$gpus" -gt 1 ]; then \
+		exec $(VENV)/bin/torchrun --standalone --nproc-per-node "$$gpus" train/align.py --config $(CONFIG) $(ARGS); \
+	else exec $(PY) train/align.py --config $(CONFIG) $(ARGS); fi
+
+# PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
+test: $(VENV)/.dev
+	@PYTHONSAFEPATH=1 $(PY) -m pytest $(ARGS)
+
+# mypy cannot follow the mapping kernels/ -> ldalign.kernels: show it a folder of links laid out as installed.
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@rm -rf $(VENV)/typed && mkdir -p $(VENV)/typed/ldalign
+	@ln -s $(CURDIR)/ldalign/*.py $(CURDIR)/kernels $(CURDIR)/train $(VENV)/typed/ldalign/
+	MYPYPATH=$(VENV)/typed $(VENV)/bin/mypy -p ldalign | sed -E 's#^$(VENV)/typed/(ldalign/(kernels|train)/)?#\2/#; s#^/##'
+
+bench: $(VENV)/.dev
+	@$(PY) bench/run.py $(ARGS)
+
+# ---- set-up: each stamp is newer than the files it was made from ------------------------------------------------------
+
+$(VENV)/.made:
+	@[ -n "$(PYTHON)" ] || { echo "make: ldalign needs Python 3.11 or newer with the venv module (on Debian: apt install" \
+		"python3-venv); install one or name it: make PYTHON=/path/to/python3" >&2; exit 3; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); ldalign needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 3; }
+	@rm -rf $(VENV)
+	@if $(PYTHON) -c '$(SEES_GPU)' >/dev/null 2>&1; then \
+		echo "make: using the torch of $(PYTHON), which sees a GPU"; \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+		: "the packages of PYTHON are not the system's if it is in a virtual environment itself; a .pth shows them"; \
+		$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+			> "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth"; \
+	else $(PYTHON) -m venv $(VENV); fi
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made requirements/torch.txt
+	@if $(PY) -c '$(SEES_GPU)' >/dev/null 2>&1; then :; else \
+		echo "make: installing torch"; $(PIP) install -r requirements/torch.txt; fi
+	@touch $@
+
+$(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.py
+	@echo "make: installing what ldalign runs with"
+	@$(PIP) install -r requirements/product.txt
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.product requirements/dev.txt
+	@echo "make: installing what tests and linting need"
+	@$(PIP) install -r requirements/dev.txt
+	@touch $@

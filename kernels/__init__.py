@@ -1,0 +1,1 @@
+"""Kernels: one operation per file, each with a plain PyTorch reference. Installed as `ldalign.kernels`."""

@@ -1,0 +1,50 @@
+"""LD-Align: align a language model with latent distances (arXiv 2404.06390), from data to an evaluated policy.
+
+The public names, each imported from its module when it is first used: `import ldalign` alone loads nothing.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldalign import ops
+    from ldalign.generate import generate
+    from ldalign.guide import load_guide
+    from ldalign.tokenizer import load_tokenizer
+    from ldalign.weights import load_model, save_model
+
+__all__ = ["generate", "load_guide", "load_model", "load_tokenizer", "ops", "save_model"]
+_HOMES = {
+    "generate": "ldalign.generate",
+    "load_guide": "ldalign.guide",
+    "load_model": "ldalign.weights",
+    "load_tokenizer": "ldalign.tokenizer",
+    "save_model": "ldalign.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("ldalign.ops")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ldalign' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`ldalign.generate` is the function: importing the module of that name, as ldalign does, must not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "generate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

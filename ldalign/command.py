@@ -1,0 +1,65 @@
+"""What all training scripts do alike: read the settings, open the run folder and the data, then do their stages."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ldalign import distributed
+from ldalign.config import describe, load_config, split_argv, to_yaml
+from ldalign.errors import InputError
+from ldalign.estimate import dry_run
+from ldalign.metrics import say
+from ldalign.pipeline import RunFolder
+from ldalign.report import write_report
+from ldalign.settings import RunConfig
+from ldalign.stages import Context, data_stage, open_context
+
+FLAGS = ("--help", "--dry-run")
+USAGE = """
+Options: --config FILE.yaml; --help; --dry-run (check everything and estimate memory, disk and time, make nothing);
+--debug (the traceback with an error). Keys, with their defaults:
+"""
+
+
+def run_stages(
+    argv: Sequence[str],
+    doc: str,
+    work: Callable[[Context], str],
+    planned: Callable[[RunConfig], list[str]],
+    check: Callable[[RunConfig], None] = lambda config: None,
+) -> None:
+    """The body of a script: `work(ctx)` does its stages and returns a closing line, `planned` names them.
+
+    doc: the script's docstring. check: raises InputError for settings with which the script has nothing to do.
+    """
+    config = read_config(argv, doc)
+    if config is None:
+        return
+    check(config)
+    distributed.start(config.device)
+    folder = RunFolder(Path(config.run), to_yaml(config))
+    if "--dry-run" in argv:
+        say(dry_run(open_context(folder, config), planned(config)))
+    else:
+        with folder as run:
+            ctx = open_context(run, config)
+            data_stage(ctx)
+            closing = work(ctx)
+            if distributed.rank() == 0:
+                say(f"\n{write_report(run.path)}")
+            say(closing)
+    distributed.stop()
+
+
+def read_config(argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig) -> RunConfig | None:
+    """The settings that the command line asks for; None where it asks for help, which is printed."""
+    path, overrides, flags = split_argv(argv, FLAGS)
+    if "--help" in flags:
+        print(doc.strip(), USAGE, describe(cls), sep="\n")
+        return None
+    return load_config(cls, path, overrides)
+
+
+def need(condition: bool, message: str) -> None:
+    """Raises InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)

@@ -1,0 +1,497 @@
+"""Configuration: frozen dataclasses, filled from a YAML file and `key=value` overrides, checked as a whole.
+
+A config class lists its keys with `setting(default, help, check=...)` and its groups of keys with `group(Class)`;
+annotations are the types. `load_config` reads both sources, refuses what it does not know, and reports every problem
+it finds in one error. Nothing is adjusted in silence. The concrete classes follow the machinery.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ldalign.errors import InputError
+
+T = TypeVar("T")
+
+REQUIRED: Any = object()  # as a setting's default: the key must be given (the class then needs kw_only=True)
+
+
+# ------------------------------------------------------------------------------------------------ declaring settings
+
+
+@dataclass(frozen=True)
+class Check:
+    """A bound on one value. `bound` completes the sentence "must be ..."."""
+
+    holds: Callable[[Any], bool]
+    bound: str
+
+
+positive = Check(lambda value: value > 0, "greater than 0")
+non_negative = Check(lambda value: value >= 0, "0 or greater")
+not_empty = Check(lambda value: len(value) > 0, "not empty")
+
+
+def between(low: float, high: float) -> Check:
+    """low <= value <= high."""
+    return Check(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def at_least(low: float) -> Check:
+    """value >= low."""
+    return Check(lambda value: value >= low, f"{low} or greater")
+
+
+def above_up_to(low: float, high: float) -> Check:
+    """low < value <= high."""
+    return Check(lambda value: low < value <= high, f"greater than {low}, at most {high}")
+
+
+def setting(default: Any, help: str, *, check: Check | None = None) -> Any:
+    """A dataclass field for one key. `help` gives meaning, unit and "off" value; `check` is skipped for None.
+
+    A list given as the default is copied for each config.
+    """
+    metadata = {"help": help, "check": check}
+    if default is REQUIRED:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(cls: type, help: str = "") -> Any:
+    """A dataclass field for a group of keys, itself a config class.
+
+    If `cls` has a class attribute SHORTHAND, a plain value given for the group sets that key of it:
+    with SHORTHAND = "folder", `guide=PATH` means `guide.folder=PATH`.
+    """
+    return field(default_factory=cls, metadata={"help": help})
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as the user wrote it, and where: "run.yaml:3" or "learning_rate=x" for an override."""
+
+    node: yaml.Node
+    where: str
+
+
+def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Build `cls` from its defaults, then the YAML file at `path`, then `key=value` overrides (a later one wins).
+
+    Nested keys are dotted (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is taken
+    as it stands. A config class may define `problems(self) -> list[str]` to check its keys against each other.
+
+    Raises InputError with all problems found: unknown keys (nearest name given), repeated keys, wrong types, NaN and
+    infinity, values out of bounds, contradictions.
+    """
+    problems: list[str] = []
+    given: dict[str, _Given] = {}
+    if path is not None:
+        _read_file(cls, path, given, problems)
+    for override in overrides:
+        _read_override(cls, override, given, problems)
+    config = _build(cls, "", given, problems)
+    if problems or config is None:
+        raise InputError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: " + " | ".join(problems))
+    return config
+
+
+def split_argv(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[Path | None, list[str], set[str]]:
+    """Split a command line `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags given.
+
+    `flags` are the flags the command knows, with their dashes. Raises InputError for anything else.
+    """
+    path: Path | None = None
+    overrides: list[str] = []
+    seen: set[str] = set()
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            value = value if equals else next(arguments, "")
+            if not value:
+                raise InputError("--config: needs a file name; write --config FILE.yaml")
+            path = Path(value)
+        elif argument in flags:
+            seen.add(argument)
+        elif argument.startswith("-"):
+            raise InputError(f"{argument}: unknown option{_nearest(name, ['--config', *flags])}")
+        else:
+            overrides.append(argument)
+    return path, overrides, seen
+
+
+def _read_file(cls: type, path: Path, given: dict[str, _Given], problems: list[str]) -> None:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if root is None:  # an empty file, or nothing but comments
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not {_kind(root)}")
+    _flatten(cls, root, "", str(path), given, problems)
+
+
+def _read_override(cls: type, override: str, given: dict[str, _Given], problems: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        problems.append(f"{override}: not of the form key=value")
+        return
+    node: yaml.Node | None = None
+    if value[:1] in ("[", "{", '"', "'"):
+        try:
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            problems.append(f"{override}: the value is not valid YAML")
+            return
+    if node is None:
+        tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
+        node = yaml.ScalarNode(tag, value)
+    *groups, name = key.split(".")
+    owner: type = cls
+    prefix = ""
+    for part in groups:
+        inner = _group_class(owner, part)
+        if inner is None:
+            is_key = part in _fields(owner)
+            problem = f"{prefix}{part} is a key, not a group of keys" if is_key else _unknown(owner, prefix, part)
+            problems.append(f"{override}: {problem}")
+            return
+        owner, prefix = inner, f"{prefix}{part}."
+    _place(owner, name, node, prefix, override, None, given, problems)
+
+
+def _flatten(
+    cls: type, mapping: yaml.MappingNode, prefix: str, file: str | None, given: dict[str, _Given], problems: list[str]
+) -> None:
+    """Put each key of a YAML mapping into `given` under its dotted name. `file` is None inside an override."""
+    seen: dict[str, int] = {}
+    for key_node, node in mapping.value:
+        line = key_node.start_mark.line + 1
+        where = f"{file}:{line}" if file else prefix.rstrip(".")
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{where}: a key must be plain text, not {_kind(key_node)}")
+            continue
+        key = key_node.value
+        if key in seen:
+            problems.append(f"{where}: {prefix}{key}: given twice (first in line {seen[key]}); keep one")
+            continue
+        seen[key] = line
+        _place(cls, key, node, prefix, where, file, given, problems)
+
+
+def _place(
+    cls: type,
+    key: str,
+    node: yaml.Node,
+    prefix: str,
+    where: str,
+    file: str | None,
+    given: dict[str, _Given],
+    problems: list[str],
+) -> None:
+    """Put the value given for `key` of `cls` into `given`; a group's value is spread over the group's keys."""
+    if key not in _fields(cls):
+        problems.append(f"{where}: {_unknown(cls, prefix, key)}")
+        return
+    inner = _group_class(cls, key)
+    if inner is None:
+        given[prefix + key] = _Given(node, where)
+        return
+    shorthand = getattr(inner, "SHORTHAND", None)
+    if isinstance(node, yaml.MappingNode):
+        _flatten(inner, node, f"{prefix}{key}.", file, given, problems)
+    elif shorthand is not None:
+        _place(inner, shorthand, node, f"{prefix}{key}.", where, file, given, problems)
+    else:
+        problems.append(f"{where}: {prefix}{key} is a group of keys ({', '.join(_fields(inner))}), not {_kind(node)}")
+
+
+def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: list[str]) -> T | None:
+    """The config object of `cls`, or None if a value in it (or below it) is wrong."""
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for name, declared in _fields(cls).items():
+        key = prefix + name
+        inner = _group_class(cls, name)
+        where = given[key].where + ": " if key in given else ""
+        if inner is not None:
+            values[name] = _build(inner, f"{key}.", given, problems)
+            continue
+        if key in given:
+            try:
+                values[name] = _convert(given[key].node, _types(cls)[name])
+            except _Mismatch as error:
+                problems.append(f"{where}{key}: {error}")
+                continue
+        elif declared.default is not dataclasses.MISSING:
+            values[name] = declared.default
+        elif declared.default_factory is not dataclasses.MISSING:
+            values[name] = declared.default_factory()
+        else:
+            problems.append(f"{key}: must be given ({declared.metadata.get('help', '')})")
+            continue
+        check: Check | None = declared.metadata.get("check")
+        if check is not None and values[name] is not None and not check.holds(values[name]):
+            problems.append(f"{where}{key}: {values[name]!r} must be {check.bound}")
+    if len(problems) > before:
+        return None
+    config = cls(**values)
+    together = getattr(config, "problems", None)
+    if together is not None:
+        problems.extend(together())
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------- types
+
+
+class _Mismatch(Exception):
+    """A value is not of the annotated type; the text says what was found and what was expected."""
+
+
+# YAML 1.1 reads 010 as eight and 1:30 as ninety; here an integer is written the plain way.
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
+_NULLS = ("None", "none")  # beside YAML's own null and ~: what Python users write
+
+
+def _convert(node: yaml.Node, annotation: Any) -> Any:
+    """The Python value of a YAML node for a type annotation. Raises _Mismatch."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(node, arguments)
+    if origin is Literal:
+        return _convert_literal(node, arguments)
+    if origin in (list, tuple):
+        if not isinstance(node, yaml.SequenceNode):
+            raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
+        return origin(_convert(item, arguments[0]) for item in node.value)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _convert_dataclass(node, annotation)
+    if not isinstance(node, yaml.ScalarNode):
+        raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
+    return _convert_scalar(node, annotation)
+
+
+def _convert_scalar(node: yaml.ScalarNode, annotation: Any) -> Any:
+    raw: str = node.value
+    wrong = _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
+    if annotation is types.NoneType:
+        if not _is_null(node):
+            raise wrong
+        return None
+    if annotation in (str, Path):
+        if node.tag == "tag:yaml.org,2002:null":
+            raise wrong
+        return annotation(raw)
+    if annotation is bool:
+        if node.tag != "tag:yaml.org,2002:bool":
+            raise wrong
+        return yaml.SafeLoader.bool_values[raw.lower()]
+    if annotation is int:
+        if not _INTEGER.fullmatch(raw):
+            raise wrong
+        return int(raw)
+    if annotation is float:
+        return _finite(raw, wrong)
+    raise TypeError(f"config fields of type {annotation} are not supported")
+
+
+def _finite(raw: str, wrong: _Mismatch) -> float:
+    """`raw` as a float. YAML 1.1 takes 1e-4 for text; Python's own reading of it is meant here."""
+    try:
+        value = float(raw.lstrip(".") if raw.lower() in (".nan", ".inf") else raw)
+    except ValueError:
+        raise wrong from None
+    if not math.isfinite(value):
+        raise _Mismatch(f"{raw} is not a finite number")
+    return value
+
+
+def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
+    """The first member that fits. None is tried first; text, which fits nearly everything, last."""
+    failures: list[tuple[Any, _Mismatch]] = []
+    for member in sorted(members, key=lambda member: (member in (str, Path), member is not types.NoneType)):
+        try:
+            return _convert(node, member)
+        except _Mismatch as error:
+            failures.append((member, error))
+    meant = [failure for member, failure in failures if member is not types.NoneType]
+    if len(meant) == 1:
+        raise meant[0]
+    raise _Mismatch(f"{_shown(node)} is not {' or '.join(_type_name(member) for member in members)}")
+
+
+def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        for choice in choices:
+            if node.value == str(choice):
+                return choice
+    names = [str(choice) for choice in choices]
+    raise _Mismatch(f"{_shown(node)} is not one of {', '.join(names)}{_nearest(getattr(node, 'value', ''), names)}")
+
+
+def _convert_dataclass(node: yaml.Node, cls: type) -> Any:
+    """A config class inside a list, e.g. one part {path: x, weight: 2} of a data mixture."""
+    if not isinstance(node, yaml.MappingNode):
+        raise _Mismatch(f"{_shown(node)} is not {_type_name(cls)}")
+    given: dict[str, _Given] = {}
+    problems: list[str] = []
+    _flatten(cls, node, "", None, given, problems)
+    value = _build(cls, "", given, problems)
+    if problems:
+        raise _Mismatch(", ".join(problem.removeprefix(": ") for problem in problems))
+    return value
+
+
+def _is_null(node: yaml.ScalarNode) -> bool:
+    return node.tag == "tag:yaml.org,2002:null" or (node.style is None and node.value in _NULLS)
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else _kind(node)
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return f"the value {node.value!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    types.NoneType: "null",
+}
+
+
+def _type_name(annotation: Any) -> str:
+    """The annotation in words, for messages and help."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"a list, each {_type_name(arguments[0])}"
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return "{" + ", ".join(_fields(annotation)) + "}"
+    return _NAMES.get(annotation, str(annotation))
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    return {declared.name: declared for declared in dataclasses.fields(cls)}
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _group_class(cls: type, name: str) -> type | None:
+    """The config class of the group `name` of `cls`, or None if that is an ordinary key or unknown."""
+    annotation = _types(cls).get(name) if name in _fields(cls) else None
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def _unknown(cls: type, prefix: str, key: str) -> str:
+    return f"{prefix}{key}: unknown key{_nearest(key, _fields(cls), prefix)}"
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists, text and numbers: what YAML and JSON can hold."""
+    return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text "None", which here means null, and escapes what is not printable (PyYAML loses a U+0085)."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if text.isprintable() and text not in _NULLS else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def describe(cls: type) -> str:
+    """Every key of `cls` with default, type, bound and help, one paragraph a key: the text of `--help`."""
+    return "\n".join(_describe_lines(cls, ""))
+
+
+def _describe_lines(cls: type, prefix: str) -> list[str]:
+    lines: list[str] = []
+    for name, declared in _fields(cls).items():
+        key = prefix + name
+        inner = _group_class(cls, name)
+        if inner is not None:
+            shorthand = getattr(inner, "SHORTHAND", None)
+            short = f"{key}=VALUE is short for {key}.{shorthand}=VALUE" if shorthand else ""
+            help_text = " ".join(part for part in (declared.metadata.get("help", ""), short) if part)
+            lines += [f"{key}:  {help_text}".rstrip(), *_describe_lines(inner, f"{key}.")]
+            continue
+        check: Check | None = declared.metadata.get("check")
+        bound = f"; {check.bound}" if check else ""
+        lines.append(f"{key}={_default_text(declared)}  ({_type_name(_types(cls)[name])}{bound})")
+        lines += textwrap.wrap(declared.metadata.get("help", ""), 100, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def _default_text(declared: dataclasses.Field[Any]) -> str:
+    if declared.default is not dataclasses.MISSING:
+        value = declared.default
+    elif declared.default_factory is not dataclasses.MISSING:
+        value = declared.default_factory()
+    else:
+        return "REQUIRED"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(_plain(value))

@@ -1,0 +1,451 @@
+"""Rows from JSON Lines and parquet files, in every shape people have them (design section 2).
+
+A row becomes a :class:`Row`: the conversation up to a user turn, the response, and for preference data the rejected
+response. Every error names the file and the physical line (in parquet, the row). JSON Lines are read by this module
+line by line, so that nothing is inferred from the first rows and one bad line costs no more memory than its limit.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldalign.errors import EnvironmentProblem, InputError
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a conversation
+MAX_SKIPPED = 0.01  # of all rows, with bad_rows="skip"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is read from a folder
+PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))
+SHAPES = "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ prompt)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row.
+
+    id: unique in its list. history: the turns before the response, ending with a user turn. response: the real
+    (chosen) one. rejected: the generated (rejected) one of preference rows. kind, answer: what a checker needs, kept
+    from the file. where: "file:line" it came from.
+    """
+
+    id: str
+    history: tuple[Message, ...]
+    response: str
+    rejected: str | None = None
+    kind: str | None = None
+    answer: Any = None
+    where: str = ""
+
+
+def read_rows(spec: Any, *, turns: str = "last", bad_rows: str = "error") -> list[Row]:
+    """All rows of ``spec``: a file, folder or glob, or a list of these or of ``{"path": ..., "weight": n}``.
+
+    ``turns``: which assistant turn of ``messages`` is the response: first, last, or all (one row for each). Preference
+    rows have one response, their last turn. A weight of n takes each row n times; of a fraction, that share of the
+    rows, the same ones every time. ``bad_rows="skip"`` leaves bad rows out, up to 1 % of them.
+    Raises InputError, as ``file:line: what is wrong``, and EnvironmentProblem if pyarrow is needed and missing.
+    """
+    for name, value, allowed in (("turns", turns, ("first", "last", "all")), ("bad_rows", bad_rows, ("error", "skip"))):
+        if value not in allowed:
+            raise InputError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    tally = _Tally(skip=bad_rows == "skip")
+    rows: list[Row] = []
+    for source, weight in _sources(spec):
+        part: list[Row] = []
+        for path in _files(source):
+            part += _read_file(path, turns, tally)
+        rows += _weighted(part, weight, source)
+    tally.finish()
+    return _distinct(rows)
+
+
+def data_hash(rows: Iterable[Row]) -> str:
+    """sha256 (hex) over the content of ``rows`` in their order; where they were read from does not count."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_canonical([row.id, row.history, row.response, row.rejected, row.kind, row.answer]) + b"\n")
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- which files
+
+
+def _sources(spec: Any) -> list[tuple[str, float]]:
+    """``spec`` as (path, weight) pairs."""
+    entries = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    if not entries:
+        raise InputError("data: the list of files is empty")
+    sources = []
+    for entry in entries:
+        path, weight = entry, 1.0
+        if isinstance(entry, Mapping):
+            unknown = sorted(set(entry) - {"path", "weight"})
+            if unknown or "path" not in entry:
+                found = ", ".join(map(str, entry)) or "none"
+                raise InputError(f"data: expected the keys path and weight, found {found}")
+            path, weight = entry["path"], entry.get("weight", 1.0)
+        if not isinstance(path, str | Path) or not str(path):
+            raise InputError(f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of these")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(f"data: weight {weight!r} of {path}: expected a positive number")
+        sources.append((str(path), float(weight)))
+    return sources
+
+
+def _files(source: str) -> list[Path]:
+    """The files that a path, folder or glob stands for, sorted by name."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+        return files
+    if glob.has_magic(source):
+        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
+            raise InputError(f"{source}: no file matches")
+        return files
+    raise InputError(f"{path}: no such file or folder")
+
+
+# ---------------------------------------------------------------------------------------------- records of a file
+
+
+class _BadRow(ValueError):
+    """What is wrong with one record, and in which column if that is known; the reader adds file and line."""
+
+    def __init__(self, message: str, column: int | None = None) -> None:
+        super().__init__(message)
+        self.place = "" if column is None else f":{column}"
+
+
+@dataclass
+class _Tally:
+    """Counts bad rows: the first is an error at once, or is skipped until there are too many of them."""
+
+    skip: bool
+    good: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def add_bad(self, message: str) -> None:
+        if not self.skip:
+            raise InputError(message)
+        self.bad.append(message)
+
+    def finish(self) -> None:
+        if not self.bad:
+            return
+        total = self.good + len(self.bad)
+        if len(self.bad) > MAX_SKIPPED * total:
+            raise InputError(
+                f"{self.bad[0]}; {len(self.bad)} of {total} rows are bad, more than the {MAX_SKIPPED:.0%} that "
+                "bad_rows=skip may leave out"
+            )
+        log.warning("skipped %d of %d rows; the first: %s", len(self.bad), total, self.bad[0])
+
+
+def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        records = _parquet_records(path) if is_parquet else _json_records(path)
+        rows: list[Row] = []
+        empty = True
+        for number, record in records:
+            empty = False
+            where = f"{path}:{number}"
+            try:
+                if isinstance(record, _BadRow):
+                    raise record
+                rows += _rows_of(record, turns, where)
+                tally.good += 1
+            except _BadRow as error:
+                tally.add_bad(f"{where}{error.place}: {error}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if empty:
+        raise InputError(f"{path}: holds no rows")
+    log.info("%s: %d rows (%s)", path, len(rows), "parquet" if is_parquet else "JSON Lines")
+    return rows
+
+
+def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(physical line number, value or _BadRow) for every line that is not blank."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):  # the rest of it, in bounded pieces
+                    line = file.readline(MAX_ROW_BYTES)
+                yield number, _BadRow(f"the line is longer than {MAX_ROW_BYTES} bytes")
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.rstrip()
+            if line:
+                yield number, _json_value(line)
+
+
+def _json_value(line: bytes) -> Any:
+    """The JSON value of ``line``, or the _BadRow that says why there is none."""
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return _BadRow("not UTF-8 text, nor a parquet file; expected one JSON object a line", error.start + 1)
+    except json.JSONDecodeError as error:
+        hint = "; expected one JSON object a line, not a JSON array" if line.lstrip()[:1] == b"[" else ""
+        return _BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
+    except RecursionError:
+        return _BadRow("broken JSON: nested too deeply")
+    except ValueError as error:  # NaN, or an integer of thousands of digits
+        return _BadRow(f"broken JSON: {error}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, record) of a parquet file, batch by batch; null fields are left out."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise EnvironmentProblem(f"{path}: reading parquet needs pyarrow; pip install ldalign[parquet]") from error
+    used = {"id", "messages", "prompt", "response", "completion", "kind", "answer"}
+    used.update(key for keys in PAIR_KEYS for key in keys)
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in used]
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, {key: value for key, value in record.items() if value is not None}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: broken parquet file after row {number}: {reason}") from error
+
+
+# ---------------------------------------------------------------------------------------------- shapes
+
+
+def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
+    """The rows of one record; _BadRow if it has none of the known shapes."""
+    if not isinstance(record, dict):
+        raise _BadRow(f"the row is {_type(record)}; expected an object with {SHAPES}")
+    keep = {"kind": _optional_text(record, "kind"), "answer": _json_clean(record.get("answer")), "where": where}
+    given = _given_id(record)
+    for winner, loser in PAIR_KEYS:
+        if record.get(winner) is not None and record.get(loser) is not None:
+            history, response, rejected = _pair(record, winner, loser)
+            return [_row(given, history, response, rejected, keep)]
+    if record.get("messages") is not None:
+        messages = _messages(record["messages"], "messages")
+        _check_turns(messages, "messages")
+        ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not ends:
+            raise _BadRow("messages: no assistant turn")
+        if turns == "all":
+            return [
+                _row(given and f"{given}/{turn}", messages[:end], messages[end]["content"], None, keep)
+                for turn, end in enumerate(ends)
+            ]
+        end = ends[0] if turns == "first" else ends[-1]
+        return [_row(given, messages[:end], messages[end]["content"], None, keep)]
+    for key in ("response", "completion"):
+        if record.get("prompt") is not None and record.get(key) is not None:
+            history, response = _side(record[key], key, _prompt(record["prompt"]))
+            return [_row(given, history, response, None, keep)]
+    raise _BadRow(f"no known shape: expected {SHAPES}; found {', '.join(map(repr, record)) or 'no keys'}")
+
+
+def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message], str, str]:
+    """History, winner and loser. The prompt is given, or is what both conversations (or both texts) begin with."""
+    prompt = _prompt(record["prompt"]) if record.get("prompt") is not None else None
+    if prompt is None and isinstance(record[winner], str) and isinstance(record[loser], str):
+        return _shared_text(record[winner], record[loser], winner, loser)
+    history, response = _side(record[winner], winner, prompt)
+    other_history, rejected = _side(record[loser], loser, prompt)
+    if history != other_history:
+        raise _BadRow(f"{winner} and {loser} differ before their last turn; expected one prompt and two answers")
+    return history, response, rejected
+
+
+def _side(value: Any, key: str, prompt: list[Message] | None) -> tuple[list[Message], str]:
+    """(history, answer) of a response: a text, an assistant turn alone, or a whole conversation."""
+    if isinstance(value, str):
+        answer: list[Message] = [{"role": "assistant", "content": _text(value, key)}]
+    else:
+        answer = _messages(value, key)
+    alone = answer[0]["role"] == "assistant"
+    if alone and prompt is None:
+        raise _BadRow(f"{key}: an answer without a prompt; expected the key prompt or a whole conversation")
+    messages = [*(prompt or []), *answer] if alone else answer
+    _check_turns(messages, key)
+    if messages[-1]["role"] != "assistant":
+        raise _BadRow(f"{key}: ends with a turn of the {messages[-1]['role']}; expected the assistant")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _shared_text(winner: str, loser: str, winner_key: str, loser_key: str) -> tuple[list[Message], str, str]:
+    """Two texts without a prompt: it is what they share, up to the last white space (TRL's implicit prompt)."""
+    shared = 0
+    while shared < min(len(winner), len(loser)) and winner[shared] == loser[shared]:
+        shared += 1
+    while shared > 0 and not winner[shared - 1].isspace():
+        shared -= 1
+    prompt = winner[:shared].rstrip()
+    if not prompt:
+        raise _BadRow(f"{winner_key} and {loser_key} share no prompt; expected the key prompt")
+    history = [{"role": "user", "content": _text(prompt, winner_key)}]
+    for text, key in ((winner, winner_key), (loser, loser_key)):
+        _check_turns([*history, {"role": "assistant", "content": _text(text[shared:], key)}], key)
+    return history, winner[shared:], loser[shared:]
+
+
+def _prompt(value: Any) -> list[Message]:
+    """The key ``prompt``: a text (one user turn) or a conversation that ends with a user turn."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(value, "prompt")}]
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] != "user":
+        raise _BadRow(f"prompt: ends with a turn of the {messages[-1]['role']}; expected the user")
+    return messages
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    """``value`` as a list of {"role", "content"}; other keys of a message are dropped."""
+    if not isinstance(value, list):
+        raise _BadRow(f"{key}: is {_type(value)}; expected a list of {{role, content}}")
+    if not value:
+        raise _BadRow(f"{key}: is empty")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise _BadRow(f"{key}: turn {number} is {_type(message)}; expected {{role, content}}")
+        role = message.get("role")
+        if role not in ("system", "user", "assistant"):
+            raise _BadRow(f"{key}: turn {number} has role {role!r}; expected system, user or assistant")
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise _BadRow(f"{key}: turn {number} has content of type {_type(content)}; expected text")
+        messages.append({"role": role, "content": _text(content, f"{key}: turn {number}")})
+    return messages
+
+
+def _check_turns(messages: Sequence[Message], key: str) -> None:
+    """An optional system turn, then user and assistant in turn; every user and assistant turn says something."""
+    expected = "user"
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if number == 1 and role == "system":
+            continue
+        if role != expected:
+            raise _BadRow(f"{key}: turn {number} is {role}; expected {expected} (user and assistant alternate)")
+        if not message["content"].strip():
+            raise _BadRow(f"{key}: turn {number} ({role}) is empty")
+        expected = "assistant" if role == "user" else "user"
+
+
+# ---------------------------------------------------------------------------------------------- values and ids
+
+
+def _row(given: str | None, history: list[Message], response: str, rejected: str | None, keep: dict[str, Any]) -> Row:
+    name = given or hashlib.sha256(_canonical([history, response, rejected])).hexdigest()[:16]
+    return Row(name, tuple(history), response, rejected, **keep)
+
+
+def _given_id(record: dict[str, Any]) -> str | None:
+    value = record.get("id")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise _BadRow(f"id: is {value!r}; expected a text or an integer")
+    return _text(str(value), "id")
+
+
+def _optional_text(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _BadRow(f"{key}: is {_type(value)}; expected text")
+    return None if value is None else _text(value, key)
+
+
+def _text(value: str, key: str) -> str:
+    """``value``, unless it holds what no UTF-8 file can or no tokenizer should see."""
+    if "\0" in value:
+        raise _BadRow(f"{key}: holds a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{key}: holds half of a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _json_clean(value: Any) -> Any:
+    """``value`` if it can be written to a UTF-8 JSON file (parquet may hold dates, bytes and the like)."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _BadRow(f"answer: cannot be kept as JSON: {error}") from error
+    return value
+
+
+def _type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def _weighted(rows: list[Row], weight: float, source: str) -> list[Row]:
+    """Each row ``floor(weight)`` times, and the remaining share of rows once more, picked by hash, in file order."""
+    if weight == 1:
+        return rows
+    copies = int(weight)
+    count = round((weight - copies) * len(rows))
+    by_hash = sorted(range(len(rows)), key=lambda i: (hashlib.sha256(rows[i].id.encode("utf-8")).digest(), i))
+    picked = set(by_hash[:count])
+    result = rows * copies + [row for i, row in enumerate(rows) if i in picked]
+    if rows and not result:
+        raise InputError(f"data: weight {weight:g} of {source} takes none of its {len(rows)} rows; raise it")
+    log.info("%s: weight %g: %d rows become %d", source, weight, len(rows), len(result))
+    return result
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """The same rows, the second one of an id renamed to ``id#2``, the third to ``id#3``, ..."""
+    given = {row.id for row in rows}
+    used: set[str] = set()
+    next_number: dict[str, int] = {}
+    result = []
+    for row in rows:
+        name = row.id
+        if name in used:
+            number = next_number.get(row.id, 2)
+            while (name := f"{row.id}#{number}") in used or name in given:
+                number += 1
+            next_number[row.id] = number + 1
+        used.add(name)
+        result.append(row if name == row.id else replace(row, id=name))
+    repeats = len(rows) - len(given)
+    if repeats:
+        log.info("%d of %d rows repeat an id or a whole row; each got an id of its own", repeats, len(rows))
+    return result

@@ -1,0 +1,197 @@
+"""What this machine has: the tick list that ends `make setup`, and the record each run keeps (environment.json).
+
+Nothing is ticked because a name was found: compilers compile, devices compute.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldalign import errors
+
+TORCH_SUPPORTED = ((2, 11), (2, 14))  # from, below
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "tqdm", "gguf", "triton", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One line of the list. A missing `required` item means ldalign cannot run here."""
+
+    name: str
+    found: bool
+    detail: str
+    required: bool = False
+
+    def __str__(self) -> str:
+        return f"[{'x' if self.found else ' '}] {self.name:<14} {self.detail}"
+
+
+def tick_list() -> list[Tick]:
+    """Every item, in the order printed."""
+    return [_python(), _torch(), _compiler(), _cuda_compiler(), _triton(), *_gpus(), _parquet()]
+
+
+def _python() -> Tick:
+    detail = f"{platform.python_version()} at {sys.executable}"
+    return Tick("Python", sys.version_info >= (3, 11), detail, required=True)
+
+
+def _torch() -> Tick:
+    low, below = TORCH_SUPPORTED
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    fits = low <= version < below
+    wanted = "" if fits else f"; ldalign supports {low[0]}.{low[1]} to {below[0]}.{below[1] - 1}"
+    return Tick("torch", fits, f"{torch.__version__} ({built_for}){wanted}", required=True)
+
+
+def _compiler() -> Tick:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        compiler = shutil.which(name) if name else None
+        if compiler and _compiles([compiler, "-std=c++17"], "a.cpp", "int main() { return 0; }\n"):
+            return Tick("C++ compiler", True, f"{_first_line([compiler, '--version'])}")
+    return Tick("C++ compiler", False, "none that compiles C++17 (only needed to build the extension)")
+
+
+def _cuda_compiler() -> Tick:
+    home = os.environ.get("CUDA_HOME")
+    compiler = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if not compiler:
+        return Tick("CUDA compiler", False, "no nvcc (only needed to build the extension for a GPU)")
+    release = next((word for word in _output([compiler, "--version"]).split() if word.startswith("V1")), "")
+    if not _compiles([compiler, "-c"], "a.cu", "__global__ void f() {}\n"):
+        return Tick("CUDA compiler", False, f"{compiler} is there but does not compile an empty kernel")
+    return Tick("CUDA compiler", True, f"nvcc {release}")
+
+
+def _triton() -> Tick:
+    try:
+        import triton
+    except ImportError as error:
+        return Tick("Triton", False, f"{error} (only needed for the GPU kernels)")
+    where = "" if torch.cuda.is_available() else "; without a GPU only its interpreter runs"
+    return Tick("Triton", True, f"{triton.__version__}{where}")
+
+
+def _gpus() -> list[Tick]:
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no device"
+        return [Tick("GPU", False, f"{why}; runs go to the CPU, {_cpu_name()}, {_usable_cores()} cores")]
+    ticks = []
+    for index in range(torch.cuda.device_count()):
+        name = f"GPU {index}"
+        try:
+            twos = torch.ones(8, 8, device=f"cuda:{index}") * 2
+            works = float((twos @ twos).sum()) == 8 * 8 * 8 * 4
+        except RuntimeError as error:
+            ticks.append(Tick(name, False, f"does not compute: {str(error).splitlines()[0]}"))
+            continue
+        ticks.append(Tick(name, works, _gpu_name(index) if works else "computes wrongly"))
+    return ticks
+
+
+def _parquet() -> Tick:
+    version = _version("pyarrow")
+    detail = f"pyarrow {version}" if version else "no pyarrow: only JSON Lines is read"
+    return Tick("parquet", version is not None, detail)
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine and the versions a run used, for environment.json: plain values only."""
+    return {
+        "ldalign": _version("ldalign"),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": _usable_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this code runs from, "-dirty" added if files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed copy may lie inside someone else's repository
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"]).strip()
+    dirty = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return (commit + ("-dirty" if dirty else "")) or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Cores this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_name(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _compiles(command: list[str], file: str, source: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file
+        path.write_text(source)
+        return _run([*command, str(path), "-o", str(path.with_suffix(".out"))]) is not None
+
+
+def _first_line(command: list[str]) -> str:
+    return next(iter(_output(command).splitlines()), "")
+
+
+def _output(command: list[str]) -> str:
+    return _run(command) or ""
+
+
+def _run(command: list[str]) -> str | None:
+    """The command's standard output, or None if it is missing, fails, or takes over a minute."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def main(argv: list[str]) -> None:
+    """Print the tick list; raises EnvironmentProblem if something required is missing."""
+    if argv:
+        raise errors.InputError(f"{argv[0]}: python -m ldalign.env takes no arguments")
+    ticks = tick_list()
+    print("\n".join(map(str, ticks)))
+    missing = [tick.name for tick in ticks if tick.required and not tick.found]
+    if missing:
+        raise errors.EnvironmentProblem(f"{', '.join(missing)}: of a version ldalign does not support; see above")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,98 @@
+"""Held-out evaluation: the likelihood of real responses, and for rows a program can check, accuracy.
+
+Accuracy is measured greedily and on samples (several a prompt); standard errors are over prompts, since samples of one
+prompt are not independent.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ldalign import distributed, tasks
+from ldalign.batches import Pair
+from ldalign.data import Row
+from ldalign.generate import Response, Sampling, generate_ids
+from ldalign.mistral import Mistral
+from ldalign.scoring import response_logps
+from ldalign.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """samples: answers a prompt at `sampling`'s temperature, beside the greedy one."""
+
+    samples: int
+    sampling: Sampling
+    batch_rows: int
+    micro_tokens: int
+    seed: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    pairs: Sequence[Pair],
+    settings: EvaluationSettings,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda rows, tokens: None,
+) -> tuple[dict[str, float], list[tuple[int, dict[str, object]]]]:
+    """Metrics over all rows, the same on every rank, and this rank's records (row index, texts and verdicts).
+
+    Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also accuracy/greedy and
+    accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac.
+    """
+    logps = response_logps(model, pairs, settings.micro_tokens, device)[:, 0]
+    metrics = {"rows": float(len(rows)), "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs))}
+    checkable = [i for i, row in enumerate(rows) if row.kind is not None]
+    mine = checkable[distributed.rank() :: distributed.world_size()]
+    prompts, ends = [pairs[i].prompt for i in mine], tokenizer.end_ids
+    greedy = generate_ids(
+        model, prompts, [f"greedy/{rows[i].id}" for i in mine], ends, replace(settings.sampling, temperature=0.0),
+        settings.seed, settings.batch_rows, progress,
+    )  # fmt: skip
+    # The keys do not name the policy: every policy meets the same random numbers, and differences have less noise.
+    keys = [f"sample/{rows[i].id}/{n}" for i in mine for n in range(settings.samples)]
+    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+    sampled = generate_ids(model, repeated, keys, ends, settings.sampling, settings.seed, settings.batch_rows, progress)
+    records: list[tuple[int, dict[str, object]]] = []
+    table = torch.zeros(len(mine), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
+    for n, i in enumerate(mine):
+        answers = [greedy[n], *sampled[n * settings.samples : (n + 1) * settings.samples]]
+        texts = [tokenizer.decode(a.ids) for a in answers]
+        right = [_correct(rows[i], text, answer) for text, answer in zip(texts, answers, strict=True)]
+        table[n] = torch.tensor([right[0], sum(right[1:]) / max(1, settings.samples),
+                                 sum(len(a.ids) for a in answers),
+                                 sum(a.finish_reason == "length" for a in answers) / len(answers)])  # fmt: skip
+        records.append((i, {"id": rows[i].id, "prompt": rows[i].history[-1]["content"], "real": rows[i].response,
+                            "greedy": texts[0], "sampled": texts[1:], "correct": right}))  # fmt: skip
+    whole = torch.stack([distributed.merge_rows(len(rows), mine, column) for column in table.T])[:, checkable]
+    if checkable:
+        kinds = [str(rows[i].kind) for i in checkable]
+        metrics |= _summary("accuracy/greedy", whole[0].numpy(), kinds)
+        if settings.samples:
+            metrics |= _summary("accuracy/sampled", whole[1].numpy(), kinds)
+        metrics |= {"tokens_generated": float(whole[2].sum()), "truncated_frac": float(whole[3].mean())}
+    return metrics, records
+
+
+def _correct(row: Row, text: str, response: Response) -> bool:
+    # A response that never ended is not an answer, whatever it holds.
+    return response.finish_reason == "stop" and tasks.check(str(row.kind), row.answer, text)
+
+
+def _summary(name: str, values: np.ndarray, kinds: Sequence[str]) -> dict[str, float]:
+    """Mean, standard error over prompts, and the mean of each kind."""
+    out = {name: float(values.mean()), f"{name}_se": standard_error(values)}
+    for kind in sorted(set(kinds)):
+        out[f"{name}/{kind}"] = float(values[[k == kind for k in kinds]].mean())
+    return out
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values; 0 for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

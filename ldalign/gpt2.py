@@ -1,0 +1,190 @@
+"""GPT-2, whole (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), tied head.
+
+Usable as a language model (`model(ids)`), and as the encoder and decoder of the guide, which feed embeddings of their
+own (`model.hidden`). Parameter names are Hugging Face's; the four matrices its files keep transposed (`TRANSPOSED`)
+are turned on loading and saving.
+
+Shapes: N flat tokens, D width, H heads, E head width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldalign.errors import InputError
+from ldalign.layout import Layout, Packed
+
+R = TypeVar("R")
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The architecture, in config.json's own key names. All dropout is off: it is read and ignored, as in scoring."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+
+    @property
+    def inner(self) -> int:
+        """The feed-forward width."""
+        return self.n_inner or 4 * self.n_embd
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> "GPT2Config":
+        """From a parsed config.json. Raises InputError naming `where` and the key for what this code does not do."""
+        if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            kind = raw["activation_function"]
+            raise InputError(f"{where}: activation_function {kind!r} is not supported; GPT-2 uses gelu_new")
+        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            if raw.get(key):
+                raise InputError(f"{where}: {key} true is not supported")
+        for key in ("scale_attn_weights", "tie_word_embeddings"):
+            if not raw.get(key, True):
+                raise InputError(f"{where}: {key} false is not supported")
+        known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        missing = [key for key in ("vocab_size", "n_embd", "n_layer", "n_head") if key not in known]
+        if missing:
+            raise InputError(f"{where}: missing {', '.join(missing)}; a gpt2 config needs them")
+        for key, value in known.items():
+            if key == "layer_norm_epsilon":
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                    raise InputError(f"{where}: {key} is {value!r}, not a small positive number")
+            elif type(value) is not int or value < 1:
+                raise InputError(f"{where}: {key} is {value!r}, not a positive integer")
+        config = cls(**known)
+        if config.n_embd % config.n_head:
+            raise InputError(f"{where}: n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json of a model built here."""
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+                "tie_word_embeddings": True} | asdict(self)  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused projection for q, k and v."""
+
+    def __init__(self, config: GPT2Config, index: int) -> None:
+        super().__init__()
+        self.index, self.heads = index, config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.c_attn(x).chunk(3, dim=-1))  # (N, H, E) each
+        return self.c_proj(layout.attend(self.index, q, k, v, None).flatten(1))
+
+
+class MLP(nn.Module):
+    """Feed-forward with GELU."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.inner)
+        self.c_proj = nn.Linear(config.inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    checkpoint_activations = False
+
+    def __init__(self, config: GPT2Config, index: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, index)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, layout, use_reentrant=False)
+        return self._forward(x, layout)
+
+    def _forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layout)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and final norm: the part Hugging Face's parameter names call `transformer`."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s for nothing.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+
+class GPT2(nn.Module):
+    """The language model; `hidden` is the door for callers that bring their own embeddings."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks: what FSDP wraps one by one."""
+        return list(self.transformer.h)  # type: ignore[arg-type]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the head's weight, always the token embedding."""
+        return self.transformer.wte.weight
+
+    def forward(
+        self, ids: Tensor, layout: Layout | None = None, head: Callable[[Tensor, Tensor], R] | None = None
+    ) -> Tensor | R:
+        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head` makes."""
+        shape = ids.shape
+        layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
+        x = self.hidden(self.transformer.wte(ids.flatten()), layout)
+        if head is not None:
+            return head(x, self.output_weight)
+        return (x @ self.output_weight.T).unflatten(0, shape)
+
+    def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
+        """Final hidden states (N, D) of token embeddings (N, D), position embeddings added here."""
+        longest = int(layout.positions.max()) + 1 if len(layout.positions) else 0
+        if longest > self.config.n_positions:
+            raise InputError(
+                f"a sequence of {longest} tokens is longer than GPT-2's {self.config.n_positions} positions; "
+                "shorten the rows (max_length)"
+            )
+        x = embeddings + self.transformer.wpe(layout.positions)
+        for block in self.transformer.h:
+            x = block(x, layout)
+        return self.transformer.ln_f(x)
+
+
+def init_weights(model: GPT2, seed: int) -> None:
+    """GPT-2's own initialisation: N(0, 0.02), the two residual projections divided by sqrt(2 n_layer), biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):
+                p.zero_()
+            elif ".ln_" in name:
+                p.fill_(1.0)
+            else:
+                std = 0.02 / (2 * model.config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+                p.copy_(torch.randn(p.shape, generator=generator) * std)

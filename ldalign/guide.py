@@ -1,0 +1,297 @@
+"""The guiding model: a GPT-2 conditional autoencoder whose latent space measures how far two responses are apart.
+
+Encoder: GPT-2 reads [x; y; m query embeddings]; their final hidden states are projected to z (m x k). Decoder: GPT-2
+reads [W z as m prefix embeddings; x; y] and predicts y (LD-Align, arXiv 2404.06390, sections 3 and 4.1; m, k and the
+dropouts are ldalign's choices, see `GuideConfig`). The distance of two responses to one prompt is
+||E(x, y) - E(x, y')||_2 over the whole latent, in float32.
+
+A strong decoder can ignore z and predict y from its own past. Against that, training hides a share of the response
+tokens the decoder reads (word dropout, arXiv 1511.06349), and the held-out losses always say whether z is used:
+`latent_gain` = loss with another row's z - loss with the true z, in nats per token. A new guide's blocks start wider
+than GPT-2's 0.02 (`new_guide`): at small widths, 0.02 leaves z without a trace of the text for hundreds of steps.
+
+The guide reads text through a tokenizer of its own: the pretrained GPT-2's, or a byte-level BPE trained on the data.
+
+Shapes: N flat tokens, D width, Z = m k latent width, B examples, V vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import cast
+
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldalign import ops
+from ldalign.errors import InputError, NumericsError
+from ldalign.gpt2 import GPT2, GPT2Config, init_weights
+from ldalign.layout import Packed
+from ldalign.weights import load_model, read_config, write_weights
+
+END = "<|endoftext|>"
+GPT2_STD, GPT2_WIDTH = 0.02, 768  # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
+NO_LATENT = -1
+
+
+@dataclass(frozen=True)
+class GuideConfig:
+    """What the two GPT-2s do not say themselves; kept in the guide folder's guide.json."""
+
+    latent_tokens: int = 1  # m
+    latent_width: int = 256  # k
+    token_dropout: float = 0.5  # share of response tokens hidden from the decoder in training
+    latent_dropout: float = 0.1  # share of training examples without z, so that the loss without z means something
+    max_tokens: int = 512  # prompt and response together; the prompt loses its beginning first
+
+
+@dataclass(frozen=True)
+class Example:
+    """One (prompt, response) in the guide's own token ids; response ends with the end token unless it was cut."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class Guide(nn.Module):
+    """Encoder, latent, decoder. `forward` gives the reconstruction log-probs, so that FSDP gathers weights for it."""
+
+    def __init__(self, encoder: GPT2, decoder: GPT2, config: GuideConfig, tokenizer: tokenizers.Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.encoder, self.decoder = encoder, decoder
+        width = encoder.config.n_embd
+        self.queries = nn.Parameter(torch.zeros(config.latent_tokens, width))
+        self.to_latent = nn.Linear(width, config.latent_width)
+        self.from_latent = nn.Linear(config.latent_width, decoder.config.n_embd)
+        end = tokenizer.token_to_id(END)
+        if end is None:
+            raise InputError(f"the guide's tokenizer has no {END} token; use GPT-2's tokenizer.json")
+        self.end_id: int = end
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of both towers: what FSDP wraps one by one."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def example(self, prompt: str, response: str) -> Example:
+        """Token ids of a pair of texts: [prompt, end] and [response, end], cut to `max_tokens` in all.
+
+        The end token serves as separator too. An over-long response keeps its beginning and loses its end token; an
+        over-long prompt keeps its end.
+        """
+        x = [*self.tokenizer.encode(prompt, add_special_tokens=False).ids, self.end_id]
+        y = [*self.tokenizer.encode(response, add_special_tokens=False).ids, self.end_id]
+        y = y[: self.config.max_tokens * 3 // 4] if len(x) + len(y) > self.config.max_tokens else y
+        return Example(x[-max(1, self.config.max_tokens - len(y)) :], y)
+
+    def encode(self, examples: Sequence[Example]) -> Tensor:
+        """The latents (B, Z) float32 of B examples."""
+        device, m = self.queries.device, self.config.latent_tokens
+        sizes = [len(e.prompt) + len(e.response) + m for e in examples]
+        # Id 0 stands where a query goes; its embedding is replaced.
+        ids = torch.tensor([t for e in examples for t in (*e.prompt, *e.response, *[0] * m)], device=device)
+        ends = torch.tensor(sizes, device=device).cumsum(0)
+        at = (ends[:, None] - m + torch.arange(m, device=device)).flatten()  # (B m,) the query positions
+        embedded = self.encoder.transformer.wte(ids)
+        embedded = embedded.index_copy(0, at, self.queries.to(embedded.dtype).repeat(len(examples), 1))
+        hidden = self.encoder.hidden(embedded, Packed(sizes, device))[at]
+        return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
+
+    def decode(self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None) -> Tensor:
+        """(M,) float32 log-probs of all response tokens, given latents (B, Z).
+
+        hidden_tokens (M,) bool: the response tokens the decoder may not read; None: it reads them all.
+        """
+        device, m = latents.device, self.config.latent_tokens
+        sizes = [m + len(e.prompt) + len(e.response) for e in examples]
+        ids = torch.tensor([t for e in examples for t in (*[0] * m, *e.prompt, *e.response)], device=device)
+        ends = torch.tensor(sizes, device=device).cumsum(0)
+        starts = ends - torch.tensor(sizes, device=device)
+        prefix = (starts[:, None] + torch.arange(m, device=device)).flatten()
+        lengths = torch.tensor([len(e.response) for e in examples], device=device)
+        response = _ranges(ends - lengths, lengths)  # (M,) positions of the response tokens
+        embedded = self.decoder.transformer.wte(ids)
+        if hidden_tokens is not None:
+            embedded = embedded.index_fill(0, response[hidden_tokens], 0.0)
+        prefix_embeddings = self.from_latent(latents.unflatten(1, (m, -1)).to(embedded.dtype)).flatten(0, 1)
+        embedded = embedded.index_copy(0, prefix, prefix_embeddings.to(embedded.dtype))
+        hidden = self.decoder.hidden(embedded, Packed(sizes, device))
+        return ops.linear_logprob(hidden[response - 1], self.decoder.output_weight, ids[response])
+
+    def forward(
+        self,
+        examples: Sequence[Example],
+        latents_of: Sequence[int] | None = None,
+        dropout: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(M,) float32 log-probs of the examples' response tokens.
+
+        latents_of: whose latent each example is decoded with, as an index into `examples`; NO_LATENT: zeros; None: its
+        own. dropout: in training, which latents to keep (B,) bool and which response tokens to hide (M,) bool.
+        """
+        latents = self.encode(examples)
+        if latents_of is not None:
+            index = torch.tensor(list(latents_of), device=latents.device)
+            latents = latents[index.clamp(min=0)] * (index != NO_LATENT)[:, None]
+        if dropout is None:
+            return self.decode(examples, latents)
+        kept, hidden_tokens = dropout
+        return self.decode(examples, latents * kept[:, None].to(latents), hidden_tokens)
+
+    @torch.no_grad()
+    def distance(
+        self, prompts: Sequence[str], real: Sequence[str], generated: Sequence[str], batch_tokens: int = 8192
+    ) -> Tensor:
+        """(N,) float32 on the CPU: ||E(x, y) - E(x, y')||_2 of N prompts with two responses each; no dropout.
+
+        Raises NumericsError naming the first row whose distance is not finite.
+        """
+        pairs = [(self.example(x, y), self.example(x, g)) for x, y, g in zip(prompts, real, generated, strict=True)]
+        costs = [_size(real) + _size(other) for real, other in pairs]
+        out = torch.zeros(len(pairs))
+        for batch in _runs(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens):
+            z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
+            out[batch] = (z[0::2] - z[1::2]).norm(dim=1).float().cpu()
+        for i in (~torch.isfinite(out)).nonzero()[:1, 0].tolist():
+            raise NumericsError(
+                f"guide: the latent distance of row {i} is {out[i]}; look at its texts and the guide's losses"
+            )
+        return out
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes encoder/ and decoder/ (GPT-2 folders, float32), latent.safetensors, guide.json, tokenizer.json."""
+        state = state if state is not None else self.state_dict()
+        for name, tower in (("encoder", self.encoder), ("decoder", self.decoder)):
+            part = folder / name
+            part.mkdir(parents=True, exist_ok=True)
+            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            write_weights(own, part, torch.float32, gpt2=True)
+            (part / "config.json").write_text(json.dumps(tower.config.to_json(), indent=2) + "\n", encoding="utf-8")
+        latent = {
+            k: v.float().cpu().contiguous() for k, v in state.items() if not k.startswith(("encoder.", "decoder."))
+        }
+        save_file(latent, folder / "latent.safetensors")
+        (folder / "guide.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _size(example: Example) -> int:
+    return len(example.prompt) + len(example.response)
+
+
+def _runs(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive items in runs of at most `budget` cost; a dearer item gets a run of its own."""
+    runs: list[list[int]] = []
+    room = 0
+    for i in items:
+        if not runs or costs[i] > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(i)
+        room -= costs[i]
+    return runs
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """[s, s + 1, ..., s + n - 1] for each start s and length n, end to end."""
+    offsets = lengths.cumsum(0) - lengths
+    steps = torch.arange(int(lengths.sum()), device=starts.device)
+    return steps + (starts - offsets).repeat_interleave(lengths)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """GPT-2's kind of tokenizer (byte-level BPE, no normalisation), trained on texts; at most vocab_size entries."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as broken:  # the library raises bare Exception
+        raise InputError(
+            f"{path}: not a readable tokenizer ({broken}); the guide needs one beside its weights"
+        ) from None
+    tokenizer.encode_special_tokens = True  # the text of an end token inside a response is text
+    return tokenizer
+
+
+def new_guide(config: GuideConfig, seed: int, pretrained: Path | None, texts: Sequence[str], size: GPT2Config) -> Guide:
+    """A guide to be trained: both towers from a GPT-2 model folder, or new ones of `size`, with a tokenizer for texts.
+
+    Everything new is a function of `seed`. Raises InputError where `pretrained` is no GPT-2 or its positions run out.
+    """
+    if pretrained is not None:
+        if read_config(pretrained).get("model_type") != "gpt2":
+            raise InputError(f"{pretrained}: guide must be a gpt2 model folder or a folder that train/guide.py wrote")
+        towers = [cast(GPT2, load_model(pretrained, torch.float32)) for _ in range(2)]
+        tokenizer = _read_tokenizer(pretrained)
+    else:
+        tokenizer = train_tokenizer(texts, size.vocab_size)
+        tokenizer.encode_special_tokens = True
+        towers = []
+        for i in range(2):
+            tower = GPT2(GPT2Config(**(asdict(size) | {"vocab_size": tokenizer.get_vocab_size()})))
+            _init_tower(tower, 2 * seed + i)
+            towers.append(tower)
+    longest = towers[0].config.n_positions - config.latent_tokens
+    if config.max_tokens > longest:
+        raise InputError(f"guide.max_tokens={config.max_tokens}: the guide's GPT-2 has room for {longest}; lower it")
+    guide = Guide(towers[0], towers[1], config, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        guide.queries.copy_(torch.randn(guide.queries.shape, generator=generator) * GPT2_STD)
+        for linear in (guide.to_latent, guide.from_latent):
+            width = linear.in_features
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / width**0.5)
+            linear.bias.zero_()
+    return guide
+
+
+def _init_tower(tower: GPT2, seed: int) -> None:
+    """GPT-2's initialisation, with the blocks' matrices scaled to the width: a layer's output keeps its size."""
+    init_weights(tower, seed)
+    with torch.no_grad():
+        for p in tower.transformer.h.parameters():
+            if p.ndim == 2:
+                p.mul_((GPT2_WIDTH / tower.config.n_embd) ** 0.5)
+
+
+def is_trained_guide(folder: Path) -> bool:
+    """Whether `folder` holds a whole guide, not a plain GPT-2."""
+    return (folder / "guide.json").is_file()
+
+
+def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
+    """A trained guide, float32, ready for `distance`. Raises InputError where a part is missing or does not fit."""
+    folder = Path(folder)
+    path = folder / "guide.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = GuideConfig(**{f.name: raw[f.name] for f in fields(GuideConfig)})
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        raise InputError(
+            f"{path}: not a readable guide description ({broken!r}); make it with train/guide.py"
+        ) from None
+    towers = [cast(GPT2, load_model(folder / name, torch.float32, device)) for name in ("encoder", "decoder")]
+    guide = Guide(towers[0], towers[1], config, _read_tokenizer(folder))
+    latent = load_file(folder / "latent.safetensors")
+    own = {name: p for name, p in guide.state_dict().items() if not name.startswith(("encoder.", "decoder."))}
+    if latent.keys() != own.keys() or any(latent[name].shape != p.shape for name, p in own.items()):
+        raise InputError(f"{folder / 'latent.safetensors'}: does not fit guide.json; make the guide again")
+    guide.load_state_dict(latent, strict=False)
+    return guide.to(device).eval()

@@ -1,0 +1,76 @@
+"""Metrics: sums and counts over pairs and ranks, one JSON line a step, one readable line in the terminal.
+
+Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are `weight/*`, `len/*`, `time/*` and
+`tokens_per_second`.
+"""
+
+import json
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldalign import distributed
+
+log = logging.getLogger(__name__)
+
+
+class Mean:
+    """Means by example: sums and counts are kept on the device, added over ranks, and only then divided.
+
+    While `muted`, what is added is named but counts for nothing: a rank without rows must still know the names.
+    """
+
+    def __init__(self) -> None:
+        self.muted = False
+        self.sums: defaultdict[str, Tensor | float] = defaultdict(float)
+        self.counts: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, values: Tensor, count: float | None = None) -> None:
+        """Adds values (n,) of n examples, or their sum () over `count` examples."""
+        if self.muted:
+            values, count = values.new_zeros(()), 0.0  # not a factor of 0, which would keep a NaN
+        self.sums[name] = self.sums[name] + values.detach().double().sum()
+        self.counts[name] += values.numel() if count is None else count
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """The means over all ranks. Every rank must call it with the same names."""
+        names = sorted(self.sums)
+        table = torch.tensor([[float(self.sums[n]), self.counts[n]] for n in names], dtype=torch.float64, device=device)
+        table = distributed.total(table).cpu().reshape(-1, 2)
+        return {n: float(s / c) for n, (s, c) in zip(names, table, strict=True) if c}
+
+
+class MetricsLog:
+    """Appends to a JSON Lines file and prints a short line; silent but on rank 0."""
+
+    def __init__(self, path: Path | None, stage: str) -> None:
+        self.path, self.stage = path if distributed.rank() == 0 else None, stage
+
+    def write(self, record: Mapping[str, Any], text: str) -> None:
+        """One record, with the stage's name, and the line a person reads."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, **record}) + "\n")
+        say(f"{self.stage}: {text}")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, from rank 0 only."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: the GPU's where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux's VmHWM, in KiB. getrusage would count the parent's memory too, which was shared for a moment.
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan"))

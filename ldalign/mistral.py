@@ -1,0 +1,237 @@
+"""Mistral, whole: RMSNorm, rotary embedding, grouped-query attention with a sliding window, SwiGLU.
+
+Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope scaling, which is the same network with
+no window. Parameter names and the half-split rotary layout are Hugging Face's, so loading is a strict rename.
+
+Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldalign import ops
+from ldalign.errors import InputError
+from ldalign.layout import Layout, Packed
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """The architecture, read from a model folder's config.json and from nowhere else."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> "MistralConfig":
+        """From a parsed config.json. Raises InputError naming `where` and the key for what this code does not do."""
+        _refuse_unsupported(raw, where)
+        rope = raw.get("rope_parameters") or {}
+        llama = raw["model_type"] == "llama"
+        heads = _size(raw, "num_attention_heads", where)
+        width = _size(raw, "hidden_size", where)
+        # An absent key means what it means to transformers: for Mistral a window of 4096 and 8 key/value heads.
+        windowed = not llama and raw.get("sliding_window", 4096) is not None
+        one_each = llama or "num_key_value_heads" in raw
+        config = cls(
+            vocab_size=_size(raw, "vocab_size", where),
+            hidden_size=width,
+            intermediate_size=_size(raw, "intermediate_size", where),
+            num_hidden_layers=_size(raw, "num_hidden_layers", where),
+            num_attention_heads=heads,
+            num_key_value_heads=_size(raw, "num_key_value_heads", where, heads if one_each else 8),
+            head_dim=_size(raw, "head_dim", where, width // heads),
+            rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+            rope_theta=_positive(rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", where),
+            sliding_window=_size(raw, "sliding_window", where, 4096) if windowed else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
+        )
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise InputError(
+                f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{config.num_key_value_heads}, and head_dim {config.head_dim} even"
+            )
+        return config
+
+
+def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise InputError(
+                f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain rotary embeddings"
+            )
+        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise InputError(f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole heads")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use silu")
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise InputError(f"{where}: {key} true is not supported; Mistral and Llama have no biases")
+    if raw.get("quantization_config"):
+        raise InputError(f"{where}: quantization_config is set; give the unquantised weights")
+
+
+def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """raw[key], or `default` where it is absent or null; a positive integer or an InputError."""
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
+        raise InputError(f"{where}: key {key!r} is missing; a {raw['model_type']} config needs it")
+    if type(value) is not int or value < 1:
+        raise InputError(
+            f"{where}: {key} is {value!r}, not a positive integer; compare with the model's original config"
+        )
+    return value
+
+
+def _positive(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(
+            f"{where}: {key} is {value!r}, not a positive number; compare with the model's original config"
+        )
+    return float(value)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467); float32 inside."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; which token sees which is the layout's business."""
+
+    def __init__(self, config: MistralConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.window = index, config.sliding_window
+        self.head_dim = config.head_dim
+        width, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(width, q * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(q * self.head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, E)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, E)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        out = layout.attend(self.index, ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, self.window)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    checkpoint_activations = False  # recompute in the backward; inside the block, where FSDP has gathered its weights
+
+    def __init__(self, config: MistralConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cos, sin, layout, use_reentrant=False)
+        return self._forward(x, cos, sin, layout)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the part Hugging Face's parameter names call `model`."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s for nothing.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Mistral(nn.Module):
+    """The language model. `model(ids)` gives logits; training passes `head` and never makes them."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks: what FSDP wraps one by one."""
+        return list(self.model.layers)  # type: ignore[arg-type]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the head's weight, the embedding itself where they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self, ids: Tensor, layout: Layout | None = None, head: Callable[[Tensor, Tensor], R] | None = None
+    ) -> Tensor | R:
+        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head` makes.
+
+        head(hidden (N, D), output weight (V, D)) runs inside the forward, where FSDP has gathered the weight.
+        """
+        shape = ids.shape
+        layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
+        x = self.model.embed_tokens(ids.flatten())  # (N, D)
+        cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.model.layers:
+            x = block(x, cos, sin, layout)
+        x = self.model.norm(x)
+        if head is not None:
+            return head(x, self.output_weight)
+        return (x @ self.output_weight.T).unflatten(0, shape)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (N, E/2) float32, of the angles position * theta^(-2e/E) (arXiv 2104.09864)."""
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    # 1 / theta^steps, not theta^-steps: one last bit, times position 2000, turns the angle by 1e-4.
+    angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)
+    return angles.cos(), angles.sin()

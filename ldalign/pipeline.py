@@ -1,0 +1,346 @@
+"""Stages whose output can be trusted, and the run folder they live in.
+
+A stage's folder appears under its own name only when it is whole: it is filled under a temporary name, synced,
+described by a manifest written last, and renamed. The manifest holds the hash of every file and of everything the stage
+was made from (its parents), so running the same command again skips what is done, redoes what was cut short, and
+refuses what was made from something else.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
+
+import torch.distributed as dist
+
+from ldalign import distributed, env
+from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
+
+T = TypeVar("T")
+Parents = Mapping[str, str | int | float]
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # a stage folder being made is called NAME.partial; the run's lock makes sure it has one maker
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+log = logging.getLogger(__name__)
+
+
+# ----------------------------------------------------------------------------------------------------- several ranks
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only and return its result on every rank; must be called by all ranks.
+
+    If it raises, every rank raises: an ldalign error as the same class with the same text, any other as RuntimeError on
+    the other ranks. So no rank is left waiting. The result travels by torch.distributed's object broadcast (between
+    our own processes, never from a file) and should be small.
+    """
+    if distributed.world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None, None]  # result, kind of error, its text
+    failure: Exception | None = None
+    if distributed.rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure = error
+            outcome = [None, type(error).__name__, str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    result, kind, text = outcome
+    if kind is not None:
+        raise _SHARED_ERRORS.get(kind, RuntimeError)(text)
+    return result
+
+
+_SHARED_ERRORS: dict[str, type[LdalignError]] = {
+    cls.__name__: cls for cls in (InputError, EnvironmentProblem, NumericsError)
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- hashing
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_settings(settings: Any) -> str:
+    """sha256 of a config, dict, list or plain value: equal for equal content, whatever the order of dict keys.
+
+    Raises TypeError for what has no canonical text (a set, an arbitrary object) and ValueError for NaN and infinity.
+    """
+    text = json.dumps(_canonical(settings), sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _canonical(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("settings can only be hashed with text as keys")  # JSON would make 1 and "1" the same key
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"settings can only be hashed as plain values, not {type(value).__name__}")
+
+
+def hash_model_folder(folder: Path) -> str:
+    """sha256 over a model folder's weights, configuration, tokenizer and template (see MODEL_FILES), names included.
+
+    Other files in the folder do not count. A file unchanged since this process last read it is not read again.
+    Raises InputError if there are no weights.
+    """
+    paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise InputError(f"{folder}: not a model folder: it has no .safetensors file")
+    return hash_settings({path.name: _hash_unchanged(path, *_version_of(path)) for path in paths})
+
+
+def _version_of(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_unchanged(path: Path, _size: int, _mtime_ns: int) -> str:
+    return hash_file(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None]) -> bool:
+    """Make the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks call this.
+
+    `parents` names everything the output depends on: hashes of data, template, model and settings, or plain values.
+    `make` runs on all ranks and may write files on each of them (different ones). An error in `make` on one rank ends
+    that rank at once, without waiting for the others, which may be inside a collective operation of theirs.
+
+    Returns True if the stage was made now, False if it was done before. Raises InputError if it was made from other
+    parents or if its files are not what the manifest says; EnvironmentProblem if it cannot be written.
+    """
+    parents = dict(parents)
+    partial = folder.with_name(folder.name + PARTIAL)
+    if on_rank0(lambda: _prepare(folder, partial, parents)):
+        return False
+    with _writing(folder):
+        make(partial)
+    distributed.barrier()  # every rank's files are written
+    on_rank0(lambda: _finish(folder, partial, parents))
+    return True
+
+
+def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> bool:
+    """Whether the stage is done; if not, an empty temporary folder is ready and a dead run's leftover is gone."""
+    with _writing(folder):
+        if partial.exists():
+            log.info("%s: left over from a run that was cut short; made again", partial)
+            shutil.rmtree(partial)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            check_stage(folder, parents)
+            return True
+        partial.mkdir(parents=True)
+    return False
+
+
+def check_stage(folder: Path, parents: Parents | None = None) -> None:
+    """Check a finished stage: its files against its manifest and, if given, its parents.
+
+    Raises InputError naming the damaged file, or each parent that differs with its old and its new value.
+    """
+    manifest = _read_manifest(folder)
+    if parents is not None:
+        _compare_parents(folder, manifest["parents"], json.loads(json.dumps(dict(parents), allow_nan=False)))
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        again = f"delete {folder} to make it again"
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though {MANIFEST} lists it; {again}")
+        if path.stat().st_size != expected["size"]:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; {again}")
+        if hash_file(path) != expected["sha256"]:
+            raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
+
+
+def _compare_parents(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    missing = object()
+    differing = [
+        f"{key} was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+    if differing:
+        raise InputError(
+            f"{folder / MANIFEST}: made from something else: {', '.join(differing)}; "
+            f"use a new run folder (run=NAME), or delete {folder} to make it again"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["parents"], dict):
+            raise TypeError
+        for name, expected in manifest["files"].items():
+            if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError
+    except FileNotFoundError:
+        raise InputError(f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: not a readable manifest; delete {folder} to make it again") from None
+    return manifest
+
+
+def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> None:
+    """Sync everything, write the manifest last, and give the stage its name."""
+    with _writing(folder):
+        files = {}
+        for path in _files(partial):
+            _sync(path)
+            name = path.relative_to(partial).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for inner in (path for path in partial.rglob("*") if path.is_dir()):
+            _sync(inner)
+        manifest = {"parents": parents, "files": files}
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        partial.rename(folder)
+        _sync(folder.parent)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted. A stage is plain files: a link is an assertion error."""
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    for path in paths:
+        assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
+        assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
+    return paths
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
+    temporary = path.with_name(path.name + PARTIAL)
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file, or a folder: the latter puts the names in it on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an EnvironmentProblem that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        raise EnvironmentProblem(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+
+
+# -------------------------------------------------------------------------------------------------------- run folder
+
+
+class RunFolder:
+    """The folder of one run: made if absent, locked while in use, holding config.yaml and environment.json.
+
+    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing. The lock is the
+    kernel's (flock), so it ends with the process that holds it, however that dies; the file `lock` says whose it is.
+
+    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem if it cannot be
+    written or another live process has it.
+    """
+
+    def __init__(self, path: Path, config_yaml: str) -> None:
+        self.path = path
+        self._config_yaml = config_yaml
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        on_rank0(self._open)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer has a name.
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    def stage(self, name: str, parents: Parents, make: Callable[[Path], None]) -> bool:
+        """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run."""
+        return run_stage(self.path / name, parents, make)
+
+    def _open(self) -> None:
+        with _writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()) and not (self.path / "lock").exists():
+                raise InputError(f"{self.path}: holds something that is no run; give a new or empty folder (run=NAME)")
+            self._take_lock()
+            write_text(self.path / "config.yaml", self._config_yaml)
+            write_text(self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n")
+
+    def _take_lock(self) -> None:
+        file = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise EnvironmentProblem(
+                f"{self.path / 'lock'}: this run is in use by {holder}; wait for it, or give another folder (run=NAME)"
+            ) from None
+        except OSError as error:  # some network file systems
+            log.warning("%s: this file system has no locks (%s): start no second run here", self.path, error.strerror)
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        file.flush()
+        self._lock = file

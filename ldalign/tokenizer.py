@@ -1,0 +1,480 @@
+"""Tokenizer, chat template, and the one function that turns a conversation into prompt and response ids.
+
+``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template, in the sandbox and with the settings of
+transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two things are stricter:
+
+- Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters encoded as text; only
+  the template itself writes control tokens.
+- The ids begin with exactly one BOS whenever the model uses one, also if the template leaves it out (Zephyr's does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from ldalign.errors import InputError
+
+if TYPE_CHECKING:
+    from ldalign.data import Message, Row
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+COPIED_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+# Stand-ins put into rendered text: a nonce of this process, which no input can know, between private-use characters.
+_NONCE = secrets.token_hex(8)
+_CONTROL = f"\ue000{_NONCE}:%d\ue001"  # control token number %d, written by the template
+_QUOTED = f"\ue002{_NONCE}:%d\ue003"  # the same characters inside a message: plain text
+_QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
+
+
+class PairIds(NamedTuple):
+    """Token ids of one row: ``prompt`` ends where generation starts; ``response`` ends with its one end token."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class Tokenizer:
+    """The tokenizer and chat template of one model folder; made by :func:`load_tokenizer`.
+
+    folder: Path. bos_id: the BOS that every prompt starts with, None if the model uses none. end_ids: every declared
+    end token (generation_config.json, config.json, tokenizer_config.json, in this order). template: the chat template,
+    "" if there is none. template_hash: its sha256, hex. vocab_size: highest token id + 1.
+    """
+
+    def __init__(self, folder: Path, template: str | None = None) -> None:
+        self.folder = Path(folder)
+        settings = _settings(self.folder)
+        self.template = _template(self.folder, settings) if template is None else template
+        self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
+        self._compiled = _compile(self.template, self.folder)
+        self._names = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name))) is not None}
+
+        description = _tokenizer_json(self.folder, settings)
+        self._plain = _backend(description, self.folder)  # decodes
+        self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.bos_id = self._named_id("bos_token")
+        self.end_ids = self._declared_ends()
+        self._starts_with_bos = self._adds_bos(settings)
+        self._check_size()
+
+        self._control = self._control_tokens(description["added_tokens"])
+        self._number = {token: i for i, token in enumerate(self._control)}
+        self._control_pattern = re.compile("|".join(map(re.escape, self._control)) or "(?!)")  # (?!) never matches
+        self._literal, self._real_id = self._make_literal(description)  # encodes
+        self._forbidden = set(self._real_id.values()) - {self._unknown_id()}
+        self._generation_prompt_checked = False
+
+    # ------------------------------------------------------------------------------------------ text and ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS or EOS is added, and special tokens' text stays text."""
+        ids = self._literal.encode(text, add_special_tokens=False).ids
+        if not self._forbidden.isdisjoint(ids):  # possible for Unigram vocabularies, which hold "</s>" as a piece
+            token = self._plain.id_to_token(next(i for i in ids if i in self._forbidden))
+            raise InputError(f"{self.folder}: the tokenizer turns ordinary text into the control token {token!r}")
+        return [self._real_id.get(i, i) for i in ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``."""
+        return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    # ------------------------------------------------------------------------------------------ conversations
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it; InputError when the template refuses or fails."""
+        if self._compiled is None:
+            raise InputError(f"{self.folder}: has no chat template (chat_template.jinja or tokenizer_config.json)")
+        try:
+            return self._compiled.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
+            )
+        except jinja2.sandbox.SecurityError as error:
+            raise InputError(f"{self.folder}: chat template: SecurityError: {error}") from error
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise InputError(f"{self.folder}: chat template: {type(error).__name__}: {error}") from error
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of ``messages`` up to where the assistant's answer begins; one BOS if the model uses one."""
+        self._check_generation_prompt()
+        return self._chat_ids(messages, add_generation_prompt=True)
+
+    def pair_ids(self, row: Row) -> PairIds:
+        """Prompt and response ids of ``row`` (design section 2).
+
+        The response is what the whole conversation adds to the prompt, cut right after its first end token.
+        Raises InputError if the prompt's ids are not a prefix of the whole, or the template writes no end token.
+        """
+        prompt = self.prompt_ids(row.history)
+        whole = self._chat_ids([*row.history, {"role": "assistant", "content": row.response}], False)
+        start = f"{row.where}: " if row.where else ""
+        if whole[: len(prompt)] != prompt:
+            raise InputError(start + self._difference(prompt, whole))
+        response = whole[len(prompt) :]
+        for position, token in enumerate(response):
+            if token in self.end_ids:
+                return PairIds(prompt, response[: position + 1])
+        raise InputError(
+            f"{start}the chat template of {self.folder} ends an answer without an end token "
+            f"({', '.join(map(self._show, self.end_ids))}); add the id it does write to eos_token_id in "
+            "generation_config.json"
+        )
+
+    def _chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """Ids of the rendered conversation, in one encoding: what the template writes as control, the rest as text."""
+        text = self.render([self._quote(message) for message in messages], add_generation_prompt)
+        text = self._control_pattern.sub(lambda match: _CONTROL % self._number[match[0]], text)
+        text = _QUOTED_PATTERN.sub(lambda match: self._control[int(match[1])], text)
+        ids = self.encode(text)
+        if self._starts_with_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
+            raise InputError(f"{self.folder}: chat template: begins with two {self._show(self.bos_id)}")
+        return ids
+
+    def _quote(self, message: Message) -> dict[str, str]:
+        quoted = {}
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise InputError(f"message {key!r} is {type(value).__name__}; expected text")
+            quoted[key] = self._control_pattern.sub(lambda match: _QUOTED % self._number[match[0]], value)
+        return quoted
+
+    def _difference(self, prompt: list[int], whole: list[int]) -> str:
+        at = 0
+        while at < min(len(prompt), len(whole)) and prompt[at] == whole[at]:
+            at += 1
+        in_prompt = self._show(prompt[at]) if at < len(prompt) else "nothing"
+        in_whole = self._show(whole[at]) if at < len(whole) else "nothing"
+        return (
+            f"the prompt's tokens are not how prompt + answer begins: token {at} is {in_prompt} in the prompt, "
+            f"{in_whole} in the whole; does the answer start with white space, or does the chat template rewrite "
+            "earlier turns?"
+        )
+
+    def _show(self, token: int) -> str:
+        return f"{token} {self._plain.id_to_token(token)!r}"
+
+    def _check_generation_prompt(self) -> None:
+        """Once: the template must write the assistant's header as part of the prompt, or the policy has to say it."""
+        if self._generation_prompt_checked:
+            return
+        self._generation_prompt_checked = True
+        question, answer = {"role": "user", "content": "Probe?"}, {"role": "assistant", "content": "Ldalignprobe"}
+        try:
+            prompt, whole = self.render([question], True), self.render([question, answer])
+        except InputError:
+            return  # a template may demand more than one user turn; the row itself will tell
+        if not whole.startswith(prompt) or answer["content"] not in whole[len(prompt) :]:
+            return
+        lead = whole[len(prompt) :].split(answer["content"])[0]
+        if "assistant" in lead.lower() or self._control_pattern.search(lead):
+            raise InputError(
+                f"{self.folder}: chat template: has no generation prompt: with add_generation_prompt the prompt must "
+                f"end where the answer begins, but {lead!r} comes between"
+            )
+
+    # ------------------------------------------------------------------------------------------ set-up
+
+    def _named_id(self, name: str) -> int | None:
+        text = self._names.get(name)
+        if text is None:
+            return None
+        token = self._plain.token_to_id(text)
+        if token is None:
+            raise InputError(f"{self.folder}/tokenizer_config.json: {name} {text!r} is not in the vocabulary")
+        return token
+
+    def _declared_ends(self) -> tuple[int, ...]:
+        ends: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            value = _read_json(self.folder / name, missing={}).get("eos_token_id")
+            for token in value if isinstance(value, list) else [value]:
+                if token is None:
+                    continue
+                if isinstance(token, bool) or not isinstance(token, int) or self._plain.id_to_token(token) is None:
+                    raise InputError(f"{self.folder}/{name}: eos_token_id {token!r} is not a token of tokenizer.json")
+                ends.append(token)
+        eos = self._named_id("eos_token")
+        ends += [] if eos is None else [eos]
+        if not ends:
+            raise InputError(
+                f"{self.folder}: no end token is declared; set eos_token_id in generation_config.json or eos_token in "
+                "tokenizer_config.json"
+            )
+        return tuple(dict.fromkeys(ends))
+
+    def _adds_bos(self, settings: dict[str, Any]) -> bool:
+        """Whether the model wants a BOS before every text: ``add_bos_token``, else what tokenizer.json does."""
+        if self.bos_id is None:
+            return False
+        if isinstance(settings.get("add_bos_token"), bool):
+            return settings["add_bos_token"]
+        return self._plain.encode("a").ids[:1] == [self.bos_id]
+
+    def _check_size(self) -> None:
+        rows = _read_json(self.folder / "config.json", missing={}).get("vocab_size")
+        if isinstance(rows, int) and rows < self.vocab_size:
+            raise InputError(
+                f"{self.folder}/tokenizer.json: token ids go up to {self.vocab_size - 1}, but config.json has "
+                f"vocab_size {rows}: the embedding has no row for them"
+            )
+
+    def _control_tokens(self, added_tokens: list[dict[str, Any]]) -> list[str]:
+        """Added tokens that only the template may write: special ones, end tokens, role headers. Longest first."""
+        prompt = self._probe_prompt()
+        control = []
+        for token in added_tokens:
+            is_header = token["content"].strip() and token["content"] in prompt  # Gemma's "\n" is just text
+            if token["special"] or token["id"] in self.end_ids or is_header:
+                control.append(token["content"])
+        return sorted(control, key=len, reverse=True)  # the longest match first, as tokenizers does
+
+    def _probe_prompt(self) -> str:
+        """A prompt without any content: it shows the tokens, special or not, that the template uses for roles."""
+        if self._compiled is None:
+            return ""
+        probe = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
+        for messages in (probe, probe[1:]):
+            try:
+                return self.render(messages, add_generation_prompt=True)
+            except InputError:
+                continue  # some templates take no system turn; if both fail, rendering a row will say why
+        return ""
+
+    def _make_literal(self, description: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer that reads control tokens as text and their stand-ins as control; the stand-ins' real ids.
+
+        One encoding of the whole text keeps everything that depends on neighbours as it was: which segments get a
+        SentencePiece space, and what a token with ``lstrip`` swallows.
+        """
+        flags = {token["content"]: token for token in description["added_tokens"] if token["content"] in self._control}
+        tokens = [
+            {**token, "special": token["special"] or token["content"] in flags} for token in description["added_tokens"]
+        ]
+        literal = _backend({**description, "added_tokens": tokens}, self.folder)
+        real_id: dict[int, int] = {}
+        for number, text in enumerate(self._control):
+            options = {key: flags[text][key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
+            stand_in = _CONTROL % number
+            literal.add_tokens([tokenizers.AddedToken(stand_in, special=False, **options)])
+            stand_in_id = literal.token_to_id(stand_in)
+            assert stand_in_id is not None
+            real_id[stand_in_id] = flags[text]["id"]
+        literal.encode_special_tokens = True
+        return literal, real_id
+
+    def _unknown_id(self) -> int | None:
+        """The id the model itself gives to what it cannot spell; often marked special."""
+        unknown = getattr(self._plain.model, "unk_token", None)
+        return self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
+
+
+def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    ``template``: the text of a chat template to use instead of the folder's (chat_template.jinja, else the
+    chat_template of tokenizer_config.json). Raises InputError for missing, broken or contradicting files.
+    """
+    return Tokenizer(Path(folder), template)
+
+
+def save_tokenizer_files(source: str | Path, folder: str | Path, template: str | None = None) -> None:
+    """Copy what turns text into ids and back from model folder ``source`` into ``folder``.
+
+    The chat template (``template`` if given) is written as chat_template.jinja *and* into tokenizer_config.json:
+    servers old and new find it. generation_config.json names every declared end id, so that all of them stop.
+    """
+    source, folder = Path(source), Path(folder)
+    tokenizer = load_tokenizer(source, template)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+    settings = _read_json(source / "tokenizer_config.json", missing={})
+    settings.pop("auto_map", None)  # would ask the reader to import code
+    if tokenizer.template:
+        settings["chat_template"] = tokenizer.template
+        (folder / "chat_template.jinja").write_bytes(tokenizer.template.encode("utf-8"))
+    _write_json(folder / "tokenizer_config.json", settings)
+    generation = _read_json(source / "generation_config.json", missing={})
+    ends = list(tokenizer.end_ids)
+    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    _write_json(folder / "generation_config.json", generation)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, completed by the older special_tokens_map.json."""
+    settings = _read_json(folder / "tokenizer_config.json", missing={})
+    for name, value in _read_json(folder / "special_tokens_map.json", missing={}).items():
+        if settings.get(name) is None:
+            settings[name] = value
+    return settings
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates by name: [{"name": "default", "template": ...}, ...]
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected text")
+    return template or ""
+
+
+def _tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with truncation and padding off and every token declared elsewhere among its added tokens."""
+    path = folder / "tokenizer.json"
+    description = _read_json(path)
+    model = description.get("model")
+    if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
+        raise InputError(f"{path}: is not a tokenizer of the tokenizers library; save the model with transformers")
+    description["truncation"] = description["padding"] = None
+    try:
+        description["added_tokens"] = _all_added_tokens(description, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: an added token (here or in tokenizer_config.json) is malformed: {error}") from error
+    return description
+
+
+def _all_added_tokens(description: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    added = {
+        token["content"]: _added_token(token["content"], token["id"], token)
+        for token in description.get("added_tokens") or []
+    }
+    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+        if entry["content"] not in added:
+            added[entry["content"]] = _added_token(entry["content"], int(number), entry)
+    vocabulary = description["model"].get("vocab")
+    known = vocabulary if isinstance(vocabulary, dict) else {}
+    for name in NAMED_TOKENS:  # transformers makes each of these a special token
+        text = _token_text(settings.get(name))
+        if text is None:
+            continue
+        if text in added:
+            added[text]["special"] = True
+        elif text in known:
+            added[text] = _added_token(text, known[text], {"special": True})
+    return sorted(added.values(), key=lambda token: token["id"])
+
+
+def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str, Any]:
+    keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": token_id, "content": content, **{key: bool(flags.get(key, False)) for key in keys}}
+
+
+def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{folder}/tokenizer.json: {error}") from error
+    for token in description["added_tokens"]:
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise InputError(f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id {token['id']}")
+    return backend
+
+
+def _token_text(value: Any) -> str | None:
+    """A token as the config files write it: text, or an object with ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in ``path``; ``missing`` if there is no such file and a default is given."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if missing is not None:
+            return dict(missing)
+        raise InputError(f"{path}: is missing; expected a model folder with tokenizer files") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- jinja2
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox of transformers, except that a forbidden attribute is an error at once, not an empty text."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__} is unsafe")
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012 - the interface of jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str, folder: Path) -> jinja2.Template | None:
+    if not template:
+        return None
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except Exception as error:  # syntax errors, and whatever constant folding runs into
+        raise InputError(f"{folder}: chat template: {type(error).__name__}: {error}") from error
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Plain JSON: jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,231 @@
+"""The training loop, the only one: pairs in, policy weights out.
+
+SFT, SPIN and LD-Align differ in their pairs alone (a missing loser, weights of 1, weights from latent distances). One
+model is held: the reference's log-probs are on the pairs. The loss is a sum divided once, by a count fixed for the
+global batch: pairs, or response tokens for SFT.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldalign import distributed, ops
+from ldalign.batches import Batch, Pair, count_steps, deal, global_batches
+from ldalign.errors import NumericsError
+from ldalign.metrics import Mean, MetricsLog, peak_memory_gib
+from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
+from ldalign.weights import LanguageModel
+
+LN2 = math.log(2.0)
+# How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's log-probs were summed in
+# batches of another shape, and a bf16 product depends on it. A wrong reference misses by far more.
+STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+PROBED_TOKENS = 64  # entropy and token accuracy need logits: they are measured on this many tokens a micro-batch
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training stage needs to know. Lengths of schedules follow from epochs and the number of pairs."""
+
+    epochs: int
+    global_batch: int  # pairs (rows, for SFT) an optimizer step, over all ranks and micro-batches
+    micro_tokens: int  # token budget of one micro-batch on one rank
+    learning_rate: float  # peak
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    schedule: Schedule = "linear"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    beta: float = 0.1
+    checkpointing: bool = False
+    max_steps: int | None = None  # stop early; the schedule still spans all epochs
+
+
+def train(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    settings: TrainSettings,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    stage: str,
+    metrics_path: Path | None = None,
+    step0_is_reference: bool = True,
+) -> dict[str, float]:
+    """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last epoch, averaged.
+
+    All pairs have a loser, or none has (SFT). The model is sharded over all ranks on return
+    (`distributed.full_state` gathers it). Raises NumericsError, naming rows, on a non-finite loss or gradient before
+    the weights are touched, and where step 0 does not start at ln 2 although policy and reference are the same.
+    """
+    if not pairs:
+        raise ValueError("train: no pairs")
+    preference = pairs[0].generated is not None
+    for block in model.blocks:
+        block.checkpoint_activations = settings.checkpointing
+    distributed.shard(model, model.blocks, compute_dtype, device)
+    model.train()  # no dropout in either architecture: this only marks the state
+    optimizer = make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+    steps = count_steps(len(pairs), settings.global_batch, settings.epochs)
+    stop = min(steps, settings.max_steps or steps)
+    metrics_log = MetricsLog(metrics_path, stage)
+    last_epoch: dict[str, list[float]] = {}
+    tokens_done = 0
+    for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, settings.epochs, seed)):
+        if step == stop:
+            break
+        began = time.perf_counter()
+        batch = [pairs[i] for i in indices]
+        mean = Mean()
+        loss = accumulate_gradients(model, batch, settings, mean, device, preference)
+        norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
+        _check(loss, norm, batch, stage, step)
+        factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        means = mean.reduce(device)
+        if step == 0 and preference and step0_is_reference:
+            _check_step0(means["loss/unweighted"], compute_dtype, stage)
+        seconds = time.perf_counter() - began
+        tokens = sum(pair.tokens for pair in batch)
+        tokens_done += tokens
+        in_epoch = steps // settings.epochs
+        record = {
+            "global_step": step + 1, "epoch": epoch + (step % in_epoch + 1) / in_epoch,
+            "learning_rate": settings.learning_rate * factor, "loss": loss, "grad_norm": float(norm), **means,
+            "num_tokens": tokens_done, "tokens_per_second": tokens / seconds, "time/step": seconds,
+            "memory/peak_gib": peak_memory_gib(device),
+        }  # fmt: skip
+        metrics_log.write(record, _line(record, stop))
+        for name, value in {"loss": loss, **means}.items():
+            if epoch == settings.epochs - 1 or settings.max_steps:
+                last_epoch.setdefault(name, []).append(value)
+    model.eval()
+    return {name: sum(values) / len(values) for name, values in last_epoch.items()} | {
+        "tokens": tokens_done,
+        "steps": stop,
+    }
+
+
+def accumulate_gradients(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    settings: TrainSettings,
+    mean: Mean,
+    device: torch.device,
+    preference: bool,
+) -> float:
+    """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss, over all ranks."""
+    divisor = len(pairs) if preference else sum(len(pair.real) for pair in pairs)
+    plan = deal([pair.tokens for pair in pairs], distributed.world_size(), settings.micro_tokens)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    micros = plan[distributed.rank()]
+    for i, micro in enumerate(micros):
+        distributed.last_micro(model, i == len(micros) - 1)
+        # An empty micro-batch takes part in the collectives with a row that counts for nothing.
+        batch = Batch.pack([pairs[j] for j in micro] or [pairs[0]], device)
+        mean.muted = not micro
+        logps = probed_logprobs(model, batch, mean)
+        loss = (_dpo if preference else _sft)(batch, logps, settings.beta, mean) * (1.0 / divisor if micro else 0.0)
+        loss.backward()
+        total_loss += loss.detach().double()
+    return float(distributed.total(total_loss))
+
+
+def _sft(batch: Batch, logps: Tensor, beta: float, mean: Mean) -> Tensor:
+    """Negative log-likelihood of the response tokens, summed."""
+    mean.add("nll", -logps)
+    mean.add("len/chosen", torch.tensor(batch.lengths, dtype=torch.float64))
+    return -logps.sum()
+
+
+def _dpo(batch: Batch, logps: Tensor, beta: float, mean: Mean) -> Tensor:
+    """The weighted DPO loss of the batch's pairs, summed (`ops.weighted_dpo_loss`)."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logps.device)
+
+    pairs = batch.pairs
+    real, generated = batch.split(ops.segment_sum(logps, batch.lengths))
+    ref_real, ref_generated = column([p.ref_real for p in pairs]), column([p.ref_generated for p in pairs])
+    weight = column([p.weight for p in pairs])
+    loss, metrics = ops.weighted_dpo_loss(real, generated, ref_real, ref_generated, weight, beta)
+    mean.add("loss/unweighted", metrics.pop("loss"))
+    for name, values in metrics.items():
+        mean.add(name, values)
+    mean.add("logps/chosen", real)
+    mean.add("logps/rejected", generated)
+    mean.add("logps/ref_chosen", ref_real)
+    mean.add("logps/ref_rejected", ref_generated)
+    mean.add("weight/mean", weight)
+    mean.add("len/chosen", column([len(p.real) for p in pairs]))
+    mean.add("len/rejected", column([len(p.generated or ()) for p in pairs]))
+    return loss
+
+
+def probed_logprobs(model: LanguageModel, batch: Batch, mean: Mean) -> Tensor:
+    """`batches.token_logprobs`, and on the way the metrics that need more than log-probs.
+
+    logits/chosen and logits/rejected are exact means over response tokens and vocabulary (the mean logit is the hidden
+    state times the mean row of W). entropy and mean_token_accuracy are those of PROBED_TOKENS tokens spread evenly.
+    """
+    rows, targets = batch.rows, batch.targets
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden = hidden.index_select(0, rows)
+        with torch.no_grad():
+            _probe(hidden, weight, targets, batch, mean)
+        return ops.linear_logprob(hidden, weight, targets)
+
+    out = model(batch.ids, batch.layout, head)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: Mean) -> None:
+    mean_logit = (hidden @ weight.mean(0)).float()
+    sums = ops.segment_sum(mean_logit, batch.lengths)
+    sides = 1 if batch.pairs[0].generated is None else 2
+    for side, name in enumerate(("logits/chosen", "logits/rejected")[:sides]):
+        mean.add(name, sums[side::sides].sum(), sum(batch.lengths[side::sides]))
+    picked = torch.linspace(0, len(targets) - 1, min(PROBED_TOKENS, len(targets)), device=targets.device).long()
+    logp = (hidden[picked] @ weight.T).float().log_softmax(-1)
+    mean.add("entropy", -(logp.exp() * logp).sum(-1))
+    mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
+
+
+def _check(loss: float, norm: Tensor, batch: Sequence[Pair], stage: str, step: int) -> None:
+    if math.isfinite(loss) and bool(torch.isfinite(norm)):
+        return
+    rows = ", ".join(pair.id for pair in batch[:5])
+    raise NumericsError(
+        f"{stage}: step {step + 1}: loss {loss}, gradient norm {float(norm)}; the weights were not changed. "
+        f"Rows of the batch: {rows}{', ...' if len(batch) > 5 else ''}. Lower learning_rate or look at these rows"
+    )
+
+
+def _check_step0(loss: float, dtype: torch.dtype, stage: str) -> None:
+    if abs(loss - LN2) > STEP0_TOLERANCE[dtype]:
+        raise NumericsError(
+            f"{stage}: the unweighted loss of step 0 is {loss:.5f}, not ln 2 = {LN2:.5f}: the cached reference "
+            "log-probs are not those of the start policy; delete the reference stage of this iteration and run again"
+        )
+
+
+def _line(record: dict[str, float], steps: int) -> str:
+    shown: list[tuple[str, Callable[[float], str]]] = [
+        ("loss", "{:.4f}".format), ("nll", "{:.4f}".format), ("rewards/margins", "{:+.4f}".format),
+        ("rewards/accuracies", "{:.2f}".format), ("grad_norm", "{:.2f}".format), ("learning_rate", "{:.1e}".format),
+        ("tokens_per_second", "{:.0f}".format),
+    ]  # fmt: skip
+    parts = [f"{name.split('/')[-1]} {form(record[name])}" for name, form in shown if name in record]
+    return f"step {record['global_step']}/{steps}  " + "  ".join(parts)

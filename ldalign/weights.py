@@ -1,0 +1,387 @@
+"""Model folders in and out: Hugging Face layout, safetensors only, every name, shape and value checked.
+
+Reading: config.json names the architecture; `model.safetensors`, or the shards that `model.safetensors.index.json`
+lists. Writing: bf16 by default, a tied head once, shards of at most 5 GB; what is written loads unchanged in
+transformers and vLLM. No pickle is ever read, and an index can name no file outside its folder.
+
+Files are read, not mapped: mapped pages would count as a second model in memory, and a file cut short under a mapping
+kills the process.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldalign.errors import InputError, NumericsError
+from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
+from ldalign.mistral import Mistral, MistralConfig
+from ldalign.tokenizer import save_tokenizer_files
+
+LanguageModel = Mistral | GPT2
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")  # what `write_weights` calls its own
+SHARD_BYTES = 5 * 10**9
+READ_BYTES = 4 * 2**20  # tensors are read, cast and checked in pieces of this size
+HEADER_BYTES = 10**7  # a hundred times the largest real one; parsed, a hostile header takes many times its size
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, as the file's header describes it."""
+
+    path: Path
+    name: str
+    dtype: str  # safetensors' name, F32 for float32
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first axis."""
+        return max(1, math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize)
+
+    @property
+    def where(self) -> str:
+        """How errors name it."""
+        return f"{self.path}: tensor {self.name}"
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder. Raises InputError when it is missing, broken or asks to run code."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: not found; a model folder needs a config.json (Hugging Face layout)")
+    raw = _read_json(path)
+    if "auto_map" in raw:
+        raise InputError(f"{path}: auto_map asks to run code from the model folder; ldalign runs none")
+    return raw
+
+
+def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
+    """The model that a parsed config.json describes, its weights not yet there (meta device)."""
+    kind = raw.get("model_type")
+    with torch.device("meta"):
+        if kind in ("mistral", "llama"):
+            return Mistral(MistralConfig.from_json(dict(raw), where))
+        if kind == "gpt2":
+            return GPT2(GPT2Config.from_json(dict(raw), where))
+    raise InputError(f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 are")
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The model of a folder, with its weights in `dtype` on `device`, in `eval` mode.
+
+    Peak memory is the model's size in `dtype` and a few READ_BYTES.
+    Raises InputError naming the file and the tensor: missing, extra, misshaped, not finite, or stored as a pickle.
+    """
+    folder = Path(folder)
+    model = build(read_config(folder), str(folder / "config.json"))
+    stored = _match(model, stored_tensors(folder), folder)
+    state: dict[str, Tensor] = {}
+    buffer = _buffer(*stored.values())
+    # In the order they lie on the disk, which a spinning or networked one rewards.
+    for name, source in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
+        turned = _turned(model, name)
+        shape = source.shape[::-1] if turned else source.shape
+        state[name] = torch.empty(shape, dtype=dtype, device=device)
+        _fill(state[name].T if turned else state[name], source, buffer)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def check_model(folder: str | Path) -> LanguageModel:
+    """The model of a folder without its weights (meta device), every tensor's name and shape checked in the headers.
+
+    Raises InputError as `load_model` does; values are not read.
+    """
+    folder = Path(folder)
+    model = build(read_config(folder), str(folder / "config.json"))
+    _match(model, stored_tensors(folder), folder)
+    return model
+
+
+def save_model(
+    model: LanguageModel,
+    folder: str | Path,
+    source: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a model folder: weights in `dtype`, config.json of `source` with that dtype, and its tokenizer files.
+
+    state: the full tensors by name where the model's own are sharded; `model.state_dict()` by default.
+    """
+    folder, source = Path(folder), Path(source)
+    where = str(source / "config.json")
+    raw = read_config(source)
+    raw.pop("torch_dtype", None)  # the older name of the same key
+    raw["dtype"] = DTYPE_NAMES[dtype]
+    raw["tie_word_embeddings"] = isinstance(model, GPT2) or model.config.tie_word_embeddings
+    if build(raw, where).config != model.config:
+        raise InputError(f"{where}: describes another network than the one to be saved; give its own source folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(state if state is not None else model.state_dict(), folder, dtype, isinstance(model, GPT2))
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer_files(source, folder)
+
+
+def write_weights(
+    state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, gpt2: bool, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """state as `model.safetensors`, or as shards with an index where it is larger than `shard_bytes`.
+
+    Older weights of the same folder go, so that no loader can pick them up. Casts one shard at a time.
+    Raises NumericsError for NaN and Inf, which no loader would take back.
+    """
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in state.items():
+        nbytes = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    files = [SINGLE] if len(shards) == 1 else [_shard_file(i, len(shards)) for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        cast = {name: state[name].detach().to("cpu", dtype) for name in names}
+        for name, tensor in cast.items():
+            if not _finite(tensor):
+                raise NumericsError(
+                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not saved"
+                )
+        turned = {name: t.T if gpt2 and name.endswith(TRANSPOSED) else t for name, t in cast.items()}
+        save_file({name: t.contiguous() for name, t in turned.items()}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files.append(INDEX)
+    for path in folder.iterdir():
+        if path.name not in files and (path.name in (SINGLE, INDEX) or SHARD.fullmatch(path.name)):
+            path.unlink()
+
+
+def _shard_file(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model folder by name, from the files' own headers; nothing else of the files is read.
+
+    Raises InputError: no safetensors, a shard missing, damaged or outside the folder, one tensor in two shards, an
+    index that says otherwise than the headers.
+    """
+    files, weight_map = _weight_files(folder)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        path = folder / file
+        if not _inside(path, folder):
+            raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
+        if not path.is_file():
+            raise InputError(f"{path}: shard not found, but {INDEX} names it; download the model again")
+        for name, stored in read_header(path).items():
+            if name in tensors:
+                raise InputError(f"{stored.where} is in {tensors[name].path.name} too; one of the shards is stale")
+            tensors[name] = stored
+    held = {name: stored.path.name for name, stored in tensors.items()}
+    if weight_map is not None and held != weight_map:
+        odd = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
+        raise InputError(f"{folder / INDEX}: disagrees with the shards about {_first(odd)}; download the model again")
+    return tensors
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The names of the files that hold the weights, and the index's tensor name -> file name where there is one."""
+    single, index = (folder / SINGLE).is_file(), folder / INDEX
+    if not index.is_file():
+        if single:
+            return [SINGLE], None
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        found = f"only pickles ({_first(pickles, 3)}), which can run code" if pickles else "no weights"
+        raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
+    if not _inside(index, folder):
+        raise InputError(f"{index}: is a link out of the model folder; put the file itself there")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: no weight_map from tensor names to file names; download the file again")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise InputError(f"{index}: shard {file!r} is not a plain safetensors file name inside the folder")
+    if single and SINGLE not in files:
+        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+    return files, weight_map
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file. Raises InputError where the header or the file's size is wrong."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_BYTES):
+            raise InputError(
+                f"{path}: not a whole safetensors file: its header should take {length} bytes, the file has {size}; "
+                "download it again"
+            )
+        header = _parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    try:
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != expected:
+            raise InputError(f"{path}: {expected} bytes expected, {size} found; download it again")
+        with safe_open(path, framework="pt"):  # the library's own check: gaps, overlaps, sizes against shapes
+            pass
+        return {
+            name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except (SafetensorError, OSError, TypeError, KeyError, IndexError) as broken:
+        raise InputError(f"{path}: broken safetensors header ({broken!r}); download it again") from None
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    # A hub's cache links every file to a blob of the same model: such links are followed, there alone.
+    target, root = path.resolve(), folder.resolve()
+    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(root.parents[1]))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse_json(path.read_bytes(), path)
+
+
+def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError for anything else, and for a key given twice, of which one would be lost."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        return found
+
+    try:
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as broken:
+        raise InputError(f"{path}: not valid JSON ({broken}); download it again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
+    """Parameter name -> its stored tensor. Raises InputError for what does not fit, before any is read."""
+    wanted = {name: p.shape[::-1] if _turned(model, name) else p.shape for name, p in model.named_parameters()}
+    stored: dict[str, Stored] = {}
+    for theirs, tensor in tensors.items():
+        ours = _our_name(model, theirs)
+        if ours in stored:
+            raise InputError(f"{tensor.where} is the same weight as {stored[ours].name}; keep one of them")
+        if ours is not None:
+            stored[ours] = tensor
+    head = stored.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
+    problems = []
+    for word, names in (("missing", wanted.keys() - stored.keys()), ("extra", stored.keys() - wanted.keys())):
+        if names:
+            problems.append(f"{len(names)} {word} ({_first(sorted(names))})")
+    odd = [t for name, t in stored.items() if name in wanted and (t.shape != wanted[name] or t.dtype not in FLOATS)]
+    if odd:
+        first = [f"{t.name} {t.dtype} {list(t.shape)} in {t.path.name}" for t in odd]
+        needs = list(wanted[_our_name(model, odd[0].name) or ""])
+        problems.append(f"{len(odd)} of wrong shape or dtype ({_first(first)}; the first should be a float {needs})")
+    if problems:
+        raise InputError(f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right config?")
+    if head is not None:
+        embedding = stored["transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"]
+        if not _same(head, embedding):
+            raise InputError(
+                f"{head.where} differs from {embedding.name}, but config.json ties them; is tie_word_embeddings right?"
+            )
+    return stored
+
+
+def _turned(model: LanguageModel, name: str) -> bool:
+    """Whether files keep this parameter transposed."""
+    return isinstance(model, GPT2) and name.endswith(TRANSPOSED)
+
+
+def _our_name(model: LanguageModel, name: str) -> str | None:
+    """Stored name -> parameter name; None for buffers that are no weights."""
+    if not isinstance(model, GPT2):
+        return None if name.endswith(".rotary_emb.inv_freq") else name
+    if name.endswith((".attn.bias", ".attn.masked_bias")):
+        return None
+    # Files of the bare GPT2Model, the `gpt2` repository's among them, leave the prefix out.
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def _fill(target: Tensor, stored: Stored, buffer: Tensor) -> None:
+    """Reads a tensor into `target` (of its shape; any dtype, strides and device). InputError for NaN and Inf."""
+    for start, piece in _pieces(stored, buffer):
+        part = target[start : start + len(piece)]
+        part.copy_(piece)
+        if not _finite(part):
+            kind = DTYPE_NAMES[part.dtype]
+            raise InputError(f"{stored.where} holds NaN or Inf as {kind}; the file is damaged or the dtype too narrow")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A finite sum proves finite terms at a fifth of the cost of asking each; an infinite one may be mere overflow.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors are equal, bit by bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs = zip(_pieces(a, _buffer(a)), _pieces(b, _buffer(b)), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in pairs)
+
+
+def _buffer(*tensors: Stored) -> Tensor:
+    # One for all tensors: buffers made and freed between the weights leave holes in the heap, half a model of them.
+    return torch.empty(max(READ_BYTES, *(t.row_bytes for t in tensors)), dtype=torch.uint8)
+
+
+def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first row, some rows) of a stored tensor, each piece overwriting the last one in `buffer`."""
+    dtype, rest = FLOATS[stored.dtype], stored.shape[1:]
+    rows = len(buffer) // stored.row_bytes
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.offset)
+        for start in range(0, stored.shape[0], rows):
+            part = buffer[: min(rows, stored.shape[0] - start) * stored.row_bytes]
+            read = 0
+            while read < len(part):  # one call of the system gives 2 GB at most, and may give less than asked for
+                got = file.readinto(part[read:].numpy().data)
+                if not got:
+                    raise InputError(f"{stored.where}: the file ends inside it; it was changed while being read")
+                read += got
+            yield start, part.view(dtype).view(-1, *rest)
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f", ... {len(names) - most} more" if len(names) > most else "")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of weights, a tied head counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,111 @@
+"""Row order, micro-batches and packing: every row once, whatever the split, and no label off by one."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, token_logprobs
+
+
+def orders(seed: int, count: int = 23, size: int = 5, epochs: int = 3) -> list[list[int]]:
+    return [indices.tolist() for _, indices in global_batches(count, size, epochs, seed)]
+
+
+def test_every_row_once_an_epoch_and_a_ragged_last_batch() -> None:
+    steps = list(global_batches(23, 5, 3, seed=1))
+    assert len(steps) == count_steps(23, 5, 3) == 15
+    for epoch in range(3):
+        batches = [indices for e, indices in steps if e == epoch]
+        assert [len(b) for b in batches] == [5, 5, 5, 5, 3]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(23))
+    assert count_steps(20, 5, 2) == 8 and count_steps(1, 5, 2) == 2
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    assert orders(1) == orders(1) != orders(2)
+    assert orders(1, epochs=1) == orders(1)[:5]  # later epochs do not change earlier ones
+    assert orders(1)[:5] != orders(1)[5:10] and orders(1)[0] != [0, 1, 2, 3, 4]
+    flat = [row for batch in orders(1, size=5) for row in batch]
+    assert flat == [row for batch in orders(1, size=7) for row in batch]  # nor does the batch size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 300), min_size=1, max_size=50),
+    ranks=st.integers(1, 8),
+    budget=st.integers(1, 800),
+)
+def test_deal(costs: list[int], ranks: int, budget: int) -> None:
+    plan = deal(costs, ranks, budget)
+    assert len(plan) == ranks
+    assert sorted(i for micros in plan for micro in micros for i in micro) == list(range(len(costs)))
+    assert len({len(micros) for micros in plan}) == 1 and len(plan[0]) >= 1
+    for micros in plan:
+        for micro in micros:
+            assert sum(costs[i] for i in micro) <= budget or len(micro) == 1
+        filled = [bool(micro) for micro in micros]
+        assert filled == sorted(filled, reverse=True)  # empty ones come last
+    loads = [sum(costs[i] for micro in micros for i in micro) for micros in plan]
+    assert max(loads) - min(loads) <= max(costs)
+    assert deal(costs, ranks, budget) == plan
+
+
+@pytest.mark.parametrize("count", range(1, 51))
+def test_deal_every_size(count: int) -> None:
+    """No rank is left without a micro-batch to take part with: it would hang the others."""
+    for ranks in (2, 3, 4):
+        plan = deal([10] * count, ranks, 25)
+        sizes = [sum(map(len, micros)) for micros in plan]
+        assert sum(sizes) == count and max(sizes) - min(sizes) <= 1
+        assert {len(micros) for micros in plan} == {-(-max(sizes) // 2)}
+
+
+def test_pack_by_hand() -> None:
+    """Prompt (7, 8), response (9, 10, 2): token 9 is predicted at 8, 10 at 9, 2 at 10, and nothing at 2."""
+    batch = Batch.pack([Pair("a", [7, 8], [9, 10, 2])])
+    assert batch.ids.tolist() == [7, 8, 9, 10, 2]
+    assert batch.rows.tolist() == [1, 2, 3]
+    assert batch.targets.tolist() == [9, 10, 2]
+    assert batch.lengths == [3] and batch.layout.positions.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_pack_pairs_by_hand() -> None:
+    """The prompt once; the first token of either response is predicted by the prompt's last."""
+    batch = Batch.pack([Pair("a", [7, 8], [9, 2], [3]), Pair("b", [5], [4], [6, 1])])
+    assert batch.ids.tolist() == [7, 8, 9, 2, 3, 5, 4, 6, 1]
+    assert batch.layout.positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2]
+    assert batch.rows.tolist() == [1, 2, 1, 5, 5, 7]
+    assert batch.targets.tolist() == [9, 2, 3, 4, 6, 1]
+    assert batch.lengths == [2, 1, 1, 2]
+    real, generated = batch.split(torch.tensor([10.0, 20.0, 30.0, 40.0]))
+    assert real.tolist() == [10, 30] and generated.tolist() == [20, 40]
+
+
+@pytest.mark.parametrize("pair", [Pair("a", [], [1]), Pair("a", [1], []), Pair("a", [1], [2], [])])
+def test_pack_refuses_an_empty_side(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="row a: needs at least one"):
+        Batch.pack([pair])
+
+
+def test_token_logprobs_of_a_three_token_example_by_hand() -> None:
+    """A bigram model: the hidden state of a token is its one-hot, so the log-prob of t after s is a table's entry."""
+    table = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.6, 0.3, 0.1]]).log()
+
+    def bigram(ids: torch.Tensor, layout: object, head: object) -> torch.Tensor:
+        hidden = torch.nn.functional.one_hot(ids, 3).float()
+        return head(hidden, table.T)  # type: ignore[operator]
+
+    out = token_logprobs(bigram, Batch.pack([Pair("a", [0], [2, 1])]))  # type: ignore[arg-type]
+    assert out.tolist() == pytest.approx([np.log(0.7), np.log(0.3)])  # p(2 | 0), p(1 | 2)
+
+
+@pytest.mark.parametrize("model", [tiny.mistral(), tiny.gpt2()], ids=["mistral", "gpt2"])
+def test_packed_equals_one_by_one(model: torch.nn.Module) -> None:
+    """Sequences of one pack, and the two responses of a pair, do not see each other, and come back in their order."""
+    pairs = tiny.pairs(7)
+    packed = token_logprobs(model, Batch.pack(pairs))  # type: ignore[arg-type]
+    alone = torch.cat([tiny.logps(model, p.prompt, response) for p in pairs for response in p.responses])
+    assert (packed - alone).abs().max() < 1e-4 and packed.std() > 0.1

@@ -1,0 +1,272 @@
+"""Stages and run folders: what is finished stays, what is not is redone, what changed is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ldalign import pipeline
+from ldalign.errors import EnvironmentProblem, InputError
+
+PARENTS = {"data": "d1", "settings": "s1", "beta": 0.1, "seed": 3}
+
+
+def writer(text: str = "hello") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.txt").write_text(text)
+        (folder / "b.bin").write_bytes(b"\x00" * 1000)
+
+    return make
+
+
+def must_not_run(folder: Path) -> None:
+    raise AssertionError("the stage is done already")
+
+
+def test_stage_is_made_once(tmp_path: Path) -> None:
+    stage = tmp_path / "iteration_0" / "policy"
+    assert pipeline.run_stage(stage, PARENTS, writer())
+    assert (stage / "inner" / "a.txt").read_text() == "hello"
+    manifest = json.loads((stage / "manifest.json").read_text())
+    assert manifest["parents"] == PARENTS
+    assert set(manifest["files"]) == {"inner/a.txt", "b.bin"}
+    assert manifest["files"]["b.bin"] == {
+        "size": 1000,
+        "sha256": "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53",  # sha256sum of 1000 zero bytes
+    }
+    assert not pipeline.run_stage(stage, dict(reversed(PARENTS.items())), must_not_run)
+    assert [path.name for path in stage.parent.iterdir()] == ["policy"]
+
+
+def test_error_in_the_middle_leaves_no_stage(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        pipeline.run_stage(tmp_path / "guide", PARENTS, fails)
+    assert not (tmp_path / "guide").exists()
+    assert pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    assert not (tmp_path / "guide" / "half").exists()
+
+
+@pytest.mark.parametrize("moment", ["make", "manifest", "rename"])
+def test_killed_at_any_point_is_redone(tmp_path: Path, moment: str) -> None:
+    stage = tmp_path / "guide"
+    script = f"""
+import os, signal
+from pathlib import Path
+from ldalign import pipeline
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+def make(folder):
+    (folder / "half").write_text("half")
+    if {moment!r} == "make": die()
+if {moment!r} == "manifest": pipeline.write_text = die
+if {moment!r} == "rename": Path.rename = die
+pipeline.run_stage(Path({str(stage)!r}), {PARENTS!r}, make)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert not stage.exists()
+    assert (tmp_path / "guide.partial" / "half").exists()  # so the kill did come in the middle
+    assert pipeline.run_stage(stage, PARENTS, writer())
+    assert [path.name for path in tmp_path.iterdir()] == ["guide"] and not (stage / "half").exists()
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda stage: flip(stage / "b.bin"), r"guide/b.bin: damaged"),
+        (lambda stage: (stage / "b.bin").write_bytes(b"\x00" * 999), r"guide/b.bin: 999 bytes, but .* says 1000"),
+        (lambda stage: (stage / "inner" / "a.txt").unlink(), r"guide/inner/a.txt: missing"),
+        (lambda stage: (stage / "manifest.json").unlink(), r"guide: has no manifest.json"),
+        (lambda stage: (stage / "manifest.json").write_text(""), r"guide/manifest.json: not a readable manifest"),
+        (lambda stage: (stage / "manifest.json").write_text("[1]"), r"guide/manifest.json: not a readable manifest"),
+    ],
+)
+def test_damage_is_noticed(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    damage(tmp_path / "guide")
+    with pytest.raises(InputError, match=message):
+        pipeline.run_stage(tmp_path / "guide", PARENTS, must_not_run)
+
+
+def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    entry = {"size": 0, "sha256": ""}
+    for name in ("../secret", "/etc/passwd"):
+        (tmp_path / "guide" / "manifest.json").write_text(json.dumps({"parents": PARENTS, "files": {name: entry}}))
+        with pytest.raises(InputError, match="not a readable manifest"):
+            pipeline.check_stage(tmp_path / "guide")
+
+
+def test_changed_parents_are_named(tmp_path: Path) -> None:
+    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    changed = {"data": "d2", "settings": "s1", "beta": 0.2, "template": "t"}
+    with pytest.raises(InputError) as caught:
+        pipeline.run_stage(tmp_path / "guide", changed, must_not_run)
+    message = str(caught.value)
+    for part in (
+        "beta was 0.1, now 0.2",
+        "data was 'd1', now 'd2'",
+        "seed was 3, now 'absent'",
+        "template was 'absent'",
+    ):
+        assert part in message
+    assert "settings" not in message
+    assert f"delete {tmp_path / 'guide'}" in message and "run=NAME" in message
+
+
+def test_hash_settings() -> None:
+    @dataclass
+    class Settings:
+        rate: float
+        path: Path
+
+    first = pipeline.hash_settings(Settings(0.1, Path("x")))
+    assert first == pipeline.hash_settings({"path": "x", "rate": 0.1})
+    assert first != pipeline.hash_settings({"path": "x", "rate": 0.1000000001})
+    assert pipeline.hash_settings([1, 2]) != pipeline.hash_settings([2, 1])
+    assert pipeline.hash_settings([1]) != pipeline.hash_settings(["1"])
+    with pytest.raises(ValueError):
+        pipeline.hash_settings({"rate": float("nan")})
+    for wrong in ({1, 2}, {1: 2}, object()):
+        with pytest.raises(TypeError):
+            pipeline.hash_settings(wrong)
+
+
+def test_hash_model_folder(tmp_path: Path) -> None:
+    def hashed() -> str:
+        return pipeline.hash_model_folder(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no \.safetensors"):
+        hashed()
+    (tmp_path / "model.safetensors").write_bytes(b"12345678")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seen = [hashed()]
+    assert hashed() == seen[0]
+    (tmp_path / "README.md").write_text("not part of the model")
+    assert hashed() == seen[0]
+    (tmp_path / "chat_template.jinja").write_text("x")
+    seen.append(hashed())
+    (tmp_path / "model.safetensors").write_bytes(b"12345679")
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))  # a coarse clock could give the rewrite the old time
+    seen.append(hashed())
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "chat_template.json")
+    seen.append(hashed())
+    assert len(set(seen)) == 4
+
+
+def test_run_folder_records_config_and_machine(tmp_path: Path) -> None:
+    with pipeline.RunFolder(tmp_path / "a" / "b", "seed: 1\n") as run:
+        assert run.stage("guide", PARENTS, writer())
+        assert re.fullmatch(rf"host \S+ pid {os.getpid()}\n", (run.path / "lock").read_text())
+    assert (run.path / "config.yaml").read_text() == "seed: 1\n"
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith("2.") and environment["cores"] >= 1
+    with pipeline.RunFolder(run.path, "seed: 2\n"):  # the second time it continues
+        assert (run.path / "config.yaml").read_text() == "seed: 2\n"
+
+
+def test_run_folder_refusals(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: is a file"), pipeline.RunFolder(tmp_path / "file", ""):
+        pass
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds something that is no run"), pipeline.RunFolder(tmp_path / "home", ""):
+        pass
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+
+def test_lock_names_the_live_holder_and_dies_with_it(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from ldalign import pipeline
+with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
+    print("ready", flush=True)
+    time.sleep(20)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
+        with (
+            pytest.raises(EnvironmentProblem, match=rf"in use by host \S+ pid {holder.pid};"),
+            pipeline.RunFolder(tmp_path / "run", ""),
+        ):
+            pass
+        holder.kill()
+    with pipeline.RunFolder(tmp_path / "run", ""):  # the text in the file is stale now, and does not matter
+        pass
+
+
+def test_full_disk_is_an_environment_problem(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder / "big"))
+
+    with pytest.raises(EnvironmentProblem, match="big: cannot be written: No space left on device"):
+        pipeline.run_stage(tmp_path / "guide", PARENTS, make)
+
+
+TWO_RANKS = """
+import sys, datetime, time
+from pathlib import Path
+import torch.distributed as dist
+from ldalign import pipeline
+from ldalign.errors import LdalignError
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+                        timeout=datetime.timedelta(seconds=30))
+
+def make(partial):
+    time.sleep(rank)  # rank 0 must wait for the slower one
+    (partial / f"part{rank}").write_text(str(rank))
+
+def attempt(name, work):
+    try:
+        print(name, work(), flush=True)
+    except LdalignError as error:
+        print(name, type(error).__name__, str(error).replace(str(folder), ""), flush=True)
+
+with pipeline.RunFolder(folder / "run", "seed: 1") as run:
+    attempt("first", lambda: run.stage("guide", {"data": "a"}, make))
+    attempt("again", lambda: run.stage("guide", {"data": "a"}, make))
+    attempt("changed", lambda: run.stage("guide", {"data": "b"}, make))
+    dist.barrier()
+    if rank == 0:
+        (run.path / "guide" / "part1").write_text("2")
+    attempt("damaged", lambda: run.stage("guide", {"data": "a"}, make))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert outputs[0] == outputs[1]
+    first, again, changed, damaged = outputs[0]
+    assert (first, again) == ("first True", "again False")
+    assert changed.startswith("changed InputError /run/guide/manifest.json: made from something else: data was 'a'")
+    assert damaged.startswith("damaged InputError /run/guide/part1: damaged")
+    manifest = json.loads((tmp_path / "run" / "guide" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"part0", "part1"}
+    assert time.monotonic() - start < 30

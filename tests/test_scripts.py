@@ -1,0 +1,150 @@
+"""The scripts of single stages: that they leave what align.py goes on from, and how they refuse."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from ldalign.errors import InputError
+from ldalign.stages import read_jsonl, stage_names
+from ldalign.train import align, evaluate, generate, guide, sft
+
+NAMES = ("align", "sft", "guide", "generate", "evaluate")
+CONFIG = str(ROOT / "configs/toy.yaml")
+
+
+def arguments(run: Path, cache: Path, *more: str) -> list[str]:
+    return ["--config", CONFIG, f"run={run}", f"cache={cache}", *more]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module(f"ldalign.train.{name}").main(["--help"])
+    text = capsys.readouterr().out
+    assert "arXiv 2404.06390" in text or "alone: `torchrun train/" in text
+    assert "learning_rate=5e-07" in text and "--dry-run" in text
+    assert ("prompts=null" in text) == (name == "generate")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dry_run_makes_nothing(
+    name: str, tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(f"ldalign.train.{name}").main(arguments(tmp_path / "run", toy_cache, "--dry-run"))
+    assert "nothing was made" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_launched_by_path_a_wrong_key_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_script(ROOT / "train/evaluate.py", "learning_rat=1", f"run={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip() == "ldalign: error: learning_rat=1: learning_rat: unknown key; did you mean learning_rate?"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "more", "message"),
+    [
+        (sft.main, "sft.epochs=0", "sft.epochs=0: nothing to train"),
+        (guide.main, "method=spin", "has no guide"),
+        (evaluate.main, "evaluation.rows=0", "nothing to evaluate on"),
+        (generate.main, "output=x.jsonl", "needs prompts=FILE"),
+        (generate.main, "prompts=x.jsonl", "needs output=FILE"),
+    ],
+)
+def test_nothing_to_do_is_an_error(tmp_path: Path, main: object, more: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        main(arguments(tmp_path / "run", tmp_path, more))  # type: ignore[operator]
+
+
+def test_single_stages_are_those_of_align(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = arguments(tmp_path / "run", toy_cache, "iterations=1", "continual_sft.epochs=0")
+    sft.main(run)
+    generate.main(run)
+    guide.main(run)
+    assert stage_names(tmp_path / "run") == ["data", "sft/policy", "sft/evaluation", "iteration_0/responses", "guide"]
+    capfd.readouterr()
+    align.main(run)
+    said = capfd.readouterr().err
+    for name in ("data", "sft/policy", "sft/evaluation", "iteration_0/responses", "guide"):
+        assert f"{name}: already done" in said
+    assert "iteration_0/policy: done" in said
+
+
+def test_evaluate_measures_what_align_measured(
+    tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
+) -> None:
+    evaluate.main(arguments(tmp_path / "run", toy_cache, f"policy={toy_run / 'iteration_1/policy'}"))
+    ours = json.loads((tmp_path / "run/start/evaluation/summary.json").read_text())
+    theirs = json.loads((toy_run / "iteration_1/evaluation/summary.json").read_text())
+    for summary in (ours, theirs):
+        del summary["seconds"]
+    assert ours == theirs
+    assert "| start |" in (tmp_path / "run/report/table.md").read_text()
+
+
+def test_guide_of_given_responses_needs_no_sampling(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    lines = [
+        {"real": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}."}],
+         "generated": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"No, {i + 1}."}]}
+        for i in range(64)
+    ]  # fmt: skip
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    guide.main(arguments(tmp_path / "run", toy_cache, f"data={data}", "global_batch=8"))
+    assert stage_names(tmp_path / "run") == ["data", "guide"]
+    assert "rejected" in read_jsonl(tmp_path / "run/data/train.jsonl")[0]
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_answers_a_file(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "What is 2 + 2?"}\n\n{"id": "x", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}\n'
+    )
+    options = arguments(tmp_path / "run", toy_cache, f"prompts={prompts}", f"output={tmp_path / 'out.jsonl'}")
+    generate.main(options)
+    first = read_jsonl(tmp_path / "out.jsonl")
+    assert [r["id"] for r in first] == ["1", "x"] and first[0]["response"] != first[1]["response"]
+    assert all(1 <= r["n_tokens"] <= 24 for r in first)
+    generate.main([*options, "sampling.batch_rows=1"])
+    assert read_jsonl(tmp_path / "out.jsonl") == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "prompts.jsonl:1: expected"),
+        ('{"prompt": "a"}\n{"prompt": 1}', "prompts.jsonl:2: expected"),
+        ('{"prompt": "a"}\n[]', "prompts.jsonl:2: expected"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with a user turn"),
+        ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', "prompts.jsonl:2: id '1' is given twice"),
+        ("\n", "holds no prompts"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_prompts(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        generate.read_prompts(path)
+
+
+def test_scripts_do_not_touch_another_run(tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None) -> None:
+    """Evaluating another policy in a run folder that has evaluated one is refused, by name."""
+    first = arguments(tmp_path / "run", toy_cache, "policy=toy", "evaluation.samples=0")
+    evaluate.main(first)
+    copy = shutil.copytree(toy_run / "sft/policy", tmp_path / "other")
+    with pytest.raises(InputError, match="start/evaluation/manifest.json: made from something else: policy was"):
+        evaluate.main([*first, f"policy={copy}"])

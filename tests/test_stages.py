@@ -1,0 +1,258 @@
+"""What stages share: data as the config asks, parents, files of several ranks, and what --dry-run says."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from ldalign import distributed, estimate, stages, toy
+from ldalign.batches import Batch, Pair
+from ldalign.config import load_config, to_yaml
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.mistral import MistralConfig
+from ldalign.pipeline import RunFolder
+from ldalign.settings import RunConfig
+from ldalign.train.align import planned
+
+
+def config_of(cache: Path, *overrides: str) -> RunConfig:
+    return load_config(RunConfig, ROOT / "configs/toy.yaml", [f"cache={cache}", f"run={cache / 'run'}", *overrides])
+
+
+def open_toy(cache: Path, *overrides: str) -> stages.Context:
+    config = config_of(cache, *overrides)
+    return stages.open_context(RunFolder(Path(config.run), to_yaml(config)), config)
+
+
+def rows_file(path: Path, count: int, **more: str) -> Path:
+    lines = [json.dumps({"prompt": f"Say {i}.", "response": f"{i}", **more}) + "\n" for i in range(count)]
+    path.write_text("".join(lines))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_data_is_split_without_overlap_and_by_seed(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", 100)
+    options = [f"data={path}", "heldout_fraction=0.2", "max_rows=null", "evaluation.rows=200"]
+    train, heldout = stages.read_data(config_of(tmp_path, *options))
+    ids = {row.id for row in train}, {row.id for row in heldout}
+    assert (len(ids[0]), len(ids[1])) == (80, 20) and not ids[0] & ids[1]
+    again = stages.read_data(config_of(tmp_path, *options, "beta=0.5"))
+    assert [row.id for row in again[1]] == [row.id for row in heldout]
+    other = stages.read_data(config_of(tmp_path, *options, "seed=1"))
+    assert [row.id for row in other[1]] != [row.id for row in heldout]
+
+
+def test_no_more_rows_are_read_than_are_used(tmp_path: Path) -> None:
+    def count(*overrides: str) -> int:
+        return len(stages.read_data(config_of(tmp_path, *overrides))[0])
+
+    assert count() == 64  # sft.rows
+    assert count("sft.epochs=0") == 48  # max_rows
+    assert count("sft.rows=null") == 4000
+
+
+def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", 100, kind="poetry")
+    ctx = open_toy(tmp_path, f"data={path}")
+    assert all(row.kind is None for row in ctx.heldout.rows)
+    assert "WARNING: 10 of 10 held-out rows name no checker" in capfd.readouterr().err
+    open_toy(tmp_path)
+    assert "WARNING" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["global_batch=49"], "48 usable rows are fewer than one batch of global_batch=49"),
+        (["sft.global_batch=65"], "64 usable rows are fewer than one batch of sft.global_batch=65"),
+        (["max_length=60", "max_new_tokens=8"], "the prompt alone fills it"),
+        (["data=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["policy=nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_weights(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_toy(tmp_path, *overrides)
+
+
+def test_a_gpt2_is_no_policy(tmp_path: Path) -> None:
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match="'gpt2' cannot be a policy"):
+        open_toy(tmp_path, f"policy={tmp_path / 'gpt2'}")
+
+
+# ------------------------------------------------------------------------------------------------ parents and files
+
+
+def test_named_keys() -> None:
+    config = RunConfig()
+    assert stages.named_keys(config, "beta", "sampling.top_p") == {"beta": 0.1, "sampling.top_p": 1.0}
+    spread = stages.named_keys(config, "guide")
+    assert spread["guide.folder"] == "null" and spread["guide.latent_width"] == 256
+    assert len(spread) == len(dataclasses.fields(config.guide))
+
+
+PARENTS = {
+    "data": {"data (training rows)", "data (held-out rows)", "turns", "max_length"},
+    "sft/policy": {"policy", "data", "template", "sft.epochs", "sft.learning_rate", "max_length", "seed", "dtype"},
+    "iteration_1/responses": {"policy", "data", "template", "iteration", "max_new_tokens", "sampling.top_p", "seed"},
+    "guide": {"data", "responses", "guide.epochs", "guide.token_dropout", "seed", "pretrained"},
+    "iteration_0/distances": {"guide", "responses", "data", "max_length"},
+    "iteration_0/reference": {"policy", "responses", "data", "template", "max_length", "dtype"},
+    "iteration_0/policy": {
+        "policy", "reference", "responses", "weights", "method", "beta", "learning_rate", "global_batch", "seed",
+        "training.epochs", "training.optimizer", "training.schedule", "policy_dtype", "dtype",
+    },
+    "iteration_0/evaluation": {"policy", "data (held-out rows)", "max_new_tokens", "evaluation.samples", "template"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", PARENTS)
+def test_a_stage_names_what_it_depends_on(toy_run: Path, stage: str) -> None:
+    parents = json.loads((toy_run / stage / "manifest.json").read_text())["parents"]
+    assert PARENTS[stage] <= parents.keys(), PARENTS[stage] - parents.keys()
+    moved_about = {"training.micro_tokens", "sampling.batch_rows", "training.checkpointing"}
+    assert not moved_about & parents.keys()
+
+
+def test_iterations_follow_each_other(toy_run: Path) -> None:
+    """The second iteration samples from, and is measured against, the first one's policy, not the start."""
+
+    def parent(stage: str) -> str:
+        return str(json.loads((toy_run / stage / "manifest.json").read_text())["parents"]["policy"])
+
+    from ldalign.pipeline import hash_model_folder
+
+    first = hash_model_folder(toy_run / "iteration_0/policy")
+    start = hash_model_folder(toy_run / "sft/policy")
+    assert first != start
+    assert {parent(f"iteration_1/{stage}") for stage in ("responses", "reference", "policy")} == {first}
+    assert {parent(f"iteration_0/{stage}") for stage in ("responses", "reference", "policy")} == {start}
+    assert parent("continual_sft/policy") == start
+
+
+def test_a_guide_is_known_by_all_its_files(toy_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    before = stages._guide_hash(toy_run / "guide")
+    for name in ("latent.safetensors", "tokenizer.json", "guide.json", "encoder/model.safetensors"):
+        copy = tmp_path / name.replace("/", "_")
+        shutil.copytree(toy_run / "guide", copy)
+        assert stages._guide_hash(copy) == before
+        with (copy / name).open("ab") as file:
+            file.write(b" ")
+        assert stages._guide_hash(copy) != before, name
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    records = [{"text": "a\u2028b\nc\u0085"}, [1, {"x": "ü"}]]
+    stages.write_jsonl(tmp_path / "x.jsonl", records)
+    assert stages.read_jsonl(tmp_path / "x.jsonl") == records
+
+
+def test_rows_of_several_ranks_are_put_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    stages.write_jsonl(tmp_path / "rows.jsonl.rank1", [[1, {"id": "b"}], [3, {"id": "d"}]])
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(stages, "on_rank0", lambda work: work())
+    merged = stages.write_rows(path, [(0, {"id": "a"}), (2, {"id": "c"})])
+    assert [r["id"] for r in merged] == list("abcd") and stages.read_jsonl(path) == merged
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
+    names = ["data", "sft/policy", "iteration_0/responses", "guide", "iteration_0/distances", "iteration_2/policy",
+             "iteration_10/policy", "continual_sft/policy"]  # fmt: skip
+    for name in reversed(names):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text("{}")
+    (tmp_path / "iteration_11").mkdir()
+    (tmp_path / "iteration_old").mkdir()
+    assert stages.stage_names(tmp_path) == names
+
+
+def test_prompt_text() -> None:
+    from ldalign.data import Row
+
+    turns = (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "2+2"},
+    )
+    assert stages.prompt_text(Row("1", turns[:1], "4")) == "Hi"
+    assert stages.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
+    ctx = open_toy(tmp_path)
+    text = estimate.dry_run(ctx, planned(ctx.config))
+    assert "0.2 million weights" in text and "training rows: 64 (0 dropped, 0 responses cut)" in text
+    assert "sft/policy: 8 optimizer steps" in text and "iteration_1/policy: 3 optimizer steps" in text
+    for word in ("memory, rough", "disk:", "time, rough"):
+        assert word in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_reads_headers(tmp_path: Path) -> None:
+    folder = toy.write_toy_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 161}))
+    with pytest.raises(InputError, match="mlp"):
+        estimate.dry_run(open_toy(tmp_path, f"policy={folder}"), [])
+
+
+def test_dry_run_looks_at_the_guide(tmp_path: Path, toy_run: Path) -> None:
+    estimate.dry_run(open_toy(tmp_path, f"guide={toy_run / 'guide'}"), ["guide"])
+    for folder, message in ((tmp_path / "none", "no such folder"), (toy_run / "sft/policy", "is no gpt2")):
+        with pytest.raises(InputError, match=message):
+            estimate.dry_run(open_toy(tmp_path, f"guide={folder}"), ["guide"])
+
+
+def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = open_toy(tmp_path)
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(EnvironmentProblem, match="GiB of disk"):
+        estimate.dry_run(ctx, planned(ctx.config))
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match="is a file"):
+        estimate.dry_run(ctx, planned(ctx.config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_estimated_within_a_third(dtype: torch.dtype) -> None:
+    """Against a count of what autograd really keeps."""
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "head_dim": 32,
+        "num_hidden_layers": 3,
+        "sliding_window": None,
+    }
+    config = MistralConfig.from_json(toy.CONFIG | sizes, "toy")
+    model = toy.random_mistral(config, 0).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    batch = Batch.pack([Pair(str(i), list(range(3, 43)), list(range(3, 53))) for i in range(8)])
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch.ids, batch.layout, lambda hidden, weight: hidden)
+    counted = sum(t.untyped_storage().nbytes() for t in kept.values()) / len(batch.ids)
+    estimated = estimate.activation_bytes(config, dtype.itemsize, checkpointing=False)
+    assert 0.67 < estimated / counted < 1.5

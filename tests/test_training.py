@@ -1,0 +1,284 @@
+"""The training step against a plain eager loop, its independence of the split, its refusals and its metrics."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ldalign import distributed, training
+from ldalign.batches import Pair, global_batches
+from ldalign.errors import NumericsError
+from ldalign.metrics import Mean
+from ldalign.scoring import response_logps
+from ldalign.training import TrainSettings, accumulate_gradients, train
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(epochs=1, global_batch=8, micro_tokens=60, learning_rate=1e-3, optimizer="adamw")
+WEIGHTS = [0.3, 1.7, 0.0, 2.2, 0.8, 1.0, 0.5, 1.5]
+
+
+@pytest.fixture(autouse=True)
+def one_rank(in_process: None) -> Iterator[None]:
+    distributed.start("cpu")
+    yield
+
+
+def with_reference(pairs: Sequence[Pair], model: torch.nn.Module | None = None) -> list[Pair]:
+    """The pairs with the log-probs that `model` (tiny.mistral()) gives them as their reference."""
+    table = response_logps(model or tiny.mistral(), pairs, 10_000, CPU).tolist()  # type: ignore[arg-type]
+    return [replace(p, ref_real=real, ref_generated=gen) for p, (real, gen) in zip(pairs, table, strict=True)]
+
+
+def as_sft(pairs: Sequence[Pair]) -> list[Pair]:
+    return [replace(pair, generated=None) for pair in pairs]
+
+
+def gradient(
+    pairs: Sequence[Pair], settings: TrainSettings = SETTINGS, checkpointing: bool = False
+) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    """Loss, gradients and metrics of one global batch, through the product's own path."""
+    model, mean = tiny.mistral(), Mean()
+    for block in model.blocks:
+        block.checkpoint_activations = checkpointing
+    distributed.shard(model, model.blocks, torch.float32, CPU)
+    loss = accumulate_gradients(model, pairs, settings, mean, CPU, pairs[0].generated is not None)
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    return loss, grads, mean.reduce(CPU)
+
+
+def eager(pairs: Sequence[Pair], beta: float) -> tuple[float, dict[str, Tensor]]:
+    """The same by hand: float64, right-padded, whole logits, labels of -100."""
+    model = tiny.mistral().double()
+    sequences = [(p.prompt, response) for p in pairs for response in p.responses]
+    longest = max(len(x) + len(y) for x, y in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for i, (x, y) in enumerate(sequences):
+        ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
+        labels[i, len(x) : len(x) + len(y)] = torch.tensor(y)
+    logp = model(ids)[:, :-1].log_softmax(-1)
+    labels = labels[:, 1:]
+    seen = labels != -100
+    sums = (logp.gather(2, labels.clamp(min=0)[..., None])[..., 0] * seen).sum(1)
+    if pairs[0].generated is None:
+        loss = -sums.sum() / seen.sum()
+    else:
+        terms = []
+        for i, pair in enumerate(pairs):
+            delta = (sums[2 * i] - pair.ref_real) - (sums[2 * i + 1] - pair.ref_generated)
+            terms.append(-pair.weight * torch.log(torch.sigmoid(beta * delta)))
+        loss = torch.stack(terms).sum() / len(pairs)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest relative norm of the difference over all parameters."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm()) for n in theirs)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_gradient_equals_a_plain_loop(kind: str) -> None:
+    pairs = tiny.pairs(8, weights=WEIGHTS)
+    pairs = as_sft(pairs) if kind == "sft" else pairs
+    settings = replace(SETTINGS, beta=0.3)
+    loss, grads, _ = gradient(pairs, settings)
+    expected, eager_grads = eager(pairs, 0.3)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert difference(grads, eager_grads) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_micro_batches_do_not_change_the_gradient(kind: str) -> None:
+    """8 x 1, about 4 x 2 and 1 x 8: every pair alone, some together, all together."""
+    pairs = tiny.pairs(8, weights=WEIGHTS)
+    pairs = as_sft(pairs) if kind == "sft" else pairs
+    results = [gradient(pairs, replace(SETTINGS, micro_tokens=n)) for n in (1, 60, 10_000)]
+    for loss, grads, metrics in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert difference(grads, results[0][1]) < 1e-5
+        probed = {"entropy", "mean_token_accuracy"}  # on tokens spread over each micro-batch: another sample
+        for name in metrics.keys() - probed:
+            assert metrics[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
+
+
+def test_checkpointing_changes_nothing() -> None:
+    pairs = tiny.pairs(8, weights=WEIGHTS)
+    loss, grads, _ = gradient(pairs)
+    again, recomputed, _ = gradient(pairs, checkpointing=True)
+    assert again == loss and difference(recomputed, grads) < 1e-6
+
+
+def test_weights_scale_each_pairs_gradient() -> None:
+    """The gradient of a weighted batch is the weighted sum of its pairs' own, over the number of pairs."""
+    pairs = tiny.pairs(3, weights=[0.5, 0.0, 2.0])
+    _, whole, _ = gradient(pairs)
+    alone = [gradient([replace(pair, weight=1.0)])[1] for pair in pairs]
+    for name, grad in whole.items():
+        expected = sum(pair.weight * own[name] for pair, own in zip(pairs, alone, strict=True)) / 3
+        assert (grad - expected).norm() < 1e-5 * grad.norm()
+
+
+def test_log_probs_are_summed_not_averaged() -> None:
+    """Twice the tokens, about twice the log-prob: DPO needs sums."""
+    pair = tiny.pairs(1)[0]
+    long = replace(pair, real=pair.real * 4, generated=list(pair.generated or ()))
+    metrics = gradient([long])[2]
+    expected = float(tiny.logps(tiny.mistral(), long.prompt, long.real).sum())
+    assert metrics["logps/chosen"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["rewards/chosen"] == pytest.approx(SETTINGS.beta * (expected - long.ref_real), rel=1e-3)
+
+
+def test_all_weights_one_is_spin_bit_for_bit() -> None:
+    """SPIN's pairs carry no weight; LD-Align's with equal distances carry 1."""
+    plain = with_reference(tiny.pairs(12))
+    weighted = [replace(pair, weight=1.0) for pair in plain]
+    ends = []
+    for pairs in (plain, weighted):
+        model = tiny.mistral()
+        train(model, pairs, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t")
+        ends.append(distributed.full_state(model, torch.float32))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+    assert not torch.equal(ends[0]["model.norm.weight"], tiny.mistral().state_dict()["model.norm.weight"])
+
+
+def run(
+    pairs: Sequence[Pair], path: Path | None = None, **settings: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    model = tiny.mistral()
+    chosen = replace(SETTINGS, **settings)
+    out = train(
+        model, pairs, chosen, compute_dtype=torch.float32, device=CPU, seed=0, stage="policy", metrics_path=path
+    )
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path else []
+    return records, out
+
+
+def test_step_0_must_start_at_ln_2() -> None:
+    pairs = with_reference(tiny.pairs(8, weights=WEIGHTS))
+    run(pairs)  # weights other than 1 do not matter: the unweighted loss is what is asserted
+    wrong = with_reference(pairs, tiny.mistral(seed=1))
+    with pytest.raises(NumericsError, match="ln 2"):
+        run(wrong)
+    model = tiny.mistral()
+    train(model, wrong, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t", step0_is_reference=False)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_leaves_the_weights_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN loss, and a finite loss whose gradient is infinite; the message names rows of the batch."""
+    pairs = with_reference(tiny.pairs(8))
+    if where == "loss":
+        pairs[3] = replace(pairs[3], ref_real=math.nan)
+    else:
+        plain = training._dpo
+
+        def explode(batch: Any, logps: Tensor, beta: float, mean: Mean) -> Tensor:
+            loss = plain(batch, logps, beta, mean)
+            return loss + (logps - logps.detach()).abs().sum().sqrt()  # 0, with an infinite slope
+
+        monkeypatch.setattr(training, "_dpo", explode)
+    model = tiny.mistral()
+    with pytest.raises(NumericsError, match="row-"):
+        train(model, pairs, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t")
+    state = distributed.full_state(model, torch.float32)
+    assert all(torch.equal(state[name], p) for name, p in tiny.mistral().state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_both_optimizers_lower_both_losses(optimizer: str, kind: str, tmp_path: Path) -> None:
+    pairs = with_reference(tiny.pairs(16))
+    pairs = as_sft(pairs) if kind == "sft" else pairs
+    records, last = run(pairs, tmp_path / "m.jsonl", optimizer=optimizer, epochs=6, beta=0.3, warmup_ratio=0.0)
+    losses = [r["loss"] for r in records]
+    assert len(losses) == 12 and sum(losses[-2:]) < 0.93 * sum(losses[:2])
+    assert last["steps"] == 12 and last["loss"] == pytest.approx(sum(losses[-2:]) / 2)
+    if kind == "dpo":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+        assert last["rewards/accuracies"] > 0.9 and last["rewards/margins"] > 0.05
+
+
+def test_metrics_have_trl_names_and_means_over_examples(tmp_path: Path) -> None:
+    """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are those of its own 8 pairs."""
+    pairs = with_reference(tiny.pairs(11, weights=[*WEIGHTS, 1.0, 2.0, 0.0]))
+    records, _ = run(pairs, tmp_path / "m.jsonl")
+    assert [r["global_step"] for r in records] == [1, 2]
+    assert [r["epoch"] for r in records] == [0.5, 1.0]
+    trl = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected logits/chosen"
+    trl += " logits/rejected loss grad_norm learning_rate epoch num_tokens entropy mean_token_accuracy"
+    assert set(trl.split()) <= records[0].keys()
+    assert records[0]["loss/unweighted"] == pytest.approx(math.log(2), abs=1e-5)
+    (_, first), (_, second) = global_batches(11, 8, 1, seed=0)
+    for record, rows in ((records[0], first), (records[1], second)):
+        chosen = [pairs[i] for i in rows]
+        assert record["weight/mean"] == pytest.approx(sum(p.weight for p in chosen) / len(chosen))
+        assert record["len/rejected"] == pytest.approx(sum(len(p.generated or ()) for p in chosen) / len(chosen))
+        assert record["logps/ref_chosen"] == pytest.approx(sum(p.ref_real for p in chosen) / len(chosen), rel=1e-5)
+    assert records[0]["logps/chosen"] == pytest.approx(records[0]["logps/ref_chosen"], rel=1e-4)
+    assert records[0]["loss"] == pytest.approx(math.log(2) * records[0]["weight/mean"], abs=1e-4)
+    assert records[1]["num_tokens"] == sum(p.tokens for p in pairs)
+    # one batch of logits, the plain way
+    model = tiny.mistral()
+    wanted = {"logits/chosen": [], "logits/rejected": []}  # type: ignore[var-annotated]
+    for pair in (pairs[i] for i in first):
+        for name, response in zip(wanted, pair.responses, strict=True):
+            out = model(torch.tensor([[*pair.prompt, *response]]))
+            wanted[name] += out[0, len(pair.prompt) - 1 : -1].mean(-1).tolist()
+    for name, values in wanted.items():
+        assert records[0][name] == pytest.approx(sum(values) / len(values), abs=1e-5)
+
+
+def test_sft_metrics_and_divisor(tmp_path: Path) -> None:
+    """SFT's loss is the mean over tokens of the global batch, so it equals the metric nll."""
+    (record,), _ = run(as_sft(tiny.pairs(8)), tmp_path / "m.jsonl")
+    assert record["loss"] == pytest.approx(record["nll"], rel=1e-6)
+    assert "rewards/margins" not in record and 0 <= record["mean_token_accuracy"] <= 1
+    assert record["entropy"] > 0
+
+
+def test_learning_rate_and_max_steps(tmp_path: Path) -> None:
+    """The schedule spans all epochs even where max_steps ends the run early."""
+    pairs = with_reference(tiny.pairs(16))
+    whole, _ = run(pairs, tmp_path / "a.jsonl", epochs=5, warmup_ratio=0.2, schedule="linear")
+    assert [r["learning_rate"] * 1e3 for r in whole] == pytest.approx([0.5, 1, 1, *(n / 8 for n in range(7, 0, -1))])
+    some, last = run(pairs, tmp_path / "b.jsonl", epochs=5, warmup_ratio=0.2, schedule="linear", max_steps=4)
+    assert [r["loss"] for r in some] == [r["loss"] for r in whole[:4]] and last["steps"] == 4
+
+
+def test_clipping(tmp_path: Path) -> None:
+    """grad_norm is the norm before clipping; AdamW hides the scale, RMSprop's first step does not care either: SGD."""
+    pairs = tiny.pairs(8)
+    _, grads, _ = gradient(pairs)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    for most, expected in ((norm / 3, norm / 3), (0.0, norm), (norm * 2, norm)):
+        model = tiny.mistral()
+        distributed.shard(model, model.blocks, torch.float32, CPU)
+        accumulate_gradients(model, pairs, SETTINGS, Mean(), CPU, True)
+        assert float(distributed.clip_grad_norm(model, most)) == pytest.approx(norm, rel=1e-5)
+        assert float(distributed.clip_grad_norm(model, 0.0)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_trajectory_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    """50 steps: losses within 1e-4, mean drift within 1e-5."""
+    pairs = with_reference(tiny.pairs(40, weights=[0.1 * (i % 20) for i in range(40)]))
+    losses = []
+    for n, micro_tokens in enumerate((1, 10_000)):
+        records, _ = run(pairs, tmp_path / f"{n}.jsonl", epochs=10, micro_tokens=micro_tokens, learning_rate=1e-3)
+        losses.append(torch.tensor([r["loss"] for r in records], dtype=torch.float64))
+    gap = losses[0] - losses[1]
+    assert len(gap) == 50 and gap.abs().max() < 1e-4 and gap.mean().abs() < 1e-5
+    assert losses[0][-5:].mean() < 0.8 * losses[0][:5].mean()
+
+
+def test_no_pairs_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no pairs"):
+        run([])

@@ -1,0 +1,563 @@
+"""Model folders: what is written loads again; everything damaged or hostile ends in one InputError."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import one_thread
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldalign import weights
+from ldalign.errors import InputError, NumericsError
+from ldalign.gpt2 import GPT2
+from ldalign.mistral import Mistral
+from ldalign.weights import INDEX, SINGLE, build, count_parameters, load_model, read_config, save_model, write_weights
+
+MISTRAL: dict[str, Any] = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+GPT2_: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 40,
+    "n_positions": 16,
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 2,
+}
+EMBEDDING, HEAD, Q1 = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+def random_model(raw: dict[str, Any], seed: int = 0) -> Mistral | GPT2:
+    model = build(raw, "config.json")
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def write_folder(
+    folder: Path, raw: dict[str, Any] = MISTRAL, shard_bytes: int = 10**9, dtype: torch.dtype = torch.float32
+) -> Mistral | GPT2:
+    """A model folder without a tokenizer; the model that was written."""
+    folder.mkdir(exist_ok=True)
+    model = random_model(raw)
+    write_weights(model.state_dict(), folder, dtype, raw["model_type"] == "gpt2", shard_bytes)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return model
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], file: str = SINGLE) -> None:
+    """Applies `change` to the tensors of a safetensors file and writes it anew."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder: Path, *parts: str) -> str:
+    """The message of the one-line InputError that loading must end in; it holds all of `parts`."""
+    with pytest.raises(InputError) as caught:
+        load_model(folder, torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    for part in parts:
+        assert part in message, f"{part!r} not in {message!r}"
+    return message
+
+
+# ---------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize(
+    "raw", [MISTRAL, MISTRAL | {"tie_word_embeddings": True}, GPT2_], ids=["untied", "tied", "gpt2"]
+)
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000], ids=["single", "sharded"])
+@pytest.mark.parametrize("read_bytes", [16 * 2**20, 100], ids=["whole", "in pieces"])
+def test_saved_equals_loaded(
+    raw: dict[str, Any], shard_bytes: int, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    model = write_folder(tmp_path, raw, shard_bytes)
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    if shard_bytes == 2000:
+        assert len(files) > 2 and all(weights.SHARD.fullmatch(f) for f in files)
+        index = json.loads((tmp_path / INDEX).read_text())
+        held = {name: f for f in files for name in load_file(tmp_path / f)}
+        assert index["weight_map"] == held
+        assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    else:
+        assert files == [SINGLE] and not (tmp_path / INDEX).exists()
+    stored = {name: t for f in files for name, t in load_file(tmp_path / f).items()}
+    assert (HEAD in stored) == (raw is MISTRAL), "a tied head is stored once, as the embedding"
+    if raw is GPT2_:
+        assert stored["transformer.h.0.attn.c_attn.weight"].shape == (8, 24), "GPT-2's files hold (in, out)"
+    loaded = load_model(tmp_path, torch.float32)
+    assert not loaded.training
+    ours = dict(loaded.named_parameters())
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert torch.equal(ours[name], p), name
+        assert ours[name].is_contiguous(), name
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtypes(stored: torch.dtype, wanted: torch.dtype, tmp_path: Path) -> None:
+    model = write_folder(tmp_path, GPT2_, dtype=stored)
+    loaded = dict(load_model(tmp_path, wanted).named_parameters())
+    for name, p in model.named_parameters():
+        assert loaded[name].dtype == wanted
+        assert torch.equal(loaded[name], p.to(stored).to(wanted)), name
+
+
+def test_the_files_may_vanish_after_loading(tmp_path: Path) -> None:
+    """The weights are copies: a folder may be written over while its model is in use."""
+    model = write_folder(tmp_path)
+    loaded = load_model(tmp_path, torch.float32)
+    with (tmp_path / SINGLE).open("r+b") as file:
+        file.truncate(0)
+    for name, p in model.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name], p), name
+
+
+def test_new_weights_replace_the_old_ones(tmp_path: Path) -> None:
+    """Sharded over single, single over sharded, few shards over many: never a file of both."""
+    for shard_bytes in (1000, 10**9, 1000, 3000):
+        write_folder(tmp_path)  # single
+        model = random_model(MISTRAL, seed=shard_bytes)
+        write_weights(model.state_dict(), tmp_path, torch.float32, False, shard_bytes)
+        assert torch.equal(load_model(tmp_path, torch.float32).output_weight, model.output_weight)
+        files = {path.name for path in tmp_path.iterdir()} - {"config.json"}
+        index = json.loads((tmp_path / INDEX).read_text()) if INDEX in files else None
+        assert files == ({INDEX, *index["weight_map"].values()} if index else {SINGLE})
+
+
+def test_save_model_defaults(chatml_folder: Path, tmp_path: Path) -> None:
+    """bf16, the source's config with that dtype under its present key, the tokenizer beside it."""
+    source = tmp_path / "source"
+    model = write_folder(source, MISTRAL | {"vocab_size": 500, "torch_dtype": "float32", "keep": "me"})
+    for path in chatml_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    save_model(model, tmp_path / "made", source)
+    raw = read_config(tmp_path / "made")
+    assert (raw["dtype"], raw["keep"]) == ("bfloat16", "me")
+    assert "torch_dtype" not in raw
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "made" / SINGLE).values())
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (chatml_folder / "tokenizer.json").read_bytes()
+    loaded = dict(load_model(tmp_path / "made").named_parameters())
+    assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in model.named_parameters())
+    full = {name: 2 * p for name, p in model.state_dict().items()}
+    save_model(model, tmp_path / "made", source, torch.float32, state=full)
+    assert torch.equal(load_model(tmp_path / "made", torch.float32).output_weight, 2 * model.output_weight)
+
+
+def test_saving_under_another_networks_config_is_refused(tmp_path: Path) -> None:
+    model = random_model(MISTRAL)
+    write_folder(tmp_path / "source", MISTRAL | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2})
+    with pytest.raises(InputError, match="another network"):
+        save_model(model, tmp_path / "made", tmp_path / "source")
+    assert not (tmp_path / "made").exists()
+
+
+def test_saving_nan_is_refused(tmp_path: Path) -> None:
+    model = random_model(MISTRAL)
+    with torch.no_grad():
+        model.get_parameter(Q1)[3, 5] = float("nan")
+    with pytest.raises(NumericsError, match=f"tensor {Q1} holds NaN"):
+        write_weights(model.state_dict(), tmp_path, torch.float32, False)
+    with torch.no_grad():
+        model.get_parameter(Q1)[3, 5] = 1e6
+    with pytest.raises(NumericsError, match="as float16"):
+        write_weights(model.state_dict(), tmp_path, torch.float16, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_allocates_nothing() -> None:
+    model = build(MISTRAL | {"vocab_size": 10**6, "hidden_size": 10**5 - 10**5 % 8}, "config.json")
+    assert all(p.is_meta for p in model.parameters())
+    assert (
+        count_parameters(build(MISTRAL, "")) == 2 * 40 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
+    )
+    assert (
+        count_parameters(build(MISTRAL | {"tie_word_embeddings": True}, ""))
+        == count_parameters(build(MISTRAL, "")) - 640
+    )
+
+
+# The high-water mark counts mapped file pages too, and cannot be reset: a process of its own, its own growth.
+MEASURE = """
+import sys, torch
+from ldalign.weights import load_model
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
+for dtype in (torch.float32, torch.bfloat16):  # what torch itself loads at its first operations is not the model's
+    torch.isfinite(torch.ones(100_000).to(dtype).clone().to(torch.float32)).all()
+before = resident("VmRSS")
+model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
+print((resident("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+assert "torch._dynamo" not in sys.modules, "loading a model should not take the seconds that importing dynamo takes"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc")
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_loading_peaks_at_the_models_size(stored: str, wanted: str, tmp_path: Path) -> None:
+    """At most 1.1 x the model's size, 300 MB here, a third of it in one tensor, with a tied head stored twice."""
+    width = {"float32": 1024, "bfloat16": 1440 if wanted == "bfloat16" else 1024}[stored]
+    raw = MISTRAL | {
+        "vocab_size": 24_000,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "tie_word_embeddings": True,
+    }
+    raw |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+    row = torch.randn(4 * width, generator=torch.Generator().manual_seed(0)).to(getattr(torch, stored))
+    state = {}
+    for name, p in build(raw, "").named_parameters():
+        state[name] = row[: p.shape[-1]].expand(p.shape).clone(memory_format=torch.contiguous_format)
+    state[HEAD] = state[EMBEDDING].clone()
+    save_file(state, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    size = sum(t.numel() for name, t in state.items() if name != HEAD) * getattr(torch, wanted).itemsize
+    assert 250e6 < size < 400e6
+    state.clear()
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) <= 1.1
+
+
+# ---------------------------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
+        ({"model_type": None}, "model_type None"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"intermediate_size": None}, "'intermediate_size' is missing"),
+    ],
+)
+def test_config_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    refusal(tmp_path, str(tmp_path / "config.json"), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "expected a JSON object, found list"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"model_type": "gpt2", "model_type": "mistral"}', "'model_type' is given twice"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_broken_config_files(content: bytes, message: str, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    refusal(tmp_path, "config.json", message)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    refusal(tmp_path, "config.json: not found")
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def test_missing_and_extra_tensors(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[Q1], tensors[EMBEDDING]
+        for i in range(7):
+            tensors[f"model.layers.{i + 2}.mlp.up_proj.weight"] = torch.ones(1)
+
+    edit(tmp_path, change)
+    message = refusal(tmp_path, f"2 missing ({EMBEDDING}, {Q1})", "7 extra (model.layers.2.mlp.up_proj.weight, ")
+    assert "... 2 more" in message, "five names, then the count"
+
+
+def test_biases_are_extra_tensors(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
+    refusal(tmp_path, "1 extra (model.layers.0.self_attn.q_proj.bias)")
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(15, 16), torch.ones(16, 16, 1), torch.tensor(1.0), torch.ones(0, 16)])
+def test_misshaped_tensor(tensor: Tensor, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t.update({Q1: tensor}))
+    refusal(tmp_path, f"{Q1} F32 {list(tensor.shape)} in {SINGLE}", "should be a float [16, 16]")
+
+
+def test_gpt2_tensor_stored_the_wrong_way_round(tmp_path: Path) -> None:
+    write_folder(tmp_path, GPT2_)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    edit(tmp_path, lambda t: t.update({name: t[name].T.contiguous()}))
+    refusal(tmp_path, f"{name} F32 [32, 8]", "should be a float [8, 32]")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_tensor_of_no_plain_float_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t.update({Q1: torch.ones(16, 16).to(dtype)}))
+    refusal(tmp_path, f"1 of wrong shape or dtype ({Q1} ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("read_bytes", [16 * 2**20, 100])
+def test_one_value_that_is_no_number(
+    value: float, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t[Q1].view(-1)[200].fill_(value))
+    refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {Q1} holds NaN or Inf")
+
+
+def test_large_finite_values_are_no_infinity(tmp_path: Path) -> None:
+    """Their sum overflows; they do not. In float16 they would."""
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t[Q1].fill_(3e38))
+    assert load_model(tmp_path, torch.float32).get_parameter(Q1)[0, 0] == torch.tensor(3e38)
+    with pytest.raises(InputError, match=f"{Q1} holds NaN or Inf as float16"):
+        load_model(tmp_path, torch.float16)
+
+
+@pytest.mark.parametrize("raw", [MISTRAL | {"tie_word_embeddings": True}, GPT2_], ids=["mistral", "gpt2"])
+def test_tied_head(raw: dict[str, Any], tmp_path: Path) -> None:
+    """A stored copy of the embedding is fine; anything else contradicts the config."""
+    write_folder(tmp_path, raw)
+    embedding = EMBEDDING if raw is not GPT2_ else "transformer.wte.weight"
+    edit(tmp_path, lambda t: t.update({HEAD: t[embedding].clone()}))
+    load_model(tmp_path, torch.float32)
+    edit(tmp_path, lambda t: t[HEAD][-1, -1].add_(1e-6))
+    refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {HEAD} differs from {embedding}", "tie_word_embeddings")
+
+
+def test_gpt2_weight_under_both_its_names(tmp_path: Path) -> None:
+    write_folder(tmp_path, GPT2_)
+    edit(tmp_path, lambda t: t.update({"wte.weight": t["transformer.wte.weight"] + 1}))
+    refusal(tmp_path, "tensor wte.weight is the same weight as transformer.wte.weight")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_no_weights_and_only_pickles(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    refusal(tmp_path, "no weights", SINGLE)
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    refusal(tmp_path, "only pickles (pytorch_model.bin)")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("share", [i / 64 for i in range(64)])
+def test_truncated_file(share: float, tmp_path: Path) -> None:
+    write_folder(tmp_path, GPT2_)
+    whole = (tmp_path / SINGLE).read_bytes()
+    kept = int(share * len(whole))
+    (tmp_path / SINGLE).write_bytes(whole[:kept])
+    message = refusal(tmp_path, SINGLE)
+    assert f"{kept} found" in message or f"has {kept};" in message
+    header = struct.unpack("<Q", whole[:8])[0]
+    assert f"{len(whole)} bytes expected" in message or kept < 8 + header
+
+
+def with_header(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def entry(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header(b"{}", 2**63),
+        with_header(b"{}", 100 * 10**6 + 1),
+        with_header(b"not json"),
+        with_header(b"[1]"),
+        with_header(b"[" * 50_000),
+        with_header(json.dumps({"a": "tensor"}).encode()),
+        with_header(json.dumps({"a": {"dtype": "F32"}}).encode()),
+        with_header(
+            json.dumps({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}).encode(), data=bytes(12)
+        ),  # overlap
+        with_header(json.dumps({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}).encode(), data=bytes(12)),  # hole
+        with_header(json.dumps({"a": entry([3], [0, 8])}).encode(), data=bytes(8)),  # shape against bytes
+        with_header(json.dumps({"a": entry([2**40, 2**40], [0, 8])}).encode(), data=bytes(8)),  # overflow
+        with_header(json.dumps({"a": entry([-2], [0, 8])}).encode(), data=bytes(8)),
+        with_header(json.dumps({"a": entry([2], [8, 0])}).encode(), data=bytes(8)),
+        with_header(json.dumps({"a": entry([2], [0, 8], "F99")}).encode(), data=bytes(8)),
+        with_header(b'{"a":%b,"a":%b}' % ((json.dumps(entry([2], [0, 8])).encode(),) * 2), data=bytes(8)),  # duplicate
+        with_header(json.dumps({"a": entry([2], [0, 8])}).encode(), data=bytes(9)),  # a byte too many
+        b"",
+        b"\x80\x04pickle!",
+    ],
+)
+def test_broken_headers(content: bytes, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / SINGLE).write_bytes(content)
+    refusal(tmp_path, SINGLE)
+
+
+@pytest.mark.parametrize("length", [2**63, 100 * 10**6 + 1, 50 * 10**6])
+def test_huge_header_is_not_read(length: int, tmp_path: Path) -> None:
+    """Even where the file is long enough to hold it."""
+    write_folder(tmp_path)
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(120 * 10**6)  # no bytes on the disk
+    tracemalloc.start()
+    start = time.process_time()
+    refusal(tmp_path, f"its header should take {length} bytes")
+    assert time.process_time() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_shard_missing(tmp_path: Path) -> None:
+    write_folder(tmp_path, shard_bytes=2000)
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    refusal(tmp_path, f"{lost}: shard not found")
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    write_folder(tmp_path, shard_bytes=2000)
+    first, second = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))[:2]
+    edit(tmp_path, lambda t: t.update({EMBEDDING: torch.ones(40, 16)}), second)
+    refusal(tmp_path, f"{tmp_path / second}: tensor {EMBEDDING} is in {first} too")
+
+
+def test_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
+    write_folder(tmp_path, shard_bytes=2000)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    other = next(f for f in weight_map.values() if f != weight_map[Q1])
+    edit_json(tmp_path / INDEX, weight_map=weight_map | {Q1: other})
+    refusal(tmp_path, f"{INDEX}: disagrees with the shards about {Q1};")
+    edit_json(tmp_path / INDEX, weight_map={name: f for name, f in weight_map.items() if name != Q1})
+    refusal(tmp_path, f"disagrees with the shards about {Q1};")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 3}, {"a": None}])
+def test_index_without_a_map(weight_map: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path, shard_bytes=2000)
+    edit_json(tmp_path / INDEX, weight_map=weight_map)
+    refusal(tmp_path, f"{INDEX}: no weight_map")
+
+
+def test_single_file_and_index_together(tmp_path: Path) -> None:
+    """One of them is stale, and loaders differ in which they take."""
+    write_folder(tmp_path, shard_bytes=2000)
+    save_file({"a": torch.ones(1)}, tmp_path / SINGLE)
+    refusal(tmp_path, f"holds both {SINGLE} and {INDEX}")
+
+
+OPENED: list[str] = []
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str):
+        OPENED.append(os.path.realpath(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def watched() -> None:
+    """From here on OPENED gets the real path of every file Python opens (an audit hook cannot be removed)."""
+    sys.addaudithook(watch)
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "single link", "linked index", "folder link"])
+def test_nothing_outside_the_folder_is_opened(
+    kind: str, tmp_path: Path, watched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    write_folder(folder, shard_bytes=10**9 if kind == "single link" else 2000)
+    outside.mkdir()
+    if kind == "single link":
+        (folder / SINGLE).rename(outside / SINGLE)
+        (folder / SINGLE).symlink_to(outside / SINGLE)
+    elif kind == "linked index":
+        (folder / INDEX).rename(outside / INDEX)
+        (folder / INDEX).symlink_to(outside / INDEX)
+    else:
+        name = sorted(p.name for p in folder.glob("model-*.safetensors"))[0]
+        (folder / name).rename(outside / name)
+        wrong = {"parent": f"../outside/{name}", "absolute": str(outside / name), "folder link": f"sub/{name}"}.get(
+            kind
+        )
+        if kind == "link":
+            (folder / name).symlink_to(outside / name)
+        elif kind == "folder link":
+            (folder / "sub").symlink_to(outside)
+        if wrong:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            edit_json(folder / INDEX, weight_map={k: wrong if v == name else v for k, v in weight_map.items()})
+    library = weights.safe_open  # opens files behind the hook's back
+    monkeypatch.setattr(weights, "safe_open", lambda path, **k: watch("open", (str(path),)) or library(path, **k))
+    OPENED.clear()
+    refusal(
+        folder,
+        "not a plain safetensors file name" if kind in ("parent", "absolute", "folder link") else "is a link out",
+    )
+    assert os.path.realpath(folder / "config.json") in OPENED, "the watch itself works"
+    assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
+
+
+def test_a_hub_cache_keeps_its_links(tmp_path: Path) -> None:
+    """models--org--name/snapshots/HASH/file -> ../../blobs/HASH is how such caches are laid out; further out is not."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    model = write_folder(snapshot)
+    (snapshot / SINGLE).rename(blobs / "1234")
+    (snapshot / SINGLE).symlink_to("../../blobs/1234")
+    assert torch.equal(load_model(snapshot, torch.float32).output_weight, model.output_weight)
+    (blobs / "1234").rename(tmp_path / "1234")
+    (snapshot / SINGLE).unlink()
+    (snapshot / SINGLE).symlink_to(tmp_path / "1234")
+    refusal(snapshot, "is a link out of the model folder")

@@ -1,0 +1,36 @@
+"""Evaluation alone: `torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml] [key=value ...]`.
+
+Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real responses, and for
+rows that a program can check, greedy and sampled accuracy with every answer given. Nothing is trained; the keys sft.*
+and iterations are ignored. Give every policy a run folder of its own.
+"""
+
+from ldalign import errors
+from ldalign.command import need, run_stages
+from ldalign.settings import RunConfig
+from ldalign.stages import Context, evaluation_stage
+
+
+def main(argv: list[str]) -> None:
+    """Reads the settings, evaluates."""
+    run_stages(argv, __doc__ or "", evaluate, planned, check)
+
+
+def check(config: RunConfig) -> None:
+    """There must be rows to evaluate on."""
+    need(config.evaluation.rows > 0, "evaluation.rows=0: nothing to evaluate on; give evaluation.rows=200, say")
+
+
+def evaluate(ctx: Context) -> str:
+    """The one stage."""
+    evaluation_stage(ctx, "start", ctx.start)
+    return f"Every answer: {ctx.run.path / 'start/evaluation/answers.jsonl'}"
+
+
+def planned(config: RunConfig) -> list[str]:
+    """Its name."""
+    return ["start/evaluation"]
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,41 @@
+"""The guiding model alone: `torchrun train/guide.py [--config FILE.yaml] [key=value ...]`.
+
+Trains the guide into RUN/guide on the data's responses and generated ones. The generated ones are those of the data
+where every row has one ({"real", "generated"} or {"chosen", "rejected"}), else samples of the start policy in
+RUN/iteration_0/responses, which are made if they are not there. align.py goes on from here with the same settings; any
+other run takes the guide as guide=RUN/guide.
+"""
+
+from ldalign import errors
+from ldalign.command import need, run_stages
+from ldalign.settings import RunConfig
+from ldalign.stages import Context, guide_stage, responses_stage, start_stage
+
+
+def main(argv: list[str]) -> None:
+    """Reads the settings, trains the guide."""
+    run_stages(argv, __doc__ or "", guide, planned, check)
+
+
+def check(config: RunConfig) -> None:
+    """There must be rows to work on."""
+    need(config.method == "ld_align", f"method={config.method}: has no guide; give method=ld_align")
+
+
+def guide(ctx: Context) -> str:
+    """The guide and what it needs."""
+    rows, _ = ctx.used
+    losers = [row.rejected for row in rows if row.rejected is not None]
+    if len(losers) == len(rows):
+        return f"The guide: {guide_stage(ctx, losers)}"
+    responses_stage(ctx, 0, start_stage(ctx))
+    return f"The guide: {guide_stage(ctx)}"
+
+
+def planned(config: RunConfig) -> list[str]:
+    """The stages, where the data has no generated responses."""
+    return [*(["sft/policy"] if config.sft.epochs else []), "iteration_0/responses", "guide"]
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,37 @@
+"""Supervised fine-tuning alone: `torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value ...]`.
+
+Trains `policy` on the real responses (keys sft.*) into RUN/sft/policy and evaluates it: the first stages of align.py,
+which goes on from here with the same settings. Continual SFT, the baseline, is this script with policy=RUN/sft/policy
+and a run folder of its own.
+"""
+
+from ldalign import errors
+from ldalign.command import need, run_stages
+from ldalign.settings import RunConfig
+from ldalign.stages import Context, evaluation_stage, sft_stage
+
+
+def main(argv: list[str]) -> None:
+    """Reads the settings, trains, evaluates."""
+    run_stages(argv, __doc__ or "", sft, planned, check)
+
+
+def check(config: RunConfig) -> None:
+    """There must be something to train."""
+    need(config.sft.epochs > 0, "sft.epochs=0: nothing to train; give sft.epochs=1 or more")
+
+
+def sft(ctx: Context) -> str:
+    """The two stages."""
+    policy = sft_stage(ctx, "sft", ctx.start)
+    evaluation_stage(ctx, "sft", policy)
+    return f"The policy: {policy}"
+
+
+def planned(config: RunConfig) -> list[str]:
+    """Their names."""
+    return ["sft/policy", "sft/evaluation"]
+
+
+if __name__ == "__main__":
+    errors.run(main)
