@@ -132,7 +132,7 @@ def test_log_probs_are_summed_not_averaged() -> None:
     pair = tiny.pairs(1)[0]
     long = replace(pair, real=pair.real * 4, generated=list(pair.generated or ()))
     metrics = gradient([long])[2]
-    expected = float(tiny.logps(tiny.mistral(), long.prompt, long.real).sum())
+    expected = tiny.logps(tiny.mistral(), long.prompt, long.real).sum().item()
     assert metrics["logps/chosen"] == pytest.approx(expected, rel=1e-4)
     assert metrics["rewards/chosen"] == pytest.approx(SETTINGS.beta * (expected - long.ref_real), rel=1e-3)
 
