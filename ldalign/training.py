@@ -87,14 +87,14 @@ def train(
         loss = accumulate_gradients(model, batch, settings, mean, device, preference)
         norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
         _check(loss, norm, batch, stage, step)
+        means = mean.reduce(device)
+        if step == 0 and preference and step0_is_reference:
+            _check_step0(means["loss/unweighted"], compute_dtype, stage)
         factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         optimizer.step()
         optimizer.zero_grad()
-        means = mean.reduce(device)
-        if step == 0 and preference and step0_is_reference:
-            _check_step0(means["loss/unweighted"], compute_dtype, stage)
         seconds = time.perf_counter() - began
         tokens = sum(pair.tokens for pair in batch)
         tokens_done += tokens
