@@ -4,13 +4,15 @@
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make lint    ruff and mypy
 #   make bench   the benchmarks
+#   make gpu     on a CUDA machine, without a network: build the extension, run every GPU test and benchmark, one table
+#   make check-env   what this machine has, and which backend each operation will use
 # PYTHON=python3.12 chooses the interpreter, GPUS=2 the number of processes of `make align`.
 # Where PYTHON already has a torch that sees a GPU, that torch is used; else requirements/torch.txt is installed.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup align test lint bench
+.PHONY: setup check-env align test lint bench gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
@@ -24,7 +26,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13 pytho
 SEES_GPU := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
 	assert torch.cuda.is_available() and (2, 11) <= v < (2, 14)
 
-setup: $(VENV)/.product
+setup check-env: $(VENV)/.product
 	@$(PY) -m ldalign.env
 
 # One process on the CPU or on one GPU, one per GPU where there are several.
@@ -50,6 +52,11 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@$(PY) bench/run.py $(ARGS)
 
+# With the packages that stand there: nothing is fetched.
+gpu: $(VENV)/.made
+	@$(PIP) install --no-index --no-build-isolation --no-deps -e .
+	@$(PY) bench/gpu.py $(ARGS)
+
 # ---- set-up: each stamp is newer than the files it was made from ------------------------------------------------------
 
 $(VENV)/.made:
@@ -72,7 +79,8 @@ $(VENV)/.torch: $(VENV)/.made requirements/torch.txt
 		echo "make: installing torch"; $(PIP) install -r requirements/torch.txt; fi
 	@touch $@
 
-$(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.py
+# The extension is built here too: its sources are what the stamp depends on.
+$(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "make: installing what ldalign runs with"
 	@$(PIP) install -r requirements/product.txt
 	@$(PIP) install --no-build-isolation --no-deps -e .

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from ldalign import errors
+from ldalign import errors, ops
+from ldalign.kernels import cpp
 
 TORCH_SUPPORTED = ((2, 11), (2, 14))  # from, below
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "tqdm", "gguf", "triton", "pyarrow")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "tqdm", "gguf", "triton", "pyarrow",
+            "flash-attn")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Tick:
 
 def tick_list() -> list[Tick]:
     """Every item, in the order printed."""
-    return [_python(), _torch(), _compiler(), _cuda_compiler(), _triton(), *_gpus(), _parquet()]
+    return [
+        _python(), _torch(), _compiler(), _cuda_compiler(), _extension(), _triton(), _flash_attention(), *_gpus(),
+        _parquet(), *_backends(),
+    ]  # fmt: skip
 
 
 def _python() -> Tick:
@@ -71,6 +76,28 @@ def _cuda_compiler() -> Tick:
     if not _compiles([compiler, "-c"], "a.cu", "__global__ void f() {}\n"):
         return Tick("CUDA compiler", False, f"{compiler} is there but does not compile an empty kernel")
     return Tick("CUDA compiler", True, f"nvcc {release}")
+
+
+def _extension() -> Tick:
+    """The compiled operations of csrc/, and the instruction set they run with here."""
+    return Tick("ldalign._C", cpp.available(), cpp.build_info() if cpp.available() else cpp.why_not())
+
+
+def _flash_attention() -> Tick:
+    version = _version("flash-attn")
+    return Tick("flash-attn", version is not None, version or "not installed (optional, GPUs only)")
+
+
+def _backends() -> list[Tick]:
+    """What runs each operation, by device: one line a device, operations that share a backend together."""
+    ticks = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        users: dict[str, list[str]] = {}
+        for op in ops.RAW_OPS:
+            users.setdefault(ops.choose(op, device), []).append(op)
+        detail = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in users.items())
+        ticks.append(Tick(f"ops on {device}", True, detail))
+    return ticks
 
 
 def _triton() -> Tick:

@@ -121,6 +121,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     """Grouped-query attention; which token sees which is the layout's business."""
@@ -174,8 +178,8 @@ class Block(nn.Module):
         return self._forward(x, cos, sin, layout)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed, x = self.post_attention_layernorm.add(self.self_attn(self.input_layernorm(x), cos, sin, layout), x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -1,13 +1,21 @@
 """One function per fused operation; each call runs the best implementation there is for its device.
 
-Only the plain PyTorch backend (`reference`) exists so far. `LDALIGN_BACKEND` names the wanted one; a backend that is
-not there is an error, never a silent fallback. The choice is logged once.
+Four backends offer the same raw functions (values and gradients apart): `cpp` (C++, `csrc/`) on the CPU, `triton` and
+`cuda` (CUDA C++; the head and the DPO loss only) on NVIDIA GPUs, and `eager`, plain PyTorch, anywhere. Here they become
+operators of torch (`torch.ops.ldalign`): a schema, a fake for `torch.compile`, and autograd, once for all backends.
+
+`LDALIGN_BACKEND` names the wanted one (default auto: the first available of cpp, eager on the CPU and of triton, cuda,
+eager on a GPU). A backend that is not there is an error, never a silent fallback; the choice is logged once per op.
+
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H heads, E head width.
 """
 
 import functools
+import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,81 +24,368 @@ from torch import Tensor
 
 from ldalign.errors import EnvironmentProblem
 from ldalign.kernels import reference
-from ldalign.kernels.reference import weighted_dpo_loss
+from ldalign.kernels.reference import accumulate_dtype
 
-__all__ = ["attention", "backend", "linear_logprob", "rms_norm", "rope", "segment_sum", "swiglu", "weighted_dpo_loss"]
+__all__ = [
+    "add_rms_norm", "attention", "choose", "linear_logprob", "pair_loss", "rms_norm", "rope", "segment_sum", "sft_loss",
+    "swiglu", "weighted_dpo_loss",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
-BACKENDS = ("reference",)
-LOGIT_BYTES = 64 * 2**20  # the head works through its rows in pieces whose float32 logits stay below this
 PRODUCT_TOKENS = 1024  # up to this length a CPU holds a sequence's attention scores whole
+IGNORE = -100  # the target of a row that counts for nothing
+
+# backend -> its module in ldalign.kernels; per device, the order in which `auto` tries them
+MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
+ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
+RAW_OPS = ("linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu")
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+
+
+def choose(op: str, device: str, wide: bool = False) -> str:
+    """The backend that runs `op` (a raw function's name) on a device type; `wide` for float64 inputs.
+
+    Raises EnvironmentProblem where LDALIGN_BACKEND names one that is unknown, not built, or not for this device.
+    """
+    return _choose(os.environ.get("LDALIGN_BACKEND", "auto"), op, device, wide)
 
 
 @functools.cache
-def backend() -> str:
-    """The backend in use: `LDALIGN_BACKEND`, or the best one there is. Raises EnvironmentProblem for an unknown one."""
-    wanted = os.environ.get("LDALIGN_BACKEND", "auto")
-    if wanted not in ("auto", *BACKENDS):
-        raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted!r} is not available; choose auto or {', '.join(BACKENDS)}")
-    chosen = BACKENDS[0] if wanted == "auto" else wanted
-    log.info("ops: backend %s (LDALIGN_BACKEND=%s)", chosen, wanted)
+def _choose(wanted: str, op: str, device: str, wide: bool) -> str:
+    if wanted not in ("auto", *MODULES):
+        raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted!r} is unknown; choose auto or {', '.join(MODULES)}")
+    order = ORDER.get(device, ("eager",))
+    if wanted == "auto":
+        able = [b for b in order if _offers(b, op, wide) and (b == "eager" or _module(b).available())]
+        chosen, why = able[0], ", ".join(f"{b}: {_module(b).why_not()}" for b in order[: order.index(able[0])])
+    else:
+        module = _module(wanted)
+        if not module.available():
+            raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted}: not available here: {module.why_not()}")
+        if wanted not in order and wanted != "eager" and not (wanted == "triton" and module.interpreted()):
+            raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted} does not run on device {device}; use auto")
+        chosen = wanted if _offers(wanted, op, wide) else "eager"
+        why = "" if chosen == wanted else f"{wanted} has no {op}{' in float64' if wide else ''}"
+    log.info("ops: %s on %s: %s (LDALIGN_BACKEND=%s%s)", op, device, chosen, wanted, f"; {why}" if why else "")
     return chosen
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _offers(backend: str, op: str, wide: bool) -> bool:
+    return hasattr(_module(backend), op) and not (wide and backend in ("triton", "cuda"))
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"ldalign.kernels.{MODULES[backend]}")
+
+
+def _raw(op: str, x: Tensor) -> Callable[..., Any]:
+    """The raw function `op` of the backend for x's device and dtype."""
+    return getattr(_module(choose(op, x.device.type, x.dtype == torch.float64)), op)  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+_library = torch.library.Library("ldalign", "DEF")
+
+
+def _operator(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Registers torch.ops.ldalign.NAME: `run` for real tensors, `fake` for shapes, `setup`, `backward` for autograd."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ldalign::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"ldalign::{name}", backward, setup_context=setup, lib=_library)
+
+
+def _none(x: Tensor) -> Tensor:
+    """Stands for a gradient nobody asked for: an operator returns tensors only."""
+    return x.new_empty(0)
+
+
+def _or_none(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return _none(like) if gradient is None else gradient
+
+
+def _wide_like(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
     """log softmax(hidden weight^T)[target]: (N, D), (V, D), (N,) int64 -> (N,) float32 natural-log probabilities.
 
-    Rows go through in pieces of at most LOGIT_BYTES; the log-sum-exp is kept, the logits are made again in the
-    backward. Raises ValueError where the shapes do not fit. Oracle: `ldalign.kernels.reference.linear_logprob`.
+    0 where the target is `ignore_index`. No (N, V) tensor is held; the log-sum-exp is kept, the logits are made again
+    in the backward. Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit.
+    Oracle: `ldalign.kernels.reference.linear_logprob`.
     """
-    if hidden.shape[1:] != weight.shape[1:] or target.shape != hidden.shape[:1]:
+    _check_head("linear_logprob", hidden, weight, target)
+    return torch.ops.ldalign.linear_logprob(hidden, weight, target, ignore_index)[0]  # type: ignore[no-any-return]
+
+
+def _run_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    _check_targets("linear_logprob", target, len(weight), ignore)
+    return _raw("linear_logprob", hidden)(hidden, weight, target, ignore)  # type: ignore[no-any-return]
+
+
+def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, target, ctx.ignore = inputs
+    ctx.save_for_backward(hidden, weight, target, output[1])
+
+
+def _backward_linear_logprob(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, target, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    dh, dw = torch.ops.ldalign.linear_logprob_backward(grad, hidden, weight, target, lse, *needs, ctx.ignore)
+    return dh if needs[0] else None, dw if needs[1] else None, None, None
+
+
+_operator(
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor, Tensor)",
+    _run_linear_logprob,
+    lambda hidden, weight, target, ignore: (_wide_like(hidden, len(hidden)), _wide_like(hidden, len(hidden))),
+    _setup_linear_logprob,
+    _backward_linear_logprob,
+)
+
+
+def _run_linear_logprob_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool,
+    ignore: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raw = _raw("linear_logprob_backward", hidden)
+    grad = grad.masked_fill(target == ignore, 0)
+    dh, dw = raw(grad, hidden, weight, target, lse, need_hidden, need_weight)
+    return _or_none(dh, hidden), _or_none(dw, weight)
+
+
+_operator(
+    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor lse, bool need_hidden, "
+    "bool need_weight, int ignore_index) -> (Tensor, Tensor)",
+    _run_linear_logprob_backward,
+    lambda grad, hidden, weight, target, lse, need_hidden, need_weight, ignore: (
+        torch.empty_like(hidden) if need_hidden else _none(hidden),
+        torch.empty_like(weight) if need_weight else _none(weight),
+    ),
+)
+
+
+def pair_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference_sums: Tensor, pair_weight: Tensor,
+    beta: float, scale: float = 1.0,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The weighted DPO loss from hidden states, its gradient made in the same pass: three matrix products in all.
+
+    hidden (N, D), weight (V, D), target (N,) int64; lengths: rows of each of the S = 2P responses (real, generated,
+    real, ...), sum N; reference_sums (S,) their log-probs under the reference; pair_weight (P,).
+    -> loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); sums (S,) of log-probs and the per-pair metrics of
+    `weighted_dpo_loss`, both detached. All float32 (float64 in float64).
+
+    The logits of whole pairs become their own gradient where they stand (docs/kernels.md), so the backward only scales:
+    it can run once, and costs nothing. Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit.
+    """
+    _check_head("pair_loss", hidden, weight, target)
+    if len(lengths) % 2 or sum(lengths) != len(hidden) or min(lengths, default=1) < 0:
         raise ValueError(
-            f"linear_logprob: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and target "
+            f"pair_loss: {len(lengths)} lengths with sum {sum(lengths)} do not fit {len(hidden)} rows of hidden; "
+            "expected two non-negative lengths a pair, of sum N"
+        )
+    pairs = len(lengths) // 2
+    if reference_sums.shape != (2 * pairs,) or pair_weight.shape != (pairs,):
+        raise ValueError(
+            f"pair_loss: reference_sums {tuple(reference_sums.shape)} and pair_weight {tuple(pair_weight.shape)} do "
+            f"not fit {len(lengths)} lengths; expected ({2 * pairs},) and ({pairs},)"
+        )
+    wide = accumulate_dtype(hidden.dtype)
+    loss, sums, unweighted, chosen, rejected, _, _ = torch.ops.ldalign.pair_loss(
+        hidden, weight, target, list(lengths), reference_sums.to(wide), pair_weight.to(wide), beta, scale,
+        *_needs(hidden, weight),
+    )  # fmt: skip
+    return loss, sums.detach(), _metrics(unweighted, chosen, rejected)
+
+
+def _run_pair_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, lengths: list[int], reference_sums: Tensor, pair_weight: Tensor,
+    beta: float, scale: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_targets("pair_loss", target, len(weight))
+    sums, dh, dw = _raw("pair_loss", hidden)(
+        hidden, weight, target, lengths, reference_sums, pair_weight, beta, scale, need_hidden, need_weight
+    )
+    gap = sums - reference_sums
+    zeros = torch.zeros_like(pair_weight)
+    loss, unweighted, chosen, rejected, _ = _raw("weighted_dpo", sums)(
+        gap[0::2], gap[1::2], zeros, zeros, pair_weight, beta
+    )
+    return loss * scale, sums, unweighted, chosen, rejected, _or_none(dh, hidden), _or_none(dw, weight)
+
+
+def _fake_pair_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, lengths: list[int], reference_sums: Tensor, pair_weight: Tensor,
+    beta: float, scale: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    per_pair = [_wide_like(hidden, len(pair_weight)) for _ in range(3)]
+    dh = torch.empty_like(hidden) if need_hidden else _none(hidden)
+    dw = torch.empty_like(weight) if need_weight else _none(weight)
+    return _wide_like(hidden), _wide_like(hidden, len(lengths)), *per_pair, dh, dw
+
+
+def _setup_fused_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[-2:])
+
+
+def _backward_pair_loss(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_scaled(ctx, grad), None, None, None, None, None, None, None, None)
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients the forward made, times the upstream one: in place, since a second copy of dW can be a GiB."""
+    made = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0:
+        return made
+    return [None if g is None else g.mul_(grad.to(g.dtype)) for g in made]
+
+
+_operator(
+    "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, Tensor pair_weight, "
+    "float beta, float scale, bool need_hidden, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_pair_loss,
+    _fake_pair_loss,
+    _setup_fused_loss,
+    _backward_pair_loss,
+)
+
+
+def sft_loss(hidden: Tensor, weight: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood from hidden states, in one pass as `pair_loss`.
+
+    -> loss () = scale * -sum logp, and logp (N,), detached; float32 (float64 in float64). Raises ValueError where
+    shapes, dtypes or (on the CPU) targets do not fit.
+    """
+    _check_head("sft_loss", hidden, weight, target)
+    loss, logp, _, _ = torch.ops.ldalign.sft_loss(hidden, weight, target, scale, *_needs(hidden, weight))
+    return loss, logp.detach()
+
+
+def _run_sft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_targets("sft_loss", target, len(weight))
+    logp, dh, dw = _raw("sft_loss", hidden)(hidden, weight, target, scale, need_hidden, need_weight)
+    return -scale * logp.sum(), logp, _or_none(dh, hidden), _or_none(dw, weight)
+
+
+_operator(
+    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_sft_loss,
+    lambda hidden, weight, target, scale, need_hidden, need_weight: (
+        _wide_like(hidden),
+        _wide_like(hidden, len(hidden)),
+        torch.empty_like(hidden) if need_hidden else _none(hidden),
+        torch.empty_like(weight) if need_weight else _none(weight),
+    ),
+    _setup_fused_loss,
+    lambda ctx, grad, *_: (*_scaled(ctx, grad), None, None, None, None),
+)
+
+
+def _needs(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Which gradients the forward must make. It cannot see it from inside an operator."""
+    if not torch.is_grad_enabled():
+        return False, False
+    return hidden.requires_grad, weight.requires_grad
+
+
+def _check_head(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    if hidden.ndim != 2 or hidden.shape[1:] != weight.shape[1:] or target.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{name}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and target "
             f"{tuple(target.shape)} do not fit; expected (N, D), (V, D) and (N,)"
         )
-    backend()
-    out: Tensor = _LinearLogprob.apply(hidden, weight, target)
-    return out
+    if hidden.dtype != weight.dtype or target.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: hidden is {hidden.dtype}, weight {weight.dtype}, target {target.dtype}; expected one float dtype "
+            "and torch.int64"
+        )
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """d logp / d logits = one_hot(target) - softmax, made in place in the piece's own logits."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        wide = reference.accumulate_dtype(hidden.dtype)
-        logp = torch.empty(len(target), dtype=wide, device=hidden.device)
-        lse = torch.empty_like(logp)
-        for rows in _pieces(hidden, weight):
-            logits = hidden[rows] @ weight.T
-            largest = logits.amax(1).to(wide)
-            picked = logits.gather(1, target[rows, None])[:, 0].to(wide)
-            shifted = logits.to(wide).sub_(largest[:, None])
-            lse[rows] = shifted.exp_().sum(1).log_().add_(largest)
-            logp[rows] = picked - lse[rows]
-        ctx.save_for_backward(hidden, weight, target, lse)
-        return logp
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight, target, lse = ctx.saved_tensors
-        dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _pieces(hidden, weight):
-            z = (hidden[rows] @ weight.T).to(lse.dtype)
-            z.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
-            z.scatter_add_(1, target[rows, None], grad[rows, None])
-            dz = z.to(hidden.dtype)
-            if dh is not None:
-                torch.mm(dz, weight, out=dh[rows])
-            if dw is not None:
-                dw.addmm_(dz.T, hidden[rows])
-        return dh, dw, None
+def _check_targets(name: str, target: Tensor, vocabulary: int, ignore: int | None = None) -> None:
+    """On the CPU; on a GPU looking would wait for it, and the kernels stop on a bad target themselves."""
+    if target.device.type != "cpu" or not len(target):
+        return
+    bad = (target < 0) | (target >= vocabulary)
+    if ignore is not None:
+        bad &= target != ignore
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name}: target {int(target[row])} of row {row} is not in [0, {vocabulary})")
 
 
-def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    rows = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
-    return (slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows))
+# ---------------------------------------------------------------------------------------------------- weighted DPO loss
+
+
+def weighted_dpo_loss(
+    logp_real: Tensor, logp_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over pairs of -weight log sigmoid(beta Delta), LD-Align's loss (arXiv 2404.06390, section 4.2.3).
+
+    All inputs (P,): summed response log-probs under policy and reference, and the pair weights s. Delta =
+    (logp_real - ref_real) - (logp_generated - ref_generated). The caller divides by the pairs of the *global* batch.
+    -> the loss (), and per-pair metrics (P,), detached: loss (unweighted), rewards/chosen, rewards/rejected,
+    rewards/margins, rewards/accuracies. Raises ValueError where shapes differ. Oracle: the reference's.
+    """
+    columns = (logp_real, logp_generated, ref_real, ref_generated, weight)
+    if any(c.shape != logp_real.shape or c.ndim != 1 for c in columns):
+        raise ValueError(f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; expected five of (P,)")
+    wide = accumulate_dtype(logp_real.dtype)
+    loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(*(c.to(wide) for c in columns), beta)
+    return loss, _metrics(unweighted, chosen, rejected)
+
+
+def _metrics(unweighted: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    unweighted, chosen, rejected = unweighted.detach(), chosen.detach(), rejected.detach()
+    return {
+        "loss": unweighted,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        # A tie counts one half, so that step 0 reads 0.5 and not 0 or 1 by rounding.
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype),
+    }
+
+
+def _setup_weighted_dpo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, unweighted, _, _, coefficient = output
+    ctx.save_for_backward(unweighted, coefficient)
+
+
+def _backward_weighted_dpo(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    unweighted, coefficient = ctx.saved_tensors
+    down = grad * coefficient
+    return down, -down, -down, down, grad * unweighted, None
+
+
+_operator(
+    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor weight, float beta) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda real, *rest: _raw("weighted_dpo", real)(real, *rest),
+    lambda real, *rest: (real.new_empty(()), *(torch.empty_like(real) for _ in range(4))),
+    _setup_weighted_dpo,
+    _backward_weighted_dpo,
+)
 
 
 def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -101,78 +396,127 @@ def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack([run.sum() for run in values.split(list(lengths))]) if len(lengths) else values.new_zeros(0)
 
 
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D). Oracle: the reference's."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps)
-    return out
+    _check_norm("rms_norm", x, weight)
+    y, _ = torch.ops.ldalign.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
+    return y.view(x.shape)  # type: ignore[no-any-return]
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one scale r a row. With g = dy w and y = x r w: dx = r (g - x r^2 mean(g x)), dw = sum dy x r."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x + residual) and x + residual itself, one read of each: (..., D) twice, (D,) -> (..., D) twice."""
+    _check_norm("add_rms_norm", x, weight)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} differ"
+        )
+    D = x.shape[-1]
+    y, total, _ = torch.ops.ldalign.add_rms_norm(x.reshape(-1, D), residual.reshape(-1, D), weight, eps)
+    return y.view(x.shape), total.view(x.shape)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = reference.accumulate_dtype(x.dtype)
-        xw = x.to(wide)
-        scale = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (xw * scale).mul_(weight.to(wide)).to(x.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x.to(scale.dtype) * scale
-        grad = grad.to(scale.dtype)
-        dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * weight.to(scale.dtype)
-        normed.mul_((grad * normed).mean(-1, keepdim=True))
-        return grad.sub_(normed).mul_(scale).to(x.dtype), dweight, None
+def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit; "
+            "expected (..., D) and (D,) of one dtype"
+        )
+
+
+def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+_operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, eps: _raw("rms_norm", x)(x, weight, eps),
+    lambda x, weight, eps: (x.new_empty(x.shape), _wide_like(x, len(x))),
+    _setup_rms_norm,
+    lambda ctx, grad, _: (*torch.ops.ldalign.rms_norm_backward(grad, *ctx.saved_tensors), None),
+)
+_operator(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)",
+    lambda grad, x, weight, scale: _raw("rms_norm_backward", x)(grad, x, weight, scale),
+    lambda grad, x, weight, scale: (x.new_empty(x.shape), torch.empty_like(weight)),
+)
+
+
+def _setup_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+def _backward_add_rms_norm(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight = torch.ops.ldalign.add_rms_norm_backward(grad, grad_total, *ctx.saved_tensors)
+    return dx, dx, dweight, None
+
+
+_operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps: _raw("add_rms_norm", x)(x, residual, weight, eps),
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _wide_like(x, len(x))),
+    _setup_add_rms_norm,
+    _backward_add_rms_norm,
+)
+_operator(
+    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor scale) "
+    "-> (Tensor, Tensor)",
+    lambda grad, grad_total, total, weight, scale: _raw("add_rms_norm_backward", total)(
+        grad, grad_total, total, weight, scale
+    ),
+    lambda grad, grad_total, total, weight, scale: (total.new_empty(total.shape), torch.empty_like(weight)),
+)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the reference's."""
-    out: Tensor = _Rope.apply(x, cos, sin)
-    return out
+    if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (len(x), x.shape[2] // 2) or sin.shape != cos.shape:
+        raise ValueError(
+            f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit; expected "
+            "(N, H, E), E even, and twice (N, E/2)"
+        )
+    return torch.ops.ldalign.rope(x, cos, sin, False)  # type: ignore[no-any-return]
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation, so the gradient is turned by the opposite angle; nothing of x is kept."""
+def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return reference.rope(x, cos, sin)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return reference.rope(grad, cos, -sin), None, None
+_operator(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    lambda x, cos, sin, inverse: _raw("rope", x)(x, cos, sin, inverse),
+    lambda x, cos, sin, inverse: x.new_empty(x.shape),
+    _setup_rope,
+    # A rotation: the gradient is turned back, and nothing of x is kept.
+    lambda ctx, grad: (torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None),
+)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise. Oracle: the reference's."""
-    out: Tensor = _SwiGLU.apply(gate, up)
-    return out
+    """silu(gate) * up, elementwise (arXiv 2002.05202); two of one shape and dtype. Oracle: the reference's."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
+    return torch.ops.ldalign.swiglu(gate, up)  # type: ignore[no-any-return]
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Keeps the inputs. With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s))."""
+_operator(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    lambda gate, up: _raw("swiglu", gate)(gate, up),
+    lambda gate, up: gate.new_empty(gate.shape),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, grad: torch.ops.ldalign.swiglu_backward(grad, *ctx.saved_tensors),
+)
+_operator(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    lambda grad, gate, up: _raw("swiglu_backward", gate)(grad, gate, up),
+    lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        wide = reference.accumulate_dtype(gate.dtype)
-        return F.silu(gate.to(wide)).mul_(up.to(wide)).to(gate.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        wide = reference.accumulate_dtype(gate.dtype)
-        g, dy = gate.to(wide), grad.to(wide)
-        s = torch.sigmoid(g)
-        dup = (g * s).mul_(dy).to(up.dtype)
-        dgate = (1 - s).mul_(g).add_(1).mul_(s).mul_(dy).mul_(up.to(wide))
-        return dgate.to(gate.dtype), dup
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, unseen: Tensor | None = None) -> Tensor:
@@ -182,7 +526,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, unseen
     window: which keys (last axis) each query may not see; every query must see one.
     Oracle: `ldalign.kernels.reference.attention`.
     """
-    backend()
     T, H, K = q.shape[1], q.shape[2], k.shape[2]
     if unseen is None and (window is not None and window < T):
         unseen = _unseen(T, window, q.device)[None]

@@ -134,61 +134,62 @@ def accumulate_gradients(
         # An empty micro-batch takes part in the collectives with a row that counts for nothing.
         batch = Batch.pack([pairs[j] for j in micro] or [pairs[0]], device)
         mean.muted = not micro
-        logps = probed_logprobs(model, batch, mean)
-        loss = (_dpo if preference else _sft)(batch, logps, settings.beta, mean) * (1.0 / divisor if micro else 0.0)
+        loss = batch_loss(model, batch, settings.beta, 1.0 / divisor if micro else 0.0, mean)
         loss.backward()
         total_loss += loss.detach().double()
     return float(distributed.total(total_loss))
 
 
-def _sft(batch: Batch, logps: Tensor, beta: float, mean: Mean) -> Tensor:
-    """Negative log-likelihood of the response tokens, summed."""
-    mean.add("nll", -logps)
-    mean.add("len/chosen", torch.tensor(batch.lengths, dtype=torch.float64))
-    return -logps.sum()
+def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+    """scale times the summed loss of a micro-batch (), its metrics added to `mean`.
 
-
-def _dpo(batch: Batch, logps: Tensor, beta: float, mean: Mean) -> Tensor:
-    """The weighted DPO loss of the batch's pairs, summed (`ops.weighted_dpo_loss`)."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logps.device)
-
-    pairs = batch.pairs
-    real, generated = batch.split(ops.segment_sum(logps, batch.lengths))
-    ref_real, ref_generated = column([p.ref_real for p in pairs]), column([p.ref_generated for p in pairs])
-    weight = column([p.weight for p in pairs])
-    loss, metrics = ops.weighted_dpo_loss(real, generated, ref_real, ref_generated, weight, beta)
-    mean.add("loss/unweighted", metrics.pop("loss"))
-    for name, values in metrics.items():
-        mean.add(name, values)
-    mean.add("logps/chosen", real)
-    mean.add("logps/rejected", generated)
-    mean.add("logps/ref_chosen", ref_real)
-    mean.add("logps/ref_rejected", ref_generated)
-    mean.add("weight/mean", weight)
-    mean.add("len/chosen", column([len(p.real) for p in pairs]))
-    mean.add("len/rejected", column([len(p.generated or ()) for p in pairs]))
-    return loss
-
-
-def probed_logprobs(model: LanguageModel, batch: Batch, mean: Mean) -> Tensor:
-    """`batches.token_logprobs`, and on the way the metrics that need more than log-probs.
-
-    logits/chosen and logits/rejected are exact means over response tokens and vocabulary (the mean logit is the hidden
-    state times the mean row of W). entropy and mean_token_accuracy are those of PROBED_TOKENS tokens spread evenly.
+    The head runs inside the model's forward, where FSDP has gathered the output weight, and only where a response token
+    is predicted. logits/chosen and logits/rejected are exact means over response tokens and vocabulary (the mean logit
+    is the hidden state times the mean row of W); entropy and mean_token_accuracy are those of PROBED_TOKENS tokens
+    spread evenly.
     """
-    rows, targets = batch.rows, batch.targets
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden.index_select(0, rows)
+        hidden = hidden.index_select(0, batch.rows)
         with torch.no_grad():
-            _probe(hidden, weight, targets, batch, mean)
-        return ops.linear_logprob(hidden, weight, targets)
+            _probe(hidden, weight, batch.targets, batch, mean)
+        loss = _sft if batch.pairs[0].generated is None else _dpo
+        return loss(hidden, weight, batch, beta, scale, mean)
 
     out = model(batch.ids, batch.layout, head)
     assert isinstance(out, Tensor)
     return out
+
+
+def _sft(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+    """Negative log-likelihood of the response tokens."""
+    loss, logps = ops.sft_loss(hidden, weight, batch.targets, scale)
+    mean.add("nll", -logps)
+    mean.add("len/chosen", torch.tensor(batch.lengths, dtype=torch.float64))
+    return loss
+
+
+def _dpo(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+    """The weighted DPO loss of the batch's pairs."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=hidden.device)
+
+    pairs = batch.pairs
+    reference = column([logp for p in pairs for logp in (p.ref_real, p.ref_generated)])
+    weights = column([p.weight for p in pairs])
+    loss, sums, metrics = ops.pair_loss(hidden, weight, batch.targets, batch.lengths, reference, weights, beta, scale)
+    mean.add("loss/unweighted", metrics.pop("loss"))
+    for name, values in metrics.items():
+        mean.add(name, values)
+    for name, values in (("logps/", sums), ("logps/ref_", reference)):
+        real, generated = batch.split(values)
+        mean.add(f"{name}chosen", real)
+        mean.add(f"{name}rejected", generated)
+    mean.add("weight/mean", weights)
+    mean.add("len/chosen", column([len(p.real) for p in pairs]))
+    mean.add("len/rejected", column([len(p.generated or ()) for p in pairs]))
+    return loss
 
 
 def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: Mean) -> None:

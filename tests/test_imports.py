@@ -12,9 +12,9 @@ PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalig
 # a later one. `errors` first, so that anyone may. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("env", "config", "tasks", "memory", "optim", "seeds", "kernels"),
+    ("config", "tasks", "memory", "optim", "seeds", "kernels"),
     ("ops", "distributed", "checkpoint", "tokenizer", "settings"),
-    ("metrics",),
+    ("metrics", "env"),
     ("data", "layout"),
     ("mistral", "gpt2"),
     ("weights",),

@@ -1,4 +1,4 @@
-"""The ops against the reference: same values, same gradients, in every dtype; and packing against one by one.
+"""The ops against the reference, through autograd, on every backend a CPU has; and packing against one by one.
 
 float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at most twice that of
 eager PyTorch running the reference in that dtype, three times for gradients. Upstream gradients are random and uneven.
@@ -6,7 +6,7 @@ eager PyTorch running the reference in that dtype, three times for gradients. Up
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import layout, ops
 from ldalign.errors import EnvironmentProblem
-from ldalign.kernels import reference
+from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
 
 Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
@@ -34,6 +34,51 @@ def head_case(N: int, D: int, V: int) -> Case:
     target = targets(N, V)
     inputs = [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
     return lambda h, w: ops.linear_logprob(h, w, target), lambda h, w: reference.linear_logprob(h, w, target), inputs
+
+
+def pair_case(lengths: list[int], D: int, V: int) -> Case:
+    """Weights of 0 to 2 and references near the log-probs, so that coefficients differ from pair to pair."""
+    N, P = sum(lengths), len(lengths) // 2
+    target, weight = targets(N, V), normal(P, seed=2).abs()
+    near = normal(2 * P, seed=3, scale=2) - torch.tensor(lengths) * math.log(V)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return ops.pair_loss(h, w, target, lengths, near, weight, 0.3, 0.5)[0]
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        logp = reference.linear_logprob(h, w, target)
+        sums = ops.segment_sum(logp, lengths) - near.to(logp.dtype)
+        zero = sums.new_zeros(P)
+        return 0.5 * reference.weighted_dpo_loss(sums[0::2], sums[1::2], zero, zero, weight.to(logp.dtype), 0.3)[0]
+
+    return ours, plain, [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
+
+
+def sft_case(N: int, D: int, V: int) -> Case:
+    target = targets(N, V)
+    inputs = [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
+    return (lambda h, w: ops.sft_loss(h, w, target, 0.1)[0],
+            lambda h, w: -0.1 * reference.linear_logprob(h, w, target).sum(), inputs)  # fmt: skip
+
+
+def dpo_case(P: int) -> Case:
+    inputs = [*(normal(P, seed=i, scale=3) for i in range(4)), normal(P, seed=5).abs()]
+
+    def plain(*columns: Tensor) -> Tensor:  # the loss is wide whatever the columns are
+        wide = reference.accumulate_dtype(columns[0].dtype)
+        return reference.weighted_dpo_loss(*(c.to(wide) for c in columns), 0.2)[0]
+
+    return lambda *x: ops.weighted_dpo_loss(*x, 0.2)[0], plain, inputs
+
+
+def add_norm_case(*shape: int) -> Case:
+    """Both results reach the loss, unevenly."""
+    inputs = [normal(*shape), normal(*shape, seed=2), normal(shape[-1], seed=1)]
+
+    def plain(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rms_norm(x + residual, w, 1e-3), x + residual
+
+    return (lambda *x: torch.cat(ops.add_rms_norm(*x, 1e-3)), lambda *x: torch.cat(plain(*x)), inputs)
 
 
 def norm_case(*shape: int) -> Case:
@@ -61,6 +106,15 @@ CASES = {
     "head, ragged": head_case(37, 13, 101),
     "head, one row": head_case(1, 8, 33),
     "head, vocabulary": head_case(3, 8, 50_257),
+    "pairs": pair_case([5, 3, 1, 6, 4, 4, 9, 2], 16, 101),
+    "pairs, one": pair_case([1, 2], 8, 33),
+    "pairs, vocabulary": pair_case([2, 1], 8, 49_152),
+    "sft": sft_case(35, 13, 101),
+    "sft, one row": sft_case(1, 8, 33),
+    "dpo": dpo_case(7),
+    "dpo, one pair": dpo_case(1),
+    "add_rms_norm": add_norm_case(16, 64),
+    "add_rms_norm, ragged": add_norm_case(3, 5, 33),
     "rms_norm": norm_case(16, 64),
     "rms_norm, ragged": norm_case(3, 5, 33),
     "rms_norm, one value": norm_case(1, 1),
@@ -77,10 +131,20 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True, params=["eager", "cpp"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of this file runs on both."""
+    if request.param == "cpp" and not cpp.available():
+        pytest.skip(f"no C++ backend: {cpp.why_not()}")
+    monkeypatch.setenv("LDALIGN_BACKEND", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """linear_logprob works through five rows of a vocabulary of 101 at a time."""
-    monkeypatch.setattr(ops, "LOGIT_BYTES", 5 * 4 * 101 + 3)
+    """The head works through five rows of a vocabulary of 101 at a time."""
+    monkeypatch.setattr(eager, "LOGIT_BYTES", 5 * 4 * 101 + 3)
+    monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
 
 
 @pytest.fixture(params=["products", "sdpa"])
@@ -136,6 +200,8 @@ def test_head_in_pieces_against_reference(dtype: torch.dtype, small_pieces: None
     check(*CASES["head, ragged"], dtype)
     check(*head_case(120, 13, 101), dtype)  # 24 pieces
     check(*CASES["head, vocabulary"], dtype)  # one row is more than a piece may hold
+    check(*CASES["pairs"], dtype)  # two pairs a piece, and pairs that are longer than a piece
+    check(*CASES["sft"], dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "vocabulary" not in name and "aligned" not in name])
@@ -235,11 +301,170 @@ def test_segment_sum() -> None:
         ops.segment_sum(values, [2, 2])
 
 
-def test_dpo_is_the_reference_until_a_kernel_takes_over() -> None:
+# ---------------------------------------------------------------------------------------------- the fused losses
+
+
+def test_dpo_metrics_are_the_references() -> None:
     arguments = [normal(7, seed=i) for i in range(4)]
+    arguments[0][2:4] = arguments[1][2:4] = arguments[2][2:4] = arguments[3][2:4] = 0  # ties
     loss, metrics = ops.weighted_dpo_loss(*arguments, normal(7, seed=5).abs(), 0.2)
     expected, expected_metrics = reference.weighted_dpo_loss(*arguments, normal(7, seed=5).abs(), 0.2)
     torch.testing.assert_close((loss, metrics), (expected, expected_metrics))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_pair_loss_gives_sums_and_metrics(small_pieces: None) -> None:
+    lengths, D, V = [5, 3, 1, 6, 4, 4], 8, 101
+    hidden, weight, target = normal(23, D), normal(V, D, seed=1), targets(23, V)
+    near, s = normal(6, seed=2) - 20, normal(3, seed=3).abs()
+    hidden.requires_grad_()
+    loss, sums, metrics = ops.pair_loss(hidden, weight, target, lengths, near, s, 0.3, 0.25)
+    expected = ops.segment_sum(reference.linear_logprob(hidden, weight, target), lengths)
+    torch.testing.assert_close(sums, expected.detach())
+    plain, expected_metrics = reference.weighted_dpo_loss(sums[0::2], sums[1::2], near[0::2], near[1::2], s, 0.3)
+    torch.testing.assert_close(loss.detach(), 0.25 * plain)
+    torch.testing.assert_close(metrics, expected_metrics)
+    assert loss.requires_grad and not sums.requires_grad and not any(v.requires_grad for v in metrics.values())
+
+
+def test_sft_loss_gives_log_probs() -> None:
+    hidden, weight, target = normal(9, 4), normal(33, 4), targets(9, 33)
+    loss, logp = ops.sft_loss(hidden, weight, target, 0.5)
+    torch.testing.assert_close(logp, reference.linear_logprob(hidden, weight, target))
+    torch.testing.assert_close(loss, -0.5 * logp.sum())
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_fused_loss_with_one_side_frozen(name: str, which: int) -> None:
+    function, _, inputs = CASES[name]
+    both = run(function, inputs, torch.tensor(1.5))
+    leaves = [x.clone().requires_grad_(i == which) for i, x in enumerate(inputs)]
+    function(*leaves).backward(torch.tensor(1.5, dtype=torch.float64))
+    assert leaves[1 - which].grad is None
+    assert torch.equal(leaves[which].grad, both[1 + which])
+
+
+def test_no_gradient_no_second_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without grad mode the fused losses make log-probs and nothing else."""
+    function, _, inputs = CASES["pairs"]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        quiet = function(*leaves)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, function(*leaves).detach())
+
+
+def test_ignored_targets_count_for_nothing(small_pieces: None) -> None:
+    hidden, weight, target = normal(12, 4), normal(101, 4), targets(12, 101)
+    for ignored in ([3, 7], list(range(12))):
+        given = target.clone()
+        given[ignored] = -100
+        kept = torch.ones(12, dtype=torch.float64)
+        kept[ignored] = 0
+        upstream = normal(12, seed=4)
+        ours = run(lambda h, w, t=given: ops.linear_logprob(h, w, t), [hidden, weight], upstream)
+        plain = run(lambda h, w, k=kept: reference.linear_logprob(h, w, target) * k, [hidden, weight], upstream)
+        torch.testing.assert_close(ours, plain)
+    inside = ops.linear_logprob(hidden, weight, target, ignore_index=int(target[0]))
+    assert all((inside == 0) == (target == target[0]))
+
+
+def test_nothing_at_all() -> None:
+    hidden, weight = torch.ones(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0)
+    for loss in (ops.linear_logprob(hidden, weight, none).sum(), ops.sft_loss(hidden, weight, none)[0],
+                 ops.pair_loss(hidden, weight, none, [], empty, empty, 0.1)[0]):  # fmt: skip
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        assert loss == 0 and gradients[0].shape == (0, 4) and not gradients[1].any()
+    for out in (
+        ops.rms_norm(hidden, weight[0], 1e-5),
+        ops.swiglu(hidden, hidden),
+        ops.weighted_dpo_loss(*[empty] * 5, 1)[0],
+    ):
+        assert out.sum() == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 33, 10**12])
+def test_targets_out_of_range_are_named(bad: int) -> None:
+    hidden, weight, target = torch.ones(4, 3), torch.ones(33, 3), torch.tensor([1, 2, bad, bad])
+    for call in (lambda: ops.linear_logprob(hidden, weight, target), lambda: ops.sft_loss(hidden, weight, target),
+                 lambda: ops.pair_loss(hidden, weight, target, [2, 2], torch.ones(2), torch.ones(1), 0.1)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"target {bad} of row 2 is not in \[0, 33\)"):
+            call()
+
+
+def test_mixed_dtypes_and_shapes_are_refused() -> None:
+    h, w, t = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
+    half = w.to(torch.bfloat16)
+    for match, call in {
+        "hidden is torch.float32, weight torch.bfloat16": lambda: ops.linear_logprob(h, half, t),
+        "target torch.int32": lambda: ops.sft_loss(h, w, t.int()),
+        "3 lengths with sum 4": lambda: ops.pair_loss(h, w, t, [1, 1, 2], torch.ones(3), torch.ones(1), 0.1),
+        "2 lengths with sum 3": lambda: ops.pair_loss(h, w, t, [1, 2], torch.ones(2), torch.ones(1), 0.1),
+        r"pair_weight \(2,\)": lambda: ops.pair_loss(h, w, t, [2, 2], torch.ones(2), torch.ones(2), 0.1),
+        "rms_norm: x": lambda: ops.rms_norm(h, half[0], 1e-5),
+        "add_rms_norm: x": lambda: ops.add_rms_norm(h, h[:2], w[0], 1e-5),
+        "swiglu: gate": lambda: ops.swiglu(h, h.double()),
+        "rope: x": lambda: ops.rope(torch.ones(2, 1, 6), torch.ones(2, 2), torch.ones(2, 2)),
+        "expected five of": lambda: ops.weighted_dpo_loss(*[torch.ones(2)] * 4, torch.ones(3), 0.1),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and "attention" not in name])
+def test_nan_comes_out_as_nan(name: str) -> None:
+    function, _, inputs = CASES[name]
+    for poisoned in range(len(inputs)):
+        given = [x.float().clone() for x in inputs]
+        given[poisoned].view(-1)[-1] = math.nan
+        assert function(*given).isnan().any()
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and "attention" not in name])
+def test_opcheck(name: str) -> None:
+    """Schema, fake, autograd registration and ahead-of-time tracing, on the operators a case calls."""
+    function, _, inputs = CASES[name]
+    with Operators() as seen:
+        run(function, [x.float() for x in inputs])
+    assert seen.calls
+    for operator, arguments in seen.calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+class Operators(TorchDispatchMode):
+    """Notes each call of an operator of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ldalign":
+            self.calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_compiled_block_is_the_plain_one() -> None:
+    """One graph, no break, same values and gradients."""
+    cos, sin = normal(5, 2, seed=3).float().cos(), normal(5, 2, seed=3).float().sin()
+    target = targets(5, 33)
+
+    def block(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
+        normed, total = ops.add_rms_norm(x, x * 0.5, w, 1e-5)
+        turned = ops.rope(normed.view(5, 2, 4), cos, sin).flatten(1)
+        return ops.pair_loss(ops.swiglu(turned, total), table, target, [3, 2], torch.ones(2), torch.ones(1), 0.1)[0]
+
+    inputs = [normal(5, 8).float(), normal(8, seed=1).float(), normal(33, 8, seed=2).float()]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for a, b in zip(run(compiled, inputs), run(block, inputs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -318,34 +543,30 @@ def test_packed_positions_and_refusals() -> None:
             Packed(lengths)
 
 
-# ---------------------------------------------------------------------------------------------- backend
+# ---------------------------------------------------------------------------------------------- backends
 
 
-@pytest.fixture
-def fresh_backend() -> Iterator[None]:
-    ops.backend.cache_clear()
-    yield
-    ops.backend.cache_clear()
-
-
-def test_unknown_backend_is_an_error(fresh_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDALIGN_BACKEND", "cuda-fast")
-    with pytest.raises(
-        EnvironmentProblem, match="LDALIGN_BACKEND='cuda-fast' is not available; choose auto or reference"
-    ):
-        ops.linear_logprob(torch.ones(1, 1), torch.ones(2, 1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(EnvironmentProblem, match="'cuda-fast' is unknown; choose auto or cpp, triton, cuda, eager"):
+        ops.swiglu(torch.ones(1), torch.ones(1))
 
 
-@pytest.mark.parametrize("wanted", ["auto", "reference", None])
-def test_backend_is_chosen_and_logged_once(
-    wanted: str | None, fresh_backend: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("LDALIGN_BACKEND", raising=False)
-    if wanted:
-        monkeypatch.setenv("LDALIGN_BACKEND", wanted)
+def test_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "available", lambda: False)
+    monkeypatch.setattr(cpp, "why_not", lambda: "the extension is not built")
+    monkeypatch.setenv("LDALIGN_BACKEND", "cpp")
+    ops._choose.cache_clear()
+    with pytest.raises(EnvironmentProblem, match="LDALIGN_BACKEND=cpp: not available here: the extension is not built"):
+        ops.swiglu(torch.ones(1), torch.ones(1))
+    monkeypatch.setenv("LDALIGN_BACKEND", "auto")
+    assert ops.choose("swiglu", "cpu") == "eager"
+    ops._choose.cache_clear()
+
+
+def test_choice_is_logged_once(backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ops._choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="ldalign.ops"):
         for _ in range(2):
-            assert ops.backend() == "reference"
-            logp = ops.linear_logprob(torch.ones(1, 1), torch.ones(2, 1), torch.zeros(1, dtype=torch.int64))
-    assert logp.item() == pytest.approx(-math.log(2))
-    assert [r.getMessage() for r in caplog.records] == [f"ops: backend reference (LDALIGN_BACKEND={wanted or 'auto'})"]
+            ops.swiglu(torch.ones(1), torch.ones(1))
+    assert [r.getMessage() for r in caplog.records] == [f"ops: swiglu on cpu: {backend} (LDALIGN_BACKEND={backend})"]

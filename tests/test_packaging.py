@@ -1,12 +1,17 @@
 """What gets installed, under which names, and that nothing of ours hides somebody else's module."""
 
+import importlib
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from shutil import copy, copytree
+from shutil import copy, copytree, ignore_patterns
 
 import pytest
+
+from ldalign.kernels import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT_FOLDERS = [name for name in ("train", "bench", "kernels") if any((ROOT / name).glob("*.py"))]
@@ -24,15 +29,34 @@ def test_packages_import_from_anywhere(tmp_path: Path, package: str, folder: str
     assert Path(where).parent == ROOT / folder
 
 
-def test_wheel_puts_only_ldalign_at_the_top(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def test_extension_lies_in_the_package() -> None:
+    if not cpp.available():
+        pytest.skip(cpp.why_not())
+    extension = importlib.import_module("ldalign._C")
+    assert extension.__file__ and Path(extension.__file__).parent == ROOT / "ldalign"
+
+
+def copy_sources(folder: Path) -> Path:
+    source = folder / "source"
     source.mkdir()
     for name in ("ldalign", "kernels", "train", "csrc"):
-        copytree(ROOT / name, source / name)
+        copytree(ROOT / name, source / name, ignore=ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         copy(ROOT / name, source / name)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    return source
+
+
+def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Puts a wheel beside the folder of sources."""
+    folder = source.parent
+    build = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    return subprocess.run(build, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_wheel_without_a_compiler_puts_only_ldalign_at_the_top(tmp_path: Path) -> None:
+    run = build_wheel(copy_sources(tmp_path), CXX="no-such-compiler", LDALIGN_BUILD="1")
+    assert run.returncode == 0, run.stderr
+    assert "the extension is not built: there is no C++ compiler (no-such-compiler)" in run.stdout + run.stderr
     (wheel,) = tmp_path.glob("ldalign-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ldalign"}
@@ -41,6 +65,16 @@ def test_wheel_puts_only_ldalign_at_the_top(tmp_path: Path) -> None:
     for folder, package in (("ldalign", "ldalign"), ("kernels", "ldalign/kernels"), ("train", "ldalign/train")):
         modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert modules <= set(names), f"missing from the wheel: {modules - set(names)}"
+
+
+def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
+    """The extension is optional, but not to fail in silence where there is a compiler."""
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    source = copy_sources(tmp_path)
+    (source / "csrc" / "a_first.cpp").write_text("#error on purpose\n")
+    run = build_wheel(source, CXX="c++", MAX_JOBS="1", LDALIGN_BUILD="1", LDALIGN_BUILD_CUDA="0")
+    assert run.returncode != 0 and "on purpose" in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)

@@ -1,0 +1,77 @@
+// Which instruction sets were built, and the choice among them at run time: the best one this machine has, or the one
+// that LDALIGN_ISA names.
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include <c10/util/Exception.h>
+
+#include "kernels.h"
+
+namespace ldalign::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool runs_here;
+  const Table* table;
+};
+
+// Best last.
+const std::vector<Isa>& built() {
+  static const std::vector<Isa> all = {
+      {"default", true, &table_default},
+#ifdef __x86_64__
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &table_avx2},
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
+       &table_avx512},
+#endif
+  };
+  return all;
+}
+
+const Isa* find(const std::string& name) {
+  std::string here;
+  for (const Isa& isa : built()) {
+    if (!isa.runs_here) continue;
+    if (name == isa.name) return &isa;
+    here += std::string(here.empty() ? "" : ", ") + isa.name;
+  }
+  TORCH_CHECK_VALUE(false, "LDALIGN_ISA='", name, "' does not run here; choose one of ", here);
+}
+
+const Isa* first_choice() {
+  const char* wanted = std::getenv("LDALIGN_ISA");
+  if (wanted && *wanted) return find(wanted);
+  const Isa* best = nullptr;
+  for (const Isa& isa : built()) {
+    if (isa.runs_here) best = &isa;
+  }
+  return best;
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa{first_choice()};
+  return isa;
+}
+
+}  // namespace
+
+const Table& table() { return *chosen().load()->table; }
+
+std::string isa() { return chosen().load()->name; }
+
+void set_isa(const std::string& name) { chosen() = find(name); }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : built()) {
+    if (isa.runs_here) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+}  // namespace ldalign::cpu

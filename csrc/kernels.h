@@ -1,0 +1,86 @@
+// The row kernels: what every instruction set offers, as a table of functions a storage type.
+//
+// N rows, D width, V vocabulary, H heads, E head width. T is the storage type; sums, exponentials and scales are kept
+// in Wide<T>, float or double, and rounded once, at the store. The kernels are serial and know nothing of torch: the
+// callers (head.cpp, block.cpp) cut the rows among threads.
+#pragma once
+
+#include <cstdint>
+
+namespace ldalign::cpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+template <class T>
+struct Kernels {
+  using A = Wide<T>;
+
+  // logits z (rows, V), target (rows,) -> log softmax(z)[target] and the log-sum-exp; both 0 where target is `ignored`.
+  void (*logprob)(const T* z, int64_t rows, int64_t V, const int64_t* target, int64_t ignored, A* logp, A* lse);
+
+  // In place: z = scale * (onehot(target) - softmax(z)), the gradient of scale * logp. A row whose scale is 0 becomes
+  // 0, whatever its target and lse are: ignored rows have neither.
+  void (*logit_gradient)(T* z, int64_t rows, int64_t V, const int64_t* target, const A* lse, const A* scale);
+
+  // One term of a sum kept in 24 bits a value (see WeightGradient in head.cpp): (high, low) = product on the first
+  // term, += product later; with the last term the sum is rounded to T, into `high`. Only of the 16-bit types.
+  void (*accumulate)(const T* product, int64_t n, bool first, bool last, T* high, uint8_t* low);
+
+  // y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x is total = x + residual, rounded to T.
+  void (*rms_norm)(const T* x, const T* residual, const A* weight, A eps, int64_t rows, int64_t D, T* y, T* total,
+                   A* rstd);
+
+  // With g = dy weight: dx = rstd (g - x rstd^2 mean(g x)) + dtotal (may be null), and
+  // dweight (D,) += sum over rows of dy x rstd.
+  void (*rms_norm_backward)(const T* dy, const T* dtotal, const T* x, const A* weight, const A* rstd, int64_t rows,
+                            int64_t D, T* dx, A* dweight);
+
+  // Turns (x[e], x[e + E/2]) by the angle of (cos[e], sin[e]); sign -1 turns back. x has strides, y is contiguous.
+  void (*rope)(const T* x, int64_t row_stride, int64_t head_stride, const A* cos, const A* sin, A sign, int64_t rows,
+               int64_t H, int64_t E, T* y);
+
+  void (*swiglu)(const T* gate, const T* up, int64_t n, T* y);
+  void (*swiglu_backward)(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup);
+};
+
+// One instruction set's kernels.
+struct Table {
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<bf16> b16;
+  Kernels<half> f16;
+};
+
+extern const Table table_default, table_avx2, table_avx512;  // the last two only on x86-64
+
+// The kernels of the chosen instruction set (isa.cpp).
+const Table& table();
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() { return table().f32; }
+template <>
+inline const Kernels<double>& kernels<double>() { return table().f64; }
+template <>
+inline const Kernels<bf16>& kernels<bf16>() { return table().b16; }
+template <>
+inline const Kernels<half>& kernels<half>() { return table().f16; }
+
+}  // namespace ldalign::cpu

@@ -1,0 +1,66 @@
+// The operations as C++ functions; module.cpp registers them with torch as torch.ops.ldalign_cpp.*.
+//
+// No autograd here: forward and backward are separate functions, joined in ldalign/ops.py. Shapes: N rows (flat
+// tokens), D width, V vocabulary, S responses, P pairs, H heads, E head width. A gradient not asked for is undefined,
+// None in Python. workspace_bytes: the most bytes of logits held at once.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace ldalign::cpu {
+
+using at::Tensor;
+
+// ---- head.cpp
+
+// -> logp (N,), lse (N,)
+std::tuple<Tensor, Tensor> linear_logprob(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, int64_t ignore_index, int64_t workspace_bytes);
+
+// grad (N,) -> dhidden (N, D), dweight (V, D). Ignored rows come with grad 0; only they may have any target.
+std::tuple<Tensor, Tensor> linear_logprob_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& lse,
+    bool need_hidden, bool need_weight, int64_t workspace_bytes);
+
+// lengths (S,), reference (S,), pair_weight (P,) -> sums (S,), dhidden, dweight
+std::tuple<Tensor, Tensor, Tensor> pair_loss(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, at::IntArrayRef lengths, const Tensor& reference,
+    const Tensor& pair_weight, double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes);
+
+// -> logp (N,), dhidden, dweight
+std::tuple<Tensor, Tensor, Tensor> sft_loss(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, double scale, bool need_hidden, bool need_weight,
+    int64_t workspace_bytes);
+
+// five times (P,) -> loss (), unweighted loss, chosen and rejected rewards, d loss / d sums_real: (P,) each
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
+    const Tensor& sums_real, const Tensor& sums_generated, const Tensor& ref_real, const Tensor& ref_generated,
+    const Tensor& weight, double beta);
+
+// ---- block.cpp
+
+// x (N, D), weight (D,) -> y (N, D), rstd (N,)
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
+
+// dy (N, D) -> dx (N, D), dweight (D,)
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd);
+
+// x, residual (N, D) -> y, total (N, D), rstd (N,)
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
+    const Tensor& x, const Tensor& residual, const Tensor& weight, double eps);
+
+// dy, dtotal (N, D) -> dx (N, D), dweight (D,)
+std::tuple<Tensor, Tensor> add_rms_norm_backward(
+    const Tensor& dy, const Tensor& dtotal, const Tensor& total, const Tensor& weight, const Tensor& rstd);
+
+// x (N, H, E), cos and sin (N, E/2) -> (N, H, E)
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
+
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up);
+
+}  // namespace ldalign::cpu

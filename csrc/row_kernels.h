@@ -1,0 +1,197 @@
+// The bodies of the row kernels, compiled once for every instruction set by isa_*.cpp. What each function computes is
+// said in kernels.h, and derived in docs/kernels.md.
+#pragma once
+
+#include "lanes.h"
+
+namespace ldalign::cpu::LDALIGN_ISA {
+
+// Of one row of logits. A block stays in the first-level cache between the search for its largest value and its sum,
+// so that memory is read once; the blocks' sums are added in double.
+template <class T>
+double log_sum_exp(const T* z, int64_t V) {
+  using A = Wide<T>;
+  using L = Lanes<T>;
+  constexpr int64_t kBlock = 4096;
+  constexpr int W = width<T>;
+  const A least = -__builtin_huge_valf();
+  A largest = least;
+  double sum = 0;
+  for (int64_t start = 0; start < V; start += kBlock) {
+    const T* block = z + start;
+    const int64_t n = V - start < kBlock ? V - start : kBlock;
+    L most[4] = {splat(least), splat(least), splat(least), splat(least)};  // four chains: one would wait for itself
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+      for (int k = 0; k < 4; ++k) most[k] = larger(most[k], load(block + i + k * W, Whole{}));
+    }
+    sweep<T>(n - i, [&](int64_t j, auto count) LDALIGN_LAMBDA {
+      most[0] = larger(most[0], load(block + i + j, count, least));
+    });
+    const A here = largest_of(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+    if (here > largest) {
+      sum *= __builtin_exp(static_cast<double>(largest) - here);
+      largest = here;
+    }
+    const L shift = splat(largest == least ? A(0) : largest);  // all -inf, or NaN: no -inf - -inf
+    L partial = splat(A(0));
+    sweep<T>(n, [&](int64_t j, auto count) LDALIGN_LAMBDA { partial += exp(load(block + j, count, least) - shift); });
+    sum += total(partial);
+  }
+  return largest + __builtin_log(sum);
+}
+
+template <class T>
+void logprob(const T* z, int64_t rows, int64_t V, const int64_t* target, int64_t ignored, Wide<T>* logp, Wide<T>* lse) {
+  for (int64_t row = 0; row < rows; ++row, z += V) {
+    if (target[row] == ignored) {
+      logp[row] = lse[row] = 0;
+      continue;
+    }
+    const double whole = log_sum_exp(z, V);
+    lse[row] = static_cast<Wide<T>>(whole);
+    logp[row] = static_cast<Wide<T>>(value_of(z[target[row]]) - whole);
+  }
+}
+
+template <class T>
+void logit_gradient(T* z, int64_t rows, int64_t V, const int64_t* target, const Wide<T>* lse, const Wide<T>* scale) {
+  using L = Lanes<T>;
+  for (int64_t row = 0; row < rows; ++row, z += V) {
+    if (scale[row] == 0) {
+      __builtin_memset(z, 0, V * sizeof(T));
+      continue;
+    }
+    // 1 - p by expm1: where p is near 1 the difference would lose its digits.
+    const double target_gradient = scale[row] * -__builtin_expm1(double(value_of(z[target[row]])) - lse[row]);
+    const L shift = splat(lse[row]), minus = splat(-scale[row]);
+    sweep<T>(V, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      store(z + i, minus * exp(load(z + i, count) - shift), count);
+    });
+    z[target[row]] = round_to<T>(static_cast<Wide<T>>(target_gradient));
+  }
+}
+
+// The upper 24 bits of a float: 16 in `high` (whatever T is), 8 in `low`, rounded to nearest even.
+template <class T>
+void accumulate(const T* product, int64_t n, bool first, bool last, T* high, uint8_t* low) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+    const int64_t lanes = lanes_of(count);
+    F32 sum = load(product + i, count);
+    U16 upper = {};
+    U8 lower = {};
+    if (!first) {
+      __builtin_memcpy(&upper, high + i, lanes * sizeof upper[0]);
+      __builtin_memcpy(&lower, low + i, lanes * sizeof lower[0]);
+      sum += (F32)(__builtin_convertvector(upper, U32) << 16 | __builtin_convertvector(lower, U32) << 8);
+    }
+    if (last) {
+      store(high + i, sum, count);
+      return;
+    }
+    const U32 bits = (U32)sum;
+    const U32 rounded = sum == sum ? bits + 0x7Fu + ((bits >> 8) & 1u) : bits | 0x00400000u;
+    upper = __builtin_convertvector(rounded >> 16, U16);
+    lower = __builtin_convertvector(rounded >> 8, U8);
+    __builtin_memcpy(high + i, &upper, lanes * sizeof upper[0]);
+    __builtin_memcpy(low + i, &lower, lanes * sizeof lower[0]);
+  });
+}
+
+template <class T>
+void rms_norm(const T* x, const T* residual, const Wide<T>* weight, Wide<T> eps, int64_t rows, int64_t D, T* y,
+              T* total_out, Wide<T>* rstd) {
+  using L = Lanes<T>;
+  for (int64_t row = 0; row < rows; ++row, x += D, y += D) {
+    L squares = splat(Wide<T>(0));
+    if (residual) {
+      sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+        const Raw<T> rounded = narrow<T>(load(x + i, count) + load(residual + i, count));
+        const L value = widen<T>(rounded);
+        store(total_out + i, value, count);
+        squares += value * value;
+      });
+    } else {
+      sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+        const L value = load(x + i, count);
+        squares += value * value;
+      });
+    }
+    const T* normed = residual ? total_out : x;
+    rstd[row] = static_cast<Wide<T>>(1 / __builtin_sqrt(total(squares) / D + eps));
+    const L scale = splat(rstd[row]);
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      store(y + i, load(normed + i, count) * scale * load(weight + i, count), count);
+    });
+    if (residual) residual += D, total_out += D;
+  }
+}
+
+template <class T>
+void rms_norm_backward(const T* dy, const T* dtotal, const T* x, const Wide<T>* weight, const Wide<T>* rstd,
+                       int64_t rows, int64_t D, T* dx, Wide<T>* dweight) {
+  using L = Lanes<T>;
+  for (int64_t row = 0; row < rows; ++row, dy += D, x += D, dx += D) {
+    L dot = splat(Wide<T>(0));
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      dot += load(dy + i, count) * load(weight + i, count) * load(x + i, count);
+    });
+    const double r = rstd[row];
+    const L scale = splat(rstd[row]), inward = splat(static_cast<Wide<T>>(r * r * total(dot) / D));
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      const L grad = load(dy + i, count), value = load(x + i, count);
+      L out = scale * (grad * load(weight + i, count) - value * inward);
+      if (dtotal) out += load(dtotal + i, count);
+      store(dx + i, out, count);
+      store(dweight + i, load(dweight + i, count) + grad * (value * scale), count);
+    });
+    if (dtotal) dtotal += D;
+  }
+}
+
+template <class T>
+void rope(const T* x, int64_t row_stride, int64_t head_stride, const Wide<T>* cos, const Wide<T>* sin, Wide<T> sign,
+          int64_t rows, int64_t H, int64_t E, T* y) {
+  const int64_t half_width = E / 2;
+  for (int64_t row = 0; row < rows; ++row, cos += half_width, sin += half_width) {
+    for (int64_t head = 0; head < H; ++head, y += E) {
+      const T* a = x + row * row_stride + head * head_stride;
+      sweep<T>(half_width, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+        const Lanes<T> left = load(a + i, count), right = load(a + half_width + i, count);
+        const Lanes<T> c = load(cos + i, count), s = load(sin + i, count) * sign;
+        store(y + i, left * c - right * s, count);
+        store(y + half_width + i, right * c + left * s, count);
+      });
+    }
+  }
+}
+
+template <class T>
+void swiglu(const T* gate, const T* up, int64_t n, T* y) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+    const Lanes<T> g = load(gate + i, count);
+    store(y + i, g / (Wide<T>(1) + exp(-g)) * load(up + i, count), count);
+  });
+}
+
+template <class T>
+void swiglu_backward(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+    const Lanes<T> grad = load(dy + i, count), g = load(gate + i, count);
+    const Lanes<T> s = Wide<T>(1) / (Wide<T>(1) + exp(-g));
+    store(dup + i, grad * g * s, count);
+    store(dgate + i, grad * load(up + i, count) * s * (Wide<T>(1) + g * (Wide<T>(1) - s)), count);
+  });
+}
+
+template <class T>
+constexpr Kernels<T> make() {
+  Kernels<T> all = {logprob<T>, logit_gradient<T>,    nullptr, rms_norm<T>, rms_norm_backward<T>,
+                    rope<T>,    swiglu<T>, swiglu_backward<T>};
+  if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
+  return all;
+}
+
+constexpr Table make_table() { return {make<float>(), make<double>(), make<bf16>(), make<half>()}; }
+
+}  // namespace ldalign::cpu::LDALIGN_ISA

@@ -1,0 +1,167 @@
+"""The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`): vectorised, threaded, and in oneDNN where they multiply.
+
+Forward and backward apart, as in every backend; `ldalign.ops` adds autograd. Shapes: N rows (flat tokens), D width, V
+vocabulary, S = 2P responses (runs of rows; real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is
+float32, or float64 where the inputs are. Sums are kept wide and rounded once. Inputs may have any strides and are
+never changed. A wrong shape, dtype or target is a ValueError that names the argument.
+
+`LDALIGN_ISA` (default, avx2 or avx512) chooses the instruction set; unset, the best one this machine has.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The most bytes of logits held at once. Beside them a 16-bit head of more than six pieces keeps 1 byte a weight while
+# it sums dweight.
+WORKSPACE_BYTES = 52 * 2**20
+
+
+def _load() -> str:
+    """Loads the extension. Why that cannot be done, in one line; empty if it is done."""
+    try:
+        importlib.import_module("ldalign._C")  # by name: it may be missing, and only then is that no error
+        torch.ops.ldalign_cpp.isa()
+    except ModuleNotFoundError as error:
+        if error.name != "ldalign._C":
+            raise
+        return "the extension ldalign._C is not built; with a C++ compiler there, `make setup` builds it"
+    except ImportError as error:
+        return f"the extension ldalign._C does not load ({error}); build it again for this torch: pip install -e ."
+    except ValueError as error:
+        return str(error)  # LDALIGN_ISA names what does not run here
+    return ""
+
+
+_REASON = _load()
+
+
+def available() -> bool:
+    """Whether the extension is there; told once, at import."""
+    return not _REASON
+
+
+def why_not() -> str:
+    """Why `available()` is false, or ""."""
+    return _REASON
+
+
+def build_info() -> dict[str, Any]:
+    """isa: the instruction set in use; isas: all that were built and run here; compiler; threads: any or not."""
+    ops = torch.ops.ldalign_cpp
+    return {"isa": ops.isa(), "isas": ops.isas(), "compiler": ops.compiler(), "threads": ops.threads()}
+
+
+def set_isa(name: str) -> None:
+    """Use another of `build_info()["isas"]` from now on. For tests and benchmarks."""
+    torch.ops.ldalign_cpp.set_isa(name)
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight^T)[target] and the log-sum-exp: (N, D), (V, D), (N,) int64 -> (N,) and (N,), wide.
+
+    A row whose target is ignore_index has log-prob 0.
+    """
+    logp, lse = torch.ops.ldalign_cpp.linear_logprob(hidden, weight, target, ignore_index, WORKSPACE_BYTES)
+    return logp, lse
+
+
+def linear_logprob_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dhidden (N, D) and dweight (V, D) under the upstream gradient (N,) wide. The logits are made again.
+
+    Ignored rows come with grad 0; a row with grad 0 adds nothing, whatever its target is.
+    """
+    dhidden, dweight = torch.ops.ldalign_cpp.linear_logprob_backward(
+        grad, hidden, weight, target, lse, need_hidden, need_weight, WORKSPACE_BYTES
+    )
+    return dhidden, dweight
+
+
+def pair_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference: Tensor, pair_weight: Tensor,
+    beta: float, scale: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Summed log-probs of the responses, and the gradient of the weighted DPO loss, in one pass: three products.
+
+    lengths of S responses, reference (S,) and pair_weight (P,) wide -> sums (S,) wide, dhidden (N, D), dweight (V, D):
+    the gradient of scale * sum_p pair_weight_p * -log sigmoid(beta * Delta_p).
+    """
+    sums, dhidden, dweight = torch.ops.ldalign_cpp.pair_loss(
+        hidden, weight, target, lengths, reference, pair_weight, beta, scale, need_hidden, need_weight, WORKSPACE_BYTES
+    )
+    return sums, dhidden, dweight
+
+
+def sft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: three products."""
+    logp, dhidden, dweight = torch.ops.ldalign_cpp.sft_loss(
+        hidden, weight, target, scale, need_hidden, need_weight, WORKSPACE_BYTES
+    )
+    return logp, dhidden, dweight
+
+
+def weighted_dpo(
+    sums_real: Tensor, sums_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of P pairs, all wide: loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real (P,)."""
+    loss, unweighted, chosen, rejected, coefficient = torch.ops.ldalign_cpp.weighted_dpo(
+        sums_real, sums_generated, ref_real, ref_generated, weight, beta
+    )
+    return loss, unweighted, chosen, rejected, coefficient
+
+
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight (N, D), and 1 / rms (N,) wide."""
+    y, rstd = torch.ops.ldalign_cpp.rms_norm(x, weight, eps)
+    return y, rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (N, D) and dweight (D,), the latter with the same bits for any number of threads."""
+    dx, dweight = torch.ops.ldalign_cpp.rms_norm_backward(dy, x, weight, rstd)
+    return dx, dweight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm of x + residual, that sum itself (rounded to their dtype first), and 1 / rms."""
+    y, total, rstd = torch.ops.ldalign_cpp.add_rms_norm(x, residual, weight, eps)
+    return y, total, rstd
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, which is also the residual's: the norm's, plus dtotal; and dweight (D,)."""
+    dx, dweight = torch.ops.ldalign_cpp.add_rms_norm_backward(dy, dtotal, total, weight, rstd)
+    return dx, dweight
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Turns pairs (x[e], x[e + E/2]) by their angle: (N, H, E), (N, E/2), (N, E/2); `inverse` is the gradient."""
+    out: Tensor = torch.ops.ldalign_cpp.rope(x, cos, sin, inverse)
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any one shape."""
+    out: Tensor = torch.ops.ldalign_cpp.swiglu(gate, up)
+    return out
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate and dup."""
+    dgate, dup = torch.ops.ldalign_cpp.swiglu_backward(dy, gate, up)
+    return dgate, dup

@@ -1,0 +1,220 @@
+"""Every op in plain PyTorch, forward and backward apart: the backend for any device, and the kernels' reading copy.
+
+All backends offer these functions with these signatures; `ldalign.ops` adds checks and autograd. They differ from
+`reference.py`, the oracle, in doing no work twice: gradients by formula, the head in pieces.
+
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses (runs of rows; real, generated, real,
+...), H heads, E head width. "Wide" is float32, or float64 where the inputs are. docs/kernels.md derives the gradients.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldalign.kernels import reference
+from ldalign.kernels.pieces import row_pieces, whole_pairs
+from ldalign.kernels.reference import accumulate_dtype
+
+LOGIT_BYTES = 64 * 2**20  # a piece's wide logits stay below this
+
+
+def available() -> bool:
+    return True
+
+
+def why_not() -> str:
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each; 0 where the target is ignored."""
+    logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
+    lse = torch.empty_like(logp)
+    for rows in row_pieces(len(hidden), _rows(weight)):
+        logits = hidden[rows] @ weight.T
+        logp[rows], lse[rows] = _logprob(logits, target[rows], ignore_index)
+    return logp, lse
+
+
+def linear_logprob_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with grad 0."""
+    out = _Gradients(hidden, weight, need_hidden, need_weight)
+    for rows in row_pieces(len(hidden), _rows(weight)):
+        out.add(rows, _logit_gradient(hidden[rows] @ weight.T, target[rows], lse[rows], grad[rows]))
+    return out.finish()
+
+
+def pair_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference_sums: Tensor, pair_weight: Tensor,
+    beta: float, scale: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Summed log-probs of the S responses, and the gradient of scale * (weighted DPO loss), all in one pass.
+
+    A pair's tokens share one coefficient, known as soon as both its sums are: the logits of a piece of whole pairs are
+    turned into their gradient where they stand. A pair longer than a piece is visited twice.
+    """
+    sums = torch.zeros(len(lengths), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
+    out = _Gradients(hidden, weight, need_hidden, need_weight)
+    for piece in whole_pairs(lengths, _rows(weight)):
+        visits = list(piece.rows(_rows(weight)))
+        kept = None  # the logits, where the piece is one visit long
+        logps, lses = [], []
+        for rows in visits:
+            kept = hidden[rows] @ weight.T
+            logp, lse = _logprob(kept, target[rows])
+            logps.append(logp)
+            lses.append(lse)
+        chosen = piece.responses
+        sums[chosen] = torch.stack([run.sum() for run in torch.cat(logps).split(list(lengths[chosen]))])
+        if not (need_hidden or need_weight):
+            continue
+        coefficient = _coefficients(sums[chosen], reference_sums[chosen], pair_weight[piece.pairs], beta, scale)
+        lengths_here = torch.tensor(list(lengths[chosen]), device=hidden.device)
+        per_row = coefficient.repeat_interleave(lengths_here, output_size=piece.stop - piece.start)
+        for rows, lse in zip(visits, lses, strict=True):
+            logits = kept if len(visits) == 1 else hidden[rows] @ weight.T
+            assert logits is not None
+            here = slice(rows.start - piece.start, rows.stop - piece.start)
+            out.add(rows, _logit_gradient(logits, target[rows], lse, per_row[here]))
+    return sums, *out.finish()
+
+
+def sft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: every coefficient is -scale."""
+    logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
+    out = _Gradients(hidden, weight, need_hidden, need_weight)
+    for rows in row_pieces(len(hidden), _rows(weight)):
+        logits = hidden[rows] @ weight.T
+        logp[rows], lse = _logprob(logits, target[rows])
+        if need_hidden or need_weight:
+            out.add(rows, _logit_gradient(logits, target[rows], lse, torch.full_like(lse, -scale)))
+    return logp, *out.finish()
+
+
+def weighted_dpo(
+    real: Tensor, generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of P pairs: loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d real (P,)."""
+    chosen, rejected = beta * (real - ref_real), beta * (generated - ref_generated)
+    unweighted = -F.logsigmoid(chosen - rejected)
+    coefficient = -beta * weight * torch.sigmoid(rejected - chosen)
+    return (weight * unweighted).sum(), unweighted, chosen, rejected, coefficient
+
+
+def _rows(weight: Tensor) -> int:
+    return max(1, LOGIT_BYTES // (4 * max(1, len(weight))))
+
+
+def _logprob(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    wide = accumulate_dtype(logits.dtype)
+    largest = logits.amax(1).to(wide)
+    lse = logits.to(wide, copy=True).sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+    ignored = None if ignore_index is None else target == ignore_index
+    picked = target if ignored is None else target.masked_fill(ignored, 0)
+    logp = logits.gather(1, picked[:, None])[:, 0].to(wide) - lse
+    return (logp if ignored is None else logp.masked_fill(ignored, 0)), lse
+
+
+def _logit_gradient(logits: Tensor, target: Tensor, lse: Tensor, coefficient: Tensor) -> Tensor:
+    """coefficient * (one_hot(target) - softmax), rounded once to the logits' dtype."""
+    z = logits.to(lse.dtype)
+    z = z.sub_(lse[:, None]) if z.dtype != logits.dtype else z - lse[:, None]
+    z.exp_().mul_(-coefficient[:, None])
+    inside = target.clamp(0)  # an ignored row may have a negative target; its coefficient is 0
+    return z.scatter_add_(1, inside[:, None], coefficient[:, None]).to(logits.dtype)
+
+
+def _coefficients(sums: Tensor, reference_sums: Tensor, weight: Tensor, beta: float, scale: float) -> Tensor:
+    """d loss / d sums (S,): -scale beta weight sigmoid(-beta Delta) for a real response, the opposite for its rival."""
+    gap = sums - reference_sums
+    real = weighted_dpo(gap[0::2], gap[1::2], gap.new_zeros(()), gap.new_zeros(()), weight, beta)[-1] * scale
+    return torch.stack((real, -real), dim=1).flatten()
+
+
+class _Gradients:
+    """dh and dw of a head whose logit gradients come piece by piece; dw is summed wide and rounded once."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.dh = torch.zeros_like(hidden) if need_hidden else None
+        self.dw = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype)) if need_weight else None
+
+    def add(self, rows: slice, dz: Tensor) -> None:
+        if self.dh is not None:
+            self.dh[rows] = dz @ self.weight
+        if self.dw is not None:
+            self.dw += dz.T @ self.hidden[rows]
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.dh, None if self.dw is None else self.dw.to(self.weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight (N, D), and 1 / rms (N,) wide."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight.to(wide.dtype)).to(x.dtype), scale[:, 0]
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """With g = dy w and y = x r w: dx = r (g - x r^2 mean(g x)), dw = sum dy x r."""
+    scale = scale[:, None]
+    normed = x.to(scale.dtype) * scale
+    grad = grad.to(scale.dtype)
+    dweight = (grad * normed).sum(0).to(weight.dtype)
+    grad = grad * weight.to(scale.dtype)
+    normed.mul_((grad * normed).mean(-1, keepdim=True))
+    return grad.sub_(normed).mul_(scale).to(x.dtype), dweight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm of x + residual, that sum itself (rounded to their dtype first), and 1 / rms."""
+    total = x + residual
+    y, scale = rms_norm(total, weight, eps)
+    return y, total, scale
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, which is also the residual's: the norm's, plus what reaches the sum from elsewhere."""
+    wide = scale.dtype
+    normed = total.to(wide) * scale[:, None]
+    dweight = (grad.to(wide) * normed).sum(0).to(weight.dtype)
+    g = grad.to(wide) * weight.to(wide)
+    normed.mul_((g * normed).mean(-1, keepdim=True))
+    return g.sub_(normed).mul_(scale[:, None]).add_(grad_total.to(wide)).to(total.dtype), dweight
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Turns pairs (x[e], x[e + E/2]) by their angle; `inverse` turns back, which is the gradient."""
+    return reference.rope(x, cos, -sin if inverse else sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    wide = accumulate_dtype(gate.dtype)
+    return F.silu(gate.to(wide)).mul_(up.to(wide)).to(gate.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s))."""
+    wide = accumulate_dtype(gate.dtype)
+    g, dy = gate.to(wide), grad.to(wide)
+    s = torch.sigmoid(g)
+    dup = (g * s).mul_(dy).to(up.dtype)
+    dgate = (1 - s).mul_(g).add_(1).mul_(s).mul_(dy).mul_(up.to(wide))
+    return dgate.to(gate.dtype), dup

@@ -1,0 +1,153 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton: rope, swiglu and weighted_dpo, one read and one write of every element.
+
+rope         y = R(angle) x for the pairs (x[e], x[e + E/2]); backward: dx = R(-angle) dy, the same kernel, `inverse`.
+             x (N, H, E), cos and sin (N, E/2). Nothing of x is kept.
+swiglu       y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s. Keeps gate and up.
+weighted_dpo Delta = (sums_real - ref_real) - (sums_generated - ref_generated);  l = -log sigmoid(beta Delta);
+             d(w l)/d(sums_real) = -beta w sigmoid(-beta Delta), the opposite for sums_generated. All (P,) float32.
+
+float32, bfloat16 and float16 in and out; the arithmetic is float32, rounded once at the store. Oracles: `rope`,
+`swiglu` and `weighted_dpo_loss` in `ldalign.kernels.reference`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldalign.kernels.triton_common import launch, narrow, unit_stride
+
+HEADS = 4  # a program of rope turns this many heads with the cosines it has loaded
+ROPE_PAIRS = 1024  # pairs of one head a program of rope holds
+SWIGLU_BLOCK = 2048
+DPO_BLOCK = 1024
+
+
+# N and P are not specialised on: a new batch size must not mean a new compilation.
+@triton.jit(do_not_specialize=["N"])
+def _rope_kernel(
+    x, cos, sin, y,
+    N, H, half, token_stride, head_stride,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, HALF)
+    inside = (tokens < N)[:, None] & (e < half)[None, :]
+    angle = tokens[:, None] * half + e[None, :]
+    c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    if INVERSE:
+        s = -s
+    for i in tl.static_range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        mask = inside & (e < tl.where(head < H, half, 0))[None, :]  # none of a head beyond the last
+        source = x + tokens[:, None] * token_stride + head * head_stride + e[None, :]
+        a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+        goal = y + (tokens * H + head)[:, None] * (2 * half) + e[None, :]
+        tl.store(goal, narrow(a * c - b * s, y.dtype.element_ty), mask=mask)
+        tl.store(goal + half, narrow(b * c + a * s, y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < size).to(tl.float32)
+    u = tl.load(up + at, mask=at < size).to(tl.float32)
+    s = 1 / (1 + tl.exp(-g))
+    tl.store(y + at, narrow(g * s * u, y.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _swiglu_backward_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dy + at, mask=at < size).to(tl.float32)
+    g = tl.load(gate + at, mask=at < size).to(tl.float32)
+    u = tl.load(up + at, mask=at < size).to(tl.float32)
+    s = 1 / (1 + tl.exp(-g))
+    tl.store(dgate + at, narrow(d * u * s * (1 + g * (1 - s)), dgate.dtype.element_ty), mask=at < size)
+    tl.store(dup + at, narrow(d * g * s, dup.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def sigmoid_of_minus(x):
+    """1 / (1 + exp(x)), of which the exponential never overflows."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, e, 1.0) / (1 + e)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _weighted_dpo_kernel(
+    real, generated, ref_real, ref_generated, weight,
+    loss, unweighted, chosen, rejected, coefficient,
+    P, beta, BLOCK: tl.constexpr,
+):  # fmt: skip
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, P, BLOCK):  # one program, so that the sum has one order
+        p = start + tl.arange(0, BLOCK)
+        mask = p < P
+        w = tl.load(weight + p, mask=mask, other=0.0)
+        c = beta * (tl.load(real + p, mask=mask, other=0.0) - tl.load(ref_real + p, mask=mask, other=0.0))
+        r = beta * (tl.load(generated + p, mask=mask, other=0.0) - tl.load(ref_generated + p, mask=mask, other=0.0))
+        x = c - r
+        e = tl.exp(-tl.abs(x))
+        # log(1 + e) of a tiny e is 0 in float32. Where 1 + e rounds to u, log(u) e / (u - 1) undoes the rounding.
+        u = 1 + e
+        log1p = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1.0, u - 1))
+        value = tl.maximum(-x, 0.0) + log1p  # NaN: e is NaN too
+        total += tl.where(mask, w * value, 0.0)
+        tl.store(unweighted + p, value, mask=mask)
+        tl.store(chosen + p, c, mask=mask)
+        tl.store(rejected + p, r, mask=mask)
+        tl.store(coefficient + p, -beta * w * sigmoid_of_minus(x), mask=mask)
+    tl.store(loss, tl.sum(total, 0))
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E), turned forwards or, with `inverse`, back."""
+    N, H, E = x.shape
+    half = E // 2
+    x, cos, sin = unit_stride(x), cos.contiguous(), sin.contiguous()
+    y = torch.empty((N, H, E), dtype=x.dtype, device=x.device)
+    width = triton.next_power_of_2(half)
+    tokens = max(1, ROPE_PAIRS // width)
+    launch(
+        _rope_kernel, (triton.cdiv(N, tokens), triton.cdiv(H, HEADS)), x,
+        x, cos, sin, y, N, H, half, x.stride(0), x.stride(1),
+        INVERSE=inverse, HEADS=HEADS, TOKENS=tokens, HALF=width, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    size = gate.numel()
+    launch(_swiglu_kernel, (triton.cdiv(size, SWIGLU_BLOCK),), y, gate, up, y, size, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d gate, d up)."""
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    size = gate.numel()
+    launch(
+        _swiglu_backward_kernel, (triton.cdiv(size, SWIGLU_BLOCK),), dy,
+        dy, gate, up, dgate, dup, size, BLOCK=SWIGLU_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dgate, dup
+
+
+def weighted_dpo(
+    sums_real: Tensor, sums_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(P,) float32 x 5 -> (loss () = sum of w l, l, chosen, rejected, d loss / d sums_real), the last four (P,)."""
+    inputs = [x.float().contiguous() for x in (sums_real, sums_generated, ref_real, ref_generated, weight)]
+    loss = torch.empty((), dtype=torch.float32, device=weight.device)
+    outputs = [torch.empty_like(inputs[0]) for _ in range(4)]
+    launch(_weighted_dpo_kernel, (1,), loss, *inputs, loss, *outputs, len(weight), beta, BLOCK=DPO_BLOCK, num_warps=4)
+    unweighted, chosen, rejected, coefficient = outputs
+    return loss, unweighted, chosen, rejected, coefficient

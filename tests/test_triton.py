@@ -1,0 +1,539 @@
+"""The Triton kernels against the reference, in Triton's interpreter here and natively where a CUDA device is.
+
+float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running the reference in
+that dtype, three times for gradients. The same comparison must fail for results zeroed, rolled by a row, or made
+without their weights. The compiler's side is in test_triton_compile.py.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldalign.kernels import reference
+
+NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def load_backend() -> ModuleType:
+    """ldalign.kernels.gpu, interpreted where there is no GPU; a copy, so that other tests see what the machine has."""
+    if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
+        assert "triton" not in sys.modules, "a test file imports triton before this one: set TRITON_INTERPRET=1"
+    spec = importlib.util.find_spec("ldalign.kernels.gpu")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        if not NATIVE:
+            patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, Triton's own too: at this import
+        pytest.importorskip("triton", reason="the package triton is not installed")
+        spec.loader.exec_module(module)
+    return module
+
+
+gpu = load_backend()
+from ldalign.kernels import triton_common, triton_head, triton_norm  # noqa: E402  after it is settled how they run
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and infinity
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable again: at its first launch the interpreter imports more of Triton."""
+    if not NATIVE:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not NATIVE:
+        pytest.skip("needs a CUDA device")
+    if request.param == "interpreter" and NATIVE:
+        pytest.skip("Triton compiles in this process; TRITON_INTERPRET=1 runs the interpreter")
+    return "cuda" if NATIVE else "cpu"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, pieces and runs so small that small shapes have several of each: 13 rows of 601 logits in float32."""
+    monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 13 * 640 * 4)
+    monkeypatch.setattr(triton_head, "SLAB_BYTES", 250 * 4 * 45)
+    monkeypatch.setattr(triton_head, "ROW_BLOCK", 256)
+    monkeypatch.setattr(triton_head, "GRADIENT_BLOCK", 256)
+    monkeypatch.setattr(triton_head, "SUM_BLOCK", 4)
+    monkeypatch.setattr(triton_norm, "PROGRAMS", 3)
+    monkeypatch.setattr(triton_norm, "TILE", 256)
+
+
+# ------------------------------------------------------------------------------------------- ops, and what they compute
+
+
+@dataclass
+class Case:
+    """An op: float64 inputs; how many of its results are values (gradients follow); which input is a plain weight."""
+
+    ours: Callable[..., Any]
+    eager: Callable[..., Any]
+    inputs: list[Tensor]
+    values: int
+    weight: int | None = None
+    wide: tuple[int, ...] = ()  # inputs that stay float32
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) * scale
+
+
+def positive(*shape: int, seed: int = 0) -> Tensor:
+    return normal(*shape, seed=seed).abs() + 0.2
+
+
+def targets(N: int, V: int) -> Tensor:
+    return torch.randint(V, (N,), generator=torch.Generator().manual_seed(N + V))
+
+
+def gradients(value: Tensor, upstream: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, leaves, upstream.to(value.dtype)))
+
+
+def leaf(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def head_inputs(N: int, D: int, V: int) -> list[Tensor]:
+    return [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
+
+
+def forward_case(N: int, D: int, V: int) -> Case:
+    target = targets(N, V)
+
+    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
+        logits = (h @ w.T).to(reference.accumulate_dtype(h.dtype))
+        return [reference.linear_logprob(h, w, target.to(h.device)), logits.logsumexp(1)]
+
+    return Case(lambda h, w: gpu.linear_logprob(h, w, target.to(h.device)), eager, head_inputs(N, D, V), 2)
+
+
+def backward_case(N: int, D: int, V: int) -> Case:
+    target = targets(N, V)
+
+    def ours(h: Tensor, w: Tensor, grad: Tensor) -> Any:
+        t = target.to(h.device)
+        return gpu.linear_logprob_backward(grad, h, w, t, gpu.linear_logprob(h, w, t)[1], True, True)
+
+    def eager(h: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
+        h, w = leaf(h, w)
+        return gradients(reference.linear_logprob(h, w, target.to(h.device)), grad, h, w)
+
+    return Case(ours, eager, [*head_inputs(N, D, V), normal(N, seed=3)], 0, weight=2, wide=(2,))
+
+
+def sft_case(N: int, D: int, V: int) -> Case:
+    target, scale = targets(N, V), 0.7
+
+    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
+        h, w = leaf(h, w)
+        logp = reference.linear_logprob(h, w, target.to(h.device))
+        return [logp.detach(), *gradients(-scale * logp.sum(), torch.ones(()), h, w)]
+
+    return Case(lambda h, w: gpu.sft_loss(h, w, target.to(h.device), scale, True, True), eager, head_inputs(N, D, V), 1)
+
+
+def pair_case(lengths: list[int], D: int, V: int) -> Case:
+    N, S = sum(lengths), len(lengths)
+    target, beta, scale = targets(N, V), 0.3, 0.7
+
+    def eager(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> list[Tensor]:
+        h, w = leaf(h, w)
+        logp = reference.linear_logprob(h, w, target.to(h.device))
+        sums = torch.stack([run.sum() for run in logp.split(lengths)])
+        real, generated = sums.view(-1, 2).T
+        loss, _ = reference.weighted_dpo_loss(real, generated, *ref.view(-1, 2).T, weight, beta)
+        return [sums.detach(), *gradients(scale * loss, torch.ones(()), h, w)]
+
+    def ours(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> Any:
+        return gpu.pair_loss(h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True)
+
+    # near the policy's own sums, else every coefficient is 0 or 1
+    at = head_inputs(N, D, V)
+    sums = torch.stack([run.sum() for run in reference.linear_logprob(*at, target).split(lengths)])
+    return Case(ours, eager, [*at, sums + normal(S, scale=2), positive(S // 2)], 1, weight=3, wide=(2, 3))
+
+
+def dpo_case(P: int) -> Case:
+    def eager(*x: Tensor) -> list[Tensor]:
+        real = x[0].detach().clone().requires_grad_()
+        loss, metrics = reference.weighted_dpo_loss(real, *x[1:], beta=0.3)
+        per_pair = [metrics[name] for name in ("loss", "rewards/chosen", "rewards/rejected")]
+        return [loss.detach(), *per_pair, *gradients(loss, torch.ones(()), real)]
+
+    inputs = [*(normal(P, seed=i, scale=20) for i in range(4)), positive(P, seed=5)]
+    return Case(lambda *x: gpu.weighted_dpo(*x, 0.3), eager, inputs, 4, weight=4, wide=(0, 1, 2, 3, 4))
+
+
+def norm_case(N: int, D: int) -> Case:
+    def ours(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
+        y, rstd = gpu.rms_norm(x, w, 1e-3)
+        return [y, *gpu.rms_norm_backward(dy, x, w, rstd)]
+
+    def eager(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
+        x, w = leaf(x, w)
+        y = reference.rms_norm(x, w, 1e-3)
+        return [y.detach(), *gradients(y, dy, x, w)]
+
+    return Case(ours, eager, [normal(N, D), normal(D, seed=1), normal(N, D, seed=2)], 1, weight=1)
+
+
+def add_norm_case(N: int, D: int) -> Case:
+    def ours(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
+        y, total, rstd = gpu.add_rms_norm(x, residual, w, 1e-3)
+        return [y, total, *gpu.add_rms_norm_backward(dy, dtotal, total, w, rstd)]
+
+    def eager(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
+        x, w = leaf(x, w)
+        total = x + residual
+        y = reference.rms_norm(total, w, 1e-3)
+        dx, dw = torch.autograd.grad([y, total], [x, w], [dy, dtotal])
+        return [y.detach(), total.detach(), dx, dw]
+
+    rows = [normal(N, D, seed=i) for i in range(4)]
+    return Case(ours, eager, [rows[0], rows[1], normal(D, seed=5), rows[2], rows[3]], 2, weight=2)
+
+
+def rope_case(N: int, H: int, E: int) -> Case:
+    angles = normal(N, E // 2, seed=1, scale=5)
+
+    def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        return [gpu.rope(x, cos, sin, False), gpu.rope(dy, cos, sin, True)]
+
+    def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        (x,) = leaf(x)
+        y = reference.rope(x, cos, sin)
+        return [y.detach(), *gradients(y, dy, x)]
+
+    return Case(ours, eager, [normal(N, H, E), normal(N, H, E, seed=2), angles.cos(), angles.sin()], 1, wide=(2, 3))
+
+
+def swiglu_case(N: int, D: int) -> Case:
+    def ours(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
+        return [gpu.swiglu(gate, up), *gpu.swiglu_backward(dy, gate, up)]
+
+    def eager(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
+        gate, up = leaf(gate, up)
+        y = reference.swiglu(gate, up)
+        return [y.detach(), *gradients(y, dy, gate, up)]
+
+    return Case(ours, eager, [normal(N, D, scale=2), normal(N, D, seed=1), normal(N, D, seed=2)], 1, weight=1)
+
+
+CASES = {
+    "forward": lambda: forward_case(32, 64, 256),
+    "forward, ragged": lambda: forward_case(37, 45, 601),  # three tiles of rows, two slabs, two steps of the width
+    "forward, one row": lambda: forward_case(1, 8, 33),
+    "backward": lambda: backward_case(16, 32, 128),
+    "backward, ragged": lambda: backward_case(37, 45, 601),
+    "backward, one row": lambda: backward_case(1, 8, 33),
+    "sft": lambda: sft_case(16, 32, 128),
+    "sft, ragged": lambda: sft_case(37, 45, 601),
+    "sft, one row": lambda: sft_case(1, 8, 33),
+    "pair": lambda: pair_case([4, 4, 4, 4], 32, 128),
+    # two pairs in a piece, an empty response, a pair of 30 rows for which a piece is too short, and one after it
+    "pair, ragged": lambda: pair_case([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
+    "pair, one row": lambda: pair_case([0, 1], 8, 33),
+    "dpo": lambda: dpo_case(8),
+    "dpo, ragged": lambda: dpo_case(1031),
+    "dpo, one pair": lambda: dpo_case(1),
+    "norm": lambda: norm_case(16, 64),
+    "norm, ragged": lambda: norm_case(37, 45),
+    "norm, one row": lambda: norm_case(1, 5),
+    "add and norm": lambda: add_norm_case(16, 64),
+    "add and norm, ragged": lambda: add_norm_case(37, 45),
+    "rope": lambda: rope_case(16, 4, 16),
+    "rope, ragged": lambda: rope_case(37, 5, 10),
+    "rope, one token": lambda: rope_case(1, 1, 2),
+    "swiglu": lambda: swiglu_case(16, 64),
+    "swiglu, ragged": lambda: swiglu_case(37, 77),
+    "swiglu, one value": lambda: swiglu_case(1, 1),
+}
+RAGGED = [name for name in CASES if "ragged" in name]
+
+
+def placed(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [x.to(torch.float32 if i in case.wide else dtype).to(device) for i, x in enumerate(case.inputs)]
+
+
+def check(case: Case, ours: list[Tensor], inputs: list[Tensor]) -> None:
+    """The rule of the module's first lines, for every result."""
+    exact, eager = case.eager(*(x.double() for x in inputs)), case.eager(*inputs)
+    assert len(ours) == len(exact)
+    for i, (a, b, e) in enumerate(zip(ours, eager, exact, strict=True)):
+        what = f"result {i} of {len(ours)}"
+        assert a.shape == e.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}"
+        error, allowed = (a.double() - e).norm(), (b.double() - e).norm()
+        # Eager may happen to be exact; a value of several float32 operations cannot promise that.
+        floor = (4 if a.dtype == torch.float32 else 1) * torch.finfo(a.dtype).eps * e.norm()
+        assert error <= max((2 if i < case.values else 3) * allowed, floor), f"{what}: {error:.1e}, {allowed:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the tests
+
+
+def test_backend_runs_here() -> None:
+    assert gpu.available() and gpu.why_not() == "" and gpu.interpreted() is not NATIVE
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_op_against_reference(name: str, dtype: torch.dtype, device: str, small: None) -> None:
+    case = CASES[name]()
+    inputs = placed(case, dtype, device)
+    check(case, list(case.ours(*inputs)), inputs)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_comparison_can_fail(name: str, device: str, small: None) -> None:
+    """Zeros, results a row off, and results without the weight: the comparison must see each of them."""
+    case = CASES[name]()
+    inputs = placed(case, torch.bfloat16, device)
+    right = list(case.ours(*inputs))
+    check(case, right, inputs)
+    for i, result in enumerate(right):
+        mutants = {"zeros": torch.zeros_like(result)}
+        if result.ndim:
+            mutants["rolled"] = result.roll(1, 0)
+        for mutant, wrong in mutants.items():
+            with pytest.raises(AssertionError, match=f"result {i}"):
+                check(case, [*right[:i], wrong, *right[i + 1 :]], inputs)
+                pytest.fail(f"{mutant} pass for result {i}")
+    if case.weight is not None:
+        unweighted = [torch.ones_like(x) if i == case.weight else x for i, x in enumerate(inputs)]
+        with pytest.raises(AssertionError):
+            check(case, list(case.ours(*unweighted)), inputs)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_strides_repeats_and_inputs(name: str, device: str, small: None) -> None:
+    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to an input."""
+    case = CASES[name]()
+    inputs = placed(case, torch.float32, device)
+    inputs[-1] = inputs[-1].flatten()[:1].expand_as(inputs[-1])  # often the upstream gradient
+    kept = [x.clone() for x in inputs]
+    first, again = list(case.ours(*inputs)), list(case.ours(*inputs))
+    spread = list(case.ours(*(torch.stack([x, x + 1], -1)[..., 0] for x in inputs)))
+    rows_apart = list(case.ours(*(torch.stack([x, x + 1], 1)[:, 0] for x in inputs)))
+    for a, b, c, d in zip(first, again, spread, rows_apart, strict=True):
+        assert torch.equal(a, b), "not the same bits twice"
+        assert torch.equal(a, c) and torch.equal(a, d), "strides change the result"
+    assert all(torch.equal(x, k) for x, k in zip(inputs, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_nan_in_gives_nan_out(name: str, device: str, small: None) -> None:
+    case = CASES[name]()
+    for i in range(len(case.inputs)):
+        inputs = placed(case, torch.float32, device)
+        inputs[i].view(-1)[-1] = float("nan")
+        assert any(result.isnan().any() for result in case.ours(*inputs)), f"input {i}"
+
+
+def test_a_row_of_nan_stays_one_row(device: str) -> None:
+    h, w = (x.float().to(device) for x in head_inputs(5, 8, 33))
+    h[2] = float("nan")
+    for result in gpu.linear_logprob(h, w, targets(5, 33).to(device)):
+        assert result.isnan().tolist() == [False, False, True, False, False]
+
+
+EMPTY: dict[str, Callable[[], Case]] = {
+    "forward": lambda: forward_case(0, 8, 33),
+    "backward": lambda: backward_case(0, 8, 33),
+    "sft": lambda: sft_case(0, 8, 33),
+    "pair": lambda: pair_case([0, 0], 8, 33),
+    "dpo": lambda: dpo_case(0),
+    "norm": lambda: norm_case(0, 8),
+    "add and norm": lambda: add_norm_case(0, 8),
+    "rope": lambda: rope_case(0, 2, 4),
+    "swiglu": lambda: swiglu_case(0, 8),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_rows(name: str, device: str) -> None:
+    case = EMPTY[name]()
+    inputs = placed(case, torch.bfloat16, device)
+    check(case, list(case.ours(*inputs)), inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("V", [32_000, 49_152, 50_257, 128_256])
+def test_head_of_a_whole_vocabulary(V: int, device: str) -> None:
+    """A few rows in bfloat16: many slabs forward, and rows of an odd length in the workspace."""
+    for case in (forward_case(2, 16, V), pair_case([1, 2], 16, V)):
+        inputs = placed(case, torch.bfloat16, device)
+        check(case, list(case.ours(*inputs)), inputs)
+
+
+@pytest.mark.parametrize("ignored", ["none", "some", "all", "in the vocabulary"])
+def test_ignored_rows(ignored: str, device: str, small: None) -> None:
+    h, w = (x.float().to(device) for x in head_inputs(37, 45, 601))
+    target = targets(37, 601).to(device)
+    out = torch.zeros(37, dtype=torch.bool)
+    if ignored != "none":
+        out[:: 1 if ignored == "all" else 3] = True
+    index = 7 if ignored == "in the vocabulary" else -100
+    full, lse = gpu.linear_logprob(h, w, target)
+    target[out] = index
+    out |= target.cpu() == index
+    logp, _ = gpu.linear_logprob(h, w, target, index)
+    assert torch.equal(logp, full.masked_fill(out.to(device), 0))
+    if index < 0:
+        grad = normal(37).float().to(device)
+        kept = targets(37, 601).to(device)
+        without = gpu.linear_logprob_backward(grad.masked_fill(out.to(device), 0), h, w, kept, lse, True, True)
+        for a, b in zip(gpu.linear_logprob_backward(grad, h, w, target, lse, True, True), without, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_target_outside_the_vocabulary_gives_nan(device: str) -> None:
+    h, w = (x.float().to(device) for x in head_inputs(4, 8, 33))
+    for bad in (-1, 33, 2**40):
+        target = torch.tensor([3, bad, 5, 32], device=device)
+        for logp in (gpu.linear_logprob(h, w, target)[0], gpu.sft_loss(h, w, target, 1.0, True, True)[0]):
+            assert logp.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_of_huge_logits(dtype: torch.dtype, device: str) -> None:
+    """Logits of +-1e4: a target with no chance is -2e4, not -inf, and its gradient is whole."""
+    big = float(torch.tensor(1e4, dtype=dtype))
+    h = torch.tensor([[big], [-big]] * 6, dtype=dtype, device=device)
+    w = torch.tensor([[1.0], [-1.0], *[[0.5]] * 99], dtype=dtype, device=device)
+    target = torch.zeros(12, dtype=torch.int64, device=device)
+    logp, lse = gpu.linear_logprob(h, w, target)
+    assert logp.tolist() == [0.0, -2 * big] * 6
+    dh, dw = gpu.linear_logprob_backward(torch.ones_like(logp), h, w, target, lse, True, True)
+    assert dh.flatten().tolist() == [0.0, 2.0] * 6 and dw.isfinite().all()
+    assert gpu.sft_loss(h, w, target, 1.0, False, False)[0].tolist() == logp.tolist()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(device: str) -> None:
+    h, w = (x.to(torch.bfloat16).to(device) for x in head_inputs(37, 45, 601))
+    target = targets(37, 601).to(device)
+    whole = gpu.linear_logprob(h, w, target)
+    part = gpu.linear_logprob(h[20:23], w, target[20:23])
+    assert all(torch.equal(a[20:23], b) for a, b in zip(whole, part, strict=True))
+
+
+@pytest.mark.parametrize("name", ["backward", "sft", "pair"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_change_nothing_but_rounding(
+    name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One piece, several, one row at a time: dW stays within one rounding to its dtype, however many pieces."""
+    D, V = 20, 150
+    makers = {
+        "backward": lambda: backward_case(13, D, V), "sft": lambda: sft_case(13, D, V),
+        "pair": lambda: pair_case([2, 1, 3, 4, 0, 3], D, V),
+    }  # fmt: skip
+    case = makers[name]()
+    inputs = placed(case, dtype, device)
+    monkeypatch.setattr(triton_head, "SLAB_BYTES", 70 * 4 * D)  # three slabs, the last a short one
+    row = 192 * dtype.itemsize
+    results = []
+    for rows in (100, 4, 1):
+        monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", rows * row)
+        results.append(list(case.ours(*inputs)))
+        check(case, results[-1], inputs)
+    one, *others = results
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=2e-5)
+
+
+@pytest.mark.parametrize("which", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("op", ["pair_loss", "sft_loss", "linear_logprob_backward"])
+def test_only_what_is_needed(op: str, which: tuple[bool, bool], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 5 * 192 * 4)
+    lengths, N, D, V = [2, 1, 7, 4], 14, 20, 150
+    h, w, ref, weight = placed(pair_case(lengths, D, V), torch.float32, device)
+    t = targets(N, V).to(device)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "pair_loss": (h, w, t, lengths, ref, weight, 0.3, 0.7),
+        "sft_loss": (h, w, t, 0.7),
+        "linear_logprob_backward": (normal(N).float().to(device), h, w, t, gpu.linear_logprob(h, w, t)[1]),
+    }
+    both = getattr(gpu, op)(*arguments[op], True, True)
+    some = getattr(gpu, op)(*arguments[op], *which)
+    expected = [*both[:-2], *(x if need else None for x, need in zip(both[-2:], which, strict=True))]
+    for a, b in zip(some, expected, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+# ------------------------------------------------------------------------------------------------ memory and the host
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors made inside, as if none were ever freed, and of the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(name in str(func) for name in ("empty", "new_empty", "full", "zeros", "clone", "_to_copy")):
+            size = out.numel() * out.element_size()
+            self.bytes, self.largest = self.bytes + size, max(self.largest, size)
+        return out
+
+
+def on_meta(op: str, N: int, D: int, V: int, dtype: torch.dtype) -> Allocations:
+    """What the host code of an op allocates at a shape, measured without computing anything."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    head = empty(N, D, dtype=dtype), empty(V, D, dtype=dtype), empty(N, dtype=torch.int64)
+    with triton_common.recording((9, 0), lambda *launch: None), Allocations() as made:
+        if op == "pair_loss":
+            gpu.pair_loss(*head, [N // 32] * 32, empty(32), empty(16), 0.1, 1.0, True, True)
+        else:
+            gpu.linear_logprob(*head)
+    return made
+
+
+@pytest.mark.parametrize(("D", "V"), [(4096, 128_256), (4096, 32_000), (576, 49_152)])
+def test_memory_at_production_shapes(D: int, V: int) -> None:
+    """At most 1 GiB beside the gradients for the loss; for log-probs alone a few numbers a row and slab."""
+    N = 8192
+    made = on_meta("pair_loss", N, D, V, torch.bfloat16)
+    gradients = 2 * (N * D + V * D)
+    assert gradients < made.bytes <= gradients + 2**30
+    assert on_meta("linear_logprob", N, D, V, torch.bfloat16).bytes <= 16 * 2**20 < 2 * N * V
+
+
+@pytest.mark.gpu
+def test_host_never_waits() -> None:
+    """Where the host would wait for the GPU, in a copy or a read, torch raises instead."""
+    if not NATIVE:
+        pytest.skip("needs a CUDA device")
+    lengths = [2, 5, 1, 4, 3, 0, 17, 13]
+    target = targets(45, 601).cuda()
+    h, w, ref, weight = placed(pair_case(lengths, 45, 601), torch.bfloat16, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.pair_loss(h, w, target, lengths, ref, weight, 0.3, 0.7, True, True)
+        gpu.sft_loss(h, w, target, 0.7, True, True)
+        gpu.linear_logprob(h, w, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
