@@ -133,10 +133,11 @@ def _verdict(row: Row) -> str:
 def _guide(losses: Row) -> str:
     if "latent_gain" not in losses:
         return ""
+    verdict = "" if losses["latent_gain"] > 0 else " (NOT POSITIVE: the distances say nothing)"
     return (
         f"Guide, held-out loss in nats/token: true latent {losses['true']:.4f}, another row's {losses['other']:.4f}, "
-        f"none {losses['none']:.4f}; latent gain {losses['latent_gain']:+.4f}"
-        f"{'' if losses['latent_gain'] > 0 else ' (NOT POSITIVE: the distances say nothing)'}.\n"
+        f"none {losses['none']:.4f}; latent gain {losses['latent_gain']:+.4f}, over the row's other response "
+        f"{losses['sibling_gain']:+.4f}{verdict}.\n"
     )
 
 

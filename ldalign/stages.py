@@ -426,17 +426,23 @@ def _distance_summary(distances: torch.Tensor, weights: torch.Tensor, kept: Sequ
 
 
 def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response]) -> list[Pair]:
-    """Log-probs of both responses under the reference policy, cached by row id; returns the pairs that carry them."""
+    """Log-probs of both responses under the reference policy, cached by row id; returns the pairs that carry them.
+
+    Pairs that will not be trained on are not scored, and carry zeros.
+    """
     name = f"iteration_{t}/reference"
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
+    kept = [pair for pair in pairs if usable(pair)]
 
     def make(folder: Path) -> Metrics:
         model = load_model(policy, ctx.dtype, ctx.device)
-        with Bar(name, len(pairs), "pairs") as progress:
-            logps = response_logps(model, pairs, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0))
+        with Bar(name, len(kept), "pairs") as progress:
+            logps = response_logps(model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0))
         if distributed.rank() == 0:
             save_file({"logps": logps}, folder / "reference.safetensors")
-            _write_json(folder / "rows.json", [pair.id for pair in pairs])
+            _write_json(folder / "rows.json", [pair.id for pair in kept])
+        if not kept:
+            return {}
         real, generated = logps.mean(0).tolist()
         return {"logps/ref_chosen": real, "logps/ref_rejected": generated}
 
@@ -449,7 +455,10 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
     folder = ctx.run.path / name
     ids = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     logps = dict(zip(ids, load_file(folder / "reference.safetensors")["logps"].tolist(), strict=True))
-    return [replace(pair, ref_real=logps[pair.id][0], ref_generated=logps[pair.id][1]) for pair in pairs]
+    return [
+        replace(pair, ref_real=logps[pair.id][0], ref_generated=logps[pair.id][1]) if usable(pair) else pair
+        for pair in pairs
+    ]
 
 
 def policy_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair], weights: torch.Tensor) -> Path:

@@ -45,7 +45,6 @@ WORDS = (
 ).split()
 CITIES = "Oslo,Paris,Lima,Cairo,Delhi,Rome,Tokyo,Madrid,Dublin,Vienna,Quito,Athens,Boston,Lagos,Prague".split(",")
 JOBS = "nurse baker pilot teacher farmer painter lawyer driver singer doctor plumber writer".split()
-SHOPS = "Oak Market,Hill Store,Lake Corner,Star Shop,Mill House,Green Cart,Red Barn,City Stall".split(",")
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 UNITS = (  # (what is measured, large unit, small unit, small units in a large one, largest large count)
     ("the bus ride", "hours", "minutes", 60, 9), ("the film", "hours", "minutes", 60, 9),
@@ -55,143 +54,139 @@ UNITS = (  # (what is measured, large unit, small unit, small units in a large o
     ("the soup", "litres", "millilitres", 1000, 20), ("the shelf", "feet", "inches", 12, 12),
     ("the fence", "yards", "feet", 3, 40), ("the egg order", "dozens", "single eggs", 12, 12),
 )  # fmt: skip
-SCALES = (  # (more, less, most, least)
-    ("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"),
-    ("faster", "slower", "fastest", "slowest"), ("stronger", "weaker", "strongest", "weakest"),
+SCALES = (  # (the relation, most, least)
+    ("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"),
+    ("stronger", "strongest", "weakest"), ("richer", "richest", "poorest"), ("heavier", "heaviest", "lightest"),
 )  # fmt: skip
 
 # What a user says, one wording a line. The braces name fields of the problem; {name} is a person of the split.
 _WORDINGS = """
 # arithmetic train
-{name} has {a} {goods} at home and buys {b} boxes with {c} {goods} in each. How many {goods} does {name} have in total?
-There are {a} {goods} on the shelf. {name} brings {b} more bags of {c} {goods} each. How many {goods} are there now?
-A club owns {a} {goods}. Today {name} gives it {b} packs of {c} {goods} each. How many {goods} does the club have now?
-{name} counted {a} {goods} in the morning. Later {b} crates of {c} {goods} each came in. How many is that in all?
-At the fair, {name} won {a} {goods}, and then {b} prizes of {c} {goods} each. What is the total number of {goods}?
+{name} has {a} {goods}, buys {b} more and then gives {c} away. How many {goods} does {name} have now?
+There were {a} {goods} on the table. {name} added {b} and later took {c}. How many are on the table?
+{name} collected {a} {goods} and found {b} more. Then {c} were lost. How many {goods} are left?
+A shop had {a} {goods}. It got {b} new ones and sold {c} to {name}. How many does it have?
+{name} starts with {a} {goods}, wins {b} and loses {c}. How many {goods} is that in the end?
+In the box were {a} {goods}. {name} put in {b} and took out {c}. How many are in the box now?
+On Monday {name} had {a} {goods}. On Tuesday {b} came in and {c} went out. How many {goods} remain?
+{name} packed {a} {goods}, then {b} others, and removed {c} again. How many {goods} are packed?
 # arithmetic heldout
-A cupboard holds {a} {goods}. {name} adds {b} trays carrying {c} apiece. What number of {goods} does it hold afterwards?
-Last year {name} collected {a} {goods}. Then {b} friends sent {c} {goods} each. How large is the collection today?
-Work out how many {goods} {name} has if {a} lie on the table and {b} drawers contain {c} {goods} every one.
-# money train
-{name} buys {b} {goods} at the market for ${c} each and pays with ${a} in cash. How much change should {name} get back?
-In a small shop one pack of {goods} costs ${c}. {name} takes {b} packs and hands over ${a}. Please work out the change.
-{name} has ${a} to spend and orders {b} sets of {goods}. Each set costs ${c}. How many dollars does {name} have left?
-{name} gets ${a} from a parent to buy {b} bags of {goods} at ${c} a bag. How much money should {name} bring home?
-{name} pays ${a} at the till for {b} boxes of {goods}. The price of a box is ${c}. What change does the seller return?
-# money heldout
-With ${a} in the wallet, {name} pays for {b} jars of {goods} priced at ${c} per jar. What sum remains in the wallet?
-The list says ${c} for one bundle of {goods}. {name} buys {b} bundles using ${a}. How many dollars come back to {name}?
-Find what is left of ${a} once {name} has bought {b} trays of {goods} and spent ${c} on every tray.
+{name} owned {a} {goods}, received {b} as a gift and used {c}. How many {goods} does {name} still own?
+A drawer held {a} {goods}. {name} laid in {b} and pulled out {c}. How many does it hold now?
+After buying {a} {goods}, {name} bought {b} others and returned {c}. How many {goods} did {name} keep?
+The class had {a} {goods}. {name} brought {b}, but {c} broke. How many {goods} does the class have?
 # units train
-{name} writes in a notebook that {thing} comes to {a} {big} and {b} {small}. How much is that in {small} altogether?
-According to {name}, {thing} comes to {a} {big} plus {b} {small}. Please turn the amount into {small} for the form.
-The total for {thing} is {a} {big} and {b} {small}. {name} needs it in {small} only. What should {name} write down?
-Help {name} with a conversion. For {thing} the plan says {a} {big} and {b} {small}. How many {small} is that in all?
-{name} checked {thing} and found {a} {big} and {b} {small}. Change this to {small}, with one number for all of it.
+How many {small} are {a} {big} and {b} {small}? {name} asks because of {thing}.
+{name} says that {thing} is {a} {big} and {b} {small}. What is that in {small}?
+Convert {a} {big} and {b} {small} to {small}. {name} needs it for {thing}.
+The note on {thing} says {a} {big} and {b} {small}. Tell {name} how many {small} that is.
+For {thing}, {name} counted {a} {big} and {b} {small}. Give the total in {small}.
+{name} wants {thing} in {small} only. It is {a} {big} and {b} {small}.
+{a} {big} and {b} {small}: that is what {name} wrote for {thing}. How many {small} is it?
+Change {a} {big} and {b} {small} into {small}, please. It is for {thing} of {name}.
 # units heldout
-A label made by {name} gives {a} {big} and {b} {small} for {thing}. Express this using {small} and no other unit.
-If {thing} amounts to {a} {big} together with {b} {small}, what figure in {small} alone should {name} enter?
-{name} knows the size of {thing}, namely {a} {big} and {b} {small}, yet the table wants {small}. Give the figure.
+{name} measured {thing}: {a} {big} and {b} {small}. How much is this in {small}?
+If {thing} is {a} {big} and {b} {small}, how many {small} should {name} write?
+Express {a} {big} and {b} {small} in {small}. {name} has to know for {thing}.
+{name} asks about {thing}. How many {small} do {a} {big} and {b} {small} make?
 # dates train
-Today is {day}. {name} has {event} exactly {n} days from now. On which day of the week will that be?
-{name} wrote on the calendar on a {day}: {event} in {n} days. Which day of the week does it fall on?
-It is {day} today, and {name} is waiting for {event}, which is {n} days away. What day of the week is it then?
-If today is {day}, what day of the week will it be after {n} days? {name} needs to know because of {event}.
-{name} booked {event} on a {day}. The booking is for {n} days later. Tell {name} which day of the week that is.
+Today is {day}. {name} has {event} in {n} days. What day of the week is that?
+It is {day}. In {n} days {name} has {event}. Which day will it be?
+{name} has {event} {n} days after {day}. What day is it on?
+What day is {n} days after {day}? {name} has {event} then.
+If today is {day}, which day comes {n} days later? {name} has {event} on it.
+{name} says: today is {day} and {event} is {n} days away. Which day is it?
+On {day}, {name} hears that {event} is in {n} days. Name that day.
+Now it is {day}. {name} has {event} {n} days from now. What day is it on?
 # dates heldout
-Starting from {day}, {name} counts {n} days forward to reach {event}. Name the weekday on which {name} arrives.
-There are {n} days left until {event}, says {name}, and this is {day}. What weekday should go into the diary?
-For {name}, {event} takes place {n} days after the coming {day}. Say on what weekday {name} has to be there.
+This is {day}. {name} waits {n} days for {event}. On which day of the week is it?
+{name} booked {event} on {day}, for {n} days later. Which day of the week is that?
+Count {n} days from {day}. On that day {name} has {event}. Which day is it?
+{n} days from today {name} has {event}. Today is {day}. What weekday will it be?
 # clock train
-{name} takes a train that leaves at {start} and travels for {length}. At what time does {name} arrive?
-A film begins at {start} and runs for {length} without a break. When can {name} leave the cinema after the end?
-{name} starts to work in the garden at {start} and stops {length} later. What time is it when {name} stops?
-The meeting with {name} opens at {start}. It is planned to last {length}. At what time will the meeting be over?
-{name} puts a stew on the stove at {start}. It has to cook for {length}. What time will it be ready?
+{name} leaves at {start} and travels for {length}. When does {name} arrive?
+A film starts at {start} and runs for {length}. When can {name} go home?
+{name} begins to work at {start} and works for {length}. What time is it then?
+The meeting with {name} opens at {start} and takes {length}. When is it over?
+What time is {length} after {start}? {name} wants to know.
+{name} puts a cake in the oven at {start} for {length}. When is it done?
+It is {start}. {name} will call in {length}. What time will that be?
+The train of {name} goes at {start} and needs {length}. At what time does it arrive?
 # clock heldout
-It was {start} when {name} set out on a walk of {length}. What did the clock show when the walk came to its end?
-A ferry with {name} on board sails at {start}, and the crossing needs {length}. Give the time at which it lands.
-{name} parked at {start} and the ticket is valid for {length}. Until what time may the car of {name} stay?
+{name} went for a walk at {start} and came back {length} later. When was that?
+A game starts at {start} and lasts {length}. At what time can {name} leave?
+{name} goes to sleep at {start} and sleeps for {length}. When does {name} wake up?
+The ferry leaves at {start} with {name} and sails for {length}. When does it land?
 # sorting train
-{name} wrote these {what} on cards for a class game: {items}. Put them {order} and write them with commas in between.
-Please sort the following {what} {order} for {name}, and give me the full sorted list: {items}.
-Here is a list of {what} that {name} made this morning: {items}. Can you arrange the list {order}?
-The {what} {items} are out of place in the file of {name}. Write all of them again, {order}.
-{name} asks for some help with a list. The {what} are {items}. They should be listed {order}.
+Sort these {what} {order} for {name}: {items}.
+{name} wrote down the {what} {items}. Put them {order}.
+Please put the {what} {items} {order}. {name} needs the list.
+Here are the {what} of {name}: {items}. Write them {order}.
+Arrange {items} {order}. These are the {what} that {name} drew.
+{name} has the {what} {items}. List them {order}.
+The {what} {items} must be {order}. Help {name} with it.
+Write the {what} {items} again, {order}, as {name} asked.
 # sorting heldout
-For a poster, {name} wants the {what} below to appear {order}. Rewrite the whole list that way. {items}
-Take {items} and line these {what} up {order}, so that {name} can copy the result into a table.
-{items}: how does this row of {what} read once {name} has rearranged it so that it runs {order}?
+{name} wants these {what} {order}: {items}.
+Can you order the {what} {items} for {name}? They should be {order}.
+{items} are the {what} on the cards of {name}. Give them {order}.
+Take the {what} {items} and show {name} the list {order}.
 # counting train
-{name} looked out of the window and wrote down: {items}. How many times did {name} write the word {target}?
-Count how often the word {target} comes up in this list, which {name} typed in a hurry: {items}.
-In a memory game {name} turned over these cards: {items}. How many of the cards showed the word {target}?
-This is what {name} read aloud in class: {items}. Please tell me how many times {target} was read.
-Look at the row of stickers that {name} has: {items}. How many stickers with the word {target} are there?
+How many {what} are on this list of {name}? {items}
+{name} wrote these {what}: {items}. How many are they?
+Count the {what} for {name}: {items}.
+Here are the {what} that {name} likes: {items}. How many is that?
+{name} read out {items}. How many {what} did {name} read?
+The list of {name} has the {what} {items}. How many does it have?
+Tell {name} how many {what} these are: {items}.
+{items}: how many {what} did {name} write?
 # counting heldout
-{items}: those are the labels on the drawers of {name}. What number of drawers carry the label {target}?
-Among the words {name} called out, namely {items}, say how frequently {target} was heard in all.
-{name} got these tickets in a raffle: {items}. Give the number of tickets that say {target}.
+{name} put the {what} {items} on the board. How many are there?
+{name} made a row: {items}. What is the number of {what} in it?
+{name} chose {items}. Count these {what}.
+On the page of {name} stand the {what} {items}. How many {what} stand there?
 # extraction train
-Message from {name}: the {thing} costs ${price}, the order number is {code}, it arrives on {day}. What is the {wanted}?
-{name} ordered a {thing} with order number {code}. It is due on {day} and the bill is ${price}. Pick out the {wanted}.
-Deliver one {thing} to {name} on {day}, order number {code}, total price ${price}. Give me the {wanted} in this note.
-Order {code} is a {thing} for {name}. It was sold for ${price} and will come on {day}. Find the {wanted} in this text.
-Dear {name}, your {thing} for ${price} will come on {day} and has order number {code}. Which {wanted} is given here?
+Message from {name}: the {thing} costs ${price}, the order number is {code}, it comes on {day}. What is the {wanted}?
+{name} ordered a {thing}, order number {code}. It comes on {day} and costs ${price}. What is the {wanted}?
+Deliver one {thing} to {name} on {day}, order number {code}, price ${price}. Give me the {wanted}.
+Order {code} is a {thing} for {name}. It costs ${price} and comes on {day}. Find the {wanted}.
+Dear {name}, your {thing} for ${price} comes on {day}. Its order number is {code}. What is the {wanted}?
+A {thing} for {name}: ${price}, number {code}, due on {day}. Which {wanted} is given?
+{name} pays ${price} for the {thing} with the number {code}. It arrives on {day}. What is the {wanted}?
+On {day} {name} gets a {thing} for ${price}. The order has the number {code}. Tell me the {wanted}.
 # extraction heldout
-On {day} a courier brings {name} a new {thing}, paid with ${price}, filed under number {code}. State the {wanted}.
-Receipt {code}: one {thing}, amount ${price}, customer {name}, to be handed over {day}. Read the {wanted} from this.
-{name} will collect the {thing} this {day}; it is parcel {code} and ${price} is due. A clerk asks for the {wanted}.
+{name} bought a {thing} for ${price}. It has the order number {code} and comes on {day}. Name the {wanted}.
+Note: {day}, one {thing}, ${price}, order {code}, for {name}. What is the {wanted} here?
+The {thing} of {name} will come on {day}. The number is {code}, the price ${price}. State the {wanted}.
+Order {code} from {name}: a {thing}, ${price}, for {day}. I need the {wanted}.
 # formatting train
-Write as a JSON object with the keys name, age, city and job: {name} is {age}, lives in {city} and works as a {job}.
-{name} is a {age} year old {job} from {city}. Turn the sentence into JSON using the keys name, age, city and job.
-Make a JSON record with name, age, city and job for {name}, who is {age} years old, is a {job} and lives in {city}.
-Our member {name} comes from {city}, is {age} years old and works as a {job}. Give name, age, city and job as JSON.
-Convert to JSON with the keys name, age, city and job. The person is a {job} called {name} in {city}, aged {age}.
+Write as JSON with the keys name, age and city: {name} is {age} and lives in {city}.
+{name} is a {age} year old from {city}. Give name, age and city as JSON.
+Make a JSON object with name, age and city for {name}, who is {age} and lives in {city}.
+{name} comes from {city} and is {age} years old. Write name, age and city as JSON.
+Convert to JSON with name, age and city: a person called {name} in {city}, aged {age}.
+JSON with name, age and city, please. {name}, {age} years old, has a flat in {city}.
+{name} from {city} is {age}. Turn this into JSON with the keys name, age and city.
+In {city} lives {name}, aged {age}. Put name, age and city in JSON.
 # formatting heldout
-From {city} we welcome the {job} {name}, {age} years of age. Store name, age, city and job in one JSON object.
-I need name, age, city and job in JSON form. The facts are: job {job}, first name {name}, home {city}, age {age}.
-A {age} year old called {name} has moved to {city} to be a {job}. Show name, age, city and job of this person as JSON.
+Our guest {name} is {age} years old and comes from {city}. Store name, age and city as JSON.
+Show name, age and city as a JSON object: {name} of {city} is {age}.
+{name} moved to {city} and is {age} years old. I need name, age and city in JSON.
+Age {age}, home {city}, name {name}. Write JSON with name, age and city.
 # logic train
-{x1} is {rel1} than {y1}. {x2} is {rel2} than {y2}. All three are good friends. Who is the {which} of the three?
-Here is a puzzle. {x1} is {rel1} than {y1}, and {x2} is {rel2} than {y2}. Which of them is the {which} one?
-We know that {x1} is {rel1} than {y1}. We also know that {x2} is {rel2} than {y2}. Name the {which} person.
-In one family, {x1} is {rel1} than {y1} and {x2} is {rel2} than {y2}. Who is the {which} among them?
-A teacher writes that {x1} is {rel1} than {y1} and that {x2} is {rel2} than {y2}. Who is the {which}?
+{x1} is {rel} than {y1}. {x2} is {rel} than {y2}. Who is the {which}?
+We know: {x1} is {rel} than {y1}, and {x2} is {rel} than {y2}. Name the {which} of them.
+If {x1} is {rel} than {y1} and {x2} is {rel} than {y2}, who is the {which}?
+{x1} is {rel} than {y1} and {x2} is {rel} than {y2}. Which of the three is the {which}?
+A riddle: {x1} is {rel} than {y1}. {x2} is {rel} than {y2}. Who of them is the {which}?
+Who is the {which}? {x1} is {rel} than {y1}, {x2} is {rel} than {y2}.
+Three friends met. {x1} is {rel} than {y1}. {x2} is {rel} than {y2}. Find the {which} one.
+It is true that {x1} is {rel} than {y1} and {x2} is {rel} than {y2}. Say who is the {which}.
 # logic heldout
-Compared with {y1}, {x1} is {rel1}. Compared with {y2}, {x2} is {rel2}. Decide which person here is the {which}.
-A coach notes that {x1} is {rel1} than {y1}, whereas {x2} is {rel2} than {y2}. Whom does the coach list as the {which}?
-Since {x1} is known to be {rel1} than {y1}, while {x2} is {rel2} than {y2}, who must be the {which} here?
-# comparison train
-At {shop1}, {n1} {goods} cost ${p1}. At {shop2}, {n2} {goods} cost ${p2}. Which shop is cheaper, or is it the same?
-{name} sees {n1} {goods} for ${p1} at {shop1} and {n2} for ${p2} at {shop2}. Where is one cheaper, or is it the same?
-{shop1} sells {n1} {goods} for ${p1}, {shop2} sells {n2} for ${p2}. Which is cheaper per piece, or are both the same?
-Which price for one is better: {n1} {goods} for ${p1} at {shop1}, {n2} for ${p2} at {shop2}, or is it the same?
-{name} has offers, {n1} {goods} at {shop1} for ${p1}, {n2} at {shop2} for ${p2}. Who asks less for each, or the same?
-# comparison heldout
-For ${p1} {name} gets {n1} {goods} from {shop1}; for ${p2}, {n2} from {shop2}. Say who charges less apiece, or the same.
-Two sellers of {goods}: {shop1} wants ${p1} for {n1}, {shop2} ${p2} for {n2}. Per item, whom to choose, or the same?
-Does one of the {goods} cost less at {shop1}, {n1} for ${p1}, or at {shop2}, {n2} for ${p2}, or exactly the same?
-# words train
-{name} has this list of words: {items}. Your task is to write {task}. Put commas between your words or letters.
-Take the words {items} from the notebook of {name} and write {task}, with commas in between.
-Here are some words from {name}: {items}. Now write {task}. Use commas between the parts of your list.
-For a word game, {name} picked {items}. Please write {task} for the next player, with commas.
-The words on the board are {items}. {name} should write {task}, with commas in between. What is right?
-# words heldout
-Given the row {items}, a teacher tells {name} to write {task}. Show what belongs on the page, split by commas.
-{name} reads out {items}. Someone else must now write {task}. Give that list, using a comma after each entry.
-Out of {items}, as chosen by {name}, produce {task} and separate the entries of the result by commas.
-# sequence train
-{name} writes numbers that follow a rule: {items}. Which number comes next if {name} keeps to the same rule?
-Every day {name} counts the {goods} on a stall: {items}. If the pattern goes on, what is the next number?
-Look at this row of numbers from the school book of {name}: {items}. Find the rule and give the next number.
-The number of {goods} in a game of {name} changes like this: {items}. What number should follow?
-What is the next number in this pattern? {items}. {name} says that each step follows the same rule.
-# sequence heldout
-A machine built by {name} prints {items} and then stops. Predict the number it would have printed after those.
-{items} is how a series begins on the worksheet that {name} got. Extend it by a single further number.
-{name} saved {items} coins in these weeks and goes on in the same way. What will the coming week bring?
+{x1} is {rel} than {y1}, while {x2} is {rel} than {y2}. Who is the {which} person?
+In a team, {x1} is {rel} than {y1}. Also, {x2} is {rel} than {y2}. Who is the {which} there?
+Given that {x1} is {rel} than {y1} and {x2} is {rel} than {y2}, tell me the {which} of the three.
+Someone says {x1} is {rel} than {y1} and {x2} is {rel} than {y2}. Then who is the {which}?
 """
 
 
@@ -227,18 +222,10 @@ WORDINGS = _read_wordings(_WORDINGS)
 
 
 def _arithmetic(rng: random.Random, people: Sequence[str]) -> Problem:
-    a, b, c = rng.randint(11, 59), rng.randint(2, 4), rng.randint(2, 9)
+    a, b, c = rng.randint(11, 79), rng.randint(2, 15), rng.randint(2, 9)
     goods = rng.choice(GOODS)
-    working = f"{b} x {c} = {b * c}, and {a} + {b * c} = {a + b * c}."
-    return Problem((a, b, c), {"a": a, "b": b, "c": c, "goods": goods}, working, f"{a + b * c} {goods}")
-
-
-def _money(rng: random.Random, people: Sequence[str]) -> Problem:
-    b, c = rng.randint(2, 4), rng.randint(2, 12)
-    cost = b * c
-    paid = rng.choice([note for note in (20, 30, 40, 50, 60, 70, 80, 90, 100) if note > cost])
-    working = f"{b} x {c} = {cost} dollars, and {paid} - {cost} = {paid - cost} dollars."
-    return Problem((paid, b, c), {"a": paid, "b": b, "c": c, "goods": rng.choice(GOODS)}, working, f"${paid - cost}")
+    working = f"{a} + {b} = {a + b}, and {a + b} - {c} = {a + b - c}."
+    return Problem((a, b, c), {"a": a, "b": b, "c": c, "goods": goods}, working, f"{a + b - c} {goods}")
 
 
 def _units(rng: random.Random, people: Sequence[str]) -> Problem:
@@ -246,26 +233,24 @@ def _units(rng: random.Random, people: Sequence[str]) -> Problem:
     a, step = rng.randint(2, most), 50 if factor == 1000 else 5 if factor in (60, 100) else 1
     b = step * rng.randint(1 if step > 1 else 2, (factor - 1) // step)
     whole = a * factor
-    working = f"{a} x {factor} = {whole} {small}, and {whole} + {b} = {whole + b}."
+    working = f"{a} x {factor} = {whole}, and {whole} + {b} = {whole + b}."
     fields = {"thing": thing, "big": big, "small": small, "a": a, "b": b}
     return Problem((big, small, a, b), fields, working, f"{whole + b} {small}")
 
 
 def _dates(rng: random.Random, people: Sequence[str]) -> Problem:
-    start, n = rng.randrange(7), rng.randint(2, 9)
-    passed = [DAYS[(start + i) % 7] for i in range(1, n % 7 + 1)]
-    count = f"count on {len(passed)} from {DAYS[start]}: {_joined(passed)}." if passed else "it is the same day again."
+    start, n = rng.randrange(7), rng.randint(2, 6)
+    passed = [f"{i} {DAYS[(start + i) % 7]}" for i in range(1, n + 1)]
     fields = {"day": DAYS[start], "n": n, "event": rng.choice(EVENTS)}
-    return Problem((start, n), fields, f"{n} = {n // 7} x 7 + {n % 7}, so {count}", DAYS[(start + n) % 7])
+    return Problem((start, n), fields, f"{DAYS[start]}, then {_joined(passed)}.", DAYS[(start + n) % 7])
 
 
 def _clock(rng: random.Random, people: Sequence[str]) -> Problem:
-    start, hours, minutes = 5 * rng.randint(72, 215), rng.randint(1, 3), 10 * rng.randint(1, 4)
-    whole = f"{hours} hour{'s' * (hours > 1)}"
-    times = (start, start + 60 * hours, start + 60 * hours + minutes)
-    first, middle, end = (f"{t // 60:02}:{t % 60:02}" for t in times)
-    working = f"{first} plus {whole} is {middle}, and {minutes} minutes more is {end}."
-    return Problem((start, hours, minutes), {"start": first, "length": f"{whole} and {minutes} minutes"}, working, end)
+    start, minutes = 5 * rng.randint(72, 215), rng.choice((60, 120, 180, 240, 10, 15, 20, 30, 40, 45))
+    hours, rest = divmod(minutes, 60)
+    length = f"{rest} minutes" if rest else f"{hours} hour{'s' * (hours > 1)}"
+    first, end = (f"{t // 60:02}:{t % 60:02}" for t in (start, start + minutes))
+    return Problem((start, minutes), {"start": first, "length": length}, f"{first} plus {length} is {end}.", end)
 
 
 def _sorting(rng: random.Random, people: Sequence[str]) -> Problem:
@@ -275,17 +260,14 @@ def _sorting(rng: random.Random, people: Sequence[str]) -> Problem:
         "from smallest to largest", "from largest to smallest")  # fmt: skip
     done = sorted(items, reverse=backwards)
     fields = {"what": "words" if words else "numbers", "items": _joined(items), "order": order[backwards]}
-    working = f"Sorted {order[backwards]}, the list starts with {done[0]} and ends with {done[-1]}."
-    return Problem((*done,), fields, working, _joined(done))
+    return Problem((*done,), fields, f"The first is {done[0]}, the last is {done[-1]}.", _joined(done))
 
 
 def _counting(rng: random.Random, people: Sequence[str]) -> Problem:
-    target, *others = rng.sample(WORDS, 3)
-    count = rng.randint(1, 5)
-    items = [target] * count + [rng.choice(others) for _ in range(rng.randint(6, 8) - count)]
-    rng.shuffle(items)
-    working = "Counting: " + _joined(f"{target} {i}" for i in range(1, count + 1)) + "."
-    return Problem((target, *items), {"items": _joined(items), "target": target}, working, str(count))
+    what, source = rng.choice((("words", WORDS), ("cities", CITIES), ("jobs", JOBS), ("things", THINGS)))
+    items = rng.sample(source, rng.randint(3, 8))
+    working = _joined(f"{i} {item}" for i, item in enumerate(items, 1)) + "."
+    return Problem((*items,), {"items": _joined(items), "what": what}, working, str(len(items)))
 
 
 def _extraction(rng: random.Random, people: Sequence[str]) -> Problem:
@@ -293,61 +275,25 @@ def _extraction(rng: random.Random, people: Sequence[str]) -> Problem:
     code = "".join(rng.choice("ABCDEFHKLMNPRSTWXYZ") for _ in range(2)) + str(rng.randint(100, 999))
     wanted, answer = rng.choice([("price", f"${price}"), ("order number", code), ("day of delivery", day)])
     fields = {"price": price, "day": day, "thing": thing, "code": code, "wanted": wanted}
-    return Problem((price, day, thing, code), fields, f"The {wanted} given in the text is {answer}.", answer)
+    return Problem((price, day, thing, code), fields, f"The {wanted} is {answer}.", answer)
 
 
 def _formatting(rng: random.Random, people: Sequence[str]) -> Problem:
-    age, city, job = rng.randint(18, 79), rng.choice(CITIES), rng.choice(JOBS)
-    record = {"name": rng.choice(people), "age": age, "city": city, "job": job}
-    return Problem((age, city, job), record, "", json.dumps(record))
+    age, city = rng.randint(18, 79), rng.choice(CITIES)
+    record = {"name": rng.choice(people), "age": age, "city": city}
+    return Problem((age, city), record, "", json.dumps(record))
 
 
 def _logic(rng: random.Random, people: Sequence[str]) -> Problem:
-    more, less, most, least = rng.choice(SCALES)
+    relation, most, least = rng.choice(SCALES)
     ranked = rng.sample(people, 3)  # from most to least
-    clues = [(hi, more, lo) if rng.randrange(2) else (lo, less, hi) for hi, lo in pairwise(ranked)]
+    clues = list(pairwise(ranked))
     rng.shuffle(clues)
-    (x1, rel1, y1), (x2, rel2, y2) = clues
-    place = rng.randrange(3)
-    fields = {"x1": x1, "rel1": rel1, "y1": y1, "x2": x2, "rel2": rel2, "y2": y2}
-    fields["which"] = (most, f"second {most}", least)[place]
-    working = f"From the {most} to the {least}, the order is {_joined(ranked)}."
-    return Problem((*clues, place), fields, working, ranked[place])
-
-
-def _comparison(rng: random.Random, people: Sequence[str]) -> Problem:
-    (shop1, shop2), (n1, n2) = rng.sample(SHOPS, 2), rng.sample(range(2, 10), 2)
-    each1 = rng.randint(2, 12)
-    each2 = max(2, each1 + rng.randint(-2, 2))
-    answer = "the same" if each1 == each2 else shop1 if each1 < each2 else shop2
-    p1, p2 = n1 * each1, n2 * each2
-    fields = {"shop1": shop1, "shop2": shop2, "n1": n1, "n2": n2, "p1": p1, "p2": p2, "goods": rng.choice(GOODS)}
-    working = f"{shop1}: {p1} / {n1} = {each1} dollars each. {shop2}: {p2} / {n2} = {each2} dollars each."
-    return Problem((n1, p1, n2, p2), fields, working, answer)
-
-
-def _words(rng: random.Random, people: Sequence[str]) -> Problem:
-    items = rng.sample(WORDS, 3)
-    if not any(len(word) > 5 for word in items):
-        items[rng.randrange(3)] = "mountain"
-    task, done = rng.choice([
-        ("the words in reverse order", items[::-1]),
-        ("only the words with more than five letters", [word for word in items if len(word) > 5]),
-        ("the first letter of each word", [word[0] for word in items]),
-        ("the last letter of each word", [word[-1] for word in items]),
-        ("the list with the first and the last word swapped", [items[-1], *items[1:-1], items[0]]),
-    ])  # fmt: skip
-    return Problem((task, *items), {"items": _joined(items), "task": task}, f"Here I write {task}.", _joined(done))
-
-
-def _sequence(rng: random.Random, people: Sequence[str]) -> Problem:
-    falls, start, step = bool(rng.randrange(2)), rng.randint(2, 40), rng.choice((2, 3, 4, 5, 10))
-    row = [start + step * (5 - i if falls else i) for i in range(5)]
-    *shown, last = row
-    why = f"Each number is {step} {'less' if falls else 'more'} than the last"
-    how = f"{'-' if falls else '+'} {step}"
-    fields = {"items": _joined(shown), "goods": rng.choice(GOODS)}
-    return Problem((*shown,), fields, f"{why}, and {shown[-1]} {how} = {last}.", str(last))
+    (x1, y1), (x2, y2) = clues
+    place = rng.choice((0, 2))
+    fields = {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "rel": relation, "which": most if place == 0 else least}
+    working = f"From {most} to {least}: {_joined(ranked)}."
+    return Problem((relation, *clues, place), fields, working, ranked[place])
 
 
 def _joined(items: Any) -> str:
@@ -371,12 +317,9 @@ def _same_number(expected: str, given: str) -> bool:
 
 
 def _number(text: str) -> tuple[Decimal, str] | None:
-    """ "1,200 grams" -> (1200, "gram"); "$8" -> (8, "dollar"); None for anything else."""
-    match = re.fullmatch(r"(\$?)(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?) ?([a-z ]*)", _tidy(text))
-    if match is None:
-        return None
-    unit = match[3] or ("dollars" if match[1] else "")
-    return Decimal(match[2].replace(",", "")), unit.removesuffix("s")
+    """ "1,200 grams" -> (1200, "gram"); "8" -> (8, ""); None for anything else."""
+    match = re.fullmatch(r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?) ?([a-z ]*)", _tidy(text))
+    return None if match is None else (Decimal(match[1].replace(",", "")), match[2].removesuffix("s"))
 
 
 def _same_time(expected: str, given: str) -> bool:
@@ -416,7 +359,6 @@ class Kind(NamedTuple):
 
 REGISTRY = {
     "arithmetic": Kind(_arithmetic, _same_number),
-    "money": Kind(_money, _same_number),
     "units": Kind(_units, _same_number),
     "dates": Kind(_dates, _same_text),
     "clock": Kind(_clock, _same_time),
@@ -425,9 +367,6 @@ REGISTRY = {
     "extraction": Kind(_extraction, _same_text),
     "formatting": Kind(_formatting, _same_record),
     "logic": Kind(_logic, _same_text),
-    "comparison": Kind(_comparison, _same_text),
-    "words": Kind(_words, _same_list),
-    "sequence": Kind(_sequence, _same_number),
 }
 KINDS: tuple[str, ...] = tuple(REGISTRY)
 

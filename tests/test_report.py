@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
     put(tmp_path, "data", {"rows/train": 10})
     put(tmp_path, "sft/policy", {"loss": 2.0, "tokens": 999})
     put(tmp_path, "sft/evaluation", {"nll/real": 1.25, "truncated_frac": 0.125, **ACCURACY}, before)
-    put(tmp_path, "guide", {"true": 3.0, "other": 3.5, "none": 3.25, "latent_gain": 0.5})
+    put(tmp_path, "guide", {"true": 3.0, "other": 3.5, "none": 3.25, "latent_gain": 0.5, "sibling_gain": 0.25})
     put(tmp_path, "iteration_0/responses", {"tokens": 1234, "losers/truncated_frac": 0.5})
     put(tmp_path, "iteration_0/distances", DISTANCES)
     put(
@@ -74,7 +74,7 @@ def test_table_json(run: Path) -> None:
 
 def test_a_latent_that_says_nothing_is_shouted(run: Path) -> None:
     (run / "guide/summary.json").write_text(
-        json.dumps({"true": 3, "other": 3, "none": 3, "latent_gain": -0.01, "seconds": 1})
+        json.dumps({"true": 3, "other": 3, "none": 3, "latent_gain": -0.01, "sibling_gain": 0, "seconds": 1})
     )
     assert "NOT POSITIVE" in write_report(run)
 

@@ -30,8 +30,8 @@ def of_kind(kind):
 @pytest.mark.parametrize(
     ("split", "digest"),
     [
-        ("train", "80632629a29ce524af3231727dfdabfc8f61868135be820592f10249d7b6e134"),
-        ("heldout", "f84f626d5db31c62dea38ab4428a7c15e202fc242b78e4159ae7b065f33f8739"),
+        ("train", "ddc6976375d781d0047e3146625e785fa77dd7147ed9fcfd8ff59514352ea15f"),
+        ("heldout", "783c64cd4368d450da6e19bb4449e712c50ecca9a764cb823bf36fb95f113cca"),
     ],
 )
 def test_rows_are_pinned(split, digest):
@@ -53,7 +53,7 @@ def test_seed_and_split_change_the_rows():
 
 @pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
 def test_row_shape_balance_and_distinct_prompts(rows):
-    assert len(KINDS) >= 10
+    assert len(KINDS) >= 8
     for row in rows:
         assert list(row) == ["id", "messages", "kind", "answer"] and isinstance(row["answer"], str)
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
@@ -61,7 +61,7 @@ def test_row_shape_balance_and_distinct_prompts(rows):
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
     sizes = Counter(row["kind"] for row in rows)
     assert set(sizes) == set(KINDS) and max(sizes.values()) - min(sizes.values()) <= 1
-    assert [row["kind"] for row in rows[:26]] != list(KINDS) * 2  # shuffled
+    assert [row["kind"] for row in rows[:18]] != list(KINDS) * 2  # shuffled
 
 
 def test_heldout_shares_no_prompt_task_wording_or_person_with_train():
@@ -70,7 +70,7 @@ def test_heldout_shares_no_prompt_task_wording_or_person_with_train():
         assert not {t.prompt for t in train} & {t.prompt for t in heldout}
         assert not {(t.kind, t.params) for t in train} & {(t.kind, t.params) for t in heldout}
     for kind in KINDS:
-        assert len(set(tasks.WORDINGS[kind, "train"])) == 5 and len(set(tasks.WORDINGS[kind, "heldout"])) == 3
+        assert len(set(tasks.WORDINGS[kind, "train"])) == 8 and len(set(tasks.WORDINGS[kind, "heldout"])) == 4
         assert not set(tasks.WORDINGS[kind, "train"]) & set(tasks.WORDINGS[kind, "heldout"])
     assert not set(tasks.PEOPLE["train"]) & set(tasks.PEOPLE["heldout"])
 
@@ -87,8 +87,8 @@ def test_every_wording_is_used(kind):
 def test_lengths(kind):
     prompts = [len(task.prompt.split()) for task in of_kind(kind)]
     responses = [len(task.response.split()) for task in of_kind(kind)]
-    assert 18 <= min(prompts) and max(prompts) <= 45 and 20 <= sum(prompts) / len(prompts) <= 30
-    assert 5 <= min(responses) and max(responses) <= 30
+    assert 8 <= min(prompts) and max(prompts) <= 24 and 13 <= sum(prompts) / len(prompts) <= 20
+    assert 5 <= min(responses) and max(responses) <= 20
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -126,9 +126,7 @@ def solve(task):
     """The answer worked out from the prompt's own text (from the parameters where wordings differ too much)."""
     if task.kind == "arithmetic":
         a, b, c = numbers(task.prompt)
-        return f"{a + b * c} {re.search('|'.join(tasks.GOODS), task.prompt)[0]}"
-    if task.kind == "money":
-        return f"${task.params[0] - task.params[1] * task.params[2]}"
+        return f"{a + b - c} {re.search('|'.join(tasks.GOODS), task.prompt)[0]}"
     if task.kind == "units":
         big, small, a, b = task.params
         seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
@@ -141,45 +139,28 @@ def solve(task):
         (start,) = re.findall("|".join(tasks.DAYS), task.prompt)
         return f"{weekday(start) + datetime.timedelta(days=n):%A}"
     if task.kind == "clock":
-        h, m, hours, minutes = numbers(task.prompt)
-        return f"{datetime.datetime(2024, 1, 1, h, m) + datetime.timedelta(hours=hours, minutes=minutes):%H:%M}"
+        ((h, m),) = re.findall(r"(\d\d):(\d\d)", task.prompt)
+        ((length, unit),) = re.findall(r"(\d+) (hour|minute)", task.prompt)
+        h, m, passed = int(h), int(m), {f"{unit}s": int(length)}
+        return f"{datetime.datetime(2024, 1, 1, h, m) + datetime.timedelta(**passed):%H:%M}"
     if task.kind == "sorting":
-        items = re.findall(r"\d+", task.prompt) or re.search(r"\w+(, \w+){2,3}", task.prompt)[0].split(", ")
+        items = re.findall(r"\d+", task.prompt) or re.search(r"\w+(, \w+){2}", task.prompt)[0].split(", ")
         items.sort(key=lambda item: (len(item), item) if item.isdigit() else item)
         return ", ".join(items[::-1] if "reverse" in task.prompt or "largest to" in task.prompt else items)
     if task.kind == "counting":
-        items = re.search(r"\w+(, \w+){5,}", task.prompt)[0].split(", ")
-        return items.count(task.params[0])
+        return len(re.search(r"\w+(, \w+){2,}", task.prompt)[0].split(", "))
     if task.kind == "extraction":
         patterns = {"price": r"\$\d+", "order number": r"\b[A-Z]{2}\d{3}\b", "day of delivery": "|".join(tasks.DAYS)}
         wanted = max(patterns, key=task.prompt.rfind)  # the question comes last
         (found,) = re.findall(patterns[wanted], task.prompt)
         return found
     if task.kind == "logic":
-        *clues, place = task.params
-        rank = dict(itertools.chain(*[[(more, 1), (less, -1)] for more, less, _, _ in tasks.SCALES]))
-        people = {p for x, _, y in clues for p in (x, y)}
-        (order,) = [o for o in itertools.permutations(people)
-                    if all((o.index(y) - o.index(x)) * rank[rel] > 0 for x, rel, y in clues)]  # fmt: skip
-        return order[place]
-    if task.kind == "comparison":
-        n1, p1, n2, p2 = task.params
-        shops = [s for _, s in sorted((task.prompt.index(s), s) for s in tasks.SHOPS if s in task.prompt)]
-        return "the same" if p1 * n2 == p2 * n1 else shops[p1 * n2 > p2 * n1]
-    if task.kind == "words":
-        job, *items = task.params
-        assert ", ".join(items) in task.prompt and job in task.prompt
-        a, *middle, z = items
-        done = {"reverse": reversed(items), "more than five": (w for w in items if len(w) >= 6),
-                "first letter": (w[:1] for w in items), "last letter": (w[-1:] for w in items),
-                "swapped": (z, *middle, a)}  # fmt: skip
-        return ", ".join(next(value for key, value in done.items() if key in job))
-    if task.kind == "sequence":
-        a, b, c, d = map(int, re.search(r"\d+(, \d+){3}", task.prompt)[0].split(", "))
-        if b * b == a * c and c * c == b * d:
-            return d * b // a
-        return d + (d - c) + (d - c) - (c - b)
-    record = dict(zip(("age", "city", "job"), task.params, strict=True))
+        relation, *clues, _ = task.params
+        (order,) = [o for o in itertools.permutations({p for clue in clues for p in clue})
+                    if all(o.index(x) < o.index(y) for x, y in clues)]  # fmt: skip
+        most = next(most for rel, most, _ in tasks.SCALES if rel == relation)
+        return order[0 if most in task.prompt else -1]
+    record = dict(zip(("age", "city"), task.params, strict=True))
     (name,) = [p for split in tasks.PEOPLE.values() for p in split if re.search(rf"\b{p}\b", task.prompt)]
     assert all(str(value) in task.prompt for value in record.values())
     return json.dumps({"name": name} | record)
@@ -193,9 +174,9 @@ def test_answers_agree_with_a_second_solver(kind):
 
 def test_every_equation_in_the_working_is_true():
     seen = 0
-    signs = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b, "/": lambda a, b: a / b}
+    signs = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b}
     for task in DRAWN:
-        for a, sign, b, result in re.findall(r"(\d+) ([-+x/]) (\d+) = (\d+)", task.response):
+        for a, sign, b, result in re.findall(r"(\d+) ([-+x]) (\d+) = (\d+)", task.response):
             assert signs[sign](int(a), int(b)) == int(result), task
             seen += 1
     assert seen > 1000
@@ -265,6 +246,7 @@ def test_case_space_and_closing_punctuation_do_not_matter(kind):
         ("arithmetic", "76 pens", "76 pens", False),  # no answer named
         ("arithmetic", "76 pens", "Answer: 76 books", False),
         ("arithmetic", "76 pens", "Answer: 76 or 77", False),
+        ("arithmetic", "76 pens", "Answer: $76", False),
         ("arithmetic", "76 pens", "Answer: 7 6", False),
         ("arithmetic", "76 pens", "Answer: -76", False),
         ("arithmetic", "76 pens", "Answer: 76 thousand pens", False),
@@ -274,11 +256,6 @@ def test_case_space_and_closing_punctuation_do_not_matter(kind):
         ("units", "1200 grams", "Answer: 1200.0 g", False),
         ("units", "1200 grams", "Answer: 1,2,00", False),
         ("units", "1200 grams", "Answer: 1200 kilograms", False),
-        ("money", "$8", "Answer: 8 dollars", True),
-        ("money", "$8", "Answer: $8.00", True),
-        ("money", "$8", "Answer: 8", True),
-        ("money", "$8", "Answer: $80", False),
-        ("money", "$8", "Answer: 8 pens", False),
         ("counting", 5, "Answer: 5", True),
         ("counting", 5, "Answer: .5", False),
         ("counting", 5, "Answer: \u0665", False),  # an Arabic five
@@ -287,7 +264,6 @@ def test_case_space_and_closing_punctuation_do_not_matter(kind):
         ("clock", "09:05", "Answer: 9:5", False),
         ("dates", "Friday", "Answer: *friday*!", True),
         ("dates", "Friday", "Answer: Friday or Monday", False),
-        ("comparison", "the same", "Answer: same", True),
         ("sorting", "a, b, c", "Answer: a,b , and c.", True),
         ("sorting", "a, b, c", "Answer: [a, b, c]", True),
         ("sorting", "a, b, c", "Answer: a, c, b", False),
@@ -311,14 +287,14 @@ def test_checker_cases(kind, answer, response, right):
 
 @given(want=st.integers(0, 10**6), got=st.integers(-(10**6), 10**6))
 def test_numbers_are_equal_only_when_equal(want, got):
-    assert check("sequence", str(want), f"Answer: {got}") == (want == got)
-    assert check("sequence", str(want), f"Answer: {want:,}.")
+    assert check("counting", str(want), f"Answer: {got}") == (want == got)
+    assert check("counting", str(want), f"Answer: {want:,}.")
 
 
 @given(items=st.lists(st.sampled_from(tasks.WORDS), min_size=2, max_size=6), data=st.data())
 def test_lists_are_equal_only_in_the_same_order(items, data):
     other = data.draw(st.permutations(items))
-    assert check("words", ", ".join(items), "Answer: " + ", ".join(other)) == (items == other)
+    assert check("sorting", ", ".join(items), "Answer: " + ", ".join(other)) == (items == other)
 
 
 @given(kind=st.sampled_from(KINDS), response=st.text() | st.text().map("Answer: ".__add__))

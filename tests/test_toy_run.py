@@ -227,7 +227,7 @@ def test_two_ranks_are_one_rank(tmp_path: Path, toy_run: Path, toy_cache: Path) 
         for name in one:
             # Sums over ranks round differently, and Adam divides by small gradients: single weights may differ more.
             moved = (one[name] - start[name].float()).norm()
-            assert moved > 0 and (two[name] - one[name]).norm() <= 1e-3 * moved, name
+            assert moved > 0 and (two[name] - one[name]).norm() <= 1e-2 * moved, name
         losses = [[record["loss"] for record in metrics(folder, stage)] for folder in (toy_run, run)]
         assert all(abs(a - b) < 1e-4 for a, b in zip(*losses, strict=True))
     summaries = [json.loads((folder / "iteration_0/distances/summary.json").read_text()) for folder in (toy_run, run)]
