@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	@ln -s $(CURDIR)/ldalign/*.py $(CURDIR)/kernels $(CURDIR)/train $(VENV)/typed/ldalign/
 	MYPYPATH=$(VENV)/typed $(VENV)/bin/mypy -p ldalign | sed -E 's#^$(VENV)/typed/(ldalign/(kernels|train)/)?#\2/#; s#^/##'
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	@$(PY) bench/run.py $(ARGS)
 
 # With the packages that stand there: nothing is fetched.
@@ -89,4 +89,9 @@ $(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.p
 $(VENV)/.dev: $(VENV)/.product requirements/dev.txt
 	@echo "make: installing what tests and linting need"
 	@$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+# Its packages' own needs are torch and triton, which are there.
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
+	@$(PIP) install --no-deps -r requirements/bench.txt
 	@touch $@

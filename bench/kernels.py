@@ -301,7 +301,7 @@ def measure_head(shape: Shape, dtype: str, device: torch.device, repeat: int) ->
             )  # fmt: skip
             print(f"bench: kernels: {name} ...", file=sys.stderr, flush=True)
             line = _answer(process)
-            if line is None:
+            if line is None:  # it stopped: a peer that does not run here is a row that says so
                 _, errors = process.communicate()
                 results[name] = {"skipped": (errors.strip().splitlines() or ["stopped"])[-1][:300]}
                 continue

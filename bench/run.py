@@ -1,4 +1,5 @@
-"""The benchmarks: `python bench/run.py [--only step,generate] [--repeat 5] [--policy FOLDER] [--small]` (`make bench`).
+"""The benchmarks: `python bench/run.py [--only kernels,step,generate] [--repeat 5] [--policy FOLDER] [--small]`
+(`make bench`). `kernels` is bench/kernels.py, a script of its own.
 
 Every benchmark is a module of this folder; every peer of it runs in a process of its own, on the same token ids, in the
 same dtype, one after the other. What counts is the ratio of medians within one run: bare times are the machine's.
@@ -39,17 +40,25 @@ PEERS = ("ldalign", "transformers")
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default=",".join(BENCHMARKS), help="benchmarks to run, by name")
+    parser.add_argument("--only", default=",".join(("kernels", *BENCHMARKS)), help="benchmarks to run, by name")
     parser.add_argument("--repeat", type=int, default=5, help="measured repetitions, after one to warm up")
     parser.add_argument("--policy", default=DEFAULT_MODEL, help="model folder or name")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ldalign", help="of fetched models")
     parser.add_argument("--small", action="store_true", help="a fraction of the work: does it run at all?")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     args = parser.parse_args(argv)
-    folder = resolve_model(args.policy, args.cache)
-    for name in args.only.split(","):
-        if name not in BENCHMARKS:
-            parser.error(f"--only {name}: choose from {', '.join(BENCHMARKS)}")
+    names = args.only.split(",")
+    for name in names:
+        if name not in ("kernels", *BENCHMARKS):
+            parser.error(f"--only {name}: choose from kernels, {', '.join(BENCHMARKS)}")
+    if "kernels" in names:
+        command = [sys.executable, str(HERE / "kernels.py"), "--results", str(args.results)]
+        command += ["--repeat", str(args.repeat), *(["--small"] if args.small else [])]
+        if subprocess.run(command, check=False).returncode:
+            raise EnvironmentProblem("bench: kernels failed; see above")
+    names = [name for name in names if name in BENCHMARKS]
+    folder = resolve_model(args.policy, args.cache) if names else Path()
+    for name in names:
         result = measure(name, folder, args.repeat, args.small) | {"policy": args.policy}
         args.results.mkdir(exist_ok=True)
         (args.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

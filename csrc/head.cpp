@@ -47,7 +47,7 @@ struct Rows {
 };
 
 // Sums z^T hidden over the pieces. Of a 16-bit dtype every addition rounds: a few pieces may (oneDNN adds inside the
-// product, and the error stays below twice that of one product), many may not, and a float32 sum would take twice the
+// product; the tests bound the error by three times that of one product), many may not, and a float32 sum would take twice the
 // gradient's size. So of many, 24 bits of the sum are kept: 16 in the gradient's own memory, 8 beside it. That is 1
 // byte a weight, 16 significant bits, and one rounding at the end. There the product is made a tile of the vocabulary
 // at a time, which stays in the cache until it has been added.
@@ -58,16 +58,18 @@ class WeightGradient {
   Tensor sum;          // (V, D); undefined if not wanted
 
   WeightGradient(const Tensor& weight, int64_t rows, bool wanted) : rows_(rows) {
-    if (wanted) sum = rows ? large_empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
+    if (!wanted) return;
+    sum = large_empty(weight.sizes(), weight.options());
+    if (rows == 0) sum.zero_();
   }
 
   void add(const Tensor& z, const Tensor& hidden, Rows rows) {
     if (!sum.defined()) return;
     const bool first = rows.begin == 0, last = rows.end == rows_;
-    const bool round = sum.element_size() > 2 || pieces <= kFew;
-    if (first && (last || round)) {
+    const bool direct = sum.element_size() > 2 || pieces <= kFew;
+    if (first && (last || direct)) {
       at::mm_out(sum, z.t(), hidden);
-    } else if (round) {
+    } else if (direct) {
       at::addmm_out(sum, sum, z.t(), hidden);
     } else {
       add_tiles(z, hidden, first, last);

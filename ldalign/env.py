@@ -80,7 +80,11 @@ def _cuda_compiler() -> Tick:
 
 def _extension() -> Tick:
     """The compiled operations of csrc/, and the instruction set they run with here."""
-    return Tick("ldalign._C", cpp.available(), cpp.build_info() if cpp.available() else cpp.why_not())
+    if not cpp.available():
+        return Tick("ldalign._C", False, cpp.why_not())
+    info = cpp.build_info()
+    threads = "threads" if info["threads"] else "one thread"
+    return Tick("ldalign._C", True, f"{info['isa']} (of {', '.join(info['isas'])}), {threads}, {info['compiler']}")
 
 
 def _flash_attention() -> Tick:
