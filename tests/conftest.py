@@ -16,6 +16,10 @@ from ldalign import distributed
 from ldalign.errors import EnvironmentProblem
 from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 
+# Without a GPU, Triton's kernels run in its interpreter. That is settled when triton is first imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Zephyr's template (methods.md, section 2), as its model folder has it
 ZEPHYR_TEMPLATE = """{% for message in messages %}
 {% if message['role'] == 'user' %}
