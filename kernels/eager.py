@@ -17,7 +17,7 @@ from ldalign.kernels import reference
 from ldalign.kernels.pieces import row_pieces, whole_pairs
 from ldalign.kernels.reference import accumulate_dtype
 
-LOGIT_BYTES = 64 * 2**20  # a piece's wide logits stay below this
+WORKSPACE_BYTES = 64 * 2**20  # a piece's wide logits stay below this
 
 
 def available() -> bool:
@@ -111,7 +111,7 @@ def weighted_dpo(
 
 
 def _rows(weight: Tensor) -> int:
-    return max(1, LOGIT_BYTES // (4 * max(1, len(weight))))
+    return max(1, WORKSPACE_BYTES // (4 * max(1, len(weight))))
 
 
 def _logprob(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,17 @@ _REASON = _why_not()
 if not _REASON:
     from ldalign.kernels.triton_common import INTERPRETED
     from ldalign.kernels.triton_elementwise import rope, swiglu, swiglu_backward, weighted_dpo
-    from ldalign.kernels.triton_head import linear_logprob, linear_logprob_backward, pair_loss, sft_loss
+    from ldalign.kernels.triton_head import (
+        WORKSPACE_BYTES,
+        linear_logprob,
+        linear_logprob_backward,
+        pair_loss,
+        sft_loss,
+    )  # fmt: skip
     from ldalign.kernels.triton_norm import add_rms_norm, add_rms_norm_backward, rms_norm, rms_norm_backward
 
     __all__ = [
-        "add_rms_norm", "add_rms_norm_backward", "available", "interpreted", "linear_logprob",
+        "WORKSPACE_BYTES", "add_rms_norm", "add_rms_norm_backward", "available", "interpreted", "linear_logprob",
         "linear_logprob_backward", "pair_loss", "rms_norm", "rms_norm_backward", "rope", "sft_loss", "swiglu",
         "swiglu_backward", "weighted_dpo", "why_not",
     ]  # fmt: skip

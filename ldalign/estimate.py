@@ -153,7 +153,7 @@ def _memory_line(ctx: Context, model: Mistral, parameters: int) -> str:
     block = count_parameters(model.blocks[0])
     gathered = 2 * width * (2 * block + parameters - block * len(model.blocks))
     activations = t.micro_tokens * activation_bytes(model.config, width, t.checkpointing)
-    logits = min(ops.LOGIT_BYTES, 4 * model.config.vocab_size * t.micro_tokens)
+    logits = min(ops.workspace_bytes(ctx.device.type), 4 * model.config.vocab_size * t.micro_tokens)
     parts = {
         "float32 weights, gradients and optimizer": sharded, "compute copies": gathered,
         f"activations of {t.micro_tokens} tokens": activations, "logits": LOGIT_COPIES * logits,

@@ -28,7 +28,7 @@ from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
     "add_rms_norm", "attention", "choose", "linear_logprob", "pair_loss", "rms_norm", "rope", "segment_sum", "sft_loss",
-    "swiglu", "weighted_dpo_loss",
+    "swiglu", "weighted_dpo_loss", "workspace_bytes",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,11 @@ def _offers(backend: str, op: str, wide: bool) -> bool:
 @functools.cache
 def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"ldalign.kernels.{MODULES[backend]}")
+
+
+def workspace_bytes(device: str) -> int:
+    """The most bytes of logits the head holds at once on a device type."""
+    return int(_module(choose("pair_loss", device)).WORKSPACE_BYTES)
 
 
 def _raw(op: str, x: Tensor) -> Callable[..., Any]:
@@ -393,7 +398,9 @@ def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
     if sum(lengths) != len(values):
         raise ValueError(f"segment_sum: lengths add up to {sum(lengths)}, but there are {len(values)} values")
     # One sum a run: a scatter-add would add in an order that depends on the device.
-    return torch.stack([run.sum() for run in values.split(list(lengths))]) if len(lengths) else values.new_zeros(0)
+    # In float64, rounded once: the fused losses sum so too, and step 0 compares their sums with these.
+    runs = values.double().split(list(lengths))
+    return torch.stack([run.sum() for run in runs]).to(values.dtype) if len(lengths) else values.new_zeros(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ the block

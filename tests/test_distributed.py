@@ -101,6 +101,7 @@ def test_same_trajectory_as_one_rank(results: Results, ranks: int) -> None:
     assert gap.abs().max() < 1e-4 and gap.mean().abs() < 1e-5
     assert one[-1]["loss"] < 0.8 * one[1]["loss"]
     free = {"tokens_per_second", "time/step", "memory/peak_gib", "entropy", "mean_token_accuracy"}
+    free.add("rewards/accuracies")  # at step 0 every pair is a tie but for rounding
     assert one[0].keys() == many[0].keys()
     for name in one[0].keys() - free - {"stage"}:
         assert many[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-5), name

@@ -143,7 +143,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head works through five rows of a vocabulary of 101 at a time."""
-    monkeypatch.setattr(eager, "LOGIT_BYTES", 5 * 4 * 101 + 3)
+    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
 
 
