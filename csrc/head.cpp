@@ -53,7 +53,7 @@ struct Rows {
 // at a time, which stays in the cache until it has been added.
 class WeightGradient {
  public:
-  static constexpr int64_t kFew = 6;
+  static constexpr int64_t kFew = 8;
   int64_t pieces = 0;  // how many there will be
   Tensor sum;          // (V, D); undefined if not wanted
 

@@ -428,7 +428,7 @@ def test_nan_comes_out_as_nan(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," not in name and "attention" not in name])
 def test_opcheck(name: str) -> None:
-    """Schema, fake, autograd registration and ahead-of-time tracing, on the operators a case calls."""
+    """Schema and fake of the operators a case calls; the compiled block below covers autograd and tracing."""
     function, _, inputs = CASES[name]
     with Operators() as seen:
         run(function, [x.float() for x in inputs])

@@ -27,7 +27,7 @@ def rows() -> list[dict[str, Any]]:
     """In a process of its own: this one may have Triton in its interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "ldalign.kernels.compile_check", "--json"],
+        [sys.executable, "-P", "-m", "ldalign.kernels.compile_check", "--json"],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
