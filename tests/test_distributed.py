@@ -80,6 +80,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, d
     for ranks in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         done = run_script(__file__, folder, ranks=ranks)
+        if "terminate called without an active exception" in done.stderr:
+            # Seen once in a dozen runs, at exit, after all the work: a thread of torch's, not yet understood.
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            done = run_script(__file__, folder, ranks=ranks)
         assert done.returncode == 0, done.stderr
         out[ranks] = folder, json.loads((folder / "found.json").read_text())
     return out
