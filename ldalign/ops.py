@@ -88,7 +88,7 @@ def workspace_bytes(device: str) -> int:
 
 def _raw(op: str, x: Tensor) -> Callable[..., Any]:
     """The raw function `op` of the backend for x's device and dtype."""
-    return getattr(_module(choose(op, x.device.type, x.dtype == torch.float64)), op)  # type: ignore[no-any-return]
+    return getattr(_module(choose(op, x.device.type, x.dtype == torch.float64)), op)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -136,12 +136,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index:
     Oracle: `ldalign.kernels.reference.linear_logprob`.
     """
     _check_head("linear_logprob", hidden, weight, target)
-    return torch.ops.ldalign.linear_logprob(hidden, weight, target, ignore_index)[0]  # type: ignore[no-any-return]
+    return torch.ops.ldalign.linear_logprob(hidden, weight, target, ignore_index)[0]
 
 
 def _run_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     _check_targets("linear_logprob", target, len(weight), ignore)
-    return _raw("linear_logprob", hidden)(hidden, weight, target, ignore)  # type: ignore[no-any-return]
+    return _raw("linear_logprob", hidden)(hidden, weight, target, ignore)
 
 
 def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -410,7 +410,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D). Oracle: the reference's."""
     _check_norm("rms_norm", x, weight)
     y, _ = torch.ops.ldalign.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
-    return y.view(x.shape)  # type: ignore[no-any-return]
+    return y.view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -484,7 +484,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit; expected "
             "(N, H, E), E even, and twice (N, E/2)"
         )
-    return torch.ops.ldalign.rope(x, cos, sin, False)  # type: ignore[no-any-return]
+    return torch.ops.ldalign.rope(x, cos, sin, False)
 
 
 def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -506,7 +506,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (arXiv 2002.05202); two of one shape and dtype. Oracle: the reference's."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
-    return torch.ops.ldalign.swiglu(gate, up)  # type: ignore[no-any-return]
+    return torch.ops.ldalign.swiglu(gate, up)
 
 
 _operator(
