@@ -247,15 +247,18 @@ def _fake_pair_loss(
 
 
 def _setup_fused_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else autograd fills zeros of dW's size for an output nobody differentiates
     ctx.save_for_backward(*output[-2:])
 
 
-def _backward_pair_loss(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_pair_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*_scaled(ctx, grad), None, None, None, None, None, None, None, None)
 
 
-def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
     """The gradients the forward made, times the upstream one: in place, since a second copy of dW can be a GiB."""
+    if grad is None:  # only outputs that carry no gradient were used
+        return [None, None]
     made = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0:
         return made

@@ -272,6 +272,15 @@ def test_op_against_reference(name: str, dtype: torch.dtype, isa: None, small: N
     check(case, case.run(inputs), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_pieces(dtype: torch.dtype, isa: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 75 and 149 rows are multiplied as 80 and 152, and the padding counts for nothing."""
+    monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 80 * 601 * dtype.itemsize)
+    for case in (sft_case(150, 13, 601), backward_case(79, 13, 601), pair_case([40, 35, 30, 44], 13, 601)):
+        inputs = case.rounded(dtype)
+        check(case, case.run(inputs), inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_vocabularies(V: int, dtype: torch.dtype, isa: None) -> None:

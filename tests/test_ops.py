@@ -239,14 +239,15 @@ def test_strides_repeats_and_inputs(name: str, small_pieces: None) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor any operation makes."""
+    """Notes the largest tensor any operation makes; a view of one that it was given is not made."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, tensor.numel())
         return out
 
@@ -259,6 +260,17 @@ def test_head_makes_no_logits_of_all_rows(small_pieces: None) -> None:
     with Largest() as seen:
         reference.linear_logprob(normal(N, D), normal(V, D), targets(N, V))
     assert seen.elements == N * V, "the watch itself works"
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft"])
+def test_backward_of_a_fused_loss_makes_nothing(name: str) -> None:
+    """Both gradients are there after the forward: not even zeros of their size are made in the backward."""
+    function, _, inputs = CASES[name]
+    leaves = [x.requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    with Largest() as seen:
+        torch.autograd.grad(loss, leaves)
+    assert seen.elements <= 1
 
 
 @pytest.mark.parametrize("which", [0, 1])
