@@ -17,7 +17,7 @@ from torch import Tensor
 
 # The most bytes of logits held at once. Beside them a 16-bit head of more than eight pieces keeps 1 byte a weight while
 # it sums dweight.
-WORKSPACE_BYTES = 55 * 2**20
+WORKSPACE_BYTES = 53 * 2**20
 
 
 def _load() -> str:

@@ -266,7 +266,7 @@ def test_head_makes_no_logits_of_all_rows(small_pieces: None) -> None:
 def test_backward_of_a_fused_loss_makes_nothing(name: str) -> None:
     """Both gradients are there after the forward: not even zeros of their size are made in the backward."""
     function, _, inputs = CASES[name]
-    leaves = [x.requires_grad_() for x in inputs]
+    leaves = [x.clone().requires_grad_() for x in inputs]
     loss = function(*leaves)
     with Largest() as seen:
         torch.autograd.grad(loss, leaves)
