@@ -25,8 +25,8 @@ from ldalign.errors import EnvironmentProblem
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
-    "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rope", "segment_sum",
-    "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
+    "adamw_", "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rmsprop_", "rope",
+    "segment_sum", "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = (
     "linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu",
-    "pair_attention",
+    "pair_attention", "adamw_", "rmsprop_",
 )  # fmt: skip
 
 
@@ -606,3 +606,22 @@ _operator(
     lambda grad, qkv, *rest: _raw("pair_attention_backward", qkv)(grad, qkv, *rest),
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizers
+
+
+def adamw_(
+    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
+    beta2: float, eps: float, step: int, seed: int,
+) -> None:  # fmt: skip
+    """One step of AdamW on a parameter and its averages, in place. Oracle: `ldalign.kernels.eager.adamw_`."""
+    raw = _raw("adamw_", p)
+    raw(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
+
+
+def rmsprop_(
+    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+) -> None:
+    """One step of RMSprop on a parameter and its average, in place. Oracle: `ldalign.kernels.eager.rmsprop_`."""
+    _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)
