@@ -96,7 +96,8 @@ def key_tiles(segments: list[Segment], keys: int, window: int | None) -> tuple[l
     for s in segments:
         for cut in _cuts(cuts, s.prefix_begin, s.prefix_end):
             responses[cut].append(s)
-    tiles, readers = [], []
+    tiles: list[KeyTile] = []
+    readers: list[Reader] = []
     for s in segments:
         for cut in _cuts(cuts, s.begin, s.end):
             stop = cuts[bisect_left(cuts, cut) + 1]
