@@ -164,7 +164,7 @@ def _memory_line(ctx: Context, model: Mistral, parameters: int) -> str:
 
 
 def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:
-    """Bytes per token of a micro-batch: those kept for the backward, and those made again there for one block at a time.
+    """Bytes per token of a micro-batch: those kept for the backward; those made again there, a block at a time.
 
     Counted over the tensors that the blocks save.
     """

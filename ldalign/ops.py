@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ldalign.errors import EnvironmentProblem
+from ldalign.kernels import flash
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
@@ -562,6 +563,20 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
     return torch.ops.ldalign.pair_attention(qkv, heads, segments, window)[0]
 
 
+def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
+    """The backend of pair attention: flash-attn where it is installed and can do this batch, else the chosen one."""
+    if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
+        if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
+            _note_flash()
+            return flash
+    return _module(choose("pair_attention", qkv.device.type, qkv.dtype == torch.float64))
+
+
+@functools.cache
+def _note_flash() -> None:
+    log.info("ops: pair_attention on cuda: flash-attn, where it can (LDALIGN_BACKEND=auto)")
+
+
 def _check_segments(segments: Tensor, tokens: int) -> None:
     done, prompt = 0, 0
     for i, (begin, end, prefix_begin, prefix_end) in enumerate(segments.tolist()):
@@ -593,7 +608,9 @@ def _backward_pair_attention(ctx: Any, grad: Tensor | None, _: Tensor | None) ->
 
 _operator(
     "pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor, Tensor)",
-    lambda qkv, *rest: _raw("pair_attention", qkv)(qkv, *rest),
+    lambda qkv, heads, segments, window: _attention(qkv, segments, window).pair_attention(
+        qkv, heads, segments, window
+    ),
     lambda qkv, heads, segments, window: (
         qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads),
     ),
@@ -603,7 +620,9 @@ _operator(
 _operator(
     "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments, int? window) "
     "-> Tensor",
-    lambda grad, qkv, *rest: _raw("pair_attention_backward", qkv)(grad, qkv, *rest),
+    lambda grad, qkv, out, lse, heads, segments, window: _attention(qkv, segments, window).pair_attention_backward(
+        grad, qkv, out, lse, heads, segments, window
+    ),
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
 
