@@ -31,6 +31,13 @@ class Training:
     weight_decay: float = setting(0.0, "of matrices; 0: off", check=non_negative)
     max_grad_norm: float = setting(1.0, "clip the global gradient norm; 0: off", check=non_negative)
     micro_tokens: int = setting(8192, "token budget of one micro-batch on one rank", check=positive)
+    shard_ranks: int | None = setting(
+        None, "ranks that share one copy of the model, such as a node's GPUs; null: all", check=positive
+    )
+    whole: Literal["nothing", "gradients", "all"] = setting(
+        "gradients", "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. Less is "
+        "less memory and more communication"
+    )  # fmt: skip
     checkpointing: bool = setting(False, "recompute activations in the backward: less memory, a third more time")
 
 
