@@ -1,6 +1,7 @@
 // The elementwise parts of a transformer block: RMS norm (also of a sum), rotary embedding, SwiGLU. Each reads its
 // inputs once, keeps nothing between forward and backward but one scale a row, and shares its rows among threads.
 #include <algorithm>
+#include <vector>
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -121,11 +122,12 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(
   return norm_backward(dy.contiguous(), &other, total.contiguous(), weight, rstd.contiguous());
 }
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned) {
   const Check check{"rope"};
   check.floats(x, "x", 3, "(N, H, E)");
   const int64_t N = x.size(0), H = x.size(1), E = x.size(2);
   TORCH_CHECK_VALUE(E % 2 == 0, "rope: x has head width ", E, ", expected an even one");
+  TORCH_CHECK_VALUE(0 <= turned && turned <= H, "rope: heads is ", turned, ", expected 0 to ", H);
   check.floats(cos, "cos", 2, "(N, E/2)");
   check.floats(sin, "sin", 2, "(N, E/2)");
   check.shape(cos, "cos", {N, E / 2}, "(N, E/2)");
@@ -142,45 +144,64 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse)
     at::parallel_for(0, N, grain(H * E), [&](int64_t begin, int64_t end) {
       const int64_t angles = begin * (E / 2);
       kernel(data<T>(input) + begin * input.stride(0), input.stride(0), input.stride(1), data<A>(c) + angles,
-             data<A>(s) + angles, inverse ? -1 : 1, end - begin, H, E, data<T>(y) + begin * H * E);
+             data<A>(s) + angles, inverse ? -1 : 1, end - begin, H, turned, E, data<T>(y) + begin * H * E);
     });
   });
   return y;
 }
 
-Tensor swiglu(const Tensor& gate, const Tensor& up) {
-  const Check check{"swiglu"};
-  check.floats(gate, "gate", gate.dim(), "any shape");
-  check.like(up, "up", gate, "gate");
+namespace {
+
+// gate_up as rows: (rows, 2 D) with any distance between rows.
+Tensor swiglu_rows(const Check& check, const Tensor& gate_up) {
+  check.floats(gate_up, "gate_up", std::max<int64_t>(1, gate_up.dim()), "(..., 2 D)");
+  TORCH_CHECK_VALUE(gate_up.size(-1) % 2 == 0, check.op, ": gate_up has width ", gate_up.size(-1),
+                    ", expected an even one: gates, then ups");
+  if (gate_up.dim() == 2 && gate_up.stride(1) == 1) return gate_up;
+  const int64_t width = gate_up.size(-1);
+  return gate_up.contiguous().view({width ? gate_up.numel() / width : 0, width});
+}
+
+std::vector<int64_t> halved(const Tensor& gate_up) {
+  std::vector<int64_t> sizes = gate_up.sizes().vec();
+  sizes.back() /= 2;
+  return sizes;
+}
+
+}  // namespace
+
+Tensor swiglu(const Tensor& gate_up) {
+  const Tensor rows = swiglu_rows({"swiglu"}, gate_up);
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const Tensor g = gate.contiguous(), u = up.contiguous(), y = at::empty_like(g);
-  with_type(gate.scalar_type(), [&](auto type) {
+  const Tensor y = at::empty(halved(gate_up), gate_up.options());
+  const int64_t D = rows.size(1) / 2, stride = rows.stride(0);
+  with_type(rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto& kernel = kernels<T>().swiglu;
-    at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernel(data<T>(g) + begin, data<T>(u) + begin, end - begin, data<T>(y) + begin);
+    at::parallel_for(0, rows.size(0), grain(D), [&](int64_t begin, int64_t end) {
+      kernel(data<T>(rows) + begin * stride, end - begin, stride, D, data<T>(y) + begin * D);
     });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up) {
   const Check check{"swiglu_backward"};
-  check.floats(gate, "gate", gate.dim(), "any shape");
-  check.like(up, "up", gate, "gate");
-  check.like(dy, "dy", gate, "gate");
+  const Tensor rows = swiglu_rows(check, gate_up);
+  check.shape(dy, "dy", halved(gate_up), "half of gate_up's width");
+  check.dtype(dy, "dy", gate_up.scalar_type());
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const Tensor grad = dy.contiguous(), g = gate.contiguous(), u = up.contiguous();
-  const Tensor dgate = at::empty_like(g), dup = at::empty_like(g);
-  with_type(gate.scalar_type(), [&](auto type) {
+  const Tensor grad = dy.contiguous(), out = at::empty(gate_up.sizes(), gate_up.options());
+  const int64_t D = rows.size(1) / 2, stride = rows.stride(0);
+  with_type(rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto& kernel = kernels<T>().swiglu_backward;
-    at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernel(data<T>(grad) + begin, data<T>(g) + begin, data<T>(u) + begin, end - begin, data<T>(dgate) + begin,
-             data<T>(dup) + begin);
+    at::parallel_for(0, rows.size(0), grain(D), [&](int64_t begin, int64_t end) {
+      kernel(data<T>(grad) + begin * D, data<T>(rows) + begin * stride, end - begin, stride, D,
+             data<T>(out) + begin * 2 * D);
     });
   });
-  return {dgate, dup};
+  return out;
 }
 
 }  // namespace ldalign::cpu

@@ -51,12 +51,27 @@ struct Kernels {
   void (*rms_norm_backward)(const T* dy, const T* dtotal, const T* x, const A* weight, const A* rstd, int64_t rows,
                             int64_t D, T* dx, A* dweight);
 
-  // Turns (x[e], x[e + E/2]) by the angle of (cos[e], sin[e]); sign -1 turns back. x has strides, y is contiguous.
+  // Turns (x[e], x[e + E/2]) by the angle of (cos[e], sin[e]) in the first `turned` heads; sign -1 turns back. The
+  // other heads are copied. x has strides, y is contiguous.
   void (*rope)(const T* x, int64_t row_stride, int64_t head_stride, const A* cos, const A* sin, A sign, int64_t rows,
-               int64_t H, int64_t E, T* y);
+               int64_t H, int64_t turned, int64_t E, T* y);
 
-  void (*swiglu)(const T* gate, const T* up, int64_t n, T* y);
-  void (*swiglu_backward)(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup);
+  // gate_up (rows, 2 D): a row's gates, then its ups -> silu(gate) up (rows, D); and the gradient, laid out alike.
+  void (*swiglu)(const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* y);
+  void (*swiglu_backward)(const T* dy, const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* dgate_up);
+
+  // Attention scores z (rows, columns) of rows / tokens heads with `tokens` queries each. Query i sees the columns
+  // [seen + i - window, seen + i). In place: z = softmax(scale z) over those, 0 elsewhere; lse (rows,).
+  void (*attention_softmax)(T* z, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window, A scale,
+                            A* lse);
+  // In place: the scores z become the probabilities p = exp(scale z - lse) again, and their gradient dp becomes the
+  // scores', scale p (dp - delta); 0 where nothing is seen.
+  void (*attention_gradient)(T* z, T* dp, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window,
+                             A scale, const A* lse, const A* delta);
+
+  void (*dot)(const T* x, const T* y, int64_t rows, int64_t D, A* out);  // of each row of x with that of y
+  void (*add)(const T* x, int64_t n, A* sum);                           // sum += x
+  void (*round)(const A* x, int64_t n, T* y);
 };
 
 // One instruction set's kernels.

@@ -46,9 +46,12 @@ TORCH_LIBRARY(ldalign_cpp, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor total, Tensor rstd)");
   m.def("add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd)"
         " -> (Tensor dx, Tensor dweight)");
-  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
-  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
-  m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse, int heads) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
+  m.def("pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor out, Tensor lse)");
+  m.def("pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments,"
+        " int? window) -> Tensor");
 
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);
@@ -70,6 +73,8 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("rope", TORCH_FN(rope));
   m.impl("swiglu", TORCH_FN(swiglu));
   m.impl("swiglu_backward", TORCH_FN(swiglu_backward));
+  m.impl("pair_attention", TORCH_FN(pair_attention));
+  m.impl("pair_attention_backward", TORCH_FN(pair_attention_backward));
 }
 
 }  // namespace ldalign::cpu

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
@@ -57,10 +58,24 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
 std::tuple<Tensor, Tensor> add_rms_norm_backward(
     const Tensor& dy, const Tensor& dtotal, const Tensor& total, const Tensor& weight, const Tensor& rstd);
 
-// x (N, H, E), cos and sin (N, E/2) -> (N, H, E)
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse);
+// x (N, H, E), cos and sin (N, E/2) -> (N, H, E); only the first `turned` heads turn
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned);
 
-Tensor swiglu(const Tensor& gate, const Tensor& up);
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up);
+// gate_up (..., 2 D) -> (..., D)
+Tensor swiglu(const Tensor& gate_up);
+
+// dy (..., D) -> (..., 2 D)
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up);
+
+// ---- attention.cpp: K key/value heads; segments (S, 4) int64: begin, end, prefix_begin, prefix_end
+
+// qkv (N, H + 2K, E) -> out (N, H, E), lse (N, H)
+std::tuple<Tensor, Tensor> pair_attention(
+    const Tensor& qkv, int64_t heads, const Tensor& segments, std::optional<int64_t> window);
+
+// grad (N, H, E) -> dqkv (N, H + 2K, E)
+Tensor pair_attention_backward(
+    const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t heads, const Tensor& segments,
+    std::optional<int64_t> window);
 
 }  // namespace ldalign::cpu

@@ -151,11 +151,15 @@ void rms_norm_backward(const T* dy, const T* dtotal, const T* x, const Wide<T>* 
 
 template <class T>
 void rope(const T* x, int64_t row_stride, int64_t head_stride, const Wide<T>* cos, const Wide<T>* sin, Wide<T> sign,
-          int64_t rows, int64_t H, int64_t E, T* y) {
+          int64_t rows, int64_t H, int64_t turned, int64_t E, T* y) {
   const int64_t half_width = E / 2;
   for (int64_t row = 0; row < rows; ++row, cos += half_width, sin += half_width) {
     for (int64_t head = 0; head < H; ++head, y += E) {
       const T* a = x + row * row_stride + head * head_stride;
+      if (head >= turned) {
+        __builtin_memcpy(y, a, E * sizeof(T));
+        continue;
+      }
       sweep<T>(half_width, [&](int64_t i, auto count) LDALIGN_LAMBDA {
         const Lanes<T> left = load(a + i, count), right = load(a + half_width + i, count);
         const Lanes<T> c = load(cos + i, count), s = load(sin + i, count) * sign;
@@ -167,27 +171,111 @@ void rope(const T* x, int64_t row_stride, int64_t head_stride, const Wide<T>* co
 }
 
 template <class T>
-void swiglu(const T* gate, const T* up, int64_t n, T* y) {
-  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
-    const Lanes<T> g = load(gate + i, count);
-    store(y + i, g / (Wide<T>(1) + exp(-g)) * load(up + i, count), count);
-  });
+void swiglu(const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* y) {
+  for (int64_t row = 0; row < rows; ++row, gate_up += stride, y += D) {
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      const Lanes<T> g = load(gate_up + i, count);
+      store(y + i, g / (Wide<T>(1) + exp(-g)) * load(gate_up + D + i, count), count);
+    });
+  }
 }
 
 template <class T>
-void swiglu_backward(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
-  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
-    const Lanes<T> grad = load(dy + i, count), g = load(gate + i, count);
-    const Lanes<T> s = Wide<T>(1) / (Wide<T>(1) + exp(-g));
-    store(dup + i, grad * g * s, count);
-    store(dgate + i, grad * load(up + i, count) * s * (Wide<T>(1) + g * (Wide<T>(1) - s)), count);
-  });
+void swiglu_backward(const T* dy, const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* dgate_up) {
+  for (int64_t row = 0; row < rows; ++row, dy += D, gate_up += stride, dgate_up += 2 * D) {
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      const Lanes<T> grad = load(dy + i, count), g = load(gate_up + i, count);
+      const Lanes<T> s = Wide<T>(1) / (Wide<T>(1) + exp(-g));
+      store(dgate_up + D + i, grad * g * s, count);
+      store(dgate_up + i, grad * load(gate_up + D + i, count) * s * (Wide<T>(1) + g * (Wide<T>(1) - s)), count);
+    });
+  }
+}
+
+// The columns that query `row` of a tile sees: [first, last).
+struct Sight {
+  int64_t first, last;
+  Sight(int64_t row, int64_t tokens, int64_t seen, int64_t window) {
+    last = seen + row % tokens;
+    first = last > window ? last - window : 0;
+  }
+};
+
+template <class T>
+void zero_outside(T* z, const Sight& sight, int64_t columns) {
+  __builtin_memset(z, 0, sight.first * sizeof(T));
+  __builtin_memset(z + sight.last, 0, (columns - sight.last) * sizeof(T));
+}
+
+template <class T>
+void attention_softmax(T* z, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window, Wide<T> scale,
+                       Wide<T>* lse) {
+  using L = Lanes<T>;
+  const Wide<T> least = -__builtin_huge_valf();
+  for (int64_t row = 0; row < rows; ++row, z += columns) {
+    const Sight sight(row, tokens, seen, window);
+    T* visible = z + sight.first;
+    const int64_t n = sight.last - sight.first;
+    L most = splat(least);
+    sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA { most = larger(most, load(visible + i, count, least)); });
+    const Wide<T> top = largest_of(most);
+    const L shift = splat(top == least ? Wide<T>(0) : top);  // all -inf, or NaN: no -inf - -inf
+    L partial = splat(Wide<T>(0));
+    sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      partial += exp((load(visible + i, count, least) - shift) * scale);
+    });
+    const double sum = total(partial);
+    lse[row] = static_cast<Wide<T>>((top == least ? 0 : double(top)) * scale + __builtin_log(sum));
+    const L inverse = splat(static_cast<Wide<T>>(1 / sum));
+    sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      store(visible + i, exp((load(visible + i, count) - shift) * scale) * inverse, count);
+    });
+    zero_outside(z, sight, columns);
+  }
+}
+
+template <class T>
+void attention_gradient(T* z, T* dp, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window,
+                        Wide<T> scale, const Wide<T>* lse, const Wide<T>* delta) {
+  using L = Lanes<T>;
+  for (int64_t row = 0; row < rows; ++row, z += columns, dp += columns) {
+    const Sight sight(row, tokens, seen, window);
+    const L shift = splat(lse[row]), inward = splat(delta[row]);
+    T *p = z + sight.first, *ds = dp + sight.first;
+    sweep<T>(sight.last - sight.first, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+      const L probability = exp(load(p + i, count) * scale - shift);
+      store(ds + i, probability * (load(ds + i, count) - inward) * scale, count);
+      store(p + i, probability, count);
+    });
+    zero_outside(z, sight, columns);
+    zero_outside(dp, sight, columns);
+  }
+}
+
+template <class T>
+void dot(const T* x, const T* y, int64_t rows, int64_t D, Wide<T>* out) {
+  for (int64_t row = 0; row < rows; ++row, x += D, y += D) {
+    Lanes<T> sum = splat(Wide<T>(0));
+    sweep<T>(D, [&](int64_t i, auto count) LDALIGN_LAMBDA { sum += load(x + i, count) * load(y + i, count); });
+    out[row] = static_cast<Wide<T>>(total(sum));
+  }
+}
+
+template <class T>
+void add(const T* x, int64_t n, Wide<T>* sum) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA { store(sum + i, load(sum + i, count) + load(x + i, count), count); });
+}
+
+template <class T>
+void round(const Wide<T>* x, int64_t n, T* y) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA { store(y + i, load(x + i, count), count); });
 }
 
 template <class T>
 constexpr Kernels<T> make() {
-  Kernels<T> all = {logprob<T>, logit_gradient<T>,    nullptr, rms_norm<T>, rms_norm_backward<T>,
-                    rope<T>,    swiglu<T>, swiglu_backward<T>};
+  Kernels<T> all = {logprob<T>,           logit_gradient<T>,     nullptr,   rms_norm<T>, rms_norm_backward<T>,
+                    rope<T>,              swiglu<T>,             swiglu_backward<T>,
+                    attention_softmax<T>, attention_gradient<T>, dot<T>,    add<T>,      round<T>};
   if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
   return all;
 }

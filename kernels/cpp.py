@@ -149,19 +149,39 @@ def add_rms_norm_backward(
     return dx, dweight
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) by their angle: (N, H, E), (N, E/2), (N, E/2); `inverse` is the gradient."""
-    out: Tensor = torch.ops.ldalign_cpp.rope(x, cos, sin, inverse)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle: (N, H, E), (N, E/2), (N, E/2).
+
+    The other heads are copied. `inverse` is the gradient.
+    """
+    out: Tensor = torch.ops.ldalign_cpp.rope(x, cos, sin, inverse, heads)
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of any one shape."""
-    out: Tensor = torch.ops.ldalign_cpp.swiglu(gate, up)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of (..., 2 F), gates before ups: (..., F)."""
+    out: Tensor = torch.ops.ldalign_cpp.swiglu(gate_up)
     return out
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dgate and dup."""
-    dgate, dup = torch.ops.ldalign_cpp.swiglu_backward(dy, gate, up)
-    return dgate, dup
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, laid out as it is."""
+    out: Tensor = torch.ops.ldalign_cpp.swiglu_backward(dy, gate_up)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Attention of a packed batch (`reference.pair_attention`): (N, H, E), and its log-sum-exps (N, H) wide."""
+    out, lse = torch.ops.ldalign_cpp.pair_attention(qkv, heads, segments, window)
+    return out, lse
+
+
+def pair_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+) -> Tensor:
+    """dqkv (N, H + 2K, E). The probabilities are made again, tile by tile."""
+    dqkv: Tensor = torch.ops.ldalign_cpp.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
+    return dqkv

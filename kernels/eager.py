@@ -199,22 +199,70 @@ def add_rms_norm_backward(
     return g.sub_(normed).mul_(scale[:, None]).add_(grad_total.to(wide)).to(total.dtype), dweight
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) by their angle; `inverse` turns back, which is the gradient."""
-    return reference.rope(x, cos, -sin if inverse else sin)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle; `inverse` is the gradient."""
+    turned = reference.rope(x[:, :heads], cos, -sin if inverse else sin)
+    return turned if heads == x.shape[1] else torch.cat((turned, x[:, heads:]), 1)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    wide = accumulate_dtype(gate.dtype)
-    return F.silu(gate.to(wide)).mul_(up.to(wide)).to(gate.dtype)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of (..., 2 F), gates before ups."""
+    wide = accumulate_dtype(gate_up.dtype)
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    return F.silu(gate).mul_(up).to(gate_up.dtype)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s))."""
-    wide = accumulate_dtype(gate.dtype)
-    g, dy = gate.to(wide), grad.to(wide)
+    wide = accumulate_dtype(gate_up.dtype)
+    (g, up), dy = gate_up.to(wide).chunk(2, -1), grad.to(wide)
     s = torch.sigmoid(g)
-    dup = (g * s).mul_(dy).to(up.dtype)
-    dgate = (1 - s).mul_(g).add_(1).mul_(s).mul_(dy).mul_(up.to(wide))
-    return dgate.to(gate.dtype), dup
+    dup = (g * s).mul_(dy)
+    dgate = (1 - s).mul_(g).add_(1).mul_(s).mul_(dy).mul_(up)
+    return torch.cat((dgate, dup), -1).to(gate_up.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Segment by segment: (N, H, E), and the log-sum-exps (N, H) wide."""
+    out = qkv.new_empty(len(qkv), heads, qkv.shape[2])
+    lse = qkv.new_empty(len(qkv), heads, dtype=accumulate_dtype(qkv.dtype))
+    for own, keys, unseen in reference.segment_masks(segments, window, qkv.device):
+        q, k, v = reference.split_heads(qkv, heads, own, keys)
+        scores = _scores(q, k).masked_fill_(unseen, float("-inf"))
+        sums = scores.logsumexp(-1)
+        out[own] = ((scores - sums[..., None]).exp_().to(v.dtype) @ v[:, None]).flatten(0, 1).transpose(0, 1)
+        lse[own] = sums.flatten(0, 1).T
+    return out, lse
+
+
+def pair_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+) -> Tensor:
+    """With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk = ds^T q."""
+    K, E = (qkv.shape[1] - heads) // 2, qkv.shape[2]
+    wide = accumulate_dtype(qkv.dtype)
+    dq = qkv.new_empty(len(qkv), heads, E)
+    dkv = qkv.new_zeros(len(qkv), 2 * K, E, dtype=wide)  # a prompt's sums over all its responses
+    delta = (grad.to(wide) * out.to(wide)).sum(-1)  # (N, H)
+
+    def grouped(x: Tensor) -> Tensor:  # (T, H, ...) -> (K, H/K, T, ...)
+        return x.unflatten(1, (K, -1)).movedim(0, 2)
+
+    for own, keys, unseen in reference.segment_masks(segments, window, qkv.device):
+        q, k, v = reference.split_heads(qkv, heads, own, keys)
+        dy = grouped(grad[own])
+        p = (_scores(q, k) - grouped(lse[own])[..., None]).exp_().masked_fill_(unseen, 0.0)
+        ds = (dy @ v[:, None].transpose(-1, -2)).to(wide).sub_(grouped(delta[own])[..., None]).mul_(p).mul_(E**-0.5)
+        p, ds = p.to(qkv.dtype), ds.to(qkv.dtype)
+        dq[own] = (ds @ k[:, None]).flatten(0, 1).transpose(0, 1)
+        dk, dv = ((a.transpose(-1, -2) @ b).to(wide).sum(1).transpose(0, 1) for a, b in ((ds, q), (p, dy)))
+        dkv.index_add_(0, keys, torch.cat((dk, dv), 1))
+    return torch.cat((dq, dkv.to(qkv.dtype)), 1)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """(K, G, T, E) and (K, n, E) -> scaled scores (K, G, T, n), wide."""
+    return (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)).mul_(q.shape[-1] ** -0.5)

@@ -8,6 +8,7 @@ E head width.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -78,20 +79,35 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """Causal grouped-query attention over B sequences of one length.
+def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
+    """Causal grouped-query attention over a packed batch, in which a response sees its prompt but no other response.
 
-    q (B, T, H, E), k and v (B, T, K, E), H a multiple of K -> (B, T, H, E). Query i sees keys max(0, i - window + 1)
-    to i (Mistral's sliding window, arXiv 2310.06825; None: all keys up to i).
+    qkv (N, H + 2K, E): H query heads, K key and K value heads, H a multiple of K -> (N, H, E). segments (S, 4) int64 on
+    the CPU: (begin, end, prefix_begin, prefix_end) of each run of tokens, in order; a prompt's prefix is empty, a
+    response's is its prompt. Token i of a segment stands at position prefix length + i - begin and sees the prefix and
+    its own segment up to itself; of those, with Mistral's sliding window (arXiv 2310.06825), the last `window`.
     """
-    B, T, H, E = q.shape
-    K = k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
-    scores = q.reshape(B, K, H // K, T, E) @ k[:, :, None].transpose(-1, -2)  # (B, K, H/K, T, T)
-    scores = scores.to(accumulate_dtype(q.dtype)) / math.sqrt(E)
-    i = torch.arange(T, device=q.device)
-    hidden = i[:, None] < i[None, :]
-    if window is not None:
-        hidden = hidden | (i[:, None] - i[None, :] >= window)
-    probs = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
-    return (probs @ v[:, :, None]).reshape(B, H, T, E).transpose(1, 2)
+    outs = []
+    for own, keys, unseen in segment_masks(segments, window, qkv.device):
+        q, k, v = split_heads(qkv, heads, own, keys)
+        scores = (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(q.shape[-1])
+        probs = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)  # (K, H/K, T, n)
+        outs.append((probs @ v[:, None]).flatten(0, 1).transpose(0, 1))
+    return torch.cat(outs) if outs else qkv[:, :heads]
+
+
+def segment_masks(segments: Tensor, window: int | None, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each segment: its T tokens; its n keys' tokens (n,), at positions 0 to n - 1; the keys unseen, (T, n) bool."""
+    for begin, end, prefix_begin, prefix_end in segments.tolist():
+        keys = torch.cat((torch.arange(prefix_begin, prefix_end), torch.arange(begin, end))).to(device)
+        gap = torch.arange(prefix_end - prefix_begin, len(keys))[:, None] - torch.arange(len(keys))
+        unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+        yield slice(begin, end), keys, unseen.to(device)
+
+
+def split_heads(qkv: Tensor, heads: int, own: slice, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A segment's q (K, H/K, T, E), k and v (K, n, E) from the packed batch's qkv (N, H + 2K, E)."""
+    K = (qkv.shape[1] - heads) // 2
+    q = qkv[own, :heads].unflatten(1, (K, -1)).movedim(0, 2)
+    k, v = qkv[:, heads:].index_select(0, keys).transpose(0, 1).split(K)
+    return q, k, v

@@ -3,7 +3,7 @@
 
 rope         y = R(angle) x for the pairs (x[e], x[e + E/2]); backward: dx = R(-angle) dy, the same kernel, `inverse`.
              x (N, H, E), cos and sin (N, E/2). Nothing of x is kept.
-swiglu       y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s. Keeps gate and up.
+swiglu       y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s. Keeps gate and up, side by side.
 weighted_dpo Delta = (sums_real - ref_real) - (sums_generated - ref_generated);  l = -log sigmoid(beta Delta);
              d(w l)/d(sums_real) = -beta w sigmoid(-beta Delta), the opposite for sums_generated. All (P,) float32.
 
@@ -28,7 +28,7 @@ DPO_BLOCK = 1024
 @triton.jit(do_not_specialize=["N"])
 def _rope_kernel(
     x, cos, sin, y,
-    N, H, half, token_stride, head_stride,
+    N, H, turned, half, token_stride, head_stride,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -46,28 +46,34 @@ def _rope_kernel(
         a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
         goal = y + (tokens * H + head)[:, None] * (2 * half) + e[None, :]
-        tl.store(goal, narrow(a * c - b * s, y.dtype.element_ty), mask=mask)
-        tl.store(goal + half, narrow(b * c + a * s, y.dtype.element_ty), mask=mask)
+        turns = head < turned
+        tl.store(goal, narrow(tl.where(turns, a * c - b * s, a), y.dtype.element_ty), mask=mask)
+        tl.store(goal + half, narrow(tl.where(turns, b * c + a * s, b), y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < size).to(tl.float32)
-    u = tl.load(up + at, mask=at < size).to(tl.float32)
+def _swiglu_kernel(gate_up, y, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = gate_up + row * 2 * F + at
+    g = tl.load(gate, mask=at < F).to(tl.float32)
+    u = tl.load(gate + F, mask=at < F).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    tl.store(y + at, narrow(g * s * u, y.dtype.element_ty), mask=at < size)
+    tl.store(y + row * F + at, narrow(g * s * u, y.dtype.element_ty), mask=at < F)
 
 
 @triton.jit
-def _swiglu_backward_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(dy + at, mask=at < size).to(tl.float32)
-    g = tl.load(gate + at, mask=at < size).to(tl.float32)
-    u = tl.load(up + at, mask=at < size).to(tl.float32)
+def _swiglu_backward_kernel(dy, gate_up, dgate_up, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dy + row * F + at, mask=at < F).to(tl.float32)
+    gate = gate_up + row * 2 * F + at
+    g = tl.load(gate, mask=at < F).to(tl.float32)
+    u = tl.load(gate + F, mask=at < F).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    tl.store(dgate + at, narrow(d * u * s * (1 + g * (1 - s)), dgate.dtype.element_ty), mask=at < size)
-    tl.store(dup + at, narrow(d * g * s, dup.dtype.element_ty), mask=at < size)
+    dgate = dgate_up + row * 2 * F + at
+    tl.store(dgate, narrow(d * u * s * (1 + g * (1 - s)), dgate_up.dtype.element_ty), mask=at < F)
+    tl.store(dgate + F, narrow(d * g * s, dgate_up.dtype.element_ty), mask=at < F)
 
 
 @triton.jit
@@ -104,8 +110,11 @@ def _weighted_dpo_kernel(
     tl.store(loss, tl.sum(total, 0))
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E), turned forwards or, with `inverse`, back."""
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
+    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned forwards or, with `inverse`, back.
+
+    The other heads are copied.
+    """
     N, H, E = x.shape
     half = E // 2
     x, cos, sin = unit_stride(x), cos.contiguous(), sin.contiguous()
@@ -114,31 +123,30 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     tokens = max(1, ROPE_PAIRS // width)
     launch(
         _rope_kernel, (triton.cdiv(N, tokens), triton.cdiv(H, HEADS)), x,
-        x, cos, sin, y, N, H, half, x.stride(0), x.stride(1),
+        x, cos, sin, y, N, H, heads, half, x.stride(0), x.stride(1),
         INVERSE=inverse, HEADS=HEADS, TOKENS=tokens, HALF=width, num_warps=4,
     )  # fmt: skip
     return y
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    size = gate.numel()
-    launch(_swiglu_kernel, (triton.cdiv(size, SWIGLU_BLOCK),), y, gate, up, y, size, BLOCK=SWIGLU_BLOCK, num_warps=4)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of (..., 2 F), gates before ups: (..., F)."""
+    gate_up = gate_up.contiguous()
+    F = gate_up.shape[-1] // 2
+    y = gate_up.new_empty((*gate_up.shape[:-1], F))
+    grid = (y.numel() // max(1, F), triton.cdiv(F, SWIGLU_BLOCK))
+    launch(_swiglu_kernel, grid, y, gate_up, y, F, BLOCK=SWIGLU_BLOCK, num_warps=4)
     return y
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(d gate, d up)."""
-    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    size = gate.numel()
-    launch(
-        _swiglu_backward_kernel, (triton.cdiv(size, SWIGLU_BLOCK),), dy,
-        dy, gate, up, dgate, dup, size, BLOCK=SWIGLU_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return dgate, dup
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, laid out as it is."""
+    dy, gate_up = dy.contiguous(), gate_up.contiguous()
+    F = dy.shape[-1]
+    out = torch.empty_like(gate_up)
+    grid = (dy.numel() // max(1, F), triton.cdiv(F, SWIGLU_BLOCK))
+    launch(_swiglu_backward_kernel, grid, dy, dy, gate_up, out, F, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return out
 
 
 def weighted_dpo(

@@ -168,10 +168,9 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: bool) 
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    # Norms, rotary embedding and SwiGLU compute in float32; products and attention keep the compute dtype. A tensor
-    # that is float32 already is kept once, not beside its narrow copy.
-    wide = 4 if itemsize < 4 else 0
-    block = itemsize * (8 * width + 3 * heads + 3 * kv + 3 * inner) + wide * (2 * width + 2 * inner)
+    # Each norm's input and result, the turned q, k, v, attention's result, gate and up, their product; all in the
+    # compute dtype. In float32: a scale for each norm and a log-sum-exp for each head.
+    block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (2 + config.num_attention_heads)
     stream = itemsize * width
     return config.num_hidden_layers * stream + block if checkpointing else config.num_hidden_layers * block
 

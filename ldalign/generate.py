@@ -96,15 +96,16 @@ class KVCache:
         self.lengths = self.lengths + 1
         self.longest += 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """One new token a row: q (R, H, E), k and v (R, K, E) -> (R, H, E), over the row's cache and itself."""
-        R, H, E = q.shape
-        K = k.shape[1]
+    def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
+        """One new token a row: qkv (R, H + 2K, E) -> (R, H, E), over the row's cache and itself."""
+        R, H, E = len(qkv), heads, qkv.shape[2]
+        K = (qkv.shape[1] - heads) // 2
+        q, k, v = qkv.split((H, K, K), 1)
         rows = torch.arange(R, device=q.device)
         self.k[layer][rows, :, self.lengths] = k
         self.v[layer][rows, :, self.lengths] = v
         keys, values = self.k[layer][:, :, : self.longest + 1], self.v[layer][:, :, : self.longest + 1]
-        scores = (q.view(R, K, H // K, E) @ keys.transpose(-1, -2)).float() / math.sqrt(E)  # (R, K, H/K, C)
+        scores = (q.unflatten(1, (K, H // K)) @ keys.transpose(-1, -2)).float() / math.sqrt(E)  # (R, K, H/K, C)
         column = torch.arange(self.longest + 1, device=q.device)
         unseen = column > self.lengths[:, None]
         if window is not None:
@@ -120,9 +121,10 @@ class _Prefill(Packed):
         super().__init__(lengths, cache.lengths.device)
         self.cache = cache
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
+        k, v = qkv[:, heads:].chunk(2, 1)
         self.cache.fill(layer, self.lengths, k, v)
-        return super().attend(layer, q, k, v, window)
+        return super().attend(layer, qkv, heads, window)
 
 
 def sample_step(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.c_attn(x).chunk(3, dim=-1))  # (N, H, E) each
-        return self.c_proj(layout.attend(self.index, q, k, v, None).flatten(1))
+        qkv = self.c_attn(x).unflatten(-1, (3 * self.heads, -1))  # (N, 3H, E)
+        return self.c_proj(layout.attend(self.index, qkv, self.heads, None).flatten(1))
 
 
 class MLP(nn.Module):

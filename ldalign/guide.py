@@ -30,7 +30,7 @@ from ldalign import ops
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
-from ldalign.weights import load_model, read_config, write_weights
+from ldalign.weights import load_model, read_config, stored_state, write_weights
 
 END = "<|endoftext|>"
 GPT2_STD, GPT2_WIDTH = 0.02, 768  # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
@@ -169,7 +169,7 @@ class Guide(nn.Module):
             part = folder / name
             part.mkdir(parents=True, exist_ok=True)
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-            write_weights(own, part, torch.float32, gpt2=True)
+            write_weights(stored_state(tower, own), part, torch.float32)
             (part / "config.json").write_text(json.dumps(tower.config.to_json(), indent=2) + "\n", encoding="utf-8")
         latent = {
             k: v.float().cpu().contiguous() for k, v in state.items() if not k.startswith(("encoder.", "decoder."))

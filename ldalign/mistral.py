@@ -1,7 +1,8 @@
 """Mistral, whole: RMSNorm, rotary embedding, grouped-query attention with a sliding window, SwiGLU.
 
 Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope scaling, which is the same network with
-no window. Parameter names and the half-split rotary layout are Hugging Face's, so loading is a strict rename.
+no window. Parameter names and the half-split rotary layout are Hugging Face's, but for two: q, k and v are one
+parameter, and gate and up. Files keep the separate tensors (`Mistral.stored_parts`).
 
 Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
 """
@@ -132,19 +133,17 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig, index: int) -> None:
         super().__init__()
         self.index, self.window = index, config.sliding_window
-        self.head_dim = config.head_dim
-        width, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(width, q * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(q * self.head_dim, width, bias=False)
+        self.head_dim, self.heads, self.kv_heads = (
+            config.head_dim, config.num_attention_heads, config.num_key_value_heads,
+        )  # fmt: skip
+        # One product for all three: the small ones for k and v use a machine badly.
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, E)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, E)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = layout.attend(self.index, ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, self.window)
-        return self.o_proj(out.flatten(1))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, E)
+        qkv = ops.rope(qkv, cos, sin, self.heads + self.kv_heads)
+        return self.o_proj(layout.attend(self.index, qkv, self.heads, self.window).flatten(1))
 
 
 class MLP(nn.Module):
@@ -152,12 +151,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -208,6 +206,17 @@ class Mistral(nn.Module):
     def blocks(self) -> list[Block]:
         """The transformer blocks: what FSDP wraps one by one."""
         return list(self.model.layers)  # type: ignore[arg-type]
+
+    def stored_parts(self, name: str) -> dict[str, int]:
+        """The tensors that model files keep for a parameter, one below the other: name -> rows; {} if it is one."""
+        c = self.config
+        q, kv, wide = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        fused = {
+            "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+            "gate_up_proj": {"gate_proj": wide, "up_proj": wide},
+        }
+        own = name.split(".")[-2]
+        return {name.replace(own, part): rows for part, rows in fused.get(own, {}).items()}
 
     @property
     def output_weight(self) -> Tensor:

@@ -19,26 +19,26 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldalign.errors import EnvironmentProblem
-from ldalign.kernels import reference
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
-    "add_rms_norm", "attention", "choose", "linear_logprob", "pair_loss", "rms_norm", "rope", "segment_sum", "sft_loss",
-    "swiglu", "weighted_dpo_loss", "workspace_bytes",
+    "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rope", "segment_sum",
+    "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-PRODUCT_TOKENS = 1024  # up to this length a CPU holds a sequence's attention scores whole
 IGNORE = -100  # the target of a row that counts for nothing
 
 # backend -> its module in ldalign.kernels; per device, the order in which `auto` tries them
 MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
-RAW_OPS = ("linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu")
+RAW_OPS = (
+    "linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu",
+    "pair_attention",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- backends
@@ -480,88 +480,129 @@ _operator(
 )
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the reference's."""
+def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
+    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the reference's.
+
+    heads: only the first so many heads turn, the others (a joint product's values) are copied; None: all.
+    """
     if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (len(x), x.shape[2] // 2) or sin.shape != cos.shape:
         raise ValueError(
             f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit; expected "
             "(N, H, E), E even, and twice (N, E/2)"
         )
-    return torch.ops.ldalign.rope(x, cos, sin, False)
+    return torch.ops.ldalign.rope(x, cos, sin, False, x.shape[1] if heads is None else heads)
 
 
 def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, ctx.inverse = inputs
+    _, cos, sin, ctx.inverse, ctx.heads = inputs
     ctx.save_for_backward(cos, sin)
 
 
-_operator(
-    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
-    lambda x, cos, sin, inverse: _raw("rope", x)(x, cos, sin, inverse),
-    lambda x, cos, sin, inverse: x.new_empty(x.shape),
-    _setup_rope,
+def _backward_rope(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # A rotation: the gradient is turned back, and nothing of x is kept.
-    lambda ctx, grad: (torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None),
+    return torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads), None, None, None, None
+
+
+_operator(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse, int heads) -> Tensor",
+    lambda x, cos, sin, inverse, heads: _raw("rope", x)(x, cos, sin, inverse, heads),
+    lambda x, cos, sin, inverse, heads: x.new_empty(x.shape),
+    _setup_rope,
+    _backward_rope,
 )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise (arXiv 2002.05202); two of one shape and dtype. Oracle: the reference's."""
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
-    return torch.ops.ldalign.swiglu(gate, up)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202) of gate_up (..., 2 F), all gates before all ups -> (..., F).
+
+    Oracle: the reference's, which takes the two apart.
+    """
+    if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)}; expected (..., 2 F), gates and ups side by side")
+    return torch.ops.ldalign.swiglu(gate_up)
+
+
+def _half(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 _operator(
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    lambda gate, up: _raw("swiglu", gate)(gate, up),
-    lambda gate, up: gate.new_empty(gate.shape),
+    "swiglu(Tensor gate_up) -> Tensor",
+    lambda gate_up: _raw("swiglu", gate_up)(gate_up),
+    _half,
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lambda ctx, grad: torch.ops.ldalign.swiglu_backward(grad, *ctx.saved_tensors),
 )
 _operator(
-    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    lambda grad, gate, up: _raw("swiglu_backward", gate)(grad, gate, up),
-    lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+    "swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
+    lambda grad, gate_up: _raw("swiglu_backward", gate_up)(grad, gate_up),
+    lambda grad, gate_up: gate_up.new_empty(gate_up.shape),
 )
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, unseen: Tensor | None = None) -> Tensor:
-    """Causal grouped-query attention of B sequences of one length: q (B, T, H, E), k and v (B, T, K, E) -> q's shape.
+def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
+    """Attention over a packed batch: qkv (N, H + 2K, E), H = heads -> (N, H, E).
 
-    window: Mistral's sliding window in tokens, None for none. unseen (B, T, T) bool, instead of causal order and
-    window: which keys (last axis) each query may not see; every query must see one.
-    Oracle: `ldalign.kernels.reference.attention`.
+    segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention`, the oracle, says. Kept
+    for the backward: qkv, the result and a log-sum-exp a head and token; no scores. Raises ValueError where shapes,
+    segments or window do not fit.
     """
-    T, H, K = q.shape[1], q.shape[2], k.shape[2]
-    if unseen is None and (window is not None and window < T):
-        unseen = _unseen(T, window, q.device)[None]
-    if q.device.type == "cpu" and T <= PRODUCT_TOKENS:
-        return _product_attention(q, k, v, _unseen(T, None, q.device)[None] if unseen is None else unseen)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=unseen is None, enable_gqa=H != K,
-        attn_mask=None if unseen is None else ~unseen[:, None],
-    )  # fmt: skip
-    return out.transpose(1, 2)
+    N, all_heads = qkv.shape[:2] if qkv.ndim == 3 else (0, 0)
+    K = (all_heads - heads) // 2
+    if K < 1 or heads + 2 * K != all_heads or heads % K or (window is not None and window < 1):
+        raise ValueError(
+            f"pair_attention: qkv {tuple(qkv.shape)}, heads {heads}, window {window}; expected (N, H + 2K, E), H a "
+            "multiple of K, and a window of 1 or more"
+        )
+    if not torch.compiler.is_compiling():
+        _check_segments(segments, N)
+    return torch.ops.ldalign.pair_attention(qkv, heads, segments, window)[0]
 
 
-def _product_attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
-    """As batched products over key/value heads: four times as fast at 100 tokens as torch's flash attention."""
-    B, T, H, E = q.shape
-    K = k.shape[2]
-    wide = reference.accumulate_dtype(q.dtype)
-    grouped = q.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).reshape(B * K, H // K * T, E)
-    k, v = (x.transpose(1, 2).reshape(B * K, T, E) for x in (k, v))
-    scores = torch.bmm(grouped, k.transpose(1, 2)).to(wide).mul_(E**-0.5).view(B, H, T, T)
-    probs = scores.masked_fill_(unseen[:, None], float("-inf")).softmax(-1)
-    out = torch.bmm(probs.to(v.dtype).view(B * K, H // K * T, T), v)
-    return out.view(B, K, H // K, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)
+def _check_segments(segments: Tensor, tokens: int) -> None:
+    done, prompt = 0, 0
+    for i, (begin, end, prefix_begin, prefix_end) in enumerate(segments.tolist()):
+        if prefix_begin == prefix_end:
+            prompt = begin
+        if begin != done or end <= begin or not prompt <= prefix_begin <= prefix_end <= begin:
+            raise ValueError(
+                f"pair_attention: segment {i} is ({begin}, {end}, {prefix_begin}, {prefix_end}); expected one that "
+                f"begins at {done}, with an empty prefix or one inside the prompt before it"
+            )
+        done = end
+    if done != tokens:
+        raise ValueError(f"pair_attention: the segments end at {done}, but qkv has {tokens} rows")
 
 
-def _unseen(T: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, T) bool: which keys (columns) each query (row) may not see."""
-    gap = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    return (gap < 0) if window is None else (gap < 0) | (gap >= window)
+def _setup_pair_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.heads, segments, ctx.window = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, segments)
+
+
+def _backward_pair_attention(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    qkv, out, lse, segments = ctx.saved_tensors
+    dqkv = torch.ops.ldalign.pair_attention_backward(grad, qkv, out, lse, ctx.heads, segments, ctx.window)
+    return dqkv, None, None, None
+
+
+_operator(
+    "pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor, Tensor)",
+    lambda qkv, *rest: _raw("pair_attention", qkv)(qkv, *rest),
+    lambda qkv, heads, segments, window: (
+        qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads),
+    ),
+    _setup_pair_attention,
+    _backward_pair_attention,
+)  # fmt: skip
+_operator(
+    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments, int? window) "
+    "-> Tensor",
+    lambda grad, qkv, *rest: _raw("pair_attention_backward", qkv)(grad, qkv, *rest),
+    lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
+)

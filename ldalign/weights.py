@@ -95,14 +95,12 @@ def load_model(
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json"))
     stored = _match(model, stored_tensors(folder), folder)
-    state: dict[str, Tensor] = {}
+    state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    targets = stored_state(model, state)
     buffer = _buffer(*stored.values())
     # In the order they lie on the disk, which a spinning or networked one rewards.
     for name, source in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
-        turned = _turned(model, name)
-        shape = source.shape[::-1] if turned else source.shape
-        state[name] = torch.empty(shape, dtype=dtype, device=device)
-        _fill(state[name].T if turned else state[name], source, buffer)
+        _fill(targets[name], source, buffer)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -138,15 +136,28 @@ def save_model(
     if build(raw, where).config != model.config:
         raise InputError(f"{where}: describes another network than the one to be saved; give its own source folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(state if state is not None else model.state_dict(), folder, dtype, isinstance(model, GPT2))
+    write_weights(stored_state(model, state if state is not None else model.state_dict()), folder, dtype)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     save_tokenizer_files(source, folder)
 
 
+def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name -> the tensors that model files keep, as views: fused ones in parts, GPT-2's transposed."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if isinstance(model, GPT2):
+            stored[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+        elif parts := model.stored_parts(name):
+            stored |= zip(parts, tensor.split(list(parts.values())), strict=True)
+        else:
+            stored[name] = tensor
+    return stored
+
+
 def write_weights(
-    state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, gpt2: bool, shard_bytes: int = SHARD_BYTES
+    state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """state as `model.safetensors`, or as shards with an index where it is larger than `shard_bytes`.
+    """state (`stored_state`) as `model.safetensors`, or as shards with an index if larger than `shard_bytes`.
 
     Older weights of the same folder go, so that no loader can pick them up. Casts one shard at a time.
     Raises NumericsError for NaN and Inf, which no loader would take back.
@@ -168,8 +179,7 @@ def write_weights(
                 raise NumericsError(
                     f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not saved"
                 )
-        turned = {name: t.T if gpt2 and name.endswith(TRANSPOSED) else t for name, t in cast.items()}
-        save_file({name: t.contiguous() for name, t in turned.items()}, folder / file, metadata={"format": "pt"})
+        save_file({name: t.contiguous() for name, t in cast.items()}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -288,8 +298,8 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
-    """Parameter name -> its stored tensor. Raises InputError for what does not fit, before any is read."""
-    wanted = {name: p.shape[::-1] if _turned(model, name) else p.shape for name, p in model.named_parameters()}
+    """Name as `stored_state` has it -> stored tensor. Raises InputError for what does not fit, before any is read."""
+    wanted = {name: p.shape for name, p in stored_state(model, dict(model.named_parameters())).items()}
     stored: dict[str, Stored] = {}
     for theirs, tensor in tensors.items():
         ours = _our_name(model, theirs)
@@ -318,13 +328,8 @@ def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) ->
     return stored
 
 
-def _turned(model: LanguageModel, name: str) -> bool:
-    """Whether files keep this parameter transposed."""
-    return isinstance(model, GPT2) and name.endswith(TRANSPOSED)
-
-
 def _our_name(model: LanguageModel, name: str) -> str | None:
-    """Stored name -> parameter name; None for buffers that are no weights."""
+    """A tensor's name in a file -> as `stored_state` has it; None for buffers that are no weights."""
     if not isinstance(model, GPT2):
         return None if name.endswith(".rotary_emb.inv_freq") else name
     if name.endswith((".attn.bias", ".attn.masked_bias")):

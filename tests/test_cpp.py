@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldalign.kernels import cpp, reference
+from ldalign.kernels import cpp, eager, reference
+from ldalign.layout import Packed
 
 if not cpp.available():
     pytest.skip(f"no C++ backend: {cpp.why_not()}", allow_module_level=True)
@@ -185,15 +186,15 @@ def add_norm_case(N: int, D: int) -> Case:
     return Case(ours, eager, rows, 2, weight=2)
 
 
-def rope_case(N: int, H: int, E: int) -> Case:
+def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
     angles = normal(N, E // 2, seed=1, scale=5)
 
     def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        return [cpp.rope(x, cos, sin, False), cpp.rope(dy, cos, sin, True)]
+        return [cpp.rope(x, cos, sin, False, turned or H), cpp.rope(dy, cos, sin, True, turned or H)]
 
     def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         (x,) = leaf(x)
-        y = reference.rope(x, cos, sin)
+        y = torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
         return [y.detach(), *gradients(y, dy, x)]
 
     inputs = [normal(N, H, E), uneven(N, H, E, seed=2), angles.cos(), angles.sin()]
@@ -202,7 +203,8 @@ def rope_case(N: int, H: int, E: int) -> Case:
 
 def swiglu_case(N: int, D: int) -> Case:
     def ours(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        return [cpp.swiglu(gate, up), *cpp.swiglu_backward(dy, gate, up)]
+        gate_up = torch.cat((gate, up), 1)
+        return [cpp.swiglu(gate_up), *cpp.swiglu_backward(dy, gate_up).chunk(2, 1)]
 
     def eager(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
         gate, up = leaf(gate, up)
@@ -210,6 +212,24 @@ def swiglu_case(N: int, D: int) -> Case:
         return [y.detach(), *gradients(y, dy, gate, up)]
 
     return Case(ours, eager, [normal(N, D, scale=2), normal(N, D, seed=1), uneven(N, D, seed=2)], 1, weight=1)
+
+
+def attention_case(parts: list[Any], H: int, K: int, E: int, window: int | None) -> Case:
+    """lse, then the result: in a bf16 case the first is float32."""
+    layout = Packed(parts)
+    N, segments = sum(layout.lengths), layout.segments
+
+    def ours(qkv: Tensor, dy: Tensor) -> list[Tensor]:
+        out, lse = cpp.pair_attention(qkv, H, segments, window)
+        return [out, lse, cpp.pair_attention_backward(dy, qkv, out, lse, H, segments, window)]
+
+    def eager_(qkv: Tensor, dy: Tensor) -> list[Tensor]:
+        (qkv,) = leaf(qkv)
+        out = reference.pair_attention(qkv, H, segments, window)
+        return [out.detach(), eager.pair_attention(qkv.detach(), H, segments, window)[1], *gradients(out, dy, qkv)]
+
+    qkv = torch.cat([normal(N, H, E, scale=2), normal(N, 2 * K, E, seed=1)], 1)
+    return Case(ours, eager_, [qkv, uneven(N, H, E, seed=2)], 2)
 
 
 CASES = {
@@ -236,11 +256,15 @@ CASES = {
     "add and norm": lambda: add_norm_case(16, 64),
     "add and norm, ragged": lambda: add_norm_case(37, 45),
     "rope": lambda: rope_case(16, 4, 64),
-    "rope, ragged": lambda: rope_case(37, 5, 10),
+    "rope, ragged": lambda: rope_case(37, 7, 10, 5),
     "rope, one token": lambda: rope_case(1, 1, 2),
     "swiglu": lambda: swiglu_case(16, 64),
     "swiglu, ragged": lambda: swiglu_case(37, 77),
     "swiglu, one value": lambda: swiglu_case(1, 1),
+    "attention": lambda: attention_case([(16, 16, 16), 32], 6, 2, 16, None),
+    "attention, ragged": lambda: attention_case([(7, 5, 1), 9, (1, 3, 2, 4)], 6, 2, 10, 6),
+    "attention, tiles": lambda: attention_case([(250, 3, 201), (1, 400)], 3, 1, 8, 230),
+    "attention, one token": lambda: attention_case([1], 1, 1, 2, None),
 }
 RAGGED = [name for name in CASES if "ragged" in name]
 
@@ -338,7 +362,9 @@ def test_strides_repeats_and_inputs(name: str, dtype: torch.dtype, small: None) 
     assert all(torch.equal(x, k) for x, k in zip(inputs, kept, strict=True))
 
 
-@pytest.mark.parametrize("name", ["norm, ragged", "add and norm, ragged", "rope, ragged", "swiglu, ragged"])
+@pytest.mark.parametrize(
+    "name", ["norm, ragged", "add and norm, ragged", "rope, ragged", "swiglu, ragged", "attention, tiles"]
+)
 def test_same_bits_for_any_number_of_threads(name: str) -> None:
     case = CASES[name]()
     inputs = [x.repeat(30, *(1,) * (x.ndim - 1)) if len(x) in (37, 137) else x for x in case.rounded(torch.bfloat16)]
@@ -360,7 +386,9 @@ def test_nan_stays(name: str, isa: None, small: None) -> None:
         inputs = case.rounded(dtype)
         inputs[0][2] = torch.nan
         results = case.run(inputs)
-        if name.startswith("pair"):  # rows 2 to 6 are response 1
+        if name.startswith("attention"):  # row 2 is of the first pair's prompt, of 13 tokens with its responses
+            assert all(x[2].isnan().any() and x[13:].isfinite().all() for x in results)
+        elif name.startswith("pair"):  # rows 2 to 6 are response 1
             assert results[0].isnan().tolist() == [False, True, *[False] * 8]
             assert results[1][:7].isnan().all() and results[1][7:].isfinite().all()
         else:
@@ -461,8 +489,10 @@ def test_no_rows(small: None) -> None:
     assert sums.tolist() == [0, 0]
     assert cpp.weighted_dpo(*[wide] * 5, 0.1)[0].item() == 0
     assert cpp.rms_norm(h, w[0], 1e-3)[0].shape == (0, 3)
-    assert cpp.rope(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False).shape == (0, 3, 2)
-    assert cpp.swiglu(h, h).shape == (0, 3) and cpp.swiglu_backward(h, h, h)[1].shape == (0, 3)
+    assert cpp.rope(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False, 3).shape == (0, 3, 2)
+    both = h.new_zeros(0, 6)
+    assert cpp.swiglu(both).shape == (0, 3) and cpp.swiglu_backward(h, both).shape == (0, 6)
+    assert cpp.pair_attention(h.view(0, 3, 2), 1, torch.zeros(0, 4, dtype=torch.int64), None)[0].shape == (0, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------- arithmetic of the vectors
@@ -471,14 +501,14 @@ def test_no_rows(small: None) -> None:
 def test_exponential(isa: None) -> None:
     """Over its whole range, through silu: 4 units in the last place; 0 and infinity where they belong; NaN stays."""
     x = torch.cat([torch.linspace(-100, 100, 200_003), torch.linspace(-1, 1, 10_001)])
-    silu = cpp.swiglu(x, torch.ones_like(x)).double()
+    silu = cpp.swiglu(torch.stack([x, torch.ones_like(x)]).flatten()).double()
     exact = x.double() * torch.sigmoid(x.double())
     seen = exact.abs() > 1e-35  # below it e^-x overflows in float32
     assert ((silu - exact).abs()[seen] <= 4 * torch.finfo(torch.float32).eps * exact.abs()[seen]).all()
     assert (silu[~seen].abs() <= 1e-34).all()
     ends = torch.tensor([1e4, -1e4, torch.inf, torch.nan])
-    assert cpp.swiglu(ends, torch.ones(4)).tolist()[:3] == [1e4, 0.0, torch.inf]
-    assert cpp.swiglu(ends, torch.ones(4))[3].isnan()
+    silu = cpp.swiglu(torch.cat([ends, torch.ones(4)]))
+    assert silu.tolist()[:3] == [1e4, 0.0, torch.inf] and silu[3].isnan()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -503,6 +533,7 @@ def test_16_bit_conversions(dtype: torch.dtype, isa: None) -> None:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 H, W, T, F = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+QKV, SEGMENTS = torch.ones(4, 3, 3), torch.tensor([[0, 4, 0, 0]])
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: cpp.linear_logprob(H[0], W, T), r"hidden has shape \[3\], expected \(N, D\)"),
     (lambda: cpp.linear_logprob(H.int(), W, T), "hidden is Int, expected float32"),
@@ -529,11 +560,19 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: cpp.rms_norm_backward(H, H, W[0], F[:2]), r"rstd has shape \[2\], expected \(N,\) = \[4\]"),
     (lambda: cpp.add_rms_norm(H, H.double(), W[0], 1e-3), "residual is Double .*, expected Float .* like x"),
     (lambda: cpp.add_rms_norm_backward(H, W, H, W[0], F), "dtotal is Float of shape .5, 3., expected .* like total"),
-    (lambda: cpp.rope(H, F, F, False), r"x has shape \[4, 3\], expected \(N, H, E\)"),
-    (lambda: cpp.rope(H[:, None], F, F, False), "x has head width 3, expected an even one"),
-    (lambda: cpp.rope(torch.ones(4, 1, 2), H, H, False), r"cos has shape \[4, 3\], expected \(N, E/2\) = \[4, 1\]"),
-    (lambda: cpp.swiglu(H, W), "up is Float of shape .5, 3., expected Float of shape .4, 3. like gate"),
-    (lambda: cpp.swiglu_backward(H.half(), H, H), "dy is Half .*, expected Float .* like gate"),
+    (lambda: cpp.rope(H, F, F, False, 1), r"x has shape \[4, 3\], expected \(N, H, E\)"),
+    (lambda: cpp.rope(H[:, None], F, F, False, 1), "x has head width 3, expected an even one"),
+    (lambda: cpp.rope(torch.ones(4, 1, 2), H, H, False, 1), r"cos has shape \[4, 3\], expected \(N, E/2\) = \[4, 1\]"),
+    (lambda: cpp.rope(torch.ones(4, 1, 2), F[:, None], F[:, None], False, 2), "heads is 2, expected 0 to 1"),
+    (lambda: cpp.swiglu(H), "gate_up has width 3, expected an even one"),
+    (lambda: cpp.swiglu_backward(H.half(), torch.cat([H, H], 1)), "dy is Half, expected Float"),
+    (lambda: cpp.swiglu_backward(H[:2], torch.cat([H, H], 1)), r"dy has shape \[2, 3\], expected half of gate_up's"),
+    (lambda: cpp.pair_attention(H[:, None], 1, SEGMENTS, None), "qkv has 1 heads and heads is 1, expected heads"),
+    (lambda: cpp.pair_attention(QKV, 1, SEGMENTS, 0), "window is 0, expected 1 or more"),
+    (lambda: cpp.pair_attention(QKV, 1, SEGMENTS[:, :3], None), r"segments has shape \[1, 3\], expected \(S, 4\)"),
+    (lambda: cpp.pair_attention(QKV, 1, SEGMENTS - 1, None), "segment 0 is .* expected to begin at 0"),
+    (lambda: cpp.pair_attention(QKV[:2], 1, SEGMENTS, None), "segments end at 4, but qkv has 2 rows"),
+    (lambda: cpp.pair_attention_backward(H, QKV, QKV[:, :1], H, 1, SEGMENTS, None), "grad is Float of shape .4, 3., "),
     (lambda: cpp.set_isa("avx9"), "'avx9' does not run here; choose one of default"),
 ]  # fmt: skip
 

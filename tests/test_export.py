@@ -10,7 +10,7 @@ from conftest import CHATML_TEMPLATE, byte_level_tokenizer, write_tokenizer_fold
 
 import ldalign
 from ldalign.toy import random_mistral
-from ldalign.weights import build, read_config, write_weights
+from ldalign.weights import build, read_config, stored_state, write_weights
 
 CONVERSATION = [{"role": "user", "content": "What is the capital of France? Answer with the name alone."}]
 NEW_TOKENS = 24
@@ -30,7 +30,7 @@ def test_smollm2_export_runs_in_transformers(smollm2_folder: Path, tmp_path: Pat
         for p in model.parameters():
             p.mul_(1 + 0.01 * torch.randn(p.shape, generator=generator))
     ldalign.save_model(model, tmp_path, source=smollm2_folder)
-    changed = {name: p.bfloat16() for name, p in model.named_parameters()}
+    changed = {name: p.bfloat16() for name, p in stored_state(model, dict(model.named_parameters())).items()}
     del model
 
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -91,7 +91,7 @@ def test_tiny_mistral_export_runs_in_transformers(sharded: bool, tiny_source: Pa
             p.mul_(6 if p.ndim == 2 else 0.8)
     ldalign.save_model(model, tmp_path, source=tiny_source)
     if sharded:
-        write_weights(model.state_dict(), tmp_path, torch.bfloat16, False, shard_bytes=10_000)
+        write_weights(stored_state(model, model.state_dict()), tmp_path, torch.bfloat16, shard_bytes=10_000)
         assert len(list(tmp_path.glob("*.safetensors"))) > 2
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     exported = ldalign.load_model(tmp_path, torch.float32)

@@ -13,7 +13,7 @@ from ldalign.batches import Batch, Pair, token_logprobs
 from ldalign.generate import Response, Sampling, generate, generate_ids, sample_step
 from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
-from ldalign.weights import load_model
+from ldalign.weights import load_model, stored_state
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
@@ -33,7 +33,7 @@ def peer() -> Any:
     raw = {key: getattr(tiny.MISTRAL, key) for key in keys}
     config = transformers.MistralConfig(**raw, attn_implementation="eager", bos_token_id=0, eos_token_id=2)
     theirs = transformers.MistralForCausalLM(config).eval()
-    theirs.load_state_dict(tiny.mistral().state_dict())
+    theirs.load_state_dict(stored_state(tiny.mistral(), tiny.mistral().state_dict()))
     return theirs
 
 

@@ -17,7 +17,7 @@ from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.guide import NO_LATENT, Example, Guide, GuideConfig, is_trained_guide, load_guide, new_guide
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
-from ldalign.weights import write_weights
+from ldalign.weights import stored_state, write_weights
 
 CPU = torch.device("cpu")
 TEXTS = ["Add 2 and 3.", "The sum is 5.", "Write the words in reverse order: cat, dog.", "dog, cat", "No idea, sorry!"]
@@ -127,7 +127,7 @@ def test_guide_from_a_gpt2_folder(guide: Guide, tmp_path: Path) -> None:
     init_weights(model, 7)
     (folder / "config.json").write_text(json.dumps(model.config.to_json()))
     guide.tokenizer.save(str(folder / "tokenizer.json"))
-    write_weights(model.state_dict(), folder, torch.float32, gpt2=True)
+    write_weights(stored_state(model, model.state_dict()), folder, torch.float32)
     made = new_guide(CONFIG, 0, folder, TEXTS, SIZE)
     for name, p in model.state_dict().items():
         assert torch.equal(made.encoder.state_dict()[name], p) and torch.equal(made.decoder.state_dict()[name], p)

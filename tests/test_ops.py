@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldalign import layout, ops
+from ldalign import ops
 from ldalign.errors import EnvironmentProblem
 from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
@@ -86,19 +86,30 @@ def norm_case(*shape: int) -> Case:
     return lambda x, w: ops.rms_norm(x, w, 1e-3), lambda x, w: reference.rms_norm(x, w, 1e-3), inputs
 
 
-def rope_case(N: int, H: int, E: int) -> Case:
+def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
     angles = normal(N, E // 2, seed=1, scale=5).float()
     cos, sin = angles.cos(), angles.sin()
-    return lambda x: ops.rope(x, cos, sin), lambda x: reference.rope(x, cos, sin), [normal(N, H, E)]
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
+
+    return lambda x: ops.rope(x, cos, sin, turned), plain, [normal(N, H, E)]
 
 
 def swiglu_case(*shape: int) -> Case:
-    return ops.swiglu, reference.swiglu, [normal(*shape, scale=2), normal(*shape, seed=1)]
+    inputs = [normal(*shape, scale=2), normal(*shape, seed=1)]
+    return lambda gate, up: ops.swiglu(torch.cat((gate, up), -1)), reference.swiglu, inputs
 
 
-def attention_case(B: int, T: int, H: int, K: int, E: int, window: int | None) -> Case:
-    inputs = [normal(B, T, H, E, scale=2), normal(B, T, K, E, seed=1), normal(B, T, K, E, seed=2)]
-    return lambda q, k, v: ops.attention(q, k, v, window), lambda q, k, v: reference.attention(q, k, v, window), inputs
+Parts = list[int | tuple[int, ...]]  # sequences: a length, or prompt and response lengths
+
+
+def attention_case(parts: Parts, H: int, K: int, E: int, window: int | None) -> Case:
+    layout = Packed(parts)
+    N = sum(layout.lengths)
+    inputs = [torch.cat([normal(N, H, E, scale=2), normal(N, 2 * K, E, seed=1)], 1)]
+    return (lambda x: ops.pair_attention(x, H, layout.segments, window),
+            lambda x: reference.pair_attention(x, H, layout.segments, window), inputs)  # fmt: skip
 
 
 CASES = {
@@ -120,14 +131,17 @@ CASES = {
     "rms_norm, one value": norm_case(1, 1),
     "rope": rope_case(17, 3, 10),
     "rope, one token": rope_case(1, 1, 2),
+    "rope, some heads": rope_case(5, 7, 6, 4),
     "swiglu": swiglu_case(16, 64),
     "swiglu, ragged": swiglu_case(3, 1, 77),
-    "attention": attention_case(2, 16, 4, 4, 8, None),
-    "attention, grouped": attention_case(2, 19, 6, 2, 10, None),
-    "attention, window": attention_case(2, 19, 4, 2, 8, 5),
-    "attention, window of one": attention_case(1, 5, 2, 1, 4, 1),
-    "attention, window longer than the text": attention_case(1, 7, 2, 1, 4, 8),
-    "attention, one token": attention_case(3, 1, 4, 2, 8, 3),
+    "attention": attention_case([(16, 8, 8), (8, 16, 8)], 4, 4, 8, None),
+    "attention, grouped": attention_case([(7, 3, 9), 19], 6, 2, 10, None),
+    "attention, window": attention_case([19, (9, 6, 3), (3, 9, 8)], 4, 2, 8, 5),
+    "attention, window of one": attention_case([(3, 2, 2), 1], 2, 1, 4, 1),
+    "attention, window longer than the text": attention_case([7, (2, 3, 1)], 2, 1, 4, 8),
+    "attention, one token": attention_case([1, (1, 1, 1)], 4, 2, 8, 3),
+    "attention, many responses": attention_case([(8, 1, 2, 5, 12), 5], 4, 2, 8, 10),
+    "attention, several tiles": attention_case([(210, 5, 401)], 3, 1, 8, 150),
 }
 
 
@@ -145,14 +159,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head works through five rows of a vocabulary of 101 at a time."""
     monkeypatch.setattr(eager, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
-
-
-@pytest.fixture(params=["products", "sdpa"])
-def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways a CPU computes attention, short sequences and long."""
-    if request.param == "sdpa":
-        monkeypatch.setattr(ops, "PRODUCT_TOKENS", 0)
-    return str(request.param)
 
 
 def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
@@ -189,13 +195,6 @@ def test_op_against_reference(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attention")])
-def test_long_attention_against_reference(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "PRODUCT_TOKENS", 0)
-    check(*CASES[name], dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_head_in_pieces_against_reference(dtype: torch.dtype, small_pieces: None) -> None:
     check(*CASES["head, ragged"], dtype)
     check(*head_case(120, 13, 101), dtype)  # 24 pieces
@@ -204,7 +203,9 @@ def test_head_in_pieces_against_reference(dtype: torch.dtype, small_pieces: None
     check(*CASES["sft"], dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "vocabulary" not in name and "aligned" not in name])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if "vocabulary" not in n and "aligned" not in n and "tiles" not in n]
+)
 def test_gradcheck(name: str) -> None:
     function, _, inputs = CASES[name]
     inputs = [x[:6].clone().requires_grad_() if x.shape[0] == 37 else x.clone().requires_grad_() for x in inputs]
@@ -392,7 +393,8 @@ def test_nothing_at_all() -> None:
         assert loss == 0 and gradients[0].shape == (0, 4) and not gradients[1].any()
     for out in (
         ops.rms_norm(hidden, weight[0], 1e-5),
-        ops.swiglu(hidden, hidden),
+        ops.swiglu(hidden),
+        ops.pair_attention(hidden.view(0, 4, 1), 2, Packed([]).segments),
         ops.weighted_dpo_loss(*[empty] * 5, 1)[0],
     ):
         assert out.sum() == 0
@@ -410,6 +412,7 @@ def test_targets_out_of_range_are_named(bad: int) -> None:
 def test_mixed_dtypes_and_shapes_are_refused() -> None:
     h, w, t = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
     half = w.to(torch.bfloat16)
+    past_its_prompt = torch.tensor([[0, 2, 0, 0], [2, 4, 1, 3]])
     for match, call in {
         "hidden is torch.float32, weight torch.bfloat16": lambda: ops.linear_logprob(h, half, t),
         "target torch.int32": lambda: ops.sft_loss(h, w, t.int()),
@@ -418,7 +421,11 @@ def test_mixed_dtypes_and_shapes_are_refused() -> None:
         r"pair_weight \(2,\)": lambda: ops.pair_loss(h, w, t, [2, 2], torch.ones(2), torch.ones(2), 0.1),
         "rms_norm: x": lambda: ops.rms_norm(h, half[0], 1e-5),
         "add_rms_norm: x": lambda: ops.add_rms_norm(h, h[:2], w[0], 1e-5),
-        "swiglu: gate": lambda: ops.swiglu(h, h.double()),
+        "swiglu: gate_up": lambda: ops.swiglu(h),
+        "pair_attention: qkv": lambda: ops.pair_attention(torch.ones(4, 5, 2), 2, Packed([4]).segments),
+        "window 0": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, Packed([4]).segments, 0),
+        "segments end at 4": lambda: ops.pair_attention(torch.ones(5, 3, 2), 1, Packed([4]).segments),
+        r"segment 1 is \(2, 4, 1, 3\)": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, past_its_prompt),
         "rope: x": lambda: ops.rope(torch.ones(2, 1, 6), torch.ones(2, 2), torch.ones(2, 2)),
         "expected five of": lambda: ops.weighted_dpo_loss(*[torch.ones(2)] * 4, torch.ones(3), 0.1),
     }.items():
@@ -426,7 +433,7 @@ def test_mixed_dtypes_and_shapes_are_refused() -> None:
             call()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and "attention" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_nan_comes_out_as_nan(name: str) -> None:
     function, _, inputs = CASES[name]
     for poisoned in range(len(inputs)):
@@ -438,7 +445,7 @@ def test_nan_comes_out_as_nan(name: str) -> None:
 # ---------------------------------------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and "attention" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_opcheck(name: str) -> None:
     """Schema and fake of the operators a case calls; the compiled block below covers autograd and tracing."""
     function, _, inputs = CASES[name]
@@ -466,12 +473,15 @@ class Operators(TorchDispatchMode):
 def test_compiled_block_is_the_plain_one() -> None:
     """One graph, no break, same values and gradients."""
     cos, sin = normal(5, 2, seed=3).float().cos(), normal(5, 2, seed=3).float().sin()
-    target = targets(5, 33)
+    target, segments = targets(5, 33), Packed([(2, 2, 1)]).segments
 
     def block(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         normed, total = ops.add_rms_norm(x, x * 0.5, w, 1e-5)
-        turned = ops.rope(normed.view(5, 2, 4), cos, sin).flatten(1)
-        return ops.pair_loss(ops.swiglu(turned, total), table, target, [3, 2], torch.ones(2), torch.ones(1), 0.1)[0]
+        turned = ops.rope(normed.view(5, 2, 4), cos, sin)
+        seen = ops.pair_attention(torch.cat((turned, turned), 1), 2, segments).flatten(1)
+        return ops.pair_loss(
+            ops.swiglu(torch.cat((seen, total), -1)), table, target, [3, 2], torch.ones(2), torch.ones(1), 0.1
+        )[0]
 
     inputs = [normal(5, 8).float(), normal(8, seed=1).float(), normal(33, 8, seed=2).float()]
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -481,41 +491,9 @@ def test_compiled_block_is_the_plain_one() -> None:
 
 # ---------------------------------------------------------------------------------------------- packing
 
-LENGTHS = [7, 1, 5, 5, 12, 3, 30, 2]
-
-
-def qkv(N: int, H: int = 4, K: int = 2, E: int = 6) -> list[Tensor]:
-    return [normal(N, H, E, scale=2), normal(N, K, E, seed=1), normal(N, K, E, seed=2)]
-
-
-@pytest.mark.parametrize("padding", [1.0, 1.5, 100.0], ids=["no padding", "some", "one group"])
-@pytest.mark.parametrize("window", [None, 1, 4, 30])
-def test_packed_attention_is_one_by_one(
-    window: int | None, padding: float, attention_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layout, "PADDING", padding)
-    packed = Packed(LENGTHS)
-
-    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True)
-        return torch.cat([reference.attention(*(x[None] for x in row), window)[0] for row in rows])
-
-    inputs = qkv(sum(LENGTHS))
-    ours, theirs = run(lambda *x: packed.attend(0, *x, window), inputs), run(alone, inputs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_packed_attention_of_equal_lengths(window: int | None, attention_path: str) -> None:
-    q, k, v = qkv(3 * 9)
-    ours = Packed([9, 9, 9]).attend(0, q, k, v, window)
-    theirs = reference.attention(*(x.view(3, 9, *x.shape[1:]) for x in (q, k, v)), window)
-    torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=1e-11, atol=1e-11)
-
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_shared_prompts_are_separate_sequences(window: int | None, attention_path: str) -> None:
+def test_shared_prompts_are_separate_sequences(window: int | None) -> None:
     """[prompt | a | b] is [prompt | a] and [prompt | b], and the gradient of the prompt is the sum of both."""
     parts: list[int | tuple[int, ...]] = [(6, 3, 9), 5, (1, 4, 4), (2, 7), (8, 1, 2, 5)]
     packed = Packed(parts)
@@ -531,18 +509,18 @@ def test_shared_prompts_are_separate_sequences(window: int | None, attention_pat
     first = [i for i, rows in enumerate(shared) if i == 0 or shared[i - 1][0] != rows[0]]
     assert [packed.positions[rows].tolist() for rows in shared] == [list(range(len(rows))) for rows in shared]
 
-    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros_like(q)
+    def alone(qkv: Tensor) -> Tensor:
+        out = torch.zeros_like(qkv[:, :4])
         for i, rows in enumerate(shared):
-            one = reference.attention(*(x[rows][None] for x in (q, k, v)), window)[0]
+            one = reference.pair_attention(qkv[rows], 4, Packed([len(rows)]).segments, window)
             keep = torch.ones(len(rows), dtype=torch.bool)
             if i not in first:  # the prompt's own output counts once
                 keep = ~torch.isin(rows, shared[i - 1])
             out = out.index_copy(0, rows[keep], one[keep])
         return out
 
-    inputs = qkv(start)
-    ours, theirs = run(lambda *x: packed.attend(0, *x, window), inputs), run(alone, inputs)
+    inputs = [normal(start, 8, 6, scale=1.5)]
+    ours, theirs = run(lambda x: packed.attend(0, x, 4, window), inputs), run(alone, inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
@@ -561,7 +539,7 @@ def test_packed_positions_and_refusals() -> None:
 def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDALIGN_BACKEND", "cuda-fast")
     with pytest.raises(EnvironmentProblem, match="'cuda-fast' is unknown; choose auto or cpp, triton, cuda, eager"):
-        ops.swiglu(torch.ones(1), torch.ones(1))
+        ops.swiglu(torch.ones(2))
 
 
 def test_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +548,7 @@ def test_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LDALIGN_BACKEND", "cpp")
     ops._choose.cache_clear()
     with pytest.raises(EnvironmentProblem, match="LDALIGN_BACKEND=cpp: not available here: the extension is not built"):
-        ops.swiglu(torch.ones(1), torch.ones(1))
+        ops.swiglu(torch.ones(2))
     monkeypatch.setenv("LDALIGN_BACKEND", "auto")
     assert ops.choose("swiglu", "cpu") == "eager"
     ops._choose.cache_clear()
@@ -580,5 +558,5 @@ def test_choice_is_logged_once(backend: str, monkeypatch: pytest.MonkeyPatch, ca
     ops._choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="ldalign.ops"):
         for _ in range(2):
-            ops.swiglu(torch.ones(1), torch.ones(1))
+            ops.swiglu(torch.ones(2))
     assert [r.getMessage() for r in caplog.records] == [f"ops: swiglu on cpu: {backend} (LDALIGN_BACKEND={backend})"]

@@ -5,12 +5,14 @@ All in float64 unless the dtype is the point. Upstream gradients are random and 
 
 import cmath
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ldalign.kernels import reference
+from ldalign.layout import Packed
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -203,47 +205,61 @@ def test_swiglu() -> None:
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One query, one head at a time."""
-    B, T, H, E = q.shape
-    out = torch.zeros_like(q)
-    for b in range(B):
-        for h in range(H):
-            shared = h // (H // k.shape[2])  # query heads 0 .. H/K - 1 share key head 0
-            for i in range(T):
-                seen = range(max(0, i - window + 1) if window else 0, i + 1)
-                shares = [math.exp(torch.dot(q[b, i, h], k[b, j, shared]).item() / math.sqrt(E)) for j in seen]
-                for share, j in zip(shares, seen, strict=True):
-                    out[b, i, h] += share / math.fsum(shares) * v[b, j, shared]
+PARTS = [(4, 3, 2), 5, (1, 1, 6, 2)]  # prompt and responses of each sequence
+
+
+def qkv_of(tokens: int, H: int, K: int) -> Tensor:
+    return torch.cat([normal(tokens, H, 4, scale=2), normal(tokens, 2 * K, 4, seed=1)], 1)
+
+
+def attention_by_hand(qkv: Tensor, H: int, parts: list[Any], window: int | None) -> Tensor:
+    """Response by response, one query, one head at a time."""
+    K = (qkv.shape[1] - H) // 2
+    out = torch.zeros(len(qkv), H, qkv.shape[2], dtype=qkv.dtype)
+    start = 0
+    for sequence in parts:
+        prompt, *responses = (sequence,) if isinstance(sequence, int) else sequence
+        after = start + prompt
+        for length in responses or [0]:
+            tokens = [*range(start, start + prompt), *range(after, after + length)]
+            after += length
+            for position, token in enumerate(tokens):
+                seen = tokens[max(0, position - window + 1) if window else 0 : position + 1]
+                for h in range(H):
+                    shared = H + h // (H // K)  # query heads 0 .. H/K - 1 share key head 0
+                    shares = [math.exp(torch.dot(qkv[token, h], qkv[j, shared]).item() / 2) for j in seen]  # sqrt(4)
+                    out[token, h] = sum(
+                        share / math.fsum(shares) * qkv[j, shared + K] for share, j in zip(shares, seen, strict=True)
+                    )
+        start = after
     return out
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 def test_attention_against_a_loop(heads: tuple[int, int], window: int | None) -> None:
-    H, K = heads
-    q, k, v = normal(2, 7, H, 4, scale=2), normal(2, 7, K, 4, seed=1), normal(2, 7, K, 4, seed=2)
-    close(reference.attention(q, k, v, window), attention_by_hand(q, k, v, window))
+    layout = Packed(PARTS)
+    qkv = qkv_of(sum(layout.lengths), *heads)
+    ours = reference.pair_attention(qkv, heads[0], layout.segments, window)
+    close(ours, attention_by_hand(qkv, heads[0], PARTS, window))
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_attention_gradient(window: int | None) -> None:
-    inputs = [
-        normal(1, 4, 4, 2).requires_grad_(),
-        normal(1, 4, 2, 2, seed=1).requires_grad_(),
-        normal(1, 4, 2, 2, seed=2),
-    ]
-    inputs[2].requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, k, v: reference.attention(q, k, v, window), inputs)
+    layout = Packed([(2, 2, 1), 3])
+    inputs = qkv_of(8, 4, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reference.pair_attention(x, 4, layout.segments, window), inputs)
 
 
 def test_attention_of_one_token_and_of_huge_scores() -> None:
-    q, v = normal(1, 1, 2, 4), normal(1, 1, 1, 4, seed=1)
-    close(reference.attention(q, q[:, :, :1], v), v.expand(1, 1, 2, 4))
-    q = torch.full((1, 3, 1, 4), 100.0)
-    k = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 4) * 100  # scores +-2e4
-    v = torch.tensor([1.0, 2.0, 5.0]).view(1, 3, 1, 1).expand(1, 3, 1, 4)
-    assert reference.attention(q, k, v)[0, :, 0, 0].tolist() == [1.0, 1.0, 3.0]
+    one = qkv_of(1, 2, 1)
+    close(reference.pair_attention(one, 2, Packed([1]).segments), one[:, 3:].expand(1, 2, 4))
+    q = torch.full((3, 1, 4), 100.0)
+    k = torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1).expand(3, 1, 4) * 100  # scores +-2e4
+    v = torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1).expand(3, 1, 4)
+    out = reference.pair_attention(torch.cat([q, k, v], 1), 1, Packed([3]).segments)
+    assert out[:, 0, 0].tolist() == [1.0, 1.0, 3.0]
+    assert reference.pair_attention(q[:0].expand(0, 3, 4), 1, Packed([]).segments).shape == (0, 1, 4)
 
 
 def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
@@ -251,7 +267,7 @@ def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
     hidden, weight, target = normal(5, 4), normal(9, 4, seed=1), torch.tensor([0, 8, 3, 3, 1])
     angles = normal(5, 2)
     calls = [
-        (reference.attention, (q, k, v)),
+        (lambda x: reference.pair_attention(x, 4, Packed([(2, 2, 1)]).segments), (torch.cat([q[0], k[0], v[0]], 1),)),
         (reference.linear_logprob, (hidden, weight, target)),
         (reference.rope, (q[0], angles.cos(), angles.sin())),
         (reference.swiglu, (q, q + 1)),
@@ -259,7 +275,7 @@ def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
     for function, arguments in calls:
         before = [a.clone() for a in arguments]
         first = function(*arguments)
-        assert torch.equal(first, function(*arguments)), function.__name__
-        assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True)), function.__name__
+        assert torch.equal(first, function(*arguments)), function
+        assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True)), function
         spread = [torch.stack([a, a], -1)[..., 0] for a in arguments]  # the same numbers, every stride doubled
         torch.testing.assert_close(function(*spread), first, rtol=1e-12, atol=1e-12)

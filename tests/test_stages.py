@@ -255,7 +255,7 @@ def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_estimated_within_a_third(dtype: torch.dtype) -> None:
+def test_activations_are_estimated_within_a_tenth(dtype: torch.dtype) -> None:
     """Against a count of what autograd really keeps."""
     sizes = {
         "hidden_size": 128,
@@ -279,4 +279,4 @@ def test_activations_are_estimated_within_a_third(dtype: torch.dtype) -> None:
         model(batch.ids, batch.layout, lambda hidden, weight: hidden)
     counted = sum(t.untyped_storage().nbytes() for t in kept.values()) / len(batch.ids)
     estimated = estimate.activation_bytes(config, dtype.itemsize, checkpointing=False)
-    assert 0.67 < estimated / counted < 1.5
+    assert 0.9 < estimated / counted < 1.1

@@ -209,15 +209,15 @@ def add_norm_case(N: int, D: int) -> Case:
     return Case(ours, eager, [rows[0], rows[1], normal(D, seed=5), rows[2], rows[3]], 2, weight=2)
 
 
-def rope_case(N: int, H: int, E: int) -> Case:
+def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
     angles = normal(N, E // 2, seed=1, scale=5)
 
     def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        return [gpu.rope(x, cos, sin, False), gpu.rope(dy, cos, sin, True)]
+        return [gpu.rope(x, cos, sin, False, turned or H), gpu.rope(dy, cos, sin, True, turned or H)]
 
     def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         (x,) = leaf(x)
-        y = reference.rope(x, cos, sin)
+        y = torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
         return [y.detach(), *gradients(y, dy, x)]
 
     return Case(ours, eager, [normal(N, H, E), normal(N, H, E, seed=2), angles.cos(), angles.sin()], 1, wide=(2, 3))
@@ -225,7 +225,8 @@ def rope_case(N: int, H: int, E: int) -> Case:
 
 def swiglu_case(N: int, D: int) -> Case:
     def ours(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        return [gpu.swiglu(gate, up), *gpu.swiglu_backward(dy, gate, up)]
+        gate_up = torch.cat((gate, up), 1)
+        return [gpu.swiglu(gate_up), *gpu.swiglu_backward(dy, gate_up).chunk(2, 1)]
 
     def eager(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
         gate, up = leaf(gate, up)
@@ -258,7 +259,7 @@ CASES = {
     "add and norm": lambda: add_norm_case(16, 64),
     "add and norm, ragged": lambda: add_norm_case(37, 45),
     "rope": lambda: rope_case(16, 4, 16),
-    "rope, ragged": lambda: rope_case(37, 5, 10),
+    "rope, ragged": lambda: rope_case(37, 7, 10, 5),
     "rope, one token": lambda: rope_case(1, 1, 2),
     "swiglu": lambda: swiglu_case(16, 64),
     "swiglu, ragged": lambda: swiglu_case(37, 77),

@@ -22,7 +22,17 @@ from ldalign import weights
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2
 from ldalign.mistral import Mistral
-from ldalign.weights import INDEX, SINGLE, build, count_parameters, load_model, read_config, save_model, write_weights
+from ldalign.weights import (
+    INDEX,
+    SINGLE,
+    build,
+    count_parameters,
+    load_model,
+    read_config,
+    save_model,
+    stored_state,
+    write_weights,
+)
 
 MISTRAL: dict[str, Any] = {
     "model_type": "mistral",
@@ -62,7 +72,7 @@ def write_folder(
     """A model folder without a tokenizer; the model that was written."""
     folder.mkdir(exist_ok=True)
     model = random_model(raw)
-    write_weights(model.state_dict(), folder, dtype, raw["model_type"] == "gpt2", shard_bytes)
+    write_weights(stored_state(model, model.state_dict()), folder, dtype, shard_bytes)
     (folder / "config.json").write_text(json.dumps(raw))
     return model
 
@@ -150,7 +160,7 @@ def test_new_weights_replace_the_old_ones(tmp_path: Path) -> None:
     for shard_bytes in (1000, 10**9, 1000, 3000):
         write_folder(tmp_path)  # single
         model = random_model(MISTRAL, seed=shard_bytes)
-        write_weights(model.state_dict(), tmp_path, torch.float32, False, shard_bytes)
+        write_weights(stored_state(model, model.state_dict()), tmp_path, torch.float32, shard_bytes)
         assert torch.equal(load_model(tmp_path, torch.float32).output_weight, model.output_weight)
         files = {path.name for path in tmp_path.iterdir()} - {"config.json"}
         index = json.loads((tmp_path / INDEX).read_text()) if INDEX in files else None
@@ -187,13 +197,13 @@ def test_saving_under_another_networks_config_is_refused(tmp_path: Path) -> None
 def test_saving_nan_is_refused(tmp_path: Path) -> None:
     model = random_model(MISTRAL)
     with torch.no_grad():
-        model.get_parameter(Q1)[3, 5] = float("nan")
+        stored_state(model, model.state_dict())[Q1][3, 5] = float("nan")
     with pytest.raises(NumericsError, match=f"tensor {Q1} holds NaN"):
-        write_weights(model.state_dict(), tmp_path, torch.float32, False)
+        write_weights(stored_state(model, model.state_dict()), tmp_path, torch.float32)
     with torch.no_grad():
-        model.get_parameter(Q1)[3, 5] = 1e6
+        stored_state(model, model.state_dict())[Q1][3, 5] = 1e6
     with pytest.raises(NumericsError, match="as float16"):
-        write_weights(model.state_dict(), tmp_path, torch.float16, False)
+        write_weights(stored_state(model, model.state_dict()), tmp_path, torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,7 +251,8 @@ def test_loading_peaks_at_the_models_size(stored: str, wanted: str, tmp_path: Pa
     raw |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
     row = torch.randn(4 * width, generator=torch.Generator().manual_seed(0)).to(getattr(torch, stored))
     state = {}
-    for name, p in build(raw, "").named_parameters():
+    model = build(raw, "")
+    for name, p in stored_state(model, model.state_dict()).items():
         state[name] = row[: p.shape[-1]].expand(p.shape).clone(memory_format=torch.contiguous_format)
     state[HEAD] = state[EMBEDDING].clone()
     save_file(state, tmp_path / SINGLE)
@@ -359,7 +370,8 @@ def test_large_finite_values_are_no_infinity(tmp_path: Path) -> None:
     """Their sum overflows; they do not. In float16 they would."""
     write_folder(tmp_path)
     edit(tmp_path, lambda t: t[Q1].fill_(3e38))
-    assert load_model(tmp_path, torch.float32).get_parameter(Q1)[0, 0] == torch.tensor(3e38)
+    model = load_model(tmp_path, torch.float32)
+    assert stored_state(model, model.state_dict())[Q1][0, 0] == torch.tensor(3e38)
     with pytest.raises(InputError, match=f"{Q1} holds NaN or Inf as float16"):
         load_model(tmp_path, torch.float16)
 
