@@ -285,7 +285,10 @@ def _train_stage(
     """Trains `start` on pairs; the stage folder is a model folder that also holds metrics.jsonl and summary.json."""
 
     def make(folder: Path) -> Metrics:
-        model = load_model(start, torch.float32, ctx.device)
+        model = load_model(
+            start, torch.float32, ctx.device,
+            lambda m: distributed.shard(m, m.blocks, ctx.dtype, ctx.device, settings.sharding),
+        )  # fmt: skip
         summary = train(
             model, pairs, settings, compute_dtype=ctx.dtype, device=ctx.device, seed=ctx.config.seed, stage=name,
             metrics_path=folder / "metrics.jsonl", step0_is_reference=step0_is_reference,

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from ldalign.batches import Pair, deal, pair_costs
 from ldalign.distributed import Sharding
 from ldalign.errors import InputError
 from ldalign.metrics import Mean
+from ldalign.mistral import Mistral
 from ldalign.scoring import response_logps
 from ldalign.training import TrainSettings, accumulate_gradients, train
+from ldalign.weights import load_model, stored_state, write_weights
 
 CPU = torch.device("cpu")
 # 5 pairs, then 2: on 4 ranks the last step leaves two of them without a pair. Micro-batches of one or two pairs.
@@ -58,7 +60,7 @@ def work(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"world": world}
 
     for name, sharding in {"plain": Sharding(), "copies of two": Sharding(ranks=min(2, world))}.items():
-        found[f"{name}: norms"] = norms(pairs, sharding, device)
+        found[f"{name} norms"] = norms(pairs, sharding, device)
     if world > 1:
         found["calls"] = {
             whole: calls(pairs, Sharding(world // 2, whole), device)  # type: ignore[arg-type]
@@ -82,6 +84,13 @@ def work(folder: Path) -> dict[str, Any]:
         if rank == 0:
             save_file(state, folder / f"{name}.safetensors")
 
+    save_tiny(folder / "model", rank)
+    loaded = load_model(
+        folder / "model", torch.float32,
+        cut=lambda m: distributed.shard(m, m.blocks, torch.float32, device, Sharding(ranks=min(2, world))),
+    )  # fmt: skip
+    found["loaded norms"] = norms(pairs, Sharding(ranks=min(2, world)), device, loaded)
+
     mine = list(range(rank, 8, world))
     found["merged"] = distributed.merge_rows(8, mine, torch.tensor(mine) ** 2).tolist()
     found["logps"] = response_logps(tiny.mistral(), pairs, 45, device).tolist()
@@ -97,9 +106,20 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
-def norms(pairs: list[Pair], sharding: Sharding, device: torch.device) -> dict[str, Any]:
+def save_tiny(folder: Path, rank: int) -> None:
+    """tiny.mistral() as a model folder, made by one rank, and there for all when this returns."""
+    if rank == 0:
+        folder.mkdir()
+        model = tiny.mistral()
+        raw = {**asdict(model.config), "model_type": "mistral"}
+        (folder / "config.json").write_text(json.dumps(raw))
+        write_weights(stored_state(model, model.state_dict()), folder, torch.float32)
+    distributed.barrier()
+
+
+def norms(pairs: list[Pair], sharding: Sharding, device: torch.device, model: Mistral | None = None) -> dict[str, Any]:
     """Of one global batch: loss, metrics, the gradient norm before and after clipping, and the plain norm's formula."""
-    mean, model = Mean(), tiny.mistral()
+    mean, model = Mean(), model or tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
     loss = accumulate_gradients(model, pairs, replace(SETTINGS, sharding=sharding), mean, device, True)
     grads = [p.grad.full_tensor() if distributed.world_size() > 1 else p.grad for p in model.parameters()]  # type: ignore
@@ -179,9 +199,9 @@ def test_same_policy_as_one_rank(results: Results, ranks: int, name: str) -> Non
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", ["plain", "copies of two"])
+@pytest.mark.parametrize("name", ["plain", "copies of two", "loaded"])
 def test_gradient_norm_is_global(results: Results, ranks: int, name: str) -> None:
-    one, many = results[1][1]["plain: norms"], results[ranks][1][f"{name}: norms"]
+    one, many = results[1][1]["plain norms"], results[ranks][1][f"{name} norms"]
     assert one["norm"] > 0.6
     assert many["norm"] == pytest.approx(one["norm"], rel=1e-4) == many["plain"]
     assert many["after"] == pytest.approx(0.5, rel=1e-4)
