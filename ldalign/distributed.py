@@ -1,13 +1,16 @@
 """Ranks: starting them, FSDP2 wrapping, sums over all of them.
 
-One code path: a run without torchrun is a world of one rank, wrapped the same way. Compute dtype and master dtype come
-from FSDP2's mixed precision: parameters and their gradients are kept in float32, gathered in the compute dtype.
+One code path: a run without torchrun is a world of one rank. Where weights are kept in another dtype than they compute
+in, FSDP2's mixed precision casts them as it gathers them.
 """
 
 import datetime
+import functools
+import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldalign.errors import EnvironmentProblem
+from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.memory import keep_freed_memory
 
 
@@ -50,6 +53,7 @@ def start(device: str = "auto") -> torch.device:
 
 def stop() -> None:
     """Leaves the process group."""
+    _mesh.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -70,44 +74,113 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """FSDP2 over all ranks: each block a group of its own, the rest (embedding, final norm, head) one more.
+@dataclass(frozen=True)
+class Sharding:
+    """How a model in training lies on the ranks. None of it changes the result, only memory and communication."""
 
-    The model must hold float32 weights. Gradients are *summed* over ranks in float32: the loss is already divided by
-    the global count, so any split over ranks and micro-batches gives the same gradient.
+    ranks: int | None = None  # ranks that share one copy of the model (the GPUs of a node, say); None: all
+    whole: Literal["nothing", "gradients", "all"] = "gradients"  # what a rank keeps whole until a step's last backward
+
+
+def shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    sharding: Sharding = Sharding(),
+) -> nn.Module:
+    """FSDP2: each block a group of its own, the rest (embedding, final norm, head) one more. Done once; then a no-op.
+
+    Weights are gathered in `compute_dtype`; the model keeps its own dtype, sharded by rows, and so do its gradients.
+    They are *summed* over ranks, and over micro-batches, in float32: the loss is already divided by the global count,
+    so any split gives the same gradient. A meta-device model is only cut: `weights.load_model` then reads the pieces.
+    A rank alone whose weights have the compute dtype already has nothing to gather, cast or reduce: its model is left
+    as it is. Raises InputError where `sharding.ranks` does not divide the number of ranks.
     """
-    mesh: DeviceMesh = init_device_mesh(device.type, (world_size(),))
+    several = world_size() > 1
+    if isinstance(model, FSDPModule) or not (several or any(p.dtype != compute_dtype for p in model.parameters())):
+        return model
+    mesh = _mesh(device.type, copies(sharding.ranks))
     # The rotary tables enter the blocks in float32 and must stay so: inputs are not cast.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
-        # Alone, a rank has nothing to gather: the cast weights of the forward are kept for the backward.
-        wrapped = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size() > 1)
-        wrapped.set_gradient_divide_factor(1.0)
+        # The backward begins with the last block and the head, so letting go of these would be for nothing.
+        reshard = several and sharding.whole != "all" and module is not model and module is not blocks[-1]
+        wrapped = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         wrapped.set_force_sum_reduction_for_comms(True)
+        if several:  # alone, a factor would cost one more copy of the gradients
+            wrapped.set_gradient_divide_factor(1.0)
     return model
 
 
-def last_micro(model: nn.Module, last: bool) -> None:
-    """Before each micro-batch: gradients are reduced over ranks only after the last one of a global batch.
+def copies(shard_ranks: int | None) -> int:
+    """How many copies of the model all ranks hold together, where each copy lies on `shard_ranks` of them."""
+    found, rest = divmod(world_size(), shard_ranks or world_size())
+    if rest:
+        raise InputError(
+            f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; give a divisor, or null"
+        )
+    return found
 
-    A rank alone reduces every time, which only moves them into the float32 master gradients, but keeps its cast
-    weights until the last.
+
+@functools.cache
+def _mesh(device_type: str, copies: int) -> DeviceMesh:
+    """All ranks, (S,), or (copies, S) for hybrid sharding. Cached, as a mesh of two dimensions makes process groups."""
+    if copies == 1:
+        return init_device_mesh(device_type, (world_size(),))
+    shape = (copies, world_size() // copies)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("copies", "shards"))
+
+
+def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) -> None:
+    """Before each micro-batch of a global batch: what it may leave out because it is not the last.
+
+    Gradients are reduced over ranks after the last one alone, where a rank has the memory to add them up whole until
+    then (Sharding.whole "gradients", "all"); otherwise each adds to the shards, and the copies are summed at the last.
+    Gathered weights are kept for the next micro-batch with "all", and on a rank alone.
     """
-    assert isinstance(model, FSDPModule)
-    if world_size() > 1:
-        model.set_requires_gradient_sync(last)
-    else:
-        model.set_reshard_after_backward(last)
+    if not isinstance(model, FSDPModule):
+        return
+    each = sharding.whole == "nothing" and world_size() > 1
+    model.set_requires_gradient_sync(last or each)
+    model.set_requires_all_reduce(last)
+    model.set_reshard_after_backward(last or (sharding.whole != "all" and world_size() > 1))
+
+
+def local_rows(p: Tensor) -> tuple[int, int]:
+    """The rows [start, stop) of a parameter that this rank holds: FSDP cuts the first axis, as `torch.chunk` does."""
+    if not isinstance(p, DTensor):
+        return 0, len(p)
+    rows = -(-len(p) // p.device_mesh.size(-1))
+    start = min(len(p), rows * p.device_mesh.get_local_rank(p.device_mesh.ndim - 1))
+    return start, min(len(p), start + rows)
 
 
 def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must call it."""
-    state = {}
-    for name, p in model.named_parameters():
-        whole = (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-        if rank() == 0:
-            state[name] = whole.to("cpu", dtype)
-    return state
+    """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must call it.
+
+    Gathered one at a time, in `dtype`, and by rank 0 alone.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward without backward may have left gathered
+    state = {name: _whole(p, dtype) for name, p in model.named_parameters()}
+    return {name: p for name, p in state.items() if p is not None}
+
+
+def _whole(p: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if not isinstance(p, DTensor):
+        return p.detach().to("cpu", dtype) if rank() == 0 else None
+    mesh, group = p.device_mesh, p.device_mesh.get_group(p.device_mesh.ndim - 1)
+    if mesh.ndim == 2 and mesh.get_local_rank(0) > 0:
+        return None  # another copy's rank
+    rows = -(-len(p) // mesh.size(-1))
+    local = p.to_local().detach()
+    part = torch.zeros(rows, *p.shape[1:], dtype=dtype, device=local.device)
+    part[: len(local)] = local
+    parts = [torch.empty_like(part) for _ in range(mesh.size(-1))] if rank() == 0 else None
+    dist.gather(part, parts, dst=0, group=group)
+    return None if parts is None else torch.cat([x.cpu() for x in parts])[: len(p)]
 
 
 def total(values: Tensor) -> Tensor:
@@ -128,10 +201,18 @@ def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
 
 
 def clip_grad_norm(model: nn.Module, most: float) -> Tensor:
-    """Scales all gradients so that their global L2 norm is at most `most` (0: no clipping); returns the norm before."""
+    """Scales all gradients so that their global L2 norm is at most `most` (0: no clipping); returns the norm before.
+
+    Each rank adds up the squares of its own shards; one number travels. () float32, the same on all ranks.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm: Any = torch.nn.utils.get_total_norm(grads, error_if_nonfinite=False, foreach=True)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if most > 0 and torch.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, norm, foreach=True)
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    # In float32 also where gradients are bfloat16: a norm in their dtype would be off by up to 0.4 %.
+    squares = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32)).double().square().sum()
+    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
+    if mesh is not None and mesh.size(-1) > 1:
+        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))  # the copies of hybrid sharding hold the same
+    norm = squares.sqrt().float()
+    if 0 < most < norm < math.inf:
+        torch._foreach_mul_(local, most / (norm + 1e-6))
     return norm

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ldalign import distributed, ops
-from ldalign.batches import Batch, Pair, deal, token_logprobs
+from ldalign.batches import Batch, Pair, deal, pair_costs, token_logprobs
 from ldalign.weights import LanguageModel
 
 
@@ -24,7 +24,9 @@ def response_logps(
     """
     mine: list[int] = []
     values = []
-    for micro in deal([pair.tokens for pair in pairs], distributed.world_size(), micro_tokens)[distributed.rank()]:
+    sizes = [pair.tokens for pair in pairs]
+    plan = deal(sizes, distributed.world_size(), micro_tokens, pair_costs(model, pairs))
+    for micro in plan[distributed.rank()]:
         if not micro:
             continue
         batch = Batch.pack([pairs[i] for i in micro], device)

@@ -38,6 +38,13 @@ class Training:
         "float32", "of the weights the optimizer changes; bfloat16: rounded at random, a third of the memory"
     )
     state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
+    shard_ranks: int | None = setting(
+        None, "ranks that share one copy of the model, such as a node's GPUs; null: all", check=positive
+    )
+    whole: Literal["nothing", "gradients", "all"] = setting(
+        "gradients", "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. Less is "
+        "less memory and more communication"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ reference, evaluation.
 A stage reads the folders of the stages before it and writes its own; `pipeline.run_stage` skips what is done and
 refuses what was made from something else. A stage's parents are what its output depends on: contents (hashes of rows,
 model folders, files of earlier stages) and config keys by their own names, so that a refusal names the key. Not among
-them is what only moves work about and changes the last bits at most: micro_tokens, batch_rows, checkpointing, the
-number of ranks. Every function here is called by all ranks.
+them is what only moves work about and changes the last bits at most: micro_tokens, batch_rows, checkpointing,
+shard_ranks, whole, the number of ranks. Every function here is called by all ranks.
 """
 
 import json
@@ -177,6 +177,7 @@ def open_context(run: RunFolder, config: RunConfig) -> Context:
         prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
     )  # fmt: skip
     _check_enough(ctx)
+    distributed.copies(config.training.shard_ranks)
     say(
         f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
         f"dropped), {len(ctx.heldout.rows)} held out; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
@@ -207,12 +208,20 @@ def _check_enough(ctx: Context) -> None:
 
 
 def data_stage(ctx: Context) -> None:
-    """The rows as they are used, after reading, splitting and dropping: data/train.jsonl and data/heldout.jsonl."""
+    """The rows as they are used, after reading, splitting and dropping: data/train.jsonl and data/heldout.jsonl.
+
+    The ids of dropped rows are in data/dropped.jsonl.
+    """
 
     def make(folder: Path) -> Metrics:
         if distributed.rank() == 0:
             for name, prepared in (("train", ctx.train), ("heldout", ctx.heldout)):
                 write_jsonl(folder / f"{name}.jsonl", map(_record, prepared.rows))
+            dropped = [
+                {"split": name, "id": id_, "reason": f"the prompt alone fills max_length={ctx.config.max_length}"}
+                for name, prepared in (("train", ctx.train), ("heldout", ctx.heldout)) for id_ in prepared.dropped
+            ]  # fmt: skip
+            write_jsonl(folder / "dropped.jsonl", dropped)
         return {
             "rows/train": len(ctx.train.rows), "rows/heldout": len(ctx.heldout.rows),
             "rows/dropped": len(ctx.train.dropped), "rows/cut": ctx.train.cut,
@@ -269,6 +278,7 @@ def _train_settings(ctx: Context) -> TrainSettings:
         optimizer=t.optimizer, schedule=t.schedule, warmup_ratio=t.warmup_ratio, weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm, beta=c.beta, checkpointing=t.checkpointing,
         state_dtype=getattr(torch, t.state_dtype),
+        sharding=distributed.Sharding(t.shard_ranks, t.whole),
     )  # fmt: skip
 
 
@@ -279,7 +289,10 @@ def _train_stage(
     """Trains `start` on pairs; the stage folder is a model folder that also holds metrics.jsonl and summary.json."""
 
     def make(folder: Path) -> Metrics:
-        model = load_model(start, getattr(torch, ctx.config.training.master_dtype), ctx.device)
+        model = load_model(
+            start, getattr(torch, ctx.config.training.master_dtype), ctx.device,
+            lambda m: distributed.shard(m, m.blocks, ctx.dtype, ctx.device, settings.sharding),
+        )  # fmt: skip
         summary = train(
             model, pairs, settings, compute_dtype=ctx.dtype, device=ctx.device, seed=ctx.config.seed, stage=name,
             metrics_path=folder / "metrics.jsonl", step0_is_reference=step0_is_reference,
@@ -432,7 +445,8 @@ def _distance_summary(distances: torch.Tensor, weights: torch.Tensor, kept: Sequ
 def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response]) -> list[Pair]:
     """Log-probs of both responses under the reference policy, cached by row id; returns the pairs that carry them.
 
-    Pairs that will not be trained on are not scored, and carry zeros.
+    Pairs that will not be trained on are not scored, and carry zeros. losers/cut in the summary counts the sampled
+    responses that max_length cut: they have no end token.
     """
     name = f"iteration_{t}/reference"
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
@@ -445,10 +459,11 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
         if distributed.rank() == 0:
             save_file({"logps": logps}, folder / "reference.safetensors")
             _write_json(folder / "rows.json", [pair.id for pair in kept])
+        cut = sum(len(r.ids) > len(pair.generated or ()) for r, pair in zip(responses, pairs, strict=True))
         if not kept:
-            return {}
+            return {"losers/cut": cut}
         real, generated = logps.mean(0).tolist()
-        return {"logps/ref_chosen": real, "logps/ref_rejected": generated}
+        return {"logps/ref_chosen": real, "logps/ref_rejected": generated, "losers/cut": cut}
 
     parents = {
         "policy": hash_model_folder(policy), "data": ctx.used_hash, "template": ctx.tokenizer.template_hash,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ldalign import distributed, ops
-from ldalign.batches import Batch, Pair, count_steps, deal, global_batches
+from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs
+from ldalign.distributed import Sharding
 from ldalign.errors import NumericsError
 from ldalign.metrics import Mean, MetricsLog, peak_memory_gib
 from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
@@ -45,6 +46,7 @@ class TrainSettings:
     beta: float = 0.1
     checkpointing: Literal["none", "selective", "full"] = "none"
     state_dtype: torch.dtype = torch.float32  # of the optimizer's averages
+    sharding: Sharding = Sharding()
     max_steps: int | None = None  # stop early; the schedule still spans all epochs
 
 
@@ -71,7 +73,7 @@ def train(
     preference = pairs[0].generated is not None
     for block in model.blocks:
         block.checkpointing = settings.checkpointing
-    distributed.shard(model, model.blocks, compute_dtype, device)
+    distributed.shard(model, model.blocks, compute_dtype, device, settings.sharding)
     model.train()  # no dropout in either architecture: this only marks the state
     optimizer = make_optimizer(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, state_dtype=settings.state_dtype,
@@ -130,11 +132,12 @@ def accumulate_gradients(
 ) -> float:
     """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss, over all ranks."""
     divisor = len(pairs) if preference else sum(len(pair.real) for pair in pairs)
-    plan = deal([pair.tokens for pair in pairs], distributed.world_size(), settings.micro_tokens)
+    sizes = [pair.tokens for pair in pairs]
+    plan = deal(sizes, distributed.world_size(), settings.micro_tokens, pair_costs(model, pairs))
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     micros = plan[distributed.rank()]
     for i, micro in enumerate(micros):
-        distributed.last_micro(model, i == len(micros) - 1)
+        distributed.last_micro(model, i == len(micros) - 1, settings.sharding)
         # An empty micro-batch takes part in the collectives with a row that counts for nothing.
         batch = Batch.pack([pairs[j] for j in micro] or [pairs[0]], device)
         mean.muted = not micro

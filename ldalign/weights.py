@@ -11,8 +11,9 @@ kills the process.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ldalign import distributed
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.mistral import Mistral, MistralConfig
@@ -50,6 +53,18 @@ class Stored:
     dtype: str  # safetensors' name, F32 for float32
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+    pitch: int = 0  # bytes from one row to the next, where not all columns are wanted; 0: row_bytes
+
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Rows [start, stop) of it."""
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes)
+
+    def columns(self, start: int, stop: int) -> "Stored":
+        """Columns [start, stop) of a whole matrix."""
+        if (start, stop) == (0, self.shape[1]):
+            return self
+        skipped = start * FLOATS[self.dtype].itemsize
+        return replace(self, shape=(self.shape[0], stop - start), offset=self.offset + skipped, pitch=self.row_bytes)
 
     @property
     def row_bytes(self) -> int:
@@ -85,24 +100,63 @@ def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    cut: Callable[[LanguageModel], Any] | None = None,
 ) -> LanguageModel:
     """The model of a folder, with its weights in `dtype` on `device`, in `eval` mode.
 
-    Peak memory is the model's size in `dtype` and a few READ_BYTES.
+    cut: gets the model without its weights (meta device, `dtype`) and may shard it (`distributed.shard`); then this
+    rank reads its own rows from the files, and nothing else. Peak memory is what this rank holds and a few READ_BYTES.
     Raises InputError naming the file and the tensor: missing, extra, misshaped, not finite, or stored as a pickle.
     """
     folder = Path(folder)
-    model = build(read_config(folder), str(folder / "config.json"))
+    model = build(read_config(folder), str(folder / "config.json")).to(dtype)
     stored = _match(model, stored_tensors(folder), folder)
-    state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    targets = stored_state(model, state)
-    buffer = _buffer(*stored.values())
+    if cut is not None:
+        cut(model)
+    # Made before they are filled, so that nothing lies between them.
+    local = {name: _empty_share(p, device) for name, p in model.named_parameters()}
+    parts = [part for name, p in model.named_parameters() for part in _parts(model, name, p, local[name], stored)]
+    buffer = _buffer(*(source for _, source in parts))
     # In the order they lie on the disk, which a spinning or networked one rewards.
-    for name, source in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
-        _fill(targets[name], source, buffer)
+    for target, source in sorted(parts, key=lambda part: (part[1].path, part[1].offset)):
+        _fill(target, source, buffer)
+    state = {name: _with_share(p, local[name]) for name, p in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _empty_share(p: Tensor, device: str | torch.device) -> Tensor:
+    """Room for this rank's rows of a parameter."""
+    start, stop = distributed.local_rows(p)
+    return torch.empty(stop - start, *p.shape[1:], dtype=p.dtype, device=device)
+
+
+def _with_share(p: Tensor, local: Tensor) -> Tensor:
+    """The parameter, its rows on this rank being `local`."""
+    if not isinstance(p, DTensor):
+        return local
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _parts(
+    model: LanguageModel, name: str, p: Tensor, local: Tensor, stored: Mapping[str, Stored]
+) -> Iterator[tuple[Tensor, Stored]]:
+    """What this rank reads for a parameter: (views of `local`, what the files keep for each)."""
+    start, stop = distributed.local_rows(p)
+    if isinstance(model, GPT2) and name.endswith(TRANSPOSED):
+        if start < stop:
+            yield local.T, stored[name].columns(start, stop)
+        return
+    at = 0  # the parameter's row at which the next stored tensor begins
+    for part in stored_state(model, {name: torch.empty(p.shape, device="meta")}):
+        rows = stored[part].shape[0]
+        first, last = max(start, at), min(stop, at + rows)
+        if first < last:
+            yield local[first - start : last - start], stored[part].rows(first - at, last - at)
+        at += rows
 
 
 def check_model(folder: str | Path) -> LanguageModel:
@@ -319,7 +373,8 @@ def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) ->
         problems.append(f"{len(odd)} of wrong shape or dtype ({_first(first)}; the first should be a float {needs})")
     if problems:
         raise InputError(f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right config?")
-    if head is not None:
+    # Of several ranks, which all read the same files, one compares.
+    if head is not None and distributed.rank() == 0:
         embedding = stored["transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"]
         if not _same(head, embedding):
             raise InputError(
@@ -371,16 +426,23 @@ def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
     dtype, rest = FLOATS[stored.dtype], stored.shape[1:]
     rows = len(buffer) // stored.row_bytes
     with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
         for start in range(0, stored.shape[0], rows):
             part = buffer[: min(rows, stored.shape[0] - start) * stored.row_bytes]
-            read = 0
-            while read < len(part):  # one call of the system gives 2 GB at most, and may give less than asked for
-                got = file.readinto(part[read:].numpy().data)
-                if not got:
-                    raise InputError(f"{stored.where}: the file ends inside it; it was changed while being read")
-                read += got
+            lines = part.view(-1, stored.row_bytes) if stored.pitch else [part]
+            for i, line in enumerate(lines):
+                file.seek(stored.offset + (start + i) * (stored.pitch or stored.row_bytes))
+                _read(file, line, stored)
             yield start, part.view(dtype).view(-1, *rest)
+
+
+def _read(file: FileIO, target: Tensor, stored: Stored) -> None:
+    """Fills `target` (n,) uint8 from where the file stands."""
+    read = 0
+    while read < len(target):  # one call of the system gives 2 GB at most, and may give less than asked for
+        got = file.readinto(target[read:].numpy().data)
+        if not got:
+            raise InputError(f"{stored.where}: the file ends inside it; it was changed while being read")
+        read += got
 
 
 def _first(names: list[str], most: int = 5) -> str:

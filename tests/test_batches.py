@@ -1,5 +1,9 @@
 """Row order, micro-batches and packing: every row once, whatever the split, and no label off by one."""
 
+import random
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -7,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, token_logprobs
+from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs, token_logprobs
+from ldalign.toy import random_mistral
 
 
 def orders(seed: int, count: int = 23, size: int = 5, epochs: int = 3) -> list[list[int]]:
@@ -61,6 +66,51 @@ def test_deal_every_size(count: int) -> None:
         sizes = [sum(map(len, micros)) for micros in plan]
         assert sum(sizes) == count and max(sizes) - min(sizes) <= 1
         assert {len(micros) for micros in plan} == {-(-max(sizes) // 2)}
+
+
+def test_deal_balances_ranks_and_micro_batches() -> None:
+    """All micro-batches cost about the same, those that run together nearly exactly; none is left over."""
+    draw = random.Random(0)
+    costs = [draw.randint(50, 900) for _ in range(64)]
+    for ranks, budget in ((1, 4096), (2, 4096), (4, 2048), (8, 8192)):
+        plan = deal(costs, ranks, budget)
+        assert len(plan[0]) <= 1.2 * sum(costs) / (ranks * budget) + 1
+        loads = np.array([[sum(costs[i] for i in micro) for micro in micros] for micros in plan])
+        assert loads.max() < 1.1 * loads.mean()
+        assert (loads.max(0).sum() / loads.mean(0).sum()) < 1.05
+
+
+def test_deal_balances_costs_within_sizes() -> None:
+    """What fills a micro-batch is not what it costs: four short items cost as much as one long one."""
+    sizes, costs = [8, 2, 2, 2, 2], [16, 4, 4, 4, 4]
+    assert sorted(sorted(micros[0]) for micros in deal(sizes, 2, 8, costs)) == [[0], [1, 2, 3, 4]]
+    dear = deal([4, 4, 4], 2, 8, [9, 1, 1])
+    assert sorted(sorted(micros[0]) for micros in dear) == [[0], [1, 2]]
+    assert len(deal([4, 4, 4], 1, 8, [9, 1, 1])[0]) == 2
+
+
+def test_deal_many_rows_at_once() -> None:
+    """The reference pass deals a whole data set: time must not be quadratic."""
+    draw = random.Random(0)
+    costs = [draw.randint(50, 900) for _ in range(50_000)]
+    began = time.process_time()
+    deal(costs, 2, 8192)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("pair", [Pair("a", [5, 6], [7, 8, 9], [4]), Pair("b", [5] * 7, [4])])
+def test_pair_costs_count_every_product(pair: Pair, window: int | None) -> None:
+    """Against a count of what is seen token by token."""
+    config = replace(tiny.MISTRAL, sliding_window=window)
+    model = random_mistral(config, 0)
+    prompt = len(pair.prompt)
+    positions = [*range(prompt), *(prompt + i for response in pair.responses for i in range(len(response)))]
+    keys = sum(min(position + 1, window or 10**9) for position in positions)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    head = sum(map(len, pair.responses)) * config.vocab_size * config.hidden_size
+    assert pair_costs(model, [pair]) == [len(positions) * blocks + attention + head]
 
 
 def test_pack_by_hand() -> None:

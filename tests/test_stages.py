@@ -12,6 +12,7 @@ from ldalign import distributed, estimate, stages, toy
 from ldalign.batches import Batch, Pair
 from ldalign.config import load_config, to_yaml
 from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.generate import Response
 from ldalign.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
 from ldalign.settings import RunConfig
@@ -66,9 +67,32 @@ def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFi
     assert "WARNING" not in capfd.readouterr().err
 
 
+def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
+    """A prompt that fills max_length costs the row; a sampled response too long for it loses its end."""
+    path = rows_file(tmp_path / "rows.jsonl", 200)
+    long = {"id": "long", "prompt": "Say it again. " * 100, "response": "no"}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    ctx = open_toy(tmp_path, f"data={path}", "heldout_fraction=0", "max_rows=4", "sft.rows=null", "global_batch=2")
+    assert ctx.train.dropped == ["long"]
+    room = ctx.config.max_length - len(ctx.train.pairs[0].prompt)
+    losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
+    with ctx.run as run:
+        stages.data_stage(ctx)
+        dropped = stages.read_jsonl(run.path / "data/dropped.jsonl")
+        assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
+        assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
+        (run.path / "iteration_0/responses").mkdir(parents=True)
+        (run.path / "iteration_0/responses/responses.jsonl").write_text("")
+        pairs = stages.reference_stage(ctx, 0, ctx.start, losers)
+        assert len(pairs[0].generated or ()) == room
+        assert json.loads((run.path / "iteration_0/reference/summary.json").read_text())["losers/cut"] == 1
+    distributed.stop()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["training.shard_ranks=2"], "training.shard_ranks=2: 1 ranks cannot be split so"),
         (["global_batch=49"], "48 usable rows are fewer than one batch of global_batch=49"),
         (["sft.global_batch=65"], "64 usable rows are fewer than one batch of sft.global_batch=65"),
         (["max_length=60", "max_new_tokens=8"], "the prompt alone fills it"),

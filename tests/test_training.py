@@ -49,7 +49,7 @@ def gradient(
         block.checkpointing = checkpointing
     distributed.shard(model, model.blocks, torch.float32, CPU)
     loss = accumulate_gradients(model, pairs, settings, mean, CPU, pairs[0].generated is not None)
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss, grads, mean.reduce(CPU)
 
 
