@@ -24,7 +24,7 @@ from ldalign.toy import CONFIG as TOY_CONFIG
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "peers"))  # worker.py, for scripts that import ours.py
-RATE_SECONDS = 1.5  # a measurement of the machine's rates lasts about this long
+RATE_SECONDS, COPY_BYTES = 1.5, 2**28  # how long a measurement of the machine's rates lasts, and what it copies
 # glibc gives large blocks back to the system and faults them in again, up to 40 % of a peer's time. ldalign tells it
 # not to (ldalign/memory.py); a peer's user would have to know these variables, which say the same.
 KEEP_MEMORY = {
@@ -112,7 +112,7 @@ def measure_machine(shape: Shape, tokens: int, dtype: str, device: torch.device,
     """Rates of the machine now: see machine.py. The products are those of one block."""
     job = {
         "task": "rates", "products": shape.attention_products + shape.mlp_products, "tokens": tokens, "dtype": dtype,
-        "device": str(device), "seconds": 0.01 if small else RATE_SECONDS,
+        "device": str(device), "seconds": 0.01 if small else RATE_SECONDS, "copy_bytes": 2**20 if small else COPY_BYTES,
     }  # fmt: skip
     return measure("machine.py", job)
 

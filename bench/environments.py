@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 1800  # of one installation
+_missing: dict[str, str] = {}  # why, by name: nobody waits for the same failure twice
 
 
 class PeerMissing(Exception):
@@ -28,24 +29,36 @@ def peer_python(name: str, root: Path = ROOT) -> Path:
     LDALIGN_PEER_NAME in the environment, a Python that has the packages already, is used instead: for machines without
     a network. Raises PeerMissing.
     """
-    offered = os.environ.get(f"LDALIGN_PEER_{name.upper()}")
-    if offered:
-        return Path(offered)
-    wanted = requirements(name, root).read_text(encoding="utf-8") + f"torch {importlib.metadata.version('torch')}\n"
+    variable = f"LDALIGN_PEER_{name.upper()}"
+    if variable in os.environ:
+        offered = Path(os.environ[variable])
+        if not offered.is_file():
+            raise PeerMissing(f"{variable}={offered}: no such file")
+        return offered
+    if name in _missing:
+        raise PeerMissing(_missing[name])
+    wanted = pins(name, root) + f"torch {importlib.metadata.version('torch')}\n"
     folder = root / f".venv-{name}"
     stamp, python = folder / "made-from.txt", folder / "bin" / "python"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    print(f"bench: making {folder} for {name} ...", file=sys.stderr, flush=True)
+    print(f"bench: making {folder} ...", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         venv.create(folder, with_pip=True, symlinks=True)
         install(python, requirements(name, root))
     except (OSError, subprocess.SubprocessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise PeerMissing(f"its environment could not be made: {_last_line(error)}") from None
+        _missing[name] = f"its environment could not be made: {_last_line(error)}"
+        raise PeerMissing(_missing[name]) from None
     stamp.write_text(wanted, encoding="utf-8")
     return python
+
+
+def pins(name: str, root: Path = ROOT) -> str:
+    """The text of the peer's requirements, with that of the file they build on."""
+    text = requirements(name, root).read_text(encoding="utf-8")
+    return text + (root / "requirements" / f"bench-{name}.txt").read_text(encoding="utf-8") if "-r " in text else text
 
 
 def requirements(name: str, root: Path = ROOT) -> Path:
@@ -54,7 +67,7 @@ def requirements(name: str, root: Path = ROOT) -> Path:
     return own if torch.version.cuda and own.is_file() else root / "requirements" / f"bench-{name}.txt"
 
 
-def install(python: Path, pins: Path) -> None:
+def install(python: Path, wanted: Path) -> None:
     """torch first, exactly ours; then the pins, which may not move it. Raises subprocess.SubprocessError."""
     pip = [str(python), "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check"]
     version = importlib.metadata.version("torch")
@@ -68,7 +81,7 @@ def install(python: Path, pins: Path) -> None:
         _run([*pip, f"torch=={version.partition('+')[0]}"])
     constraint = python.parent.parent / "torch.txt"
     constraint.write_text(f"torch=={version}\n", encoding="utf-8")
-    _run([*pip, "-r", str(pins), "-c", str(constraint)])
+    _run([*pip, "-r", str(wanted), "-c", str(constraint)])
 
 
 def _run(command: list[str]) -> None:

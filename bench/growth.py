@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for name in ["toy"] if args.small else args.shapes.split(","):
         config = dict(TOY_CONFIG) if args.small else SHAPES[name]
-        lengths = (16, 32) if args.small else tuple(map(int, args.tokens.split(","))) if args.tokens else TOKENS[name]
+        lengths = (16,) if args.small else tuple(map(int, args.tokens.split(","))) if args.tokens else TOKENS[name]
         held: dict[str, tuple[int, float]] = {}  # by side: the last length, and its peak in GiB
         for tokens in lengths:
             pair = even_pair(tokens, config["vocab_size"])

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from worker import Job, Result, main, settle
 
-COPY_BYTES = 2**28
-
 
 def rates(job: Job) -> Result:
     """{"flops": a second, "bytes": read and written a second} of products (tokens, i) x (i, o) into standing outputs.
@@ -24,7 +22,7 @@ def rates(job: Job) -> Result:
     for library in libraries:
         torch.set_float32_matmul_precision(library)
         found.append(product_rate(job["tokens"], job["products"], dtype, device, job["seconds"]))
-    return {"flops": max(found), "bytes": copy_rate(device, job["seconds"])}
+    return {"flops": max(found), "bytes": copy_rate(job["copy_bytes"], device, job["seconds"])}
 
 
 def product_rate(
@@ -44,11 +42,11 @@ def product_rate(
     return sum(2 * tokens * i * o for i, o in products) / _median_seconds(run, device, seconds)
 
 
-def copy_rate(device: torch.device, seconds: float) -> float:
-    """Bytes a second, read and written."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+def copy_rate(size: int, device: torch.device, seconds: float) -> float:
+    """Bytes a second, read and written, of copying `size` bytes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source), device, seconds)
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device, seconds)
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 import torch
-from environments import requirements
+from environments import pins
 from work import LENGTHS, SHAPES, Pair, Shape, describe, make_pairs, step_flops, tokens_of
 
 from ldalign.errors import run
@@ -180,9 +180,8 @@ def pinned() -> dict[str, str]:
     """The peers' versions, from their requirements files."""
     found = {}
     for peer, packages in {"trl": ("trl", "transformers"), "transformers": ("transformers",)}.items():
-        text = requirements(peer).read_text(encoding="utf-8")
         for package in packages:
-            match = re.search(rf"^{package}==(\S+)", text, re.MULTILINE)
+            match = re.search(rf"^{package}==(\S+)", pins(peer), re.MULTILINE)
             if match:
                 found[f"{package} ({peer}'s environment)"] = match[1]
     return found
