@@ -69,7 +69,7 @@ def in_train_order(pairs: list[dict[str, list[int]]]) -> list[Pair]:
     """The pairs laid so that training, which shuffles, takes them in the order given."""
     laid: list[Any] = [None] * len(pairs)
     for pair, place in zip(pairs, permutation(SEED, "epoch/0", len(pairs)), strict=True):
-        laid[int(place)] = Pair(str(place), **pair)
+        laid[int(place)] = Pair(str(place), pair["prompt"], pair["real"], pair["generated"])
     return laid
 
 

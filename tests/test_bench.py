@@ -1,6 +1,7 @@
 """The benchmarks: that every script runs, that all sides do the same work, that costs and attribution are right."""
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
