@@ -73,6 +73,11 @@ def figures(path: Path) -> list[tuple[str, str, str]]:
         for name, r in table["ops"].items():
             rows.append((f"{name} {table['dtype']}", f"{r['eager_over_ldalign']:.2f} x faster than eager",
                          f"{100 * r['share_of_copy_bandwidth']:.0f} % of copy bandwidth"))  # fmt: skip
+    for table in result["attention"]:
+        shape = f"{table['heads']} heads of {table['width']}, {table['pairs']} pairs, {table['tokens']} tokens"
+        for name, r in table["peers"].items():
+            rows.append((f"pair attention, {shape}: {name}", f"{r['over_ldalign']:.2f} x ldalign's time",
+                         f"{r['needed_tflops_per_s']:.0f} TFLOP/s needed"))  # fmt: skip
     return rows
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.env import describe_machine
 from ldalign.errors import run
-from ldalign.kernels import reference
+from ldalign.kernels import flash, gpu, reference
 from ldalign.memory import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +42,9 @@ SHAPES: dict[str, list[Shape]] = {
     "cuda": [(8192, 4096, 32_000), (8192, 4096, 128_256)],
 }
 SMALL: Shape = (64, 32, 512)
+# Query heads, key heads, head width, window, pairs, tokens of a prompt and of a response (each give or take a quarter)
+ATTENTION = [(9, 3, 64, None, 64, 128, 128), (32, 8, 128, 4096, 8, 512, 512), (32, 8, 128, 4096, 4, 2560, 512)]
+ATTENTION_SMALL = [(3, 1, 16, None, 2, 8, 8)]
 
 
 class Inputs:
@@ -243,6 +246,111 @@ def _timed(step: Callable[[], Any], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e4
 
 
+# ------------------------------------------------------------------------------------------------------- pair attention
+
+
+class Pairs:
+    """A packed batch, and the same as separate sequences [prompt | response], as peers want them."""
+
+    def __init__(
+        self, heads: int, key_heads: int, width: int, pairs: int, prompt: int, response: int, device: torch.device
+    ) -> None:
+        make = torch.Generator().manual_seed(0)
+        spread = torch.rand(pairs, 3, generator=make) / 2 + 0.75
+        lengths = (spread * torch.tensor([prompt, response, response])).long()
+        rows, self.sequences, at = [], [], 0
+        for P, *responses in lengths.tolist():
+            begin, end = at, at + P
+            rows.append((begin, end, begin, begin))
+            at = end
+            for n in responses:
+                rows.append((at, at + n, begin, end))
+                self.sequences.append(torch.cat([torch.arange(begin, end), torch.arange(at, at + n)]))
+                at += n
+        self.heads, self.segments = heads, torch.tensor(rows)
+        self.qkv = torch.randn(at, heads + 2 * key_heads, width, generator=make).to(device, torch.bfloat16)
+        self.grad = torch.randn(at, heads, width, generator=make).to(device, torch.bfloat16)
+        seen = sum((e - b) * (pe - pb) + (e - b) * (e - b + 1) // 2 for b, e, pb, pe in rows)
+        self.operations = 14 * heads * width * seen  # seven products with the backward's, two operations a number
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v on the axis of heads, the last but one."""
+        key_heads = (x.shape[-2] - self.heads) // 2
+        q, k, v = x.split([self.heads, key_heads, key_heads], dim=-2)
+        return q, k, v
+
+
+def attend_packed(backend: Any, x: Pairs, window: int | None) -> Callable[[], Any]:
+    def step() -> Tensor:
+        out, lse = backend.pair_attention(x.qkv, x.heads, x.segments, window)
+        return backend.pair_attention_backward(x.grad, x.qkv, out, lse, x.heads, x.segments, window)  # type: ignore[no-any-return]
+
+    return step
+
+
+def attend_padded(x: Pairs) -> Callable[[], Any]:
+    """torch's scaled_dot_product_attention on separate, padded sequences."""
+    index = torch.nn.utils.rnn.pad_sequence(x.sequences, batch_first=True).to(x.qkv.device)
+    leaves = [part.transpose(1, 2).contiguous().requires_grad_() for part in x.split(x.qkv[index])]
+    grad = x.grad[index].transpose(1, 2).contiguous()
+
+    def step() -> tuple[Tensor, ...]:
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, leaves, grad)
+
+    return step
+
+
+def attend_flash(x: Pairs) -> Callable[[], Any]:
+    """flash-attn on separate sequences without padding."""
+    from flash_attn import flash_attn_varlen_func
+
+    index = torch.cat(x.sequences).to(x.qkv.device)
+    lengths = torch.tensor([0, *map(len, x.sequences)])
+    starts, longest = lengths.cumsum(0).to(x.qkv.device, torch.int32), int(lengths.max())
+    leaves = [part.contiguous().requires_grad_() for part in x.split(x.qkv[index])]
+    grad = x.grad[index]
+
+    def step() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(*leaves, starts, starts, longest, longest, causal=True)
+        return torch.autograd.grad(out, leaves, grad)
+
+    return step
+
+
+def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, Any]]:
+    """Pair attention, forward and backward, against the same work on separate sequences; all in turn."""
+    tables = []
+    for heads, key_heads, width, window, *sizes in ATTENTION_SMALL if small else ATTENTION:
+        pairs, prompt, response = sizes
+        x = Pairs(heads, key_heads, width, pairs, prompt, response, device)
+        assert window is None or window >= max(map(len, x.sequences)), "the peers are given no window"
+        steps = {"ldalign, Triton": attend_packed(gpu, x, window), "torch SDPA, padded": attend_padded(x)}
+        if flash.available():
+            steps["ldalign, flash-attn"] = attend_packed(flash, x, window)
+            steps["flash-attn, separate sequences"] = attend_flash(x)
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(repeat + 2):
+            for name, step in steps.items():
+                taken = _timed(step, device)
+                if turn >= 2:
+                    seconds[name].append(taken)
+        first = seconds["ldalign, Triton"]
+        tables.append({
+            "heads": heads, "key_heads": key_heads, "width": width, "window": window, "pairs": pairs,
+            "tokens": len(x.qkv), "sequence_tokens": sum(map(len, x.sequences)), "flash_attn": flash.why_not(),
+            "peers": {
+                name: {
+                    "milliseconds": 1e3 * statistics.median(taken),
+                    "over_ldalign": statistics.median(s / o for s, o in zip(taken, first, strict=True)),
+                    "needed_tflops_per_s": x.operations / statistics.median(taken) / 1e12,
+                }
+                for name, taken in seconds.items()
+            },
+        })  # fmt: skip
+    return tables
+
+
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
@@ -372,6 +480,7 @@ def measure(device: torch.device, repeat: int, small: bool, shapes: list[Shape] 
             {"shape": s[:2], "dtype": d, "ops": elementwise(s, getattr(torch, d), device, repeat)}
             for s in shapes[:1] for d in (dtype, "float32")
         ],
+        "attention": attention(device, repeat, small) if device.type == "cuda" and gpu.available() else [],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
@@ -402,6 +511,17 @@ def render(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} ({table['shape'][0]} x {table['shape'][1]}) | {table['dtype']} | {r['milliseconds']:.3f} | "
                 f"{r['eager_over_ldalign']:.2f} | {r['share_of_copy_bandwidth']:.2f} |"
+            )
+    for table in result["attention"]:
+        lines += [
+            "", f"Pair attention, forward and backward: {table['pairs']} pairs, {table['tokens']} tokens packed, "
+            f"{table['sequence_tokens']} as separate sequences, {table['heads']} heads over {table['key_heads']} key "
+            f"heads of width {table['width']}, bfloat16. {table['flash_attn']}", "",
+            "| | milliseconds | time / ldalign | TFLOP/s of what is needed |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for name, r in table["peers"].items():
+            lines.append(
+                f"| {name} | {r['milliseconds']:.3f} | {r['over_ldalign']:.2f} | {r['needed_tflops_per_s']:.1f} |"
             )
     machine = result["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"

@@ -27,6 +27,14 @@ struct WideOf<double> {
 template <class T>
 using Wide = typename WideOf<T>::type;
 
+// One step of an optimizer: AdamW (Loshchilov and Hutter, arXiv 1711.05101) or RMSprop.
+struct Update {
+  float learning_rate, decay;      // decay: of the weights, 0 for none
+  float momentum, smoothing, eps;  // shares of the old averages of the gradient (AdamW) and of its square
+  float first, second;             // what the averages are divided by, having begun at 0; 1 for RMSprop
+  uint32_t seed;                   // of the random bits that 16-bit values are rounded with
+};
+
 template <class T>
 struct Kernels {
   using A = Wide<T>;
@@ -72,6 +80,12 @@ struct Kernels {
   void (*dot)(const T* x, const T* y, int64_t rows, int64_t D, A* out);  // of each row of x with that of y
   void (*add)(const T* x, int64_t n, A* sum);                           // sum += x
   void (*round)(const A* x, int64_t n, T* y);
+
+  // Weights p and averages m, v (of T's gradients; float or, `narrow`, bf16) after one step, in place; `at` is the index
+  // of the first value. 16-bit results are rounded up or down at random, by their distance: small steps add up.
+  // Only of float and bf16.
+  void (*adamw)(T* p, const T* grad, void* m, void* v, bool narrow, int64_t n, int64_t at, const Update& update);
+  void (*rmsprop)(T* p, const T* grad, void* v, bool narrow, int64_t n, int64_t at, const Update& update);
 };
 
 // One instruction set's kernels.

@@ -52,6 +52,10 @@ TORCH_LIBRARY(ldalign_cpp, m) {
   m.def("pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor out, Tensor lse)");
   m.def("pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments,"
         " int? window) -> Tensor");
+  m.def("adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, float learning_rate, float decay, float beta1,"
+        " float beta2, float eps, int step, int seed) -> ()");
+  m.def("rmsprop_(Tensor(a!) p, Tensor grad, Tensor(b!) v, float learning_rate, float decay, float alpha, float eps,"
+        " int seed) -> ()");
 
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);
@@ -75,6 +79,8 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("swiglu_backward", TORCH_FN(swiglu_backward));
   m.impl("pair_attention", TORCH_FN(pair_attention));
   m.impl("pair_attention_backward", TORCH_FN(pair_attention_backward));
+  m.impl("adamw_", TORCH_FN(adamw_));
+  m.impl("rmsprop_", TORCH_FN(rmsprop_));
 }
 
 }  // namespace ldalign::cpu

@@ -78,4 +78,12 @@ Tensor pair_attention_backward(
     const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t heads, const Tensor& segments,
     std::optional<int64_t> window);
 
+// ---- optimizer.cpp: in place; m and v float32 or bfloat16
+
+// AdamW's step number `step`, from 1
+void adamw_(Tensor p, const Tensor& grad, Tensor m, Tensor v, double learning_rate, double decay, double beta1,
+            double beta2, double eps, int64_t step, int64_t seed);
+void rmsprop_(Tensor p, const Tensor& grad, Tensor v, double learning_rate, double decay, double alpha, double eps,
+              int64_t seed);
+
 }  // namespace ldalign::cpu

@@ -272,11 +272,84 @@ void round(const Wide<T>* x, int64_t n, T* y) {
 }
 
 template <class T>
+constexpr bool is_float_or_bf16 = false;
+template <>
+constexpr bool is_float_or_bf16<float> = true;
+template <>
+constexpr bool is_float_or_bf16<bf16> = true;
+
+// 32 random bits for each of the values from `index` on: MurmurHash3's finalizer of the index, keyed by the seed.
+LDALIGN_INLINE U32 random_bits(int64_t index, uint32_t seed) {
+  U32 h = (uint32_t)index * 0x9E3779B9u + seed - U32{};
+  for (int lane = 0; lane < kLanes; ++lane) h[lane] += lane * 0x9E3779B9u;
+  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+  return h ^ (h >> 16);
+}
+
+// value, to be rounded at the store: adding 16 random bits below those that stay makes truncation random rounding.
+template <class T>
+LDALIGN_INLINE F32 dither(F32 value, U32 random) {
+  if constexpr (sizeof(T) == 4) return value;
+  const U32 bits = (U32)value;
+  const U32 up = (bits + (random & 0xFFFFu)) & 0xFFFF0000u;
+  return (F32)((bits & 0x7F800000u) == 0x7F800000u ? bits : up);  // infinite and NaN stay
+}
+
+template <class T, class S>
+void adamw_of(T* p, const T* grad, S* m, S* v, int64_t n, int64_t at, const Update& u) {
+  const float keep = 1 - u.learning_rate * u.decay, step = u.learning_rate / u.first;
+  const float root = 1 / __builtin_sqrtf(u.second);
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+    const F32 g = load(grad + i, count);
+    const F32 mean = load(m + i, count) * u.momentum + g * (1 - u.momentum);
+    const F32 square = load(v + i, count) * u.smoothing + g * g * (1 - u.smoothing);
+    F32 size;
+    for (int lane = 0; lane < kLanes; ++lane) size[lane] = __builtin_sqrtf(square[lane]);
+    const F32 value = load(p + i, count) * keep - step * mean / (size * root + u.eps);
+    const U32 random = random_bits(at + i, u.seed);
+    store(p + i, dither<T>(value, random), count);
+    store(m + i, dither<S>(mean, random >> 16), count);
+    store(v + i, dither<S>(square, random >> 8), count);
+  });
+}
+
+template <class T, class S>
+void rmsprop_of(T* p, const T* grad, S* v, int64_t n, int64_t at, const Update& u) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
+    const F32 old = load(p + i, count), g = load(grad + i, count) + old * u.decay;
+    const F32 square = load(v + i, count) * u.smoothing + g * g * (1 - u.smoothing);
+    F32 size;
+    for (int lane = 0; lane < kLanes; ++lane) size[lane] = __builtin_sqrtf(square[lane]);
+    const U32 random = random_bits(at + i, u.seed);
+    store(p + i, dither<T>(old - u.learning_rate * g / (size + u.eps), random), count);
+    store(v + i, dither<S>(square, random >> 16), count);
+  });
+}
+
+template <class T>
+void adamw(T* p, const T* grad, void* m, void* v, bool narrow, int64_t n, int64_t at, const Update& u) {
+  if (narrow) return adamw_of(p, grad, static_cast<bf16*>(m), static_cast<bf16*>(v), n, at, u);
+  adamw_of(p, grad, static_cast<float*>(m), static_cast<float*>(v), n, at, u);
+}
+
+template <class T>
+void rmsprop(T* p, const T* grad, void* v, bool narrow, int64_t n, int64_t at, const Update& u) {
+  if (narrow) return rmsprop_of(p, grad, static_cast<bf16*>(v), n, at, u);
+  rmsprop_of(p, grad, static_cast<float*>(v), n, at, u);
+}
+
+template <class T>
 constexpr Kernels<T> make() {
   Kernels<T> all = {logprob<T>,           logit_gradient<T>,     nullptr,   rms_norm<T>, rms_norm_backward<T>,
                     rope<T>,              swiglu<T>,             swiglu_backward<T>,
-                    attention_softmax<T>, attention_gradient<T>, dot<T>,    add<T>,      round<T>};
+                    attention_softmax<T>, attention_gradient<T>, dot<T>,    add<T>,      round<T>,
+                    nullptr,              nullptr};
   if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
+  if constexpr (is_float_or_bf16<T>) {
+    all.adamw = adamw<T>;
+    all.rmsprop = rmsprop<T>;
+  }
   return all;
 }
 

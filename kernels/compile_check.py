@@ -22,13 +22,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldalign.kernels import triton_elementwise, triton_head, triton_norm
+from ldalign.kernels import triton_attention, triton_elementwise, triton_head, triton_norm
 from ldalign.kernels.triton_common import INTERPRETED, recording
 
 CAPABILITIES = ((8, 0), (9, 0))
 DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = 8192
 MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))  # width, its feed-forward's, heads, head width
+ATTENTION = ((9, 3, 64, None), (32, 8, 128, 4096))  # query heads, key heads, head width, window
 HEADS = ((576, 49_152), (4096, 32_000), (4096, 128_256))  # width, vocabulary
 TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b"}  # mma.sync and wgmma as the machine spells them
 TYPES = {
@@ -75,6 +76,11 @@ def run_production(dtype: torch.dtype) -> None:
         gate_up = empty(N, 2 * F)
         triton_elementwise.swiglu(gate_up)
         triton_elementwise.swiglu_backward(empty(N, F), gate_up)
+    segments = torch.tensor([(0, 2048, 0, 0), (2048, 5120, 0, 2048), (5120, TOKENS, 0, 2048)])
+    for H, K, E, window in ATTENTION:
+        qkv, out, lse = empty(N, H + 2 * K, E), empty(N, H, E), wide(N, H)
+        triton_attention.pair_attention(qkv, H, segments, window)
+        triton_attention.pair_attention_backward(out, qkv, out, lse, H, segments, window)
     sums = wide(16)
     triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
     for D, V in HEADS:

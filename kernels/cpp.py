@@ -185,3 +185,21 @@ def pair_attention_backward(
     """dqkv (N, H + 2K, E). The probabilities are made again, tile by tile."""
     dqkv: Tensor = torch.ops.ldalign_cpp.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
     return dqkv
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizers
+
+
+def adamw_(
+    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
+    beta2: float, eps: float, step: int, seed: int,
+) -> None:  # fmt: skip
+    """One step in place (`ldalign.kernels.eager.adamw_`), in one pass."""
+    torch.ops.ldalign_cpp.adamw_(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
+
+
+def rmsprop_(
+    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+) -> None:
+    """One step in place (`ldalign.kernels.eager.rmsprop_`), in one pass."""
+    torch.ops.ldalign_cpp.rmsprop_(p, grad, square, learning_rate, decay, alpha, eps, seed)

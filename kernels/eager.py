@@ -266,3 +266,53 @@ def pair_attention_backward(
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """(K, G, T, E) and (K, n, E) -> scaled scores (K, G, T, n), wide."""
     return (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)).mul_(q.shape[-1] ** -0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizers
+
+
+def adamw_(
+    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
+    beta2: float, eps: float, step: int, seed: int,
+) -> None:  # fmt: skip
+    """AdamW's step number `step`, from 1 (arXiv 1711.05101), in place and in float32.
+
+    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down at random, by its
+    distance from both neighbours: rounded to the nearest, steps below 1/512 of a weight would be lost.
+    """
+    random = _random_bits(p, seed)
+    g = grad.float()
+    m = mean.float().mul_(beta1).add_(g, alpha=1 - beta1)
+    v = square.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    size = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    _store(
+        p, p.float().mul_(1 - learning_rate * decay).addcdiv_(m, size, value=-learning_rate / (1 - beta1**step)), random
+    )
+    _store(mean, m, random >> 16)
+    _store(square, v, random >> 8)
+
+
+def rmsprop_(
+    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+) -> None:
+    """RMSprop's step as torch.optim has it (no momentum, not centred), in place; rounding as in `adamw_`."""
+    random = _random_bits(p, seed)
+    g = grad.float().add(p.float(), alpha=decay)
+    v = square.float().mul_(alpha).addcmul_(g, g, value=1 - alpha)
+    _store(p, p.float().addcdiv_(g, v.sqrt().add_(eps), value=-learning_rate), random)
+    _store(square, v, random >> 16)
+
+
+def _random_bits(p: Tensor, seed: int) -> Tensor:
+    """32 random bits a value of p, in int64: MurmurHash3's finalizer of its index, keyed by the seed."""
+    h = torch.arange(p.numel(), device=p.device).view(p.shape).mul_(0x9E3779B9).add_(seed).bitwise_and_(0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = ((h ^ (h >> shift)) * factor).bitwise_and_(0xFFFFFFFF)
+    return h ^ (h >> 16)
+
+
+def _store(to: Tensor, value: Tensor, random: Tensor) -> None:
+    if to.dtype == torch.bfloat16:  # random bits below those that stay: truncating then rounds at random
+        bits = (value.view(torch.int32) + (random & 0xFFFF).int()).bitwise_and_(-0x10000).view(torch.float32)
+        value = torch.where(value.isfinite(), bits, value)
+    to.copy_(value)

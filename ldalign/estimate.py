@@ -152,7 +152,7 @@ def _memory_line(ctx: Context, model: Mistral, parameters: int) -> str:
     # FSDP gathers one group at a time, the next one ahead: two blocks, and embedding and head, with their gradients.
     block = count_parameters(model.blocks[0])
     gathered = 2 * width * (2 * block + parameters - block * len(model.blocks))
-    activations = t.micro_tokens * activation_bytes(model.config, width, t.checkpointing)
+    activations = t.micro_tokens * sum(activation_bytes(model.config, width, t.checkpointing))
     logits = min(ops.workspace_bytes(ctx.device.type), 4 * model.config.vocab_size * t.micro_tokens)
     parts = {
         "float32 weights, gradients and optimizer": sharded, "compute copies": gathered,
@@ -163,8 +163,11 @@ def _memory_line(ctx: Context, model: Mistral, parameters: int) -> str:
     return f"memory, rough: {sum(parts.values()) / 2**30:.1f} GiB a rank ({shown})"
 
 
-def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: bool) -> int:
-    """Bytes kept for the backward per token of a micro-batch, counted over the tensors that the blocks save."""
+def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:
+    """Bytes per token of a micro-batch: those kept for the backward; those made again there, a block at a time.
+
+    Counted over the tensors that the blocks save.
+    """
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -172,7 +175,11 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: bool) 
     # compute dtype. In float32: a scale for each norm and a log-sum-exp for each head.
     block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (2 + config.num_attention_heads)
     stream = itemsize * width
-    return config.num_hidden_layers * stream + block if checkpointing else config.num_hidden_layers * block
+    outside = stream + 4 * config.head_dim + 12  # the last norm's input and scale, the rotary tables, the ids
+    if checkpointing == "full":
+        return config.num_hidden_layers * stream + outside, block
+    again = 3 * itemsize * inner if checkpointing == "selective" else 0  # inside the feed-forward
+    return config.num_hidden_layers * (block - again) + outside, again
 
 
 def _disk_line(ctx: Context, planned: Sequence[str], parameters: int) -> str:

@@ -9,7 +9,7 @@ Shapes: N flat tokens, D width, H heads, E head width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    checkpoint_activations = False
+    checkpointing: Literal["none", "selective", "full"] = "none"  # as in Mistral's blocks
 
     def __init__(self, config: GPT2Config, index: int) -> None:
         super().__init__()
@@ -112,12 +112,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        if self.checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, layout, use_reentrant=False)
         return self._forward(x, layout)
 
     def _forward(self, x: Tensor, layout: Layout) -> Tensor:
         x = x + self.attn(self.ln_1(x), layout)
+        if self.checkpointing == "selective" and torch.is_grad_enabled():
+            return x + checkpoint(self.mlp, self.ln_2(x), use_reentrant=False)
         return x + self.mlp(self.ln_2(x))
 
 

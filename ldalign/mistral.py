@@ -9,7 +9,7 @@ Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    checkpoint_activations = False  # recompute in the backward; inside the block, where FSDP has gathered its weights
+    # What is recomputed in the backward; inside the block, where FSDP has gathered its weights.
+    checkpointing: Literal["none", "selective", "full"] = "none"
 
     def __init__(self, config: MistralConfig, index: int) -> None:
         super().__init__()
@@ -171,12 +172,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        if self.checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, cos, sin, layout, use_reentrant=False)
         return self._forward(x, cos, sin, layout)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         normed, x = self.post_attention_layernorm.add(self.self_attn(self.input_layernorm(x), cos, sin, layout), x)
+        if self.checkpointing == "selective" and torch.is_grad_enabled():
+            return x + checkpoint(self.mlp, normed, use_reentrant=False)
         return x + self.mlp(normed)
 
 

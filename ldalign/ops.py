@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ldalign.errors import EnvironmentProblem
+from ldalign.kernels import flash
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
-    "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rope", "segment_sum",
-    "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
+    "adamw_", "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rmsprop_", "rope",
+    "segment_sum", "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = (
     "linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu",
-    "pair_attention",
+    "pair_attention", "adamw_", "rmsprop_",
 )  # fmt: skip
 
 
@@ -562,6 +563,20 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
     return torch.ops.ldalign.pair_attention(qkv, heads, segments, window)[0]
 
 
+def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
+    """The backend of pair attention: flash-attn where it is installed and can do this batch, else the chosen one."""
+    if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
+        if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
+            _note_flash()
+            return flash
+    return _module(choose("pair_attention", qkv.device.type, qkv.dtype == torch.float64))
+
+
+@functools.cache
+def _note_flash() -> None:
+    log.info("ops: pair_attention on cuda: flash-attn, where it can (LDALIGN_BACKEND=auto)")
+
+
 def _check_segments(segments: Tensor, tokens: int) -> None:
     done, prompt = 0, 0
     for i, (begin, end, prefix_begin, prefix_end) in enumerate(segments.tolist()):
@@ -593,7 +608,9 @@ def _backward_pair_attention(ctx: Any, grad: Tensor | None, _: Tensor | None) ->
 
 _operator(
     "pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor, Tensor)",
-    lambda qkv, *rest: _raw("pair_attention", qkv)(qkv, *rest),
+    lambda qkv, heads, segments, window: _attention(qkv, segments, window).pair_attention(
+        qkv, heads, segments, window
+    ),
     lambda qkv, heads, segments, window: (
         qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads),
     ),
@@ -603,6 +620,27 @@ _operator(
 _operator(
     "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments, int? window) "
     "-> Tensor",
-    lambda grad, qkv, *rest: _raw("pair_attention_backward", qkv)(grad, qkv, *rest),
+    lambda grad, qkv, out, lse, heads, segments, window: _attention(qkv, segments, window).pair_attention_backward(
+        grad, qkv, out, lse, heads, segments, window
+    ),
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizers
+
+
+def adamw_(
+    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
+    beta2: float, eps: float, step: int, seed: int,
+) -> None:  # fmt: skip
+    """One step of AdamW on a parameter and its averages, in place. Oracle: `ldalign.kernels.eager.adamw_`."""
+    raw = _raw("adamw_", p)
+    raw(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
+
+
+def rmsprop_(
+    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+) -> None:
+    """One step of RMSprop on a parameter and its average, in place. Oracle: `ldalign.kernels.eager.rmsprop_`."""
+    _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)

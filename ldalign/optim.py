@@ -1,12 +1,62 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ldalign import ops
 
 Schedule = Literal["constant", "linear", "cosine"]
+ALPHA = 0.99  # RMSprop's share of the old average, torch's default: SPIN and DPO use it
+
+
+class Optimizer(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101), or RMSprop as SPIN and DPO use it (no momentum): one pass over memory a step.
+
+    Weights and gradients are float32 or bfloat16, the averages of `state_dtype`. bfloat16 values are rounded at random
+    (`ldalign.kernels.eager.adamw_`), with bits that depend on the seed, the step, the parameter's number and the place
+    in it alone. Sharded parameters (DTensor) are updated where they lie.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], name: Literal["adamw", "rmsprop"], learning_rate: float,
+        betas: tuple[float, float], state_dtype: torch.dtype, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        self.name, self.state_dtype, self.seed, self.steps = name, state_dtype, seed, 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        self.steps += 1
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                number += 1
+                if p.grad is not None:
+                    seed = (self.seed * 0x9E3779B1 + self.steps * 0x85EBCA77 + number * 0xC2B2AE3D) % 2**32
+                    self._update(p, _local(p), _local(p.grad), group, seed)
+
+    def _update(self, p: Tensor, weights: Tensor, grad: Tensor, group: dict[str, Any], seed: int) -> None:
+        state = self.state[p]
+        for name in ("mean", "square") if self.name == "adamw" else ("square",):
+            if name not in state:
+                state[name] = torch.zeros_like(weights, dtype=self.state_dtype)
+        rate, decay, eps = group["lr"], group["weight_decay"], group["eps"]
+        if self.name == "adamw":
+            ops.adamw_(
+                weights, grad, state["mean"], state["square"], rate, decay, *group["betas"], eps, self.steps, seed
+            )
+        else:
+            ops.rmsprop_(weights, grad, state["square"], rate, decay, ALPHA, eps, seed)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def make_optimizer(
@@ -15,20 +65,16 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
-) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or RMSprop as SPIN and DPO use it (torch's defaults: alpha 0.99, no momentum).
-
-    Vectors (norms, biases) are never decayed. The states live beside the float32 master weights, sharded like them.
-    """
+    state_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Optimizer:
+    """The optimizer of a model's parameters that have requires_grad; vectors (norms, biases) are never decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=learning_rate, foreach=True)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, foreach=True)
+    return Optimizer([g for g in groups if g["params"]], name, learning_rate, betas, state_dtype, seed)
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float, schedule: Schedule) -> float:

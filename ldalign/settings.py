@@ -38,7 +38,13 @@ class Training:
         "gradients", "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. Less is "
         "less memory and more communication"
     )  # fmt: skip
-    checkpointing: bool = setting(False, "recompute activations in the backward: less memory, a third more time")
+    checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "recompute in the backward: selective, the feed-forwards' inner activations (half the memory, a few "
+                "percent more time); full, whole blocks (a third more time)")  # fmt: skip
+    master_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the weights the optimizer changes; bfloat16: rounded at random, a third of the memory"
+    )
+    state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
-SCHEDULE_KEYS = ("training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm")
+SCHEDULE_KEYS = (
+    "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
+    "training.master_dtype", "training.state_dtype",
+)  # fmt: skip
 
 Metrics = dict[str, float]
 
@@ -274,7 +277,7 @@ def _train_settings(ctx: Context) -> TrainSettings:
         epochs=t.epochs, global_batch=c.global_batch, micro_tokens=t.micro_tokens, learning_rate=c.learning_rate,
         optimizer=t.optimizer, schedule=t.schedule, warmup_ratio=t.warmup_ratio, weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm, beta=c.beta, checkpointing=t.checkpointing,
-        sharding=distributed.Sharding(t.shard_ranks, t.whole),
+        state_dtype=getattr(torch, t.state_dtype), sharding=distributed.Sharding(t.shard_ranks, t.whole),
     )  # fmt: skip
 
 
@@ -286,7 +289,7 @@ def _train_stage(
 
     def make(folder: Path) -> Metrics:
         model = load_model(
-            start, torch.float32, ctx.device,
+            start, getattr(torch, ctx.config.training.master_dtype), ctx.device,
             lambda m: distributed.shard(m, m.blocks, ctx.dtype, ctx.device, settings.sharding),
         )  # fmt: skip
         summary = train(

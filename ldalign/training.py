@@ -44,7 +44,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
     beta: float = 0.1
-    checkpointing: bool = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    state_dtype: torch.dtype = torch.float32  # of the optimizer's averages
     sharding: Sharding = Sharding()
     max_steps: int | None = None  # stop early; the schedule still spans all epochs
 
@@ -71,10 +72,13 @@ def train(
         raise ValueError("train: no pairs")
     preference = pairs[0].generated is not None
     for block in model.blocks:
-        block.checkpoint_activations = settings.checkpointing
+        block.checkpointing = settings.checkpointing
     distributed.shard(model, model.blocks, compute_dtype, device, settings.sharding)
     model.train()  # no dropout in either architecture: this only marks the state
-    optimizer = make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+    optimizer = make_optimizer(
+        model, settings.optimizer, settings.learning_rate, settings.weight_decay, state_dtype=settings.state_dtype,
+        seed=seed,
+    )  # fmt: skip
     steps = count_steps(len(pairs), settings.global_batch, settings.epochs)
     stop = min(steps, settings.max_steps or steps)
     metrics_log = MetricsLog(metrics_path, stage)

@@ -139,7 +139,7 @@ def test_checkpointing_changes_no_gradient(tiny: GPT2, monkeypatch: pytest.Monke
     gradients, forwards = [], []
     for on in (False, True):
         for block in tiny.blocks:
-            monkeypatch.setattr(block, "checkpoint_activations", on)
+            monkeypatch.setattr(block, "checkpointing", "full" if on else "none")
         calls.clear()
         gradients.append(torch.autograd.grad(tiny(ids), list(tiny.parameters()), upstream))
         forwards.append(len(calls))

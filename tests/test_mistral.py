@@ -195,7 +195,7 @@ def test_checkpointing_changes_no_gradient(windowed: Mistral, monkeypatch: pytes
     gradients, forwards = [], []
     for on in (False, True):
         for block in windowed.blocks:
-            monkeypatch.setattr(block, "checkpoint_activations", on)
+            monkeypatch.setattr(block, "checkpointing", "full" if on else "none")
         calls.clear()
         gradients.append(torch.autograd.grad(windowed(ids), list(windowed.parameters()), upstream))
         forwards.append(len(calls))

@@ -1,8 +1,12 @@
 """Schedules and parameter groups."""
 
+from types import ModuleType
+
 import pytest
 import torch
+from torch import Tensor
 
+from ldalign.kernels import cpp, eager
 from ldalign.optim import learning_rate_factor, make_optimizer
 
 
@@ -42,3 +46,71 @@ def test_the_optimizers_are_the_named_ones() -> None:
         model.weight.grad = torch.tensor([[4.0]])
         optimizer.step()
         assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+def both_steps(dtype: torch.dtype, state: torch.dtype, name: str, steps: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and averages after some steps: of the C++ kernel, and of plain PyTorch."""
+    results = []
+    for module in (cpp, eager):
+        make = torch.Generator().manual_seed(0)
+        p = torch.randn(70, 33, generator=make).to(dtype)
+        averages = [torch.zeros(p.shape, dtype=state) for _ in range(2 if name == "adamw" else 1)]
+        for step in range(1, steps + 1):
+            grad = torch.randn(p.shape, generator=make).to(dtype)
+            if name == "adamw":
+                module.adamw_(p, grad, *averages, 1e-2, 0.1, 0.9, 0.999, 1e-8, step, 7 * step)
+            else:
+                module.rmsprop_(p, grad, *averages, 1e-2, 0.1, 0.99, 1e-8, 7 * step)
+        results.append([p, *averages])
+    return results[0], results[1]
+
+
+needs_cpp = pytest.mark.skipif(not cpp.available(), reason=f"no C++ backend: {cpp.why_not()}")
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernel_is_the_formula(dtype: torch.dtype, state: torch.dtype, name: str) -> None:
+    """The same random bits: a bfloat16 value may differ only where float32 rounding tips the balance."""
+    for ours, theirs in zip(*both_steps(dtype, state, name), strict=True):
+        if ours.dtype == dtype == state == torch.float32:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        else:
+            assert ours.dtype == torch.float32 or (ours == theirs).float().mean() > 0.95
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_float32_steps_are_torchs(name: str) -> None:
+    """Five steps with decay against torch.optim."""
+    models = [torch.nn.Linear(9, 7, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = make_optimizer(models[0], name, 1e-2, weight_decay=0.1)  # type: ignore[arg-type]
+    peer = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
+    theirs = peer(models[1].parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        grad = torch.randn(7, 9, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            model.weight.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"])
+def test_small_steps_add_up_in_bfloat16(module: ModuleType) -> None:
+    """2,000 steps of 1/2000: rounded to nearest none of them would move a weight of 1 at all."""
+    p = torch.ones(4000, dtype=torch.bfloat16)
+    square = torch.ones(4000, dtype=torch.bfloat16)
+    for step in range(2000):
+        module.rmsprop_(p, torch.ones_like(p), square, 5e-4, 0.0, 0.99, 0.0, step)
+    assert p.float().mean().item() == pytest.approx(0.0, abs=0.01)
+    assert square.float().mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"])
+def test_infinite_and_nan_stay(module: ModuleType) -> None:
+    p = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=torch.bfloat16)
+    module.adamw_(p, torch.ones_like(p), torch.zeros(4), torch.zeros(4), 0.1, 0.0, 0.9, 0.999, 1e-8, 1, 5)
+    assert p[:2].isinf().all() and p[2].isnan() and p[3] < 1

@@ -186,7 +186,7 @@ def test_a_changed_setting_is_refused_by_name(
 
 def test_what_only_moves_work_about_may_change(toy_run: Path, toy_cache: Path, in_process: None) -> None:
     before = state_of(toy_run)
-    align(toy_run, toy_cache, "training.micro_tokens=512", "sampling.batch_rows=7", "training.checkpointing=true")
+    align(toy_run, toy_cache, "training.micro_tokens=512", "sampling.batch_rows=7", "training.checkpointing=full")
     assert state_of(toy_run) == before
 
 

@@ -41,12 +41,12 @@ def as_sft(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def gradient(
-    pairs: Sequence[Pair], settings: TrainSettings = SETTINGS, checkpointing: bool = False
+    pairs: Sequence[Pair], settings: TrainSettings = SETTINGS, checkpointing: str = "none"
 ) -> tuple[float, dict[str, Tensor], dict[str, float]]:
     """Loss, gradients and metrics of one global batch, through the product's own path."""
     model, mean = tiny.mistral(), Mean()
     for block in model.blocks:
-        block.checkpoint_activations = checkpointing
+        block.checkpointing = checkpointing
     distributed.shard(model, model.blocks, torch.float32, CPU)
     loss = accumulate_gradients(model, pairs, settings, mean, CPU, pairs[0].generated is not None)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -110,10 +110,11 @@ def test_micro_batches_do_not_change_the_gradient(kind: str) -> None:
             assert metrics[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
 
 
-def test_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_nothing(checkpointing: str) -> None:
     pairs = tiny.pairs(8, weights=WEIGHTS)
     loss, grads, _ = gradient(pairs)
-    again, recomputed, _ = gradient(pairs, checkpointing=True)
+    again, recomputed, _ = gradient(pairs, checkpointing=checkpointing)
     assert again == loss and difference(recomputed, grads) < 1e-6
 
 

@@ -5,61 +5,23 @@ that dtype, three times for gradients. The same comparison must fail for results
 without their weights. The compiler's side is in test_triton_compile.py.
 """
 
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import triton_backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_backend import NATIVE, gpu
 
-from ldalign.kernels import reference
+from ldalign.kernels import reference, triton_common, triton_head, triton_norm
 
-NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-
-
-def load_backend() -> ModuleType:
-    """ldalign.kernels.gpu, interpreted where there is no GPU; a copy, so that other tests see what the machine has."""
-    if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
-        assert "triton" not in sys.modules, "a test file imports triton before this one: set TRITON_INTERPRET=1"
-    spec = importlib.util.find_spec("ldalign.kernels.gpu")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        if not NATIVE:
-            patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, Triton's own too: at this import
-        pytest.importorskip("triton", reason="the package triton is not installed")
-        spec.loader.exec_module(module)
-    return module
-
-
-gpu = load_backend()
-from ldalign.kernels import triton_common, triton_head, triton_norm  # noqa: E402  after it is settled how they run
-
+device, interpret = triton_backend.device, triton_backend.interpret
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and infinity
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-
-
-@pytest.fixture(autouse=True)
-def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable again: at its first launch the interpreter imports more of Triton."""
-    if not NATIVE:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not NATIVE:
-        pytest.skip("needs a CUDA device")
-    if request.param == "interpreter" and NATIVE:
-        pytest.skip("Triton compiles in this process; TRITON_INTERPRET=1 runs the interpreter")
-    return "cuda" if NATIVE else "cpu"
 
 
 @pytest.fixture
