@@ -31,13 +31,6 @@ class Training:
     weight_decay: float = setting(0.0, "of matrices; 0: off", check=non_negative)
     max_grad_norm: float = setting(1.0, "clip the global gradient norm; 0: off", check=non_negative)
     micro_tokens: int = setting(8192, "token budget of one micro-batch on one rank", check=positive)
-    checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "recompute in the backward: selective, the feed-forwards' inner activations (half the memory, a few "
-                "percent more time); full, whole blocks (a third more time)")  # fmt: skip
-    master_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the weights the optimizer changes; bfloat16: rounded at random, a third of the memory"
-    )
-    state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
     shard_ranks: int | None = setting(
         None, "ranks that share one copy of the model, such as a node's GPUs; null: all", check=positive
     )
@@ -45,6 +38,13 @@ class Training:
         "gradients", "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. Less is "
         "less memory and more communication"
     )  # fmt: skip
+    checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "recompute in the backward: selective, the feed-forwards' inner activations (half the memory, a few "
+                "percent more time); full, whole blocks (a third more time)")  # fmt: skip
+    master_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the weights the optimizer changes; bfloat16: rounded at random, a third of the memory"
+    )
+    state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
 
 
 @dataclass(frozen=True)

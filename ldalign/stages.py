@@ -277,8 +277,7 @@ def _train_settings(ctx: Context) -> TrainSettings:
         epochs=t.epochs, global_batch=c.global_batch, micro_tokens=t.micro_tokens, learning_rate=c.learning_rate,
         optimizer=t.optimizer, schedule=t.schedule, warmup_ratio=t.warmup_ratio, weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm, beta=c.beta, checkpointing=t.checkpointing,
-        state_dtype=getattr(torch, t.state_dtype),
-        sharding=distributed.Sharding(t.shard_ranks, t.whole),
+        state_dtype=getattr(torch, t.state_dtype), sharding=distributed.Sharding(t.shard_ranks, t.whole),
     )  # fmt: skip
 
 

@@ -32,8 +32,8 @@ SETTINGS = TrainSettings(epochs=25, global_batch=5, micro_tokens=45, learning_ra
 # What must not change the trajectory either, by number of ranks: steps to compare, and settings. The vocabulary of 61
 # is no multiple of 2 or 4.
 VARIANTS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
-    1: {"checkpointing": (50, {"checkpointing": True})},
-    2: {"checkpointing": (10, {"checkpointing": True}), "whole": (10, {"sharding": Sharding(whole="all")}),
+    1: {"checkpointing": (50, {"checkpointing": "full"})},
+    2: {"checkpointing": (10, {"checkpointing": "selective"}), "whole": (10, {"sharding": Sharding(whole="all")}),
         "copies": (10, {"sharding": Sharding(ranks=1, whole="nothing")})},
     4: {"hybrid": (50, {"sharding": Sharding(ranks=2)}),
         "hybrid, nothing whole": (10, {"sharding": Sharding(ranks=2, whole="nothing"), "micro_tokens": 1})},
