@@ -37,7 +37,7 @@ class Precision:
 
 
 PRECISION = {
-    "bfloat16": Precision(torch.bfloat16, torch.bfloat16),
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16, {"state_dtype": torch.bfloat16}),
     "mixed": Precision(torch.float32, torch.bfloat16),
     "float32": Precision(torch.float32, torch.float32),
 }
