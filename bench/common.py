@@ -131,9 +131,9 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
 
 
 def result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
-    """A benchmark's record."""
+    """A benchmark's record. A model folder is named without its place on this machine."""
     return {
-        "benchmark": name, "policy": "toy" if args.small else args.policy, "small": args.small, **fields,
+        "benchmark": name, "policy": "toy" if args.small else Path(args.policy).name, "small": args.small, **fields,
         "machine": describe_machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
