@@ -3,7 +3,8 @@
 #   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make lint    ruff and mypy
-#   make bench   the benchmarks
+#   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
+#   make profile   where the time of a training step and of a generation goes: table, figure, traces for Perfetto
 #   make gpu     on a CUDA machine, without a network: build the extension, run every GPU test and benchmark, one table
 #   make check-env   what this machine has, and which backend each operation will use
 # PYTHON=python3.12 chooses the interpreter, GPUS=2 the number of processes of `make align`.
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align test lint bench gpu
+.PHONY: setup check-env align test lint bench profile gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
@@ -51,6 +52,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	@$(PY) bench/run.py $(ARGS)
+
+profile: $(VENV)/.profile
+	@$(PY) bench/profile_train.py $(ARGS)
 
 # With the packages that stand there: nothing is fetched.
 gpu: $(VENV)/.made
@@ -94,4 +98,8 @@ $(VENV)/.dev: $(VENV)/.product requirements/dev.txt
 # Its packages' own needs are torch and triton, which are there.
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	@$(PIP) install --no-deps -r requirements/bench.txt
+	@touch $@
+
+$(VENV)/.profile: $(VENV)/.product requirements/profile.txt
+	@$(PIP) install -r requirements/profile.txt
 	@touch $@

@@ -1,61 +1,66 @@
 """Batched sampling with a KV cache: `generate.generate_ids` against transformers' `generate` on a left-padded batch.
 
-No row may stop before its full length, so both make the same number of tokens from the same prompts. Run by run.py.
+    python bench/generate.py
+
+Part of `make bench`. No row may stop before its full length, so both make the same number of tokens from the same
+prompts; the peer in an environment of its own.
 """
 
-import time
+import statistics
+from typing import Any
 
-import torch
-from peer import Job, Timings, main, settle
+import common
+from work import LENGTHS, make_pairs
 
-from ldalign.generate import Sampling, generate_ids
-from ldalign.weights import load_model
+from ldalign.errors import run
 
-
-def batches(job: Job) -> list[list[list[int]]]:
-    """The prompts of each repetition, the one to warm up first."""
-    prompts = [pair["prompt"] for pair in job["pairs"]]
-    return [prompts[i : i + job["batch"]] for i in range(0, len(prompts), job["batch"])]
+ROWS, NEW_TOKENS = 32, 48
 
 
-def ldalign(job: Job, dtype: torch.dtype, device: torch.device) -> Timings:
-    """Without end tokens, rows go on to the end."""
-    model = load_model(job["folder"], dtype, device)
-    seconds, work = [], []
-    for n, prompts in enumerate(batches(job)):
-        began = time.perf_counter()
-        keys = [f"{n}/{i}" for i in range(len(prompts))]
-        made = generate_ids(model, prompts, keys, [], Sampling(job["new_tokens"]), seed=0, batch_rows=len(prompts))
-        settle(device)
-        if n:
-            seconds.append(time.perf_counter() - began)
-            work.append(float(sum(len(r.ids) for r in made)))
-    return seconds, work
+def main(argv: list[str]) -> None:
+    parser = common.options("generate", __doc__)
+    args = parser.parse_args(argv)
+    device, dtype = common.device_and_dtype()
+    folder, config = common.model_of(args)
+    rows, new_tokens, repeat = (2, 4, 1) if args.small else (ROWS, NEW_TOKENS, args.repeat or 5)
+    prompts = [pair["prompt"] for pair in make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])]
+    job = {
+        "task": "generation", "device": str(device), "dtype": dtype, "folder": str(folder) if folder else None,
+        "config": config, "new_tokens": new_tokens,
+        "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
+    }  # fmt: skip
+    common.say("generate ...")
+    sides: dict[str, dict[str, Any]] = {"ldalign": common.measure_ours("generation", job)}
+    if not args.no_peers:
+        sides["transformers"] = common.measure_or_say("peers/padded.py", job, "transformers", common.KEEP_MEMORY)
+    for side in sides.values():
+        if "skipped" not in side:
+            side["tokens_per_second"] = rows * new_tokens / statistics.median(side["seconds"])
+            side["time_ratio"] = common.median_ratio(side["seconds"], sides["ldalign"]["seconds"])
+    result = common.result(
+        "generate", args, device=str(device), dtype=dtype, rows=rows, new_tokens=new_tokens, repeat=repeat, sides=sides
+    )
+    common.save(result, render(result), args.results)
 
 
-def transformers(job: Job, dtype: torch.dtype, device: torch.device) -> Timings:
-    """min_new_tokens keeps rows going."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype).to(device).eval()
-    pad = model.config.pad_token_id or 0
-    seconds, work = [], []
-    for n, prompts in enumerate(batches(job)):
-        began = time.perf_counter()
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=job["new_tokens"], max_new_tokens=job["new_tokens"], pad_token_id=pad,
-            )  # fmt: skip
-        settle(device)
-        if n:
-            seconds.append(time.perf_counter() - began)
-            work.append(float((out.shape[1] - longest) * len(prompts)))
-    return seconds, work
+def render(result: dict[str, Any]) -> list[str]:
+    """The Markdown page."""
+    lines = [
+        "## generate", "",
+        f"Sampling at temperature 1, {result['rows']} rows a batch, each to {result['new_tokens']} new tokens; "
+        f"{result['policy']}, {result['dtype']} on {result['device']}, medians of {result['repeat']} after one to "
+        "warm up.", "",
+        *common.table("", "seconds", "tokens made a second", "time / ldalign's", "peak memory, GiB"),
+    ]  # fmt: skip
+    for name, side in result["sides"].items():
+        if "skipped" in side:
+            lines.append(common.row(name, f"not run: {side['skipped']}", "", "", ""))
+        else:
+            seconds = f"{statistics.median(side['seconds']):.3f}"
+            speed = [f"{side['tokens_per_second']:.0f}", f"{side['time_ratio']:.2f}", f"{side['peak_gib']:.2f}"]
+            lines.append(common.row(name, seconds, *speed))
+    return lines
 
 
 if __name__ == "__main__":
-    main({"ldalign": ldalign, "transformers": transformers})
+    run(main)

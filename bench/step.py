@@ -1,83 +1,229 @@
-"""One optimizer step of weighted DPO: the program's own loop, against a padded step on transformers.
+"""DPO steps on the same pairs: ldalign, TRL's DPOTrainer, and a classic padded loop on transformers.
 
-The peer is what preference trainers do: float32 weights under bf16 autocast, winners and losers in one right-padded
-batch, log-softmax of all logits, AdamW. Both have the reference's log-probs ready and take the same pairs in the same
-order. Run by run.py, not by hand.
+    python bench/step.py [--lengths gsm8k,short,...] [--optimizer adamw|rmsprop] [--shape mistral-7b] [--rounds 2]
+
+Part of `make bench`. Every row runs in a process of its own, the peers in environments of their own, one after the
+other in the same run; the machine's rate of matrix products is measured before each. All take the same pairs in the
+same order, the reference's log-probs at hand, gradients clipped, optimizer states in the weights' dtype, and the first
+step of each warms up. Ratios are medians over steps of the same pairs.
 """
 
-import json
-import time
-from itertools import pairwise
-from pathlib import Path
+import re
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import common
 import torch
-import torch.nn.functional as F
-from peer import Job, Timings, main, settle
+from environments import pins
+from work import LENGTHS, SHAPES, Pair, Shape, describe, make_pairs, step_flops, tokens_of
 
-from ldalign import distributed
-from ldalign.batches import Pair, global_batches
-from ldalign.training import TrainSettings, train
-from ldalign.weights import load_model
+from ldalign.errors import run
 
-LEARNING_RATE, BETA, SEED = 1e-6, 0.1, 0
+PRECISIONS = {
+    "bfloat16": "bf16 weights and optimizer states",
+    "mixed": "float32 weights and optimizer states, bf16 compute",
+    "float32": "float32",
+}
+LEARNING_RATE, BETA = 5e-7, 0.1
 
 
-def ldalign(job: Job, dtype: torch.dtype, device: torch.device) -> Timings:
-    """`training.train`, timed by its own metrics."""
-    distributed.start(device.type)
-    model = load_model(job["folder"], torch.float32, device)
-    pairs = [Pair(str(i), **ids) for i, ids in enumerate(job["pairs"])]
-    path = Path(job["scratch"]) / "metrics.jsonl"
-    settings = TrainSettings(
-        epochs=1, global_batch=job["batch"], micro_tokens=10**9, learning_rate=LEARNING_RATE, beta=BETA
-    )
-    # The reference's log-probs count as zero: their values do not change the work.
-    train(
-        model, pairs, settings, compute_dtype=dtype, device=device, seed=SEED, stage="bench", metrics_path=path,
-        step0_is_reference=False,
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: who, how, in which environment."""
+
+    name: str
+    precision: str
+    script: str = "ours.py"
+    peer: str | None = None
+    job: dict[str, Any] = field(default_factory=dict)
+    keep_memory: bool = True  # a peer gets glibc's thresholds raised, as ldalign raises them itself
+
+
+def _trl(name: str, precision: str, setting: str, keep_memory: bool = True) -> Row:
+    return Row(f"TRL, {name}", precision, "peers/trl_trainer.py", "trl", {"setting": setting}, keep_memory)
+
+
+def _padded(name: str, precision: str, keep_memory: bool = True) -> Row:
+    return Row(name, precision, "peers/padded.py", "transformers", {}, keep_memory)
+
+
+ROWS = (
+    Row("ldalign", "bfloat16"),
+    _trl("best setting", "bfloat16", "best"),
+    _padded("padded eager loop, best setting", "bfloat16"),
+    Row("ldalign", "mixed"),
+    _trl("as a user gets it", "mixed", "default", keep_memory=False),
+    _padded("padded eager loop, autocast", "mixed"),
+    Row("ldalign", "float32"),
+    _padded("padded eager loop", "float32"),
+)
+DEFAULT_MALLOC = (
+    _trl("best setting, default malloc", "bfloat16", "best", keep_memory=False),
+    _padded("padded eager loop, default malloc", "bfloat16", keep_memory=False),
+)
+LIGER = _trl("best setting with Liger's kernels", "bfloat16", "liger")
+
+
+def main(argv: list[str]) -> None:
+    parser = common.options("step", __doc__)
+    parser.add_argument("--lengths", default=",".join(LENGTHS), help="of the pairs; the first gets every row")
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="everybody's")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="rows to measure, by precision")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, no model folder")
+    parser.add_argument("--rounds", type=int, default=1, help="times that all rows are gone through")
+    parser.add_argument("--default-malloc", action="store_true", help="also the peers without malloc variables")
+    args = parser.parse_args(argv)
+    names = ["short"] if args.small else args.lengths.split(",")
+    for name in names:
+        if name not in LENGTHS:
+            parser.error(f"--lengths {name}: choose from {', '.join(LENGTHS)}")
+    device, _ = common.device_and_dtype()
+    folder, config = (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    batch = 2 if args.small else args.batch
+    tables = []
+    for place, name in enumerate(names):
+        rows = choose_rows(args, device, first=place == 0, folder=folder is not None)
+        steps = 1 if args.small else args.repeat or (8 if place == 0 else 3)
+        pairs = make_pairs(LENGTHS[name], batch * (steps + 1), config["vocab_size"])
+        batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+        job = {
+            "task": "dpo", "device": str(device), "folder": str(folder) if folder else None, "config": config,
+            "batches": batches, "optimizer": args.optimizer, "learning_rate": LEARNING_RATE, "beta": BETA,
+            "micro_tokens": 10**9,
+        }  # fmt: skip
+        tables.append({"lengths": name} | measure_table(rows, job, args.rounds, device, args.small))
+    result = common.result(
+        "step", args, device=str(device), optimizer=args.optimizer, batch=batch, shape=args.shape,
+        parameters=Shape.of(config).weights, tables=tables, versions=pinned(),
     )  # fmt: skip
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    tokens = [record["num_tokens"] for record in records]
-    distributed.stop()
-    return [r["time/step"] for r in records[1:]], [float(b - a) for a, b in pairwise(tokens)]
+    suffix = f"-{args.shape}" if args.shape else ""
+    common.save(result, render(result), args.results, f"step-{device.type}{suffix}")
 
 
-def transformers(job: Job, dtype: torch.dtype, device: torch.device) -> Timings:
-    """The padded step."""
-    from transformers import AutoModelForCausalLM
+def choose_rows(args: Any, device: torch.device, first: bool, folder: bool) -> list[Row]:
+    """The rows of a table: all of them in the first, those in bf16 for other lengths."""
+    wanted = args.precisions.split(",") if first else ["bfloat16"]
+    rows = [*ROWS, *(DEFAULT_MALLOC if args.default_malloc and first else ())]
+    if device.type == "cuda":
+        rows.insert(2, LIGER)
+    if not folder:  # TRL reads its reference from the policy's folder
+        rows = [row for row in rows if row.job.get("setting") != "default"]
+    return [row for row in rows if row.precision in wanted and (row.peer is None or not args.no_peers)]
 
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    seconds, work = [], []
-    for step, (_, indices) in enumerate(global_batches(len(job["pairs"]), job["batch"], 1, SEED)):
-        settle(device)
-        began = time.perf_counter()
-        pairs = [job["pairs"][i] for i in indices]
-        sequences = [(p["prompt"], p[side]) for side in ("real", "generated") for p in pairs]
-        longest = max(len(x) + len(y) for x, y in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-        seen, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (x, y) in enumerate(sequences):
-            ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
-            seen[i, : len(x) + len(y)] = 1
-            answer[i, len(x) : len(x) + len(y)] = True
-        ids, seen, answer = ids.to(device), seen.to(device), answer.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-        token_logps = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        real, generated = (token_logps * answer[:, 1:]).sum(1).chunk(2)
-        loss = -F.logsigmoid(BETA * (real - generated)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        settle(device)
-        if step:
-            seconds.append(time.perf_counter() - began)
-            work.append(float(sum(len(x) + len(y) for x, y in sequences)))
-    return seconds, work
+
+def measure_table(
+    rows: Sequence[Row], job: dict[str, Any], rounds: int, device: torch.device, small: bool
+) -> dict[str, Any]:
+    """All rows on one set of pairs: seconds of each step, pairs and tokens a second, peak memory, shares, ratios."""
+    batches: list[list[Pair]] = job["batches"]
+    shape = Shape.of(job["config"])
+    measured = [pair for batch in batches[1:] for pair in batch]
+    results: list[dict[str, Any]] = [
+        {"name": row.name, "precision": row.precision, "seconds": [], "rates": []} for row in rows
+    ]
+    for _ in range(rounds):
+        for row, out in zip(rows, results, strict=True):
+            if "skipped" in out:
+                continue
+            common.say(f"step: {row.name}, {row.precision} ...")
+            dtype = "float32" if row.precision == "float32" else "bfloat16"
+            out["rates"].append(common.measure_machine(shape, tokens_of(batches[0]), dtype, device, small)["flops"])
+            add(out, measure_row(row, job))
+    finish(results, len(measured), tokens_of(measured), step_flops(shape, measured))
+    return {"pairs": describe(batches[1:]), "flops_per_pair": step_flops(shape, measured) / len(measured),
+            "rows": results}  # fmt: skip
+
+
+def measure_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
+    """One process: a row of ours has to run, a peer's may say why not."""
+    # Both sides' float32 products go through the faster of torch's two libraries on the CPU; they stay float32.
+    products = {"float32_products": "medium"} if row.precision == "float32" and job["device"] == "cpu" else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = {**job, **row.job, **products, "precision": row.precision, "scratch": scratch}
+        if row.peer is None:
+            return common.measure_ours("dpo", whole)
+        environment = {**(common.KEEP_MEMORY if row.keep_memory else {}), "HF_HOME": scratch}
+        return common.measure_or_say(row.script, whole, row.peer, environment)
+
+
+def add(out: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Adds a round."""
+    if "skipped" in measured:
+        out["skipped"] = measured["skipped"]
+        return
+    out["seconds"] += measured["seconds"]
+    out["peak_gib"] = max(out.get("peak_gib", 0.0), measured["peak_gib"])
+    out["first_loss"] = measured["losses"][0]
+
+
+def finish(results: list[dict[str, Any]], pairs: int, tokens: int, flops: float) -> None:
+    """Rates, shares of the machine's, and ratios to ldalign's row of the same precision."""
+    ours = {r["precision"]: r for r in results if r["name"] == "ldalign"}
+    for r in results:
+        if "skipped" in r:
+            continue
+        rounds = len(r["rates"])
+        seconds = sum(r["seconds"]) / rounds
+        r["pairs_per_second"], r["tokens_per_second"] = pairs / seconds, tokens / seconds
+        r["product_rate"] = statistics.median(r["rates"])
+        r["mfu"] = flops / seconds / r["product_rate"]
+        if r["precision"] in ours:
+            r["time_ratio"] = common.median_ratio(r["seconds"], ours[r["precision"]]["seconds"])
+            r["memory_ratio"] = r["peak_gib"] / ours[r["precision"]]["peak_gib"]
+
+
+def pinned() -> dict[str, str]:
+    """The peers' versions, from their requirements files."""
+    found = {}
+    for peer, packages in {"trl": ("trl", "transformers"), "transformers": ("transformers",)}.items():
+        for package in packages:
+            match = re.search(rf"^{package}==(\S+)", pins(peer), re.MULTILINE)
+            if match:
+                found[f"{package} ({peer}'s environment)"] = match[1]
+    return found
+
+
+def render(result: dict[str, Any]) -> list[str]:
+    """The Markdown page."""
+    memory = "GPU memory" if result["device"] != "cpu" else "resident memory"
+    model = result["shape"] or result["policy"]
+    lines = [
+        f"## step, {result['device']}", "",
+        f"DPO steps of {result['batch']} pairs, {model} ({result['parameters'] / 1e6:.0f} million weights), "
+        f"{result['optimizer']}, reference log-probs at hand. Tokens are real ones, each prompt counted once. MFU: the "
+        "step's matrix products (prompt once, head at responses) against the machine's measured rate of bare products. "
+        "Ratios: to ldalign's row of the same precision, medians over steps.", "",
+    ]  # fmt: skip
+    for table in result["tables"]:
+        lines += [*_table(table, memory), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return [*lines, f"Peers: {versions}; malloc thresholds raised for them where not said otherwise."]
+
+
+def _table(table: dict[str, Any], memory: str) -> list[str]:
+    pairs = table["pairs"]
+    lines = [
+        f"**{table['lengths']}**: {pairs['pairs']} pairs of {pairs['tokens_per_pair']:.0f} tokens in the mean, "
+        f"{100 * pairs['prompt_share']:.0f} % of them prompt; a padded batch with the prompt twice holds "
+        f"{pairs['padded_over_packed']:.2f} times as many; {table['flops_per_pair'] / 1e9:.0f} GFLOP a pair.", "",
+        *common.table("", "precision", "pairs/s", "tokens/s", f"peak {memory}, GiB", "MFU", "time / ldalign's",
+                      "memory / ldalign's"),
+    ]  # fmt: skip
+    for r in table["rows"]:
+        precision = PRECISIONS[r["precision"]]
+        if "skipped" in r:
+            lines.append(common.row(r["name"], precision, f"not run: {r['skipped']}", "", "", "", "", ""))
+            continue
+        ratios = [f"{r[name]:.2f}" if name in r else "" for name in ("time_ratio", "memory_ratio")]
+        speed = [f"{r['pairs_per_second']:.2f}", f"{r['tokens_per_second']:.0f}"]
+        cells = [*speed, f"{r['peak_gib']:.2f}", f"{100 * r['mfu']:.0f} %", *ratios]
+        lines.append(common.row(r["name"], precision, *cells))
+    return lines
 
 
 if __name__ == "__main__":
-    main({"ldalign": ldalign, "transformers": transformers})
+    run(main)

@@ -89,16 +89,25 @@ class Guide(nn.Module):
         return Example(x[-max(1, self.config.max_tokens - len(y)) :], y)
 
     def encode(self, examples: Sequence[Example]) -> Tensor:
-        """The latents (B, Z) float32 of B examples."""
+        """The latents (B, Z) float32 of B examples. A prompt that several of them share is read once."""
         device, m = self.queries.device, self.config.latent_tokens
-        sizes = [len(e.prompt) + len(e.response) + m for e in examples]
-        # Id 0 stands where a query goes; its embedding is replaced.
-        ids = torch.tensor([t for e in examples for t in (*e.prompt, *e.response, *[0] * m)], device=device)
-        ends = torch.tensor(sizes, device=device).cumsum(0)
-        at = (ends[:, None] - m + torch.arange(m, device=device)).flatten()  # (B m,) the query positions
-        embedded = self.encoder.transformer.wte(ids)
-        embedded = embedded.index_copy(0, at, self.queries.to(embedded.dtype).repeat(len(examples), 1))
-        hidden = self.encoder.hidden(embedded, Packed(sizes, device))[at]
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for i, example in enumerate(examples):
+            by_prompt.setdefault(tuple(example.prompt), []).append(i)
+        ids: list[int] = []
+        at: list[list[int]] = [[]] * len(examples)  # the query positions of each example
+        for prompt, members in by_prompt.items():
+            ids += prompt
+            for i in members:
+                ids += [*examples[i].response, *[0] * m]  # id 0 where a query goes; its embedding is replaced
+                at[i] = list(range(len(ids) - m, len(ids)))
+        layout = Packed(
+            [[len(x), *(len(examples[i].response) + m for i in own)] for x, own in by_prompt.items()], device
+        )
+        queries = torch.tensor(at, device=device).flatten()  # (B m,)
+        embedded = self.encoder.transformer.wte(torch.tensor(ids, device=device))
+        embedded = embedded.index_copy(0, queries, self.queries.to(embedded.dtype).repeat(len(examples), 1))
+        hidden = self.encoder.hidden(embedded, layout)[queries]
         return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
 
     def decode(self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None) -> Tensor:

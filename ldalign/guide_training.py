@@ -58,7 +58,7 @@ def train_guide(
     metrics_log = MetricsLog(metrics_path, "guide")
     began = time.perf_counter()
     for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):
-        keyed = [(rows[seen[i]][side], f"guide/{epoch}/{seen[i]}/{side}") for i in batch for side in (0, 1)]
+        keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
         loss = _accumulate(guide, keyed, settings.micro_tokens, seed, device)
         norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
         if not np.isfinite(loss) or not np.isfinite(norm):
@@ -89,23 +89,27 @@ def train_guide(
 
 
 def _accumulate(
-    guide: Guide, keyed: Sequence[tuple[Example, str]], budget: int, seed: int, device: torch.device
+    guide: Guide, keyed: Sequence[tuple[tuple[Example, Example], str]], budget: int, seed: int, device: torch.device
 ) -> float:
-    """The gradient of one global batch, split over ranks and micro-batches; returns its loss in nats per token."""
-    divisor = sum(len(example.response) for example, _ in keyed)
-    plan = deal(_costs([e for e, _ in keyed]), distributed.world_size(), budget)[distributed.rank()]
+    """The gradient of one global batch, split over ranks and micro-batches; returns its loss in nats per token.
+
+    Both examples of a row stay together: the encoder reads their prompt once.
+    """
+    divisor = sum(len(example.response) for row, _ in keyed for example in row)
+    plan = deal([sum(_costs(row)) for row, _ in keyed], distributed.world_size(), budget)[distributed.rank()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro in enumerate(plan):
         distributed.last_micro(guide, i == len(plan) - 1)
         chosen = [keyed[j] for j in micro] or [keyed[0]]
         kept, hidden = [], []
-        for example, key in chosen:
-            # A row's dropout depends on its key alone, so neither ranks nor micro-batches change it.
-            draw = uniforms(seed, key, 1 + len(example.response))
-            kept.append(draw[0] >= guide.config.latent_dropout)
-            hidden.append(draw[1:] < guide.config.token_dropout)
+        for row, key in chosen:
+            for side, example in enumerate(row):
+                # Dropout depends on row and side alone, so neither ranks nor micro-batches change it.
+                draw = uniforms(seed, f"{key}/{side}", 1 + len(example.response))
+                kept.append(draw[0] >= guide.config.latent_dropout)
+                hidden.append(draw[1:] < guide.config.token_dropout)
         dropout = torch.tensor(kept, device=device), torch.from_numpy(np.concatenate(hidden)).to(device)
-        logps: Tensor = guide([e for e, _ in chosen], dropout=dropout)
+        logps: Tensor = guide([e for row, _ in chosen for e in row], dropout=dropout)
         loss = -logps.sum() * (1.0 / divisor if micro else 0.0)
         loss.backward()
         total += loss.detach().double()

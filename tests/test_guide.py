@@ -196,6 +196,19 @@ def test_each_example_is_decoded_with_the_latent_it_is_told(guide: Guide) -> Non
         assert not torch.allclose(guide(chosen, latents_of=[2, 0, 1]), guide(chosen), atol=1e-4)
 
 
+def test_a_shared_prompt_is_read_once() -> None:
+    """Latents of examples that share prompts, in any order, are those of each by itself; the batch is shorter."""
+    guide = new_guide(CONFIG, 0, None, TEXTS, SIZE)
+    texts = [("a prompt", "one"), ("another", "two words"), ("a prompt", "three"), ("a prompt", "four")]
+    chosen = [guide.example(x, y) for x, y in texts]
+    tokens: list[int] = []
+    guide.encoder.transformer.wte.register_forward_pre_hook(lambda module, inputs: tokens.append(len(inputs[0])))
+    with torch.no_grad():
+        together, alone = guide.encode(chosen), torch.cat([guide.encode([e]) for e in chosen])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert tokens[0] == sum(tokens[1:]) - 2 * len(chosen[0].prompt)
+
+
 def test_gradient_reaches_every_part() -> None:
     guide = new_guide(CONFIG, 0, None, TEXTS, SIZE)
     guide(examples(guide)).sum().backward()
@@ -253,7 +266,7 @@ def test_dropout_is_a_function_of_the_rows_key(one_rank: None) -> None:
     def step(budget: int, epoch: int) -> tuple[float, torch.Tensor]:
         guide = new_guide(CONFIG, 0, None, [t for row in rows for t in row], SIZE)
         distributed.shard(guide, guide.blocks, torch.float32, CPU)
-        keyed = [(guide.example(x, y), f"guide/{epoch}/{i}/0") for i, (x, y, _) in enumerate(rows)]
+        keyed = [((guide.example(x, y), guide.example(x, z)), f"guide/{epoch}/{i}") for i, (x, y, z) in enumerate(rows)]
         loss = training._accumulate(guide, keyed, budget, 0, CPU)
         return loss, guide.queries.grad  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ import pytest
 from ldalign.kernels import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT_FOLDERS = [name for name in ("train", "bench", "kernels") if any((ROOT / name).glob("*.py"))]
+SCRIPT_FOLDERS = [name for name in ("train", "bench", "bench/peers", "kernels") if any((ROOT / name).glob("*.py"))]
 
 
 def python(code: str, cwd: Path) -> str:
@@ -91,7 +91,7 @@ def test_tests_are_no_package() -> None:
 
 def test_requirements_are_pinned() -> None:
     files = sorted((ROOT / "requirements").glob("*.txt"))
-    assert len(files) == 4
+    assert len(files) == 8
     for file in files:
         for line in file.read_text().splitlines():
-            assert not line or line.startswith("#") or "==" in line, f"{file.name}: {line}"
+            assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{file.name}: {line}"

@@ -1,0 +1,165 @@
+"""What the benchmark scripts share: options, measured processes, result files."""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from environments import PeerMissing, peer_python
+from work import Config, Shape
+
+from ldalign.env import describe_machine
+from ldalign.errors import EnvironmentProblem
+from ldalign.pretrained import DEFAULT_MODEL, resolve_model
+from ldalign.settings import RunConfig
+from ldalign.stages import choose_dtype
+from ldalign.toy import CONFIG as TOY_CONFIG
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "peers"))  # worker.py, for scripts that import ours.py
+RATE_SECONDS, COPY_BYTES = 1.5, 2**28  # how long a measurement of the machine's rates lasts, and what it copies
+# glibc gives large blocks back to the system and faults them in again, up to 40 % of a peer's time. ldalign tells it
+# not to (ldalign/memory.py); a peer's user would have to know these variables, which say the same.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
+QUIET = {
+    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "ACCELERATE_LOG_LEVEL": "error",
+}  # fmt: skip
+
+
+class Failed(Exception):
+    """A measured process ended without a result; the text is its last line."""
+
+
+def options(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"bench/{name}.py", description=(doc or "").partition("\n")[0])
+    parser.add_argument("--policy", default=DEFAULT_MODEL, help="model folder or name")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ldalign", help="of fetched models")
+    parser.add_argument("--repeat", type=int, default=None, help="measured repetitions, after one to warm up")
+    parser.add_argument("--small", action="store_true", help="a toy model and a fraction of the work: does it run?")
+    parser.add_argument("--no-peers", action="store_true", help="ldalign's side alone")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
+    return parser
+
+
+def device_and_dtype() -> tuple[torch.device, str]:
+    """What runs go to here, and what they compute in."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, str(choose_dtype(RunConfig(), device)).removeprefix("torch.")
+
+
+def model_of(args: argparse.Namespace) -> tuple[Path | None, Config]:
+    """The policy's folder and its config.json; with --small the toy's config and no folder: random weights."""
+    if args.small:
+        return None, dict(TOY_CONFIG)
+    folder = resolve_model(args.policy, args.cache)
+    return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------- measured processes
+
+
+def measure(
+    script: str, job: Mapping[str, Any], peer: str | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The result of one job, done by bench/SCRIPT in a process of its own.
+
+    peer: whose environment it runs in; None: ldalign's. Raises PeerMissing and Failed.
+    """
+    python = Path(sys.executable) if peer is None else peer_python(peer)
+    done = subprocess.run(
+        [str(python), str(HERE / script)], input=json.dumps(job), capture_output=True, text=True,
+        env={**os.environ, **QUIET, "PYTHONPATH": str(HERE / "peers"), **(environment or {})},
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        killed = done.returncode == -9
+        raise Failed("killed, probably for memory" if killed else f"exit code {done.returncode}: {last[:300]}")
+    return json.loads(lines[-1])  # type: ignore[no-any-return]
+
+
+def measure_or_say(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """As `measure`, but a peer that cannot be measured gives {"skipped": why}: its row says so."""
+    try:
+        return measure(*args, **kwargs)
+    except (PeerMissing, Failed) as why:
+        return {"skipped": str(why)}
+
+
+def measure_ours(task: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """ldalign's side of a benchmark, which has to run."""
+    try:
+        return measure("ours.py", {**job, "task": task})
+    except Failed as why:
+        raise EnvironmentProblem(f"bench: {task}: ldalign failed: {why}") from None
+
+
+def measure_machine(shape: Shape, tokens: int, dtype: str, device: torch.device, small: bool = False) -> dict[str, Any]:
+    """Rates of the machine now: see machine.py. The products are those of one block."""
+    job = {
+        "task": "rates", "products": shape.attention_products + shape.mlp_products, "tokens": tokens, "dtype": dtype,
+        "device": str(device), "seconds": 0.01 if small else RATE_SECONDS, "copy_bytes": 2**20 if small else COPY_BYTES,
+    }  # fmt: skip
+    return measure("machine.py", job)
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """Of times of the same pieces of work."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- result files
+
+
+def result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
+    """A benchmark's record."""
+    return {
+        "benchmark": name, "policy": "toy" if args.small else args.policy, "small": args.small, **fields,
+        "machine": describe_machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def save(result: dict[str, Any], lines: list[str], folder: Path, name: str | None = None) -> None:
+    """Writes NAME.json and NAME.md and prints the page."""
+    machine = result["machine"]
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
+    where = ", ".join(machine["gpus"]) or cpu
+    torch_version = machine["packages"]["torch"]
+    foot = ["", f"{result['date']}, commit {machine['git_commit']}, {where}, torch {torch_version}."]
+    if result["small"]:
+        foot += ["", "Made with --small: shows that it runs, measures nothing."]
+    page = "\n".join([*lines, *foot]) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = name or result["benchmark"]
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def table(*columns: str) -> list[str]:
+    """The head of a Markdown table."""
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+
+def row(*cells: object) -> str:
+    """A line of one."""
+    return f"| {' | '.join(map(str, cells))} |"

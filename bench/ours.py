@@ -1,0 +1,146 @@
+"""ldalign's side of the benchmarks: the program's own functions, as its scripts call them. Run by the benchmarks.
+
+`PRECISION` says what each row of the step benchmark means to `training.train`; there is no other setting of ours.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from worker import Job, Result, main, settle, timed
+
+from ldalign import distributed
+from ldalign.batches import Pair
+from ldalign.generate import Sampling, generate_ids
+from ldalign.guide import load_guide
+from ldalign.guide_training import GuideTrainSettings, train_guide
+from ldalign.mistral import Mistral, MistralConfig
+from ldalign.seeds import permutation
+from ldalign.training import TrainSettings, train
+from ldalign.weights import load_model
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a row of ours holds weights and states and computes."""
+
+    weights: torch.dtype  # the model's, and with them the optimizer states'
+    compute: torch.dtype
+    settings: dict[str, Any] = field(default_factory=dict)  # more of TrainSettings
+
+
+PRECISION = {
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16),
+    "mixed": Precision(torch.float32, torch.bfloat16),
+    "float32": Precision(torch.float32, torch.float32),
+}
+
+
+def dpo(job: Job) -> Result:
+    """Optimizer steps of `training.train` over the job's batches, timed by its own metrics; the first warms up."""
+    device = distributed.start(job["device"])
+    precision = PRECISION[job["precision"]]
+    model = make_model(job, precision.weights, device)
+    size = len(job["batches"][0])
+    settings = TrainSettings(
+        epochs=1, global_batch=size, micro_tokens=job["micro_tokens"], learning_rate=job["learning_rate"],
+        beta=job["beta"], optimizer=job["optimizer"], schedule="constant", warmup_ratio=0.0, **precision.settings,
+    )  # fmt: skip
+    metrics = Path(job["scratch"]) / f"metrics-{time.monotonic_ns()}.jsonl"
+    # The reference's log-probs count as zero: their values do not change the work.
+    train(
+        model, in_train_order([pair for batch in job["batches"] for pair in batch]), settings,
+        compute_dtype=precision.compute, device=device, seed=SEED, stage="bench", metrics_path=metrics,
+        step0_is_reference=False,
+    )  # fmt: skip
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    distributed.stop()
+    return {"seconds": [r["time/step"] for r in records[1:]], "losses": [r["loss"] for r in records]}
+
+
+def in_train_order(pairs: list[dict[str, list[int]]]) -> list[Pair]:
+    """The pairs laid so that training, which shuffles, takes them in the order given."""
+    laid: list[Any] = [None] * len(pairs)
+    for pair, place in zip(pairs, permutation(SEED, "epoch/0", len(pairs)), strict=True):
+        laid[int(place)] = Pair(str(place), pair["prompt"], pair["real"], pair["generated"])
+    return laid
+
+
+def make_model(job: Job, dtype: torch.dtype, device: torch.device) -> Mistral:
+    """The job's model folder, or random weights in the shape of its config, made in place."""
+    if job["folder"]:
+        model = load_model(job["folder"], dtype, device)
+        assert isinstance(model, Mistral)
+        return model
+    with torch.device("meta"):
+        model = Mistral(MistralConfig.from_json(job["config"], "bench")).to(dtype)
+    model.to_empty(device=device)
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.02) if p.ndim > 1 else p.fill_(1.0)
+    return model
+
+
+def generation(job: Job) -> Result:
+    """Sampling without end tokens: rows go on to the end."""
+    device = distributed.start(job["device"])
+    model = make_model(job, getattr(torch, job["dtype"]), device).eval()
+    seconds: list[float] = []
+    for n, prompts in enumerate(job["batches"]):
+        keys = [f"{n}/{i}" for i in range(len(prompts))]
+        with timed(seconds, device):
+            generate_ids(model, prompts, keys, [], Sampling(job["new_tokens"]), SEED, batch_rows=len(prompts))
+    distributed.stop()
+    return {"seconds": seconds[1:]}
+
+
+def guide_training(job: Job) -> Result:
+    """Optimizer steps of `train_guide` over the job's rows, from the end of one to the end of the next."""
+    device = distributed.start(job["device"])
+    guide = load_guide(job["guide"], device)
+    texts = zip(job["prompts"], job["real"], job["generated"], strict=True)
+    rows = [(guide.example(prompt, real), guide.example(prompt, generated)) for prompt, real, generated in texts]
+    held = guide.example("a", "b"), guide.example("a", "c")  # it holds two rows out: these, which cost next to nothing
+    place = [int(i) for i in permutation(SEED, "guide/heldout", len(rows) + 2)]
+    laid: list[Any] = [None] * len(place)
+    for i, row in zip(place, [held, held, *rows], strict=True):
+        laid[i] = row
+    settings = GuideTrainSettings(
+        epochs=job["epochs"], global_batch=job["batch"], learning_rate=job["learning_rate"],
+        micro_tokens=job["micro_tokens"], heldout_fraction=1e-9, weight_decay=0.0, warmup_ratio=0.0,
+    )  # fmt: skip
+    ends: list[float] = []
+
+    def note(*_: object) -> None:
+        settle(device)
+        ends.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(note)
+    train_guide(guide, laid, settings, device=device, seed=SEED)
+    distributed.stop()
+    return {"seconds": [b - a for a, b in pairwise(ends)]}
+
+
+def guide_distance(job: Job) -> Result:
+    """`Guide.distance` of the job's texts; the first time warms up."""
+    device = distributed.start(job["device"])
+    guide = load_guide(job["guide"], device)
+    seconds: list[float] = []
+    for _ in range(job["repeat"] + 1):
+        with timed(seconds, device):
+            distances = guide.distance(job["prompts"], job["real"], job["generated"], job["micro_tokens"])
+    distributed.stop()
+    return {"seconds": seconds[1:], "distances": distances.tolist()}
+
+
+if __name__ == "__main__":
+    tasks = (dpo, generation, guide_training, guide_distance)
+    main({task.__name__: task for task in tasks})

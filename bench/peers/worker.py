@@ -1,0 +1,61 @@
+"""What every measured process shares: the job comes in on stdin as JSON, the result goes out as stdout's last line.
+
+Imports torch and nothing of ours: the peers run in environments of their own, where ldalign is not installed.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Job = dict[str, Any]
+Result = dict[str, Any]
+
+
+def main(tasks: dict[str, Callable[[Job], Result]]) -> None:
+    """Does the job's task and prints its result, with the peak memory of this process."""
+    job: Job = json.load(sys.stdin)
+    if job.get("float32_products"):
+        torch.set_float32_matmul_precision(job["float32_products"])
+    result = tasks[job["task"]](job)
+    print(json.dumps({"peak_gib": peak_gib(torch.device(job["device"]))} | result))
+
+
+def peak_gib(device: torch.device) -> float:
+    """Of the GPU's memory where there is one; else of this process's resident memory, Linux's VmHWM.
+
+    getrusage would count the parent's memory too, which was shared for a moment.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) / 2**20
+
+
+def settle(device: torch.device) -> None:
+    """Waits until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
+    """Adds the time of what is done inside, in seconds."""
+    settle(device)
+    began = time.perf_counter()
+    yield
+    settle(device)
+    seconds.append(time.perf_counter() - began)
+
+
+def optimizer_of(model: torch.nn.Module, name: str, learning_rate: float) -> torch.optim.Optimizer:
+    """The peers' optimizer, its states in the weights' dtype: torch's fastest form of each on this device."""
+    if name == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), lr=learning_rate, foreach=True)
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
