@@ -27,7 +27,8 @@ from ldalign.weights import check_model, count_parameters
 RECORD_BYTES = 40  # a sampled token in its file: text and id
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
-LOGIT_COPIES = 4  # of the head's piece of logits: in the compute dtype and in float32, with their gradients
+SCATTERED = 1.5  # the same for gradients that lie where the first micro-batch's activations were
+HOLES = 1.15  # the heap that activations of many sizes take, over their sum, as measured
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
         f"policy: {ctx.start}: {parameters / 1e6:.1f} million weights, all names and shapes right",
         *_data_lines(ctx),
         *(f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on" for w in work if w.steps),
-        _memory_line(ctx, model, parameters),
+        _memory_line(ctx, model),
         _disk_line(ctx, planned, parameters),
         _time_line(ctx, model.config, work, parameters),
         "dry run: nothing was made",
@@ -143,24 +144,85 @@ def _work(ctx: Context, name: str) -> Work:
     return Work(name)  # the guide is small beside the policy, and its stages are left out
 
 
-def _memory_line(ctx: Context, model: Mistral, parameters: int) -> str:
-    """Peak of one rank while it trains."""
-    t, width = ctx.config.training, ctx.dtype.itemsize
-    adamw = t.optimizer == "adamw" or ctx.config.sft.epochs or ctx.config.continual_sft.epochs
-    states = 8 if adamw else 4
-    sharded = parameters * (4 + 4 + states) / distributed.world_size()
-    # FSDP gathers one group at a time, the next one ahead: two blocks, and embedding and head, with their gradients.
-    block = count_parameters(model.blocks[0])
-    gathered = 2 * width * (2 * block + parameters - block * len(model.blocks))
-    activations = t.micro_tokens * sum(activation_bytes(model.config, width, t.checkpointing))
-    logits = min(ops.workspace_bytes(ctx.device.type), 4 * model.config.vocab_size * t.micro_tokens)
-    parts = {
-        "float32 weights, gradients and optimizer": sharded, "compute copies": gathered,
-        f"activations of {t.micro_tokens} tokens": activations, "logits": LOGIT_COPIES * logits,
-        "program": OVERHEAD_GIB * 2**30,
-    }  # fmt: skip
+def _memory_line(ctx: Context, model: Mistral) -> str:
+    """Peak of one rank while it trains. Steps are taken to be of full micro-batches, half of their tokens responses."""
+    t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
+    pairs = ctx.used[1] or ctx.train.pairs
+    longest = max(len(p.prompt) + 2 * len(p.real) for p in pairs)
+    step = config.global_batch * sum(len(p.prompt) + 2 * len(p.real) for p in pairs) / len(pairs) / ranks
+    tokens = int(max(longest, min(t.micro_tokens, step)))
+    adamw = t.optimizer == "adamw" or config.sft.epochs or config.continual_sft.epochs
+    shape = TrainingShape(
+        weight_bytes=getattr(torch, t.master_dtype).itemsize,
+        state_bytes=getattr(torch, t.state_dtype).itemsize * (2 if adamw else 1), compute_bytes=ctx.dtype.itemsize,
+        checkpointing=t.checkpointing, tokens=tokens, responses=sum(2 * len(p.real) for p in pairs) * tokens
+        // sum(len(p.prompt) + 2 * len(p.real) for p in pairs), micros=max(1, round(step / tokens)),
+        ranks=ranks, shards=t.shard_ranks or ranks, whole=t.whole, device=ctx.device.type,
+    )  # fmt: skip
+    parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
     shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    return f"memory, rough: {sum(parts.values()) / 2**30:.1f} GiB a rank ({shown})"
+    return f"memory: {sum(parts.values()) / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown})"
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """What the memory of training depends on, beside the model. Bytes are a weight's."""
+
+    weight_bytes: int  # of the weights that the optimizer changes, and of their gradients
+    state_bytes: int  # of all averages of the optimizer together
+    compute_bytes: int
+    checkpointing: str
+    tokens: int  # of the largest micro-batch on one rank
+    responses: int  # tokens of it that the head predicts
+    micros: int = 1  # micro-batches of a step on one rank
+    ranks: int = 1
+    shards: int = 1  # ranks that share one copy of the model
+    whole: str = "gradients"  # `distributed.Sharding.whole`
+    device: str = "cpu"
+
+
+def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
+    """Peak bytes of one rank by part, beside the program itself; they add up.
+
+    The peak is reached at the start of the backward, all activations there, or at its end, all gradients there.
+    """
+    config, itemsize, tokens = model.config, shape.compute_bytes, shape.tokens
+    parameters, block = count_parameters(model), count_parameters(model.blocks[0])
+    rest = parameters - block * len(model.blocks)  # embedding, head, last norm
+    head = model.output_weight.numel() * itemsize
+    several = shape.ranks > 1
+    wrapped = several or shape.weight_bytes != itemsize
+    kept, again = activation_bytes(config, itemsize, shape.checkpointing)
+    logits = min(ops.workspace_bytes(shape.device), 4 * config.vocab_size * shape.responses)
+    # The gradient of the head's weight is made in the forward, beside its hidden states and theirs.
+    at_head = head + logits + 2 * itemsize * config.hidden_size * shape.responses
+    # A block's backward: gradients of the feed-forward's inner activations, of the stream and of q, k, v.
+    inner = 3 * config.intermediate_size + 4 * config.hidden_size
+    at_block = tokens * (again + itemsize * inner)
+    gathered = 0.0
+    if wrapped:
+        # Several ranks gather a block and the one ahead, out of a buffer of its size; a rank alone keeps its casts.
+        held = parameters if not several or shape.whole == "all" else rest + 4 * block
+        gathered = itemsize * min(parameters, held)
+    own = parameters * shape.weight_bytes / shape.shards  # gradients as the optimizer sees them
+    before, after = 0.0, own
+    if shape.micros > 1:
+        before = SCATTERED * own
+        if wrapped and shape.whole != "nothing":
+            before, after = 4.0 * parameters, max(own, 4.0 * parameters)
+    if wrapped:  # the largest group's gradients on their way: as they were made, cast, and reduced
+        after += rest * (itemsize + 4) + 4 * rest / shape.shards
+    activations = tokens * kept * HOLES
+    if wrapped:  # flat buffers of whole groups do not fit into the places that activations leave, one by one
+        moment = {"gradients": after, "activations": activations, "head and one block": max(at_head, head + at_block)}
+    elif before + activations + max(at_head, head + at_block) >= after + 2 * head + at_block:
+        moment = {"gradients": before, "activations": activations, "head and one block": max(at_head, head + at_block)}
+    else:  # with the embedding's gradient, which is made whole before it is added
+        moment = {"gradients": after, "head and one block": 2 * head + at_block}
+    return {
+        "weights": parameters * shape.weight_bytes / shape.shards,
+        "optimizer": parameters * shape.state_bytes / shape.shards, "weights gathered": gathered, **moment,
+    }  # fmt: skip
 
 
 def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:

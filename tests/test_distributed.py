@@ -159,6 +159,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, d
     for ranks in VARIANTS:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         done = run_script(__file__, folder, ranks=ranks)
+        if "terminate called without an active exception" in done.stderr:
+            # Seen once in a dozen runs, at exit, after all the work. gloo's threads outlive destroy_process_group, as
+            # FSDP holds the group; one that drops a tensor while Python shuts down would end so. Not proven.
+            done = run_script(__file__, folder := tmp_path_factory.mktemp(f"again{ranks}"), ranks=ranks)
         assert done.returncode == 0, done.stderr
         out[ranks] = folder, json.loads((folder / "found.json").read_text())
     return out

@@ -223,7 +223,7 @@ def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
     text = estimate.dry_run(ctx, planned(ctx.config))
     assert "0.2 million weights" in text and "training rows: 64 (0 dropped, 0 responses cut)" in text
     assert "sft/policy: 8 optimizer steps" in text and "iteration_1/policy: 3 optimizer steps" in text
-    for word in ("memory, rough", "disk:", "time, rough"):
+    for word in ("memory:", "disk:", "time, rough"):
         assert word in text
     assert not (tmp_path / "run").exists()
 
