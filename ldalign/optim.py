@@ -19,7 +19,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Weights and gradients are float32 or bfloat16, the averages of `state_dtype`. bfloat16 values are rounded at random
     (`ldalign.kernels.eager.adamw_`), with bits that depend on the seed, the step, the parameter's number and the place
-    in it alone. Sharded parameters (DTensor) are updated where they lie.
+    in the part of it that this rank holds: in bfloat16, and there alone, another number of ranks rounds otherwise.
+    Sharded parameters (DTensor) are updated where they lie.
     """
 
     def __init__(
@@ -48,9 +49,8 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(weights, dtype=self.state_dtype)
         rate, decay, eps = group["lr"], group["weight_decay"], group["eps"]
         if self.name == "adamw":
-            ops.adamw_(
-                weights, grad, state["mean"], state["square"], rate, decay, *group["betas"], eps, self.steps, seed
-            )
+            beta1, beta2 = group["betas"]
+            ops.adamw_(weights, grad, state["mean"], state["square"], rate, decay, beta1, beta2, eps, self.steps, seed)
         else:
             ops.rmsprop_(weights, grad, state["square"], rate, decay, ALPHA, eps, seed)
 

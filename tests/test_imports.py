@@ -12,9 +12,9 @@ PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalig
 # a later one. `errors` first, so that anyone may. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "tasks", "memory", "optim", "seeds", "kernels"),
+    ("config", "tasks", "memory", "seeds", "kernels"),
     ("ops", "distributed", "checkpoint", "tokenizer", "settings"),
-    ("metrics", "env"),
+    ("metrics", "env", "optim"),
     ("data", "layout"),
     ("mistral", "gpt2"),
     ("weights",),
@@ -30,7 +30,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # These know nothing of models and data: beside errors and themselves only what is named here.
-SELF_CONTAINED = {"kernels": {"kernels"}, "ops": {"kernels", "_C"}, "distributed": {"memory"}, "optim": set()}
+SELF_CONTAINED = {
+    "kernels": {"kernels"},
+    "ops": {"kernels", "_C"},
+    "distributed": {"memory"},
+    "optim": {"kernels", "ops"},
+}
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "datasets"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
