@@ -110,8 +110,14 @@ class Guide(nn.Module):
         hidden = self.encoder.hidden(embedded, layout)[queries]
         return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
 
-    def decode(self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None) -> Tensor:
-        """(M,) float32 log-probs of all response tokens, given latents (B, Z).
+    def decode(
+        self,
+        examples: Sequence[Example],
+        latents: Tensor,
+        hidden_tokens: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """(M,) float32 log-probs of all response tokens, given latents (B, Z); with a scale, their sum times -scale ().
 
         hidden_tokens (M,) bool: the response tokens the decoder may not read; None: it reads them all.
         """
@@ -129,15 +135,17 @@ class Guide(nn.Module):
         prefix_embeddings = self.from_latent(latents.unflatten(1, (m, -1)).to(embedded.dtype)).flatten(0, 1)
         embedded = embedded.index_copy(0, prefix, prefix_embeddings.to(embedded.dtype))
         hidden = self.decoder.hidden(embedded, Packed(sizes, device))
-        return ops.linear_logprob(hidden[response - 1], self.decoder.output_weight, ids[response])
+        head = hidden[response - 1], self.decoder.output_weight, ids[response]
+        return ops.linear_logprob(*head) if scale is None else ops.sft_loss(*head, scale)[0]
 
     def forward(
         self,
         examples: Sequence[Example],
         latents_of: Sequence[int] | None = None,
         dropout: tuple[Tensor, Tensor] | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        """(M,) float32 log-probs of the examples' response tokens.
+        """(M,) float32 log-probs of the examples' response tokens; with a scale, their sum times -scale ().
 
         latents_of: whose latent each example is decoded with, as an index into `examples`; NO_LATENT: zeros; None: its
         own. dropout: in training, which latents to keep (B,) bool and which response tokens to hide (M,) bool.
@@ -147,9 +155,9 @@ class Guide(nn.Module):
             index = torch.tensor(list(latents_of), device=latents.device)
             latents = latents[index.clamp(min=0)] * (index != NO_LATENT)[:, None]
         if dropout is None:
-            return self.decode(examples, latents)
+            return self.decode(examples, latents, scale=scale)
         kept, hidden_tokens = dropout
-        return self.decode(examples, latents * kept[:, None].to(latents), hidden_tokens)
+        return self.decode(examples, latents * kept[:, None].to(latents), hidden_tokens, scale)
 
     @torch.no_grad()
     def distance(

@@ -109,8 +109,8 @@ def _accumulate(
                 kept.append(draw[0] >= guide.config.latent_dropout)
                 hidden.append(draw[1:] < guide.config.token_dropout)
         dropout = torch.tensor(kept, device=device), torch.from_numpy(np.concatenate(hidden)).to(device)
-        logps: Tensor = guide([e for row, _ in chosen for e in row], dropout=dropout)
-        loss = -logps.sum() * (1.0 / divisor if micro else 0.0)
+        scale = 1.0 / divisor if micro else 0.0
+        loss: Tensor = guide([e for row, _ in chosen for e in row], dropout=dropout, scale=scale)
         loss.backward()
         total += loss.detach().double()
     return float(distributed.total(total))
