@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from op_cases import Case, Cases, check, gradients, head_inputs, leaf, normal, targets, uneven
 from torch import Tensor
 
 from ldalign.kernels import cpp, eager, reference
@@ -45,173 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------- ops, and what they compute
 
 
-@dataclass
-class Case:
-    """An op: float64 inputs; how many of its results are values (gradients follow); which input is a plain weight."""
-
-    ours: Callable[..., Any]
-    eager: Callable[..., Any]
-    inputs: list[Tensor]
-    values: int
-    weight: int | None = None
-    wide: tuple[int, ...] = ()  # inputs that stay float32, or float64 with the others
-
-    def rounded(self, dtype: torch.dtype) -> list[Tensor]:
-        wide = reference.accumulate_dtype(dtype)
-        return [x.to(wide if i in self.wide else dtype) for i, x in enumerate(self.inputs)]
-
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        return list(self.ours(*inputs))
-
-
-def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) * scale
-
-
-def uneven(*shape: int, seed: int = 0) -> Tensor:
-    """Upstream gradients: random, and of sizes 0.1 to 2."""
-    sizes = torch.linspace(0.1, 2, max(1, torch.Size(shape).numel()), dtype=torch.float64)
-    return normal(*shape, seed=seed) * sizes[: torch.Size(shape).numel()].view(shape)
-
-
-def targets(N: int, V: int) -> Tensor:
-    return torch.randint(V, (N,), generator=torch.Generator().manual_seed(N + V))
-
-
-def leaf(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def gradients(value: Tensor, upstream: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, leaves, upstream.to(value.dtype)))
-
-
-def head_inputs(N: int, D: int, V: int) -> list[Tensor]:
-    return [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
-
-
-def forward_case(N: int, D: int, V: int) -> Case:
-    target = targets(N, V)
-
-    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
-        logits = (h @ w.T).to(reference.accumulate_dtype(h.dtype))
-        return [reference.linear_logprob(h, w, target), logits.logsumexp(1)]
-
-    return Case(lambda h, w: cpp.linear_logprob(h, w, target), eager, head_inputs(N, D, V), 2)
-
-
-def backward_case(N: int, D: int, V: int) -> Case:
-    target = targets(N, V)
-
-    def ours(h: Tensor, w: Tensor, grad: Tensor) -> Any:
-        return cpp.linear_logprob_backward(grad, h, w, target, cpp.linear_logprob(h, w, target)[1], True, True)
-
-    def eager(h: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        return gradients(reference.linear_logprob(h, w, target), grad, h, w)
-
-    return Case(ours, eager, [*head_inputs(N, D, V), uneven(N, seed=3)], 0, weight=2, wide=(2,))
-
-
-def sft_case(N: int, D: int, V: int) -> Case:
-    target, scale = targets(N, V), 0.7
-
-    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        logp = reference.linear_logprob(h, w, target)
-        return [logp.detach(), *gradients(-scale * logp.sum(), torch.ones(()), h, w)]
-
-    return Case(lambda h, w: cpp.sft_loss(h, w, target, scale, True, True), eager, head_inputs(N, D, V), 1)
-
-
-def pair_case(lengths: list[int], D: int, V: int) -> Case:
-    N, S = sum(lengths), len(lengths)
-    target, beta, scale = targets(N, V), 0.3, 0.7
-
-    def eager(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        logp = reference.linear_logprob(h, w, target)
-        sums = torch.stack([run.sum() for run in logp.split(lengths)])
-        real, generated = sums.view(-1, 2).T
-        loss, _ = reference.weighted_dpo_loss(real, generated, *ref.view(-1, 2).T, weight, beta)
-        return [sums.detach(), *gradients(scale * loss, torch.ones(()), h, w)]
-
-    def ours(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> Any:
-        return cpp.pair_loss(h, w, target, lengths, ref, weight, beta, scale, True, True)
-
-    # near the policy's own sums, else every coefficient is 0 or 1
-    at = head_inputs(N, D, V)
-    sums = torch.stack([run.sum() for run in reference.linear_logprob(*at, target).split(lengths)])
-    weight = normal(S // 2, seed=7).abs() + 0.2
-    return Case(ours, eager, [*at, sums + normal(S, scale=2), weight], 1, weight=3, wide=(2, 3))
-
-
-def dpo_case(P: int) -> Case:
-    def eager(*x: Tensor) -> list[Tensor]:
-        real = x[0].detach().clone().requires_grad_()
-        loss, metrics = reference.weighted_dpo_loss(real, *x[1:], beta=0.3)
-        per_pair = [metrics[name] for name in ("loss", "rewards/chosen", "rewards/rejected")]
-        return [loss.detach(), *per_pair, *gradients(loss, torch.ones(()), real)]
-
-    inputs = [*(normal(P, seed=i, scale=20) for i in range(4)), normal(P, seed=5).abs() + 0.2]
-    return Case(lambda *x: cpp.weighted_dpo(*x, 0.3), eager, inputs, 4, weight=4, wide=(0, 1, 2, 3, 4))
-
-
-def norm_case(N: int, D: int) -> Case:
-    def ours(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
-        y, rstd = cpp.rms_norm(x, w, 1e-3)
-        return [y, rstd, *cpp.rms_norm_backward(dy, x, w, rstd)]
-
-    def eager(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
-        x, w = leaf(x, w)
-        y = reference.rms_norm(x, w, 1e-3)
-        rstd = (x.detach().to(reference.accumulate_dtype(x.dtype)).pow(2).mean(-1) + 1e-3).rsqrt()
-        return [y.detach(), rstd, *gradients(y, dy, x, w)]
-
-    return Case(ours, eager, [normal(N, D), normal(D, seed=1), uneven(N, D, seed=2)], 2, weight=1)
-
-
-def add_norm_case(N: int, D: int) -> Case:
-    def ours(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
-        y, total, rstd = cpp.add_rms_norm(x, residual, w, 1e-3)
-        return [y, total, *cpp.add_rms_norm_backward(dy, dtotal, total, w, rstd)]
-
-    def eager(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
-        x, w = leaf(x, w)
-        total = x + residual
-        y = reference.rms_norm(total, w, 1e-3)
-        return [y.detach(), total.detach(), *torch.autograd.grad([y, total], [x, w], [dy, dtotal])]
-
-    rows = [normal(N, D), normal(N, D, seed=1), normal(D, seed=5), uneven(N, D, seed=2), uneven(N, D, seed=3)]
-    return Case(ours, eager, rows, 2, weight=2)
-
-
-def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
-    angles = normal(N, E // 2, seed=1, scale=5)
-
-    def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        return [cpp.rope(x, cos, sin, False, turned or H), cpp.rope(dy, cos, sin, True, turned or H)]
-
-    def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        (x,) = leaf(x)
-        y = torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
-        return [y.detach(), *gradients(y, dy, x)]
-
-    inputs = [normal(N, H, E), uneven(N, H, E, seed=2), angles.cos(), angles.sin()]
-    return Case(ours, eager, inputs, 1, weight=2, wide=(2, 3))
-
-
-def swiglu_case(N: int, D: int) -> Case:
-    def ours(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        gate_up = torch.cat((gate, up), 1)
-        return [cpp.swiglu(gate_up), *cpp.swiglu_backward(dy, gate_up).chunk(2, 1)]
-
-    def eager(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        gate, up = leaf(gate, up)
-        y = reference.swiglu(gate, up)
-        return [y.detach(), *gradients(y, dy, gate, up)]
-
-    return Case(ours, eager, [normal(N, D, scale=2), normal(N, D, seed=1), uneven(N, D, seed=2)], 1, weight=1)
+OPS = Cases(cpp)
 
 
 def attention_case(parts: list[Any], H: int, K: int, E: int, window: int | None) -> Case:
@@ -233,56 +67,40 @@ def attention_case(parts: list[Any], H: int, K: int, E: int, window: int | None)
 
 
 CASES = {
-    "forward": lambda: forward_case(32, 64, 256),
-    "forward, ragged": lambda: forward_case(37, 45, 601),
-    "forward, one row": lambda: forward_case(1, 8, 33),
-    "backward": lambda: backward_case(16, 32, 128),
-    "backward, ragged": lambda: backward_case(37, 45, 601),
-    "backward, one row": lambda: backward_case(1, 8, 33),
-    "sft": lambda: sft_case(16, 32, 128),
-    "sft, ragged": lambda: sft_case(37, 45, 601),
-    "sft, 24 pieces": lambda: sft_case(620, 13, 601),  # 48 in float32
-    "sft, one row": lambda: sft_case(1, 8, 33),
-    "pair": lambda: pair_case([4, 4, 4, 4], 32, 128),
+    "forward": lambda: OPS.forward(32, 64, 256),
+    "forward, ragged": lambda: OPS.forward(37, 45, 601),
+    "forward, one row": lambda: OPS.forward(1, 8, 33),
+    "backward": lambda: OPS.backward(16, 32, 128),
+    "backward, ragged": lambda: OPS.backward(37, 45, 601),
+    "backward, one row": lambda: OPS.backward(1, 8, 33),
+    "sft": lambda: OPS.sft(16, 32, 128),
+    "sft, ragged": lambda: OPS.sft(37, 45, 601),
+    "sft, 24 pieces": lambda: OPS.sft(620, 13, 601),  # 48 in float32
+    "sft, one row": lambda: OPS.sft(1, 8, 33),
+    "pair": lambda: OPS.pair([4, 4, 4, 4], 32, 128),
     # several pairs in a piece, an empty response, a pair of 30 rows that no piece holds, and one after it
-    "pair, ragged": lambda: pair_case([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
-    "pair, one row": lambda: pair_case([0, 1], 8, 33),
-    "dpo": lambda: dpo_case(8),
-    "dpo, ragged": lambda: dpo_case(1031),
-    "dpo, one pair": lambda: dpo_case(1),
-    "norm": lambda: norm_case(16, 64),
-    "norm, ragged": lambda: norm_case(137, 45),  # five blocks of rows for the weight's gradient
-    "norm, one value": lambda: norm_case(1, 1),
-    "add and norm": lambda: add_norm_case(16, 64),
-    "add and norm, ragged": lambda: add_norm_case(37, 45),
-    "rope": lambda: rope_case(16, 4, 64),
-    "rope, ragged": lambda: rope_case(37, 7, 10, 5),
-    "rope, one token": lambda: rope_case(1, 1, 2),
-    "swiglu": lambda: swiglu_case(16, 64),
-    "swiglu, ragged": lambda: swiglu_case(37, 77),
-    "swiglu, one value": lambda: swiglu_case(1, 1),
+    "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
+    "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
+    "dpo": lambda: OPS.dpo(8),
+    "dpo, ragged": lambda: OPS.dpo(1031),
+    "dpo, one pair": lambda: OPS.dpo(1),
+    "norm": lambda: OPS.norm(16, 64),
+    "norm, ragged": lambda: OPS.norm(137, 45),  # five blocks of rows for the weight's gradient
+    "norm, one value": lambda: OPS.norm(1, 1),
+    "add and norm": lambda: OPS.add_norm(16, 64),
+    "add and norm, ragged": lambda: OPS.add_norm(37, 45),
+    "rope": lambda: OPS.rope(16, 4, 64),
+    "rope, ragged": lambda: OPS.rope(37, 7, 10, 5),
+    "rope, one token": lambda: OPS.rope(1, 1, 2),
+    "swiglu": lambda: OPS.swiglu(16, 64),
+    "swiglu, ragged": lambda: OPS.swiglu(37, 77),
+    "swiglu, one value": lambda: OPS.swiglu(1, 1),
     "attention": lambda: attention_case([(16, 16, 16), 32], 6, 2, 16, None),
     "attention, ragged": lambda: attention_case([(7, 5, 1), 9, (1, 3, 2, 4)], 6, 2, 10, 6),
     "attention, tiles": lambda: attention_case([(250, 3, 201), (1, 400)], 3, 1, 8, 230),
     "attention, one token": lambda: attention_case([1], 1, 1, 2, None),
 }
 RAGGED = [name for name in CASES if "ragged" in name]
-
-
-def check(case: Case, ours: list[Tensor], inputs: list[Tensor]) -> None:
-    """The rule of the module's first lines, for every result."""
-    exact, eager = case.eager(*(x.double() for x in inputs)), case.eager(*inputs)
-    assert len(ours) == len(exact)
-    for i, (a, b, e) in enumerate(zip(ours, eager, exact, strict=True)):
-        what = f"result {i} of {len(ours)}"
-        assert a.shape == e.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}"
-        error, allowed = (a.double() - e).norm(), (b.double() - e).norm()
-        if a.dtype == torch.float64:
-            assert error <= 1e-12 * (1 + e.norm()), f"{what}: {error:.1e}"
-        else:
-            # Eager may happen to be exact; a value of several float32 operations cannot promise that.
-            floor = (4 if a.dtype == torch.float32 else 1) * torch.finfo(a.dtype).eps * e.norm()
-            assert error <= max((2 if i < case.values else 3) * allowed, floor), f"{what}: {error:.1e}, {allowed:.1e}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -300,7 +118,7 @@ def test_op_against_reference(name: str, dtype: torch.dtype, isa: None, small: N
 def test_padded_pieces(dtype: torch.dtype, isa: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 75 and 149 rows are multiplied as 80 and 152, and the padding counts for nothing."""
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 80 * 601 * dtype.itemsize)
-    for case in (sft_case(150, 13, 601), backward_case(79, 13, 601), pair_case([40, 35, 30, 44], 13, 601)):
+    for case in (OPS.sft(150, 13, 601), OPS.backward(79, 13, 601), OPS.pair([40, 35, 30, 44], 13, 601)):
         inputs = case.rounded(dtype)
         check(case, case.run(inputs), inputs)
 
@@ -308,7 +126,7 @@ def test_padded_pieces(dtype: torch.dtype, isa: None, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_vocabularies(V: int, dtype: torch.dtype, isa: None) -> None:
-    for case in (forward_case(3, 8, V), backward_case(3, 8, V), pair_case([2, 1], 8, V)):
+    for case in (OPS.forward(3, 8, V), OPS.backward(3, 8, V), OPS.pair([2, 1], 8, V)):
         inputs = case.rounded(dtype)
         check(case, case.run(inputs), inputs)
 

@@ -6,17 +6,17 @@ without their weights. The compiler's side is in test_triton_compile.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import triton_backend
+from op_cases import Case, Cases, check, head_inputs, normal, targets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_backend import NATIVE, gpu
 
-from ldalign.kernels import reference, triton_common, triton_head, triton_norm
+from ldalign.kernels import triton_common, triton_head, triton_norm
 
 device, interpret = triton_backend.device, triton_backend.interpret
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and infinity
@@ -39,212 +39,43 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------- ops, and what they compute
 
 
-@dataclass
-class Case:
-    """An op: float64 inputs; how many of its results are values (gradients follow); which input is a plain weight."""
-
-    ours: Callable[..., Any]
-    eager: Callable[..., Any]
-    inputs: list[Tensor]
-    values: int
-    weight: int | None = None
-    wide: tuple[int, ...] = ()  # inputs that stay float32
-
-
-def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) * scale
-
-
-def positive(*shape: int, seed: int = 0) -> Tensor:
-    return normal(*shape, seed=seed).abs() + 0.2
-
-
-def targets(N: int, V: int) -> Tensor:
-    return torch.randint(V, (N,), generator=torch.Generator().manual_seed(N + V))
-
-
-def gradients(value: Tensor, upstream: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, leaves, upstream.to(value.dtype)))
-
-
-def leaf(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def head_inputs(N: int, D: int, V: int) -> list[Tensor]:
-    return [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
-
-
-def forward_case(N: int, D: int, V: int) -> Case:
-    target = targets(N, V)
-
-    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
-        logits = (h @ w.T).to(reference.accumulate_dtype(h.dtype))
-        return [reference.linear_logprob(h, w, target.to(h.device)), logits.logsumexp(1)]
-
-    return Case(lambda h, w: gpu.linear_logprob(h, w, target.to(h.device)), eager, head_inputs(N, D, V), 2)
-
-
-def backward_case(N: int, D: int, V: int) -> Case:
-    target = targets(N, V)
-
-    def ours(h: Tensor, w: Tensor, grad: Tensor) -> Any:
-        t = target.to(h.device)
-        return gpu.linear_logprob_backward(grad, h, w, t, gpu.linear_logprob(h, w, t)[1], True, True)
-
-    def eager(h: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        return gradients(reference.linear_logprob(h, w, target.to(h.device)), grad, h, w)
-
-    return Case(ours, eager, [*head_inputs(N, D, V), normal(N, seed=3)], 0, weight=2, wide=(2,))
-
-
-def sft_case(N: int, D: int, V: int) -> Case:
-    target, scale = targets(N, V), 0.7
-
-    def eager(h: Tensor, w: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        logp = reference.linear_logprob(h, w, target.to(h.device))
-        return [logp.detach(), *gradients(-scale * logp.sum(), torch.ones(()), h, w)]
-
-    return Case(lambda h, w: gpu.sft_loss(h, w, target.to(h.device), scale, True, True), eager, head_inputs(N, D, V), 1)
-
-
-def pair_case(lengths: list[int], D: int, V: int) -> Case:
-    N, S = sum(lengths), len(lengths)
-    target, beta, scale = targets(N, V), 0.3, 0.7
-
-    def eager(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> list[Tensor]:
-        h, w = leaf(h, w)
-        logp = reference.linear_logprob(h, w, target.to(h.device))
-        sums = torch.stack([run.sum() for run in logp.split(lengths)])
-        real, generated = sums.view(-1, 2).T
-        loss, _ = reference.weighted_dpo_loss(real, generated, *ref.view(-1, 2).T, weight, beta)
-        return [sums.detach(), *gradients(scale * loss, torch.ones(()), h, w)]
-
-    def ours(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> Any:
-        return gpu.pair_loss(h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True)
-
-    # near the policy's own sums, else every coefficient is 0 or 1
-    at = head_inputs(N, D, V)
-    sums = torch.stack([run.sum() for run in reference.linear_logprob(*at, target).split(lengths)])
-    return Case(ours, eager, [*at, sums + normal(S, scale=2), positive(S // 2)], 1, weight=3, wide=(2, 3))
-
-
-def dpo_case(P: int) -> Case:
-    def eager(*x: Tensor) -> list[Tensor]:
-        real = x[0].detach().clone().requires_grad_()
-        loss, metrics = reference.weighted_dpo_loss(real, *x[1:], beta=0.3)
-        per_pair = [metrics[name] for name in ("loss", "rewards/chosen", "rewards/rejected")]
-        return [loss.detach(), *per_pair, *gradients(loss, torch.ones(()), real)]
-
-    inputs = [*(normal(P, seed=i, scale=20) for i in range(4)), positive(P, seed=5)]
-    return Case(lambda *x: gpu.weighted_dpo(*x, 0.3), eager, inputs, 4, weight=4, wide=(0, 1, 2, 3, 4))
-
-
-def norm_case(N: int, D: int) -> Case:
-    def ours(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
-        y, rstd = gpu.rms_norm(x, w, 1e-3)
-        return [y, *gpu.rms_norm_backward(dy, x, w, rstd)]
-
-    def eager(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
-        x, w = leaf(x, w)
-        y = reference.rms_norm(x, w, 1e-3)
-        return [y.detach(), *gradients(y, dy, x, w)]
-
-    return Case(ours, eager, [normal(N, D), normal(D, seed=1), normal(N, D, seed=2)], 1, weight=1)
-
-
-def add_norm_case(N: int, D: int) -> Case:
-    def ours(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
-        y, total, rstd = gpu.add_rms_norm(x, residual, w, 1e-3)
-        return [y, total, *gpu.add_rms_norm_backward(dy, dtotal, total, w, rstd)]
-
-    def eager(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
-        x, w = leaf(x, w)
-        total = x + residual
-        y = reference.rms_norm(total, w, 1e-3)
-        dx, dw = torch.autograd.grad([y, total], [x, w], [dy, dtotal])
-        return [y.detach(), total.detach(), dx, dw]
-
-    rows = [normal(N, D, seed=i) for i in range(4)]
-    return Case(ours, eager, [rows[0], rows[1], normal(D, seed=5), rows[2], rows[3]], 2, weight=2)
-
-
-def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
-    angles = normal(N, E // 2, seed=1, scale=5)
-
-    def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        return [gpu.rope(x, cos, sin, False, turned or H), gpu.rope(dy, cos, sin, True, turned or H)]
-
-    def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        (x,) = leaf(x)
-        y = torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
-        return [y.detach(), *gradients(y, dy, x)]
-
-    return Case(ours, eager, [normal(N, H, E), normal(N, H, E, seed=2), angles.cos(), angles.sin()], 1, wide=(2, 3))
-
-
-def swiglu_case(N: int, D: int) -> Case:
-    def ours(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        gate_up = torch.cat((gate, up), 1)
-        return [gpu.swiglu(gate_up), *gpu.swiglu_backward(dy, gate_up).chunk(2, 1)]
-
-    def eager(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-        gate, up = leaf(gate, up)
-        y = reference.swiglu(gate, up)
-        return [y.detach(), *gradients(y, dy, gate, up)]
-
-    return Case(ours, eager, [normal(N, D, scale=2), normal(N, D, seed=1), normal(N, D, seed=2)], 1, weight=1)
+OPS = Cases(gpu)
 
 
 CASES = {
-    "forward": lambda: forward_case(32, 64, 256),
-    "forward, ragged": lambda: forward_case(37, 45, 601),  # three tiles of rows, two slabs, two steps of the width
-    "forward, one row": lambda: forward_case(1, 8, 33),
-    "backward": lambda: backward_case(16, 32, 128),
-    "backward, ragged": lambda: backward_case(37, 45, 601),
-    "backward, one row": lambda: backward_case(1, 8, 33),
-    "sft": lambda: sft_case(16, 32, 128),
-    "sft, ragged": lambda: sft_case(37, 45, 601),
-    "sft, one row": lambda: sft_case(1, 8, 33),
-    "pair": lambda: pair_case([4, 4, 4, 4], 32, 128),
+    "forward": lambda: OPS.forward(32, 64, 256),
+    "forward, ragged": lambda: OPS.forward(37, 45, 601),  # three tiles of rows, two slabs, two steps of the width
+    "forward, one row": lambda: OPS.forward(1, 8, 33),
+    "backward": lambda: OPS.backward(16, 32, 128),
+    "backward, ragged": lambda: OPS.backward(37, 45, 601),
+    "backward, one row": lambda: OPS.backward(1, 8, 33),
+    "sft": lambda: OPS.sft(16, 32, 128),
+    "sft, ragged": lambda: OPS.sft(37, 45, 601),
+    "sft, one row": lambda: OPS.sft(1, 8, 33),
+    "pair": lambda: OPS.pair([4, 4, 4, 4], 32, 128),
     # two pairs in a piece, an empty response, a pair of 30 rows for which a piece is too short, and one after it
-    "pair, ragged": lambda: pair_case([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
-    "pair, one row": lambda: pair_case([0, 1], 8, 33),
-    "dpo": lambda: dpo_case(8),
-    "dpo, ragged": lambda: dpo_case(1031),
-    "dpo, one pair": lambda: dpo_case(1),
-    "norm": lambda: norm_case(16, 64),
-    "norm, ragged": lambda: norm_case(37, 45),
-    "norm, one row": lambda: norm_case(1, 5),
-    "add and norm": lambda: add_norm_case(16, 64),
-    "add and norm, ragged": lambda: add_norm_case(37, 45),
-    "rope": lambda: rope_case(16, 4, 16),
-    "rope, ragged": lambda: rope_case(37, 7, 10, 5),
-    "rope, one token": lambda: rope_case(1, 1, 2),
-    "swiglu": lambda: swiglu_case(16, 64),
-    "swiglu, ragged": lambda: swiglu_case(37, 77),
-    "swiglu, one value": lambda: swiglu_case(1, 1),
+    "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
+    "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
+    "dpo": lambda: OPS.dpo(8),
+    "dpo, ragged": lambda: OPS.dpo(1031),
+    "dpo, one pair": lambda: OPS.dpo(1),
+    "norm": lambda: OPS.norm(16, 64),
+    "norm, ragged": lambda: OPS.norm(37, 45),
+    "norm, one row": lambda: OPS.norm(1, 5),
+    "add and norm": lambda: OPS.add_norm(16, 64),
+    "add and norm, ragged": lambda: OPS.add_norm(37, 45),
+    "rope": lambda: OPS.rope(16, 4, 16),
+    "rope, ragged": lambda: OPS.rope(37, 7, 10, 5),
+    "rope, one token": lambda: OPS.rope(1, 1, 2),
+    "swiglu": lambda: OPS.swiglu(16, 64),
+    "swiglu, ragged": lambda: OPS.swiglu(37, 77),
+    "swiglu, one value": lambda: OPS.swiglu(1, 1),
 }
 RAGGED = [name for name in CASES if "ragged" in name]
 
 
 def placed(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    return [x.to(torch.float32 if i in case.wide else dtype).to(device) for i, x in enumerate(case.inputs)]
-
-
-def check(case: Case, ours: list[Tensor], inputs: list[Tensor]) -> None:
-    """The rule of the module's first lines, for every result."""
-    exact, eager = case.eager(*(x.double() for x in inputs)), case.eager(*inputs)
-    assert len(ours) == len(exact)
-    for i, (a, b, e) in enumerate(zip(ours, eager, exact, strict=True)):
-        what = f"result {i} of {len(ours)}"
-        assert a.shape == e.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}"
-        error, allowed = (a.double() - e).norm(), (b.double() - e).norm()
-        # Eager may happen to be exact; a value of several float32 operations cannot promise that.
-        floor = (4 if a.dtype == torch.float32 else 1) * torch.finfo(a.dtype).eps * e.norm()
-        assert error <= max((2 if i < case.values else 3) * allowed, floor), f"{what}: {error:.1e}, {allowed:.1e}"
+    return [x.to(device) for x in case.rounded(dtype)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -316,15 +147,15 @@ def test_a_row_of_nan_stays_one_row(device: str) -> None:
 
 
 EMPTY: dict[str, Callable[[], Case]] = {
-    "forward": lambda: forward_case(0, 8, 33),
-    "backward": lambda: backward_case(0, 8, 33),
-    "sft": lambda: sft_case(0, 8, 33),
-    "pair": lambda: pair_case([0, 0], 8, 33),
-    "dpo": lambda: dpo_case(0),
-    "norm": lambda: norm_case(0, 8),
-    "add and norm": lambda: add_norm_case(0, 8),
-    "rope": lambda: rope_case(0, 2, 4),
-    "swiglu": lambda: swiglu_case(0, 8),
+    "forward": lambda: OPS.forward(0, 8, 33),
+    "backward": lambda: OPS.backward(0, 8, 33),
+    "sft": lambda: OPS.sft(0, 8, 33),
+    "pair": lambda: OPS.pair([0, 0], 8, 33),
+    "dpo": lambda: OPS.dpo(0),
+    "norm": lambda: OPS.norm(0, 8),
+    "add and norm": lambda: OPS.add_norm(0, 8),
+    "rope": lambda: OPS.rope(0, 2, 4),
+    "swiglu": lambda: OPS.swiglu(0, 8),
 }
 
 
@@ -341,7 +172,7 @@ def test_no_rows(name: str, device: str) -> None:
 @pytest.mark.parametrize("V", [32_000, 49_152, 50_257, 128_256])
 def test_head_of_a_whole_vocabulary(V: int, device: str) -> None:
     """A few rows in bfloat16: many slabs forward, and rows of an odd length in the workspace."""
-    for case in (forward_case(2, 16, V), pair_case([1, 2], 16, V)):
+    for case in (OPS.forward(2, 16, V), OPS.pair([1, 2], 16, V)):
         inputs = placed(case, torch.bfloat16, device)
         check(case, list(case.ours(*inputs)), inputs)
 
@@ -405,8 +236,8 @@ def test_pieces_change_nothing_but_rounding(
     """One piece, several, one row at a time: dW stays within one rounding to its dtype, however many pieces."""
     D, V = 20, 150
     makers = {
-        "backward": lambda: backward_case(13, D, V), "sft": lambda: sft_case(13, D, V),
-        "pair": lambda: pair_case([2, 1, 3, 4, 0, 3], D, V),
+        "backward": lambda: OPS.backward(13, D, V), "sft": lambda: OPS.sft(13, D, V),
+        "pair": lambda: OPS.pair([2, 1, 3, 4, 0, 3], D, V),
     }  # fmt: skip
     case = makers[name]()
     inputs = placed(case, dtype, device)
@@ -428,7 +259,7 @@ def test_pieces_change_nothing_but_rounding(
 def test_only_what_is_needed(op: str, which: tuple[bool, bool], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 5 * 192 * 4)
     lengths, N, D, V = [2, 1, 7, 4], 14, 20, 150
-    h, w, ref, weight = placed(pair_case(lengths, D, V), torch.float32, device)
+    h, w, ref, weight = placed(OPS.pair(lengths, D, V), torch.float32, device)
     t = targets(N, V).to(device)
     arguments: dict[str, tuple[Any, ...]] = {
         "pair_loss": (h, w, t, lengths, ref, weight, 0.3, 0.7),
@@ -492,7 +323,7 @@ def test_host_never_waits() -> None:
         pytest.skip("needs a CUDA device")
     lengths = [2, 5, 1, 4, 3, 0, 17, 13]
     target = targets(45, 601).cuda()
-    h, w, ref, weight = placed(pair_case(lengths, 45, 601), torch.bfloat16, "cuda")
+    h, w, ref, weight = placed(OPS.pair(lengths, 45, 601), torch.bfloat16, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         gpu.pair_loss(h, w, target, lengths, ref, weight, 0.3, 0.7, True, True)
