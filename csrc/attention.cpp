@@ -17,8 +17,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 
 #include "check.h"
 #include "ops.h"
@@ -26,11 +24,10 @@
 namespace ldalign::cpu {
 namespace {
 
-constexpr int64_t kTile = 192;   // query tokens whose scores are held at once
-constexpr int64_t kRound = 32;   // sizes of products are rounded up to it, with zeros: oneDNN is slow on odd ones
+constexpr int64_t kTile = 64;  // query tokens whose scores are held at once: in the second-level cache
 constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
-int64_t rounded(int64_t n) { return (n + kRound - 1) / kRound * kRound; }
+int64_t rounded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
 struct Segment {
   int64_t begin, end, prefix_begin, prefix_end;
@@ -114,52 +111,61 @@ std::vector<Run> runs(const Segment& s, int64_t from, int64_t to) {
   return found;
 }
 
-// One key/value head of one group, and the memory its tiles use again and again.
+// One key/value head of one group, and the memory its tiles use again and again. Everything here is wide; widths and
+// numbers of keys are rounded up to whole vectors, with zeros.
 template <class T>
 struct Task {
   using A = Wide<T>;
   const Batch& batch;
   const Group& group;
-  const int64_t head, E, G;
-  Tensor keys, values, queries, scores, out;
+  const int64_t head, E, G, width;  // width: E, rounded up
+  int64_t most_keys = 0;            // of a segment, rounded up
+  std::vector<A> keys, values;      // (keys, width) of the segment at hand, by position
+  std::vector<A> keys_t, values_t;  // (width, most_keys): transposed
+  std::vector<A> queries, scores, out, sums;
 
   Task(const Batch& batch, const Group& group, int64_t head)
-      : batch(batch), group(group), head(head), E(batch.E), G(batch.G()) {
-    int64_t most_keys = 0, most_tokens = 0;
+      : batch(batch), group(group), head(head), E(batch.E), G(batch.G()), width(rounded(batch.E)) {
+    int64_t most_tokens = 0;
     for (const Segment& s : group.segments) {
-      most_keys = std::max(most_keys, s.keys());
+      most_keys = std::max(most_keys, rounded(s.keys()));
       most_tokens = std::max(most_tokens, s.size());
     }
-    const int64_t columns = rounded(most_keys) + kRound, rows = rounded(G * std::min(most_tokens, kTile));
-    keys = empty({columns, E});
-    values = empty({columns, E});
-    queries = empty({rows, E});
-    out = empty({rows, E});
-    scores = empty({rows * columns});
+    const int64_t rows = G * std::min(most_tokens, kTile);
+    keys.resize(most_keys * width);
+    values.resize(most_keys * width);
+    keys_t.resize(most_keys * width);
+    queries.resize(rows * width);
+    out.resize(rows * width);
+    scores.resize(rows * most_keys);
+    sums.resize(rows);
   }
 
-  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, at::TensorOptions(batch.qkv.scalar_type())); }
-
-  T* at(int64_t token, int64_t head_index) const {
+  const T* at(int64_t token, int64_t head_index) const {
     return data<T>(batch.qkv) + token * batch.qkv.stride(0) + head_index * E;
   }
 
-  // The keys and values a segment sees, by position; zeros up to where a rounded product may read.
-  void gather_keys(const Segment& s) {
-    for (const auto& [to, first] : {std::pair{keys, batch.H}, std::pair{values, batch.H + batch.K}}) {
-      T* row = data<T>(to);
-      for (const Run& run : runs(s, 0, s.keys())) {
-        for (int64_t i = 0; i < run.size; ++i, row += E) std::copy_n(at(run.token + i, first + head), E, row);
-      }
-      std::fill_n(reinterpret_cast<char*>(row), (data<T>(to) + to.numel() - row) * sizeof(T), 0);
+  // The keys (first = H) or values (H + K) a segment sees.
+  void gather_keys(const Segment& s, int64_t first, std::vector<A>& to) const {
+    A* row = to.data();
+    for (const Run& run : runs(s, 0, s.keys())) {
+      for (int64_t i = 0; i < run.size; ++i, row += width) kernels<T>().widen(at(run.token + i, first + head), E, row);
+    }
+    std::fill(row, to.data() + rounded(s.keys()) * width, A(0));
+  }
+
+  void transpose(const std::vector<A>& from, const Segment& s, std::vector<A>& to) const {
+    const int64_t n = rounded(s.keys());
+    for (int64_t e = 0; e < E; ++e) {
+      for (int64_t j = 0; j < n; ++j) to[e * most_keys + j] = from[j * width + e];
     }
   }
 
   struct Tile {
-    int64_t token, tokens;    // of the batch
-    int64_t key, columns;     // first key in sight of any query, and how many are, rounded
-    int64_t seen;             // columns the first query sees, but for the window
-    int64_t last;             // positions up to here are seen
+    int64_t token, tokens;  // of the batch
+    int64_t key, columns;   // a multiple of the vectors' width at or before the first key in sight; how many, rounded
+    int64_t seen;           // columns the first query sees, but for the window
+    int64_t last;           // positions up to here are seen
   };
 
   template <class Body>
@@ -168,48 +174,55 @@ struct Task {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t from = s.size() * i / count, to = s.size() * (i + 1) / count;
       const int64_t first = s.prefix() + from, last = s.prefix() + to;
-      const int64_t key = batch.window == kUnlimited ? 0 : std::max<int64_t>(0, first - batch.window + 1);
+      int64_t key = batch.window == kUnlimited ? 0 : std::max<int64_t>(0, first - batch.window + 1);
+      key -= key % kAlign;
       body(Tile{s.begin + from, to - from, key, rounded(last - key), first - key + 1, last});
     }
   }
 
-  // The rows of a group's query heads, (G tokens, E), from a tensor of heads_per_token heads; zeros up to the rounding.
-  Tensor gather(const T* from, int64_t token_stride, const Tile& tile, const Tensor& to) const {
-    T* row = data<T>(to);
+  // The rows of the group's query heads, (G tokens, width), from a tensor with `stride` values a token.
+  void gather(const T* from, int64_t stride, const Tile& tile, std::vector<A>& to) const {
+    A* row = to.data();
     for (int64_t g = 0; g < G; ++g) {
-      for (int64_t i = 0; i < tile.tokens; ++i, row += E) {
-        std::copy_n(from + (tile.token + i) * token_stride + (head * G + g) * E, E, row);
-      }
-    }
-    const int64_t rows = rounded(G * tile.tokens);
-    std::fill_n(reinterpret_cast<char*>(row), (data<T>(to) + rows * E - row) * sizeof(T), 0);
-    return to.narrow(0, 0, rows);
-  }
-
-  void scatter(const Tensor& from, const Tile& tile, T* to, int64_t token_stride) const {
-    const T* row = data<T>(from);
-    for (int64_t g = 0; g < G; ++g) {
-      for (int64_t i = 0; i < tile.tokens; ++i, row += E) {
-        std::copy_n(row, E, to + (tile.token + i) * token_stride + (head * G + g) * E);
+      for (int64_t i = 0; i < tile.tokens; ++i, row += width) {
+        kernels<T>().widen(from + (tile.token + i) * stride + (head * G + g) * E, E, row);
       }
     }
   }
 
-  Tensor visible(const Tensor& all, const Tile& tile) const { return all.narrow(0, tile.key, tile.columns); }
+  void scatter(const std::vector<A>& from, const Tile& tile, T* to, int64_t stride) const {
+    const A* row = from.data();
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t i = 0; i < tile.tokens; ++i, row += width) {
+        kernels<T>().round(row, E, to + (tile.token + i) * stride + (head * G + g) * E);
+      }
+    }
+  }
+
+  // to (rows, columns) = from (rows, width) against the keys or values of the tile, which are transposed.
+  void against(const std::vector<A>& from, const std::vector<A>& transposed, const Tile& tile, A* to) const {
+    kernels<A>().product(from.data(), width, 1, transposed.data() + tile.key, most_keys, G * tile.tokens, tile.columns,
+                         E, false, to, tile.columns);
+  }
+
+  // to (rows, width) = weights (rows, columns) times the tile's keys or values.
+  void combine(const std::vector<A>& weights, const std::vector<A>& rows, const Tile& tile, std::vector<A>& to) const {
+    kernels<A>().product(weights.data(), tile.columns, 1, rows.data() + tile.key * width, width, G * tile.tokens, width,
+                         std::min(tile.columns, rounded(tile.last) - tile.key), false, to.data(), width);
+  }
 
   void forward(const Tensor& result, const Tensor& lse) {
-    const auto& softmax = kernels<T>().attention_softmax;
-    std::vector<A> sums(queries.size(0));
     for (const Segment& s : group.segments) {
-      gather_keys(s);
+      gather_keys(s, batch.H, keys);
+      gather_keys(s, batch.H + batch.K, values);
+      transpose(keys, s, keys_t);
       tiles(s, [&](const Tile& tile) {
-        const Tensor q = gather(data<T>(batch.qkv), batch.qkv.stride(0), tile, queries);
-        Tensor z = scores.narrow(0, 0, q.size(0) * tile.columns).view({q.size(0), tile.columns});
-        at::mm_out(z, q, visible(keys, tile).t());
-        softmax(data<T>(z), G * tile.tokens, tile.columns, tile.tokens, tile.seen, batch.window, scale(), sums.data());
-        Tensor o = out.narrow(0, 0, q.size(0));
-        at::mm_out(o, z, visible(values, tile));
-        scatter(o, tile, data<T>(result), batch.H * E);
+        gather(data<T>(batch.qkv), batch.qkv.stride(0), tile, queries);
+        against(queries, keys_t, tile, scores.data());
+        kernels<A>().attention_softmax(scores.data(), G * tile.tokens, tile.columns, tile.tokens, tile.seen,
+                                       batch.window, scale(), sums.data());
+        combine(scores, values, tile, out);
+        scatter(out, tile, data<T>(result), batch.H * E);
         for (int64_t g = 0; g < G; ++g) {
           for (int64_t i = 0; i < tile.tokens; ++i) {
             data<A>(lse)[(tile.token + i) * batch.H + head * G + g] = sums[g * tile.tokens + i];
@@ -220,17 +233,17 @@ struct Task {
   }
 
   void backward(const Tensor& grad, const Tensor& lse, const Tensor& delta, const Tensor& dqkv) {
-    const auto& all = kernels<T>();
-    const Tensor upstream = empty(queries.sizes()), score_grads = empty(scores.sizes());
-    const Tensor product = empty({keys.size(0), E});
-    const auto wide_options = at::TensorOptions(wide(batch.qkv.scalar_type()));
-    const Tensor dk = at::zeros({group.tokens(), E}, wide_options), dv = at::zeros({group.tokens(), E}, wide_options);
-    std::vector<A> sums(queries.size(0)), deltas(queries.size(0));
+    values_t.resize(keys_t.size());
+    std::vector<A> upstream(queries.size()), score_grads(scores.size()), deltas(sums.size());
+    std::vector<A> dk(group.tokens() * width), dv(group.tokens() * width);
     for (const Segment& s : group.segments) {
-      gather_keys(s);
+      gather_keys(s, batch.H, keys);
+      gather_keys(s, batch.H + batch.K, values);
+      transpose(keys, s, keys_t);
+      transpose(values, s, values_t);
       tiles(s, [&](const Tile& tile) {
-        const Tensor q = gather(data<T>(batch.qkv), batch.qkv.stride(0), tile, queries);
-        const Tensor dy = gather(data<T>(grad), batch.H * E, tile, upstream);
+        gather(data<T>(batch.qkv), batch.qkv.stride(0), tile, queries);
+        gather(data<T>(grad), batch.H * E, tile, upstream);
         for (int64_t g = 0; g < G; ++g) {
           for (int64_t i = 0; i < tile.tokens; ++i) {
             const int64_t from = (tile.token + i) * batch.H + head * G + g, to = g * tile.tokens + i;
@@ -238,38 +251,32 @@ struct Task {
             deltas[to] = data<A>(delta)[from];
           }
         }
-        const int64_t size = q.size(0) * tile.columns;
-        Tensor p = scores.narrow(0, 0, size).view({q.size(0), tile.columns});
-        Tensor ds = score_grads.narrow(0, 0, size).view(p.sizes());
-        at::mm_out(p, q, visible(keys, tile).t());
-        at::mm_out(ds, dy, visible(values, tile).t());
-        all.attention_gradient(data<T>(p), data<T>(ds), G * tile.tokens, tile.columns, tile.tokens, tile.seen,
-                               batch.window, scale(), sums.data(), deltas.data());
-        Tensor dq = out.narrow(0, 0, q.size(0));
-        at::mm_out(dq, ds, visible(keys, tile));
-        scatter(dq, tile, data<T>(dqkv), batch.heads() * E);
-        add(p, dy, dv, s, tile, product);
-        add(ds, q, dk, s, tile, product);
+        against(queries, keys_t, tile, scores.data());
+        against(upstream, values_t, tile, score_grads.data());
+        kernels<A>().attention_gradient(scores.data(), score_grads.data(), G * tile.tokens, tile.columns, tile.tokens,
+                                        tile.seen, batch.window, scale(), sums.data(), deltas.data());
+        combine(score_grads, keys, tile, out);
+        scatter(out, tile, data<T>(dqkv), batch.heads() * E);
+        add(scores, upstream, dv, s, tile);
+        add(score_grads, queries, dk, s, tile);
       });
     }
     for (int64_t i = 0; i < group.tokens(); ++i) {
       T* row = data<T>(dqkv) + ((group.begin() + i) * batch.heads() + batch.H + head) * E;
-      all.round(data<A>(dk) + i * E, E, row);
-      all.round(data<A>(dv) + i * E, E, row + batch.K * E);
+      kernels<T>().round(dk.data() + i * width, E, row);
+      kernels<T>().round(dv.data() + i * width, E, row + batch.K * E);
     }
   }
 
  private:
   A scale() const { return static_cast<A>(1 / std::sqrt(static_cast<double>(E))); }
 
-  // sum (tokens of the group, E) += left^T right, each row where its key lies.
-  void add(const Tensor& left, const Tensor& right, const Tensor& sum, const Segment& s, const Tile& tile,
-           const Tensor& product) const {
-    Tensor made = product.narrow(0, 0, tile.columns);
-    at::mm_out(made, left.t(), right);
+  // sum (tokens of the group, width) += weights^T rows, each row where its key lies.
+  void add(const std::vector<A>& weights, const std::vector<A>& rows, std::vector<A>& sum, const Segment& s,
+           const Tile& tile) const {
     for (const Run& run : runs(s, tile.key, tile.last)) {
-      kernels<T>().add(data<T>(made) + (run.position - tile.key) * E, run.size * E,
-                       data<A>(sum) + (run.token - group.begin()) * E);
+      kernels<A>().product(weights.data() + run.position - tile.key, 1, tile.columns, rows.data(), width, run.size,
+                           width, G * tile.tokens, true, sum.data() + (run.token - group.begin()) * width, width);
     }
   }
 };

@@ -35,6 +35,8 @@ struct Update {
   uint32_t seed;                   // of the random bits that 16-bit values are rounded with
 };
 
+constexpr int64_t kAlign = 16;  // values: a multiple of every vector's width
+
 template <class T>
 struct Kernels {
   using A = Wide<T>;
@@ -77,8 +79,13 @@ struct Kernels {
   void (*attention_gradient)(T* z, T* dp, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window,
                              A scale, const A* lse, const A* delta);
 
+  // c (M, N) = a b, or += with `add`: a(i, k) at a[i row + k column], b and c with rows of ldb and ldc values. N is a
+  // multiple of kAlign. Only of float and double.
+  void (*product)(const A* a, int64_t row, int64_t column, const A* b, int64_t ldb, int64_t M, int64_t N, int64_t K,
+                  bool add, A* c, int64_t ldc);
+
   void (*dot)(const T* x, const T* y, int64_t rows, int64_t D, A* out);  // of each row of x with that of y
-  void (*add)(const T* x, int64_t n, A* sum);                           // sum += x
+  void (*widen)(const T* x, int64_t n, A* y);
   void (*round)(const A* x, int64_t n, T* y);
 
   // Weights p and averages m, v (of T's gradients; float or, `narrow`, bf16) after one step, in place; `at` is the index

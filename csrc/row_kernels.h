@@ -262,8 +262,54 @@ void dot(const T* x, const T* y, int64_t rows, int64_t D, Wide<T>* out) {
 }
 
 template <class T>
-void add(const T* x, int64_t n, Wide<T>* sum) {
-  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA { store(sum + i, load(sum + i, count) + load(x + i, count), count); });
+void widened(const T* x, int64_t n, Wide<T>* y) {
+  sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA { store(y + i, load(x + i, count), count); });
+}
+
+// R rows and V vectors of a product, all in registers.
+template <class A, int R, int V>
+LDALIGN_INLINE void product_block(const A* a, int64_t row, int64_t column, const A* b, int64_t ldb, int64_t K, bool add,
+                                  A* c, int64_t ldc) {
+  Lanes<A> sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * ldc + v * width<A>, Whole{}) : splat(A(0));
+  }
+  for (int64_t k = 0; k < K; ++k, a += column, b += ldb) {
+    Lanes<A> right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = load(b + v * width<A>, Whole{});
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Lanes<A> left = splat(a[r * row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * ldc + v * width<A>, sum[r][v], Whole{});
+  }
+}
+
+template <class A, int V>
+void product_columns(const A* a, int64_t row, int64_t column, const A* b, int64_t ldb, int64_t M, int64_t K, bool add,
+                     A* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + 6 <= M; i += 6) product_block<A, 6, V>(a + i * row, row, column, b, ldb, K, add, c + i * ldc, ldc);
+  for (; i < M; ++i) product_block<A, 1, V>(a + i * row, row, column, b, ldb, K, add, c + i * ldc, ldc);
+}
+
+template <class A>
+void product(const A* a, int64_t row, int64_t column, const A* b, int64_t ldb, int64_t M, int64_t N, int64_t K, bool add,
+             A* c, int64_t ldc) {
+  constexpr int V = kLanes == 16 ? 4 : 2;  // with six rows, as many sums as there are registers
+  constexpr int W = width<A>;
+  int64_t j = 0;
+  for (; j + V * W <= N; j += V * W) product_columns<A, V>(a, row, column, b + j, ldb, M, K, add, c + j, ldc);
+  for (; j < N; j += W) product_columns<A, 1>(a, row, column, b + j, ldb, M, K, add, c + j, ldc);
 }
 
 template <class T>
@@ -343,9 +389,10 @@ template <class T>
 constexpr Kernels<T> make() {
   Kernels<T> all = {logprob<T>,           logit_gradient<T>,     nullptr,   rms_norm<T>, rms_norm_backward<T>,
                     rope<T>,              swiglu<T>,             swiglu_backward<T>,
-                    attention_softmax<T>, attention_gradient<T>, dot<T>,    add<T>,      round<T>,
-                    nullptr,              nullptr};
+                    attention_softmax<T>, attention_gradient<T>, nullptr,   dot<T>,      widened<T>,
+                    round<T>,             nullptr,               nullptr};
   if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
+  if constexpr (sizeof(T) > 2) all.product = product<T>;
   if constexpr (is_float_or_bf16<T>) {
     all.adamw = adamw<T>;
     all.rmsprop = rmsprop<T>;
