@@ -208,7 +208,7 @@ struct Task {
   // to (rows, width) = weights (rows, columns) times the tile's keys or values.
   void combine(const std::vector<A>& weights, const std::vector<A>& rows, const Tile& tile, std::vector<A>& to) const {
     kernels<A>().product(weights.data(), tile.columns, 1, rows.data() + tile.key * width, width, G * tile.tokens, width,
-                         std::min(tile.columns, rounded(tile.last) - tile.key), false, to.data(), width);
+                         tile.columns, false, to.data(), width);
   }
 
   void forward(const Tensor& result, const Tensor& lse) {

@@ -53,7 +53,7 @@ def start(device: str = "auto") -> torch.device:
 
 
 def use_onednn_for_float32() -> bool:
-    """Gives float32 products to oneDNN where they stay float32 there; whether it did. MKL can take twice the time.
+    """Gives float32 products to oneDNN where they stay float32 there; whether it did. MKL is often slower.
 
     torch offers oneDNN only by asking for "medium" precision, which a CPU without bfloat16 matrix units answers in
     full float32 and another in bfloat16: a product is made to see which.

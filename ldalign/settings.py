@@ -39,10 +39,10 @@ class Training:
         "less memory and more communication"
     )  # fmt: skip
     checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "recompute in the backward: selective, the feed-forwards' inner activations (half the memory, a few "
-                "percent more time); full, whole blocks (a third more time)")  # fmt: skip
+        "none", "recompute in the backward: selective, the feed-forwards' inner activations; full, whole blocks (least "
+                "memory, one forward more)")  # fmt: skip
     master_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the weights the optimizer changes; bfloat16: rounded at random, a third of the memory"
+        "float32", "of the weights the optimizer changes; bfloat16: rounded at random, less memory"
     )
     state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
 
