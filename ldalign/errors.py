@@ -55,7 +55,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         hint = "" if debug else " (run again with --debug for the traceback)"
         message = f"unexpected {type(error).__name__}: {error}{hint}"
         _exit(message, 1, expected=False, trace=traceback.format_exc() if debug else "")
-    sys.exit(0)
+    leave(0)
 
 
 def _exit(message: str, code: int, *, expected: bool, trace: str = "") -> NoReturn:
@@ -63,7 +63,19 @@ def _exit(message: str, code: int, *, expected: bool, trace: str = "") -> NoRetu
     if _may_speak(expected):
         line = " ".join(message.split())
         print(f"{trace}ldalign: error: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, its output written, without Python's own shutdown.
+
+    A thread of the process group lives on after `destroy_process_group`, as FSDP holds the group; one that drops a
+    tensor while the interpreter shuts down ends in C++'s "terminate called without an active exception", and a
+    finished run would exit with -6.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _may_speak(expected: bool) -> bool:

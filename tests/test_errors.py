@@ -60,6 +60,14 @@ def test_success_exits_0() -> None:
     assert command("fine").returncode == 0
 
 
+@pytest.mark.parametrize(("kind", "code"), [("fine", 0), ("InputError", 2)])
+def test_no_shutdown_spoils_the_exit_code(kind: str, code: int, tmp_path: Path) -> None:
+    """What a process group's thread may do while Python shuts down: abort the process."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import atexit, os\natexit.register(os.abort)\n{SCRIPT}")
+    assert subprocess.run([sys.executable, str(script), kind], capture_output=True).returncode == code
+
+
 def test_first_rank_to_fail_speaks_under_torchrun(tmp_path: Path) -> None:
     ranks = {}
     for rank in ("1", "0"):

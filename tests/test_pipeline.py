@@ -226,7 +226,7 @@ import sys, datetime, time
 from pathlib import Path
 import torch.distributed as dist
 from ldalign import pipeline
-from ldalign.errors import LdalignError
+from ldalign.errors import LdalignError, leave
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
@@ -251,6 +251,7 @@ with pipeline.RunFolder(folder / "run", "seed: 1") as run:
         (run.path / "guide" / "part1").write_text("2")
     attempt("damaged", lambda: run.stage("guide", {"data": "a"}, make))
 dist.destroy_process_group()
+leave(0)
 """
 
 
