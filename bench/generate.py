@@ -1,64 +1,105 @@
-"""Batched sampling with a KV cache: `generate.generate_ids` against transformers' `generate` on a left-padded batch.
+"""Sampling with the engine against transformers: `generate` on a left-padded batch, and its continuous batching.
 
-    python bench/generate.py
+    python bench/generate.py [--batches 1,8,32,128] [--dtypes bfloat16,float32] [--shape mistral-7b]
 
-Part of `make bench`. No row may stop before its full length, so both make the same number of tokens from the same
-prompts; the peer in an environment of its own.
+Part of `make bench`. Prompts of GSM8K's lengths, mixed; no row may stop before its full length, so all make the same
+number of tokens from the same prompts. Every row of the table is a process of its own, the peers in an environment of
+their own, in the same run. Beside them, what the machine could do: the time of the matrix products at its measured
+rate, and of reading weights and cache once a token at its measured bandwidth.
 """
 
 import statistics
 from typing import Any
 
 import common
-from work import LENGTHS, make_pairs
+import torch
+from work import LENGTHS, SHAPES, Shape, generation_costs, make_pairs
 
 from ldalign.errors import run
 
-ROWS, NEW_TOKENS = 32, 48
+PEERS = {"transformers generate": "generation", "transformers continuous batching": "continuous"}
+CONTINUOUS_ROWS = 32  # the one batch that continuous batching is measured at: on a CPU it is slow
 
 
 def main(argv: list[str]) -> None:
     parser = common.options("generate", __doc__)
+    parser.add_argument("--batches", default="1,8,32,128", help="rows at a time")
+    parser.add_argument("--dtypes", help="default: bfloat16,float32; on a GPU bfloat16")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, no model folder")
     args = parser.parse_args(argv)
     device, dtype = common.device_and_dtype()
-    folder, config = common.model_of(args)
-    rows, new_tokens, repeat = (2, 4, 1) if args.small else (ROWS, NEW_TOKENS, args.repeat or 5)
-    prompts = [pair["prompt"] for pair in make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])]
-    job = {
-        "task": "generation", "device": str(device), "dtype": dtype, "folder": str(folder) if folder else None,
-        "config": config, "new_tokens": new_tokens,
-        "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
-    }  # fmt: skip
-    common.say("generate ...")
+    folder, config = (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    dtypes = args.dtypes or (dtype if device.type == "cuda" or dtype == "float32" else "bfloat16,float32")
+    new_tokens = 4 if args.small else args.new_tokens
+    tables = []
+    for name in dtypes.split(",")[: 1 if args.small else None]:
+        for rows in [2] if args.small else map(int, args.batches.split(",")):
+            repeat = 1 if args.small else args.repeat or (3 if rows <= 32 else 1)
+            pairs = make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])
+            prompts = [pair["prompt"] for pair in pairs]
+            job = {
+                "device": str(device), "dtype": name, "folder": str(folder) if folder else None, "config": config,
+                "new_tokens": new_tokens, "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
+            }  # fmt: skip
+            tables.append(measure(job, Shape.of(config), rows, not args.no_peers, device, args.small))
+    result = common.result(
+        "generate", args, device=str(device), shape=args.shape, new_tokens=new_tokens, tables=tables
+    )  # fmt: skip
+    suffix = f"-{args.shape}" if args.shape else ""
+    common.save(result, render(result), args.results, f"generate-{device.type}{suffix}")
+
+
+def measure(
+    job: dict[str, Any], shape: Shape, rows: int, peers: bool, device: torch.device, small: bool
+) -> dict[str, Any]:
+    """One batch size in one dtype: all sides, and the machine's limits for the same work."""
+    common.say(f"generate: {rows} rows, {job['dtype']} ...")
     sides: dict[str, dict[str, Any]] = {"ldalign": common.measure_ours("generation", job)}
-    if not args.no_peers:
-        sides["transformers"] = common.measure_or_say("peers/padded.py", job, "transformers", common.KEEP_MEMORY)
+    for name, task in PEERS.items() if peers else ():
+        if task == "generation" or rows == CONTINUOUS_ROWS:
+            common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
+            whole = {**job, "task": task}
+            sides[name] = common.measure_or_say("peers/generate.py", whole, "transformers", common.KEEP_MEMORY)
+    tokens = rows * job["new_tokens"]
     for side in sides.values():
         if "skipped" not in side:
-            side["tokens_per_second"] = rows * new_tokens / statistics.median(side["seconds"])
+            side["tokens_per_second"] = tokens / statistics.median(side["seconds"])
             side["time_ratio"] = common.median_ratio(side["seconds"], sides["ldalign"]["seconds"])
-    result = common.result(
-        "generate", args, device=str(device), dtype=dtype, rows=rows, new_tokens=new_tokens, repeat=repeat, sides=sides
-    )
-    common.save(result, render(result), args.results)
+    itemsize = getattr(torch, job["dtype"]).itemsize
+    costs = generation_costs(shape, [len(p) for p in job["batches"][-1]], job["new_tokens"], itemsize)
+    rates = common.measure_machine(shape, max(rows, 64), job["dtype"], device, small)
+    limits = {
+        "products": tokens / (sum(c.flops for c in costs.values()) / rates["flops"]),
+        # A copy reads and writes; reading alone is at least as fast as half of it.
+        "reading": tokens / (sum(costs[part].bytes for part in ("attention", "MLP", "head")) / rates["bytes"]),
+    }
+    return {"rows": rows, "dtype": job["dtype"], "repeat": len(sides["ldalign"]["seconds"]), "sides": sides,
+            "limits": limits, "rates": rates}  # fmt: skip
 
 
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
-        "## generate", "",
-        f"Sampling at temperature 1, {result['rows']} rows a batch, each to {result['new_tokens']} new tokens; "
-        f"{result['policy']}, {result['dtype']} on {result['device']}, medians of {result['repeat']} after one to "
-        "warm up.", "",
-        *common.table("", "seconds", "tokens made a second", "time / ldalign's", "peak memory, GiB"),
+        f"## generate, {result['device']}", "",
+        f"{result['shape'] or result['policy']}: prompts of GSM8K's lengths, {result['new_tokens']} new tokens a row, "
+        "sampled at temperature 1; medians after one batch to warm up. First token: ldalign's is the mean over rows. Limits: the "
+        "same tokens at the machine's measured rate of matrix products, and at its measured copy bandwidth with the "
+        "weights read once a step.", "",
+        *common.table("rows", "dtype", "", "tokens a second", "time / ldalign's", "first token, s", "peak memory, GiB"),
     ]  # fmt: skip
-    for name, side in result["sides"].items():
-        if "skipped" in side:
-            lines.append(common.row(name, f"not run: {side['skipped']}", "", "", ""))
-        else:
-            seconds = f"{statistics.median(side['seconds']):.3f}"
-            speed = [f"{side['tokens_per_second']:.0f}", f"{side['time_ratio']:.2f}", f"{side['peak_gib']:.2f}"]
-            lines.append(common.row(name, seconds, *speed))
+    for table in result["tables"]:
+        for name, side in table["sides"].items():
+            cells: list[str] = [str(table["rows"]), table["dtype"], name]
+            if "skipped" in side:
+                cells += [f"not run: {side['skipped']}", "", "", ""]
+            else:
+                first = "" if side["first"] is None else f"{side['first']:.2f}"
+                speed = [f"{side['tokens_per_second']:.0f}", f"{side['time_ratio']:.2f}"]
+                cells += [*speed, first, f"{side['peak_gib']:.2f}"]
+            lines.append(common.row(*cells))
+        for name, limit in table["limits"].items():
+            lines.append(common.row(table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", ""))
     return lines
 
 

@@ -1,6 +1,6 @@
 """What a CUDA machine has to show, in under a quarter of an hour and without a network: `make gpu`.
 
-    python bench/gpu.py [--only tests,kernels,step,step-7b,growth,profile]
+    python bench/gpu.py [--only tests,kernels,step,step-7b,growth,generate,profile]
 
 Runs every test marked `gpu` and every GPU benchmark, each part under a time limit, and prints one table last. A part
 that fails is named in the table and makes the exit code 3; the parts after it still run. The step benchmark's models
@@ -40,6 +40,7 @@ PARTS = (
     Part("step", [*STEP, "--shape", "smollm2-135m", "--batch", "32"], 180),
     Part("step-7b", [*STEP, "--shape", "mistral-7b", "--batch", "8", "--optimizer", "rmsprop"], 240),
     Part("growth", ["bench/growth.py", "--shapes", "smollm2-135m,mistral-7b", "--optimizer", "rmsprop"], 180),
+    Part("generate", ["bench/generate.py", "--shape", "mistral-7b", "--batches", "1,256", "--repeat", "2"], 300),
     Part("profile", ["bench/profile_train.py", "--shape", "smollm2-135m", "--batch", "32"], 120),
 )
 NEEDED = ("tests", "kernels", "step", "step-7b")  # without --only
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     for part in (part for part in PARTS if part.name in names):
         print(f"\n=== {part.name}", flush=True)
         began = time.perf_counter()
-        more = peers if part.name in ("step", "step-7b", "growth") else []
+        more = peers if part.name in ("step", "step-7b", "growth", "generate") else []
         try:
             done = subprocess.run([sys.executable, *part.command, *more], cwd=ROOT, timeout=part.limit_s, check=False)
             verdict = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"

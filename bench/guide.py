@@ -1,6 +1,6 @@
 """The guide's training and distance scoring against the same work on transformers' GPT-2, padded.
 
-    python bench/guide.py [--sizes small,gpt2]
+    python bench/guide.py [--sizes small,gpt2]  (by default the small one, and both on a GPU)
 
 Part of `make bench`. Same weights (a new guide, written to a folder that both read), same texts and tokenizer, same
 batches, AdamW, float32; the peer in an environment of its own. The distances of both are compared.
@@ -31,13 +31,14 @@ MICRO_TOKENS = 8192  # ldalign's budget, its default
 
 def main(argv: list[str]) -> None:
     parser = common.options("guide", __doc__)
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; gpt2 takes a CPU an hour")
     args = parser.parse_args(argv)
     device, _ = common.device_and_dtype()
+    sizes = args.sizes or (",".join(SIZES) if device.type == "cuda" else "small")
     steps, batch = (1, 2) if args.small else (args.repeat or 4, BATCH)
     texts = make_texts("short" if args.small else "gsm8k", batch * (steps + 1))
     tables = []
-    for size in ["toy"] if args.small else args.sizes.split(","):
+    for size in ["toy"] if args.small else sizes.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             folder = make_guide(size, Path(scratch) / "guide")
             job = {

@@ -4,6 +4,7 @@
 """
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,10 +17,12 @@ from worker import Job, Result, main, settle, timed
 
 from ldalign import distributed
 from ldalign.batches import Pair
-from ldalign.generate import Sampling, generate_ids
+from ldalign.decoders import new_decoder
+from ldalign.engine import Engine, Request
 from ldalign.guide import load_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.mistral import Mistral, MistralConfig
+from ldalign.sampling import Sampling
 from ldalign.seeds import permutation
 from ldalign.training import TrainSettings, train
 from ldalign.weights import load_model
@@ -92,14 +95,26 @@ def make_model(job: Job, dtype: torch.dtype, device: torch.device) -> Mistral:
 def generation(job: Job) -> Result:
     """Sampling without end tokens: rows go on to the end."""
     device = distributed.start(job["device"])
-    model = make_model(job, getattr(torch, job["dtype"]), device).eval()
+    decoder = new_decoder(make_model(job, getattr(torch, job["dtype"]), device).eval(), release=True)
     seconds: list[float] = []
+    first: list[float] = []
     for n, prompts in enumerate(job["batches"]):
-        keys = [f"{n}/{i}" for i in range(len(prompts))]
+        requests = [Request(f"{n}/{i}", prompt, i) for i, prompt in enumerate(prompts)]
+        seen: dict[int, float] = {}
+
+        def note(chosen: list[Request], ids: list[int], seen: dict[int, float] = seen) -> None:
+            for request in chosen:
+                seen.setdefault(request.index, time.perf_counter())
+
+        began = time.perf_counter()
         with timed(seconds, device):
-            generate_ids(model, prompts, keys, [], Sampling(job["new_tokens"]), SEED, batch_rows=len(prompts))
+            longest = max(map(len, prompts)) + job["new_tokens"]
+            engine = Engine(decoder, Sampling(job["new_tokens"]), [], SEED, longest=longest, rows=len(prompts))
+            for _, response in engine.run(requests, note):
+                assert len(response.ids) == job["new_tokens"]
+        first.append(statistics.mean(seen.values()) - began)
     distributed.stop()
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[1:], "first": statistics.median(first[1:])}
 
 
 def guide_training(job: Job) -> Result:

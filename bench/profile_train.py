@@ -2,15 +2,15 @@
 
     python bench/profile_train.py [--precision bfloat16|mixed|float32] [--batch 4] [--new-tokens 16]
 
-Runs the program's own `training.train` and `generate_ids` under torch.profiler. Ranges are put around the modules from
-outside, by forward hooks; an operation of the backward belongs to the part of the forward operation whose sequence
-number it carries. Beside each part's time stand the operations and bytes that it needs at the least (work.py), and how
-near its time is to the time those need at the measured product rate and copy bandwidth of this machine: its share of
-the roofline. Writes a table, a figure, and for each of the two a trace for Perfetto (ui.perfetto.dev; not committed).
+Runs the program's own `training.train` and its generation engine under torch.profiler. Ranges are put around the
+modules from outside, by forward hooks; an operation of the backward belongs to the part of the forward operation
+whose sequence number it carries. Beside each part's time stand the operations and bytes that it needs at the least
+(work.py), and how near its time is to the time those need at the measured product rate and copy bandwidth of this
+machine: its share of the roofline. Writes a table, a figure, and for each of the two a trace for Perfetto
+(ui.perfetto.dev; not committed).
 """
 
 import argparse
-import importlib
 import statistics
 import time
 from collections import defaultdict
@@ -36,15 +36,18 @@ from work import (
 )
 
 from ldalign import distributed, training
+from ldalign.decoders import new_decoder
+from ldalign.engine import Engine, Request
 from ldalign.errors import run
 from ldalign.mistral import Mistral
+from ldalign.sampling import Sampling
 
-generation = importlib.import_module("ldalign.generate")  # ldalign.generate by itself is the public function
 RANGE = "part:"
 MODULES = {"Block": "elementwise", "Attention": "attention", "MLP": "MLP"}  # inner ranges win over outer ones
 OPERATIONS = {  # parts told by the names of ldalign's own operations, and of torch's ranges
     "rms_norm": "elementwise", "rope": "elementwise", "swiglu": "elementwise",
     "attention": "attention", "pair_loss": "head", "linear_logprob": "head", "sft_loss": "head", "dpo": "head",
+    "decode_mlp": "MLP", "packed_linear": "head", "sample": "sampler",
 }  # fmt: skip
 PREFIXES = {"Optimizer.": "optimizer", "FSDP::": "communication", "c10d::": "communication", "gloo:": "communication"}
 PARTS = ("attention", "MLP", "head", "elementwise", "optimizer", "sampler", "communication", "other", "idle")
@@ -117,17 +120,14 @@ def profile_generation(job: dict[str, Any], args: argparse.Namespace, device: to
     model = make_model(job, compute, device).eval()
     put_ranges(model)
     prompts = [pair["prompt"] for pair in make_pairs(LENGTHS[args.lengths], args.rows, config["vocab_size"])]
-    keys = [str(i) for i in range(len(prompts))]
+    requests = [Request(str(i), prompt, i) for i, prompt in enumerate(prompts)]
+    decoder, longest = new_decoder(model), max(map(len, prompts)) + args.new_tokens
     clock = Clock(1, device)
-    sample_step = generation.sample_step
-    generation.sample_step = ranged("sampler", sample_step)
-    try:
-        for _ in range(4):  # one to warm up, one profiled, two for the unprofiled time
-            clock.tick()
-            generation.generate_ids(model, prompts, keys, [], generation.Sampling(args.new_tokens), SEED, len(prompts))
+    for _ in range(4):  # one to warm up, one profiled, two for the unprofiled time
         clock.tick()
-    finally:
-        generation.sample_step = sample_step
+        engine = Engine(decoder, Sampling(args.new_tokens), [], SEED, longest=longest, rows=len(prompts))
+        assert sum(1 for _ in engine.run(requests)) == len(prompts)
+    clock.tick()
     shape = Shape.of(config)
     costs = generation_costs(shape, [len(p) for p in prompts], args.new_tokens, compute.itemsize)
     dtype = str(compute).removeprefix("torch.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from ldalign.errors import EnvironmentProblem, run
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("kernels", "step", "growth", "guide", "generate")
+BENCHMARKS = ("kernels", "step", "growth", "guide", "generate", "compile")
 
 
 def main(argv: list[str]) -> None:

@@ -18,16 +18,21 @@ struct Isa {
   const Table* table;
 };
 
+#ifdef __x86_64__
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best last.
 const std::vector<Isa>& built() {
   static const std::vector<Isa> all = {
       {"default", true, &table_default},
 #ifdef __x86_64__
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &table_avx2},
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       &table_avx512},
+      {"avx512", has_avx512(), &table_avx512},
+      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &table_avx512_bf16},
 #endif
   };
   return all;

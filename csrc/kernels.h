@@ -36,6 +36,8 @@ struct Update {
 };
 
 constexpr int64_t kAlign = 16;  // values: a multiple of every vector's width
+constexpr int64_t kPanel = 32;  // rows of a weight that are packed together
+constexpr int64_t kPageTokens = 16;  // of a page of the key/value cache
 
 template <class T>
 struct Kernels {
@@ -84,6 +86,17 @@ struct Kernels {
   void (*product)(const A* a, int64_t row, int64_t column, const A* b, int64_t ldb, int64_t M, int64_t N, int64_t K,
                   bool add, A* c, int64_t ldc);
 
+  // Generation, only of float and bf16. x (rows, K) against rows [32 first, 32 last) of a weight (N, K), in panels:
+  // packed[panel][word][32 rows], a word being 4 bytes along K. Into the columns of y, rounded or wide.
+  void (*packed_product)(const T* x, int64_t ldx, int64_t rows, const T* packed, int64_t K, int64_t N, int64_t first,
+                         int64_t last, T* y, int64_t ldy);
+  void (*packed_product_wide)(const T* x, int64_t ldx, int64_t rows, const T* packed, int64_t K, int64_t N,
+                              int64_t first, int64_t last, A* y, int64_t ldy);
+  // Scores z (rows, 16 columns) of queries q against a page of keys, page[word of E][16 tokens]; and out (rows, E) +=
+  // p (rows, keys) times a page of values, page[token][E]; E a multiple of kAlign there.
+  void (*page_scores)(const A* q, int64_t ldq, int64_t rows, const T* page, int64_t E, A* z, int64_t ldz);
+  void (*page_values)(const A* p, int64_t ldp, int64_t rows, const T* page, int64_t E, int64_t keys, A* out);
+
   void (*dot)(const T* x, const T* y, int64_t rows, int64_t D, A* out);  // of each row of x with that of y
   void (*widen)(const T* x, int64_t n, A* y);
   void (*round)(const A* x, int64_t n, T* y);
@@ -103,7 +116,7 @@ struct Table {
   Kernels<half> f16;
 };
 
-extern const Table table_default, table_avx2, table_avx512;  // the last two only on x86-64
+extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16;  // all but the first only on x86-64
 
 // The kernels of the chosen instruction set (isa.cpp).
 const Table& table();

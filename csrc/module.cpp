@@ -56,6 +56,11 @@ TORCH_LIBRARY(ldalign_cpp, m) {
         " float beta2, float eps, int step, int seed) -> ()");
   m.def("rmsprop_(Tensor(a!) p, Tensor grad, Tensor(b!) v, float learning_rate, float decay, float alpha, float eps,"
         " int seed) -> ()");
+  m.def("packed_linear(Tensor x, Tensor packed, int out_features, bool wide_out) -> Tensor");
+  m.def("decode_layers(Tensor x, Tensor[] weights, Tensor[] norms, Tensor(a!) keys, Tensor(b!) values, Tensor rows,"
+        " Tensor pages, Tensor cos, Tensor sin, int heads, int? window, float eps) -> Tensor");
+  m.def("sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p,"
+        " float penalty, Tensor seen) -> (Tensor ids, Tensor logp)");
 
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);
@@ -81,6 +86,9 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("pair_attention_backward", TORCH_FN(pair_attention_backward));
   m.impl("adamw_", TORCH_FN(adamw_));
   m.impl("rmsprop_", TORCH_FN(rmsprop_));
+  m.impl("packed_linear", TORCH_FN(packed_linear));
+  m.impl("decode_layers", TORCH_FN(decode_layers));
+  m.impl("sample", TORCH_FN(sample));
 }
 
 }  // namespace ldalign::cpu

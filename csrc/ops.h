@@ -86,4 +86,25 @@ void adamw_(Tensor p, const Tensor& grad, Tensor m, Tensor v, double learning_ra
 void rmsprop_(Tensor p, const Tensor& grad, Tensor v, double learning_rate, double decay, double alpha, double eps,
               int64_t seed);
 
+// ---- decode.cpp: weights packed in panels of 32 rows, (panels, K, 32); float32 or bfloat16
+
+// x (N, K) -> (N, out_features), float32 with wide_out
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool wide_out);
+
+// x (N, D): the new tokens of R rows, row after row; rows (R, 2): how many, and how many the cache holds; pages (R, P):
+// the row's pages, in order. weights: qkv, o, gate_up and down of each layer; norms: two of each, and the last, float32.
+// keys (L, pages, K, E, 16), values (L, pages, K, 16, E'): the new tokens' are added. -> normed hidden (N, D)
+Tensor decode_layers(
+    const Tensor& x, at::TensorList weights, at::TensorList norms, const Tensor& keys, const Tensor& values,
+    const Tensor& rows, const Tensor& pages, const Tensor& cos, const Tensor& sin, int64_t heads,
+    std::optional<int64_t> window, double eps);
+
+// ---- sample.cpp
+
+// logits (R, V) float32, overwritten; uniform (R,) float64; seen (R, T): tokens to penalise, -1 for none
+// -> ids (R,), log-probs (R,)
+std::tuple<Tensor, Tensor> sample(
+    const Tensor& logits, const Tensor& uniform, double temperature, int64_t top_k, double top_p, double min_p,
+    double penalty, const Tensor& seen);
+
 }  // namespace ldalign::cpu

@@ -2,6 +2,7 @@
 // said in kernels.h, and derived in docs/kernels.md.
 #pragma once
 
+#include "decode_kernels.h"
 #include "lanes.h"
 
 namespace ldalign::cpu::LDALIGN_ISA {
@@ -387,13 +388,26 @@ void rmsprop(T* p, const T* grad, void* v, bool narrow, int64_t n, int64_t at, c
 
 template <class T>
 constexpr Kernels<T> make() {
-  Kernels<T> all = {logprob<T>,           logit_gradient<T>,     nullptr,   rms_norm<T>, rms_norm_backward<T>,
-                    rope<T>,              swiglu<T>,             swiglu_backward<T>,
-                    attention_softmax<T>, attention_gradient<T>, nullptr,   dot<T>,      widened<T>,
-                    round<T>,             nullptr,               nullptr};
+  Kernels<T> all = {};
+  all.logprob = logprob<T>;
+  all.logit_gradient = logit_gradient<T>;
+  all.rms_norm = rms_norm<T>;
+  all.rms_norm_backward = rms_norm_backward<T>;
+  all.rope = rope<T>;
+  all.swiglu = swiglu<T>;
+  all.swiglu_backward = swiglu_backward<T>;
+  all.attention_softmax = attention_softmax<T>;
+  all.attention_gradient = attention_gradient<T>;
+  all.dot = dot<T>;
+  all.widen = widened<T>;
+  all.round = round<T>;
   if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
   if constexpr (sizeof(T) > 2) all.product = product<T>;
   if constexpr (is_float_or_bf16<T>) {
+    all.packed_product = packed_product<T, T>;
+    all.packed_product_wide = packed_product<T, float>;
+    all.page_scores = page_scores<T>;
+    all.page_values = page_values<T>;
     all.adamw = adamw<T>;
     all.rmsprop = rmsprop<T>;
   }

@@ -5,7 +5,7 @@ vocabulary, S = 2P responses (runs of rows; real, generated, real, ...) of P pai
 float32, or float64 where the inputs are. Sums are kept wide and rounded once. Inputs may have any strides and are
 never changed. A wrong shape, dtype or target is a ValueError that names the argument.
 
-`LDALIGN_ISA` (default, avx2 or avx512) chooses the instruction set; unset, the best one this machine has.
+`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the best one this machine has.
 """
 
 import importlib
@@ -203,3 +203,38 @@ def rmsprop_(
 ) -> None:
     """One step in place (`ldalign.kernels.eager.rmsprop_`), in one pass."""
     torch.ops.ldalign_cpp.rmsprop_(p, grad, square, learning_rate, decay, alpha, eps, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) -> Tensor:
+    """x (N, K) times a weight packed by `ldalign.decoders.pack_weight`: (N, out_features), float32 with wide_out."""
+    out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, out_features, wide_out)
+    return out
+
+
+def decode_layers(
+    x: Tensor, weights: Sequence[Tensor], norms: Sequence[Tensor], keys: Tensor, values: Tensor, rows: Tensor,
+    pages: Tensor, cos: Tensor, sin: Tensor, heads: int, window: int | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """A Mistral's layers and last norm on new tokens x (N, D) of R rows, over a paged cache: (N, D).
+
+    weights: packed; qkv, o, gate and up, down of each layer. norms: float32; two a layer, and the last. keys (L, pages,
+    K, E, 16) and values (L, pages, K, 16, E rounded up to 16) gain the new tokens'. rows (R, 2) int64: new and cached
+    tokens; pages (R, P) int32; cos, sin (positions, E/2) float32. A row's result does not depend on the other rows, to
+    the bit.
+    """
+    out: Tensor = torch.ops.ldalign_cpp.decode_layers(
+        x, weights, norms, keys, values, rows, pages, cos, sin, heads, window, eps
+    )
+    return out
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    seen: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The next tokens (R,) and their log-probs (R,) (`reference.sample`); logits (R, V) float32 are overwritten."""
+    ids, logp = torch.ops.ldalign_cpp.sample(logits, uniform, temperature, top_k, top_p, min_p, penalty, seen)
+    return ids, logp

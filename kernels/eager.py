@@ -7,6 +7,7 @@ Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses (
 ...), H heads, E head width. "Wide" is float32, or float64 where the inputs are. docs/kernels.md derives the gradients.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -316,3 +317,55 @@ def _store(to: Tensor, value: Tensor, random: Tensor) -> None:
         bits = (value.view(torch.int32) + (random & 0xFFFF).int()).bitwise_and_(-0x10000).view(torch.float32)
         value = torch.where(value.isfinite(), bits, value)
     to.copy_(value)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+BLOCK = 256  # tokens whose probabilities are summed first
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, most: int, window: int | None
+) -> Tensor:
+    """Attention of new tokens over their rows' pages (`reference.paged_attention`), at once where each has one."""
+    if most > 1:
+        return reference.paged_attention(q, keys, values, rows, pages, window)
+    k, v = (x[pages.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (R, K, P * 16, E)
+    R, H, E = q.shape
+    scores = (q.view(R, k.shape[1], -1, E) @ k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(E)
+    gap = rows[:, 1:] - torch.arange(k.shape[2], device=q.device)  # (R, P * 16)
+    unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+    probs = scores.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    return (probs @ v).view(R, H, E)
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    seen: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The next tokens and their log-probs (`reference.sample`), without a cumulative sum over the vocabulary."""
+    if temperature == 0:
+        return reference.sample(logits, uniform, 0.0, 0, 1.0, 0.0, penalty, seen)
+    probs = reference.kept(reference.penalised(logits, penalty, seen) / temperature, top_k, top_p, min_p)
+    ids = _invert(probs, uniform)
+    return ids, probs.gather(1, ids[:, None])[:, 0].log()
+
+
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token (R,) at which each row's cumulative distribution passes `uniform`: first its block, then in the block.
+
+    Partial sums are float64: over a vocabulary, float32 ones would move boundaries by more than the logits' rounding.
+    """
+    padded = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
+    blocks = padded.sum(-1).double().cumsum(-1)
+    wanted = uniform[:, None] * blocks[:, -1:]
+    block = torch.searchsorted(blocks, wanted, right=True).clamp(max=blocks.shape[1] - 1)
+    before = F.pad(blocks, (1, 0)).gather(1, block)
+    inside = padded.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0]  # (R, BLOCK)
+    offset = torch.searchsorted(inside.double().cumsum(-1), wanted - before, right=True).clamp(max=BLOCK - 1)
+    ids = (block * BLOCK + offset)[:, 0]
+    # A number within rounding of a block's end can pass its last token, onto one of probability 0 or past the last.
+    lost = F.pad(probs, (0, 1)).gather(1, ids[:, None].clamp(max=probs.shape[-1]))[:, 0] <= 0
+    if bool(lost.any()):
+        ids = torch.where(lost, block[:, 0] * BLOCK + inside.argmax(-1), ids)
+    return ids

@@ -111,3 +111,77 @@ def split_heads(qkv: Tensor, heads: int, own: slice, keys: Tensor) -> tuple[Tens
     q = qkv[own, :heads].unflatten(1, (K, -1)).movedim(0, 2)
     k, v = qkv[:, heads:].index_select(0, keys).transpose(0, 1).split(K)
     return q, k, v
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, window: int | None = None
+) -> Tensor:
+    """Causal grouped-query attention of new tokens over a paged key/value cache (Kwon et al., arXiv 2309.06180).
+
+    q (N, H, E): the new tokens of R rows, row after row -> (N, H, E). rows (R, 2): of each row, the number of new
+    tokens and of those before them. keys, values (pages, page size, K, E); pages (R, P): where a row's tokens lie, the
+    new ones included. New token i stands at position before + i and sees the positions up to its own; with a sliding
+    window the last `window` of them.
+    """
+    size, outs, start = keys.shape[1], [], 0
+    for (new, before), own in zip(rows.tolist(), pages, strict=True):
+        n = before + new
+        held = own[: -(-n // size)].long()
+        k, v = keys[held].flatten(0, 1)[:n].transpose(0, 1), values[held].flatten(0, 1)[:n].transpose(0, 1)  # (K, n, E)
+        queries = q[start : start + new].unflatten(1, (len(k), -1)).movedim(0, 2)  # (K, H/K, T, E)
+        gap = torch.arange(before, n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+        unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+        scores = (queries @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(q.shape[-1])
+        probs = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)
+        outs.append((probs @ v[:, None]).flatten(0, 1).transpose(0, 1))
+        start += new
+    return torch.cat(outs) if outs else q
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    seen: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token a row, and its log-prob under the distribution sampled from: (R, V), (R,) -> (R,) int64, (R,).
+
+    In this order: the logits of tokens in `seen` (R, T; -1 for none) are divided by `penalty` if positive, else
+    multiplied; all are divided by `temperature`; the top_k largest stay (0: all; equals of the last too); of those, by
+    falling probability, the tokens before which there is less mass than top_p; of those, the ones at least min_p
+    times as likely as the first. The token is where the cumulative distribution, in the order of ids, passes `uniform`.
+    temperature 0: the most likely token, the lowest id of equals, under the distribution before temperature and cuts.
+    """
+    z = penalised(logits, penalty, seen)
+    if temperature == 0:
+        ids = z.argmax(-1)
+        return ids, z.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    probs = kept(z / temperature, top_k, top_p, min_p)
+    ids = (probs.double().cumsum(-1) <= (uniform * probs.double().sum(-1))[:, None]).sum(-1)
+    last = (probs > 0).long().cumsum(-1).argmax(-1)  # the last token that can be
+    ids = ids.minimum(last)
+    return ids, probs.gather(1, ids[:, None])[:, 0].log()
+
+
+def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Logits after the repetition penalty (Keskar et al., arXiv 1909.05858)."""
+    if penalty == 1 or not seen.numel():
+        return logits
+    marked = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+    marked = marked.scatter(1, seen.where(seen >= 0, logits.shape[1]), True)[:, :-1]
+    return torch.where(marked, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The probabilities (R, V) after the cuts, adding up to 1; 0 for what is cut."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        mass = probs.double().cumsum(-1) - probs.double()  # before each
+        cut = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass >= top_p)
+        logits = logits.masked_fill(cut, float("-inf"))
+    probs = logits.softmax(-1)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs

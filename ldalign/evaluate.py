@@ -14,8 +14,10 @@ import torch
 from ldalign import distributed, tasks
 from ldalign.batches import Pair
 from ldalign.data import Row
-from ldalign.generate import Response, Sampling, generate_ids
+from ldalign.decoders import new_decoder
+from ldalign.generate import generate_ids
 from ldalign.mistral import Mistral
+from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.tokenizer import Tokenizer
 
@@ -40,25 +42,30 @@ def evaluate(
     settings: EvaluationSettings,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
+    release: bool = False,
 ) -> tuple[dict[str, float], list[tuple[int, dict[str, object]]]]:
     """Metrics over all rows, the same on every rank, and this rank's records (row index, texts and verdicts).
 
     Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also accuracy/greedy and
-    accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac.
+    accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac. release: the
+    model may lose its weights, so that there is never a second copy of them.
     """
     logps = response_logps(model, pairs, settings.micro_tokens, device)[:, 0]
     metrics = {"rows": float(len(rows)), "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs))}
     checkable = [i for i, row in enumerate(rows) if row.kind is not None]
     mine = checkable[distributed.rank() :: distributed.world_size()]
     prompts, ends = [pairs[i].prompt for i in mine], tokenizer.end_ids
+    decoder = new_decoder(model, release)
     greedy = generate_ids(
-        model, prompts, [f"greedy/{rows[i].id}" for i in mine], ends, replace(settings.sampling, temperature=0.0),
+        decoder, prompts, [f"greedy/{rows[i].id}" for i in mine], ends, replace(settings.sampling, temperature=0.0),
         settings.seed, settings.batch_rows, progress,
     )  # fmt: skip
     # The keys do not name the policy: every policy meets the same random numbers, and differences have less noise.
     keys = [f"sample/{rows[i].id}/{n}" for i in mine for n in range(settings.samples)]
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    sampled = generate_ids(model, repeated, keys, ends, settings.sampling, settings.seed, settings.batch_rows, progress)
+    sampled = generate_ids(
+        decoder, repeated, keys, ends, settings.sampling, settings.seed, settings.batch_rows, progress
+    )
     records: list[tuple[int, dict[str, object]]] = []
     table = torch.zeros(len(mine), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
     for n, i in enumerate(mine):

@@ -6,6 +6,10 @@ of the time. Settings of mallopt(3); other C libraries are left as they are.
 
 import ctypes
 import logging
+import re
+from pathlib import Path
+
+import torch
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
@@ -22,3 +26,17 @@ def keep_freed_memory() -> bool:
     options = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
     worked = [mallopt(option, value) == 1 for option, value in options.items()]  # all of them, whatever fails
     return all(worked)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be used: of a GPU; or of this machine, or the control group it is limited to (cgroup v2)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    free = int(found[1]) * 1024 if found else 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        pass
+    return free

@@ -26,8 +26,8 @@ from ldalign.kernels import flash
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
-    "adamw_", "add_rms_norm", "choose", "linear_logprob", "pair_attention", "pair_loss", "rms_norm", "rmsprop_", "rope",
-    "segment_sum", "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
+    "adamw_", "add_rms_norm", "choose", "linear_logprob", "paged_attention", "pair_attention", "pair_loss", "rms_norm",
+    "rmsprop_", "rope", "sample", "segment_sum", "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = (
     "linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu",
-    "pair_attention", "adamw_", "rmsprop_",
+    "pair_attention", "paged_attention", "sample", "adamw_", "rmsprop_",
 )  # fmt: skip
 
 
@@ -644,3 +644,67 @@ def rmsprop_(
 ) -> None:
     """One step of RMSprop on a parameter and its average, in place. Oracle: `ldalign.kernels.eager.rmsprop_`."""
     _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, most: int, window: int | None = None
+) -> Tensor:
+    """Attention of new tokens over a paged cache that holds their keys already: q (N, H, E) -> (N, H, E).
+
+    keys, values (pages, 16, K, E); rows (R, 2), pages (R, P), window: as `ldalign.kernels.reference.paged_attention`,
+    the oracle, says. most: the largest number of new tokens of a row. No gradients. Raises ValueError where shapes or
+    dtypes do not fit.
+    """
+    H, K = (q.shape[1], keys.shape[2]) if q.ndim == 3 and keys.ndim == 4 else (1, 0)
+    if not K or H % K or keys.shape != values.shape or keys.shape[3] != q.shape[2] or q.dtype != keys.dtype:
+        raise ValueError(
+            f"paged_attention: q {tuple(q.shape)} {q.dtype}, keys {tuple(keys.shape)} {keys.dtype} and values "
+            f"{tuple(values.shape)} do not fit; expected (N, H, E) and twice (pages, 16, K, E) of one dtype, H a "
+            "multiple of K"
+        )
+    if rows.shape != (len(pages), 2) or pages.ndim != 2 or (window is not None and window < 1):
+        raise ValueError(
+            f"paged_attention: rows {tuple(rows.shape)}, pages {tuple(pages.shape)}, window {window}; expected (R, 2), "
+            "(R, P), and a window of 1 or more"
+        )
+    return torch.ops.ldalign.paged_attention(q, keys, values, rows, pages, most, window)
+
+
+_operator(
+    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor pages, int most, int? window) -> Tensor",
+    lambda q, *rest: _raw("paged_attention", q)(q, *rest),
+    lambda q, *rest: q.new_empty(q.shape),
+)
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    penalty: float = 1.0, seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token a row: logits (R, V) float32, which may be overwritten -> ids (R,) int64, log-probs (R,) float32.
+
+    uniform (R,) float64 in [0, 1); seen (R, T) int64: the tokens that the penalty counts, -1 for none. What the
+    settings mean: `ldalign.kernels.reference.sample`, the oracle. Raises ValueError where shapes or dtypes do not fit.
+    """
+    if logits.ndim != 2 or logits.dtype != torch.float32 or uniform.shape != logits.shape[:1]:
+        raise ValueError(
+            f"sample: logits {tuple(logits.shape)} {logits.dtype} and uniform {tuple(uniform.shape)} do not fit; "
+            "expected (R, V) float32 and (R,)"
+        )
+    seen = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device) if seen is None else seen
+    ids, logp = torch.ops.ldalign.sample(logits, uniform, temperature, top_k, top_p, min_p, penalty, seen)
+    return ids, logp
+
+
+_operator(
+    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p, float penalty, "
+    "Tensor seen) -> (Tensor, Tensor)",
+    lambda logits, *rest: _raw("sample", logits)(logits, *rest),
+    lambda logits, *rest: (
+        logits.new_empty(len(logits), dtype=torch.int64),
+        logits.new_empty(len(logits)),
+    ),
+)

@@ -31,6 +31,7 @@ T = TypeVar("T")
 Parents = Mapping[str, str | int | float]
 
 MANIFEST = "manifest.json"
+PARENTS = "parents.json"  # in the temporary folder of a stage that can be gone on with
 PARTIAL = ".partial"  # a stage folder being made is called NAME.partial; the run's lock makes sure it has one maker
 MODEL_FILES = (
     "*.safetensors",
@@ -141,19 +142,20 @@ def _hash_unchanged(path: Path, _size: int, _mtime_ns: int) -> str:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None]) -> bool:
+def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
     """Make the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks call this.
 
     `parents` names everything the output depends on: hashes of data, template, model and settings, or plain values.
     `make` runs on all ranks and may write files on each of them (different ones). An error in `make` on one rank ends
     that rank at once, without waiting for the others, which may be inside a collective operation of theirs.
+    resume: `make` can go on from what a run with the same parents left in the temporary folder when it was cut short.
 
     Returns True if the stage was made now, False if it was done before. Raises InputError if it was made from other
     parents or if its files are not what the manifest says; EnvironmentProblem if it cannot be written.
     """
     parents = dict(parents)
     partial = folder.with_name(folder.name + PARTIAL)
-    if on_rank0(lambda: _prepare(folder, partial, parents)):
+    if on_rank0(lambda: _prepare(folder, partial, parents, resume)):
         return False
     with _writing(folder):
         make(partial)
@@ -162,16 +164,24 @@ def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None]) -> b
     return True
 
 
-def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> bool:
-    """Whether the stage is done; if not, an empty temporary folder is ready and a dead run's leftover is gone."""
+def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float], resume: bool) -> bool:
+    """Whether the stage is done; if not, a temporary folder is ready: empty, or what can be gone on from."""
+    text = json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n"
     with _writing(folder):
-        if partial.exists():
-            log.info("%s: left over from a run that was cut short; made again", partial)
-            shutil.rmtree(partial)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            shutil.rmtree(partial, ignore_errors=True)
             check_stage(folder, parents)
             return True
+        if partial.exists():
+            left = partial / PARENTS
+            if resume and left.is_file() and left.read_text(encoding="utf-8") == text:
+                log.info("%s: left over from a run that was cut short; gone on from", partial)
+                return False
+            log.info("%s: left over from a run that was cut short; made again", partial)
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
+        if resume:
+            write_text(partial / PARENTS, text)
     return False
 
 
@@ -227,6 +237,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> None:
     """Sync everything, write the manifest last, and give the stage its name."""
     with _writing(folder):
+        (partial / PARENTS).unlink(missing_ok=True)
         files = {}
         for path in _files(partial):
             _sync(path)
@@ -312,9 +323,9 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def stage(self, name: str, parents: Parents, make: Callable[[Path], None]) -> bool:
+    def stage(self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
         """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run."""
-        return run_stage(self.path / name, parents, make)
+        return run_stage(self.path / name, parents, make, resume)
 
     def _open(self) -> None:
         with _writing(self.path):

@@ -17,7 +17,15 @@ class Sampling:
     temperature: float = setting(1.0, "0 is greedy (choice: SPIN's vLLM scripts)", check=non_negative)
     top_k: int = setting(0, "sample among the k most likely tokens; 0: off", check=non_negative)
     top_p: float = setting(1.0, "sample within this mass; 1: off", check=above_up_to(0, 1))
-    batch_rows: int = setting(64, "rows generated at a time", check=positive)
+    min_p: float = setting(
+        0.0, "sample among tokens at least this share as likely as the most likely one; 0: off", check=between(0, 1)
+    )
+    repetition_penalty: float = setting(1.0, "divides the logits of tokens already there; 1: off", check=positive)
+    stop: list[str] = setting([], "texts that end a response")
+    batch_rows: int = setting(64, "rows generated at a time, on one rank", check=positive)
+    cache_gib: float | None = setting(
+        None, "most memory of the key/value cache, on one rank; null: half of what is free", check=positive
+    )
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,9 @@ class RunConfig:
     turns: Literal["first", "last", "all"] = setting("last", "which assistant turn is the response (first: SPIN's)")
     heldout: str | None = setting(None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)")
     heldout_fraction: float = setting(0.1, "share of `data` held out where `heldout` is null", check=between(0, 0.5))
+    responses: str | None = setting(
+        None, "responses to use in the first iteration instead of sampling them: JSON Lines (docs/data.md)"
+    )
     method: Literal["ld_align", "spin"] = setting("ld_align", "pair weights: latent distances, or 1")
     iterations: int = setting(3, "rounds of generate, score, align (the paper's 3)", check=at_least(0))
     max_rows: int | None = setting(None, "rows of the data an iteration uses; null: all", check=positive)

@@ -22,20 +22,25 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ldalign import distributed, tasks
+from ldalign.answers import make_answers
 from ldalign.batches import Pair
 from ldalign.config import to_dict
 from ldalign.data import Row, data_hash, read_rows
+from ldalign.decoders import Decoder, new_decoder
+from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
 from ldalign.evaluate import EvaluationSettings, evaluate
-from ldalign.generate import Response, Sampling, generate_ids
+from ldalign.generate import text_of
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
+from ldalign.losers import read_losers
 from ldalign.methods import Prepared, distance_weights, effective_size, prepare, usable, with_losers
 from ldalign.metrics import say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, RunFolder, hash_file, hash_model_folder, hash_settings, on_rank0, write_text
 from ldalign.pretrained import resolve_model
+from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.seeds import permutation
 from ldalign.settings import RunConfig, Sft
@@ -52,6 +57,9 @@ SCHEDULE_KEYS = (
     "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
     "training.master_dtype", "training.state_dtype",
 )  # fmt: skip
+SAMPLING_KEYS = tuple(
+    f"sampling.{key}" for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+)
 
 Metrics = dict[str, float]
 
@@ -314,42 +322,72 @@ def _train_stage(
 
 
 def responses_stage(ctx: Context, t: int, policy: Path) -> list[Response]:
-    """Samples one response a row from `policy`; the records carry what was sampled, token by token."""
+    """Samples one response a row from `policy`, or takes those that are given for the first iteration.
+
+    The records carry what was sampled, token by token. A run that was cut short is gone on with.
+    """
     name, config = f"iteration_{t}/responses", ctx.config
     rows, pairs = ctx.used
-    s = config.sampling
-    sampling = Sampling(config.max_new_tokens, s.temperature, s.top_k, s.top_p)
+    given = Path(config.responses).expanduser() if config.responses and t == 0 else None
+    sampling = sampling_of(config)
+    requests = [
+        Request(f"iteration/{t}/{row.id}", p.prompt, i) for i, (row, p) in enumerate(zip(rows, pairs, strict=True))
+    ]
+
+    def record(request: Request, r: Response) -> dict[str, Any]:
+        text = text_of(ctx.tokenizer.decode(r.ids), sampling)
+        return {"id": rows[request.index].id, "response": text, "finish_reason": r.finish_reason,
+                "n_tokens": len(r.ids), "token_ids": r.ids, "logp": r.logp}  # fmt: skip
 
     def make(folder: Path) -> Metrics:
-        model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
-        mine = range(distributed.rank(), len(rows), distributed.world_size())
-        keys = [f"iteration/{t}/{rows[i].id}" for i in mine]
-        with Bar(name, len(mine), "rows") as progress:
-            done = generate_ids(model, [pairs[i].prompt for i in mine], keys, ctx.tokenizer.end_ids, sampling,
-                                config.seed, s.batch_rows, progress)  # fmt: skip
-        records = write_rows(
-            folder / "responses.jsonl",
-            [(i, {"id": rows[i].id, "response": ctx.tokenizer.decode(r.ids), "finish_reason": r.finish_reason,
-                  "n_tokens": len(r.ids), "token_ids": r.ids, "logp": r.logp})
-             for i, r in zip(mine, done, strict=True)],
-        )  # fmt: skip
+        path = folder / "responses.jsonl"
+        if given is not None:
+            prompts = ctx.run.path / "data/train.jsonl"
+            losers = read_losers(given, rows, pairs, ctx.train.rows, ctx.tokenizer, prompts)
+            records = [record(request, loser) for request, loser in zip(requests, losers, strict=True)]
+            if distributed.rank() == 0:
+                write_jsonl(path, records)
+        else:
+            model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
+            engine = new_engine(config, requests, ctx.tokenizer)
+            with Bar(name, -(-len(rows) // distributed.world_size()), "rows") as progress:
+                records = make_answers(path, requests, new_decoder(model, release=True), engine, record, progress)
         tokens = sum(r["n_tokens"] for r in records)
         cut = sum(r["finish_reason"] == "length" for r in records)
         return {
-            "rows": len(rows),
-            "tokens": tokens,
-            "len/rejected": tokens / len(rows),
-            "losers/truncated_frac": cut / len(rows),
-        }
+            "rows": len(rows), "tokens": tokens, "len/rejected": tokens / len(rows),
+            "losers/given": float(given is not None), "losers/truncated_frac": cut / len(rows),
+        }  # fmt: skip
 
-    parents = {
-        "policy": hash_model_folder(policy), "data": ctx.used_hash, "iteration": t, "dtype": str(ctx.dtype),
-        "template": ctx.tokenizer.template_hash,
-        **ctx.keys("max_new_tokens", "sampling.temperature", "sampling.top_k", "sampling.top_p", "seed"),
-    }  # fmt: skip
-    stage(ctx, name, parents, make)
+    parents: dict[str, str | int | float] = {"data": ctx.used_hash, "template": ctx.tokenizer.template_hash}
+    if given is not None:
+        parents["responses"] = hash_file(given) if given.is_file() else "absent"
+    else:
+        parents |= {"policy": hash_model_folder(policy), "iteration": t, "dtype": str(ctx.dtype),
+                    **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed")}  # fmt: skip
+    stage(ctx, name, parents, make, resume=True)
     records = read_jsonl(ctx.run.path / name / "responses.jsonl")
     return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    """How training responses are sampled."""
+    s = config.sampling
+    return Sampling(
+        config.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, tuple(s.stop)
+    )
+
+
+def new_engine(config: RunConfig, requests: Sequence[Request], tokenizer: Tokenizer) -> Callable[[Decoder], Engine]:
+    """Of a decoder: the engine that samples as the config says."""
+    s = config.sampling
+    longest = max((len(request.prompt) for request in requests), default=1) + config.max_new_tokens
+    cache_bytes = None if s.cache_gib is None else int(s.cache_gib * 2**30)
+    rows = min(s.batch_rows, max(1, len(requests)))
+    return lambda decoder: Engine(
+        decoder, sampling_of(config), tokenizer.end_ids, config.seed, longest=longest, rows=rows,
+        cache_bytes=cache_bytes, decode=tokenizer.decode,
+    )  # fmt: skip
 
 
 def guide_stage(ctx: Context, generated: Sequence[str] | None = None) -> Path:
@@ -522,7 +560,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
         checkable = sum(row.kind is not None for row in ctx.heldout.rows)
         with Bar(name, checkable * (1 + e.samples) // distributed.world_size(), "rows") as progress:
             metrics, records = evaluate(model, ctx.tokenizer, ctx.heldout.rows, ctx.heldout.pairs, settings, ctx.device,
-                                        progress)  # fmt: skip
+                                        progress, release=True)  # fmt: skip
         write_rows(folder / "answers.jsonl", records)
         return metrics
 
@@ -543,7 +581,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metrics]) -> Metrics:
+def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False) -> Metrics:
     """`RunFolder.stage`, with what `make` returns (on rank 0) and the wall time in summary.json; returns that summary.
 
     After a stage is made, the run's metrics.jsonl is put together again from all stages.
@@ -555,7 +593,7 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
         if distributed.rank() == 0:
             _write_json(folder / SUMMARY, {**summary, "seconds": round(time.perf_counter() - began, 2)})
 
-    made = ctx.run.stage(name, parents, timed)
+    made = ctx.run.stage(name, parents, timed, resume)
     summary: Metrics = json.loads((ctx.run.path / name / SUMMARY).read_text(encoding="utf-8"))
     say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
     if made:

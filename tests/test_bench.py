@@ -56,7 +56,8 @@ def run_bench(script: str, *arguments: object, **environment: str) -> subprocess
     [
         ("step.py", ["--precisions", "bfloat16"], "step-cpu"),
         ("growth.py", [], "growth-cpu"),
-        ("generate.py", [], "generate"),
+        ("generate.py", [], "generate-cpu"),
+        ("compile.py", [], "compile-cpu"),
     ],
 )
 def test_our_side_of_every_benchmark_runs(tmp_path: Path, script: str, more: list[str], name: str) -> None:

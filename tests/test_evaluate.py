@@ -15,7 +15,7 @@ from ldalign import tasks
 from ldalign.batches import Pair
 from ldalign.data import Row
 from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
-from ldalign.generate import Response, Sampling
+from ldalign.sampling import Response, Sampling
 from ldalign.methods import prepare
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model

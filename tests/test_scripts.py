@@ -3,10 +3,11 @@
 import importlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, one_thread, run_script, script_command
 
 from ldalign.errors import InputError
 from ldalign.stages import read_jsonl, stage_names
@@ -54,7 +55,8 @@ def test_launched_by_path_a_wrong_key_is_one_line_and_exit_code_2(tmp_path: Path
         (guide.main, "method=spin", "has no guide"),
         (evaluate.main, "evaluation.rows=0", "nothing to evaluate on"),
         (generate.main, "output=x.jsonl", "needs prompts=FILE"),
-        (generate.main, "prompts=x.jsonl", "needs output=FILE"),
+        (generate.main, "prompts=x.jsonl", "needs output=FOLDER"),
+        (generate.main, "samples=2", "needs prompts=FILE"),
     ],
 )
 def test_nothing_to_do_is_an_error(tmp_path: Path, main: object, more: str, message: str) -> None:
@@ -107,18 +109,60 @@ def test_guide_of_given_responses_needs_no_sampling(tmp_path: Path, toy_cache: P
 
 
 def test_generate_answers_a_file(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
-    prompts = tmp_path / "prompts.jsonl"
+    """Twice each; asking again does nothing, other settings are refused by name, fewer samples are the same ones."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text(
         '{"prompt": "What is 2 + 2?"}\n\n{"id": "x", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}\n'
     )
-    options = arguments(tmp_path / "run", toy_cache, f"prompts={prompts}", f"output={tmp_path / 'out.jsonl'}")
+    options = arguments(tmp_path / "run", toy_cache, f"prompts={prompts}", "samples=2", f"output={out}")
     generate.main(options)
-    first = read_jsonl(tmp_path / "out.jsonl")
-    assert [r["id"] for r in first] == ["1", "x"] and first[0]["response"] != first[1]["response"]
-    assert all(1 <= r["n_tokens"] <= 24 for r in first)
-    generate.main([*options, "sampling.batch_rows=1"])
-    assert read_jsonl(tmp_path / "out.jsonl") == first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+    first = read_jsonl(out / "answers.jsonl")
+    assert [(r["id"], r["sample"]) for r in first] == [("1", 0), ("1", 1), ("x", 0), ("x", 1)]
+    assert len({r["response"] for r in first}) == 4 and all(1 <= r["n_tokens"] <= 24 for r in first)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["parents"]["sampling.temperature"] == 1.0 and manifest["parents"]["samples"] == 2
+    written = (out / "answers.jsonl").stat().st_mtime_ns
+    generate.main(options)
+    assert (out / "answers.jsonl").stat().st_mtime_ns == written
+    with pytest.raises(InputError, match=r"made from something else: sampling.min_p was 0.0, now 0.1"):
+        generate.main([*options, "sampling.min_p=0.1"])
+    generate.main([*options[:-2], f"output={tmp_path / 'one'}", "sampling.batch_rows=1"])
+    assert read_jsonl(tmp_path / "one/answers.jsonl") == first[::2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "out", "prompts.jsonl"]
+    with pytest.raises(InputError, match="is a file; give a folder"):
+        generate.main([*options[:-1], f"output={prompts}"])
+
+
+def test_chat_remembers_until_told_to_forget(tmp_path: Path, toy_cache: Path) -> None:
+    """Typed lines in, one answer a line out, as it comes; the same words first get the same answer again."""
+    keys = ("--chat", "max_new_tokens=9", "policy=toy", "sampling.temperature=0", "sampling.stop=[x]")
+    command = script_command(ROOT / "train/generate.py", *arguments(tmp_path / "run", toy_cache), *keys)
+    done = subprocess.run(
+        command, input="Hello\n\nHello\n/new\nHello\n", capture_output=True, text=True, env=one_thread()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "/new begins again" in done.stderr and not (tmp_path / "run").exists()
+    asked = subprocess.run(command, input="Hello\n", capture_output=True, text=True, env=one_thread())
+    assert done.stdout.startswith(asked.stdout) and done.stdout.endswith(asked.stdout) and "x" not in done.stdout
+    assert len(done.stdout) > 2 * len(asked.stdout)
+
+
+def test_losers_made_elsewhere(tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None) -> None:
+    """First the prompts, with a line that says what to do; then the stage, marked; other losers are refused."""
+    file = tmp_path / "losers.jsonl"
+    options = arguments(tmp_path / "run", toy_cache, f"responses={file}", "sft.epochs=0")
+    with pytest.raises(InputError, match=r"losers.jsonl: not there yet; answer the prompts in .*data/train.jsonl"):
+        generate.main(options)
+    rows = read_jsonl(tmp_path / "run/data/train.jsonl")
+    file.write_text("".join(json.dumps({"id": r["id"], "response": "No idea."}) + "\n" for r in rows))
+    generate.main(options)
+    made = tmp_path / "run/iteration_0/responses"
+    assert {r["response"] for r in read_jsonl(made / "responses.jsonl")} == {"No idea."}
+    assert json.loads((made / "summary.json").read_text())["losers/given"] == 1.0
+    assert "responses" in json.loads((made / "manifest.json").read_text())["parents"]
+    file.write_text(file.read_text().replace("No idea", "No clue"))
+    with pytest.raises(InputError, match="responses was"):
+        generate.main(options)
 
 
 @pytest.mark.parametrize(

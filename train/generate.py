@@ -1,51 +1,84 @@
-"""Sampling alone: `torchrun train/generate.py policy=FOLDER prompts=FILE output=FILE [key=value ...]`.
+"""Sampling alone: `torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]`.
 
-Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id` optional) with
-max_new_tokens and sampling.*, and writes {"id", "messages", "response", "finish_reason", "n_tokens"} lines; the same
-seed and id give the same answer. Without `prompts` it samples for the run's own data instead, into
+Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id` optional),
+`samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample", "messages", "response",
+"finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed and id give the same answers.
+FOLDER/manifest.json says how they were made. Answers are kept as they come (in FOLDER.partial), so a run that was cut
+short is gone on with. `--chat` talks in the terminal instead. Without both it samples for the run's own data, into
 RUN/iteration_0/responses: a stage of align.py, which goes on from here with the same settings.
 """
 
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from ldalign import distributed, errors
+from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
-from ldalign.config import setting
+from ldalign.config import positive, setting
 from ldalign.data import Message
+from ldalign.decoders import Decoder, new_decoder
+from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
-from ldalign.generate import Sampling, generate_ids
+from ldalign.generate import text_of
 from ldalign.metrics import say
 from ldalign.mistral import Mistral
+from ldalign.pipeline import hash_model_folder, hash_settings, run_stage
+from ldalign.sampling import Response
 from ldalign.settings import RunConfig
-from ldalign.stages import Bar, Context, choose_dtype, open_policy, responses_stage, start_stage, write_rows
-from ldalign.tokenizer import load_tokenizer
+from ldalign.stages import (
+    SAMPLING_KEYS,
+    Bar,
+    Context,
+    choose_dtype,
+    named_keys,
+    new_engine,
+    open_policy,
+    responses_stage,
+    sampling_of,
+    start_stage,
+)
+from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model
+
+CHAT = "--chat"
+ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """Two keys more than the other scripts."""
+    """Three keys more than the other scripts."""
 
     prompts: str | None = setting(None, "JSON Lines file of prompts; null: the run's own data")
-    output: str | None = setting(None, "file for the answers; needed with prompts")
+    output: str | None = setting(None, "folder for the answers; needed with prompts")
+    samples: int = setting(1, "answers a prompt", check=positive)
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, generates."""
+    talks = CHAT in argv
+    argv = [argument for argument in argv if argument != CHAT]
     config = read_config(argv, __doc__ or "", GenerateConfig)
     if not isinstance(config, GenerateConfig):
+        return
+    if talks:
+        need(
+            config.prompts is None and config.output is None, "--chat: reads the terminal; leave out prompts and output"
+        )
+        chat(config)
         return
     if config.prompts is None:
         need(
             config.output is None, f"output={config.output}: needs prompts=FILE; the run's own answers go to its folder"
         )
+        need(config.samples == 1, f"samples={config.samples}: needs prompts=FILE; a run takes one answer a row")
         run_stages(argv, __doc__ or "", responses, planned)
         return
     if config.output is None:
-        raise InputError("prompts: needs output=FILE, where the answers go")
+        raise InputError("prompts: needs output=FOLDER, where the answers go")
     answer(config, read_prompts(Path(config.prompts)), Path(config.output), dry="--dry-run" in argv)
 
 
@@ -61,32 +94,101 @@ def planned(config: RunConfig) -> list[str]:
 
 
 def answer(config: GenerateConfig, prompts: dict[str, list[Message]], output: Path, dry: bool) -> None:
-    """Answers prompts (by id) into `output`; `dry`: stops before weights are read."""
+    """Answers prompts (by id) into the folder `output`; `dry`: stops before weights are read."""
     need(output.parent.is_dir(), f"output={output}: {output.parent} is no folder; make it first")
+    need(not output.is_file(), f"output={output}: is a file; give a folder, for {ANSWERS} and how they were made")
     device = distributed.start(config.device)
     folder = open_policy(config)
     tokenizer = load_tokenizer(folder)
-    names = list(prompts)[distributed.rank() :: distributed.world_size()]
-    ids = [tokenizer.prompt_ids(prompts[name]) for name in names]
-    say(f"{len(prompts)} prompts, the longest of {max(map(len, ids), default=0)} tokens; {device.type}")
-    if not dry:
-        model = cast(Mistral, load_model(folder, choose_dtype(config, device), device))
-        s = config.sampling
-        sampling = Sampling(config.max_new_tokens, s.temperature, s.top_k, s.top_p)
-        with Bar("generate", len(names), "prompts") as progress:
-            done = generate_ids(model, ids, names, tokenizer.end_ids, sampling, config.seed, s.batch_rows, progress)
-        records = [
-            {"id": name, "messages": prompts[name], "response": tokenizer.decode(r.ids),
-             "finish_reason": r.finish_reason, "n_tokens": len(r.ids)}
-            for name, r in zip(names, done, strict=True)
-        ]  # fmt: skip
-        partial = output.with_name(f"{output.name}.partial")
-        first, step = distributed.rank(), distributed.world_size()
-        write_rows(partial, [(first + i * step, record) for i, record in enumerate(records)])
-        if distributed.rank() == 0:
-            partial.replace(output)
-        say(f"The answers: {output}")
+    ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
+    named = [(name, n) for name in prompts for n in range(config.samples)]
+    # The first answer has the stream of its id alone: asking for more leaves it as it is.
+    requests = [Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)]
+    say(
+        f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; {config.samples} answers each; "
+        f"{device.type}"
+    )
+    if dry:
+        distributed.stop()
+        return
+
+    def record(request: Request, r: Response) -> dict[str, Any]:
+        name, n = named[request.index]
+        text = text_of(tokenizer.decode(r.ids), sampling_of(config))
+        return {"id": name, "sample": n, "messages": prompts[name], "response": text,
+                "finish_reason": r.finish_reason, "n_tokens": len(r.ids)}  # fmt: skip
+
+    def make(partial: Path) -> None:
+        engine = new_engine(config, requests, tokenizer)
+        with Bar("generate", -(-len(requests) // distributed.world_size()), "answers") as progress:
+            make_answers(partial / ANSWERS, requests, open_decoder(config, folder), engine, record, progress)
+
+    parents = {
+        "policy": hash_model_folder(folder), "template": tokenizer.template_hash,
+        "dtype": str(choose_dtype(config, device)), "prompts": hash_settings(prompts),
+        **named_keys(config, "samples", "max_new_tokens", *SAMPLING_KEYS, "seed"),
+    }  # fmt: skip
+    made = run_stage(output, parents, make, resume=True)
+    say(f"{'The answers' if made else 'Answered before'}: {output / ANSWERS}")
     distributed.stop()
+
+
+def open_decoder(config: RunConfig, folder: Path) -> Decoder:
+    """The policy, ready to generate."""
+    device = distributed.start(config.device)
+    return new_decoder(cast(Mistral, load_model(folder, choose_dtype(config, device), device)), release=True)
+
+
+def chat(config: GenerateConfig) -> None:
+    """A conversation: a line in, an answer out as it comes. /new forgets what was said, the end of input leaves."""
+    folder = open_policy(config)
+    tokenizer = load_tokenizer(folder)
+    decoder = open_decoder(config, folder)
+    need(distributed.world_size() == 1, "--chat: one process is enough; start it without torchrun")
+    say("Your turn; /new begins again, Ctrl-D ends.")
+    messages: list[Message] = []
+    turn = 0
+    for line in _lines():
+        if line == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        request = Request(f"chat/{turn}", tokenizer.prompt_ids(messages))
+        turn += 1
+        engine = new_engine(config, [request], tokenizer)(decoder)
+        messages.append({"role": "assistant", "content": _stream(engine, request, tokenizer)})
+    distributed.stop()
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, without empty lines."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _stream(engine: Engine, request: Request, tokenizer: Tokenizer) -> str:
+    """Prints one answer as its tokens come; returns it."""
+    ids: list[int] = []
+    shown = ""
+
+    def show(_: list[Request], tokens: list[int]) -> None:
+        nonlocal shown
+        ids.extend(tokens)
+        text = text_of(tokenizer.decode(ids), engine.sampling)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the rest of a character is still to come
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    for _, response in engine.run([request], show):
+        text = text_of(tokenizer.decode(response.ids), engine.sampling)
+        print(text[len(shown) :], flush=True)
+    return text
 
 
 def read_prompts(path: Path) -> dict[str, list[Message]]:

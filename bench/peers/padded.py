@@ -61,27 +61,5 @@ def make_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def generation(job: Job) -> Result:
-    """`generate` on left-padded prompts; min_new_tokens keeps rows going."""
-    device = torch.device(job["device"])
-    model = make_model(job, getattr(torch, job["dtype"])).eval()
-    pad = model.config.pad_token_id or 0
-    seconds = []
-    for prompts in job["batches"]:
-        settle(device)
-        began = time.perf_counter()
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with torch.inference_mode():
-            model.generate(
-                input_ids=ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=job["new_tokens"], max_new_tokens=job["new_tokens"], pad_token_id=pad,
-            )  # fmt: skip
-        settle(device)
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds[1:]}
-
-
 if __name__ == "__main__":
-    main({"dpo": dpo, "generation": generation})
+    main({"dpo": dpo})

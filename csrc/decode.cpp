@@ -1,0 +1,318 @@
+// Generation on the CPU: a Mistral's layers over a paged key/value cache, and products with packed weights.
+//
+// A batch is rows of new tokens: one for a row that is being continued, a run of them for a prompt. Prompts and
+// continuations go through the same products together. Work is cut among threads by turns; what a thread computes for a
+// row never depends on the other rows, so a row's results have the same bits in any company.
+//
+// Packed weights: panels of 32 rows, word by word (decode_kernels.h). Pages hold 16 tokens of one key/value head: keys
+// word by word, (words of E, 16, values of a word), values (16, E'), E' being E rounded up to 16.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+
+#include "check.h"
+#include "ops.h"
+
+namespace ldalign::cpu {
+namespace {
+
+// A part of the step, for torch's profiler.
+#define LDALIGN_PART(name) RECORD_FUNCTION("ldalign_cpp::decode_" name, c10::ArrayRef<const c10::IValue>())
+
+constexpr int64_t kQueries = 32;  // new tokens of a row whose attention is one task
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t rounded(int64_t n) { return divided(n, kAlign) * kAlign; }
+
+// f(T{}) for the types that can be generated in.
+template <class F>
+void with_decode_type(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kBFloat16) return f(bf16{});
+  f(float{});
+}
+
+void check_decode_type(const Check& check, const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, check.op, ": ", name, " is ",
+                    x.scalar_type(), ", expected float32 or bfloat16");
+}
+
+// work(i) for i < count, each thread taking the next when it is free.
+template <class Work>
+void by_turns(int64_t count, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i; (i = next++) < count;) work(i);
+    }
+  });
+}
+
+// x (rows, K) times a packed weight (panels, K, 32) -> y (rows, N).
+template <class T, class O>
+void product(const T* x, int64_t rows, const Tensor& packed, int64_t N, O* y) {
+  const int64_t panels = packed.size(0), K = packed.size(1);
+  // A few turns a thread, none of them so small that taking it costs more than it evens out.
+  const int64_t least = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * K * kPanel));
+  const int64_t step = std::max(least, divided(panels, 4 * at::get_num_threads()));
+  by_turns(divided(panels, step), [&](int64_t turn) {
+    const int64_t first = turn * step, last = std::min(panels, first + step);
+    if constexpr (std::is_same_v<T, O>) {
+      kernels<T>().packed_product(x, K, rows, data<T>(packed), K, N, first, last, y, N);
+    } else {
+      kernels<T>().packed_product_wide(x, K, rows, data<T>(packed), K, N, first, last, y, N);
+    }
+  });
+}
+
+// Where the new tokens of one row lie, and its cache.
+struct Row {
+  int64_t token, count;  // of the batch
+  int64_t held;          // tokens in the cache already
+  const int32_t* pages;
+};
+
+// A run of a row's queries, whose attention is one task.
+struct Run {
+  const Row* row;
+  int64_t from, to;
+  int64_t cost() const { return (to - from) * (row->held + to); }
+};
+
+template <class T>
+class Decoder {
+  using A = Wide<T>;
+
+ public:
+  int64_t N, D, H, K, E, width, window;
+  A eps;
+  std::vector<Row> rows;
+  std::vector<Run> runs;
+  const A *cos, *sin;
+  T *keys, *values;  // of the layer at hand
+
+  // A row's new keys, turned, and values of one head go into its pages.
+  void put(const T* qkv, const Row& row, int64_t head) const {
+    constexpr int64_t J = 4 / sizeof(T);
+    static thread_local std::vector<T> turned;
+    turned.resize(row.count * E);
+    const int64_t stride = (H + 2 * K) * E;
+    const T* from = qkv + row.token * stride + (H + head) * E;
+    kernels<T>().rope(from, stride, E, cos + row.held * (E / 2), sin + row.held * (E / 2), A(1), row.count, 1, 1, E,
+                      turned.data());
+    for (int64_t i = 0; i < row.count; ++i) {
+      const int64_t position = row.held + i, slot = position % kPageTokens;
+      const int64_t page = row.pages[position / kPageTokens] * K + head;
+      T* key = keys + page * E * kPageTokens + slot * J;
+      for (int64_t e = 0; e < E; e += J) {
+        __builtin_memcpy(key + e * kPageTokens, turned.data() + i * E + e, 4);
+      }
+      __builtin_memcpy(values + (page * kPageTokens + slot) * width, from + i * stride + K * E, E * sizeof(T));
+    }
+  }
+
+  void attend(const T* qkv, const Run& run, int64_t head, T* out) const {
+    const Row& row = *run.row;
+    const int64_t n = run.to - run.from, G = H / K, M = G * n, stride = (H + 2 * K) * E;
+    const int64_t position = row.held + run.from, last = position + n;  // of the first query; what the last one sees
+    const int64_t first = window < position + 1 ? (position + 1 - window) / kPageTokens : 0;
+    const int64_t columns = divided(last, kPageTokens) * kPageTokens - first * kPageTokens;
+    static thread_local std::vector<T> turned;
+    static thread_local std::vector<A> queries, scores, sums, result;
+    turned.resize(M * E);
+    queries.resize(M * E);
+    scores.resize(M * columns);
+    sums.resize(M);
+    result.assign(M * width, A(0));
+
+    const T* from = qkv + (row.token + run.from) * stride + head * G * E;
+    kernels<T>().rope(from, stride, E, cos + position * (E / 2), sin + position * (E / 2), A(1), n, G, G, E,
+                      turned.data());
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t g = 0; g < G; ++g) {
+        kernels<T>().widen(turned.data() + (i * G + g) * E, E, queries.data() + (g * n + i) * E);
+      }
+    }
+    for (int64_t column = 0; column < columns; column += kPageTokens) {
+      const int64_t page = row.pages[first + column / kPageTokens] * K + head;
+      kernels<T>().page_scores(queries.data(), E, M, keys + page * E * kPageTokens, E, scores.data() + column, columns);
+    }
+    const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(E)));
+    kernels<A>().attention_softmax(scores.data(), M, columns, n, position + 1 - first * kPageTokens, window, scale,
+                                   sums.data());
+    for (int64_t column = 0; column < columns; column += kPageTokens) {
+      const int64_t page = row.pages[first + column / kPageTokens] * K + head;
+      const int64_t held = std::min(kPageTokens, last - (first * kPageTokens + column));
+      kernels<T>().page_values(scores.data() + column, columns, M, values + page * kPageTokens * width, width, held,
+                               result.data());
+    }
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t i = 0; i < n; ++i) {
+        T* to = out + ((row.token + run.from + i) * H + head * G + g) * E;
+        kernels<T>().round(result.data() + (g * n + i) * width, E, to);
+      }
+    }
+  }
+
+  // normed = norm(x + addend), and total that sum; norm(x) without an addend.
+  void norm(const T* x, const T* addend, const Tensor& weight, T* total, T* normed, A* rstd) const {
+    at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * D;
+      kernels<T>().rms_norm(addend ? addend + at : x + at, addend ? x + at : nullptr, data<A>(weight), eps, end - begin,
+                            D, normed + at, addend ? total + at : nullptr, rstd + begin);
+    });
+  }
+};
+
+}  // namespace
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool wide_out) {
+  const Check check{"packed_linear"};
+  check.floats(x, "x", 2, "(N, K)");
+  check_decode_type(check, x, "x");
+  check.shape(packed, "packed", {divided(out_features, kPanel), x.size(1), kPanel}, "(panels, K, 32)");
+  check.dtype(packed, "packed", x.scalar_type());
+  TORCH_CHECK_VALUE(x.size(1) % (4 / x.element_size()) == 0, check.op, ": K is ", x.size(1), ", expected whole words");
+  const Tensor from = x.contiguous(), weight = packed.contiguous();
+  const Tensor y = at::empty({x.size(0), out_features}, wide_out ? x.options().dtype(at::kFloat) : x.options());
+  with_decode_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    if (wide_out) product(data<T>(from), x.size(0), weight, out_features, data<float>(y));
+    else product(data<T>(from), x.size(0), weight, out_features, data<T>(y));
+  });
+  return y;
+}
+
+Tensor decode_layers(
+    const Tensor& x, at::TensorList weights, at::TensorList norms, const Tensor& keys, const Tensor& values,
+    const Tensor& rows, const Tensor& pages, const Tensor& cos, const Tensor& sin, int64_t heads,
+    std::optional<int64_t> window, double eps) {
+  const Check check{"decode_layers"};
+  check.floats(x, "x", 2, "(N, D)");
+  check_decode_type(check, x, "x");
+  const int64_t layers = weights.size() / 4, N = x.size(0), D = x.size(1);
+  TORCH_CHECK_VALUE(weights.size() == size_t(4 * layers) && norms.size() == size_t(2 * layers + 1), check.op, ": got ",
+                    weights.size(), " weights and ", norms.size(), " norms, expected 4 and 2 a layer, and a last norm");
+  check.floats(keys, "keys", 5, "(L, pages, K, E, 16)");
+  check.floats(values, "values", 5, "(L, pages, K, 16, E')");
+  const int64_t K = keys.size(2), E = keys.size(3), H = heads, F = layers ? weights[3].size(1) : 0;
+  check.shape(keys, "keys", {layers, keys.size(1), K, E, kPageTokens}, "(L, pages, K, E, 16)");
+  check.shape(values, "values", {layers, keys.size(1), K, kPageTokens, rounded(E)}, "(L, pages, K, 16, E')");
+  for (const Tensor* cache : {&keys, &values}) {
+    check.dtype(*cache, "the cache", x.scalar_type());
+    TORCH_CHECK_VALUE(cache->is_contiguous(), check.op, ": the cache must be contiguous");
+  }
+  TORCH_CHECK_VALUE(K > 0 && H % K == 0 && E % 2 == 0 && D % 2 == 0 && F % 2 == 0, check.op, ": ", H, " heads, ", K,
+                    " key/value heads of width ", E, ", hidden width ", D, ", feed-forward width ", F);
+  check.shape(pages, "pages", {rows.size(0), pages.size(1)}, "(R, P)");
+  check.dtype(pages, "pages", at::kInt);
+  check.shape(rows, "rows", {rows.size(0), 2}, "(R, 2)");
+  check.dtype(rows, "rows", at::kLong);
+  for (const Tensor* table : {&cos, &sin}) {
+    check.shape(*table, "cos and sin", {cos.size(0), E / 2}, "(positions, E/2)");
+    check.dtype(*table, "cos and sin", at::kFloat);
+  }
+  for (int64_t i = 0; i < layers; ++i) {
+    const int64_t outs[] = {(H + 2 * K) * E, D, 2 * F, D}, ins[] = {D, H * E, D, F};
+    for (int64_t j = 0; j < 4; ++j) {
+      const Tensor& weight = weights[4 * i + j];
+      check.shape(weight, "a weight", {divided(outs[j], kPanel), ins[j], kPanel}, "(panels, K, 32)");
+      check.dtype(weight, "a weight", x.scalar_type());
+      TORCH_CHECK_VALUE(weight.is_contiguous(), check.op, ": the weights must be contiguous");
+    }
+  }
+  for (const Tensor& norm : norms) {
+    check.shape(norm, "a norm", {D}, "(D,)");
+    check.dtype(norm, "a norm", at::kFloat);
+  }
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const Tensor table = rows.contiguous(), page_table = pages.contiguous(), c = cos.contiguous(), s = sin.contiguous();
+  const Tensor first = x.contiguous(), out = at::empty_like(first);
+  with_decode_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = Wide<T>;
+    Decoder<T> decoder;
+    decoder.N = N, decoder.D = D, decoder.H = H, decoder.K = K, decoder.E = E, decoder.width = rounded(E);
+    decoder.window = window.value_or(std::numeric_limits<int64_t>::max());
+    decoder.eps = static_cast<A>(eps);
+    decoder.cos = data<A>(c), decoder.sin = data<A>(s);
+    int64_t token = 0;
+    for (int64_t r = 0; r < table.size(0); ++r) {
+      const int64_t count = data<int64_t>(table)[2 * r], held = data<int64_t>(table)[2 * r + 1];
+      const int32_t* own = data<int32_t>(page_table) + r * page_table.size(1);
+      const int64_t needed = divided(held + count, kPageTokens);
+      TORCH_CHECK_VALUE(count > 0 && held >= 0 && held + count <= c.size(0) && needed <= page_table.size(1), check.op,
+                        ": row ", r, " adds ", count, " tokens to ", held, "; there are ", c.size(0), " positions and ",
+                        page_table.size(1), " pages");
+      for (int64_t i = 0; i < needed; ++i) {
+        TORCH_CHECK_VALUE(own[i] >= 0 && own[i] < keys.size(1), check.op, ": row ", r, " has page ", own[i], " of ",
+                          keys.size(1));
+      }
+      decoder.rows.push_back({token, count, held, own});
+      token += count;
+    }
+    TORCH_CHECK_VALUE(token == N, check.op, ": the rows have ", token, " tokens, x has ", N);
+    for (const Row& row : decoder.rows) {
+      for (int64_t from = 0; from < row.count; from += kQueries) {
+        decoder.runs.push_back({&row, from, std::min(row.count, from + kQueries)});
+      }
+    }
+    std::stable_sort(decoder.runs.begin(), decoder.runs.end(),
+                     [](const Run& a, const Run& b) { return a.cost() > b.cost(); });
+
+    const auto buffer = [&](int64_t wide_of) { return at::empty({N, wide_of}, first.options()); };
+    Tensor stream = first;
+    const Tensor total = buffer(D), other = buffer(D), normed = buffer(D), qkv = buffer((H + 2 * K) * E);
+    const Tensor attended = buffer(H * E), added = buffer(D), gate_up = buffer(2 * F), gated = buffer(F);
+    const Tensor rstd = at::empty({N}, first.options().dtype(at::kFloat));
+    // Each norm takes in what the part before it adds to the stream.
+    const auto norm = [&](int64_t index, bool adds, const Tensor& to) {
+      LDALIGN_PART("rms_norm");
+      const Tensor& sum = stream.is_same(total) ? other : total;
+      decoder.norm(data<T>(stream), adds ? data<T>(added) : nullptr, norms[index], data<T>(sum), data<T>(to),
+                   data<A>(rstd));
+      if (adds) stream = sum;
+    };
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      decoder.keys = data<T>(keys) + layer * keys.stride(0);
+      decoder.values = data<T>(values) + layer * values.stride(0);
+      norm(2 * layer, layer > 0, normed);
+      {
+        LDALIGN_PART("attention");
+        product(data<T>(normed), N, weights[4 * layer], (H + 2 * K) * E, data<T>(qkv));
+        at::parallel_for(0, int64_t(decoder.rows.size()) * K, 16, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) decoder.put(data<T>(qkv), decoder.rows[i / K], i % K);
+        });
+        by_turns(int64_t(decoder.runs.size()) * K, [&](int64_t i) {
+          decoder.attend(data<T>(qkv), decoder.runs[i / K], i % K, data<T>(attended));
+        });
+        product(data<T>(attended), N, weights[4 * layer + 1], D, data<T>(added));
+      }
+      norm(2 * layer + 1, true, normed);
+      {
+        LDALIGN_PART("mlp");
+        product(data<T>(normed), N, weights[4 * layer + 2], 2 * F, data<T>(gate_up));
+        {
+          LDALIGN_PART("swiglu");
+          at::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
+            kernels<T>().swiglu(data<T>(gate_up) + begin * 2 * F, end - begin, 2 * F, F, data<T>(gated) + begin * F);
+          });
+        }
+        product(data<T>(gated), N, weights[4 * layer + 3], D, data<T>(added));
+      }
+    }
+    norm(2 * layers, layers > 0, out);
+  });
+  return out;
+}
+
+}  // namespace ldalign::cpu

@@ -1,0 +1,194 @@
+// The kernels of generation: products with packed weights and attention over cache pages. kernels.h says what each
+// computes. Every sum runs in one fixed order, whatever the number of rows: a row's bits do not depend on its company.
+//
+// A word is 4 bytes along the summed axis: one float, or two bf16. Packed weights and key pages lie word by word.
+#pragma once
+
+#include "lanes.h"
+namespace ldalign::cpu::LDALIGN_ISA {
+
+template <class T>
+constexpr int per_word = 4 / sizeof(T);
+
+LDALIGN_INLINE U32 load_words(const void* from) {
+  U32 words;
+  __builtin_memcpy(&words, from, sizeof words);
+  return words;
+}
+
+// Value j of every word.
+template <class T>
+LDALIGN_INLINE F32 part(U32 words, int j) {
+  if constexpr (sizeof(T) == 4) return (F32)words;
+  return (F32)(j == 0 ? words << 16 : words & 0xFFFF0000u);
+}
+
+// One word of x in all lanes, as `multiply_add` wants it.
+template <class T>
+struct Spread {
+  F32 parts[per_word<T>];
+  explicit LDALIGN_INLINE Spread(const T* x) {
+    uint32_t word;
+    __builtin_memcpy(&word, x, sizeof word);
+    const U32 words = word - U32{};
+    for (int j = 0; j < per_word<T>; ++j) parts[j] = part<T>(words, j);
+  }
+  LDALIGN_INLINE void multiply_add(U32 words, F32& sum) const {
+    for (int j = 0; j < per_word<T>; ++j) sum += parts[j] * part<T>(words, j);
+  }
+};
+
+#ifdef LDALIGN_BF16_DOT
+template <>
+struct Spread<bf16> {
+  U32 words;
+  explicit LDALIGN_INLINE Spread(const bf16* x) {
+    uint32_t word;
+    __builtin_memcpy(&word, x, sizeof word);
+    words = word - U32{};
+  }
+  LDALIGN_INLINE void multiply_add(U32 other, F32& sum) const {
+    sum = (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)words, (__m512bh)other);
+  }
+};
+#endif
+
+// R rows against one panel, all sums in registers; on the way the panel `next` is called into the cache.
+template <class T, class O, int R>
+LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, const T* next, int64_t words, int64_t columns,
+                                 O* y, int64_t ldy) {
+  constexpr int V = kPanel / kLanes;
+  constexpr int kLine = 64 / sizeof(T);
+  F32 sum[R][V] = {};
+  for (int64_t k = 0; k < words; ++k, x += per_word<T>, panel += kPanel * per_word<T>, next += kPanel * per_word<T>) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + kLine, 0, 2);
+    U32 right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) right[v] = load_words(panel + v * kLanes * per_word<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Spread<T> left(x + r * ldx);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) left.multiply_add(right[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * kLanes;
+      O* to = y + r * ldy + v * kLanes;
+      if (left >= kLanes) store(to, sum[r][v], Whole{});
+      else if (left > 0) store(to, sum[r][v], static_cast<int>(left));
+    }
+  }
+}
+
+template <class T, class O, int R>
+void packed_rows(int64_t rows, const T* x, int64_t ldx, const T* panel, const T* next, int64_t words, int64_t columns,
+                 O* y, int64_t ldy) {
+  if constexpr (R > 1) {
+    if (rows < R) return packed_rows<T, O, R - 1>(rows, x, ldx, panel, next, words, columns, y, ldy);
+  }
+  packed_block<T, O, R>(x, ldx, panel, next, words, columns, y, ldy);
+}
+
+template <class T, class O>
+void packed_product(const T* x, int64_t ldx, int64_t rows, const T* packed, int64_t K, int64_t N, int64_t first,
+                    int64_t last, O* y, int64_t ldy) {
+  constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 2 : 1;  // with a panel's columns, what the registers hold
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * kPanel;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
+      const T* at = packed + column * K;
+      const T* next = tile + 1 < tiles ? at : at + kPanel * K;  // one address too far after the last: only a hint
+      packed_rows<T, O, kRows>(to - from, x + from * ldx, ldx, at, next, K / per_word<T>, N - column,
+                               y + from * ldy + column, ldy);
+    }
+  }
+}
+
+template <class T, int R>
+LDALIGN_INLINE void scores_block(const float* q, int64_t ldq, const T* page, int64_t E, float* z, int64_t ldz) {
+  constexpr int V = kPageTokens / kLanes, J = per_word<T>;
+  F32 sum[J][R][V] = {};
+  for (int64_t e = 0; e < E; e += J, page += kPageTokens * J) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const U32 words = load_words(page + v * kLanes * J);
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j) {
+        const F32 keys = part<T>(words, j);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[j][r][v] += q[r * ldq + e + j] * keys;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      F32 score = sum[0][r][v];
+      if constexpr (J == 2) score += sum[1][r][v];
+      store(z + r * ldz + v * kLanes, score, Whole{});
+    }
+  }
+}
+
+template <class T>
+void page_scores(const float* q, int64_t ldq, int64_t rows, const T* page, int64_t E, float* z, int64_t ldz) {
+  constexpr int kRows = kLanes == 16 ? 4 : 1;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) scores_block<T, kRows>(q + i * ldq, ldq, page, E, z + i * ldz, ldz);
+  if (kRows > 2 && i + 2 < rows) scores_block<T, 3>(q + i * ldq, ldq, page, E, z + i * ldz, ldz), i += 3;
+  for (; i < rows; ++i) scores_block<T, 1>(q + i * ldq, ldq, page, E, z + i * ldz, ldz);
+}
+
+template <class T, int R, int V>
+LDALIGN_INLINE void values_block(const float* p, int64_t ldp, const T* page, int64_t ld, int64_t keys, float* out,
+                                 int64_t ldo) {
+  F32 sum[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * ldo + v * kLanes, Whole{});
+  }
+  for (int64_t j = 0; j < keys; ++j, page += ld) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const F32 values = load(page + v * kLanes, Whole{});
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][v] += p[r * ldp + j] * values;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * ldo + v * kLanes, sum[r][v], Whole{});
+  }
+}
+
+template <class T, int V>
+void values_columns(const float* p, int64_t ldp, int64_t rows, const T* page, int64_t ld, int64_t keys, float* out,
+                    int64_t ldo) {
+  constexpr int kRows = kLanes == 16 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) values_block<T, kRows, V>(p + i * ldp, ldp, page, ld, keys, out + i * ldo, ldo);
+  if (kRows > 2 && i + 2 < rows) values_block<T, 3, V>(p + i * ldp, ldp, page, ld, keys, out + i * ldo, ldo), i += 3;
+  for (; i < rows; ++i) values_block<T, 1, V>(p + i * ldp, ldp, page, ld, keys, out + i * ldo, ldo);
+}
+
+template <class T>
+void page_values(const float* p, int64_t ldp, int64_t rows, const T* page, int64_t E, int64_t keys, float* out) {
+  constexpr int V = 4;
+  int64_t e = 0;
+  for (; e + V * kLanes <= E; e += V * kLanes) {
+    values_columns<T, V>(p, ldp, rows, page + e, E, keys, out + e, E);
+  }
+  for (; e < E; e += kLanes) values_columns<T, 1>(p, ldp, rows, page + e, E, keys, out + e, E);
+}
+
+}  // namespace ldalign::cpu::LDALIGN_ISA

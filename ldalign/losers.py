@@ -1,0 +1,99 @@
+"""Responses made elsewhere (vLLM, an API), as losers of the first iteration: read and checked.
+
+A JSON Lines file, one line a training row: `id` (as in RUN/data/train.jsonl) and `response`; optional `finish_reason`
+("stop", the default, or "length": cut, so without an end token), `token_ids` (of the response; without them the text is
+tokenized) and `prompt_token_ids`, which must be the prompt's as ldalign renders it. The names are vLLM's.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldalign.batches import Pair
+from ldalign.data import Row
+from ldalign.errors import InputError
+from ldalign.sampling import Response
+from ldalign.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def read_losers(
+    path: Path, rows: Sequence[Row], pairs: Sequence[Pair], known: Sequence[Row], tokenizer: Tokenizer, prompts: Path
+) -> list[Response]:
+    """A response for each of `rows`, whose prompts are in `pairs`.
+
+    known: all rows of the data, of which `rows` are those used. prompts: where they can be read, for messages. Raises
+    InputError naming file, line and what differs.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(
+            f"responses={path}: not there yet; answer the prompts in {prompts}, one line "
+            '{"id": ..., "response": ...} for each, and run this again'
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"responses={path}: cannot be read ({error}); give a JSON Lines file") from None
+    ids = {row.id for row in known}
+    given: dict[str, tuple[str, dict[str, Any]]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            record = _record(line, where)
+            if record["id"] not in ids:
+                raise InputError(f"{where}: id {record['id']!r} is not in the data; the ids are those in {prompts}")
+            if record["id"] in given:
+                raise InputError(f"{where}: id {record['id']!r} was answered before ({given[record['id']][0]})")
+            given[record["id"]] = where, record
+    absent = [row.id for row in rows if row.id not in given]
+    if absent:
+        raise InputError(
+            f"{path}: {len(absent)} of {len(rows)} rows have no response, the first: {absent[0]!r}; the prompts are in "
+            f"{prompts}"
+        )
+    if not any("prompt_token_ids" in record for _, record in given.values()):
+        log.warning("%s: no prompt_token_ids, so it cannot be checked that the prompts were rendered alike", path)
+    return [_response(*given[row.id], row, pair, tokenizer) for row, pair in zip(rows, pairs, strict=True)]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        sound = isinstance(record["response"], str) and record.get("finish_reason", "stop") in ("stop", "length")
+        for key in ("token_ids", "prompt_token_ids"):
+            sound = sound and all(type(token) is int and token >= 0 for token in record.get(key, ()))
+        record["id"] = str(record["id"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise InputError(
+            f'{where}: expected {{"id": ..., "response": text}}, and maybe "finish_reason" (stop or length), '
+            '"token_ids" and "prompt_token_ids" (lists of ids)'
+        )
+    return record
+
+
+def _response(where: str, record: dict[str, Any], row: Row, pair: Pair, tokenizer: Tokenizer) -> Response:
+    theirs = record.get("prompt_token_ids")
+    if theirs is not None and theirs != pair.prompt:
+        place = next((i for i, (a, b) in enumerate(zip(theirs, pair.prompt, strict=False)) if a != b), None)
+        place = min(len(theirs), len(pair.prompt)) if place is None else place
+        raise InputError(
+            f"{where}: prompt_token_ids differ from ldalign's from token {place} on: theirs "
+            f"{tokenizer.decode(theirs[place : place + 8], skip_special_tokens=False)!r}, ours "
+            f"{tokenizer.decode(pair.prompt[place : place + 8], skip_special_tokens=False)!r}; generate with the chat "
+            "template of the policy's folder"
+        )
+    reason = record.get("finish_reason", "stop")
+    ids = record.get("token_ids")
+    if ids is None:
+        whole = list(tokenizer.pair_ids(Row(row.id, row.history, record["response"], where=where)).response)
+        ids = whole if reason == "stop" else tokenizer.encode(record["response"])
+    elif any(token >= tokenizer.vocab_size for token in ids):
+        raise InputError(f"{where}: token_ids has {max(ids)}, but the vocabulary has {tokenizer.vocab_size} entries")
+    if reason == "stop" and (not ids or ids[-1] not in tokenizer.end_ids):
+        ids = [*ids, pair.real[-1] if pair.real[-1] in tokenizer.end_ids else tokenizer.end_ids[0]]
+    return Response(list(ids), reason, None)

@@ -1,0 +1,331 @@
+"""Continuous batching: decoders against the whole forward, rows against rows alone, memory against its budget."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from op_cases import normal
+from torch import Tensor
+
+from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder, Paged, bucket, new_decoder, pack_weight
+from ldalign.engine import Engine, Request
+from ldalign.errors import InputError
+from ldalign.kernels import cpp, eager, reference
+from ldalign.layout import Packed
+from ldalign.mistral import Mistral
+from ldalign.pages import PAGE, PagePool, pages_for
+from ldalign.sampling import Response, Sampling
+from ldalign.toy import random_mistral
+
+ISAS = cpp.build_info()["isas"] if cpp.available() else []
+PACKED = pytest.param("packed", marks=pytest.mark.skipif(not ISAS, reason="no C++ backend"))
+KINDS = [PACKED, "modules", "standing"]  # the last: what on a GPU is captured as a graph
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = cpp.build_info()["isa"]
+    cpp.set_isa(request.param)
+    yield
+    cpp.set_isa(before)
+
+
+def decoder_of(kind: str, model: Mistral) -> Decoder:
+    return PackedDecoder(model) if kind == "packed" else ModuleDecoder(model, graphs=kind == "standing")
+
+
+def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Mistral:
+    """tiny.mistral with other sizes."""
+    model = random_mistral(replace(tiny.MISTRAL, **changes), 0).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(5.0)
+    return model
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "window": {}, "no window": {"sliding_window": None}, "wide heads": {"head_dim": 20, "sliding_window": 17},
+    "groups of three": {"num_attention_heads": 6, "hidden_size": 90, "intermediate_size": 70},
+    "tied": {"tie_word_embeddings": True}, "heads of 64": {"head_dim": 64, "sliding_window": 40},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_give_what_one_forward_gives(kind: str, shape: str, dtype: torch.dtype) -> None:
+    """Three rows of 75, 40 and 9 tokens, given in uneven runs side by side, to scattered pages."""
+    model, exact = model_of(dtype, **SHAPES[shape]), model_of(**SHAPES[shape]).double()
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(3, 61, n) for n in (75, 40, 9)]
+    decoder = decoder_of(kind, model)
+    decoder.allocate(20, 80)
+    numbers = draw.permutation(20).astype(np.int32)
+    pages = np.stack([numbers[:5], numbers[5:10], numbers[10:15]])
+    held = [0, 0, 0]
+    for new in ([30, 1, 9], [1, 20, 0], [3, 19, 0], [41, 0, 0]):
+        rows = [r for r in range(3) if new[r]]
+        ids = np.concatenate([texts[r][held[r] : held[r] + new[r]] for r in rows])
+        table = torch.tensor([[new[r], held[r]] for r in rows])
+        last = torch.tensor([new[r] for r in rows]).cumsum(0) - 1
+        logits = decoder.step(torch.from_numpy(ids), table, torch.from_numpy(pages[rows]), last)
+        for r, row in zip(rows, logits, strict=True):
+            held[r] += new[r]
+            with torch.no_grad():
+                whole = exact(torch.from_numpy(texts[r][None, : held[r]]))[0, -1]
+            error = (row.double() - whole).norm() / whole.norm()
+            assert error < (1e-5 if dtype == torch.float32 else 0.05), (new, r, error)
+    assert logits.dtype == torch.float32 and held == [75, 40, 9]
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> list[Response]:
+    done = {request.index: response for request, response in engine.run(requests)}
+    return [done[i] for i in range(len(requests))]
+
+
+def requests_of(prompts: Sequence[Sequence[int]]) -> list[Request]:
+    return [Request(f"row{i}", prompt, i) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_company(isa: None, dtype: torch.dtype) -> None:
+    """Log-probs to the last bit: alone, in any batch, with prompts computed whole or a few tokens a step."""
+    decoder = PackedDecoder(model_of(dtype))
+    assert decoder.row_exact
+    requests = requests_of(tiny.prompts(9, longest=40))
+    results = [
+        run(Engine(decoder, Sampling(20), [2, 5], 0, longest=60, rows=rows, step_tokens=step), requests)
+        for rows, step in ((9, 512), (1, 512), (4, 7), (9, 1))
+    ]
+    assert results[1:] == results[:-1]
+    other = run(Engine(decoder, Sampling(20), [2, 5], 0, longest=60, rows=3), requests[::-1][:9])
+    assert sorted(r.logp or 0 for r in other) == sorted(r.logp or 0 for r in results[0])
+    assert len({r.logp for r in results[0]}) == 9 and len({len(r.ids) for r in results[0]}) > 3
+
+
+class Spy:
+    """A decoder that counts: rows and tokens of each step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.device, self.row_exact = decoder, decoder.device, decoder.row_exact
+        self.steps: list[list[int]] = []
+        self.pages = 0
+
+    def page_bytes(self) -> int:
+        return self.decoder.page_bytes()
+
+    def allocate(self, pages: int, longest: int) -> None:
+        self.pages = pages
+        self.decoder.allocate(pages, longest)
+
+    def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
+        self.steps.append(rows[:, 0].tolist())
+        return self.decoder.step(ids, rows, pages, last)
+
+
+def test_a_finished_row_makes_room_at_once(kind: str) -> None:
+    """Rows of very different lengths: no place is empty while somebody waits, no step is longer than allowed."""
+    spy = Spy(decoder_of(kind, model_of()))
+    requests = requests_of(tiny.prompts(20, longest=30))
+    done = run(Engine(spy, Sampling(25), list(range(3, 12)), 0, longest=60, rows=4, step_tokens=10), requests)
+    assert len({len(r.ids) for r in done}) > 4
+    assert all(sum(step) <= 10 for step in spy.steps)
+    # One row's tokens are prompt and response but for the last: nothing is computed twice, and nothing else.
+    assert sum(map(sum, spy.steps)) == sum(len(q.prompt) + len(r.ids) - 1 for q, r in zip(requests, done, strict=True))
+    busy = sum(len(step) for step in spy.steps) / len(spy.steps)
+    assert busy > 2.5
+    single = Engine(decoder_of(kind, model_of()), Sampling(25), list(range(3, 12)), 0, longest=60, rows=1)
+    alone = [run(single, [replace(q, index=0)])[0] for q in requests]
+    assert [r.ids for r in alone] == [r.ids for r in done]
+
+
+def test_samples_of_a_prompt_share_its_pages(kind: str) -> None:
+    prompt = tiny.prompts(1, seed=4, longest=200)[0]
+    prompt = (prompt * 50)[:70]  # four full pages and six tokens
+    spy = Spy(decoder_of(kind, model_of()))
+    requests = requests_of([prompt] * 6)
+    engine = Engine(spy, Sampling(10), [], 0, longest=80, rows=6)
+    shared = run(engine, requests)
+    assert sum(map(sum, spy.steps)) == 70 + 5 * 6 + 6 * 9
+    assert engine.pool.free == spy.pages  # all given back
+    single = Engine(decoder_of(kind, model_of()), Sampling(10), [], 0, longest=80, rows=1)
+    alone = [run(single, [replace(q, index=0)])[0] for q in requests]
+    assert [r.ids for r in alone] == [r.ids for r in shared] and len({tuple(r.ids) for r in shared}) > 3
+
+
+def test_memory_stays_in_its_budget(kind: str) -> None:
+    decoder = decoder_of(kind, model_of())
+    each = pages_for(50) * decoder.page_bytes()
+    requests = requests_of(tiny.prompts(10, longest=20))
+    free = run(Engine(decoder, Sampling(30), [2], 0, longest=50, rows=10), requests)
+    spy = Spy(decoder_of(kind, model_of()))
+    tight = Engine(spy, Sampling(30), [2], 0, longest=50, rows=10, cache_bytes=2 * each + 100)
+    assert spy.pages * spy.page_bytes() <= 2 * each + 100
+    assert [r.ids for r in run(tight, requests)] == [r.ids for r in free]
+    assert max(len(step) for step in spy.steps) < 10
+    with pytest.raises(InputError, match=r"may take 0 MiB, but one row of 50 tokens needs .* raise sampling.cache_gib"):
+        Engine(decoder, Sampling(30), [2], 0, longest=50, rows=10, cache_bytes=each - 1)
+
+
+def test_a_prompt_that_fills_the_context(kind: str) -> None:
+    engine = Engine(decoder_of(kind, model_of()), Sampling(30), [], 0, longest=20)
+    (cut,) = run(engine, requests_of([[5] * 15]))
+    assert len(cut.ids) == 5 and cut.finish_reason == "length"
+    for prompt in ([5] * 20, []):
+        with pytest.raises(InputError, match=f"the prompt of 'row0' has {len(prompt)} tokens; expected 1 to 19"):
+            run(engine, requests_of([prompt]))
+
+
+def test_stop_strings_and_the_stream_of_tokens(kind: str) -> None:
+    def text(ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    decoder, requests = decoder_of(kind, model_of()), requests_of(tiny.prompts(8))
+    free = run(Engine(decoder, Sampling(20), [], 0, longest=40), requests)
+    stop = text(free[0].ids)[5:8]
+    streamed: dict[str, list[int]] = {}
+
+    def note(chosen: list[Request], ids: list[int]) -> None:
+        for request, token in zip(chosen, ids, strict=True):
+            streamed.setdefault(request.key, []).append(token)
+
+    engine = Engine(decoder, Sampling(20, stop=(stop, "never said")), [], 0, longest=40, decode=text)
+    stopped = {request.index: response for request, response in engine.run(requests, note)}
+    for i, whole in enumerate(free):
+        place = text(whole.ids).find(stop)
+        assert stopped[i].ids == (whole.ids if place < 0 else whole.ids[: place + 3])
+        assert stopped[i].finish_reason == ("length" if place < 0 else "stop")
+        assert streamed[f"row{i}"] == stopped[i].ids
+    assert stopped[0].finish_reason == "stop" and any(r.finish_reason == "length" for r in stopped.values())
+
+
+def test_penalty_counts_prompt_and_response(kind: str) -> None:
+    """So strong a penalty that greedy decoding never repeats a token, nor one of the prompt."""
+    decoder, requests = decoder_of(kind, model_of()), requests_of(tiny.prompts(6))
+    done = run(Engine(decoder, Sampling(15, 0.0, repetition_penalty=1e6), [], 0, longest=40), requests)
+    for request, response in zip(requests, done, strict=True):
+        texts = [*set(request.prompt), *response.ids]
+        assert len(set(texts)) == len(texts)
+    plain = run(Engine(decoder, Sampling(15, 0.0), [], 0, longest=40), requests)
+    assert any(len(set(r.ids)) < len(r.ids) for r in plain)
+
+
+def test_release_takes_the_weights() -> None:
+    if not ISAS:
+        pytest.skip("no C++ backend")
+    model = model_of()
+    kept = run(Engine(new_decoder(model), Sampling(5), [], 0, longest=20), requests_of([[4, 5]]))
+    decoder = new_decoder(model, release=True)
+    assert sum(p.numel() for p in model.parameters()) < 2500 + model.model.embed_tokens.weight.numel()
+    assert run(Engine(decoder, Sampling(5), [], 0, longest=20), requests_of([[4, 5]])) == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_buckets() -> None:
+    assert [bucket(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 24, 25, 64, 65)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+        16,
+        16,
+        24,
+        24,
+        32,
+        64,
+        72,
+    ]
+
+
+def test_page_pool() -> None:
+    pool = PagePool(5)
+    a, b = pool.take(2), pool.take(2)
+    assert sorted([*a, *b]) == [0, 1, 2, 3] and pool.free == 1
+    pool.share(a)
+    pool.give_back(a)
+    assert pool.free == 1  # the other user still has them
+    pool.give_back(a)
+    pool.give_back(b[:1])
+    assert pool.free == 4 and set(pool.take(4)) == {0, 1, 4, int(b[0])}
+    with pytest.raises(AssertionError, match="1 pages wanted, 0 free"):
+        pool.take(1)
+    assert [pages_for(n) for n in (1, 16, 17)] == [1, 1, 2] and PAGE == 16
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "K", "N"), [(1, 64, 96), (5, 32, 61), (12, 34, 33), (13, 128, 200), (40, 6, 1), (3, 2, 1000)]
+)
+def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int) -> None:
+    """At most twice eager's error against float64; zeros where nothing is; the same row alone has the same bits."""
+    x, weight = normal(rows, K).to(dtype), normal(N, K, seed=1).to(dtype)
+    packed = pack_weight(weight)
+    assert packed.shape == (-(-N // 32), K, 32)
+    exact = x.double() @ weight.double().T
+    for wide in (False, True):
+        ours = cpp.packed_linear(x, packed, N, wide)
+        theirs = x.float() @ weight.float().T if wide else x @ weight.T
+        assert ours.dtype == (torch.float32 if wide else dtype)
+        floor = 4 * torch.finfo(ours.dtype).eps * exact.norm()
+        assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + floor
+        assert all(torch.equal(cpp.packed_linear(x[i : i + 1], packed, N, wide)[0], ours[i]) for i in range(rows))
+    assert (cpp.packed_linear(x.roll(1, 1), packed, N, True).double() - exact).norm() > 0.1 * exact.norm()
+    with pytest.raises(ValueError, match="packed_linear: packed has shape"):
+        cpp.packed_linear(x, packed, N + 32, False)
+
+
+def test_paged_attention_of_whole_prompts_is_pair_attention() -> None:
+    """The oracle against the oracle of training, and eager against it, in float64."""
+    lengths, H, K, E = [40, 3, 17], 4, 2, 8
+    qkv = normal(60, H + 2 * K, E)
+    pages = torch.tensor([[7, 2, 9], [0, 1, 1], [4, 3, 1]], dtype=torch.int32)
+    cache = torch.full((2, 10, PAGE, K, E), float("nan"), dtype=torch.float64)
+    rows = torch.tensor([[n, 0] for n in lengths])
+    layout = Paged(cache[None, 0], cache[None, 1], rows, pages)
+    for window in (None, 1, 6, 18):
+        wanted = reference.pair_attention(qkv, H, Packed(lengths).segments, window)
+        got = layout.attend(0, qkv, H, window)
+        assert torch.allclose(got, wanted, atol=1e-12)
+        # One token a row, the last of each, over all before it.
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        single = torch.tensor([[1, n - 1] for n in lengths])
+        clean = cache.nan_to_num(0.0)
+        last = eager.paged_attention(qkv[ends, :H], clean[0], clean[1], single, pages, 1, window)
+        assert torch.allclose(last, wanted[ends], atol=1e-12)
+        assert not torch.allclose(last, wanted[ends - 1], atol=1e-3)
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+def test_bad_tables_are_refused() -> None:
+    """What would read outside of the cache is an error instead."""
+    decoder = PackedDecoder(model_of())
+    decoder.allocate(4, 40)
+    ids, last = torch.tensor([5, 6]), torch.tensor([1])
+
+    def step(rows: list[list[int]], pages: list[list[int]]) -> None:
+        decoder.step(ids, torch.tensor(rows), torch.tensor(pages, dtype=torch.int32), last)
+
+    for rows, pages, message in (
+        ([[2, 0]], [[4]], "row 0 has page 4 of 4"),
+        ([[2, 0]], [[-1]], "row 0 has page -1 of 4"),
+        ([[2, 15]], [[0]], "row 0 adds 2 tokens to 15"),
+        ([[2, 39]], [[0, 1, 2]], "there are 40 positions"),
+        ([[1, 0]], [[0]], "the rows have 1 tokens, x has 2"),
+        ([[2, 0], [0, 3]], [[0], [1]], "row 1 adds 0 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(rows, pages)

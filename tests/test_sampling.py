@@ -1,0 +1,114 @@
+"""The sampler: C++ and eager against the reference in float64, and the reference against transformers' own cuts."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldalign.kernels import cpp, eager, reference
+
+NONE = torch.empty(0, 0, dtype=torch.int64)
+ISAS = cpp.build_info()["isas"] if cpp.available() else []
+# temperature, top_k, top_p, min_p, penalty
+SETTINGS = [
+    (0.0, 0, 1.0, 0.0, 1.0), (1.0, 0, 1.0, 0.0, 1.0), (0.6, 0, 1.0, 0.0, 1.0), (1.7, 20, 1.0, 0.0, 1.0),
+    (1.0, 1, 1.0, 0.0, 1.0), (1.0, 0, 0.3, 0.0, 1.0), (1.4, 0, 0.97, 0.0, 1.0), (0.8, 40, 0.9, 0.0, 1.0),
+    (1.0, 0, 1.0, 0.05, 1.0), (1.0, 0, 1.0, 0.0, 1.3), (1.2, 50, 0.95, 0.02, 0.8), (0.0, 0, 1.0, 0.0, 1.5),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["eager", *ISAS])
+def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    if request.param == "eager":
+        yield eager
+        return
+    before = cpp.build_info()["isa"]
+    cpp.set_isa(request.param)
+    yield cpp
+    cpp.set_isa(before)
+
+
+def inputs(rows: int, vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocabulary, generator=draw)
+    uniform = torch.rand(rows, generator=draw, dtype=torch.float64)
+    seen = torch.randint(-1, vocabulary, (rows, 30), generator=draw)
+    return logits, uniform, seen
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(60, 50), (41, 1000), (1, 49_152), (7, 32_003)])
+def test_like_the_reference(backend: ModuleType, settings: Any, rows: int, vocabulary: int) -> None:
+    """The same token, but for a draw within rounding of a boundary; and its log-prob."""
+    logits, uniform, seen = inputs(rows, vocabulary)
+    wanted, logp = reference.sample(logits.double(), uniform, *settings, seen)
+    ids, got = backend.sample(logits.clone(), uniform, *settings, seen)
+    assert ids.dtype == torch.int64 and got.dtype == torch.float32
+    near = [i for i in range(rows) if boundary(logits[i], settings, seen[i], float(uniform[i])) < 1e-6]
+    assert len(near) <= rows // 5
+    for i in set(range(rows)) - set(near):
+        assert ids[i] == wanted[i]
+        assert got[i].item() == pytest.approx(logp[i].item(), abs=2e-5)
+
+
+def boundary(logits: Tensor, settings: Any, seen: Tensor, uniform: float) -> float:
+    """How far the draw is from where the next token begins."""
+    temperature, top_k, top_p, min_p, penalty = settings
+    if temperature == 0:
+        return 1.0
+    z = reference.penalised(logits.double()[None], penalty, seen[None]) / temperature
+    return float((reference.kept(z, top_k, top_p, min_p)[0].cumsum(0) - uniform).abs().min())
+
+
+def test_a_row_does_not_depend_on_its_company(backend: ModuleType) -> None:
+    logits, uniform, seen = inputs(12, 700)
+    for settings in SETTINGS:
+        whole = backend.sample(logits.clone(), uniform, *settings, seen)
+        for i in range(12):
+            alone = backend.sample(logits[i : i + 1].clone(), uniform[i : i + 1], *settings, seen[i : i + 1])
+            assert alone[0] == whole[0][i] and alone[1] == whole[1][i]
+
+
+def test_cuts_are_those_of_transformers() -> None:
+    """Their processors, in the order in which `generate` applies them."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits, _, seen = inputs(20, 400)
+    seen = seen.clamp(0)
+    theirs = logits.double()
+    for step in (
+        processors.RepetitionPenaltyLogitsProcessor(1.4), processors.TemperatureLogitsWarper(0.9),
+        processors.TopKLogitsWarper(60), processors.TopPLogitsWarper(0.85), processors.MinPLogitsWarper(0.03),
+    ):  # fmt: skip
+        theirs = step(seen, theirs)
+    ours = reference.kept(reference.penalised(logits.double(), 1.4, seen) / 0.9, 60, 0.85, 0.03)
+    assert torch.allclose(ours, theirs.softmax(-1), atol=1e-9)
+    assert 1 < int((ours > 0).sum(1).max()) < 60
+
+
+def test_equal_logits(backend: ModuleType) -> None:
+    """Ties: greedy takes the first; all that equal the k-th stay; of equals, top_p keeps the lower ids."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+
+    def drawn(*settings: float) -> set[int]:
+        n = 300
+        uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        return set(backend.sample(logits.repeat(n, 1), uniform, *settings, NONE)[0].tolist())
+
+    assert drawn(0.0, 0, 1.0, 0.0, 1.0) == {1}
+    assert drawn(1.0, 2, 1.0, 0.0, 1.0) == {1, 2, 3}
+    assert drawn(1.0, 0, 0.5, 0.0, 1.0) == {1, 2}
+    assert drawn(1.0, 0, 1.0, 1.0, 1.0) == {1, 2, 3}
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+def test_bad_arguments_name_themselves() -> None:
+    logits, uniform, seen = inputs(3, 10)
+    with pytest.raises(ValueError, match="sample: logits is"):
+        cpp.sample(logits.double(), uniform, 1.0, 0, 1.0, 0.0, 1.0, seen)
+    with pytest.raises(ValueError, match=r"sample: uniform has shape \[2\], expected \(R,\)"):
+        cpp.sample(logits, uniform[:2], 1.0, 0, 1.0, 0.0, 1.0, seen)
+    with pytest.raises(ValueError, match="sample: seen has shape"):
+        cpp.sample(logits, uniform, 1.0, 0, 1.0, 0.0, 2.0, seen[:1])
