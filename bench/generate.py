@@ -83,9 +83,9 @@ def render(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## generate, {result['device']}", "",
         f"{result['shape'] or result['policy']}: prompts of GSM8K's lengths, {result['new_tokens']} new tokens a row, "
-        "sampled at temperature 1; medians after one batch to warm up. First token: ldalign's is the mean over rows. Limits: the "
-        "same tokens at the machine's measured rate of matrix products, and at its measured copy bandwidth with the "
-        "weights read once a step.", "",
+        "sampled at temperature 1; medians after one batch to warm up. First token: ldalign's is the mean over rows. "
+        "Limits: the same tokens at the machine's measured rate of matrix products, and at its measured copy bandwidth "
+        "with the weights read once a step.", "",
         *common.table("rows", "dtype", "", "tokens a second", "time / ldalign's", "first token, s", "peak memory, GiB"),
     ]  # fmt: skip
     for table in result["tables"]:

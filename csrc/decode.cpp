@@ -120,6 +120,10 @@ class Decoder {
     }
   }
 
+  static void prefetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+  }
+
   void attend(const T* qkv, const Run& run, int64_t head, T* out) const {
     const Row& row = *run.row;
     const int64_t n = run.to - run.from, G = H / K, M = G * n, stride = (H + 2 * K) * E;
@@ -144,6 +148,11 @@ class Decoder {
     }
     for (int64_t column = 0; column < columns; column += kPageTokens) {
       const int64_t page = row.pages[first + column / kPageTokens] * K + head;
+      if (column + kPageTokens < columns) {  // pages lie anywhere: the machine cannot guess the next one
+        const int64_t next = row.pages[first + column / kPageTokens + 1] * K + head;
+        prefetch(keys + next * E * kPageTokens, E * kPageTokens);
+      }
+      prefetch(values + page * kPageTokens * width, width * kPageTokens);
       kernels<T>().page_scores(queries.data(), E, M, keys + page * E * kPageTokens, E, scores.data() + column, columns);
     }
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(E)));

@@ -53,16 +53,26 @@ struct Spread<bf16> {
 };
 #endif
 
-// R rows against one panel, all sums in registers; on the way the panel `next` is called into the cache.
+// What is called into the cache while something else is computed: some bytes an iteration. Only a hint, so that it may
+// lie beyond what is there.
+struct Ahead {
+  const char* at;
+  int64_t step;  // at most two cache lines
+  LDALIGN_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
+    at += step;
+  }
+};
+
+// R rows against one panel, all sums in registers.
 template <class T, class O, int R>
-LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, const T* next, int64_t words, int64_t columns,
+LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, Ahead ahead, int64_t words, int64_t columns,
                                  O* y, int64_t ldy) {
   constexpr int V = kPanel / kLanes;
-  constexpr int kLine = 64 / sizeof(T);
   F32 sum[R][V] = {};
-  for (int64_t k = 0; k < words; ++k, x += per_word<T>, panel += kPanel * per_word<T>, next += kPanel * per_word<T>) {
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + kLine, 0, 2);
+  for (int64_t k = 0; k < words; ++k, x += per_word<T>, panel += kPanel * per_word<T>) {
+    ahead.fetch();
     U32 right[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) right[v] = load_words(panel + v * kLanes * per_word<T>);
@@ -86,12 +96,12 @@ LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, const 
 }
 
 template <class T, class O, int R>
-void packed_rows(int64_t rows, const T* x, int64_t ldx, const T* panel, const T* next, int64_t words, int64_t columns,
+void packed_rows(int64_t rows, const T* x, int64_t ldx, const T* panel, Ahead ahead, int64_t words, int64_t columns,
                  O* y, int64_t ldy) {
   if constexpr (R > 1) {
-    if (rows < R) return packed_rows<T, O, R - 1>(rows, x, ldx, panel, next, words, columns, y, ldy);
+    if (rows < R) return packed_rows<T, O, R - 1>(rows, x, ldx, panel, ahead, words, columns, y, ldy);
   }
-  packed_block<T, O, R>(x, ldx, panel, next, words, columns, y, ldy);
+  packed_block<T, O, R>(x, ldx, panel, ahead, words, columns, y, ldy);
 }
 
 template <class T, class O>
@@ -104,8 +114,10 @@ void packed_product(const T* x, int64_t ldx, int64_t rows, const T* packed, int6
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
       const T* at = packed + column * K;
-      const T* next = tile + 1 < tiles ? at : at + kPanel * K;  // one address too far after the last: only a hint
-      packed_rows<T, O, kRows>(to - from, x + from * ldx, ldx, at, next, K / per_word<T>, N - column,
+      // The tiles call the next panel, each its share: one alone would ask for more than the memory gives.
+      const char* following = reinterpret_cast<const char*>(at + kPanel * K);
+      const Ahead ahead{following + kPanel * K * int64_t(sizeof(T)) * tile / tiles, kPanel * 4 / tiles};
+      packed_rows<T, O, kRows>(to - from, x + from * ldx, ldx, at, ahead, K / per_word<T>, N - column,
                                y + from * ldy + column, ldy);
     }
   }

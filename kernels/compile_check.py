@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldalign.kernels import triton_attention, triton_elementwise, triton_head, triton_norm
+from ldalign.kernels import triton_attention, triton_decode, triton_elementwise, triton_head, triton_norm
 from ldalign.kernels.triton_common import INTERPRETED, recording
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -30,10 +30,14 @@ DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = 8192
 MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))  # width, its feed-forward's, heads, head width
 ATTENTION = ((9, 3, 64, None), (32, 8, 128, 4096))  # query heads, key heads, head width, window
+DECODING = ((64, 1), (4, 1), (16, 512))  # rows, and new tokens of each: many that decode, few, and prompts
+PAGES = 64  # of a row: 1024 tokens
 HEADS = ((576, 49_152), (4096, 32_000), (4096, 128_256))  # width, vocabulary
-TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b"}  # mma.sync and wgmma as the machine spells them
+# mma.sync and wgmma as the machine spells them; wgmma multiplies 64 rows at a time, so fewer rows are left to mma.sync
+TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b"}
+WGMMA_ROWS = 64
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
 }  # fmt: skip
 
@@ -81,6 +85,10 @@ def run_production(dtype: torch.dtype) -> None:
         qkv, out, lse = empty(N, H + 2 * K, E), empty(N, H, E), wide(N, H)
         triton_attention.pair_attention(qkv, H, segments, window)
         triton_attention.pair_attention_backward(out, qkv, out, lse, H, segments, window)
+        cache = empty(64 * PAGES, 16, K, E)
+        for R, most in DECODING:
+            rows, pages = empty(R, 2, dtype=torch.int64), empty(R, PAGES, dtype=torch.int32)
+            triton_decode.paged_attention(empty(R * most, H, E), cache, cache, rows, pages, most, window)
     sums = wide(16)
     triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
     for D, V in HEADS:
@@ -90,6 +98,9 @@ def run_production(dtype: torch.dtype) -> None:
         triton_head.sft_loss(hidden, weight, target, 1.0, True, True)
         # 32 responses of 256 tokens: several pieces at the largest vocabulary
         triton_head.pair_loss(hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True)
+        logits, uniform, seen = wide(64, V), empty(64, dtype=torch.float64), empty(64, 0, dtype=torch.int64)
+        for temperature in (0.0, 1.0):
+            triton_decode.sample(logits, uniform, temperature, 0, 1.0, 0.0, 1.0, seen)
 
 
 def compiled() -> list[Compiled]:
@@ -142,6 +153,7 @@ class _Launch:
         source = ASTSource(fn=self.kernel, signature=self.signature, constexprs=self.fixed, attrs=self.known)
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
         used, code = _machine_code(binary.asm["cubin"])
+        narrow = self.constants.get("ROWS", WGMMA_ROWS) < WGMMA_ROWS
         return Compiled(
             kernel=self.kernel.__name__.strip("_").removesuffix("_kernel"),
             arch=arch,
@@ -151,7 +163,7 @@ class _Launch:
             # a register that is spilled lies in the stack frame, in what the machine calls local memory
             spilled_bytes=max(used["STACK"], used["LOCAL"]),
             shared_bytes=binary.metadata.shared,
-            tensor_core_instructions=len(re.findall(TENSOR_CORES[arch], code)),
+            tensor_core_instructions=len(re.findall(TENSOR_CORES[80 if narrow else arch], code)),
             multiplies="tt.dot" in binary.asm["ttir"],
             constants=self.constants,
         )

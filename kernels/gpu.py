@@ -31,6 +31,7 @@ _REASON = _why_not()
 if not _REASON:
     from ldalign.kernels.triton_attention import pair_attention, pair_attention_backward
     from ldalign.kernels.triton_common import INTERPRETED
+    from ldalign.kernels.triton_decode import paged_attention, sample
     from ldalign.kernels.triton_elementwise import rope, swiglu, swiglu_backward, weighted_dpo
     from ldalign.kernels.triton_head import (
         WORKSPACE_BYTES,
@@ -43,8 +44,9 @@ if not _REASON:
 
     __all__ = [
         "WORKSPACE_BYTES", "add_rms_norm", "add_rms_norm_backward", "available", "interpreted", "linear_logprob",
-        "linear_logprob_backward", "pair_attention", "pair_attention_backward", "pair_loss", "rms_norm",
-        "rms_norm_backward", "rope", "sft_loss", "swiglu", "swiglu_backward", "weighted_dpo", "why_not",
+        "linear_logprob_backward", "paged_attention", "pair_attention", "pair_attention_backward", "pair_loss",
+        "rms_norm", "rms_norm_backward", "rope", "sample", "sft_loss", "swiglu", "swiglu_backward", "weighted_dpo",
+        "why_not",
     ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
 
 
 @triton.jit
-def _load_rows(x, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def load_rows(x, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr):
     e = tl.arange(0, BLOCK_E)
     at = x + offsets[:, None] + e[None, :]
     if E == BLOCK_E:
@@ -81,14 +81,14 @@ def _load_rows(x, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(x, offsets, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def store_rows(x, offsets, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
     e = tl.arange(0, BLOCK_E)
     mask = inside[:, None] & (e < E)[None, :]
     tl.store(x + offsets[:, None] + e[None, :], narrow(rows, x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _product(a, b, total):
+def tile_product(a, b, total):
     if INTERPRETED:  # its dot takes bfloat16 for the integers it is stored as; the products are exact either way
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -96,7 +96,7 @@ def _product(a, b, total):
 
 
 @triton.jit
-def _sees(gap, window, WINDOW: tl.constexpr):
+def sees(gap, window, WINDOW: tl.constexpr):
     """Whether a query so many positions after a key sees it."""
     seen = gap >= 0
     if WINDOW:
@@ -157,9 +157,9 @@ def _attend(
         keys = at + tl.arange(0, KEYS)
         offsets = _key_offsets(keys, place, stride)
         s = tl.full((q.shape[0], KEYS), 0.0, tl.float32)
-        s = _product(q, tl.trans(_load_rows(k, offsets, E, BLOCK_E)), s)
+        s = tile_product(q, tl.trans(load_rows(k, offsets, E, BLOCK_E)), s)
         if MASKED:
-            s = tl.where(_sees(position[:, None] - keys[None, :], window, WINDOW), s, float("-inf"))
+            s = tl.where(sees(position[:, None] - keys[None, :], window, WINDOW), s, float("-inf"))
         # tl.max passes over NaN, but the sum does not: one NaN score makes the row NaN.
         m_new = tl.maximum(m, tl.max(s, 1))
         base = m_new * scale
@@ -168,7 +168,7 @@ def _attend(
         p = tl.exp2(s * scale - base[:, None])
         shrink = tl.exp2(m * scale - base)
         norm = norm * shrink + tl.sum(p, 1)
-        total = _product(narrow(p, v.dtype.element_ty), _load_rows(v, offsets, E, BLOCK_E), total * shrink[:, None])
+        total = tile_product(narrow(p, v.dtype.element_ty), load_rows(v, offsets, E, BLOCK_E), total * shrink[:, None])
         m = m_new
     return total, m, norm
 
@@ -185,7 +185,7 @@ def _attention_kernel(
     token, member, position, inside, place = _query_rows(tiles + tl.program_id(0) // K * 5, G, ROWS)
     k = qkv + (K * G + head).to(tl.int64) * head_stride
     v = k + K * head_stride
-    q = _load_rows(qkv, token * stride + (head * G + member) * head_stride, E, BLOCK_E)
+    q = load_rows(qkv, token * stride + (head * G + member) * head_stride, E, BLOCK_E)
     start, a, b, end = _key_ranges(place, window, WINDOW, KEYS)
     state = (
         tl.full((ROWS, BLOCK_E), 0.0, tl.float32),
@@ -200,7 +200,7 @@ def _attention_kernel(
     state = _attend(state, q, position, k, v, b, end, place, stride, scale, window, True, WINDOW, E, BLOCK_E, KEYS)
     total, m, norm = state
     row = token * (K * G) + head * G + member
-    _store_rows(out, row * E, total / norm[:, None], inside, E, BLOCK_E)
+    store_rows(out, row * E, total / norm[:, None], inside, E, BLOCK_E)
     tl.store(lse + row, (m * scale + tl.log2(norm)) / LOG2_E, mask=inside)
 
 
@@ -216,13 +216,13 @@ def _query_gradient(
     for at in range(start, end, KEYS):
         keys = at + tl.arange(0, KEYS)
         offsets = _key_offsets(keys, place, stride)
-        k_rows = _load_rows(k, offsets, E, BLOCK_E)
+        k_rows = load_rows(k, offsets, E, BLOCK_E)
         zero = tl.full((q.shape[0], KEYS), 0.0, tl.float32)
-        p = tl.exp2(_product(q, tl.trans(k_rows), zero) * scale - lse[:, None])
+        p = tl.exp2(tile_product(q, tl.trans(k_rows), zero) * scale - lse[:, None])
         if MASKED:
-            p = tl.where(_sees(position[:, None] - keys[None, :], window, WINDOW), p, 0.0)
-        dp = _product(g, tl.trans(_load_rows(v, offsets, E, BLOCK_E)), zero)
-        dq = _product(narrow(p * (dp - delta[:, None]), k.dtype.element_ty), k_rows, dq)
+            p = tl.where(sees(position[:, None] - keys[None, :], window, WINDOW), p, 0.0)
+        dp = tile_product(g, tl.trans(load_rows(v, offsets, E, BLOCK_E)), zero)
+        dq = tile_product(narrow(p * (dp - delta[:, None]), k.dtype.element_ty), k_rows, dq)
     return dq
 
 
@@ -240,12 +240,12 @@ def _attention_dq_kernel(
     v = k + K * head_stride
     query_head = head * G + member
     row = token * (K * G) + query_head
-    g = _load_rows(grad, token * grad_stride + query_head * grad_head_stride, E, BLOCK_E)
-    o = _load_rows(out, row * E, E, BLOCK_E)
+    g = load_rows(grad, token * grad_stride + query_head * grad_head_stride, E, BLOCK_E)
+    o = load_rows(out, row * E, E, BLOCK_E)
     row_delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + row, row_delta, mask=inside)
     row_lse = tl.load(lse + row) * LOG2_E
-    q = _load_rows(qkv, token * stride + query_head * head_stride, E, BLOCK_E)
+    q = load_rows(qkv, token * stride + query_head * head_stride, E, BLOCK_E)
     start, a, b, end = _key_ranges(place, window, WINDOW, KEYS)
     dq = tl.full((ROWS, BLOCK_E), 0.0, tl.float32)
     if WINDOW:
@@ -261,7 +261,7 @@ def _attention_dq_kernel(
         dq, q, g, row_lse, row_delta, position, k, v, b, end, place, stride, scale, window,
         True, WINDOW, E, BLOCK_E, KEYS,
     )  # fmt: skip
-    _store_rows(dqkv, (token * (K * G + 2 * K) + query_head) * E, dq * (scale / LOG2_E), inside, E, BLOCK_E)
+    store_rows(dqkv, (token * (K * G + 2 * K) + query_head) * E, dq * (scale / LOG2_E), inside, E, BLOCK_E)
 
 
 @triton.jit
@@ -280,18 +280,18 @@ def _key_gradients(
         rows = tl.minimum(rows, count - 1)
         token = first + rows // G
         row = token.to(tl.int64)
-        q_rows = _load_rows(q, row * stride + rows % G * head_stride, E, BLOCK_E)
-        g_rows = _load_rows(grad, row * grad_stride + rows % G * grad_head_stride, E, BLOCK_E)
+        q_rows = load_rows(q, row * stride + rows % G * head_stride, E, BLOCK_E)
+        g_rows = load_rows(grad, row * grad_stride + rows % G * grad_head_stride, E, BLOCK_E)
         row = row * (K * G) + rows % G
         row_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E  # p is 0 for a row that is not there
         zero = tl.full((k_rows.shape[0], ROWS), 0.0, tl.float32)
-        p = tl.exp2(_product(k_rows, tl.trans(q_rows), zero) * scale - row_lse[None, :])
+        p = tl.exp2(tile_product(k_rows, tl.trans(q_rows), zero) * scale - row_lse[None, :])
         if MASKED:
-            p = tl.where(_sees(token[None, :] - keys[:, None] + shift, window, WINDOW), p, 0.0)
-        dv = _product(narrow(p, q.dtype.element_ty), g_rows, dv)
-        dp = _product(v_rows, tl.trans(g_rows), zero)
+            p = tl.where(sees(token[None, :] - keys[:, None] + shift, window, WINDOW), p, 0.0)
+        dv = tile_product(narrow(p, q.dtype.element_ty), g_rows, dv)
+        dp = tile_product(v_rows, tl.trans(g_rows), zero)
         ds = p * (dp - tl.load(delta + row)[None, :])
-        dk = _product(narrow(ds, q.dtype.element_ty), q_rows, dk)
+        dk = tile_product(narrow(ds, q.dtype.element_ty), q_rows, dk)
     return dk, dv
 
 
@@ -308,8 +308,8 @@ def _attention_dkv_kernel(
     last_key = tl.load(tile + 1) - 1
     keys = first_key + tl.arange(0, KEYS)
     token = tl.minimum(keys, last_key).to(tl.int64)
-    k_rows = _load_rows(qkv, token * stride + (K * G + head) * head_stride, E, BLOCK_E)
-    v_rows = _load_rows(qkv, token * stride + (K * G + K + head) * head_stride, E, BLOCK_E)
+    k_rows = load_rows(qkv, token * stride + (K * G + head) * head_stride, E, BLOCK_E)
+    v_rows = load_rows(qkv, token * stride + (K * G + K + head) * head_stride, E, BLOCK_E)
     dk = tl.full((KEYS, BLOCK_E), 0.0, tl.float32)
     dv = tl.full((KEYS, BLOCK_E), 0.0, tl.float32)
     q = qkv + head * G * head_stride
@@ -342,8 +342,8 @@ def _attention_dkv_kernel(
             )  # fmt: skip
     offsets = (token * (K * G + 2 * K) + K * G + head) * E
     inside = keys <= last_key
-    _store_rows(dqkv, offsets, dk * (scale / LOG2_E), inside, E, BLOCK_E)
-    _store_rows(dqkv, offsets + K * E, dv, inside, E, BLOCK_E)
+    store_rows(dqkv, offsets, dk * (scale / LOG2_E), inside, E, BLOCK_E)
+    store_rows(dqkv, offsets + K * E, dv, inside, E, BLOCK_E)
 
 
 # ------------------------------------------------------------------------------------------------------- the functions
@@ -360,7 +360,7 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
     tiles = _query_tiles(segments, sizes["G"], t, window, qkv.device)
     launch(
         _attention_kernel, (len(tiles) * sizes["K"],), qkv,
-        qkv, out, lse, tiles, qkv.stride(0), qkv.stride(1), _scale(E), window or 0,
+        qkv, out, lse, tiles, qkv.stride(0), qkv.stride(1), softmax_scale(E), window or 0,
         **sizes, ROWS=t.rows, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return out, lse
@@ -375,7 +375,7 @@ def pair_attention_backward(
     delta = torch.empty_like(lse)
     t = plan(qkv.dtype, qkv.shape[2], capability(qkv.device))
     sizes = _sizes(qkv, heads, window)
-    numbers = (*qkv.stride()[:2], *grad.stride()[:2], _scale(qkv.shape[2]), window or 0)
+    numbers = (*qkv.stride()[:2], *grad.stride()[:2], softmax_scale(qkv.shape[2]), window or 0)
     tiles = _query_tiles(segments, sizes["G"], t.dq, window, qkv.device)
     launch(
         _attention_dq_kernel, (len(tiles) * sizes["K"],), qkv,
@@ -391,7 +391,7 @@ def pair_attention_backward(
     return dqkv
 
 
-def _scale(E: int) -> float:
+def softmax_scale(E: int) -> float:
     """Scores times this are logarithms to base 2."""
     return math.log2(math.e) / math.sqrt(E)
 

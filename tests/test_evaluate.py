@@ -15,8 +15,8 @@ from ldalign import tasks
 from ldalign.batches import Pair
 from ldalign.data import Row
 from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
-from ldalign.sampling import Response, Sampling
 from ldalign.methods import prepare
+from ldalign.sampling import Response, Sampling
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model

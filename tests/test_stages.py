@@ -12,9 +12,9 @@ from ldalign import distributed, estimate, stages, toy
 from ldalign.batches import Batch, Pair
 from ldalign.config import load_config, to_yaml
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.sampling import Response
 from ldalign.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
+from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.train.align import planned
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 SHARED_KIB = {80: 163, 90: 227}  # what one program may have
 KERNELS = {
     "accumulate", "attention", "attention_dkv", "attention_dq", "logit_gradient", "logprob_slab", "merge_slabs",
-    "pair_coefficient", "rms_norm", "rms_norm_backward", "rope", "row_statistics", "sum_rows", "swiglu",
-    "swiglu_backward", "weighted_dpo",
+    "merge_splits", "paged_attention", "pair_coefficient", "rms_norm", "rms_norm_backward", "rope", "row_statistics",
+    "sample", "sum_rows", "swiglu", "swiglu_backward", "weighted_dpo",
 }  # fmt: skip
 
 
