@@ -108,6 +108,7 @@ class PackedDecoder:
     def allocate(self, pages: int, longest: int) -> None:
         c = self.config
         shape = (c.num_hidden_layers, pages, c.num_key_value_heads)
+        self.keys = self.values = torch.empty(0)  # an earlier cache is gone before there is another
         # Not zeros: memory that is never written to is never there.
         self.keys = torch.empty(*shape, c.head_dim, PAGE, dtype=self.dtype)
         self.values = torch.empty(*shape, PAGE, -(-c.head_dim // PAGE) * PAGE, dtype=self.dtype)
@@ -133,7 +134,9 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     So a product reads the weight once, from front to back. The rows of the last panel that are not there are zeros.
     """
-    words = F.pad(weight, (0, 0, 0, -len(weight) % PANEL)).contiguous().view(torch.int32).unflatten(0, (-1, PANEL))
+    if len(weight) % PANEL:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    words = weight.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))
     return words.transpose(1, 2).contiguous().view(weight.dtype).view(-1, weight.shape[1], PANEL)
 
 
@@ -161,6 +164,7 @@ class ModuleDecoder:
     def allocate(self, pages: int, longest: int) -> None:
         c = self.model.config
         self._standing = {}
+        self.keys = self.values = torch.empty(0)  # an earlier cache is gone before there is another
         self.spare = pages  # one page more: for rows that fill up a graph
         shape = (c.num_hidden_layers, pages + 1, PAGE, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = (self.model.output_weight.new_zeros(shape) for _ in range(2))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger(__name__)
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # this process's own, as a container sees it
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 
 
@@ -34,9 +35,9 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
     free = int(found[1]) * 1024 if found else 0
-    group = Path("/sys/fs/cgroup")
     try:
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        most, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - used)
     except (OSError, ValueError):  # no such group, or "max": no limit
         pass
     return free

@@ -1,7 +1,9 @@
 """Continuous batching: decoders against the whole forward, rows against rows alone, memory against its budget."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import torch
 from op_cases import normal
 from torch import Tensor
 
+from ldalign import memory
 from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder, Paged, bucket, new_decoder, pack_weight
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
 from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
+from ldalign.memory import available_bytes
 from ldalign.mistral import Mistral
 from ldalign.pages import PAGE, PagePool, pages_for
 from ldalign.sampling import Response, Sampling
@@ -231,6 +235,17 @@ def test_release_takes_the_weights() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_bytes(torch.device("cpu")) <= total
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    assert available_bytes(torch.device("cpu")) == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > 3_000_000
 
 
 def test_buckets() -> None:

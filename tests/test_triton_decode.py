@@ -66,9 +66,9 @@ def run(case: Case, inputs: Inputs, most: int | None = None) -> Tensor:
 
 def check(case: Case, ours: Tensor, inputs: Inputs) -> None:
     """The rule of the module's first lines."""
-    q, keys, values, *places = inputs
-    exact = reference.paged_attention(q.double(), keys.double(), values.double(), *places, case.window)
-    eager = reference.paged_attention(q, keys, values, *places, case.window)
+    q, keys, values, rows, pages = inputs
+    exact = reference.paged_attention(q.double(), keys.double(), values.double(), rows, pages, case.window)
+    eager = reference.paged_attention(q, keys, values, rows, pages, case.window)
     error, allowed = (ours.double() - exact).norm(), (eager.double() - exact).norm()
     # Eager may happen to be exact; a value of several float32 operations cannot promise that.
     floor = (4 if q.dtype == torch.float32 else 1) * torch.finfo(q.dtype).eps * exact.norm()
