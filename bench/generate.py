@@ -18,6 +18,7 @@ from work import LENGTHS, SHAPES, Shape, generation_costs, make_pairs
 from ldalign.errors import run
 
 PEERS = {"transformers generate": "generation", "transformers continuous batching": "continuous"}
+BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn
 CONTINUOUS_ROWS = 32  # the one batch that continuous batching is measured at: on a CPU it is slow
 
 
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> None:
         for rows in [2] if args.small else map(int, args.batches.split(",")):
             repeat = 1 if args.small else args.repeat or (3 if rows <= 32 else 1)
             pairs = make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])
-            prompts = [pair["prompt"] for pair in pairs]
+            beginning = pairs[0]["prompt"][:BEGINNING]
+            prompts = [beginning + pair["prompt"][len(beginning) :] for pair in pairs]
             job = {
                 "device": str(device), "dtype": name, "folder": str(folder) if folder else None, "config": config,
                 "new_tokens": new_tokens, "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
@@ -83,9 +85,10 @@ def render(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## generate, {result['device']}", "",
         f"{result['shape'] or result['policy']}: prompts of GSM8K's lengths, {result['new_tokens']} new tokens a row, "
-        "sampled at temperature 1; medians after one batch to warm up. First token: ldalign's is the mean over rows. "
-        "Limits: the same tokens at the machine's measured rate of matrix products, and at its measured copy bandwidth "
-        "with the weights read once a step.", "",
+        f"sampled at temperature 1; medians after one batch to warm up. The first {BEGINNING} tokens of all prompts "
+        "are the same, as a chat template's are. First token: ldalign's is the mean over rows. Limits: all tokens at "
+        "the machine's measured rate of matrix products, and at its measured copy bandwidth with the weights read "
+        "once a step.", "",
         *common.table("rows", "dtype", "", "tokens a second", "time / ldalign's", "first token, s", "peak memory, GiB"),
     ]  # fmt: skip
     for table in result["tables"]:

@@ -18,7 +18,7 @@ import torch
 from ldalign.decoders import Decoder
 from ldalign.errors import InputError
 from ldalign.memory import available_bytes
-from ldalign.pages import PAGE, PagePool, pages_for
+from ldalign.pages import PAGE, PagePool, SharedPages, pages_for
 from ldalign.sampling import Response, Sampling, sample
 from ldalign.seeds import uniforms
 
@@ -70,7 +70,7 @@ class Engine:
         self.draws = np.zeros((rows, sampling.max_new_tokens))
         self.logp = np.zeros(rows)
         self._clock = 0
-        self._with_prompt: dict[tuple[int, ...], int] = {}  # the last place that took a prompt
+        self.shared = SharedPages(pages)
 
     @torch.no_grad()
     def run(
@@ -108,12 +108,10 @@ class Engine:
         free = np.flatnonzero(self.length == 0)
         if not len(free):
             return False
-        shared = np.zeros(0, dtype=np.int32)
-        twin = self._with_prompt.get(prompt)
-        if twin is not None:
-            shared = self.pages[twin, : (len(prompt) - 1) // PAGE]  # the last token is computed anew, for its logits
-            if self.held[twin] < len(shared) * PAGE:
-                return False  # soon they can be shared
+        found, computed = self.shared.find(prompt)
+        if not computed:
+            return False  # soon they can be shared
+        shared = np.array(found, dtype=np.int32)
         end = min(len(prompt) + self.sampling.max_new_tokens, self.longest)
         # All that the row can ever need: so no row has to be thrown out half done.
         wanted = pages_for(end) - len(shared)
@@ -130,7 +128,7 @@ class Engine:
         self.draws[place] = uniforms(self.seed, request.key, self.sampling.max_new_tokens)
         self.logp[place] = 0.0
         self.entered[place], self._clock = self._clock, self._clock + 1
-        self._with_prompt[prompt] = place
+        self.shared.add(prompt, self.pages[place])
         return True
 
     def _step(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,6 +152,8 @@ class Engine:
             torch.from_numpy((first + new - 1)[whole]),
         )
         self.held[active] += new
+        for place in active[self.held[active] <= self.begin[active]]:  # still in the prompt
+            self.shared.computed(self.pages[place, : self.held[place] // PAGE])
         chosen = active[whole]
         if not len(chosen):
             return chosen, np.zeros(0, dtype=np.int64), np.zeros(0)
@@ -186,9 +186,6 @@ class Engine:
     def _leave(self, place: int, reason: str) -> tuple[Request, Response]:
         request = self._request(place)
         ids = self.tokens[place, self.begin[place] : self.length[place]].tolist()
-        self.pool.give_back(self.pages[place, : pages_for(int(self.end[place]))])
+        self.shared.forget(self.pool.give_back(self.pages[place, : pages_for(int(self.end[place]))]))
         self.requests[place], self.length[place] = None, 0
-        prompt = tuple(request.prompt)
-        if self._with_prompt.get(prompt) == place:
-            del self._with_prompt[prompt]
         return request, Response(ids, reason, float(self.logp[place]))

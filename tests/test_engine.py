@@ -167,6 +167,23 @@ def test_samples_of_a_prompt_share_its_pages(kind: str) -> None:
     assert [r.ids for r in alone] == [r.ids for r in shared] and len({tuple(r.ids) for r in shared}) > 3
 
 
+def test_a_common_beginning_is_computed_once(kind: str) -> None:
+    """Forty tokens alike, two full pages; one prompt is that beginning alone, one leaves it in the second page."""
+    draw = np.random.default_rng(3)
+    system = draw.integers(3, 61, 40).tolist()
+    prompts = [system + draw.integers(3, 61, n).tolist() for n in (5, 30, 1)]
+    prompts += [system, system[:32], system[:20] + [4] * 9]
+    spy = Spy(decoder_of(kind, model_of()))
+    requests = requests_of(prompts)
+    engine = Engine(spy, Sampling(10), [], 0, longest=90, rows=6)
+    shared = run(engine, requests)
+    saved = 2 * 32 + 32 + 16 + 16  # the one of 32 tokens needs its last one computed, and with it the whole page
+    assert sum(map(sum, spy.steps)) == sum(map(len, prompts)) - saved + 6 * 9
+    assert engine.pool.free == spy.pages and not engine.shared._page and not engine.shared._key
+    single = Engine(decoder_of(kind, model_of()), Sampling(10), [], 0, longest=90, rows=1)
+    assert [run(single, [replace(q, index=0)])[0].ids for q in requests] == [r.ids for r in shared]
+
+
 def test_memory_stays_in_its_budget(kind: str) -> None:
     decoder = decoder_of(kind, model_of())
     each = pages_for(50) * decoder.page_bytes()
