@@ -170,17 +170,22 @@ def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
     return torch.where(marked, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The probabilities (R, V) after the cuts, adding up to 1; 0 for what is cut."""
+def cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (R, V) with -inf for what top_k and then top_p leave out."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         mass = probs.double().cumsum(-1) - probs.double()  # before each
-        cut = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass >= top_p)
-        logits = logits.masked_fill(cut, float("-inf"))
-    probs = logits.softmax(-1)
+        left_out = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass >= top_p)
+        logits = logits.masked_fill(left_out, float("-inf"))
+    return logits
+
+
+def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The probabilities (R, V) after the cuts, adding up to 1; 0 for what is cut."""
+    probs = cut(logits, top_k, top_p).softmax(-1)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         probs = probs / probs.sum(-1, keepdim=True)

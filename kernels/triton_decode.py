@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldalign.kernels.reference import penalised
+from ldalign.kernels.reference import cut, penalised
 from ldalign.kernels.triton_attention import LOG2_E, Tiles, load_rows, sees, softmax_scale, store_rows, tile_product
 from ldalign.kernels.triton_common import capability, launch, narrow, unit_stride
 
@@ -328,7 +328,7 @@ def sample(
     if greedy:
         temperature, min_p = 1.0, 0.0
     elif 0 < top_k < V or top_p < 1:
-        z, temperature = _cut(z / temperature, top_k, top_p), 1.0
+        z, temperature = cut(z / temperature, top_k, top_p), 1.0
     z = unit_stride(z)
     ids = torch.empty(R, dtype=torch.int64, device=z.device)
     logp = torch.empty(R, dtype=torch.float32, device=z.device)
@@ -338,16 +338,3 @@ def sample(
         GREEDY=greedy, BLOCKS=triton.next_power_of_2(triton.cdiv(V, BLOCK)), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return ids, logp
-
-
-def _cut(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with -inf for what top_k and then top_p leave out, as in `reference.kept`."""
-    if 0 < top_k < z.shape[-1]:
-        smallest = z.topk(top_k, dim=-1).values[:, -1:]
-        z = z.masked_fill(z < smallest, float("-inf"))
-    if top_p < 1:
-        probs, order = z.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        mass = probs.double().cumsum(-1) - probs.double()  # before each
-        cut = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass >= top_p)
-        z = z.masked_fill(cut, float("-inf"))
-    return z

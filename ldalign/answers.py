@@ -16,7 +16,7 @@ from typing import IO, Any
 from ldalign import distributed
 from ldalign.decoders import Decoder
 from ldalign.engine import Engine, Request
-from ldalign.pipeline import on_rank0
+from ldalign.pipeline import on_rank0, write_text
 from ldalign.sampling import Response
 
 CHUNK = 256  # rows
@@ -36,7 +36,7 @@ def make_answers(
     All ranks call it with the same requests, whose indices are 0, 1, ... Files of an earlier call that was cut short,
     beside `path`, are gone on from: the caller makes sure that they belong to the same requests.
     """
-    done = on_rank0(lambda: _resume(path, requests, decoder.row_exact))
+    done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact)))
     missing = [[r for r in chunk if r.index not in done] for chunk in chunks(requests)]
     progress(len(done), 0)
     engine = new_engine(decoder)
@@ -97,7 +97,8 @@ def _resume(path: Path, requests: Sequence[Request], row_exact: bool) -> list[in
         whole = [chunk for chunk in chunks(requests) if all(r.index in rows for r in chunk)]
         rows = {r.index: rows[r.index] for chunk in whole for r in chunk}
     kept = path.with_name(f"{path.name}.kept")
-    kept.write_text("".join(json.dumps([i, rows[i]], ensure_ascii=False) + "\n" for i in sorted(rows)), "utf-8")
+    # At once or not at all: the file may hold the rows of an earlier start already.
+    write_text(kept, "".join(json.dumps([i, rows[i]], ensure_ascii=False) + "\n" for i in sorted(rows)))
     for part in path.parent.glob(f"{path.name}.rank*"):
         part.unlink()
     for claim in path.parent.glob(f"{path.name}{CLAIM}*"):
