@@ -15,11 +15,11 @@ import torch
 from environments import PeerMissing, peer_python
 from work import Config, Shape
 
+from ldalign.context import choose_dtype
 from ldalign.env import describe_machine
 from ldalign.errors import EnvironmentProblem
 from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 from ldalign.settings import RunConfig
-from ldalign.stages import choose_dtype
 from ldalign.toy import CONFIG as TOY_CONFIG
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from typing import IO, Any
 from ldalign import distributed
 from ldalign.decoders import Decoder
 from ldalign.engine import Engine, Request
-from ldalign.pipeline import on_rank0, write_text
+from ldalign.pipeline import on_rank0, write_jsonl, write_text
 from ldalign.sampling import Response
 
 CHUNK = 256  # rows
@@ -123,7 +123,7 @@ def _merge(path: Path, count: int) -> list[dict[str, Any]]:
     rows = _read(path)
     assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
     records = [rows[i] for i in range(count)]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    write_jsonl(path, records)
     parts = [*path.parent.glob(f"{path.name}.rank*"), *path.parent.glob(f"{path.name}{CLAIM}*")]
     for part in [*parts, path.with_name(f"{path.name}.kept")]:
         part.unlink()

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from ldalign import distributed
 from ldalign.config import describe, load_config, split_argv, to_yaml
+from ldalign.context import Context, open_context
 from ldalign.errors import InputError
 from ldalign.estimate import dry_run
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
 from ldalign.settings import RunConfig
-from ldalign.stages import Context, data_stage, open_context
+from ldalign.stages import data_stage
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """

@@ -17,11 +17,11 @@ import torch
 
 from ldalign import distributed, ops
 from ldalign.batches import count_steps
+from ldalign.context import Context
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.guide import is_trained_guide
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.settings import Guide
-from ldalign.stages import Context
 from ldalign.weights import check_model, count_parameters
 
 RECORD_BYTES = 40  # a sampled token in its file: text and id

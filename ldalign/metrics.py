@@ -7,13 +7,15 @@ Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are 
 import json
 import logging
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldalign import distributed
 
@@ -74,3 +76,30 @@ def peak_memory_gib(device: torch.device) -> float:
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan"))
+
+
+class Bar:
+    """A progress bar on rank 0, with new tokens per second where tokens are made: `with Bar(...) as progress`."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.tokens, self.began = 0, time.perf_counter()
+        # disable=None: no bar where the output is a file
+        self.tqdm = tqdm(
+            total=self.total, desc=self.name, unit=self.unit, disable=None if distributed.rank() == 0 else True
+        )
+        return self.add
+
+    def add(self, rows: int, tokens: int) -> None:
+        self.tokens += tokens
+        if self.tokens:
+            self.tqdm.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.began):.0f} tokens/s", refresh=False)
+        self.tqdm.update(rows)
+
+    def __exit__(self, *_: object) -> None:
+        self.tqdm.close()
+        if self.tokens:
+            seconds = time.perf_counter() - self.began
+            say(f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, {self.tokens / seconds:.0f} tokens/s")

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -258,6 +258,43 @@ def _files(folder: Path) -> list[Path]:
         assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
+
+
+def write_rows(path: Path, mine: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One JSON Lines file of all ranks' (row index, record), in row order; returns all records, on rank 0.
+
+    Every rank calls it. The ranks' parts go through files beside it, as records may be large.
+    """
+    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
+    write_jsonl(part, mine)
+    distributed.barrier()
+    merged: list[dict[str, Any]] = []
+
+    def merge() -> None:
+        parts = [path.with_name(f"{path.name}.rank{n}") for n in range(distributed.world_size())]
+        indexed = sorted((pair for p in parts for pair in read_jsonl(p)), key=lambda pair: pair[0])
+        merged.extend(record for _, record in indexed)
+        write_jsonl(path, merged)
+        for p in parts:
+            p.unlink()
+
+    on_rank0(merge)
+    return merged
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSON Lines file of ours."""
+    # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:

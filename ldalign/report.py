@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ldalign.evaluate import standard_error
-from ldalign.pipeline import write_text
-from ldalign.stages import SUMMARY, iterations, read_jsonl, stage_names
+from ldalign.pipeline import read_jsonl, write_text
+from ldalign.summaries import SUMMARY, iterations, stage_names
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
 STEPS = ("responses", "guide", "distances", "reference", "policy", "evaluation")

@@ -10,22 +10,19 @@ shard_ranks, whole, the number of ranks. Every function here is called by all ra
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from ldalign import distributed, tasks
+from ldalign import distributed
 from ldalign.answers import make_answers
 from ldalign.batches import Pair
-from ldalign.config import to_dict
-from ldalign.data import Row, data_hash, read_rows
+from ldalign.context import Context, prompt_text
+from ldalign.data import Row, data_hash
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
@@ -35,24 +32,29 @@ from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
-from ldalign.methods import Prepared, distance_weights, effective_size, prepare, usable, with_losers
-from ldalign.metrics import say
+from ldalign.methods import distance_weights, effective_size, usable, with_losers
+from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
-from ldalign.pipeline import Parents, RunFolder, hash_file, hash_model_folder, hash_settings, on_rank0, write_text
-from ldalign.pretrained import resolve_model
+from ldalign.pipeline import (
+    Parents,
+    hash_file,
+    hash_model_folder,
+    hash_settings,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_rows,
+)
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
-from ldalign.seeds import permutation
 from ldalign.settings import RunConfig, Sft
-from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.summaries import Metrics, stage
+from ldalign.tokenizer import Tokenizer
 from ldalign.training import TrainSettings, train
-from ldalign.weights import load_model, read_config, save_model
+from ldalign.weights import load_model, save_model
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
-EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
-SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
 SCHEDULE_KEYS = (
     "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
     "training.master_dtype", "training.state_dtype",
@@ -60,159 +62,6 @@ SCHEDULE_KEYS = (
 SAMPLING_KEYS = tuple(
     f"sampling.{key}" for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 )
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage needs: the run's folder and settings, the given policy, its tokenizer, and the rows in ids."""
-
-    run: RunFolder
-    config: RunConfig
-    device: torch.device
-    dtype: torch.dtype
-    start: Path  # model folder the run starts from, before any SFT
-    tokenizer: Tokenizer
-    train: Prepared
-    heldout: Prepared
-
-    @cached_property
-    def used(self) -> tuple[list[Row], list[Pair]]:
-        """The rows an iteration works on, and their pairs without losers."""
-        most = self.config.max_rows
-        return self.train.rows[:most], self.train.pairs[:most]
-
-    @cached_property
-    def used_hash(self) -> str:
-        """Of the rows in `used`."""
-        return data_hash(self.used[0])
-
-    @cached_property
-    def heldout_hash(self) -> str:
-        """Of the held-out rows."""
-        return data_hash(self.heldout.rows)
-
-    def keys(self, *names: str) -> Parents:
-        """The values of config keys, for a manifest; a group's name stands for all its keys."""
-        return named_keys(self.config, *names)
-
-
-def named_keys(config: RunConfig, *names: str) -> Parents:
-    """{dotted key: plain value} of the named keys and groups of keys."""
-    out: dict[str, str | int | float] = {}
-
-    def spread(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                spread(f"{name}.{key}", inner)
-        else:
-            out[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
-
-    for name in names:
-        value: Any = to_dict(config)
-        for part in name.split("."):
-            value = value[part]
-        spread(name, value)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------- data, policy
-
-
-def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The compute dtype: as given, or bfloat16 where the device has instructions for it."""
-    if config.dtype != "auto":
-        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def open_policy(config: RunConfig) -> Path:
-    """The given policy's model folder, fetched by rank 0 where it is not there yet. InputError for a GPT-2."""
-    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
-    folder = Path(on_rank0(lambda: str(resolve_model(config.policy, cache))))
-    kind = read_config(folder).get("model_type")
-    if kind not in ("mistral", "llama"):
-        raise InputError(
-            f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder (policy=PATH)"
-        )
-    return folder
-
-
-def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses."""
-    if config.data == EMBEDDED:
-        train_rows, heldout = (_embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items())
-    else:
-        train_rows, heldout = read_rows(config.data, turns=config.turns), []
-    if config.heldout is not None:
-        heldout = read_rows(config.heldout, turns=config.turns)
-    elif config.data != EMBEDDED and config.evaluation.rows:
-        order = permutation(config.seed, "heldout", len(train_rows))
-        chosen = {int(i) for i in order[: round(len(train_rows) * config.heldout_fraction)]}
-        heldout = [row for i, row in enumerate(train_rows) if i in chosen]
-        train_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
-    # A kind of the user's own has no checker here: such rows are read for their likelihood alone.
-    heldout = [r if r.kind in tasks.KINDS else replace(r, kind=None, answer=None) for r in heldout]
-    asked = [config.max_rows, *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs)]
-    most = None if None in asked else max(n for n in asked if n is not None)
-    return train_rows[:most], heldout[: config.evaluation.rows]
-
-
-def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
-    # A system turn of our own, because SmolLM2's template else puts a longer one in front of every prompt.
-    system = {"role": "system", "content": "Be brief."}
-    return [
-        Row(r["id"], (system, r["messages"][0]), r["messages"][1]["content"], kind=r["kind"], answer=r["answer"],
-            where=f"embedded:{r['id']}")
-        for r in tasks.make_rows(seed, split, count)
-    ]  # fmt: skip
-
-
-def open_context(run: RunFolder, config: RunConfig) -> Context:
-    """Reads and checks the data and the tokenizer; no weights are read and nothing is written.
-
-    Raises InputError for bad rows, rows that do not fit, or fewer of them than one global batch.
-    """
-    device = distributed.start(config.device)
-    train_rows, heldout_rows = read_data(config)
-    start = open_policy(config)
-    tokenizer = load_tokenizer(start)
-    ctx = Context(
-        run, config, device, choose_dtype(config, device), start, tokenizer,
-        prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
-    )  # fmt: skip
-    _check_enough(ctx)
-    distributed.copies(config.training.shard_ranks)
-    say(
-        f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
-        f"dropped), {len(ctx.heldout.rows)} held out; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
-        f"{distributed.world_size()} rank(s)"
-    )
-    unchecked = sum(row.kind is None for row in ctx.heldout.rows)
-    if unchecked:
-        say(
-            f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker (kind and answer): "
-            "accuracy cannot be measured on them, only the likelihood of their responses"
-        )
-    return ctx
-
-
-def _check_enough(ctx: Context) -> None:
-    config, rows = ctx.config, len(ctx.train.rows)
-    needs = [("global_batch", config.global_batch, len(ctx.used[0]))] if config.iterations else []
-    needs += [
-        (f"{name}.global_batch", sft.global_batch, min(rows, sft.rows or rows))
-        for name, sft in (("sft", config.sft), ("continual_sft", config.continual_sft))
-        if sft.epochs
-    ]
-    for key, batch, count in needs:
-        if count < batch:
-            raise InputError(
-                f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or lower {key}"
-            )
 
 
 def data_stage(ctx: Context) -> None:
@@ -495,7 +344,7 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
             logps = response_logps(model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0))
         if distributed.rank() == 0:
             save_file({"logps": logps}, folder / "reference.safetensors")
-            _write_json(folder / "rows.json", [pair.id for pair in kept])
+            write_json(folder / "rows.json", [pair.id for pair in kept])
         cut = sum(len(r.ids) > len(pair.generated or ()) for r, pair in zip(responses, pairs, strict=True))
         if not kept:
             return {"losers/cut": cut}
@@ -576,129 +425,3 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
     else:
         say(f"{name}: nll of real responses {metrics['nll/real']:.4f}")
     return metrics
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False) -> Metrics:
-    """`RunFolder.stage`, with what `make` returns (on rank 0) and the wall time in summary.json; returns that summary.
-
-    After a stage is made, the run's metrics.jsonl is put together again from all stages.
-    """
-
-    def timed(folder: Path) -> None:
-        began = time.perf_counter()
-        summary = make(folder)
-        if distributed.rank() == 0:
-            _write_json(folder / SUMMARY, {**summary, "seconds": round(time.perf_counter() - began, 2)})
-
-    made = ctx.run.stage(name, parents, timed, resume)
-    summary: Metrics = json.loads((ctx.run.path / name / SUMMARY).read_text(encoding="utf-8"))
-    say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
-    if made:
-        on_rank0(lambda: _join_metrics(ctx.run.path))
-    return summary
-
-
-def stage_names(run: Path) -> list[str]:
-    """The finished stages of a run folder, in the order of the method."""
-    steps = ("responses", "distances", "reference", "policy", "evaluation")
-    names = ["data", "start/evaluation", "sft/policy", "sft/evaluation"]
-    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in steps]
-    names.insert(names.index("iteration_0/distances"), "guide")  # trained on the first responses
-    names += ["continual_sft/policy", "continual_sft/evaluation"]
-    return [name for name in names if (run / name / SUMMARY).is_file()]
-
-
-def iterations(run: Path) -> list[int]:
-    """The numbers of the iterations in a run folder."""
-    numbers = (path.name.removeprefix("iteration_") for path in run.glob("iteration_*"))
-    return sorted(int(n) for n in numbers if n.isdecimal())
-
-
-def _join_metrics(run: Path) -> None:
-    """metrics.jsonl of the run: every stage's own lines, then its summary as one line (evaluation: prefix eval_)."""
-    lines: list[str] = []
-    for name in stage_names(run):
-        path = run / name / "metrics.jsonl"
-        lines += [path.read_text(encoding="utf-8")] if path.is_file() else []
-        prefix = "eval_" if name.endswith("/evaluation") else ""
-        summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
-        lines.append(json.dumps({"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}) + "\n")
-    write_text(run / "metrics.jsonl", "".join(lines))
-
-
-def write_rows(path: Path, mine: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One JSON Lines file of all ranks' (row index, record), in row order; returns all records, on rank 0.
-
-    Every rank calls it. The ranks' parts go through files beside it, as records may be large.
-    """
-    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
-    write_jsonl(part, mine)
-    distributed.barrier()
-    merged: list[dict[str, Any]] = []
-
-    def merge() -> None:
-        parts = [path.with_name(f"{path.name}.rank{n}") for n in range(distributed.world_size())]
-        indexed = sorted((pair for p in parts for pair in read_jsonl(p)), key=lambda pair: pair[0])
-        merged.extend(record for _, record in indexed)
-        write_jsonl(path, merged)
-        for p in parts:
-            p.unlink()
-
-    on_rank0(merge)
-    return merged
-
-
-def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """One JSON value a line."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSON Lines file of ours."""
-    # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def prompt_text(row: Row) -> str:
-    """What the guide reads as the prompt: the user's text, or for a longer history every turn with its role.
-
-    The system turn is left out: it is the same for most rows of a data set.
-    """
-    turns = [m for m in row.history if m["role"] != "system"]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-
-
-class Bar:
-    """A progress bar on rank 0, with new tokens per second where tokens are made: `with Bar(...) as progress`."""
-
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self.tokens, self.began = 0, time.perf_counter()
-        # disable=None: no bar where the output is a file
-        self.tqdm = tqdm(
-            total=self.total, desc=self.name, unit=self.unit, disable=None if distributed.rank() == 0 else True
-        )
-        return self.add
-
-    def add(self, rows: int, tokens: int) -> None:
-        self.tokens += tokens
-        if self.tokens:
-            self.tqdm.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.began):.0f} tokens/s", refresh=False)
-        self.tqdm.update(rows)
-
-    def __exit__(self, *_: object) -> None:
-        self.tqdm.close()
-        if self.tokens:
-            seconds = time.perf_counter() - self.began
-            say(f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, {self.tokens / seconds:.0f} tokens/s")

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, one_thread, run_script, script_command
 
 from ldalign.errors import InputError
-from ldalign.stages import read_jsonl, stage_names
+from ldalign.pipeline import read_jsonl
+from ldalign.summaries import stage_names
 from ldalign.train import align, evaluate, generate, guide, sft
 
 NAMES = ("align", "sft", "guide", "generate", "evaluate")

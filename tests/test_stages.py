@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import distributed, estimate, stages, toy
+from ldalign import context, distributed, estimate, pipeline, stages, summaries, toy
 from ldalign.batches import Batch, Pair
 from ldalign.config import load_config, to_yaml
 from ldalign.errors import EnvironmentProblem, InputError
@@ -23,9 +23,9 @@ def config_of(cache: Path, *overrides: str) -> RunConfig:
     return load_config(RunConfig, ROOT / "configs/toy.yaml", [f"cache={cache}", f"run={cache / 'run'}", *overrides])
 
 
-def open_toy(cache: Path, *overrides: str) -> stages.Context:
+def open_toy(cache: Path, *overrides: str) -> context.Context:
     config = config_of(cache, *overrides)
-    return stages.open_context(RunFolder(Path(config.run), to_yaml(config)), config)
+    return context.open_context(RunFolder(Path(config.run), to_yaml(config)), config)
 
 
 def rows_file(path: Path, count: int, **more: str) -> Path:
@@ -40,18 +40,18 @@ def rows_file(path: Path, count: int, **more: str) -> Path:
 def test_data_is_split_without_overlap_and_by_seed(tmp_path: Path) -> None:
     path = rows_file(tmp_path / "rows.jsonl", 100)
     options = [f"data={path}", "heldout_fraction=0.2", "max_rows=null", "evaluation.rows=200"]
-    train, heldout = stages.read_data(config_of(tmp_path, *options))
+    train, heldout = context.read_data(config_of(tmp_path, *options))
     ids = {row.id for row in train}, {row.id for row in heldout}
     assert (len(ids[0]), len(ids[1])) == (80, 20) and not ids[0] & ids[1]
-    again = stages.read_data(config_of(tmp_path, *options, "beta=0.5"))
+    again = context.read_data(config_of(tmp_path, *options, "beta=0.5"))
     assert [row.id for row in again[1]] == [row.id for row in heldout]
-    other = stages.read_data(config_of(tmp_path, *options, "seed=1"))
+    other = context.read_data(config_of(tmp_path, *options, "seed=1"))
     assert [row.id for row in other[1]] != [row.id for row in heldout]
 
 
 def test_no_more_rows_are_read_than_are_used(tmp_path: Path) -> None:
     def count(*overrides: str) -> int:
-        return len(stages.read_data(config_of(tmp_path, *overrides))[0])
+        return len(context.read_data(config_of(tmp_path, *overrides))[0])
 
     assert count() == 64  # sft.rows
     assert count("sft.epochs=0") == 48  # max_rows
@@ -78,7 +78,7 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
     losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
     with ctx.run as run:
         stages.data_stage(ctx)
-        dropped = stages.read_jsonl(run.path / "data/dropped.jsonl")
+        dropped = pipeline.read_jsonl(run.path / "data/dropped.jsonl")
         assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
         assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
         (run.path / "iteration_0/responses").mkdir(parents=True)
@@ -117,8 +117,8 @@ def test_a_gpt2_is_no_policy(tmp_path: Path) -> None:
 
 def test_named_keys() -> None:
     config = RunConfig()
-    assert stages.named_keys(config, "beta", "sampling.top_p") == {"beta": 0.1, "sampling.top_p": 1.0}
-    spread = stages.named_keys(config, "guide")
+    assert context.named_keys(config, "beta", "sampling.top_p") == {"beta": 0.1, "sampling.top_p": 1.0}
+    spread = context.named_keys(config, "guide")
     assert spread["guide.folder"] == "null" and spread["guide.latent_width"] == 256
     assert len(spread) == len(dataclasses.fields(config.guide))
 
@@ -177,18 +177,18 @@ def test_a_guide_is_known_by_all_its_files(toy_run: Path, tmp_path: Path) -> Non
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     records = [{"text": "a\u2028b\nc\u0085"}, [1, {"x": "ü"}]]
-    stages.write_jsonl(tmp_path / "x.jsonl", records)
-    assert stages.read_jsonl(tmp_path / "x.jsonl") == records
+    pipeline.write_jsonl(tmp_path / "x.jsonl", records)
+    assert pipeline.read_jsonl(tmp_path / "x.jsonl") == records
 
 
 def test_rows_of_several_ranks_are_put_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
-    stages.write_jsonl(tmp_path / "rows.jsonl.rank1", [[1, {"id": "b"}], [3, {"id": "d"}]])
+    pipeline.write_jsonl(tmp_path / "rows.jsonl.rank1", [[1, {"id": "b"}], [3, {"id": "d"}]])
     monkeypatch.setattr(distributed, "barrier", lambda: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(stages, "on_rank0", lambda work: work())
-    merged = stages.write_rows(path, [(0, {"id": "a"}), (2, {"id": "c"})])
-    assert [r["id"] for r in merged] == list("abcd") and stages.read_jsonl(path) == merged
+    monkeypatch.setattr(pipeline, "on_rank0", lambda work: work())
+    merged = pipeline.write_rows(path, [(0, {"id": "a"}), (2, {"id": "c"})])
+    assert [r["id"] for r in merged] == list("abcd") and pipeline.read_jsonl(path) == merged
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -200,7 +200,7 @@ def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
         (tmp_path / name / "summary.json").write_text("{}")
     (tmp_path / "iteration_11").mkdir()
     (tmp_path / "iteration_old").mkdir()
-    assert stages.stage_names(tmp_path) == names
+    assert summaries.stage_names(tmp_path) == names
 
 
 def test_prompt_text() -> None:
@@ -211,8 +211,8 @@ def test_prompt_text() -> None:
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "2+2"},
     )
-    assert stages.prompt_text(Row("1", turns[:1], "4")) == "Hi"
-    assert stages.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+    assert context.prompt_text(Row("1", turns[:1], "4")) == "Hi"
+    assert context.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
 
 
 # ------------------------------------------------------------------------------------------------ dry run

@@ -17,8 +17,8 @@ from conftest import ROOT, one_thread, run_script, script_command
 from safetensors.torch import load_file
 
 from ldalign.errors import InputError
-from ldalign.pipeline import check_stage
-from ldalign.stages import read_jsonl, stage_names
+from ldalign.pipeline import check_stage, read_jsonl
+from ldalign.summaries import stage_names
 from ldalign.train.align import main, planned
 
 ONE_ITERATION = ("iterations=1", "continual_sft.epochs=0")

@@ -9,9 +9,9 @@ import torch
 
 from ldalign import errors
 from ldalign.command import run_stages
+from ldalign.context import Context
 from ldalign.settings import RunConfig
 from ldalign.stages import (
-    Context,
     distances_stage,
     evaluation_stage,
     guide_stage,

@@ -7,8 +7,9 @@ and iterations are ignored. Give every policy a run folder of its own.
 
 from ldalign import errors
 from ldalign.command import need, run_stages
+from ldalign.context import Context
 from ldalign.settings import RunConfig
-from ldalign.stages import Context, evaluation_stage
+from ldalign.stages import evaluation_stage
 
 
 def main(argv: list[str]) -> None:

@@ -19,28 +19,18 @@ from ldalign import distributed, errors
 from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
 from ldalign.config import positive, setting
+from ldalign.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.data import Message
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
 from ldalign.generate import text_of
-from ldalign.metrics import say
+from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import hash_model_folder, hash_settings, run_stage
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
-from ldalign.stages import (
-    SAMPLING_KEYS,
-    Bar,
-    Context,
-    choose_dtype,
-    named_keys,
-    new_engine,
-    open_policy,
-    responses_stage,
-    sampling_of,
-    start_stage,
-)
+from ldalign.stages import SAMPLING_KEYS, new_engine, responses_stage, sampling_of, start_stage
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 

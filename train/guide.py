@@ -8,8 +8,9 @@ other run takes the guide as guide=RUN/guide.
 
 from ldalign import errors
 from ldalign.command import need, run_stages
+from ldalign.context import Context
 from ldalign.settings import RunConfig
-from ldalign.stages import Context, guide_stage, responses_stage, start_stage
+from ldalign.stages import guide_stage, responses_stage, start_stage
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,188 @@
+"""What every stage of a run starts from: the device, the given policy, its tokenizer, and the rows in token ids."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldalign import distributed, tasks
+from ldalign.batches import Pair
+from ldalign.config import to_dict
+from ldalign.data import Row, data_hash, read_rows
+from ldalign.errors import InputError
+from ldalign.methods import Prepared, prepare
+from ldalign.metrics import say
+from ldalign.pipeline import Parents, RunFolder, on_rank0
+from ldalign.pretrained import resolve_model
+from ldalign.seeds import permutation
+from ldalign.settings import RunConfig
+from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.weights import read_config
+
+EMBEDDED = "embedded"
+EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage needs: the run's folder and settings, the given policy, its tokenizer, and the rows in ids."""
+
+    run: RunFolder
+    config: RunConfig
+    device: torch.device
+    dtype: torch.dtype
+    start: Path  # model folder the run starts from, before any SFT
+    tokenizer: Tokenizer
+    train: Prepared
+    heldout: Prepared
+
+    @cached_property
+    def used(self) -> tuple[list[Row], list[Pair]]:
+        """The rows an iteration works on, and their pairs without losers."""
+        most = self.config.max_rows
+        return self.train.rows[:most], self.train.pairs[:most]
+
+    @cached_property
+    def used_hash(self) -> str:
+        """Of the rows in `used`."""
+        return data_hash(self.used[0])
+
+    @cached_property
+    def heldout_hash(self) -> str:
+        """Of the held-out rows."""
+        return data_hash(self.heldout.rows)
+
+    def keys(self, *names: str) -> Parents:
+        """The values of config keys, for a manifest; a group's name stands for all its keys."""
+        return named_keys(self.config, *names)
+
+
+def named_keys(config: RunConfig, *names: str) -> Parents:
+    """{dotted key: plain value} of the named keys and groups of keys."""
+    out: dict[str, str | int | float] = {}
+
+    def spread(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                spread(f"{name}.{key}", inner)
+        else:
+            out[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
+
+    for name in names:
+        value: Any = to_dict(config)
+        for part in name.split("."):
+            value = value[part]
+        spread(name, value)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- data, policy
+
+
+def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The compute dtype: as given, or bfloat16 where the device has instructions for it."""
+    if config.dtype != "auto":
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def open_policy(config: RunConfig) -> Path:
+    """The given policy's model folder, fetched by rank 0 where it is not there yet. InputError for a GPT-2."""
+    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
+    folder = Path(on_rank0(lambda: str(resolve_model(config.policy, cache))))
+    kind = read_config(folder).get("model_type")
+    if kind not in ("mistral", "llama"):
+        raise InputError(
+            f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder (policy=PATH)"
+        )
+    return folder
+
+
+def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses."""
+    if config.data == EMBEDDED:
+        train_rows, heldout = (_embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items())
+    else:
+        train_rows, heldout = read_rows(config.data, turns=config.turns), []
+    if config.heldout is not None:
+        heldout = read_rows(config.heldout, turns=config.turns)
+    elif config.data != EMBEDDED and config.evaluation.rows:
+        order = permutation(config.seed, "heldout", len(train_rows))
+        chosen = {int(i) for i in order[: round(len(train_rows) * config.heldout_fraction)]}
+        heldout = [row for i, row in enumerate(train_rows) if i in chosen]
+        train_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
+    # A kind of the user's own has no checker here: such rows are read for their likelihood alone.
+    heldout = [r if r.kind in tasks.KINDS else replace(r, kind=None, answer=None) for r in heldout]
+    asked = [config.max_rows, *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs)]
+    most = None if None in asked else max(n for n in asked if n is not None)
+    return train_rows[:most], heldout[: config.evaluation.rows]
+
+
+def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
+    # A system turn of our own, because SmolLM2's template else puts a longer one in front of every prompt.
+    system = {"role": "system", "content": "Be brief."}
+    return [
+        Row(r["id"], (system, r["messages"][0]), r["messages"][1]["content"], kind=r["kind"], answer=r["answer"],
+            where=f"embedded:{r['id']}")
+        for r in tasks.make_rows(seed, split, count)
+    ]  # fmt: skip
+
+
+def open_context(run: RunFolder, config: RunConfig) -> Context:
+    """Reads and checks the data and the tokenizer; no weights are read and nothing is written.
+
+    Raises InputError for bad rows, rows that do not fit, or fewer of them than one global batch.
+    """
+    device = distributed.start(config.device)
+    train_rows, heldout_rows = read_data(config)
+    start = open_policy(config)
+    tokenizer = load_tokenizer(start)
+    ctx = Context(
+        run, config, device, choose_dtype(config, device), start, tokenizer,
+        prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
+    )  # fmt: skip
+    _check_enough(ctx)
+    distributed.copies(config.training.shard_ranks)
+    say(
+        f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
+        f"dropped), {len(ctx.heldout.rows)} held out; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
+        f"{distributed.world_size()} rank(s)"
+    )
+    unchecked = sum(row.kind is None for row in ctx.heldout.rows)
+    if unchecked:
+        say(
+            f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker (kind and answer): "
+            "accuracy cannot be measured on them, only the likelihood of their responses"
+        )
+    return ctx
+
+
+def _check_enough(ctx: Context) -> None:
+    config, rows = ctx.config, len(ctx.train.rows)
+    needs = [("global_batch", config.global_batch, len(ctx.used[0]))] if config.iterations else []
+    needs += [
+        (f"{name}.global_batch", sft.global_batch, min(rows, sft.rows or rows))
+        for name, sft in (("sft", config.sft), ("continual_sft", config.continual_sft))
+        if sft.epochs
+    ]
+    for key, batch, count in needs:
+        if count < batch:
+            raise InputError(
+                f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or lower {key}"
+            )
+
+
+def prompt_text(row: Row) -> str:
+    """What the guide reads as the prompt: the user's text, or for a longer history every turn with its role.
+
+    The system turn is left out: it is the same for most rows of a data set.
+    """
+    turns = [m for m in row.history if m["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)

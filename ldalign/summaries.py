@@ -1,0 +1,63 @@
+"""Stages with a summary: what each of a run's stages says of itself in numbers, and the run's metrics.jsonl."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ldalign import distributed
+from ldalign.context import Context
+from ldalign.metrics import say
+from ldalign.pipeline import Parents, on_rank0, write_json, write_text
+
+SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
+
+Metrics = dict[str, float]
+
+
+def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False) -> Metrics:
+    """`RunFolder.stage`, with what `make` returns (on rank 0) and the wall time in summary.json; returns that summary.
+
+    After a stage is made, the run's metrics.jsonl is put together again from all stages.
+    """
+
+    def timed(folder: Path) -> None:
+        began = time.perf_counter()
+        summary = make(folder)
+        if distributed.rank() == 0:
+            write_json(folder / SUMMARY, {**summary, "seconds": round(time.perf_counter() - began, 2)})
+
+    made = ctx.run.stage(name, parents, timed, resume)
+    summary: Metrics = json.loads((ctx.run.path / name / SUMMARY).read_text(encoding="utf-8"))
+    say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
+    if made:
+        on_rank0(lambda: _join_metrics(ctx.run.path))
+    return summary
+
+
+def stage_names(run: Path) -> list[str]:
+    """The finished stages of a run folder, in the order of the method."""
+    steps = ("responses", "distances", "reference", "policy", "evaluation")
+    names = ["data", "start/evaluation", "sft/policy", "sft/evaluation"]
+    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in steps]
+    names.insert(names.index("iteration_0/distances"), "guide")  # trained on the first responses
+    names += ["continual_sft/policy", "continual_sft/evaluation"]
+    return [name for name in names if (run / name / SUMMARY).is_file()]
+
+
+def iterations(run: Path) -> list[int]:
+    """The numbers of the iterations in a run folder."""
+    numbers = (path.name.removeprefix("iteration_") for path in run.glob("iteration_*"))
+    return sorted(int(n) for n in numbers if n.isdecimal())
+
+
+def _join_metrics(run: Path) -> None:
+    """metrics.jsonl of the run: every stage's own lines, then its summary as one line (evaluation: prefix eval_)."""
+    lines: list[str] = []
+    for name in stage_names(run):
+        path = run / name / "metrics.jsonl"
+        lines += [path.read_text(encoding="utf-8")] if path.is_file() else []
+        prefix = "eval_" if name.endswith("/evaluation") else ""
+        summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
+        lines.append(json.dumps({"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}) + "\n")
+    write_text(run / "metrics.jsonl", "".join(lines))
