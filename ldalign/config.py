@@ -52,6 +52,15 @@ def at_least(low: float) -> Check:
     return Check(lambda value: value >= low, f"{low} or greater")
 
 
+def each(check: Check) -> Check:
+    """`check` of a value, or of every value of a list."""
+
+    def holds(value: Any) -> bool:
+        return all(map(check.holds, value)) if isinstance(value, list) else check.holds(value)
+
+    return Check(holds, check.bound)
+
+
 def above_up_to(low: float, high: float) -> Check:
     """low < value <= high."""
     return Check(lambda value: low < value <= high, f"greater than {low}, at most {high}")

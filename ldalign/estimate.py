@@ -126,8 +126,8 @@ def _work(ctx: Context, name: str) -> Work:
         tokens = sft.epochs * sum(p.tokens for p in own)
         return Work(name, trained=tokens, steps=count_steps(len(own), sft.global_batch, sft.epochs))
     if step == "policy":
-        epochs = config.training.epochs
-        return Work(name, trained=epochs * both, steps=count_steps(len(pairs), config.global_batch, epochs))
+        steps = config.training.steps or count_steps(len(pairs), config.global_batch, config.training.epochs)
+        return Work(name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps)
     if step == "responses":
         return Work(name, scored=sum(len(p.prompt) for p in pairs), generated=real)
     if step == "reference":

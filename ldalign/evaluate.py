@@ -44,7 +44,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     release: bool = False,
 ) -> tuple[dict[str, float], list[tuple[int, dict[str, object]]]]:
-    """Metrics over all rows, the same on every rank, and this rank's records (row index, texts and verdicts).
+    """Metrics over all rows, the same on every rank, and this rank's records (row index; likelihood, texts, verdicts).
 
     Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also accuracy/greedy and
     accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac. release: the
@@ -53,7 +53,7 @@ def evaluate(
     logps = response_logps(model, pairs, settings.micro_tokens, device)[:, 0]
     metrics = {"rows": float(len(rows)), "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs))}
     checkable = [i for i, row in enumerate(rows) if row.kind is not None]
-    mine = checkable[distributed.rank() :: distributed.world_size()]
+    mine = [i for i in checkable if i % distributed.world_size() == distributed.rank()]
     prompts, ends = [pairs[i].prompt for i in mine], tokenizer.end_ids
     decoder = new_decoder(model, release)
     greedy = generate_ids(
@@ -66,7 +66,11 @@ def evaluate(
     sampled = generate_ids(
         decoder, repeated, keys, ends, settings.sampling, settings.seed, settings.batch_rows, progress
     )
-    records: list[tuple[int, dict[str, object]]] = []
+    own = range(distributed.rank(), len(rows), distributed.world_size())
+    records: dict[int, dict[str, object]] = {
+        i: {"id": rows[i].id, "prompt": rows[i].history[-1]["content"], "real": rows[i].response,
+            "logp": float(logps[i]), "n_tokens": len(pairs[i].real)} for i in own
+    }  # fmt: skip
     table = torch.zeros(len(mine), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
     for n, i in enumerate(mine):
         answers = [greedy[n], *sampled[n * settings.samples : (n + 1) * settings.samples]]
@@ -75,8 +79,7 @@ def evaluate(
         table[n] = torch.tensor([right[0], sum(right[1:]) / max(1, settings.samples),
                                  sum(len(a.ids) for a in answers),
                                  sum(a.finish_reason == "length" for a in answers) / len(answers)])  # fmt: skip
-        records.append((i, {"id": rows[i].id, "prompt": rows[i].history[-1]["content"], "real": rows[i].response,
-                            "greedy": texts[0], "sampled": texts[1:], "correct": right}))  # fmt: skip
+        records[i] |= {"greedy": texts[0], "sampled": texts[1:], "correct": right}
     whole = torch.stack([distributed.merge_rows(len(rows), mine, column) for column in table.T])[:, checkable]
     if checkable:
         kinds = [str(rows[i].kind) for i in checkable]
@@ -84,7 +87,7 @@ def evaluate(
         if settings.samples:
             metrics |= _summary("accuracy/sampled", whole[1].numpy(), kinds)
         metrics |= {"tokens_generated": float(whole[2].sum()), "truncated_frac": float(whole[3].mean())}
-    return metrics, records
+    return metrics, list(records.items())
 
 
 def _correct(row: Row, text: str, response: Response) -> bool:

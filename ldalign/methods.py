@@ -1,7 +1,9 @@
-"""Methods are pair sources, nothing else: what differs between SFT, SPIN and LD-Align is which pairs they train on.
+"""Methods are pair sources, nothing else: what differs between them is which pairs they train on, with which weights.
 
 `sft`: real responses, no loser. `spin` (arXiv 2401.01335): (real, generated, 1). `ld_align` (arXiv 2404.06390): (real,
-generated, s) with s the latent distance over its mean.
+generated, s) with s the latent distance over its mean. `dpo` (arXiv 2305.18290): (chosen, rejected, 1) of preference
+data. `self_reward` (arXiv 2401.10020) and `rlaif` (arXiv 2309.00267): (better, worse, 1) of two own samples, as the
+policy itself or another judge says. Which stages make them is in `ldalign.sources`; here is what needs no model.
 """
 
 import logging
@@ -14,6 +16,7 @@ from torch import Tensor
 from ldalign.batches import Pair
 from ldalign.data import Row
 from ldalign.errors import InputError
+from ldalign.seeds import permutation
 from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,74 @@ def usable(pair: Pair) -> bool:
     return pair.generated is None or (pair.real != pair.generated and len(pair.generated) > 0)
 
 
+def rejected_pairs(rows: Sequence[Row], pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int) -> list[Pair]:
+    """The pairs with the rows' own rejected responses, in ids as the chosen ones are. InputError for a row without."""
+    losers = []
+    for row in rows:
+        if row.rejected is None:
+            raise InputError(
+                f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows are {{prompt, chosen, "
+                "rejected}} (docs/data.md)"
+            )
+        losers.append(tokenizer.pair_ids(replace(row, response=row.rejected, rejected=None)).response)
+    return with_losers(pairs, losers, max_length)
+
+
+def ranked_pairs(
+    pairs: Sequence[Pair],
+    samples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    preferences: Sequence[float],
+    max_length: int,
+) -> list[Pair | None]:
+    """Of two samples (token ids) a prompt, the preferred as winner and the other as loser; None for a tie.
+
+    preferences: that the first is better, in [0, 1]; 0.5 and NaN (no verdict) are ties.
+    """
+    out: list[Pair | None] = []
+    for pair, (first, second), preference in zip(pairs, samples, preferences, strict=True):
+        if not preference < 0.5 and not preference > 0.5:
+            out.append(None)
+            continue
+        better, worse = (first, second) if preference > 0.5 else (second, first)
+        room = max_length - len(pair.prompt)
+        out.append(replace(pair, real=list(better[:room]), generated=list(worse[:room])))
+    return out
+
+
+WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse")
+NEAREST = 0.1  # of the mean distance: nearer pairs count as this near, so that no inverse weight exceeds 10
+
+
+def pair_weights(
+    kind: str, distances: Tensor, pairs: Sequence[Pair], kept: Sequence[bool], seed: int, clip: float | None = None
+) -> tuple[Tensor, int]:
+    """(N,) float64 weights of pairs with latent distances (N,), and how many of them `clip` lowered.
+
+    latent: s_i = d_i / mean_j d_j (paper 4.2.2), the method's. The others are its controls, all with mean 1 over the
+    kept pairs too: uniform, 1 (SPIN); shuffled, the latent ones dealt out among the kept pairs at random, so that only
+    their distribution is left; length, of |n_i - n'_i| tokens instead of d_i; inverse, of 1 / d_i, so that near pairs
+    pull hard. clip: no weight exceeds it; the rest is left as it is.
+    """
+    keep = torch.tensor(list(kept))
+    if kind == "uniform":
+        weights = keep.double()
+    elif kind == "length":
+        gaps = [abs(len(p.real) - len(p.generated or ())) for p in pairs]
+        weights = distance_weights(torch.tensor(gaps, dtype=torch.float64), kept)
+    elif kind == "inverse":
+        latent = distance_weights(distances, kept)
+        weights = distance_weights(1.0 / latent.clamp(min=NEAREST), kept)
+    else:
+        weights = distance_weights(distances, kept)
+        if kind == "shuffled":
+            places = keep.nonzero()[:, 0]
+            order = torch.from_numpy(permutation(seed, "weights/shuffled", len(places)))
+            weights[places] = weights[places[order]]
+    if clip is None:
+        return weights, 0
+    return weights.clamp(max=clip), int((weights > clip).sum())
+
+
 def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
     """(N,) float64 weights s_i = d_i / mean_j d_j, the mean over the kept pairs of the whole iteration (paper 4.2.2).
 
@@ -77,7 +148,7 @@ def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
     distances = distances.double() * keep
     mean = distances.sum() / keep.sum().clamp(min=1)
     if mean <= 0:
-        log.warning("all latent distances are zero: every pair has weight 1")
+        log.warning("all distances are zero: every pair has weight 1")
         return keep
     return distances / mean
 

@@ -49,7 +49,7 @@ def _difference(run: Path, first: str, name: str) -> Row:
     files = [run / policy / "evaluation/answers.jsonl" for policy in (first, name)]
     if first == name or not all(path.is_file() for path in files):
         return {}
-    old, new = ({r["id"]: r["correct"] for r in read_jsonl(path)} for path in files)
+    old, new = ({r["id"]: r["correct"] for r in read_jsonl(path) if "correct" in r} for path in files)
     if not old or old.keys() != new.keys():
         return {}
     out: Row = {}

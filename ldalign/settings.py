@@ -7,7 +7,7 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ldalign.config import above_up_to, at_least, between, group, non_negative, positive, setting
+from ldalign.config import above_up_to, at_least, between, each, group, non_negative, positive, setting
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Training:
     """How the policy is trained, in every stage that trains it."""
 
     epochs: int = setting(2, "passes over an iteration's pairs (SPIN's paper: 2)", check=positive)
+    steps: int | None = setting(
+        None, "optimizer steps an iteration, in place of epochs: rows are passed over as often as it takes; null: off",
+        check=positive,
+    )  # fmt: skip
     optimizer: Literal["adamw", "rmsprop"] = setting("rmsprop", "SPIN's is rmsprop")
     schedule: Literal["constant", "linear", "cosine"] = setting("linear", "of the learning rate, after warm-up")
     warmup_ratio: float = setting(0.1, "share of the steps that warm up", check=between(0, 1))
@@ -121,14 +125,27 @@ class RunConfig:
     responses: str | None = setting(
         None, "responses to use in the first iteration instead of sampling them: JSON Lines (docs/data.md)"
     )
-    method: Literal["ld_align", "spin"] = setting("ld_align", "pair weights: latent distances, or 1")
+    method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
+        "ld_align", "which pairs are trained on (docs/methods.md)"
+    )
+    weights: Literal["latent", "uniform", "shuffled", "length", "inverse"] = setting(
+        "latent", "of ld_align's pairs: the method's, or a control in its place (docs/methods.md)"
+    )
+    weight_clip: float | None = setting(None, "most that a pair weighs (the mean is 1); null: off", check=positive)
+    mix_previous: bool = setting(False, "spin: from iteration 1 on, train on the previous iteration's pairs too, as "
+                                 "SPIN's scripts do")  # fmt: skip
     iterations: int = setting(3, "rounds of generate, score, align (the paper's 3)", check=at_least(0))
     max_rows: int | None = setting(None, "rows of the data an iteration uses; null: all", check=positive)
     max_new_tokens: int = setting(256, "longest sampled response (choice: SPIN's)", check=positive)
     max_length: int = setting(1024, "longest prompt and response together; the response is cut", check=at_least(2))
     global_batch: int = setting(64, "pairs an optimizer step, over all ranks", check=positive)
-    learning_rate: float = setting(5e-7, "peak (the paper gives none: SPIN's)", check=positive)
-    beta: float = setting(0.1, "strength of the pull to the reference (the paper gives none: SPIN's)", check=positive)
+    learning_rate: float | list[float] = setting(
+        5e-7, "peak (the paper gives none: SPIN's); a list: one an iteration", check=each(positive)
+    )
+    beta: float | list[float] = setting(
+        0.1, "strength of the pull to the reference (the paper gives none: SPIN's); a list: one an iteration",
+        check=each(positive),
+    )  # fmt: skip
     reference: Literal["iteration", "initial"] = setting(
         "iteration", "reference policy: the iteration's start, or the run's"
     )
@@ -147,9 +164,31 @@ class RunConfig:
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
+    def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
+        """The value of a key in iteration t."""
+        value: float | list[float] = getattr(self, name)
+        return value[t] if isinstance(value, list) else value
+
     def problems(self) -> list[str]:
         """Contradictions between keys."""
         found = []
+        for name in ("learning_rate", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.iterations:
+                found.append(f"{name}: {len(value)} values for iterations={self.iterations}; give one an iteration")
+        if self.method != "ld_align" and self.weights != "latent":
+            found.append(f"weights={self.weights}: method={self.method} weighs all pairs alike; leave weights out")
+        if self.method != "ld_align" and self.weight_clip is not None:
+            found.append(f"weight_clip: method={self.method} weighs all pairs alike; leave it out")
+        if self.method != "spin" and self.mix_previous:
+            found.append(f"mix_previous=true: is for method=spin, not {self.method}")
+        if self.method in ("dpo", "sft") and self.iterations > 1:
+            found.append(
+                f"iterations={self.iterations}: method={self.method} has the same pairs in each; give iterations=1 and "
+                "training.epochs"
+            )
+        if self.responses and self.method not in ("ld_align", "spin"):
+            found.append(f"responses={self.responses}: method={self.method} takes none; leave it out")
         if self.max_new_tokens >= self.max_length:
             found.append(f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}")
         if self.guide.width % self.guide.heads:

@@ -32,7 +32,7 @@ from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
-from ldalign.methods import distance_weights, effective_size, usable, with_losers
+from ldalign.methods import effective_size, pair_weights, usable
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import (
@@ -131,9 +131,10 @@ def sft_stage(ctx: Context, group: Literal["sft", "continual_sft"], start: Path)
 def _train_settings(ctx: Context) -> TrainSettings:
     c, t = ctx.config, ctx.config.training
     return TrainSettings(
-        epochs=t.epochs, global_batch=c.global_batch, micro_tokens=t.micro_tokens, learning_rate=c.learning_rate,
-        optimizer=t.optimizer, schedule=t.schedule, warmup_ratio=t.warmup_ratio, weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm, beta=c.beta, checkpointing=t.checkpointing,
+        epochs=t.epochs, global_batch=c.global_batch, micro_tokens=t.micro_tokens,
+        learning_rate=c.at("learning_rate", 0), optimizer=t.optimizer, schedule=t.schedule,
+        warmup_ratio=t.warmup_ratio, weight_decay=t.weight_decay, max_grad_norm=t.max_grad_norm,
+        checkpointing=t.checkpointing,
         state_dtype=getattr(torch, t.state_dtype), sharding=distributed.Sharding(t.shard_ranks, t.whole),
     )  # fmt: skip
 
@@ -170,8 +171,8 @@ def _train_stage(
 # --------------------------------------------------------------------------------------------------------- iteration
 
 
-def responses_stage(ctx: Context, t: int, policy: Path) -> list[Response]:
-    """Samples one response a row from `policy`, or takes those that are given for the first iteration.
+def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> list[Response]:
+    """Samples responses from `policy`, those of a row one after the other, or takes the first iteration's as given.
 
     The records carry what was sampled, token by token. A run that was cut short is gone on with.
     """
@@ -179,13 +180,12 @@ def responses_stage(ctx: Context, t: int, policy: Path) -> list[Response]:
     rows, pairs = ctx.used
     given = Path(config.responses).expanduser() if config.responses and t == 0 else None
     sampling = sampling_of(config)
-    requests = [
-        Request(f"iteration/{t}/{row.id}", p.prompt, i) for i, (row, p) in enumerate(zip(rows, pairs, strict=True))
-    ]
+    keys = [f"iteration/{t}/{row.id}" + (f"/{n}" if samples > 1 else "") for row in rows for n in range(samples)]
+    requests = [Request(key, pairs[i // samples].prompt, i) for i, key in enumerate(keys)]
 
     def record(request: Request, r: Response) -> dict[str, Any]:
         text = text_of(ctx.tokenizer.decode(r.ids), sampling)
-        return {"id": rows[request.index].id, "response": text, "finish_reason": r.finish_reason,
+        return {"id": rows[request.index // samples].id, "response": text, "finish_reason": r.finish_reason,
                 "n_tokens": len(r.ids), "token_ids": r.ids, "logp": r.logp}  # fmt: skip
 
     def make(folder: Path) -> Metrics:
@@ -199,13 +199,13 @@ def responses_stage(ctx: Context, t: int, policy: Path) -> list[Response]:
         else:
             model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
             engine = new_engine(config, requests, ctx.tokenizer)
-            with Bar(name, -(-len(rows) // distributed.world_size()), "rows") as progress:
+            with Bar(name, -(-len(requests) // distributed.world_size()), "rows") as progress:
                 records = make_answers(path, requests, new_decoder(model, release=True), engine, record, progress)
         tokens = sum(r["n_tokens"] for r in records)
         cut = sum(r["finish_reason"] == "length" for r in records)
         return {
-            "rows": len(rows), "tokens": tokens, "len/rejected": tokens / len(rows),
-            "losers/given": float(given is not None), "losers/truncated_frac": cut / len(rows),
+            "rows": len(requests), "tokens": tokens, "len/rejected": tokens / len(requests),
+            "losers/given": float(given is not None), "losers/truncated_frac": cut / len(requests),
         }  # fmt: skip
 
     parents: dict[str, str | int | float] = {"data": ctx.used_hash, "template": ctx.tokenizer.template_hash}
@@ -213,9 +213,15 @@ def responses_stage(ctx: Context, t: int, policy: Path) -> list[Response]:
         parents["responses"] = hash_file(given) if given.is_file() else "absent"
     else:
         parents |= {"policy": hash_model_folder(policy), "iteration": t, "dtype": str(ctx.dtype),
+                    **({"samples": samples} if samples > 1 else {}),
                     **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed")}  # fmt: skip
     stage(ctx, name, parents, make, resume=True)
-    records = read_jsonl(ctx.run.path / name / "responses.jsonl")
+    return read_responses(ctx, t)
+
+
+def read_responses(ctx: Context, t: int) -> list[Response]:
+    """What iteration t sampled, a row's responses one after the other."""
+    records = read_jsonl(ctx.run.path / f"iteration_{t}/responses/responses.jsonl")
     return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
 
 
@@ -282,11 +288,13 @@ def _guide_parents(ctx: Context, given: Path | None, generated: Sequence[str]) -
     }  # fmt: skip
 
 
-def distances_stage(ctx: Context, t: int, guide: Path, responses: Sequence[Response]) -> torch.Tensor:
-    """Latent distances of this iteration's pairs, and the weights made of them; returns the weights (N,) float64."""
-    name = f"iteration_{t}/distances"
-    rows, pairs = ctx.used
-    kept = [usable(pair) for pair in with_losers(pairs, [r.ids for r in responses], ctx.config.max_length)]
+def distances_stage(
+    ctx: Context, t: int, guide: Path, pairs: Sequence[Pair], responses: Sequence[Response]
+) -> list[Pair]:
+    """Latent distances of this iteration's pairs; returns the pairs with the weights made of them."""
+    name, config = f"iteration_{t}/distances", ctx.config
+    rows, _ = ctx.used
+    kept = [usable(pair) for pair in pairs]
 
     def make(folder: Path) -> Metrics:
         mine = range(distributed.rank(), len(rows), distributed.world_size())
@@ -294,18 +302,23 @@ def distances_stage(ctx: Context, t: int, guide: Path, responses: Sequence[Respo
         values = model.distance([prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine],
                                 [ctx.tokenizer.decode(responses[i].ids) for i in mine])  # fmt: skip
         distances = distributed.merge_rows(len(rows), mine, values)
-        weights = distance_weights(distances, kept)
+        weights, clipped = pair_weights(config.weights, distances, pairs, kept, config.seed + t, config.weight_clip)
+        if clipped:
+            log.warning("%s: weight_clip=%g lowered %d of %d weights", name, config.weight_clip, clipped, sum(kept))
         if distributed.rank() == 0:
             columns = zip(rows, distances.tolist(), weights.tolist(), strict=True)
             write_jsonl(folder / "distances.jsonl", ({"id": r.id, "distance": d, "weight": w} for r, d, w in columns))
-        return _distance_summary(distances, weights, kept)
+        return _distance_summary(distances, weights, kept) | {"weight/clipped": clipped}
 
-    parents = {
-        "guide": _guide_hash(guide), "responses": _file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
-        "data": ctx.used_hash, **ctx.keys("max_length"),
+    parents: dict[str, str | int | float] = {
+        "guide": _guide_hash(guide), "responses": file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
+        "data": ctx.used_hash, **ctx.keys("max_length", "weights", "weight_clip"),
     }  # fmt: skip
+    if config.weights == "shuffled":
+        parents |= ctx.keys("seed")
     stage(ctx, name, parents, make)
-    return torch.tensor([r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")], dtype=torch.float64)
+    weights = [r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")]
+    return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
 
 
 def _guide_hash(folder: Path) -> str:
@@ -328,14 +341,16 @@ def _distance_summary(distances: torch.Tensor, weights: torch.Tensor, kept: Sequ
     }  # fmt: skip
 
 
-def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response]) -> list[Pair]:
+def reference_stage(
+    ctx: Context, t: int, policy: Path, pairs: Sequence[Pair], made_from: Parents, cut: int = 0
+) -> list[Pair]:
     """Log-probs of both responses under the reference policy, cached by row id; returns the pairs that carry them.
 
-    Pairs that will not be trained on are not scored, and carry zeros. losers/cut in the summary counts the sampled
-    responses that max_length cut: they have no end token.
+    Pairs that will not be trained on are not scored, and carry zeros. made_from: what the pairs' tokens depend on,
+    beside the data and max_length. cut: how many of the sampled responses max_length cut (they have no end token),
+    for the summary.
     """
     name = f"iteration_{t}/reference"
-    pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
     kept = [pair for pair in pairs if usable(pair)]
 
     def make(folder: Path) -> Metrics:
@@ -345,7 +360,6 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
         if distributed.rank() == 0:
             save_file({"logps": logps}, folder / "reference.safetensors")
             write_json(folder / "rows.json", [pair.id for pair in kept])
-        cut = sum(len(r.ids) > len(pair.generated or ()) for r, pair in zip(responses, pairs, strict=True))
         if not kept:
             return {"losers/cut": cut}
         real, generated = logps.mean(0).tolist()
@@ -353,8 +367,7 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
 
     parents = {
         "policy": hash_model_folder(policy), "data": ctx.used_hash, "template": ctx.tokenizer.template_hash,
-        "responses": _file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"), "dtype": str(ctx.dtype),
-        **ctx.keys("max_length"),
+        "dtype": str(ctx.dtype), **made_from, **ctx.keys("max_length"),
     }  # fmt: skip
     stage(ctx, name, parents, make)
     folder = ctx.run.path / name
@@ -366,27 +379,34 @@ def reference_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Resp
     ]
 
 
-def policy_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair], weights: torch.Tensor) -> Path:
-    """Aligns `start` on this iteration's pairs; returns the next policy's folder."""
-    kept = [replace(p, weight=float(w)) for p, w in zip(pairs, weights, strict=True) if usable(p)]
+def policy_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair], made_from: Parents) -> Path:
+    """Trains `start` on the iteration's pairs; returns the next policy's folder. made_from: as in `reference_stage`."""
+    kept = [pair for pair in pairs if usable(pair)]
     if not kept:
-        raise InputError(f"iteration {t}: every sampled response equals the real one; there is nothing left to learn")
+        raise InputError(f"iteration {t}: every loser equals its winner; there is nothing left to learn")
     skipped = len(pairs) - len(kept)
-    parents = {
-        "data": ctx.used_hash, "responses": _file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
-        "reference": _file_hash(ctx, f"iteration_{t}/reference/reference.safetensors"),
-        "weights": hash_settings([p.weight for p in kept]),
-        **ctx.keys("method", "global_batch", "learning_rate", "beta", "max_length"),
-        **ctx.keys("training.epochs", "training.optimizer"),
+    parents: dict[str, str | int | float] = {
+        "data": ctx.used_hash, **made_from, "weights": hash_settings([p.weight for p in kept]),
+        "learning_rate": ctx.config.at("learning_rate", t),
+        **ctx.keys("method", "global_batch", "max_length", "training.epochs", "training.steps",
+                   "training.optimizer"),
     }  # fmt: skip
+    if kept[0].generated is not None:
+        reference = file_hash(ctx, f"iteration_{t}/reference/reference.safetensors")
+        parents |= {"beta": ctx.config.at("beta", t), "reference": reference}
+    settings = replace(
+        _train_settings(ctx), learning_rate=ctx.config.at("learning_rate", t), beta=ctx.config.at("beta", t),
+        steps=ctx.config.training.steps,
+    )  # fmt: skip
     return _train_stage(
-        ctx, f"iteration_{t}/policy", start, kept, _train_settings(ctx), parents,
+        ctx, f"iteration_{t}/policy", start, kept, settings, parents,
         step0_is_reference=ctx.config.reference == "iteration" or t == 0,
         extra={"pairs": len(kept), "skipped_pairs": skipped, "losers/identical_frac": skipped / len(pairs)},
     )  # fmt: skip
 
 
-def _file_hash(ctx: Context, name: str) -> str:
+def file_hash(ctx: Context, name: str) -> str:
+    """sha256 of a file in the run folder."""
     return hash_file(ctx.run.path / name)
 
 

@@ -47,7 +47,8 @@ class TrainSettings:
     checkpointing: Literal["none", "selective", "full"] = "none"
     state_dtype: torch.dtype = torch.float32  # of the optimizer's averages
     sharding: Sharding = Sharding()
-    max_steps: int | None = None  # stop early; the schedule still spans all epochs
+    steps: int | None = None  # optimizer steps, in place of epochs: pairs are passed over as often as that takes
+    max_steps: int | None = None  # stop early; the schedule still spans the whole
 
 
 def train(
@@ -79,12 +80,14 @@ def train(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, state_dtype=settings.state_dtype,
         seed=seed,
     )  # fmt: skip
-    steps = count_steps(len(pairs), settings.global_batch, settings.epochs)
+    in_epoch = count_steps(len(pairs), settings.global_batch, 1)
+    steps = settings.steps or settings.epochs * in_epoch
+    epochs = -(-steps // in_epoch)
     stop = min(steps, settings.max_steps or steps)
     metrics_log = MetricsLog(metrics_path, stage)
     last_epoch: dict[str, list[float]] = {}
     tokens_done = 0
-    for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, settings.epochs, seed)):
+    for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, epochs, seed)):
         if step == stop:
             break
         began = time.perf_counter()
@@ -104,7 +107,6 @@ def train(
         seconds = time.perf_counter() - began
         tokens = sum(pair.tokens for pair in batch)
         tokens_done += tokens
-        in_epoch = steps // settings.epochs
         record = {
             "global_step": step + 1, "epoch": epoch + (step % in_epoch + 1) / in_epoch,
             "learning_rate": settings.learning_rate * factor, "loss": loss, "grad_norm": float(norm), **means,
@@ -113,7 +115,7 @@ def train(
         }  # fmt: skip
         metrics_log.write(record, _line(record, stop))
         for name, value in {"loss": loss, **means}.items():
-            if epoch == settings.epochs - 1 or settings.max_steps:
+            if epoch == epochs - 1 or settings.max_steps:
                 last_epoch.setdefault(name, []).append(value)
     model.eval()
     return {name: sum(values) / len(values) for name, values in last_epoch.items()} | {

@@ -106,7 +106,9 @@ def test_a_real_model(toy: Any) -> None:
     metrics, records = evaluate(model, tokenizer, plain, pairs[:4], SETTINGS, torch.device("cpu"))
     nll = -sum(float(tiny.logps(model, p.prompt, p.real).detach().sum()) for p in pairs[:4])
     assert metrics["nll/real"] == pytest.approx(nll / sum(len(p.real) for p in pairs[:4]), rel=1e-5)
-    assert [i for i, _ in records] == [0, 1, 2] and len(records[0][1]["sampled"]) == 3  # type: ignore[arg-type]
+    assert [i for i, _ in records] == [0, 1, 2, 3] and len(records[0][1]["sampled"]) == 3  # type: ignore[arg-type]
+    assert "sampled" not in records[3][1] and sum(r["logp"] for _, r in records) == pytest.approx(-nll, rel=1e-5)
+    assert [r["n_tokens"] for _, r in records] == [len(p.real) for p in pairs[:4]]
     assert 12 <= metrics["tokens_generated"] <= 12 * 24
     none, nothing = evaluate(model, tokenizer, plain[3:], pairs[3:4], SETTINGS, torch.device("cpu"))
-    assert not nothing and none.keys() == {"rows", "nll/real"}
+    assert len(nothing) == 1 and none.keys() == {"rows", "nll/real"}

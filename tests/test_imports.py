@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("answers", "context"),
     ("summaries",),
     ("stages",),
+    ("sources",),
     ("report", "estimate"),
     ("command",),
     ("train",),

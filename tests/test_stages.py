@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import context, distributed, estimate, pipeline, stages, summaries, toy
+from ldalign import context, distributed, estimate, pipeline, sources, stages, summaries, toy
 from ldalign.batches import Batch, Pair
 from ldalign.config import load_config, to_yaml
 from ldalign.errors import EnvironmentProblem, InputError
@@ -81,9 +81,8 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
         dropped = pipeline.read_jsonl(run.path / "data/dropped.jsonl")
         assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
         assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
-        (run.path / "iteration_0/responses").mkdir(parents=True)
-        (run.path / "iteration_0/responses/responses.jsonl").write_text("")
-        pairs = stages.reference_stage(ctx, 0, ctx.start, losers)
+        against, cut = sources._against_own(ctx, losers)
+        pairs = stages.reference_stage(ctx, 0, ctx.start, against, {}, cut)
         assert len(pairs[0].generated or ()) == room
         assert json.loads((run.path / "iteration_0/reference/summary.json").read_text())["losers/cut"] == 1
     distributed.stop()

@@ -245,6 +245,65 @@ def test_spin_has_no_guide_and_weights_of_one(tmp_path: Path, toy_cache: Path, i
     assert "latent distance" not in (tmp_path / "run/report/table.md").read_text()
 
 
+def test_T14_weights_of_one_are_spin_bit_by_bit(
+    toy_run: Path, tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """ld_align with all weights 1, and spin.
+
+    Expected: the same policy, bit by bit, after two iterations.
+    """
+    options = ["sft.epochs=0", "max_rows=16", "evaluation.rows=0", "continual_sft.epochs=0"]
+    align(tmp_path / "spin", toy_cache, *options, "method=spin")
+    align(tmp_path / "ones", toy_cache, *options, "weights=uniform")
+    align(tmp_path / "latent", toy_cache, *options)
+    for t in range(2):
+        spin, ones, latent = (weights(tmp_path / name, f"iteration_{t}/policy") for name in ("spin", "ones", "latent"))
+        assert all(torch.equal(spin[name], ones[name]) for name in spin)
+        assert not all(torch.equal(spin[name], latent[name]) for name in spin)
+    distances = read_jsonl(tmp_path / "ones/iteration_0/distances/distances.jsonl")
+    assert {r["weight"] for r in distances} <= {0.0, 1.0} and len({r["distance"] for r in distances}) > 3
+
+
+def test_spin_mixes_the_previous_pairs_in(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    """Its second iteration has both iterations' pairs, all under one reference, and starts at ln 2."""
+    options = [
+        "sft.epochs=0",
+        "max_rows=16",
+        "evaluation.rows=0",
+        "continual_sft.epochs=0",
+        "learning_rate=[1e-3, 5e-4]",
+    ]
+    align(tmp_path / "run", toy_cache, *options, "method=spin", "mix_previous=true")
+    ids = json.loads((tmp_path / "run/iteration_1/reference/rows.json").read_text())
+    older = [name for name in ids if name.endswith(" of iteration 0")]
+    assert len(ids) == len(set(ids)) and 2 * len(older) >= len(ids) - 2 > 16
+    first = metrics(tmp_path / "run", "iteration_1/policy")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert max(r["learning_rate"] for r in metrics(tmp_path / "run", "iteration_1/policy")) <= 5e-4
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_methods_without_sampling(method: str, tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    """A preference file, and the same rows as plain SFT: chosen responses get likelier, against the rejected ones."""
+    rows = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no " * (1 + i % 3)} for i in range(32)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data={path}", f"method={method}", "iterations=1", "sft.epochs=0", "continual_sft.epochs=0",
+               "heldout_fraction=0.25", "training.epochs=6", "global_batch=8"]  # fmt: skip
+    align(tmp_path / "run", toy_cache, *options)
+    made = [name for name in stage_names(tmp_path / "run") if name.startswith("iteration_0")]
+    assert made == [
+        *(["iteration_0/reference"] if method == "dpo" else []),
+        "iteration_0/policy",
+        "iteration_0/evaluation",
+    ]
+    steps = metrics(tmp_path / "run", "iteration_0/policy")
+    if method == "dpo":
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and steps[-1]["rewards/margins"] > 0
+    else:
+        assert steps[-1]["nll"] < steps[0]["nll"] and "rewards/margins" not in steps[0]
+
+
 def test_no_iterations_is_sft_and_evaluation(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
     align(tmp_path / "run", toy_cache, "iterations=0", "continual_sft.epochs=0", "sft.epochs=1")
     assert stage_names(tmp_path / "run") == ["data", "sft/policy", "sft/evaluation"]

@@ -246,6 +246,15 @@ def test_sft_metrics_and_divisor(tmp_path: Path) -> None:
     assert record["entropy"] > 0
 
 
+def test_steps_in_place_of_epochs(tmp_path: Path) -> None:
+    """Nine steps of three pairs over five: they are passed over as often as that takes, and the schedule spans nine."""
+    pairs = with_reference(tiny.pairs(5))
+    records, last = run(pairs, tmp_path / "a.jsonl", epochs=1, steps=9, global_batch=3, schedule="linear")
+    assert [r["global_step"] for r in records] == list(range(1, 10)) and last["steps"] == 9
+    assert [r["epoch"] for r in records] == [0.5 * n for n in range(1, 10)]
+    assert records[-1]["learning_rate"] < records[1]["learning_rate"] / 6
+
+
 def test_learning_rate_and_max_steps(tmp_path: Path) -> None:
     """The schedule spans all epochs even where max_steps ends the run early."""
     pairs = with_reference(tiny.pairs(16))
