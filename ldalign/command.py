@@ -1,6 +1,7 @@
 """What all training scripts do alike: read the settings, open the run folder and the data, then do their stages."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ldalign import distributed
@@ -37,18 +38,25 @@ def run_stages(
         return
     check(config)
     distributed.start(config.device)
-    folder = RunFolder(Path(config.run), to_yaml(config))
     if "--dry-run" in argv:
+        folder = RunFolder(Path(config.run), to_yaml(config))
         say(dry_run(open_context(folder, config), planned(config)))
     else:
-        with folder as run:
-            ctx = open_context(run, config)
-            data_stage(ctx)
+        with open_run(config) as ctx:
             closing = work(ctx)
             if distributed.rank() == 0:
-                say(f"\n{write_report(run.path)}")
+                say(f"\n{write_report(ctx.run.path)}")
             say(closing)
     distributed.stop()
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[Context]:
+    """The run folder, locked, with its rows written down: what stages work in."""
+    with RunFolder(Path(config.run), to_yaml(config)) as run:
+        ctx = open_context(run, config)
+        data_stage(ctx)
+        yield ctx
 
 
 def read_config(argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig) -> RunConfig | None:

@@ -5,9 +5,9 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_type_hints
 
-from ldalign.config import above_up_to, at_least, between, each, group, non_negative, positive, setting
+from ldalign.config import above_up_to, at_least, between, each, group, non_negative, not_empty, positive, setting
 
 
 @dataclass(frozen=True)
@@ -193,4 +193,50 @@ class RunConfig:
             found.append(f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}")
         if self.guide.width % self.guide.heads:
             found.append(f"guide.width={self.guide.width} must be a multiple of guide.heads={self.guide.heads}")
+        return found
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What is compared, and how learning rates are chosen."""
+
+    methods: list[str] = setting(
+        ["sft", "spin", "ld_align/shuffled", "ld_align"], "METHOD or METHOD/WEIGHTS, by the keys of those names",
+        check=not_empty,
+    )  # fmt: skip
+    seeds: list[int] = setting(
+        [0, 1, 2], "of sampling, guide and row order; the first one's runs choose the learning rates", check=not_empty
+    )
+    learning_rates: list[float] = setting([5e-6, 1.5e-5, 4.5e-5], "tried for every method", check=each(positive))
+    validation_rows: int = setting(80, "held-out rows that learning rates are chosen on; the rest is reported",
+                                   check=positive)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """Keys of `train/compare.py`: a run's, and what is compared. method, weights, seed, learning_rate are set by it."""
+
+    compare: Compare = group(Compare, "the comparison")
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        found = super().problems()
+        weights = get_args(get_type_hints(RunConfig)["weights"])
+        methods = get_args(get_type_hints(RunConfig)["method"])
+        for name in self.compare.methods:
+            method, _, kind = name.partition("/")
+            if method not in methods or (kind and (method != "ld_align" or kind not in weights)):
+                found.append(
+                    f"compare.methods: {name!r} is not METHOD or ld_align/WEIGHTS, with a method of "
+                    f"{', '.join(methods)} and weights of {', '.join(weights)}"
+                )
+        if self.iterations < 1:
+            found.append(f"iterations={self.iterations}: a comparison needs 1 or more")
+        if self.training.steps is None:
+            found.append("training.steps: must be given, so that all methods have the same budget")
+        if self.compare.validation_rows >= self.evaluation.rows:
+            found.append(
+                f"compare.validation_rows={self.compare.validation_rows}: leaves none of evaluation.rows="
+                f"{self.evaluation.rows} to report"
+            )
         return found

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("summaries",),
     ("stages",),
     ("sources",),
-    ("report", "estimate"),
+    ("report", "estimate", "comparison"),
     ("command",),
     ("train",),
 )

@@ -1,0 +1,77 @@
+"""Methods compared from one start: `torchrun train/compare.py --config configs/compare-smollm2.yaml [key=value ...]`.
+
+Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows for the same number
+of optimizer steps: at each of compare.learning_rates with the first seed, then at the best one with all seeds. Writes
+RUN/report/comparison.md and comparison.json. Every training is a run folder in RUN/seed_N/; running the same command
+again goes on where it stopped.
+"""
+
+from pathlib import Path
+
+from ldalign import comparison, distributed, errors
+from ldalign.command import open_run, read_config
+from ldalign.comparison import Arm
+from ldalign.config import to_yaml
+from ldalign.context import open_context
+from ldalign.estimate import dry_run
+from ldalign.metrics import say
+from ldalign.pipeline import RunFolder
+from ldalign.settings import CompareConfig
+from ldalign.stages import start_name
+from ldalign.train import align
+
+
+def main(argv: list[str]) -> None:
+    """Reads the settings, runs whatever is not done, writes the table."""
+    config = read_config(argv, __doc__ or "", CompareConfig)
+    if not isinstance(config, CompareConfig):
+        return
+    distributed.start(config.device)
+    start = comparison.start_config(config)
+    if "--dry-run" in argv:
+        say(dry_run(open_context(RunFolder(Path(start.run), ""), start), align.planned(start)))
+    else:
+        with RunFolder(Path(config.run), to_yaml(config)):
+            compare(config)
+    distributed.stop()
+
+
+def compare(config: CompareConfig) -> None:
+    """The start, the search, the other seeds, the table."""
+    arms = [Arm.of(name) for name in config.compare.methods]
+    with open_run(comparison.start_config(config)) as ctx:
+        align.align(ctx)
+        start = ctx.run.path / "sft/policy" if config.sft.epochs else ctx.start
+        say(f"start: {start} ({start_name(config)})")
+    validation, _ = comparison.validation_ids(config)
+    first, *others = config.compare.seeds
+    searched: dict[str, dict[str, float]] = {}
+    chosen: dict[str, float] = {}
+    for arm in arms:
+        scores = {}
+        for rate in config.compare.learning_rates:
+            folder = train(config, start, arm, first, rate)
+            figures = comparison.read_answers(comparison.last_policy(folder, config))
+            scores[rate] = comparison.score(figures, validation)
+        chosen[arm.name] = max(scores, key=lambda rate: scores[rate])
+        searched[arm.name] = {f"{rate:g}": score for rate, score in scores.items()}
+        say(f"{arm.name}: learning rate {chosen[arm.name]:g}")
+    for seed in others:
+        for arm in arms:
+            train(config, start, arm, seed, chosen[arm.name])
+    say("\n" + comparison.write_comparison(config, comparison.summarise(config, arms, chosen, searched)))
+
+
+def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> Path:
+    """One training with its evaluation; returns its run folder."""
+    own = comparison.arm_config(config, start, arm, seed, rate)
+    folder = Path(own.run)
+    say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")
+    comparison.share(config, seed, folder)
+    with open_run(own) as ctx:
+        align.align(ctx)
+    return folder
+
+
+if __name__ == "__main__":
+    errors.run(main)
