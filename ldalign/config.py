@@ -23,6 +23,7 @@ from ldalign.errors import InputError
 
 T = TypeVar("T")
 
+BASE = "base"  # in a file: the config file whose keys hold where this one says nothing
 REQUIRED: Any = object()  # as a setting's default: the key must be given (the class then needs kw_only=True)
 
 
@@ -102,8 +103,9 @@ class _Given:
 def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Build `cls` from its defaults, then the YAML file at `path`, then `key=value` overrides (a later one wins).
 
-    Nested keys are dotted (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is taken
-    as it stands. A config class may define `problems(self) -> list[str]` to check its keys against each other.
+    A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted (`sft.epochs=2`); a value
+    starting with [ { or a quote is read as YAML, any other is taken as it stands. A config class may define
+    `problems(self) -> list[str]` to check its keys against each other.
 
     Raises InputError with all problems found: unknown keys (nearest name given), repeated keys, wrong types, NaN and
     infinity, values out of bounds, contradictions.
@@ -145,7 +147,9 @@ def split_argv(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[Path | N
     return path, overrides, seen
 
 
-def _read_file(cls: type, path: Path, given: dict[str, _Given], problems: list[str]) -> None:
+def _read_file(
+    cls: type, path: Path, given: dict[str, _Given], problems: list[str], seen: tuple[Path, ...] = ()
+) -> None:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -161,6 +165,17 @@ def _read_file(cls: type, path: Path, given: dict[str, _Given], problems: list[s
         return
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not {_kind(root)}")
+    for key_node, node in [pair for pair in root.value if pair[0].value == BASE]:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(node, yaml.ScalarNode) or not node.value:
+            raise InputError(f"{where}: {BASE} must be the name of a config file, not {_kind(node)}")
+        base = path.parent / node.value
+        if base.resolve() in (path.resolve(), *seen):
+            raise InputError(f"{where}: {BASE}: {base} leads back to itself")
+        if not base.is_file():
+            raise InputError(f"{where}: {BASE}: {base}: no such file; the name is relative to this file's folder")
+        _read_file(cls, base, given, problems, (path.resolve(), *seen))
+    root.value = [pair for pair in root.value if pair[0].value != BASE]
     _flatten(cls, root, "", str(path), given, problems)
 
 

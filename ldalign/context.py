@@ -107,6 +107,8 @@ def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses."""
     if config.data == EMBEDDED:
         train_rows, heldout = (_embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items())
+        if config.method == "dpo":
+            train_rows = _with_wrong_answers(train_rows)
     else:
         train_rows, heldout = read_rows(config.data, turns=config.turns), []
     if config.heldout is not None:
@@ -131,6 +133,20 @@ def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
             where=f"embedded:{r['id']}")
         for r in tasks.make_rows(seed, split, count)
     ]  # fmt: skip
+
+
+def _with_wrong_answers(rows: list[Row]) -> list[Row]:
+    """Preference rows of the embedded ones: rejected is the next response to another prompt of the kind, wrong here.
+
+    A row for which there is none is left out.
+    """
+    out = []
+    for i, row in enumerate(rows):
+        for other in (*rows[i + 1 :], *rows[:i]):
+            if other.kind == row.kind and not tasks.check(str(row.kind), row.answer, other.response):
+                out.append(replace(row, rejected=other.response))
+                break
+    return out
 
 
 def open_context(run: RunFolder, config: RunConfig) -> Context:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ldalign import config as c
 from ldalign.errors import InputError
+from ldalign.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -256,3 +257,39 @@ def test_split_argv() -> None:
         c.split_argv(["--dry-rum"], ["--dry-run"])
     with pytest.raises(InputError, match="needs a file name"):
         c.split_argv(["--config"])
+
+
+# ------------------------------------------------------------------------------------------------ base
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_base_holds_where_the_file_says_nothing(tmp_path: Path) -> None:
+    """Three files deep, groups key by key; the command line wins over all."""
+    write(tmp_path / "a.yaml", "seed: 1\nbeta: 0.5\ntraining: {epochs: 7, optimizer: adamw}\n")
+    (tmp_path / "deeper").mkdir()
+    write(tmp_path / "deeper/b.yaml", "base: ../a.yaml\nseed: 2\nmax_rows: 9\ntraining: {epochs: 8}\n")
+    path = write(tmp_path / "c.yaml", "base: deeper/b.yaml\nmax_rows: null\n")
+    config = c.load_config(RunConfig, path, ["beta=0.25"])
+    assert (config.seed, config.beta, config.max_rows) == (2, 0.25, None)
+    assert (config.training.epochs, config.training.optimizer) == (8, "adamw")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: none.yaml", "x.yaml:1: base: .*none.yaml: no such file; the name is relative"),
+        ("seed: 1\nbase: x.yaml", "x.yaml:2: base: .* leads back to itself"),
+        ("base: back.yaml", "back.yaml:1: base: .* leads back to itself"),
+        ("base: [a.yaml]", "x.yaml:1: base must be the name of a config file, not a list"),
+        ("base: wrong.yaml", "wrong.yaml:1: sede: unknown key"),
+    ],
+)
+def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path / "back.yaml", "base: x.yaml")
+    write(tmp_path / "wrong.yaml", "sede: 1")
+    with pytest.raises(InputError, match=message):
+        c.load_config(RunConfig, write(tmp_path / "x.yaml", text))
