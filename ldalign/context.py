@@ -91,10 +91,15 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def find_model(config: RunConfig, name: str) -> Path:
+    """The model folder that `name` stands for, fetched by rank 0 where it is not there yet."""
+    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
+    return Path(on_rank0(lambda: str(resolve_model(name, cache))))
+
+
 def open_policy(config: RunConfig) -> Path:
     """The given policy's model folder, fetched by rank 0 where it is not there yet. InputError for a GPT-2."""
-    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
-    folder = Path(on_rank0(lambda: str(resolve_model(config.policy, cache))))
+    folder = find_model(config, config.policy)
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
         raise InputError(

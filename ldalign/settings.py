@@ -108,6 +108,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Who decides which of two answers is better (docs/judges.md). `judge=NAME` sets `judge.model`."""
+
+    SHORTHAND: ClassVar[str] = "model"
+
+    model: str = setting(
+        "checker", "checker: the embedded data's own; policy: the policy itself; or a model folder or name"
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
 
@@ -162,6 +173,7 @@ class RunConfig:
     sft: Sft = group(Sft, "warm-up of the start policy on the data")
     continual_sft: Sft = group(Sft, "baseline: more SFT from the same start, in the table beside the iterations")
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
+    judge: Judge = group(Judge, "which of two answers is better")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:

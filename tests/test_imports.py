@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guide_training", "methods", "evaluate"),
     ("pipeline",),
     ("answers", "context"),
-    ("summaries",),
+    ("summaries", "judges"),
     ("stages",),
     ("sources",),
     ("report", "estimate", "comparison"),

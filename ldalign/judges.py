@@ -1,0 +1,135 @@
+"""Judges: which of two answers to a question is better.
+
+`checker`, the embedded data's program; a language model of ours, the policy being trained or any other folder, asked
+for one letter (LLM-as-a-judge, arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020, and
+RLAIF, 2309.00267). What a model says depends on which answer it reads first, so it is asked in both orders and the two
+are averaged, as in RLAIF.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+
+from ldalign import tasks
+from ldalign.batches import Pair
+from ldalign.context import Context, find_model, prompt_text
+from ldalign.data import Message, Row
+from ldalign.errors import InputError
+from ldalign.mistral import Mistral
+from ldalign.pipeline import Parents, hash_model_folder
+from ldalign.scoring import response_logps
+from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.weights import load_model, read_config
+
+CHECKER = "checker"
+POLICY = "policy"
+LETTERS = ("A", "B")
+QUESTION = """Two answers to a question are given below. Decide which one is better: more correct, more helpful, closer \
+to what was asked. Neither the length of an answer nor its place in the order counts.
+
+[Question]
+{question}
+
+[Answer A]
+{a}
+
+[Answer B]
+{b}
+
+"""
+ONE_LETTER = "Reply with one letter and nothing else: A if answer A is better, B if answer B is better."
+
+
+class Judge(Protocol):
+    """What decides between two answers."""
+
+    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """For each row, in [0, 1], how surely the first answer is the better one: 0.5 a tie, NaN no verdict.
+
+        All ranks call it with the same arguments and get the same result. Of a row its history counts, and what a
+        checker needs.
+        """
+        ...
+
+
+class Checker:
+    """The program that checks answers of the embedded data: a tie where both are right or both wrong."""
+
+    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """1, 0 or 0.5; NaN for rows that name no kind of task."""
+        return [
+            0.5 + (tasks.check(row.kind, row.answer, a) - tasks.check(row.kind, row.answer, b)) / 2
+            if row.kind is not None else math.nan
+            for row, a, b in zip(rows, first, second, strict=True)
+        ]  # fmt: skip
+
+
+class ModelJudge:
+    """A model of ours, asked for one letter through its own chat template; nothing is generated.
+
+    Its preference is the probability of one letter against the other, averaged over both orders of the answers, so
+    prefer(a, b) = 1 - prefer(b, a) and the result repeats. micro_tokens: the token budget of a micro-batch.
+    """
+
+    def __init__(self, model: Mistral, tokenizer: Tokenizer, micro_tokens: int, device: torch.device) -> None:
+        self.model, self.tokenizer, self.micro_tokens, self.device = model, tokenizer, micro_tokens, device
+        probe: tuple[Message, ...] = ({"role": "user", "content": ONE_LETTER},)
+        # As the template writes them after its header: with SentencePiece a letter may carry a space.
+        self.letters = [tokenizer.pair_ids(Row("letter", probe, letter)).response[0] for letter in LETTERS]
+        if self.letters[0] == self.letters[1]:
+            raise InputError(f"{tokenizer.folder}: cannot judge: its answers A and B begin with the same token")
+
+    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """NaN where a question with its answers is longer than the model's positions."""
+        room = self.model.config.max_position_embeddings
+        asked: list[Pair] = []  # two a row that fits: its answers in either order
+        fits = []
+        for row, a, b in zip(rows, first, second, strict=True):
+            # One order of asking whichever answer is called the first: the same batches, the same bits.
+            both = [self._ids(row, x, y) for x, y in ((min(a, b), max(a, b)), (max(a, b), min(a, b)))]
+            fits.append(max(map(len, both)) < room)
+            if fits[-1]:
+                asked += [Pair(row.id, ids, self.letters[:1], self.letters[1:]) for ids in both]
+        logps = response_logps(self.model, asked, self.micro_tokens, self.device)  # (2 rows that fit, 2)
+        says_a = torch.sigmoid(logps[:, 0] - logps[:, 1])
+        lesser = iter(((says_a[0::2] + 1 - says_a[1::2]) / 2).tolist())  # that min(a, b) is better
+        preferences = [next(lesser) if fit else math.nan for fit in fits]
+        return [p if a <= b else 1 - p for p, a, b in zip(preferences, first, second, strict=True)]
+
+    def _ids(self, row: Row, a: str, b: str) -> list[int]:
+        text = QUESTION.format(question=prompt_text(row), a=a, b=b) + ONE_LETTER
+        return self.tokenizer.prompt_ids([{"role": "user", "content": text}])
+
+
+def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
+    """The judge that `judge.model` (or `model`) names; "policy" is the model folder `policy`. All ranks call it.
+
+    Raises InputError where it is no judge.
+    """
+    model = model or ctx.config.judge.model
+    if model == CHECKER:
+        return Checker()
+    folder = _folder(ctx, policy, model)
+    loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
+    return ModelJudge(loaded, load_tokenizer(folder), ctx.config.training.micro_tokens, ctx.device)
+
+
+def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
+    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of `open_judge`."""
+    model = model or ctx.config.judge.model
+    if model == CHECKER:
+        return {"judge.model": CHECKER}
+    return {"judge.model": hash_model_folder(_folder(ctx, policy, model)), "dtype": str(ctx.dtype)}
+
+
+def _folder(ctx: Context, policy: Path, model: str) -> Path:
+    if model == POLICY:
+        return policy
+    folder = find_model(ctx.config, model)
+    kind = read_config(folder).get("model_type")
+    if kind not in ("mistral", "llama"):
+        raise InputError(f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder (judge.model=PATH)")
+    return folder
