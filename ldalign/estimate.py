@@ -129,7 +129,10 @@ def _work(ctx: Context, name: str) -> Work:
         steps = config.training.steps or count_steps(len(pairs), config.global_batch, config.training.epochs)
         return Work(name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps)
     if step == "responses":
-        return Work(name, scored=sum(len(p.prompt) for p in pairs), generated=real)
+        samples = 2 if config.method in ("self_reward", "rlaif") else 1
+        return Work(name, scored=sum(len(p.prompt) for p in pairs), generated=samples * real)
+    if step == "judged":  # both orders of both answers
+        return Work(name, scored=2 * both)
     if step == "reference":
         return Work(name, scored=both)
     if step == "evaluation":

@@ -131,5 +131,7 @@ def _folder(ctx: Context, policy: Path, model: str) -> Path:
     folder = find_model(ctx.config, model)
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
-        raise InputError(f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder (judge.model=PATH)")
+        raise InputError(
+            f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder (judge.model=PATH)"
+        )
     return folder

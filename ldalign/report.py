@@ -12,7 +12,7 @@ from ldalign.pipeline import read_jsonl, write_text
 from ldalign.summaries import SUMMARY, iterations, stage_names
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
-STEPS = ("responses", "guide", "distances", "reference", "policy", "evaluation")
+STEPS = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation")
 
 
 def write_report(run: Path) -> str:

@@ -199,6 +199,8 @@ class RunConfig:
                 f"iterations={self.iterations}: method={self.method} has the same pairs in each; give iterations=1 and "
                 "training.epochs"
             )
+        if self.method == "self_reward" and self.judge.model not in ("checker", "policy"):
+            found.append(f"judge.model={self.judge.model}: method=self_reward judges by itself; give method=rlaif")
         if self.responses and self.method not in ("ld_align", "spin"):
             found.append(f"responses={self.responses}: method={self.method} takes none; leave it out")
         if self.max_new_tokens >= self.max_length:

@@ -4,19 +4,24 @@ Each takes the run, the iteration, the policy that the iteration starts from and
 pairs to train on: tokens, weights, the reference's log-probs. The rest of the run is the same for all methods.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ldalign import distributed
 from ldalign.batches import Pair
 from ldalign.context import Context
-from ldalign.methods import rejected_pairs, with_losers
-from ldalign.pipeline import Parents
+from ldalign.judges import POLICY, judge_parents, open_judge
+from ldalign.methods import ranked_pairs, rejected_pairs, with_losers
+from ldalign.pipeline import Parents, read_jsonl, write_jsonl
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.stages import distances_stage, file_hash, guide_stage, read_responses, reference_stage, responses_stage
+from ldalign.summaries import Metrics, stage
 
 RESPONSES = "iteration_{}/responses/responses.jsonl"
+JUDGED = "judged.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,51 @@ def sft(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
     return Pairs(ctx.used[1], {})
 
 
+def self_reward(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+    """(better, worse, 1) of two own samples, as the policy itself judges (arXiv 2401.10020)."""
+    return _of_two_samples(ctx, t, policy, reference, POLICY)
+
+
+def rlaif(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+    """(better, worse, 1) of two own samples, as `judge.model` says (arXiv 2309.00267)."""
+    return _of_two_samples(ctx, t, policy, reference, ctx.config.judge.model)
+
+
+def _of_two_samples(ctx: Context, t: int, policy: Path, reference: Path, judge: str) -> Pairs:
+    """Samples two responses a prompt, has them judged, drops ties, takes the reference of the rest."""
+    responses = responses_stage(ctx, t, policy, samples=2)
+    preferences = judged_stage(ctx, t, policy, responses, judge)
+    samples = [(first.ids, second.ids) for first, second in zip(responses[0::2], responses[1::2], strict=True)]
+    ranked = ranked_pairs(ctx.used[1], samples, preferences, ctx.config.max_length)
+    made_from: Parents = {
+        "responses": file_hash(ctx, RESPONSES.format(t)), "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl")
+    }  # fmt: skip
+    pairs = [pair for pair in ranked if pair is not None]
+    return Pairs(reference_stage(ctx, t, reference, pairs, made_from), made_from)
+
+
+def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str) -> list[float]:
+    """How surely the first of each prompt's two responses is the better one, in [0, 1]: iteration_t/judged."""
+    name, (rows, _) = f"iteration_{t}/judged", ctx.used
+
+    def make(folder: Path) -> Metrics:
+        texts = [ctx.tokenizer.decode(r.ids) for r in responses]
+        preferences = open_judge(ctx, policy, judge).prefer(rows, texts[0::2], texts[1::2])
+        if distributed.rank() == 0:
+            columns = zip(rows, preferences, strict=True)
+            write_jsonl(folder / JUDGED, ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns))
+        sure = [abs(2 * p - 1) for p in preferences if not math.isnan(p)]
+        return {
+            "judged/ties": sum(s == 0 for s in sure) / len(rows), "judged/none": 1 - len(sure) / len(rows),
+            "judged/sureness": sum(sure) / max(1, len(sure)),
+        }  # fmt: skip
+
+    parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
+    stage(ctx, name, parents | dict(judge_parents(ctx, policy, judge)), make)
+    given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
+    return [math.nan if p is None else p for p in given]
+
+
 def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], int]:
     """Real responses against sampled ones, and how many of the latter max_length cut."""
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
@@ -67,7 +117,7 @@ def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], i
 
 
 SOURCES: dict[str, Callable[[Context, int, Path, Path], Pairs]] = {
-    "ld_align": ld_align, "spin": spin, "dpo": dpo, "sft": sft,
+    "ld_align": ld_align, "spin": spin, "dpo": dpo, "sft": sft, "self_reward": self_reward, "rlaif": rlaif,
 }  # fmt: skip
 
 

@@ -383,7 +383,10 @@ def policy_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair], made_
     """Trains `start` on the iteration's pairs; returns the next policy's folder. made_from: as in `reference_stage`."""
     kept = [pair for pair in pairs if usable(pair)]
     if not kept:
-        raise InputError(f"iteration {t}: every loser equals its winner; there is nothing left to learn")
+        raise InputError(
+            f"iteration {t}: there is no pair left to learn from: every loser equals its winner, or the judge saw none "
+            "better; this is the end of what the method can do, or raise sampling.temperature"
+        )
     skipped = len(pairs) - len(kept)
     parents: dict[str, str | int | float] = {
         "data": ctx.used_hash, **made_from, "weights": hash_settings([p.weight for p in kept]),

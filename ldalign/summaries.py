@@ -37,7 +37,7 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
 
 def stage_names(run: Path) -> list[str]:
     """The finished stages of a run folder, in the order of the method."""
-    steps = ("responses", "distances", "reference", "policy", "evaluation")
+    steps = ("responses", "distances", "judged", "reference", "policy", "evaluation")
     names = ["data", "start/evaluation", "sft/policy", "sft/evaluation"]
     names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in steps]
     names.insert(names.index("iteration_0/distances"), "guide")  # trained on the first responses

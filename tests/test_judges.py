@@ -1,7 +1,6 @@
 """Judges: the checker, a local model asked in both orders, and any OpenAI-compatible endpoint."""
 
 import math
-from pathlib import Path
 from typing import cast
 
 import pytest

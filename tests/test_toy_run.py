@@ -304,6 +304,28 @@ def test_methods_without_sampling(method: str, tmp_path: Path, toy_cache: Path, 
         assert steps[-1]["nll"] < steps[0]["nll"] and "rewards/margins" not in steps[0]
 
 
+@pytest.mark.parametrize(("method", "judge"), [("self_reward", "checker"), ("rlaif", "checker"), ("rlaif", "toy")])
+def test_methods_of_two_samples(method: str, judge: str, tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    """Two samples a prompt, one of them the winner where the judge has a preference; ties are not trained on."""
+    options = [f"method={method}", f"judge.model={judge}", "iterations=1", "continual_sft.epochs=0", "sft.epochs=0",
+               "max_rows=16", "evaluation.rows=0", "max_new_tokens=8"]  # fmt: skip
+    run = tmp_path / "run"
+    arguments = [f"run={run}", f"cache={toy_cache}", "--config", str(CONFIG), *options]
+    if (method, judge) == ("rlaif", "checker"):  # a random model is never right: all ties
+        with pytest.raises(InputError, match="iteration 0: there is no pair left to learn from"):
+            main(arguments)
+        assert {r["preference"] for r in read_jsonl(run / "iteration_0/judged/judged.jsonl")} == {0.5}
+        return
+    main(arguments)
+    samples = read_jsonl(run / "iteration_0/responses/responses.jsonl")
+    assert len(samples) == 32 and [r["id"] for r in samples[0::2]] == [r["id"] for r in samples[1::2]]
+    assert sum(a["token_ids"] != b["token_ids"] for a, b in zip(samples[0::2], samples[1::2], strict=True)) > 12
+    judged = read_jsonl(run / "iteration_0/judged/judged.jsonl")
+    assert all(0 < r["preference"] < 1 for r in judged) and len({r["preference"] for r in judged}) > 8
+    first = metrics(run, "iteration_0/policy")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_no_iterations_is_sft_and_evaluation(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
     align(tmp_path / "run", toy_cache, "iterations=0", "continual_sft.epochs=0", "sft.epochs=1")
     assert stage_names(tmp_path / "run") == ["data", "sft/policy", "sft/evaluation"]
