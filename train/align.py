@@ -10,10 +10,10 @@ import torch
 from ldalign import errors
 from ldalign.command import run_stages
 from ldalign.context import Context
+from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
 from ldalign.stages import (
     distances_stage,
-    evaluation_stage,
     guide_stage,
     policy_stage,
     reference_stage,
@@ -33,7 +33,8 @@ def align(ctx: Context) -> str:
     """The method: from the start policy to the last iteration's, and the baseline beside it."""
     config = ctx.config
     start = start_stage(ctx)
-    evaluation_stage(ctx, start_name(config), start)
+    first = start_name(config)
+    measure(ctx, first, start, first)
 
     policy, guide = start, None
     for t in range(config.iterations):
@@ -44,24 +45,25 @@ def align(ctx: Context) -> str:
             weights = distances_stage(ctx, t, guide, responses)
         pairs = reference_stage(ctx, t, policy if config.reference == "iteration" else start, responses)
         policy = policy_stage(ctx, t, policy, pairs, weights)
-        evaluation_stage(ctx, f"iteration_{t}", policy)
+        measure(ctx, f"iteration_{t}", policy, first)
 
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
-        evaluation_stage(ctx, "continual_sft", baseline)
+        measure(ctx, "continual_sft", baseline, first)
     return f"The aligned policy: {policy}" if config.iterations else f"The policy: {policy}"
 
 
 def planned(config: RunConfig) -> list[str]:
     """The stages of the whole run, by name."""
     names = ["sft/policy"] if config.sft.epochs else []
-    names.append(f"{start_name(config)}/evaluation")
-    steps = ["responses", *(["distances"] if config.method == "ld_align" else []), "reference", "policy", "evaluation"]
-    names += [f"iteration_{t}/{step}" for t in range(config.iterations) for step in steps]
+    names += measurements(config, start_name(config))
+    steps = ["responses", *(["distances"] if config.method == "ld_align" else []), "reference", "policy"]
+    for t in range(config.iterations):
+        names += [*(f"iteration_{t}/{step}" for step in steps), *measurements(config, f"iteration_{t}")]
     if config.iterations and config.method == "ld_align":
         names.insert(names.index("iteration_0/distances"), "guide")
     if config.continual_sft.epochs:
-        names += ["continual_sft/policy", "continual_sft/evaluation"]
+        names += ["continual_sft/policy", *measurements(config, "continual_sft")]
     return names
 
 
