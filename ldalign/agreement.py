@@ -177,8 +177,8 @@ def _sentence(metrics: Metrics) -> str:
     )
     if "agreement/rate" not in metrics:
         return f"agreement: no pair was decided, {rest}"
+    rate, low, high, pairs = (metrics[f"agreement/{name}"] for name in ("rate", "low", "high", "rows"))
     return (
-        f"agreement: {metrics['agreement/rate']:.1%} ({metrics['agreement/low']:.1%} to {metrics['agreement/high']:.1%}; "
-        f"chance {CHANCE:.0%}) on {metrics['agreement/rows']:.0f} pairs, {rest}; the longer is worse: "
-        f"{metrics.get('agreement/length_rate', math.nan):.1%}"
+        f"agreement: {rate:.1%} ({low:.1%} to {high:.1%}; chance {CHANCE:.0%}) on {pairs:.0f} pairs, "
+        f"{rest}; the longer is worse: {metrics.get('agreement/length_rate', math.nan):.1%}"
     )
