@@ -138,11 +138,17 @@ def _work(ctx: Context, name: str) -> Work:
     if step == "evaluation":
         answers = 1 + config.evaluation.samples
         held = list(zip(ctx.heldout.rows, ctx.heldout.pairs, strict=True))
-        checked = [p for row, p in held if row.kind is not None]
+        every = ctx.config.reward.model is not None
+        asked = [(answers if row.kind is not None else int(every), p) for row, p in held]
         return Work(
             name,
-            scored=sum(p.tokens for _, p in held) + answers * sum(len(p.prompt) for p in checked),
-            generated=answers * sum(len(p.real) for p in checked),
+            scored=sum(p.tokens + n * len(p.prompt) for n, p in asked),
+            generated=sum(n * len(p.real) for n, p in asked),
+        )
+    if step == "agreement_samples":
+        asked_twice = ctx.heldout.pairs[: config.agreement.rows]
+        return Work(
+            name, scored=sum(len(p.prompt) for p in asked_twice), generated=2 * sum(len(p.real) for p in asked_twice)
         )
     return Work(name)  # the guide is small beside the policy, and its stages are left out
 

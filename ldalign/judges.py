@@ -1,13 +1,14 @@
 """Judges: which of two answers to a question is better.
 
 `checker`, the embedded data's program; a language model of ours, the policy being trained or any other folder, asked
-for one letter (LLM-as-a-judge, arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020, and
-RLAIF, 2309.00267). What a model says depends on which answer it reads first, so it is asked in both orders and the two
-are averaged, as in RLAIF.
+for one letter; or a model behind an OpenAI-compatible endpoint (LLM-as-a-judge, arXiv 2306.05685; as a source of
+pairs: Self-Rewarding Language Models, 2401.10020, and RLAIF, 2309.00267). What a model says depends on which answer it
+reads first, so it is asked in both orders and the two are averaged, as in RLAIF.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,9 +18,11 @@ from ldalign import tasks
 from ldalign.batches import Pair
 from ldalign.context import Context, find_model, prompt_text
 from ldalign.data import Message, Row
+from ldalign.endpoint import Endpoint
 from ldalign.errors import InputError
+from ldalign.metrics import Bar
 from ldalign.mistral import Mistral
-from ldalign.pipeline import Parents, hash_model_folder
+from ldalign.pipeline import Parents, hash_model_folder, on_rank0
 from ldalign.scoring import response_logps
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model, read_config
@@ -27,8 +30,8 @@ from ldalign.weights import load_model, read_config
 CHECKER = "checker"
 POLICY = "policy"
 LETTERS = ("A", "B")
-QUESTION = """Two answers to a question are given below. Decide which one is better: more correct, more helpful, closer \
-to what was asked. Neither the length of an answer nor its place in the order counts.
+QUESTION = """Two answers to a question are given below. Decide which one is better: more correct, more helpful, \
+closer to what was asked. Neither the length of an answer nor its place in the order counts.
 
 [Question]
 {question}
@@ -41,6 +44,10 @@ to what was asked. Neither the length of an answer nor its place in the order co
 
 """
 ONE_LETTER = "Reply with one letter and nothing else: A if answer A is better, B if answer B is better."
+
+OR_TIE = ONE_LETTER[:-1] + ", C if they are equally good."
+VERDICT = re.compile(r"\W*(?:answer\W+)?([ABC])\W*", re.IGNORECASE)
+ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
 
 
 class Judge(Protocol):
@@ -100,29 +107,68 @@ class ModelJudge:
         return [p if a <= b else 1 - p for p, a, b in zip(preferences, first, second, strict=True)]
 
     def _ids(self, row: Row, a: str, b: str) -> list[int]:
-        text = QUESTION.format(question=prompt_text(row), a=a, b=b) + ONE_LETTER
-        return self.tokenizer.prompt_ids([{"role": "user", "content": text}])
+        return self.tokenizer.prompt_ids([{"role": "user", "content": _question(row, a, b) + ONE_LETTER}])
+
+
+class EndpointJudge:
+    """A model behind an endpoint, asked in both orders. It contradicts itself: a tie.
+
+    connect: makes the endpoint, on rank 0 alone, which asks for all.
+    """
+
+    def __init__(self, connect: Callable[[], Endpoint]) -> None:
+        self.connect = connect
+
+    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none."""
+
+        def ask() -> list[float]:
+            both = [_question(row, x, y) + OR_TIE
+                    for row, a, b in zip(rows, first, second, strict=True) for x, y in ((a, b), (b, a))]  # fmt: skip
+            with Bar("judge", len(both), "questions") as progress:
+                verdicts = [_verdict(text) for text in self.connect().ask(both, lambda n: progress(n, 0))]
+            return [(there + 1 - back) / 2 for there, back in zip(verdicts[0::2], verdicts[1::2], strict=True)]
+
+        return on_rank0(ask)
+
+
+def _question(row: Row, a: str, b: str) -> str:
+    return QUESTION.format(question=prompt_text(row), a=a, b=b)
+
+
+def _verdict(answer: str) -> float:
+    """1 for A, 0 for B, 0.5 for C; NaN for anything else. What a model thinks aloud before is not read."""
+    found = VERDICT.fullmatch(answer.rpartition("</think>")[2])
+    return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1].upper()] if found else math.nan
 
 
 def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
-    """The judge that `judge.model` (or `model`) names; "policy" is the model folder `policy`. All ranks call it.
+    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call it.
 
-    Raises InputError where it is no judge.
+    model: POLICY or CHECKER, whatever the keys say. Raises InputError where it is no judge.
     """
-    model = model or ctx.config.judge.model
-    if model == CHECKER:
+    j = ctx.config.judge
+    if model is None and j.endpoint is not None:
+        url = j.endpoint
+        return EndpointJudge(lambda: Endpoint(
+            url, j.model, ctx.run.path / ANSWERS, token_cap=j.token_cap, concurrency=j.concurrency,
+            answer_tokens=j.answer_tokens,
+        ))  # fmt: skip
+    if (model or j.model) == CHECKER:
         return Checker()
-    folder = _folder(ctx, policy, model)
+    folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
     return ModelJudge(loaded, load_tokenizer(folder), ctx.config.training.micro_tokens, ctx.device)
 
 
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
     """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of `open_judge`."""
-    model = model or ctx.config.judge.model
-    if model == CHECKER:
+    j = ctx.config.judge
+    if model is None and j.endpoint is not None:
+        return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
+    if (model or j.model) == CHECKER:
         return {"judge.model": CHECKER}
-    return {"judge.model": hash_model_folder(_folder(ctx, policy, model)), "dtype": str(ctx.dtype)}
+    return {"judge.model": hash_model_folder(_folder(ctx, policy, model or j.model)), "dtype": str(ctx.dtype)}
 
 
 def _folder(ctx: Context, policy: Path, model: str) -> Path:

@@ -12,7 +12,7 @@ from ldalign.pipeline import read_jsonl, write_text
 from ldalign.summaries import SUMMARY, iterations, stage_names
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
-STEPS = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation")
+STEPS = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation", "reward")
 
 
 def write_report(run: Path) -> str:
@@ -37,7 +37,7 @@ def _collect(summaries: dict[str, Row], name: str) -> Row:
     if not (parts["evaluation"] or parts["policy"]):
         return {}
     return {
-        "policy": name, **parts["distances"], **parts["evaluation"],
+        "policy": name, **parts["distances"], **parts["evaluation"], **parts["reward"],
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
         "seconds": sum(part.get("seconds", 0.0) for part in parts.values()),
@@ -76,6 +76,9 @@ def render(table: Row) -> str:
             (f"sampled - {first}, points", lambda r: _percent(r, "difference/sampled", "{:+.1f}")),
             ("answers cut, %", lambda r: _number(r, "truncated_frac", "{:.1f}", 100)),
             ("NLL of real responses, nats/token", lambda r: _number(r, "nll/real", "{:.4f}")),
+            ("reward of greedy answers", _reward),
+            ("they beat the real ones, %", lambda r: _percent(r, "reward/win_rate", "{:.1f}")),
+            (f"they beat those of {first}, %", lambda r: _percent(r, "reward/win_rate_first", "{:.1f}")),
         ]),
         _moved(rows),
         _table("Training", rows, [
@@ -161,6 +164,12 @@ def _number(row: Row, key: str, form: str, factor: float = 1.0) -> str:
 
 def _percent(row: Row, key: str, form: str) -> str:
     return f"{form.format(100 * row[key])} +- {100 * row[f'{key}_se']:.1f}" if key in row else "-"
+
+
+def _reward(row: Row) -> str:
+    if "reward/mean" not in row:
+        return "-"
+    return f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f} (real {row['reward/real']:+.3f})"
 
 
 def _distances(row: Row) -> str:

@@ -114,8 +114,37 @@ class Judge:
     SHORTHAND: ClassVar[str] = "model"
 
     model: str = setting(
-        "checker", "checker: the embedded data's own; policy: the policy itself; or a model folder or name"
+        "checker", "checker: the embedded data's own; policy: the policy itself; a model folder or name; with an "
+                   "endpoint, its name for the model")  # fmt: skip
+    endpoint: str | None = setting(
+        None, "URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key: OPENAI_API_KEY"
     )
+    token_cap: int | None = setting(
+        1_000_000, "most tokens the endpoint may read and write for a run; null: no bound", check=positive
+    )
+    answer_tokens: int = setting(16, "longest answer of the endpoint; more for a model that thinks", check=positive)
+    concurrency: int = setting(8, "questions to the endpoint at a time", check=positive)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether latent distance and a judge agree on which of two samples is better: `train/judge.py`."""
+
+    rows: int | None = setting(None, "first held-out prompts to use; null: all", check=positive)
+    policy: str | None = setting(None, "model folder that answers, such as RUN/iteration_2/policy; null: the start")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What scores every policy's held-out answers (docs/judges.md). `reward=NAME` sets `reward.model`."""
+
+    SHORTHAND: ClassVar[str] = "model"
+
+    model: str | None = setting(
+        None, "sequence classifier with one logit, folder or name, such as OpenAssistant/"
+              "reward-model-deberta-v3-large-v2; null: no rewards")  # fmt: skip
+    max_tokens: int = setting(512, "of question and answer together, in its tokens; the longer is cut", check=positive)
+    batch_tokens: int = setting(8192, "tokens scored at a time, on one rank, padding counted", check=positive)
 
 
 @dataclass(frozen=True)
@@ -174,6 +203,8 @@ class RunConfig:
     continual_sft: Sft = group(Sft, "baseline: more SFT from the same start, in the table beside the iterations")
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
     judge: Judge = group(Judge, "which of two answers is better")
+    agreement: Agreement = group(Agreement, "agreement of latent distance with the judge")
+    reward: Reward = group(Reward, "rewards of held-out answers")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
@@ -207,6 +238,11 @@ class RunConfig:
             found.append(f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}")
         if self.guide.width % self.guide.heads:
             found.append(f"guide.width={self.guide.width} must be a multiple of guide.heads={self.guide.heads}")
+        if self.judge.endpoint is not None:
+            if not self.judge.endpoint.startswith(("http://", "https://")):
+                found.append(f"judge.endpoint={self.judge.endpoint} must be a URL, http:// or https://")
+            if self.judge.model in ("checker", "policy"):
+                found.append(f"judge.model={self.judge.model} must be the endpoint's name for a model")
         return found
 
 

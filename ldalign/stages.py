@@ -311,7 +311,7 @@ def distances_stage(
         return _distance_summary(distances, weights, kept) | {"weight/clipped": clipped}
 
     parents: dict[str, str | int | float] = {
-        "guide": _guide_hash(guide), "responses": file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
+        "guide": guide_hash(guide), "responses": file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
         "data": ctx.used_hash, **ctx.keys("max_length", "weights", "weight_clip"),
     }  # fmt: skip
     if config.weights == "shuffled":
@@ -321,7 +321,8 @@ def distances_stage(
     return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
 
 
-def _guide_hash(folder: Path) -> str:
+def guide_hash(folder: Path) -> str:
+    """Of a trained guide's folder."""
     # The folder itself counts as one: latent.safetensors and tokenizer.json lie in it.
     parts = [hash_model_folder(part) for part in (folder, folder / "encoder", folder / "decoder")]
     return hash_settings([*parts, hash_file(folder / "guide.json")])
@@ -424,23 +425,27 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
         return {}
     settings = EvaluationSettings(
         e.samples, Sampling(config.max_new_tokens, e.temperature), config.sampling.batch_rows,
-        config.training.micro_tokens, config.seed,
+        config.training.micro_tokens, config.seed, answer_all=config.reward.model is not None,
     )  # fmt: skip
+    checkable = sum(row.kind is not None for row in ctx.heldout.rows)
+    unchecked = len(ctx.heldout.rows) - checkable
 
     def make(folder: Path) -> Metrics:
         model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
-        checkable = sum(row.kind is not None for row in ctx.heldout.rows)
-        with Bar(name, checkable * (1 + e.samples) // distributed.world_size(), "rows") as progress:
+        answers = checkable * (1 + e.samples) + unchecked * settings.answer_all
+        with Bar(name, answers // distributed.world_size(), "rows") as progress:
             metrics, records = evaluate(model, ctx.tokenizer, ctx.heldout.rows, ctx.heldout.pairs, settings, ctx.device,
                                         progress, release=True)  # fmt: skip
         write_rows(folder / "answers.jsonl", records)
         return metrics
 
-    parents = {
+    parents: dict[str, str | int | float] = {
         "policy": hash_model_folder(policy), "data (held-out rows)": ctx.heldout_hash, "dtype": str(ctx.dtype),
         "template": ctx.tokenizer.template_hash,
         **ctx.keys("max_length", "max_new_tokens", "evaluation.samples", "evaluation.temperature", "seed"),
     }  # fmt: skip
+    if settings.answer_all and unchecked:
+        parents["answers"] = "to every row, for reward.model"
     metrics = stage(ctx, name, parents, make)
     if "accuracy/greedy" in metrics:
         say(f"{name}: greedy {metrics['accuracy/greedy']:.1%}, sampled {metrics.get('accuracy/sampled', 0):.1%} right, "

@@ -1,16 +1,26 @@
 """Judges: the checker, a local model asked in both orders, and any OpenAI-compatible endpoint."""
 
+import json
 import math
-from typing import cast
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import tiny
 import torch
 
+from ldalign import endpoint as endpoint_module
 from ldalign import tasks
+from ldalign.config import load_config
 from ldalign.data import Row
-from ldalign.judges import ONE_LETTER, QUESTION, Checker, ModelJudge
+from ldalign.endpoint import Endpoint
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
 from ldalign.mistral import Mistral
+from ldalign.settings import RunConfig
 from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model
@@ -76,3 +86,169 @@ def test_no_verdict_on_what_a_model_cannot_read(rows: list[Row], judge: ModelJud
     verdicts = judge.prefer(rows[:3], ["short", "word " * 500, "short"], ["brief"] * 3)
     assert [math.isnan(v) for v in verdicts] == [False, True, False]
     assert judge.prefer([], [], []) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- endpoint
+
+Reply = tuple[int, dict[str, Any] | str]  # a status with an error object, or 200 and the model's text
+
+
+class Server:
+    """An OpenAI-compatible server on this machine: POST /v1/chat/completions. `reply` answers each question."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[str, dict[str, Any]], Reply] = lambda question, body: (200, "A")
+        self.asked: list[str] = []
+        self.keys: set[str | None] = set()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][0]["content"]
+                server.asked.append(question)
+                server.keys.add(self.headers["Authorization"])
+                assert self.path == "/v1/chat/completions" and body["model"] == "big"
+                status, said = server.reply(question, body)
+                answer: dict[str, Any] = {"error": said}
+                if status == 200:
+                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+                    answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "big", "choices": [choice],
+                              "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}  # fmt: skip
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Retry-After-Ms", "1")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def connect(server: Server, folder: Path, token_cap: int | None = None, concurrency: int = 4) -> Endpoint:
+    answers = folder / "judge.jsonl"
+    return Endpoint(server.url, "big", answers, token_cap=token_cap, concurrency=concurrency, answer_tokens=16)
+
+
+def verdicts(server: Server, folder: Path, first: list[str], second: list[str]) -> list[float]:
+    rows = [Row(str(n), ({"role": "user", "content": f"question {n}"},), "") for n in range(len(first))]
+    return EndpointJudge(lambda: connect(server, folder)).prefer(rows, first, second)
+
+
+def test_an_endpoint_is_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
+    """It likes "good" wherever it stands; a judge that always says A, or C, says that it is a tie."""
+
+    def reply(question: str, body: dict[str, Any]) -> Reply:
+        assert body["temperature"] == 0 and body["max_tokens"] == 16
+        a, b = (question.index(f"[Answer {letter}]") for letter in "AB")
+        return 200, "A" if "good" in question[a:b] else " b." if "good" in question[b:] else "Answer: A"
+
+    server.reply = reply
+    assert verdicts(server, tmp_path, ["good", "bad", "same"], ["bad", "good", "like"]) == [1.0, 0.0, 0.5]
+    assert len(server.asked) == 6 == len(set(server.asked)) and server.keys == {"Bearer sk-secret"}
+    server.reply = lambda question, body: (200, "<think>A? B?</think> C")
+    assert verdicts(server, tmp_path, ["x"], ["y"]) == [0.5]
+    server.reply = lambda question, body: (200, "Both answers are fine.")
+    assert math.isnan(verdicts(server, tmp_path, ["u"], ["v"])[0])
+    assert "sk-secret" not in (tmp_path / "judge.jsonl").read_text()
+
+
+def test_what_fails_for_a_time_is_repeated(server: Server, tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def reply(question: str, body: dict[str, Any]) -> Reply:
+        tries.append(1)
+        return (429, {"message": "slow down"}) if len(tries) == 1 else (500, {}) if len(tries) == 2 else (200, "B")
+
+    server.reply = reply
+    assert connect(server, tmp_path).ask(["q"]) == ["B"] and len(tries) == 3
+
+
+def test_what_fails_for_good_says_so(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.reply = lambda question, body: (401, {"message": "Incorrect API key provided: sk-secret"})
+    with pytest.raises(EnvironmentProblem, match=r"refuses the key \(401\); set OPENAI_API_KEY") as refused:
+        connect(server, tmp_path).ask(["q"])
+    assert "sk-secret" not in str(refused.value)
+    server.reply = lambda question, body: (404, {"message": "no model big for key sk-secret"})
+    with pytest.raises(InputError, match="judge.model=big") as unknown:
+        connect(server, tmp_path).ask(["q"])
+    assert "sk-secret" not in str(unknown.value)
+    monkeypatch.setattr(endpoint_module, "RETRIES", 1)
+    server.reply = lambda question, body: (503, {"message": "busy"})
+    with pytest.raises(EnvironmentProblem, match="does not answer after 1 more tries"):
+        connect(server, tmp_path).ask(["q"])
+    nobody = Endpoint("http://127.0.0.1:9/v1", "big", tmp_path / "x", token_cap=None, concurrency=1, answer_tokens=1)
+    with pytest.raises(EnvironmentProblem, match="127.0.0.1:9/v1: cannot be reached"):
+        nobody.ask(["q"])
+
+
+def test_the_cap_keeps_what_is_paid_for(server: Server, tmp_path: Path) -> None:
+    """100 tokens an answer: the fourth question is not asked, the next start goes on with it."""
+    questions = [f"q{n}" for n in range(6)]
+    with pytest.raises(InputError, match=r"judge.token_cap=300: reached, with 3 answers in .*judge.jsonl"):
+        connect(server, tmp_path, token_cap=300, concurrency=1).ask(questions)
+    assert len(server.asked) == 3
+    with pytest.raises(InputError, match="judge.token_cap=300"):
+        connect(server, tmp_path, token_cap=300).ask(questions)
+    assert len(server.asked) == 3
+    assert connect(server, tmp_path, token_cap=601).ask(questions) == ["A"] * 6
+    assert len(server.asked) == 6
+
+
+def test_a_stopped_run_pays_nothing_twice(server: Server, tmp_path: Path) -> None:
+    """A kill may leave a torn line; all whole ones count. Equal questions are one."""
+    connect(server, tmp_path).ask(["one", "two", "two"])
+    assert sorted(server.asked) == ["one", "two"]
+    with (tmp_path / "judge.jsonl").open("a") as file:
+        file.write('{"key": "torn", "answ')
+    shown: list[int] = []
+    again = connect(server, tmp_path)
+    assert again.tokens == 200
+    assert again.ask(["one", "three", "two"], shown.append) == ["A", "A", "A"]
+    assert sorted(server.asked) == ["one", "three", "two"] and sum(shown) == 3
+    assert connect(server, tmp_path).tokens == 300
+    (tmp_path / "judge.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="judge.jsonl:1: not a kept answer"):
+        connect(server, tmp_path)
+
+
+def test_models_that_refuse_a_parameter_are_asked_without(server: Server, tmp_path: Path) -> None:
+    def reply(question: str, body: dict[str, Any]) -> Reply:
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                return 400, {"message": f"Unsupported: {name}", "param": name, "code": "unsupported_parameter"}
+        return 200, "A"
+
+    server.reply = reply
+    assert connect(server, tmp_path).ask(["q"]) == ["A"] and len(server.asked) == 3
+    server.reply = lambda question, body: (400, {"message": "too long", "param": "messages"})
+    with pytest.raises(InputError, match="too long"):
+        connect(server, tmp_path).ask(["r"])
+
+
+def test_settings_of_an_endpoint() -> None:
+    assert load_config(RunConfig, overrides=["judge=policy"]).judge.model == "policy"
+    for keys, message in (
+        (["judge.endpoint=localhost:8000", "judge=big"], "must be a URL"),
+        (["judge.endpoint=http://localhost:8000/v1"], "judge.model=checker must be the endpoint's name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_config(RunConfig, overrides=keys)

@@ -164,14 +164,14 @@ def test_iterations_follow_each_other(toy_run: Path) -> None:
 def test_a_guide_is_known_by_all_its_files(toy_run: Path, tmp_path: Path) -> None:
     import shutil
 
-    before = stages._guide_hash(toy_run / "guide")
+    before = stages.guide_hash(toy_run / "guide")
     for name in ("latent.safetensors", "tokenizer.json", "guide.json", "encoder/model.safetensors"):
         copy = tmp_path / name.replace("/", "_")
         shutil.copytree(toy_run / "guide", copy)
-        assert stages._guide_hash(copy) == before
+        assert stages.guide_hash(copy) == before
         with (copy / name).open("ab") as file:
             file.write(b" ")
-        assert stages._guide_hash(copy) != before, name
+        assert stages.guide_hash(copy) != before, name
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:

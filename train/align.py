@@ -9,8 +9,9 @@ command again goes on after the last finished stage.
 from ldalign import errors, sources
 from ldalign.command import run_stages
 from ldalign.context import Context
+from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
-from ldalign.stages import evaluation_stage, policy_stage, sft_stage, start_name, start_stage
+from ldalign.stages import policy_stage, sft_stage, start_name, start_stage
 
 
 def main(argv: list[str]) -> None:
@@ -22,31 +23,33 @@ def align(ctx: Context) -> str:
     """The method: from the start policy to the last iteration's, and the baseline beside it."""
     config = ctx.config
     start = start_stage(ctx)
-    evaluation_stage(ctx, start_name(config), start)
+    first = start_name(config)
+    measure(ctx, first, start, first)
 
     policy = start
     for t in range(config.iterations):
         reference = policy if config.reference == "iteration" else start
         source = sources.SOURCES[config.method](ctx, t, policy, reference)
         policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
-        evaluation_stage(ctx, f"iteration_{t}", policy)
+        measure(ctx, f"iteration_{t}", policy, first)
 
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
-        evaluation_stage(ctx, "continual_sft", baseline)
+        measure(ctx, "continual_sft", baseline, first)
     return f"The aligned policy: {policy}" if config.iterations else f"The policy: {policy}"
 
 
 def planned(config: RunConfig) -> list[str]:
     """The stages of the whole run, by name."""
     names = ["sft/policy"] if config.sft.epochs else []
-    names.append(f"{start_name(config)}/evaluation")
-    steps = [*sources.planned(config), "policy", "evaluation"]
-    names += [f"iteration_{t}/{step}" for t in range(config.iterations) for step in steps]
+    names += measurements(config, start_name(config))
+    steps = [*sources.planned(config), "policy"]
+    for t in range(config.iterations):
+        names += [*(f"iteration_{t}/{step}" for step in steps), *measurements(config, f"iteration_{t}")]
     if config.iterations and config.method == "ld_align":
         names.insert(names.index("iteration_0/distances"), "guide")
     if config.continual_sft.epochs:
-        names += ["continual_sft/policy", "continual_sft/evaluation"]
+        names += ["continual_sft/policy", *measurements(config, "continual_sft")]
     return names
 
 

@@ -8,8 +8,8 @@ and iterations are ignored. Give every policy a run folder of its own.
 from ldalign import errors
 from ldalign.command import need, run_stages
 from ldalign.context import Context
+from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
-from ldalign.stages import evaluation_stage
 
 
 def main(argv: list[str]) -> None:
@@ -23,14 +23,14 @@ def check(config: RunConfig) -> None:
 
 
 def evaluate(ctx: Context) -> str:
-    """The one stage."""
-    evaluation_stage(ctx, "start", ctx.start)
+    """All measurements."""
+    measure(ctx, "start", ctx.start, "start")
     return f"Every answer: {ctx.run.path / 'start/evaluation/answers.jsonl'}"
 
 
 def planned(config: RunConfig) -> list[str]:
-    """Its name."""
-    return ["start/evaluation"]
+    """Their names."""
+    return measurements(config, "start")
 
 
 if __name__ == "__main__":

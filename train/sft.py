@@ -8,8 +8,9 @@ and a run folder of its own.
 from ldalign import errors
 from ldalign.command import need, run_stages
 from ldalign.context import Context
+from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
-from ldalign.stages import evaluation_stage, sft_stage
+from ldalign.stages import sft_stage
 
 
 def main(argv: list[str]) -> None:
@@ -23,15 +24,15 @@ def check(config: RunConfig) -> None:
 
 
 def sft(ctx: Context) -> str:
-    """The two stages."""
+    """The stages."""
     policy = sft_stage(ctx, "sft", ctx.start)
-    evaluation_stage(ctx, "sft", policy)
+    measure(ctx, "sft", policy, "sft")
     return f"The policy: {policy}"
 
 
 def planned(config: RunConfig) -> list[str]:
     """Their names."""
-    return ["sft/policy", "sft/evaluation"]
+    return ["sft/policy", *measurements(config, "sft")]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""What is measured of every policy of a run: the held-out evaluation and, with `reward.model`, rewards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ldalign import distributed
+from ldalign.context import Context, find_model, prompt_text
+from ldalign.evaluate import standard_error
+from ldalign.metrics import say
+from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
+from ldalign.reward import RewardModel
+from ldalign.settings import RunConfig
+from ldalign.stages import evaluation_stage
+from ldalign.summaries import Metrics, stage
+
+
+def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
+    """All measurements of `policy`, in NAME/evaluation and NAME/reward. first: the name it is compared with."""
+    evaluation_stage(ctx, name, policy)
+    if ctx.config.reward.model is not None and ctx.heldout.rows:
+        reward_stage(ctx, name, first)
+
+
+def measurements(config: RunConfig, name: str) -> list[str]:
+    """The stages that `measure` makes, by name."""
+    return [f"{name}/evaluation", *([f"{name}/reward"] if config.reward.model is not None else [])]
+
+
+def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
+    """Rewards of the greedy answers in NAME/evaluation and of the real responses, in NAME/reward/rewards.jsonl.
+
+    The real responses are scored once, with the policy called `first`; the others are also compared with it.
+    """
+    r = ctx.config.reward
+    model = find_model(ctx.config, str(r.model))
+    answers = ctx.run.path / name / "evaluation/answers.jsonl"
+    before = ctx.run.path / first / "reward/rewards.jsonl" if first != name else None
+
+    def make(folder: Path) -> Metrics:
+        scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
+        questions = [prompt_text(row) for row in ctx.heldout.rows]
+        generated = _score(scorer, questions, [record["greedy"] for record in read_jsonl(answers)])
+        old = read_jsonl(before) if before else []
+        if before:
+            real = np.array([record["real"] for record in old])
+        else:
+            real = _score(scorer, questions, [row.response for row in ctx.heldout.rows])
+        if distributed.rank() == 0:
+            columns = zip(ctx.heldout.rows, generated.tolist(), real.tolist(), strict=True)
+            write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
+        return summary(generated, real, np.array([record["generated"] for record in old]) if old else None)
+
+    parents = {
+        "reward.model": hash_model_folder(model), "answers": hash_file(answers), "data": ctx.heldout_hash,
+        **ctx.keys("reward.max_tokens"), **({f"rewards of {first}": hash_file(before)} if before else {}),
+    }  # fmt: skip
+    metrics = stage(ctx, f"{name}/reward", parents, make)
+    say(f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses {metrics['reward/real']:.3f}, better than "
+        f"these on {metrics['reward/win_rate']:.1%}")  # fmt: skip
+    return metrics
+
+
+def _score(scorer: RewardModel, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """(N,) float64; the ranks share the rows."""
+    mine = range(distributed.rank(), len(questions), distributed.world_size())
+    values = scorer.score([questions[i] for i in mine], [answers[i] for i in mine])
+    merged: np.ndarray = distributed.merge_rows(len(questions), mine, values).numpy()
+    return merged
+
+
+def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:
+    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are (N,)."""
+    metrics = {
+        "reward/mean": float(generated.mean()), "reward/mean_se": standard_error(generated),
+        "reward/real": float(real.mean()), **_wins("reward/win_rate", generated, real),
+    }  # fmt: skip
+    return metrics if first is None else metrics | _wins("reward/win_rate_first", generated, first)
+
+
+def _wins(name: str, one: np.ndarray, other: np.ndarray) -> Metrics:
+    wins = (np.sign(one - other) + 1) / 2
+    return {name: float(wins.mean()), f"{name}_se": standard_error(wins)}

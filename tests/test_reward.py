@@ -1,0 +1,143 @@
+"""Rewards: a tiny random DeBERTa against transformers row by row, and the stage beside each evaluation."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from ldalign import measures
+from ldalign.config import load_config, to_yaml
+from ldalign.context import open_context
+from ldalign.errors import EnvironmentProblem, InputError, NumericsError
+from ldalign.measures import measure, measurements, summary
+from ldalign.pipeline import RunFolder, read_jsonl
+from ldalign.reward import RewardModel
+from ldalign.settings import RunConfig
+from ldalign.summaries import stage_names
+from ldalign.toy import write_toy_model
+
+WORDS = "what is the sum of two and one three four five more it a an answer right wrong".split()
+
+
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of OpenAssistant's model: DebertaV2ForSequenceClassification, one logit, [CLS] q [SEP] a [SEP]."""
+    folder = tmp_path_factory.mktemp("reward") / "deberta"
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in special}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=1,
+        initializer_range=0.5, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=64, type_vocab_size=0, pooler_hidden_size=16,
+    )  # fmt: skip
+    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def texts(count: int, seed: int) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, draw.integers(1, 30))) for _ in range(count)]
+
+
+def test_scores_equal_one_row_at_a_time(deberta: Path) -> None:
+    questions, answers = texts(23, 0), texts(23, 1)
+    model = AutoModelForSequenceClassification.from_pretrained(deberta, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(deberta)
+    alone = []
+    for q, a in zip(questions, answers, strict=True):
+        with torch.no_grad():
+            alone.append(model(**tokenizer(q, a, return_tensors="pt", truncation=True, max_length=40)).logits[0, 0])
+    expected = torch.stack(alone)
+    assert expected.std() > 0.05, "a model that scores all alike tests nothing"
+    for batch_tokens in (1, 100, 8192):
+        got = RewardModel(deberta, torch.device("cpu"), max_tokens=40, batch_tokens=batch_tokens).score(
+            questions, answers
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(RewardModel(deberta, torch.device("cpu")).score(answers, questions), expected, atol=1e-2)
+    assert RewardModel(deberta, torch.device("cpu")).score([], []).shape == (0,)
+
+
+def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((deberta / name).read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is not read
+    with pytest.raises(InputError, match="not a reward model that can be read"):
+        RewardModel(tmp_path, torch.device("cpu"))
+    raw = json.loads((deberta / "config.json").read_text())
+    two = DebertaV2ForSequenceClassification(DebertaV2Config(**(raw | {"num_labels": 2})))
+    two.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has 2 labels"):
+        RewardModel(tmp_path, torch.device("cpu"))
+    model = RewardModel(deberta, torch.device("cpu"))
+    with torch.no_grad():
+        model.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="row 0"):
+        model.score(["what"], ["it"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install ldalign\[reward\]"):
+        RewardModel(deberta, torch.device("cpu"))
+
+
+def test_summary() -> None:
+    """By hand: one win, one tie, two losses."""
+    s = summary(np.array([1.0, 2.0, 0.0, 0.0]), np.array([0.0, 2.0, 1.0, 3.0]), np.zeros(4))
+    assert s["reward/mean"] == 0.75 and s["reward/real"] == 1.5 and s["reward/win_rate"] == 1.5 / 4
+    assert s["reward/win_rate_se"] == pytest.approx(np.std([1, 0.5, 0, 0], ddof=1) / 2)
+    assert s["reward/win_rate_first"] == 0.75 and "reward/win_rate_first" not in summary(np.zeros(2), np.ones(2))
+
+
+def test_stages(deberta: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a checker are answered too; real responses are scored once; a second policy meets the first."""
+    rows = [
+        {"id": str(n), "prompt": q, "response": a}
+        for n, (q, a) in enumerate(zip(texts(5, 2), texts(5, 3), strict=True))
+    ]
+    rows[0] |= {"kind": "counting", "answer": "3"}
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policies = [write_toy_model(tmp_path / name) for name in ("one", "two")]
+    config = load_config(RunConfig, ROOT / "configs/toy.yaml", [
+        f"policy={policies[0]}", f"run={tmp_path / 'run'}", f"heldout={tmp_path / 'heldout.jsonl'}", "max_rows=16",
+        "sft.epochs=0", "continual_sft.epochs=0", "max_new_tokens=4", f"reward={deberta}", "device=cpu",
+    ])  # fmt: skip
+    assert measurements(config, "sft") == ["sft/evaluation", "sft/reward"]
+    scored: list[int] = []
+    score = measures.RewardModel.score
+    monkeypatch.setattr(measures.RewardModel, "score", lambda self, q, a: scored.append(len(a)) or score(self, q, a))  # type: ignore[func-returns-value]
+    with RunFolder(tmp_path / "run", to_yaml(config)) as run:
+        ctx = open_context(run, config)
+        for name, policy in (("start", policies[0]), ("iteration_0", policies[1])):
+            measure(ctx, name, policy, "start")
+        measure(ctx, "start", policies[0], "start")  # nothing to do
+    assert scored == [5, 5, 5]
+    answers = read_jsonl(tmp_path / "run/start/evaluation/answers.jsonl")
+    assert [(len(a["sampled"]), len(a["correct"])) for a in answers] == [(2, 3)] + [(0, 0)] * 4
+    model = RewardModel(deberta, torch.device("cpu"))
+    expected = model.score([row["prompt"] for row in rows], [a["greedy"] for a in answers])
+    first, second = (read_jsonl(tmp_path / f"run/{name}/reward/rewards.jsonl") for name in ("start", "iteration_0"))
+    assert [r["generated"] for r in first] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [r["real"] for r in first] == [r["real"] for r in second]
+    figures = json.loads((tmp_path / "run/iteration_0/reward/summary.json").read_text())
+    assert figures["reward/win_rate_first"] == 0.5, "the same weights: all ties"
+    assert stage_names(tmp_path / "run") == [f"{name}/{step}" for name in ("start", "iteration_0")
+                                             for step in ("evaluation", "reward")]  # fmt: skip

@@ -1,0 +1,45 @@
+"""Judge agreement alone: `torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN [key=value ...]`.
+
+Samples two answers a held-out prompt, calls the one farther from the real response in latent space the worse one, and
+counts how often a judge agrees (paper 5.2), into RUN/agreement. With the settings of a run of align.py and its folder:
+on that run's start policy, or agreement.policy, by its guide. WHO: checker, policy, a model folder, or with
+judge.endpoint=URL the name of a model there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
+"""
+
+from pathlib import Path
+
+from ldalign import errors
+from ldalign.agreement import agreement_stage, find_guide
+from ldalign.command import need, run_stages
+from ldalign.context import Context
+from ldalign.settings import RunConfig
+from ldalign.stages import start_stage
+
+
+def main(argv: list[str]) -> None:
+    """Reads the settings, samples, judges."""
+    run_stages(argv, __doc__ or "", judge, planned, check)
+
+
+def check(config: RunConfig) -> None:
+    """There must be prompts to answer."""
+    need(config.evaluation.rows > 0, "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say")
+
+
+def judge(ctx: Context) -> str:
+    """The two stages."""
+    need(bool(ctx.heldout.rows), "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE")
+    guide = find_guide(ctx)
+    given = ctx.config.agreement.policy
+    agreement_stage(ctx, Path(given).expanduser() if given else start_stage(ctx), guide)
+    return f"Every pair: {ctx.run.path / 'agreement/agreement.jsonl'}"
+
+
+def planned(config: RunConfig) -> list[str]:
+    """Their names."""
+    start = ["sft/policy"] if config.sft.epochs and config.agreement.policy is None else []
+    return [*start, "agreement_samples", "agreement"]
+
+
+if __name__ == "__main__":
+    errors.run(main)
