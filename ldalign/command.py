@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldalign import distributed
+from ldalign.benchmarks import check_benchmarks, say_table
 from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
@@ -36,6 +37,7 @@ def run_stages(
     if config is None:
         return
     check(config)
+    check_benchmarks(config)
     distributed.start(config.device)
     folder = RunFolder(Path(config.run), to_yaml(config))
     if "--dry-run" in argv:
@@ -47,6 +49,7 @@ def run_stages(
             closing = work(ctx)
             if distributed.rank() == 0:
                 say(f"\n{write_report(run.path)}")
+                say_table(run.path)
             say(closing)
     distributed.stop()
 

@@ -104,6 +104,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Benchmarks:
+    """Public benchmarks (docs/benchmarks.md), of every policy that is evaluated. `benchmarks=[...]` sets the tasks."""
+
+    SHORTHAND: ClassVar[str] = "tasks"
+
+    tasks: list[str] = setting([], "such as [piqa, arc_easy]; []: none")
+    data: str | None = setting(None, "folder of local files, TASK.jsonl; null: the hub's data sets")
+    limit: int | None = setting(None, "first rows of each task; null: all", check=positive)
+    shots: int | None = setting(None, "examples in front of every row; null: the task's own", check=non_negative)
+    chat_template: bool = setting(False, "put prompts into the chat template (the leaderboards do not)")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
 
@@ -145,6 +158,7 @@ class RunConfig:
     sft: Sft = group(Sft, "warm-up of the start policy on the data")
     continual_sft: Sft = group(Sft, "baseline: more SFT from the same start, in the table beside the iterations")
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
+    benchmarks: Benchmarks = group(Benchmarks, "public benchmarks")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
     def problems(self) -> list[str]:

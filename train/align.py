@@ -8,6 +8,7 @@ command again goes on after the last finished stage.
 import torch
 
 from ldalign import errors
+from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.command import run_stages
 from ldalign.context import Context
 from ldalign.settings import RunConfig
@@ -34,6 +35,7 @@ def align(ctx: Context) -> str:
     config = ctx.config
     start = start_stage(ctx)
     evaluation_stage(ctx, start_name(config), start)
+    benchmark_stages(ctx, start_name(config), start)
 
     policy, guide = start, None
     for t in range(config.iterations):
@@ -45,10 +47,12 @@ def align(ctx: Context) -> str:
         pairs = reference_stage(ctx, t, policy if config.reference == "iteration" else start, responses)
         policy = policy_stage(ctx, t, policy, pairs, weights)
         evaluation_stage(ctx, f"iteration_{t}", policy)
+        benchmark_stages(ctx, f"iteration_{t}", policy)
 
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
         evaluation_stage(ctx, "continual_sft", baseline)
+        benchmark_stages(ctx, "continual_sft", baseline)
     return f"The aligned policy: {policy}" if config.iterations else f"The policy: {policy}"
 
 
@@ -62,6 +66,8 @@ def planned(config: RunConfig) -> list[str]:
         names.insert(names.index("iteration_0/distances"), "guide")
     if config.continual_sft.epochs:
         names += ["continual_sft/policy", "continual_sft/evaluation"]
+    for name in [name for name in names if name.endswith("/evaluation")]:
+        names += planned_benchmarks(config, name.removesuffix("/evaluation"))
     return names
 
 
