@@ -1,6 +1,7 @@
 # One target per habit; each does whatever set-up is still missing, so any of them can be the first one typed.
 #   make setup   install everything needed to run, then say what this machine has
 #   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
+#   make evaluate   one policy, on held-out rows and public benchmarks; make evaluate ARGS="policy=FOLDER key=value ..."
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make lint    ruff and mypy
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align test lint bench profile gpu
+.PHONY: setup check-env align evaluate test lint bench profile gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
@@ -37,6 +38,9 @@ align: $(VENV)/.product
 	if [ "$$gpus" -gt 1 ]; then \
 		exec $(VENV)/bin/torchrun --standalone --nproc-per-node "$$gpus" train/align.py --config $(CONFIG) $(ARGS); \
 	else exec $(PY) train/align.py --config $(CONFIG) $(ARGS); fi
+
+evaluate: $(VENV)/.eval
+	@$(PY) train/evaluate.py $(ARGS)
 
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
 test: $(VENV)/.dev
@@ -90,9 +94,14 @@ $(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.p
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.product requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.product requirements/dev.txt requirements/eval.txt
 	@echo "make: installing what tests and linting need"
 	@$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.eval: $(VENV)/.product requirements/eval.txt
+	@echo "make: installing what benchmarks need"
+	@$(PIP) install -r requirements/eval.txt
 	@touch $@
 
 # Its packages' own needs are torch and triton, which are there.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ldalign import distributed
+from ldalign.benchmarks import check_benchmarks, say_table
 from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
@@ -37,6 +38,7 @@ def run_stages(
     if config is None:
         return
     check(config)
+    check_benchmarks(config)
     distributed.start(config.device)
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
@@ -46,6 +48,7 @@ def run_stages(
             closing = work(ctx)
             if distributed.rank() == 0:
                 say(f"\n{write_report(ctx.run.path)}")
+                say_table(ctx.run.path)
             say(closing)
     distributed.stop()
 

@@ -1,4 +1,4 @@
-"""What is measured of every policy of a run: the held-out evaluation and, with `reward.model`, rewards."""
+"""What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and benchmarks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ldalign import distributed
+from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.context import Context, find_model, prompt_text
 from ldalign.evaluate import standard_error
 from ldalign.metrics import say
@@ -17,15 +18,19 @@ from ldalign.summaries import Metrics, stage
 
 
 def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
-    """All measurements of `policy`, in NAME/evaluation and NAME/reward. first: the name it is compared with."""
+    """All measurements of `policy`, in folders of NAME. first: the name of the policy its rewards are compared with."""
     evaluation_stage(ctx, name, policy)
     if ctx.config.reward.model is not None and ctx.heldout.rows:
         reward_stage(ctx, name, first)
+    benchmark_stages(ctx, name, policy)
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:
     """The stages that `measure` makes, by name."""
-    return [f"{name}/evaluation", *([f"{name}/reward"] if config.reward.model is not None else [])]
+    names = [f"{name}/evaluation"] if config.evaluation.rows else []
+    if config.reward.model is not None and config.evaluation.rows:
+        names.append(f"{name}/reward")
+    return names + planned_benchmarks(config, name)
 
 
 def reward_stage(ctx: Context, name: str, first: str) -> Metrics:

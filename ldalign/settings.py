@@ -148,6 +148,19 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Benchmarks:
+    """Public benchmarks (docs/benchmarks.md), of every policy that is evaluated. `benchmarks=[...]` sets the tasks."""
+
+    SHORTHAND: ClassVar[str] = "tasks"
+
+    tasks: list[str] = setting([], "such as [piqa, arc_easy]; []: none")
+    data: str | None = setting(None, "folder of local files, TASK.jsonl; null: the hub's data sets")
+    limit: int | None = setting(None, "first rows of each task; null: all", check=positive)
+    shots: int | None = setting(None, "examples in front of every row; null: the task's own", check=non_negative)
+    chat_template: bool = setting(False, "put prompts into the chat template (the leaderboards do not)")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
 
@@ -205,6 +218,7 @@ class RunConfig:
     judge: Judge = group(Judge, "which of two answers is better")
     agreement: Agreement = group(Agreement, "agreement of latent distance with the judge")
     reward: Reward = group(Reward, "rewards of held-out answers")
+    benchmarks: Benchmarks = group(Benchmarks, "public benchmarks")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:

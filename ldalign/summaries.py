@@ -43,7 +43,16 @@ def stage_names(run: Path) -> list[str]:
     names.insert(names.index("iteration_0/distances"), "guide")  # trained on the first responses
     names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
     names += ["agreement_samples", "agreement"]
+    for name in [name for name in names if name.endswith("/evaluation")]:
+        folders = sorted((run / name).parent.glob("benchmarks/*"))
+        names[names.index(name) + 1 : names.index(name) + 1] = [str(path.relative_to(run)) for path in folders]
     return [name for name in names if (run / name / SUMMARY).is_file()]
+
+
+def benchmark_summaries(run: Path) -> dict[str, Metrics]:
+    """What every finished benchmark of a run folder says of itself, by stage name (POLICY/benchmarks/TASK)."""
+    names = [name for name in stage_names(run) if "/benchmarks/" in name]
+    return {name: json.loads((run / name / SUMMARY).read_text(encoding="utf-8")) for name in names}
 
 
 def iterations(run: Path) -> list[int]:

@@ -96,6 +96,17 @@ class Tokenizer:
             raise InputError(f"{self.folder}: the tokenizer turns ordinary text into the control token {token!r}")
         return [self._real_id.get(i, i) for i in ids]
 
+    def encode_rendered(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of a text in which special tokens are written by name, as a rendered template or a benchmark's prompt.
+
+        Only for text that may do so: what a person wrote goes through `encode`. add_bos: put the BOS in front; None:
+        where the model uses one and the text does not begin with it.
+        """
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if add_bos is None:
+            add_bos = self._starts_with_bos and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
         return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -1,0 +1,86 @@
+"""The parts of the benchmark definitions that are no template: how rows are brought into shape, and two scores.
+
+The YAML files of benchmark_definitions/ name these functions (`!function ldalign.benchmark_rows.NAME`). `rows` is
+anything with `map(function of a row)`: a data set of the hub, or local rows.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+Result = tuple[float, bool]  # of one choice: its log-prob, natural log; whether it is the greedy continuation
+
+
+class Mapped(Protocol):
+    """What a definition gets of its rows."""
+
+    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
+        """The rows with what `function` returns for each put into it."""
+        ...
+
+
+def hellaswag(rows: Mapped) -> Mapped:
+    """`query` and `choices` out of the hub's columns; rows that have them already stay as they are."""
+    return rows.map(_hellaswag)
+
+
+def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
+    if "query" in row:
+        return {}
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {
+        "query": _without_brackets(f"{row['activity_label']}: {context}"),
+        "choices": [_without_brackets(ending) for ending in row["endings"]],
+    }
+
+
+def _without_brackets(text: str) -> str:
+    """Without WikiHow's marks: [title] begins a sentence, [step], [substeps] and the like are nothing."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def truthfulqa(rows: Mapped) -> Mapped:
+    """Checked: the score takes the first of the mc1 choices to be the true one."""
+    return rows.map(_truthfulqa)
+
+
+def _truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
+    if list(row["mc1_targets"]["labels"])[:1] != [1]:
+        raise ValueError("the first choice of mc1_targets must be the true one (label 1)")
+    return {}
+
+
+def true_probability(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
+    """TruthfulQA's mc2: the share of the probability of all choices that the true ones have."""
+    logprobs = np.array([logprob for logprob, _ in results])
+    shares = np.exp(logprobs - logprobs.max())
+    return {"acc": float(shares[np.array(row["mc2_targets"]["labels"]) == 1].sum() / shares.sum())}
+
+
+# Space before punctuation, and quotation marks, as the data set's tokeniser left them; in this order.
+SPACED = (
+    (" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't"), ("`` ", '"'), ("''", '"'), (" :", ":"), (" ;", ";"),
+    (" !", "!"), (" ?", "?"), (" ,", ","), (" .", "."),
+)  # fmt: skip
+
+
+def mutual(rows: Mapped) -> Mapped:
+    """The article and the options as ordinary text."""
+    return rows.map(lambda row: {"article": _joined(row["article"]), "options": [_joined(o) for o in row["options"]]})
+
+
+def _joined(text: str) -> str:
+    for old, new in SPACED:
+        text = text.replace(old, new)
+    return text
+
+
+def recall_of_four(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
+    """MuTual's r@1, r@2 and reciprocal rank of the right option, by log-prob; a tie counts against it."""
+    logprobs = [logprob for logprob, _ in results]
+    right = "ABCD".index(row["answers"])
+    rank = sum(logprob >= logprobs[right] for logprob in logprobs)
+    return {"r@1": float(rank == 1), "r@2": float(rank <= 2), "mrr": 1 / rank}

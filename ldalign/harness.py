@@ -1,0 +1,388 @@
+"""Our models under the lm-evaluation-harness (lm-eval): a `TemplateLM` over the training path and our generation.
+
+Importing this module needs the extra `eval`. `ldalign.benchmarks` runs our benchmarks with it; for any other task of
+the harness, with lm-eval's own options: `python -m ldalign.harness --model ldalign --model_args policy=FOLDER --tasks
+NAME`.
+
+Log-probs: a context is computed once for all its continuations, and so is a beginning that many contexts share, such
+as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...] (`ldalign.layout.Packed`). No logits
+are made but the few that `is_greedy` needs.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldalign import distributed, ops
+from ldalign.batches import deal
+from ldalign.decoders import Decoder, new_decoder
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.generate import generate_ids
+from ldalign.layout import Packed
+from ldalign.metrics import Bar, say
+from ldalign.mistral import Mistral
+from ldalign.pretrained import resolve_model
+from ldalign.sampling import Sampling
+from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.weights import load_model
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise EnvironmentProblem(
+        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install 'ldalign[eval]', or, in the "
+        "repository, run them by `make evaluate`"
+    ) from error
+
+MAX_GEN_TOKS = 256  # of a response whose task does not say, as in the harness's own backends
+SAMPLING_KWARGS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, continuation ids
+
+
+@register_model("ldalign")
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """What the harness asks of a model.
+
+    model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in `dtype` on
+    `device`. micro_tokens: token budget of one forward. batch_rows: responses generated at a time. max_length: longest
+    context and continuation together, beyond which the context loses its beginning; None: the model's.
+    """
+
+    def __init__(
+        self, policy: str | None = None, model: Mistral | None = None, tokenizer: Tokenizer | None = None,
+        dtype: str = "bfloat16", device: str | None = None, micro_tokens: int = 8192, batch_rows: int = 64,
+        max_length: int | None = None, seed: int = 0, **unused: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name in sorted(unused.keys() - {"batch_size", "max_batch_size"}):  # the command line's
+            raise InputError(f"model_args: {name}: unknown; expected policy, dtype, device, micro_tokens, batch_rows, "
+                             "max_length or seed")  # fmt: skip
+        if model is None or tokenizer is None:
+            if policy is None:
+                raise InputError("model_args: policy=FOLDER is missing")
+            where = distributed.start("cuda" if device and device.startswith("cuda") else device or "auto")  # type: ignore[arg-type]
+            folder = resolve_model(policy, Path.home() / ".cache/ldalign")
+            model, tokenizer = cast(Mistral, load_model(folder, getattr(torch, dtype), where)), load_tokenizer(folder)
+        self.model, self.ids_of = model.eval(), tokenizer
+        self.micro_tokens, self.batch_rows, self.seed = micro_tokens, batch_rows, seed
+        self.max_length = max_length or model.config.max_position_embeddings
+        self._device = model.output_weight.device
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._decoder: Decoder | None = None
+        self._truncated = False
+
+    # ------------------------------------------------------------------------------------------ text and ids
+
+    @property
+    def eot_token_id(self) -> int:
+        """The first end token that the model declares."""
+        return self.ids_of.end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is read as: BOS, or the end token where there is none."""
+        return self.eot_token_id if self.ids_of.bos_id is None else self.ids_of.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the folder, for the harness's cache of requests."""
+        return str(self.ids_of.folder).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's text, if one is asked for. A name is not: our tokenizers have one template."""
+        return self.ids_of.template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; without a generation prompt it ends where its last message ends."""
+        text = self.ids_of.render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text in which the names of special tokens are these tokens, as in a rendered chat.
+
+        add_special_tokens: whether to put the BOS in front; None: where the model wants one and the text has none.
+        """
+        return self.ids_of.encode_rendered(string, add_special_tokens)
+
+    # ------------------------------------------------------------------------------------------ log-probs
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-prob of the continuation, whether it is the greedy one) of texts; a context may be empty."""
+        # the harness's own bar for tokenising: as ours, no lines in a file
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-prob of the continuation, whether it is the greedy one) of each request, in their order."""
+        scored = [self._cut(context, continuation) for _, context, continuation in requests]
+        trees = plan_trees(scored, self.micro_tokens)
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        with Bar("log-probs", len(requests), "requests") as progress:
+            for micro in reversed(deal([tree.tokens for tree in trees], 1, self.micro_tokens)[0]):
+                chosen = [trees[t] for t in micro]
+                for i, result in zip((i for tree in chosen for i in tree.members), self._score(chosen), strict=True):
+                    results[i] = result
+                    if requests[i][0] is not None:  # windows of a rolling likelihood have no text
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+                progress(sum(len(tree.members) for tree in chosen), 0)
+        return cast(list[tuple[float, bool]], results)
+
+    def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
+        """The request without what does not fit: the beginning of the context. The model reads all but the last id."""
+        if not continuation:
+            raise InputError("benchmarks: a continuation has no tokens; every choice of a row needs some text")
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise InputError(
+                f"benchmarks: a continuation has {len(continuation)} tokens; the model reads {self.max_length}"
+            )
+        self._tell_truncation(len(context) > room)
+        return Scored(tuple(context[-room:]), tuple(continuation))
+
+    def _tell_truncation(self, cut: bool) -> None:
+        if cut and not self._truncated:
+            self._truncated = True
+            say(f"benchmarks: WARNING: contexts beyond {self.max_length} tokens lose their beginning")
+
+    def _score(self, trees: Sequence["Tree"]) -> list[tuple[float, bool]]:
+        """Of the requests in the trees, in their order, by one forward."""
+        ids, parts, rows, targets, lengths = flatten(trees)
+        layout = Packed(parts, self.device)
+        chosen, wanted = (torch.tensor(values, device=self.device) for values in (rows, targets))
+
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[bool]]:
+            predicting = hidden.index_select(0, chosen)
+            logps = ops.linear_logprob(predicting, weight, wanted)
+            return logps, greedy(predicting, weight, wanted, logps, lengths)
+
+        logps, is_greedy = self.model(torch.tensor(ids, device=self.device), layout, head)
+        sums = ops.segment_sum(logps, lengths).double().tolist()
+        return list(zip(sums, is_greedy, strict=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, each token once, in windows of the model's length; the first follows the prefix token."""
+        windows: list[TokenRequest] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            made = [make_disjoint_window(window) for window in rolling]
+            windows += [(cast(Any, None), context, continuation) for context, continuation in made]
+            counts.append(len(made))
+        values = iter(self._loglikelihood_tokens(windows))
+        totals = [sum(next(values)[0] for _ in range(count)) for count in counts]
+        for request, value in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return totals
+
+    # ------------------------------------------------------------------------------------------ generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts, each up to the first of its stop strings; greedy unless do_sample is asked for."""
+        self._decoder = self._decoder or new_decoder(self.model)
+        texts: dict[int, str] = {}
+        arguments = [request.args for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: json.dumps(arguments[i][1], sort_keys=True))
+        with Bar("generate", len(requests), "rows") as progress:
+            for _, same in itertools.groupby(order, key=lambda i: arguments[i][1]):
+                chosen = list(same)
+                sampling = sampling_of(arguments[chosen[0]][1])
+                made = self._generate([arguments[i][0] for i in chosen], sampling, progress)
+                for i, text in zip(chosen, made, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", arguments[i], text)
+        return [texts[i] for i in range(len(requests))]
+
+    def _generate(
+        self, contexts: Sequence[str], sampling: Sampling, progress: Callable[[int, int], None]
+    ) -> Iterator[str]:
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise InputError(f"benchmarks: {sampling.max_new_tokens} new tokens leave the model, which reads "
+                             f"{self.max_length}, no room for a prompt")  # fmt: skip
+        prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        self._tell_truncation(max(map(len, prompts)) > room)
+        assert self._decoder is not None
+        responses = generate_ids(
+            self._decoder, [prompt[-room:] for prompt in prompts], [f"benchmark/{i}" for i in range(len(prompts))],
+            self.ids_of.end_ids, sampling, self.seed, self.batch_rows, progress,
+            # a stop string may name a special token
+            decode=lambda ids: self.ids_of.decode(ids, skip_special_tokens=False),
+        )  # fmt: skip
+        for response in responses:
+            text = self.ids_of.decode(response.ids)
+            for stop in sampling.stop:
+                text = text.split(stop)[0]
+            yield text
+
+    # ------------------------------------------------------------------------------------------ ranks
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """One value of every rank: () -> (ranks,)."""
+        values = [torch.zeros_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(values, tensor)
+        return torch.stack(values)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every rank's object, on rank `dst`."""
+        if self.world_size == 1:
+            return [obj]
+        objects = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, objects, dst=dst)
+        return objects
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        distributed.barrier()
+
+
+def sampling_of(kwargs: dict[str, Any]) -> Sampling:
+    """A task's generation settings as ours. Raises InputError for one that we do not have."""
+    settings = {key: value for key, value in kwargs.items() if value is not None}
+    until = settings.pop("until", [])
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's, in its order
+    given = [settings.pop(name) for name in names if name in settings]
+    unknown = sorted(settings.keys() - SAMPLING_KWARGS)
+    if unknown:
+        raise InputError(f"benchmarks: generation_kwargs: {', '.join(unknown)}: not offered by ldalign's generation")
+    sampled = settings.pop("do_sample", settings.get("temperature", 0.0) > 0)
+    if not sampled:
+        settings = {"temperature": 0.0} | {k: v for k, v in settings.items() if k == "repetition_penalty"}
+    return Sampling(
+        int(given[0]) if given else MAX_GEN_TOKS,
+        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop), **settings,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A continuation to be scored after its context, in token ids; neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What the model reads: the last id is only predicted."""
+        return self.context + self.continuation[:-1]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Requests whose contexts begin alike: the prefix is computed once, and each request goes on from it."""
+
+    prefix: tuple[int, ...]
+    members: list[int]  # indices of requests
+    requests: list[Scored]
+
+    @property
+    def branches(self) -> list[tuple[int, ...]]:
+        """What the model reads for each request after the prefix; may be empty."""
+        return [request.read[len(self.prefix) :] for request in self.requests]
+
+    @property
+    def tokens(self) -> int:
+        """That the model reads."""
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
+    """All requests in trees that save tokens: by equal contexts, or by a shared beginning where that reads fewer.
+
+    A tree of several contexts has at most `budget` tokens.
+    """
+    order = sorted(range(len(requests)), key=lambda i: requests[i].context)
+    groups = [list(same) for _, same in itertools.groupby(order, key=lambda i: requests[i].context)]
+    trees: list[Tree] = []
+    run: list[list[int]] = []
+    for group in groups:
+        longer = _tree(requests, [*run, group])
+        # In a run, a context costs what follows the shared beginning, once for each of its continuations.
+        own = len(requests[group[0]].context)
+        if run and (len(group) * (own - len(longer.prefix)) >= own or longer.tokens > budget):
+            trees += _cheaper(requests, run)
+            run = []
+        run.append(group)
+    return trees + (_cheaper(requests, run) if run else [])
+
+
+def _cheaper(requests: Sequence[Scored], run: list[list[int]]) -> list[Tree]:
+    """One tree of all groups, or one of each, whichever reads fewer tokens."""
+    apart = [_tree(requests, [group]) for group in run]
+    together = _tree(requests, run)
+    return [together] if together.tokens < sum(tree.tokens for tree in apart) else apart
+
+
+def _tree(requests: Sequence[Scored], groups: Iterable[Sequence[int]]) -> Tree:
+    members = [i for group in groups for i in group]
+    first, last = requests[members[0]].context, requests[members[-1]].context  # sorted: these differ first
+    shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return Tree(first[:shared], members, [requests[i] for i in members])
+
+
+def flatten(trees: Sequence[Tree]) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
+    """(ids, part lengths for `Packed`, rows that predict, targets, targets a request) of trees laid end to end."""
+    ids: list[int] = []
+    parts, rows, targets, lengths = [], [], [], []
+    for tree in trees:
+        start, shared = len(ids), len(tree.prefix)
+        ids += tree.prefix
+        parts.append([shared])
+        for request, branch in zip(tree.requests, tree.branches, strict=True):
+            moved = len(ids) - shared  # of a position in the request to its row, behind the prefix
+            first = len(request.context) - 1
+            predicting = range(first, first + len(request.continuation))
+            rows += [p + (start if p < shared else moved) for p in predicting]
+            targets += request.continuation
+            lengths.append(len(request.continuation))
+            ids += branch
+            if branch:
+                parts[-1].append(len(branch))
+    return ids, parts, rows, targets, lengths
+
+
+def greedy(hidden: Tensor, weight: Tensor, targets: Tensor, logps: Tensor, lengths: Sequence[int]) -> list[bool]:
+    """Whether every target of a segment is the likeliest token: hidden (M, D), weight (V, D), targets (M,), logps (M,).
+
+    Logits are made for the least likely target of each segment, and for the others only where that passes.
+    """
+    starts = list(itertools.accumulate(lengths, initial=0))
+    spans = [range(a, b) for a, b in itertools.pairwise(starts)]
+    values = logps.tolist()
+    worst = [min(span, key=lambda row: values[row]) for span in spans]
+    passed = _likeliest(hidden, weight, targets, worst)
+    rest = [row for span, low, ok in zip(spans, worst, passed, strict=True) if ok for row in span if row != low]
+    others = dict(zip(rest, _likeliest(hidden, weight, targets, rest), strict=True))
+    return [ok and all(others.get(row, True) for row in span) for span, ok in zip(spans, passed, strict=True)]
+
+
+def _likeliest(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Sequence[int]) -> list[bool]:
+    """Whether these rows' targets have the highest logit, the first of several where they tie."""
+    out: list[bool] = []
+    for chunk in torch.tensor(rows, dtype=torch.int64, device=hidden.device).split(64):
+        out += ((hidden[chunk] @ weight.T).argmax(-1) == targets[chunk]).tolist()
+    return out
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
