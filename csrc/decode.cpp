@@ -29,7 +29,7 @@ namespace {
 // A part of the step, for torch's profiler.
 #define LDALIGN_PART(name) RECORD_FUNCTION("ldalign_cpp::decode_" name, c10::ArrayRef<const c10::IValue>())
 
-constexpr int64_t kQueries = 32;  // new tokens of a row whose attention is one task
+constexpr int64_t kQueries = 32;  // new tokens of a row whose attention is computed together
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t rounded(int64_t n) { return divided(n, kAlign) * kAlign; }
@@ -57,14 +57,34 @@ void by_turns(int64_t count, const Work& work) {
   });
 }
 
+// work(i) for i < count, each thread going through a share of its own in order, then through what others have left.
+template <class Work>
+void by_shares(int64_t count, const Work& work) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) shares[t].next = count * t / threads, shares[t].end = count * (t + 1) / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t other = 0; other < threads; ++other) {
+        Share& share = shares[(thread + other) % threads];
+        for (int64_t i; (i = share.next++) < share.end;) work(i);
+      }
+    }
+  });
+}
+
 // x (rows, K) times a packed weight (panels, K, 32) -> y (rows, N).
 template <class T, class O>
 void product(const T* x, int64_t rows, const Tensor& packed, int64_t N, O* y) {
   const int64_t panels = packed.size(0), K = packed.size(1);
-  // A few turns a thread, none of them so small that taking it costs more than it evens out.
-  const int64_t least = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * K * kPanel));
-  const int64_t step = std::max(least, divided(panels, 4 * at::get_num_threads()));
-  by_turns(divided(panels, step), [&](int64_t turn) {
+  // A panel calls the next one into the cache, so a thread keeps to panels that follow each other; of small ones it
+  // takes as many at a time as make it worth the taking.
+  const int64_t step = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * K * kPanel));
+  by_shares(divided(panels, step), [&](int64_t turn) {
     const int64_t first = turn * step, last = std::min(panels, first + step);
     if constexpr (std::is_same_v<T, O>) {
       kernels<T>().packed_product(x, K, rows, data<T>(packed), K, N, first, last, y, N);
@@ -81,11 +101,18 @@ struct Row {
   const int32_t* pages;
 };
 
-// A run of a row's queries, whose attention is one task.
+// A run of a row's queries.
 struct Run {
   const Row* row;
   int64_t from, to;
   int64_t cost() const { return (to - from) * (row->held + to); }
+  bool whole() const { return to - from == row->count; }
+};
+
+// The attention of a run in the heads [head, until).
+struct Task {
+  const Run* run;
+  int64_t head, until;
 };
 
 template <class T>
@@ -96,7 +123,9 @@ class Decoder {
   int64_t N, D, H, K, E, width, window;
   A eps;
   std::vector<Row> rows;
+  std::vector<const Row*> long_rows;  // of several runs
   std::vector<Run> runs;
+  std::vector<Task> tasks;
   const A *cos, *sin;
   T *keys, *values;  // of the layer at hand
 
@@ -120,54 +149,53 @@ class Decoder {
     }
   }
 
-  static void prefetch(const T* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
-  }
-
-  void attend(const T* qkv, const Run& run, int64_t head, T* out) const {
+  // The run's attention in the heads [head, until), page by page through all of them: side by side they lie in memory,
+  // and one after the other it gives three times the bytes that it gives here and there.
+  void attend(const T* qkv, const Run& run, int64_t head, int64_t until, T* out) const {
     const Row& row = *run.row;
-    const int64_t n = run.to - run.from, G = H / K, M = G * n, stride = (H + 2 * K) * E;
+    const int64_t n = run.to - run.from, G = H / K, M = G * n, heads = until - head, stride = (H + 2 * K) * E;
     const int64_t position = row.held + run.from, last = position + n;  // of the first query; what the last one sees
     const int64_t first = window < position + 1 ? (position + 1 - window) / kPageTokens : 0;
     const int64_t columns = divided(last, kPageTokens) * kPageTokens - first * kPageTokens;
+    const int64_t key_page = E * kPageTokens, value_page = kPageTokens * width;  // of one head
     static thread_local std::vector<T> turned;
-    static thread_local std::vector<A> queries, scores, sums, result;
-    turned.resize(M * E);
-    queries.resize(M * E);
-    scores.resize(M * columns);
-    sums.resize(M);
-    result.assign(M * width, A(0));
+    static thread_local std::vector<A> scores, sums, result;
+    turned.resize(heads * M * E);
+    scores.resize(heads * M * columns);
+    sums.resize(heads * M);
+    result.assign(heads * M * width, A(0));
 
-    const T* from = qkv + (row.token + run.from) * stride + head * G * E;
-    kernels<T>().rope(from, stride, E, cos + position * (E / 2), sin + position * (E / 2), A(1), n, G, G, E,
-                      turned.data());
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t g = 0; g < G; ++g) {
-        kernels<T>().widen(turned.data() + (i * G + g) * E, E, queries.data() + (g * n + i) * E);
-      }
+    if (run.whole()) {
+      for (int64_t h = head; h < until; ++h) put(qkv, row, h);
     }
+    const T* from = qkv + (row.token + run.from) * stride + head * G * E;
+    for (int64_t h = 0; h < heads * G; ++h) {
+      kernels<T>().rope(from + h * E, stride, E, cos + position * (E / 2), sin + position * (E / 2), A(1), n, 1, 1, E,
+                        turned.data() + h * n * E);
+    }
+    const auto page_at = [&](int64_t column) { return row.pages[first + column / kPageTokens] * K + head; };
     for (int64_t column = 0; column < columns; column += kPageTokens) {
-      const int64_t page = row.pages[first + column / kPageTokens] * K + head;
-      if (column + kPageTokens < columns) {  // pages lie anywhere: the machine cannot guess the next one
-        const int64_t next = row.pages[first + column / kPageTokens + 1] * K + head;
-        prefetch(keys + next * E * kPageTokens, E * kPageTokens);
+      const T* page = keys + page_at(column) * key_page;
+      for (int64_t h = 0; h < heads; ++h) {
+        kernels<T>().page_scores(turned.data() + h * M * E, E, M, page + h * key_page, E,
+                                 scores.data() + h * M * columns + column, columns);
       }
-      prefetch(values + page * kPageTokens * width, width * kPageTokens);
-      kernels<T>().page_scores(queries.data(), E, M, keys + page * E * kPageTokens, E, scores.data() + column, columns);
     }
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(E)));
-    kernels<A>().attention_softmax(scores.data(), M, columns, n, position + 1 - first * kPageTokens, window, scale,
-                                   sums.data());
+    kernels<A>().attention_softmax(scores.data(), heads * M, columns, n, position + 1 - first * kPageTokens, window,
+                                   scale, sums.data());
     for (int64_t column = 0; column < columns; column += kPageTokens) {
-      const int64_t page = row.pages[first + column / kPageTokens] * K + head;
+      const T* page = values + page_at(column) * value_page;
       const int64_t held = std::min(kPageTokens, last - (first * kPageTokens + column));
-      kernels<T>().page_values(scores.data() + column, columns, M, values + page * kPageTokens * width, width, held,
-                               result.data());
+      for (int64_t h = 0; h < heads; ++h) {
+        kernels<T>().page_values(scores.data() + h * M * columns + column, columns, M, page + h * value_page, width,
+                                 held, result.data() + h * M * width);
+      }
     }
-    for (int64_t g = 0; g < G; ++g) {
+    for (int64_t h = 0; h < heads * G; ++h) {
       for (int64_t i = 0; i < n; ++i) {
-        T* to = out + ((row.token + run.from + i) * H + head * G + g) * E;
-        kernels<T>().round(result.data() + (g * n + i) * width, E, to);
+        T* to = out + ((row.token + run.from + i) * H + head * G + h) * E;
+        kernels<T>().round(result.data() + (h * n + i) * width, E, to);
       }
     }
   }
@@ -271,12 +299,19 @@ Tensor decode_layers(
     }
     TORCH_CHECK_VALUE(token == N, check.op, ": the rows have ", token, " tokens, x has ", N);
     for (const Row& row : decoder.rows) {
+      if (row.count > kQueries) decoder.long_rows.push_back(&row);
       for (int64_t from = 0; from < row.count; from += kQueries) {
         decoder.runs.push_back({&row, from, std::min(row.count, from + kQueries)});
       }
     }
     std::stable_sort(decoder.runs.begin(), decoder.runs.end(),
                      [](const Run& a, const Run& b) { return a.cost() > b.cost(); });
+    // Single tokens wait for memory: all their heads together, unless the threads would have too little to share.
+    const bool many = int64_t(decoder.runs.size()) >= 4 * at::get_num_threads();
+    for (const Run& run : decoder.runs) {
+      const int64_t heads = many && run.to - run.from == 1 ? K : 1;
+      for (int64_t head = 0; head < K; head += heads) decoder.tasks.push_back({&run, head, head + heads});
+    }
 
     const auto buffer = [&](int64_t wide_of) { return at::empty({N, wide_of}, first.options()); };
     Tensor stream = first;
@@ -298,11 +333,13 @@ Tensor decode_layers(
       {
         LDALIGN_PART("attention");
         product(data<T>(normed), N, weights[4 * layer], (H + 2 * K) * E, data<T>(qkv));
-        at::parallel_for(0, int64_t(decoder.rows.size()) * K, 16, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) decoder.put(data<T>(qkv), decoder.rows[i / K], i % K);
+        // Rows of one run put their keys and values there themselves.
+        at::parallel_for(0, int64_t(decoder.long_rows.size()) * K, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) decoder.put(data<T>(qkv), *decoder.long_rows[i / K], i % K);
         });
-        by_turns(int64_t(decoder.runs.size()) * K, [&](int64_t i) {
-          decoder.attend(data<T>(qkv), decoder.runs[i / K], i % K, data<T>(attended));
+        by_turns(int64_t(decoder.tasks.size()), [&](int64_t i) {
+          const Task& task = decoder.tasks[i];
+          decoder.attend(data<T>(qkv), *task.run, task.head, task.until, data<T>(attended));
         });
         product(data<T>(attended), N, weights[4 * layer + 1], D, data<T>(added));
       }

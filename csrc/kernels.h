@@ -73,7 +73,8 @@ struct Kernels {
   void (*swiglu_backward)(const T* dy, const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* dgate_up);
 
   // Attention scores z (rows, columns) of rows / tokens heads with `tokens` queries each. Query i sees the columns
-  // [seen + i - window, seen + i). In place: z = softmax(scale z) over those, 0 elsewhere; lse (rows,).
+  // [seen + i - window, seen + i). In place: z = softmax(scale z) over those, 0 elsewhere; lse (rows,). Only of float
+  // and double: z holds the exponentials before they are divided.
   void (*attention_softmax)(T* z, int64_t rows, int64_t columns, int64_t tokens, int64_t seen, int64_t window, A scale,
                             A* lse);
   // In place: the scores z become the probabilities p = exp(scale z - lse) again, and their gradient dp becomes the
@@ -94,7 +95,7 @@ struct Kernels {
                               int64_t first, int64_t last, A* y, int64_t ldy);
   // Scores z (rows, 16 columns) of queries q against a page of keys, page[word of E][16 tokens]; and out (rows, E) +=
   // p (rows, keys) times a page of values, page[token][E]; E a multiple of kAlign there.
-  void (*page_scores)(const A* q, int64_t ldq, int64_t rows, const T* page, int64_t E, A* z, int64_t ldz);
+  void (*page_scores)(const T* q, int64_t ldq, int64_t rows, const T* page, int64_t E, A* z, int64_t ldz);
   void (*page_values)(const A* p, int64_t ldp, int64_t rows, const T* page, int64_t E, int64_t keys, A* out);
 
   void (*dot)(const T* x, const T* y, int64_t rows, int64_t D, A* out);  // of each row of x with that of y

@@ -6,6 +6,8 @@
 // instruction set: a function compiled for AVX-512 must never be taken by the linker for the portable one.
 #pragma once
 
+#include <type_traits>
+
 #define LDALIGN_INLINE inline __attribute__((always_inline))
 #define LDALIGN_LAMBDA __attribute__((always_inline))
 
@@ -112,6 +114,16 @@ LDALIGN_INLINE Lanes<T> load(const T* from, Whole, Wide<T> = 0) {
 // The first `count` lanes; the others are `rest`.
 template <class T>
 LDALIGN_INLINE Lanes<T> load(const T* from, int count, Wide<T> rest = 0) {
+#if LDALIGN_VECTOR_BYTES == 64
+  // Through memory, a row's last vector can cost more than all the others.
+  const __mmask16 mask = (__mmask16)((1u << count) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    return (F32)_mm512_mask_loadu_ps((__m512)splat(rest), mask, from);
+  } else if constexpr (sizeof(T) == 2) {
+    const F32 value = widen<T>((U16)_mm256_maskz_loadu_epi16(mask, from));
+    return (F32)_mm512_mask_mov_ps((__m512)splat(rest), mask, (__m512)value);
+  }
+#endif
   T buffer[width<T>] = {};
   __builtin_memcpy(buffer, from, count * sizeof(T));
   Lanes<T> value = load(static_cast<const T*>(buffer), Whole{});
@@ -130,6 +142,11 @@ LDALIGN_INLINE void store(T* to, Lanes<T> value, Whole) {
 template <class T>
 LDALIGN_INLINE void store(T* to, Lanes<T> value, int count) {
   const Raw<T> raw = narrow<T>(value);
+#if LDALIGN_VECTOR_BYTES == 64
+  const __mmask16 mask = (__mmask16)((1u << count) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(to, mask, (__m512)raw);
+  else if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(to, mask, (__m256i)raw);
+#endif
   __builtin_memcpy(to, &raw, count * sizeof(T));
 }
 

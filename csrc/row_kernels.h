@@ -223,13 +223,15 @@ void attention_softmax(T* z, int64_t rows, int64_t columns, int64_t tokens, int6
     const L shift = splat(top == least ? Wide<T>(0) : top);  // all -inf, or NaN: no -inf - -inf
     L partial = splat(Wide<T>(0));
     sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
-      partial += exp((load(visible + i, count, least) - shift) * scale);
+      const L term = exp((load(visible + i, count, least) - shift) * scale);
+      partial += term;
+      store(visible + i, term, count);
     });
     const double sum = total(partial);
     lse[row] = static_cast<Wide<T>>((top == least ? 0 : double(top)) * scale + __builtin_log(sum));
     const L inverse = splat(static_cast<Wide<T>>(1 / sum));
     sweep<T>(n, [&](int64_t i, auto count) LDALIGN_LAMBDA {
-      store(visible + i, exp((load(visible + i, count) - shift) * scale) * inverse, count);
+      store(visible + i, load(visible + i, count) * inverse, count);
     });
     zero_outside(z, sight, columns);
   }
@@ -396,13 +398,12 @@ constexpr Kernels<T> make() {
   all.rope = rope<T>;
   all.swiglu = swiglu<T>;
   all.swiglu_backward = swiglu_backward<T>;
-  all.attention_softmax = attention_softmax<T>;
   all.attention_gradient = attention_gradient<T>;
   all.dot = dot<T>;
   all.widen = widened<T>;
   all.round = round<T>;
   if constexpr (sizeof(T) == 2) all.accumulate = accumulate<T>;
-  if constexpr (sizeof(T) > 2) all.product = product<T>;
+  if constexpr (sizeof(T) > 2) all.attention_softmax = attention_softmax<T>, all.product = product<T>;
   if constexpr (is_float_or_bf16<T>) {
     all.packed_product = packed_product<T, T>;
     all.packed_product_wide = packed_product<T, float>;

@@ -9,19 +9,23 @@ a boundary.
 What a step costs in Python does not grow with the rows: a row is touched when it enters and when it leaves.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ldalign.decoders import Decoder
-from ldalign.errors import InputError
-from ldalign.memory import available_bytes
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.memory import available_bytes, is_out_of_memory
 from ldalign.pages import PAGE, PagePool, SharedPages, pages_for
 from ldalign.sampling import Response, Sampling, sample
 from ldalign.seeds import uniforms
 
+log = logging.getLogger(__name__)
 CACHE_SHARE = 0.5  # of the memory that is free: what the cache may take where no budget is given
 
 
@@ -41,6 +45,9 @@ class Engine:
     response is cut there. step_tokens: the most new tokens of one step, so the longest wait of a row that is being
     continued. cache_bytes: the most the key/value cache may take; None: half of what is free. decode: ids to text,
     needed for stop strings alone. Raises InputError where the budget does not hold one row.
+
+    Where memory runs out all the same, the cache or the step is halved until it fits: fewer rows are under way at a
+    time, the text is the same. Raises EnvironmentProblem where not even one row's cache, or one token, fits.
     """
 
     def __init__(
@@ -59,7 +66,8 @@ class Engine:
                 f"generation: the cache may take {budget / 2**20:.0f} MiB, but one row of {longest} tokens needs "
                 f"{each * decoder.page_bytes() / 2**20:.0f}; lower max_new_tokens or raise sampling.cache_gib"
             )
-        decoder.allocate(pages, longest)
+        pages = self._allocate(pages, each)
+        self._most = max(rows, step_tokens)  # new tokens of a step; less once memory has run out
         self.pool = PagePool(pages)
         # Of each of the rows' places: the request (None: free), its tokens so far and how many of them are in the
         # cache, where the response begins and must end, its pages, its random numbers, its log-prob, when it entered.
@@ -71,6 +79,35 @@ class Engine:
         self.logp = np.zeros(rows)
         self._clock = 0
         self.shared = SharedPages(pages)
+
+    def _allocate(self, pages: int, least: int) -> int:
+        """How many pages the cache has: so many, or the largest half of a half of them that memory holds."""
+        wanted = pages
+        while not self._fits(partial(self.decoder.allocate, pages, self.longest)):
+            if pages == least:
+                raise EnvironmentProblem(
+                    f"generation: there is no memory for the cache of one row of {self.longest} tokens "
+                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB); lower max_new_tokens or free memory"
+                )
+            pages = max(least, pages // 2)
+        if pages < wanted:
+            log.warning(
+                "generation: no memory for a cache of %d rows; going on with %d at a time",
+                wanted // least,
+                pages // least,
+            )
+        return pages
+
+    @staticmethod
+    def _fits(work: Callable[[], None]) -> bool:
+        """Does the work; False if there was not the memory for it. What it held is free again then."""
+        try:
+            work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     @torch.no_grad()
     def run(
@@ -133,17 +170,43 @@ class Engine:
 
     def _step(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One forward over these places: those that got a token, the tokens, and their log-probs."""
+        everyone = active
         new = self.length[active] - self.held[active]
         # Rows in the middle of a response first, each with its one token; then prompts, in their order.
         order = np.lexsort((self.entered[active], new > 1))
         active, new = active[order], new[order]
         before = np.cumsum(new) - new
-        new = np.minimum(new, np.maximum(self.step_tokens, len(active)) - before)
+        new = np.minimum(new, min(max(self.step_tokens, len(active)), self._most) - before)
         active, new = active[new > 0], new[new > 0]
+        whole = self.held[active] + new == self.length[active]  # nothing of the prompt is left
+        chosen = active[whole]
+        picked = logp = torch.zeros(0)
+
+        def work() -> None:
+            nonlocal picked, logp
+            picked, logp = self._forward(active, new, whole)
+
+        if not self._fits(work):
+            tokens = int(new.sum())
+            if tokens == 1:
+                raise EnvironmentProblem("generation: there is no memory to compute one token; free some")
+            if self._most >= max(len(self.requests), self.step_tokens):
+                log.warning("generation: no memory for a step of %d tokens; going on with smaller ones", tokens)
+            self._most = tokens // 2
+            return self._step(everyone)
+        self.held[active] += new
+        for place in active[self.held[active] <= self.begin[active]]:  # still in the prompt
+            self.shared.computed(self.pages[place, : self.held[place] // PAGE])
+        return chosen, picked.cpu().numpy(), logp.cpu().numpy()
+
+    def _forward(self, active: np.ndarray, new: np.ndarray, whole: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Computes so many new tokens of these places; of the `whole` ones the next tokens and their log-probs.
+
+        Changes nothing but the cache, where doing it again writes the same.
+        """
         first = np.cumsum(new) - new
         place = np.repeat(active, new)
         ids = self.tokens[place, np.arange(len(place)) + np.repeat(self.held[active] - first, new)]
-        whole = self.held[active] + new == self.length[active]  # nothing of the prompt is left
         width = pages_for(int((self.held[active] + new).max()))
         logits = self.decoder.step(
             torch.from_numpy(ids),
@@ -151,18 +214,14 @@ class Engine:
             torch.from_numpy(self.pages[active, :width]),
             torch.from_numpy((first + new - 1)[whole]),
         )
-        self.held[active] += new
-        for place in active[self.held[active] <= self.begin[active]]:  # still in the prompt
-            self.shared.computed(self.pages[place, : self.held[place] // PAGE])
         chosen = active[whole]
         if not len(chosen):
-            return chosen, np.zeros(0, dtype=np.int64), np.zeros(0)
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         seen = None
         if self.sampling.repetition_penalty != 1:
             seen = torch.from_numpy(self.tokens[chosen, : self.length[chosen].max()]).to(logits.device)
         uniform = torch.from_numpy(self.draws[chosen, self.length[chosen] - self.begin[chosen]]).to(logits.device)
-        picked, logp = sample(logits, uniform, self.sampling, seen)
-        return chosen, picked.cpu().numpy(), logp.cpu().numpy()
+        return sample(logits, uniform, self.sampling, seen)
 
     def _append(self, chosen: np.ndarray, ids: np.ndarray, logp: np.ndarray) -> Iterator[tuple[Request, Response]]:
         """Adds the tokens; the finished rows leave."""

@@ -29,6 +29,13 @@ def keep_freed_memory() -> bool:
     return all(worked)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU, by torch's allocator on the CPU (whose error has no class), in Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def available_bytes(device: torch.device) -> int:
     """What can still be used: of a GPU; or of this machine, or the control group it is limited to (cgroup v2)."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldalign import memory
 from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder, Paged, bucket, new_decoder, pack_weight
 from ldalign.engine import Engine, Request
-from ldalign.errors import InputError
+from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
 from ldalign.memory import available_bytes
@@ -196,6 +196,51 @@ def test_memory_stays_in_its_budget(kind: str) -> None:
     assert max(len(step) for step in spy.steps) < 10
     with pytest.raises(InputError, match=r"may take 0 MiB, but one row of 50 tokens needs .* raise sampling.cache_gib"):
         Engine(decoder, Sampling(30), [2], 0, longest=50, rows=10, cache_bytes=each - 1)
+
+
+class Poor(Spy):
+    """A decoder whose machine has memory for so many pages and, after its third step, for steps of so many tokens."""
+
+    def __init__(self, decoder: Decoder, most_pages: int, most_tokens: int, error: Exception) -> None:
+        super().__init__(decoder)
+        self.most_pages, self.most_tokens, self.error = most_pages, most_tokens, error
+
+    def allocate(self, pages: int, longest: int) -> None:
+        if pages > self.most_pages:
+            raise self.error
+        super().allocate(pages, longest)
+
+    def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
+        if len(self.steps) >= 3 and len(ids) > self.most_tokens:
+            raise self.error
+        return super().step(ids, rows, pages, last)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_batch(kind: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """failures.md G6: fewer rows at a time, the same text; said once for the cache and once for the steps."""
+    requests = requests_of(tiny.prompts(10, longest=20))
+    free = run(Engine(decoder_of(kind, model_of()), Sampling(30), [2], 0, longest=50, rows=10), requests)
+    each = pages_for(50)
+    poor = Poor(decoder_of(kind, model_of()), 6 * each, 2, error)
+    engine = Engine(poor, Sampling(30), [2], 0, longest=50, rows=10)
+    assert poor.pages == 5 * each
+    assert [r.ids for r in run(engine, requests)] == [r.ids for r in free]
+    assert max(map(sum, poor.steps[3:])) <= 2 < max(map(sum, poor.steps[:3]))
+    told = [record.message for record in caplog.records if "no memory" in record.message]
+    assert len(told) == 2 and "cache of 10 rows; going on with 5" in told[0] and "smaller" in told[1]
+    with pytest.raises(EnvironmentProblem, match="no memory for the cache of one row of 50 tokens"):
+        Engine(Poor(decoder_of(kind, model_of()), each - 1, 2, error), Sampling(30), [2], 0, longest=50, rows=10)
+    with pytest.raises(EnvironmentProblem, match="no memory to compute one token"):
+        run(Engine(Poor(decoder_of(kind, model_of()), 999, 0, error), Sampling(30), [2], 0, longest=50), requests)
+    with pytest.raises(RuntimeError, match="a bug"):  # what is not memory is not held back
+        Engine(Poor(decoder_of(kind, model_of()), 1, 2, RuntimeError("a bug")), Sampling(30), [2], 0, longest=50)
 
 
 def test_a_prompt_that_fills_the_context(kind: str) -> None:
