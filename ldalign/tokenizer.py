@@ -1,6 +1,6 @@
 """Tokenizer, chat template, and the one function that turns a conversation into prompt and response ids.
 
-``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template, in the sandbox and with the settings of
+``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template (`templates`), with the settings of
 transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two things are stricter:
 
 - Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters encoded as text; only
@@ -15,18 +15,14 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
+from jinja2.sandbox import SecurityError
 
 from ldalign.errors import InputError
+from ldalign.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from ldalign.data import Message, Row
@@ -46,6 +42,10 @@ _NONCE = secrets.token_hex(8)
 _CONTROL = f"\ue000{_NONCE}:%d\ue001"  # control token number %d, written by the template
 _QUOTED = f"\ue002{_NONCE}:%d\ue003"  # the same characters inside a message: plain text
 _QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
+
+
+class UnsafeTemplate(InputError):
+    """The chat template does what no chat template needs to: reaches out, or takes too much room or time."""
 
 
 class PairIds(NamedTuple):
@@ -108,14 +108,14 @@ class Tokenizer:
             raise InputError(f"{self.folder}: has no chat template (chat_template.jinja or tokenizer_config.json)")
         try:
             return self._compiled.render(
-                messages=[dict(message) for message in messages],
+                [dict(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
             )
-        except jinja2.sandbox.SecurityError as error:
-            raise InputError(f"{self.folder}: chat template: SecurityError: {error}") from error
+        except SecurityError as error:
+            raise UnsafeTemplate(f"{self.folder}: chat template: SecurityError: {error}") from error
         except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(f"{self.folder}: chat template: {type(error).__name__}: {error}") from error
 
@@ -188,6 +188,8 @@ class Tokenizer:
         question, answer = {"role": "user", "content": "Probe?"}, {"role": "assistant", "content": "Ldalignprobe"}
         try:
             prompt, whole = self.render([question], True), self.render([question, answer])
+        except UnsafeTemplate:
+            raise
         except InputError:
             return  # a template may demand more than one user turn; the row itself will tell
         if not whole.startswith(prompt) or answer["content"] not in whole[len(prompt) :]:
@@ -263,6 +265,8 @@ class Tokenizer:
         for messages in (probe, probe[1:]):
             try:
                 return self.render(messages, add_generation_prompt=True)
+            except UnsafeTemplate:
+                raise
             except InputError:
                 continue  # some templates take no system turn; if both fail, rendering a row will say why
         return ""
@@ -434,47 +438,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------- jinja2
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, except that a forbidden attribute is an error at once, not an empty text."""
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__} is unsafe")
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it only groups."""
-
-    tags = {"generation"}  # noqa: RUF012 - the interface of jinja2
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str, folder: Path) -> jinja2.Template | None:
+def _compile(template: str, folder: Path) -> ChatTemplate | None:
     if not template:
         return None
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(template)
-    except Exception as error:  # syntax errors, and whatever constant folding runs into
+        return ChatTemplate(template)
+    except SecurityError as error:
+        raise UnsafeTemplate(f"{folder}: chat template: SecurityError: {error}") from error
+    except Exception as error:  # syntax errors, and whatever the compiler runs into
         raise InputError(f"{folder}: chat template: {type(error).__name__}: {error}") from error
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
