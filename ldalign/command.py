@@ -7,7 +7,7 @@ from ldalign import distributed
 from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
-from ldalign.estimate import dry_run
+from ldalign.estimate import check_guide, dry_run
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
@@ -43,6 +43,7 @@ def run_stages(
     else:
         with folder as run:
             ctx = open_context(run, config)
+            check_guide(config, planned(config))
             data_stage(ctx)
             closing = work(ctx)
             if distributed.rank() == 0:

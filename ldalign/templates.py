@@ -179,7 +179,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return bounded
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _BUDGET.get()
         budget.spend(1)
         if isinstance(__obj, Macro | LoopContext | BlockReference):

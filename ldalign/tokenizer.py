@@ -22,6 +22,7 @@ import tokenizers
 from jinja2.sandbox import SecurityError
 
 from ldalign.errors import InputError
+from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
 from ldalign.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class Tokenizer:
     def _declared_ends(self) -> tuple[int, ...]:
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(self.folder / name, missing={}).get("eos_token_id")
+            value = read_json(self.folder / name, missing={}).get("eos_token_id")
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
@@ -240,7 +241,7 @@ class Tokenizer:
         return self._plain.encode("a").ids[:1] == [self.bos_id]
 
     def _check_size(self) -> None:
-        rows = _read_json(self.folder / "config.json", missing={}).get("vocab_size")
+        rows = read_json(self.folder / "config.json", missing={}).get("vocab_size")
         if isinstance(rows, int) and rows < self.vocab_size:
             raise InputError(
                 f"{self.folder}/tokenizer.json: token ids go up to {self.vocab_size - 1}, but config.json has "
@@ -319,14 +320,14 @@ def save_tokenizer_files(source: str | Path, folder: str | Path, template: str |
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED_FILES:
         if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
-    settings = _read_json(source / "tokenizer_config.json", missing={})
+            (folder / name).write_bytes(read_bytes(source / name, MAX_TOKENIZER_BYTES))
+    settings = read_json(source / "tokenizer_config.json", missing={})
     settings.pop("auto_map", None)  # would ask the reader to import code
     if tokenizer.template:
         settings["chat_template"] = tokenizer.template
         (folder / "chat_template.jinja").write_bytes(tokenizer.template.encode("utf-8"))
     _write_json(folder / "tokenizer_config.json", settings)
-    generation = _read_json(source / "generation_config.json", missing={})
+    generation = read_json(source / "generation_config.json", missing={})
     ends = list(tokenizer.end_ids)
     generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     _write_json(folder / "generation_config.json", generation)
@@ -337,8 +338,8 @@ def save_tokenizer_files(source: str | Path, folder: str | Path, template: str |
 
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, completed by the older special_tokens_map.json."""
-    settings = _read_json(folder / "tokenizer_config.json", missing={})
-    for name, value in _read_json(folder / "special_tokens_map.json", missing={}).items():
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    for name, value in read_json(folder / "special_tokens_map.json", missing={}).items():
         if settings.get(name) is None:
             settings[name] = value
     return settings
@@ -347,10 +348,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _template(folder: Path, settings: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
+        return read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name: [{"name": "default", "template": ...}, ...]
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -363,7 +361,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str:
 def _tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json with truncation and padding off and every token declared elsewhere among its added tokens."""
     path = folder / "tokenizer.json"
-    description = _read_json(path)
+    description = read_json(path, most=MAX_TOKENIZER_BYTES)
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
         raise InputError(f"{path}: is not a tokenizer of the tokenizers library; save the model with transformers")
@@ -404,7 +402,9 @@ def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str
 def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, and a BaseException where Rust panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise InputError(f"{folder}/tokenizer.json: {error}") from error
     for token in description["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
@@ -417,21 +417,6 @@ def _token_text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
-
-
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``; ``missing`` if there is no such file and a default is given."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if missing is not None:
-            return dict(missing)
-        raise InputError(f"{path}: is missing; expected a model folder with tokenizer files") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
