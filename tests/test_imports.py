@@ -12,7 +12,7 @@ PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalig
 # a later one. `errors` first, so that anyone may. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "tasks", "memory", "seeds", "pages", "kernels", "templates", "modelfiles"),
+    ("config", "tasks", "memory", "seeds", "pages", "kernels", "templates", "modelfiles", "gguf_check"),
     ("ops", "distributed", "checkpoint", "tokenizer", "settings"),
     ("metrics", "env", "optim", "sampling"),
     ("data", "layout"),
