@@ -9,7 +9,7 @@ from ldalign.benchmarks import check_benchmarks, say_table
 from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
-from ldalign.estimate import dry_run
+from ldalign.estimate import check_guide, dry_run
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
@@ -44,7 +44,7 @@ def run_stages(
         folder = RunFolder(Path(config.run), to_yaml(config))
         say(dry_run(open_context(folder, config), planned(config)))
     else:
-        with open_run(config) as ctx:
+        with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
             if distributed.rank() == 0:
                 say(f"\n{write_report(ctx.run.path)}")
@@ -54,10 +54,11 @@ def run_stages(
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig) -> Iterator[Context]:
-    """The run folder, locked, with its rows written down: what stages work in."""
+def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
+    """The run folder, locked, with its rows written down: what the planned stages work in."""
     with RunFolder(Path(config.run), to_yaml(config)) as run:
         ctx = open_context(run, config)
+        check_guide(config, planned)
         data_stage(ctx)
         yield ctx
 

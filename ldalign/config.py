@@ -112,11 +112,14 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
     """
     problems: list[str] = []
     given: dict[str, _Given] = {}
-    if path is not None:
-        _read_file(cls, path, given, problems)
-    for override in overrides:
-        _read_override(cls, override, given, problems)
-    config = _build(cls, "", given, problems)
+    try:
+        if path is not None:
+            _read_file(cls, path, given, problems)
+        for override in overrides:
+            _read_override(cls, override, given, problems)
+        config = _build(cls, "", given, problems)
+    except RecursionError:
+        raise InputError(f"{path or 'key=value'}: nested too deeply, or an alias within itself") from None
     if problems or config is None:
         raise InputError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: " + " | ".join(problems))
     return config
@@ -147,11 +150,18 @@ def split_argv(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[Path | N
     return path, overrides, seen
 
 
+MAX_BYTES = 10**6  # of a config file
+
+
 def _read_file(
     cls: type, path: Path, given: dict[str, _Given], problems: list[str], seen: tuple[Path, ...] = ()
 ) -> None:
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise InputError(f"{path}: has more than {MAX_BYTES} bytes; is it a config?")
+        root = yaml.compose(text.decode("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -160,6 +170,10 @@ def _read_file(
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    except (ValueError, OverflowError) as error:  # an escape that is no character
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if root is None:  # an empty file, or nothing but comments
         return
@@ -188,7 +202,7 @@ def _read_override(cls: type, override: str, given: dict[str, _Given], problems:
     if value[:1] in ("[", "{", '"', "'"):
         try:
             node = yaml.compose(value, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, OverflowError):
             problems.append(f"{override}: the value is not valid YAML")
             return
     if node is None:

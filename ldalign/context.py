@@ -1,7 +1,9 @@
 """What every stage of a run starts from: the device, the given policy, its tokenizer, and the rows in token ids."""
 
 import json
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ldalign.pretrained import resolve_model
 from ldalign.seeds import permutation
 from ldalign.settings import RunConfig
 from ldalign.tokenizer import Tokenizer, load_tokenizer
-from ldalign.weights import read_config
+from ldalign.weights import check_model, read_config
 
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
@@ -38,6 +40,7 @@ class Context:
     tokenizer: Tokenizer
     train: Prepared
     heldout: Prepared
+    counts: Mapping[str, int] = field(default_factory=dict)  # of rows read: skipped, repeated
 
     @cached_property
     def used(self) -> tuple[list[Row], list[Pair]]:
@@ -108,16 +111,20 @@ def open_policy(config: RunConfig) -> Path:
     return folder
 
 
-def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses."""
+def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses.
+
+    counts gets what `read_rows` counts.
+    """
+    options: Any = {"turns": config.turns, "bad_rows": config.bad_rows, "counts": counts}
     if config.data == EMBEDDED:
         train_rows, heldout = (_embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items())
         if config.method == "dpo":
             train_rows = _with_wrong_answers(train_rows)
     else:
-        train_rows, heldout = read_rows(config.data, turns=config.turns), []
+        train_rows, heldout = read_rows(config.data, **options), []
     if config.heldout is not None:
-        heldout = read_rows(config.heldout, turns=config.turns)
+        heldout = read_rows(config.heldout, **options)
     elif config.data != EMBEDDED and config.evaluation.rows:
         order = permutation(config.seed, "heldout", len(train_rows))
         chosen = {int(i) for i in order[: round(len(train_rows) * config.heldout_fraction)]}
@@ -155,23 +162,27 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
 
 
 def open_context(run: RunFolder, config: RunConfig) -> Context:
-    """Reads and checks the data and the tokenizer; no weights are read and nothing is written.
+    """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing is written.
 
     Raises InputError for bad rows, rows that do not fit, or fewer of them than one global batch.
     """
     device = distributed.start(config.device)
-    train_rows, heldout_rows = read_data(config)
+    counts: Counter[str] = Counter(skipped=0, repeated=0)
+    train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
+    check_model(start)
     tokenizer = load_tokenizer(start)
     ctx = Context(
         run, config, device, choose_dtype(config, device), start, tokenizer,
         prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
+        counts,
     )  # fmt: skip
     _check_enough(ctx)
     distributed.copies(config.training.shard_ranks)
     say(
         f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
-        f"dropped), {len(ctx.heldout.rows)} held out; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
+        f"dropped), {len(ctx.heldout.rows)} held out, {counts['skipped']} bad rows skipped, {counts['repeated']} rows "
+        f"repeat others; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
         f"{distributed.world_size()} rank(s)"
     )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,12 +49,15 @@ class Row:
     where: str = ""
 
 
-def read_rows(spec: Any, *, turns: str = "last", bad_rows: str = "error") -> list[Row]:
+def read_rows(
+    spec: Any, *, turns: str = "last", bad_rows: str = "error", counts: Counter[str] | None = None
+) -> list[Row]:
     """All rows of ``spec``: a file, folder or glob, or a list of these or of ``{"path": ..., "weight": n}``.
 
     ``turns``: which assistant turn of ``messages`` is the response: first, last, or all (one row for each). Preference
     rows have one response, their last turn. A weight of n takes each row n times; of a fraction, that share of the
-    rows, the same ones every time. ``bad_rows="skip"`` leaves bad rows out, up to 1 % of them.
+    rows, the same ones every time. ``bad_rows="skip"`` leaves bad rows out, up to 1 % of them. ``counts`` gets what was
+    done: skipped (bad rows), repeated (rows with an id, or a whole content, that came before).
     Raises InputError, as ``file:line: what is wrong``, and EnvironmentProblem if pyarrow is needed and missing.
     """
     for name, value, allowed in (("turns", turns, ("first", "last", "all")), ("bad_rows", bad_rows, ("error", "skip"))):
@@ -67,7 +71,14 @@ def read_rows(spec: Any, *, turns: str = "last", bad_rows: str = "error") -> lis
             part += _read_file(path, turns, tally)
         rows += _weighted(part, weight, source)
     tally.finish()
+    if counts is not None:
+        counts.update(skipped=len(tally.bad), repeated=len(rows) - len({row.id for row in rows}))
     return _distinct(rows)
+
+
+def files_of(spec: Any) -> list[Path]:
+    """The files that `read_rows` reads for ``spec``, in its order."""
+    return [path for source, _ in _sources(spec) for path in _files(source)]
 
 
 def data_hash(rows: Iterable[Row]) -> str:
@@ -180,6 +191,24 @@ def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
         raise InputError(f"{path}: holds no rows")
     log.info("%s: %d rows (%s)", path, len(rows), "parquet" if is_parquet else "JSON Lines")
     return rows
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of a JSON Lines file. Raises InputError naming file, line and column of what is broken.
+
+    For the small files beside the data (prompts, responses made elsewhere), whose readers check the values.
+    """
+    try:
+        for number, value in _json_records(path):
+            if isinstance(value, _BadRow):
+                raise InputError(f"{path}:{number}{value.place}: {value}")
+            try:
+                _json_clean(value)
+            except _BadRow as error:
+                raise InputError(f"{path}:{number}: {str(error).removeprefix('answer: ')}") from None
+            yield f"{path}:{number}", value
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give a JSON Lines file") from None
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, Any]]:

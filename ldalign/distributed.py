@@ -134,8 +134,10 @@ def copies(shard_ranks: int | None) -> int:
     """How many copies of the model all ranks hold together, where each copy lies on `shard_ranks` of them."""
     found, rest = divmod(world_size(), shard_ranks or world_size())
     if rest:
+        nearest = max(n for n in range(1, world_size() + 1) if world_size() % n == 0 and n <= (shard_ranks or n))
         raise InputError(
-            f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; give a divisor, or null"
+            f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; the nearest that can: "
+            f"training.shard_ranks={nearest}"
         )
     return found
 

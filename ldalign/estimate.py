@@ -19,9 +19,11 @@ from ldalign import distributed, ops
 from ldalign.batches import count_steps
 from ldalign.context import Context
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.guide import is_trained_guide
+from ldalign.guide import is_trained_guide, read_guide_tokenizer
 from ldalign.mistral import Mistral, MistralConfig
-from ldalign.settings import Guide
+from ldalign.pipeline import RunFolder
+from ldalign.settings import RunConfig
+from ldalign.stages import check_sources
 from ldalign.weights import check_model, count_parameters
 
 RECORD_BYTES = 40  # a sampled token in its file: text and id
@@ -50,8 +52,8 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     """
     model = check_model(ctx.start)
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
-    if "guide" in planned:
-        _check_guide(ctx.config.guide)
+    check_guide(ctx.config, planned)
+    check_sources(ctx)
     work = [_work(ctx, name) for name in planned]
     parameters = count_parameters(model)
     lines = [
@@ -69,8 +71,10 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_guide(guide: Guide) -> None:
-    if guide.folder is None:
+def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
+    """The given guide's files, from their headers, where a planned stage needs it. Raises InputError."""
+    guide = config.guide
+    if "guide" not in planned or guide.folder is None:
         return
     folder = Path(guide.folder).expanduser()
     if not folder.is_dir():
@@ -79,8 +83,7 @@ def _check_guide(guide: Guide) -> None:
     for part in parts:
         if isinstance(check_model(part), Mistral):
             raise InputError(f"{part}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote (guide=FOLDER)")
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: has no tokenizer.json; the guide reads text through a tokenizer of its own")
+    read_guide_tokenizer(folder)
 
 
 def _existing(run: Path) -> Path:
@@ -89,6 +92,9 @@ def _existing(run: Path) -> Path:
         raise InputError(f"{run}: is a file; give a folder (run=NAME)")
     if run.is_dir() and any(run.iterdir()) and not (run / "lock").exists():
         raise InputError(f"{run}: holds something that is no run; give a new or empty folder (run=NAME)")
+    if (run / "lock").is_file():
+        with RunFolder.lock(run):  # raises where another process has it
+            pass
     folder = run.absolute()
     while not folder.exists():
         folder = folder.parent

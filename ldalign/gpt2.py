@@ -60,7 +60,7 @@ class GPT2Config:
             if key == "layer_norm_epsilon":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
                     raise InputError(f"{where}: {key} is {value!r}, not a small positive number")
-            elif type(value) is not int or value < 1:
+            elif type(value) is not int or not 1 <= value < 2**31:
                 raise InputError(f"{where}: {key} is {value!r}, not a positive integer")
         config = cls(**known)
         if config.n_embd % config.n_head:

@@ -30,7 +30,8 @@ from ldalign import ops
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
-from ldalign.weights import load_model, read_config, stored_state, write_weights
+from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json
+from ldalign.weights import load_model, read_config, read_header, stored_state, write_weights
 
 END = "<|endoftext|>"
 GPT2_STD, GPT2_WIDTH = 0.02, 768  # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
@@ -235,11 +236,18 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokeniz
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """The guide's own tokenizer. Raises InputError where there is none that can be read."""
     path = folder / "tokenizer.json"
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as broken:  # the library raises bare Exception
+        tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER_BYTES))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: has no tokenizer.json; the guide reads text through a tokenizer of its own"
+        ) from None
+    except BaseException as broken:  # the library raises bare Exception, and a BaseException where Rust panics
+        if isinstance(broken, InputError | KeyboardInterrupt | SystemExit):
+            raise
         raise InputError(
             f"{path}: not a readable tokenizer ({broken}); the guide needs one beside its weights"
         ) from None
@@ -256,7 +264,7 @@ def new_guide(config: GuideConfig, seed: int, pretrained: Path | None, texts: Se
         if read_config(pretrained).get("model_type") != "gpt2":
             raise InputError(f"{pretrained}: guide must be a gpt2 model folder or a folder that train/guide.py wrote")
         towers = [cast(GPT2, load_model(pretrained, torch.float32)) for _ in range(2)]
-        tokenizer = _read_tokenizer(pretrained)
+        tokenizer = read_guide_tokenizer(pretrained)
     else:
         tokenizer = train_tokenizer(texts, size.vocab_size)
         tokenizer.encode_special_tokens = True
@@ -298,14 +306,20 @@ def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
     folder = Path(folder)
     path = folder / "guide.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         config = GuideConfig(**{f.name: raw[f.name] for f in fields(GuideConfig)})
-    except (OSError, ValueError, KeyError, TypeError) as broken:
+        sizes = (config.latent_tokens, config.latent_width, config.max_tokens)
+        if not all(type(size) is int and 0 < size <= 2**20 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+    except (KeyError, TypeError, ValueError) as broken:
+        if isinstance(broken, InputError):
+            raise
         raise InputError(
             f"{path}: not a readable guide description ({broken!r}); make it with train/guide.py"
         ) from None
     towers = [cast(GPT2, load_model(folder / name, torch.float32, device)) for name in ("encoder", "decoder")]
-    guide = Guide(towers[0], towers[1], config, _read_tokenizer(folder))
+    guide = Guide(towers[0], towers[1], config, read_guide_tokenizer(folder))
+    read_header(folder / "latent.safetensors")  # names what is wrong with it
     latent = load_file(folder / "latent.safetensors")
     own = {name: p for name, p in guide.state_dict().items() if not name.startswith(("encoder.", "decoder."))}
     if latent.keys() != own.keys() or any(latent[name].shape != p.shape for name, p in own.items()):

@@ -5,14 +5,13 @@ A JSON Lines file, one line a training row: `id` (as in RUN/data/train.jsonl) an
 tokenized) and `prompt_token_ids`, which must be the prompt's as ldalign renders it. The names are vLLM's.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldalign.batches import Pair
-from ldalign.data import Row
+from ldalign.data import Row, json_lines
 from ldalign.errors import InputError
 from ldalign.sampling import Response
 from ldalign.tokenizer import Tokenizer
@@ -28,26 +27,20 @@ def read_losers(
     known: all rows of the data, of which `rows` are those used. prompts: where they can be read, for messages. Raises
     InputError naming file, line and what differs.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"responses={path}: not there yet; answer the prompts in {prompts}, one line "
             '{"id": ..., "response": ...} for each, and run this again'
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"responses={path}: cannot be read ({error}); give a JSON Lines file") from None
+        )
     ids = {row.id for row in known}
     given: dict[str, tuple[str, dict[str, Any]]] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            record = _record(line, where)
-            if record["id"] not in ids:
-                raise InputError(f"{where}: id {record['id']!r} is not in the data; the ids are those in {prompts}")
-            if record["id"] in given:
-                raise InputError(f"{where}: id {record['id']!r} was answered before ({given[record['id']][0]})")
-            given[record["id"]] = where, record
+    for where, value in json_lines(path):
+        record = _record(value, where, tokenizer.vocab_size)
+        if record["id"] not in ids:
+            raise InputError(f"{where}: id {record['id']!r} is not in the data; the ids are those in {prompts}")
+        if record["id"] in given:
+            raise InputError(f"{where}: id {record['id']!r} was answered before ({given[record['id']][0]})")
+        given[record["id"]] = where, record
     absent = [row.id for row in rows if row.id not in given]
     if absent:
         raise InputError(
@@ -59,21 +52,24 @@ def read_losers(
     return [_response(*given[row.id], row, pair, tokenizer) for row, pair in zip(rows, pairs, strict=True)]
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(line)
-        sound = isinstance(record["response"], str) and record.get("finish_reason", "stop") in ("stop", "length")
-        for key in ("token_ids", "prompt_token_ids"):
-            sound = sound and all(type(token) is int and token >= 0 for token in record.get(key, ()))
-        record["id"] = str(record["id"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
+def _record(value: Any, where: str, vocabulary: int) -> dict[str, Any]:
+    record: dict[str, Any] = value if isinstance(value, dict) else {}
+    ids = {key: record[key] for key in ("token_ids", "prompt_token_ids") if record.get(key) is not None}
+    if (
+        not isinstance(record.get("response"), str)
+        or not isinstance(record.get("id"), str | int)
+        or record.get("finish_reason", "stop") not in ("stop", "length")
+        or not all(isinstance(tokens, list) and all(type(t) is int for t in tokens) for tokens in ids.values())
+    ):
         raise InputError(
             f'{where}: expected {{"id": ..., "response": text}}, and maybe "finish_reason" (stop or length), '
             '"token_ids" and "prompt_token_ids" (lists of ids)'
         )
-    return record
+    for key, tokens in ids.items():
+        odd = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if odd is not None:
+            raise InputError(f"{where}: {key} has {odd}, but the vocabulary has {vocabulary} entries")
+    return {**record, "id": str(record["id"])}
 
 
 def _response(where: str, record: dict[str, Any], row: Row, pair: Pair, tokenizer: Tokenizer) -> Response:
@@ -92,8 +88,6 @@ def _response(where: str, record: dict[str, Any], row: Row, pair: Pair, tokenize
     if ids is None:
         whole = list(tokenizer.pair_ids(Row(row.id, row.history, record["response"], where=where)).response)
         ids = whole if reason == "stop" else tokenizer.encode(record["response"])
-    elif any(token >= tokenizer.vocab_size for token in ids):
-        raise InputError(f"{where}: token_ids has {max(ids)}, but the vocabulary has {tokenizer.vocab_size} entries")
     if reason == "stop" and (not ids or ids[-1] not in tokenizer.end_ids):
         ids = [*ids, pair.real[-1] if pair.real[-1] in tokenizer.end_ids else tokenizer.end_ids[0]]
     return Response(list(ids), reason, None)

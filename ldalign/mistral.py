@@ -96,7 +96,7 @@ def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None)
     value = default if raw.get(key) is None else raw[key]
     if value is None:
         raise InputError(f"{where}: key {key!r} is missing; a {raw['model_type']} config needs it")
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < 2**31:
         raise InputError(
             f"{where}: {key} is {value!r}, not a positive integer; compare with the model's original config"
         )

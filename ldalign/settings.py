@@ -173,6 +173,9 @@ class RunConfig:
     data: str | list[str] = setting("embedded", "SFT data: file, folder or glob of JSON Lines or parquet, or a list of "
                                     "them; embedded: ldalign's own task rows")  # fmt: skip
     turns: Literal["first", "last", "all"] = setting("last", "which assistant turn is the response (first: SPIN's)")
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "a row that cannot be used; skip: leave it out and count it, up to 1 % of the rows"
+    )
     heldout: str | None = setting(None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)")
     heldout_fraction: float = setting(0.1, "share of `data` held out where `heldout` is null", check=between(0, 0.5))
     responses: str | None = setting(
@@ -249,9 +252,16 @@ class RunConfig:
         if self.responses and self.method not in ("ld_align", "spin"):
             found.append(f"responses={self.responses}: method={self.method} takes none; leave it out")
         if self.max_new_tokens >= self.max_length:
-            found.append(f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}")
+            found.append(
+                f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; the nearest: "
+                f"max_length={self.max_new_tokens + 1}"
+            )
         if self.guide.width % self.guide.heads:
-            found.append(f"guide.width={self.guide.width} must be a multiple of guide.heads={self.guide.heads}")
+            nearest = self.guide.heads * max(1, round(self.guide.width / self.guide.heads))
+            found.append(
+                f"guide.width={self.guide.width} must be a multiple of guide.heads={self.guide.heads}; the nearest: "
+                f"guide.width={nearest}"
+            )
         if self.judge.endpoint is not None:
             if not self.judge.endpoint.startswith(("http://", "https://")):
                 found.append(f"judge.endpoint={self.judge.endpoint} must be a URL, http:// or https://")

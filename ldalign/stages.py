@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from ldalign import distributed
 from ldalign.answers import make_answers
 from ldalign.batches import Pair
-from ldalign.context import Context, prompt_text
-from ldalign.data import Row, data_hash
+from ldalign.context import EMBEDDED, Context, prompt_text
+from ldalign.data import Row, data_hash, files_of
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
@@ -36,10 +36,12 @@ from ldalign.methods import effective_size, pair_weights, usable
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import (
+    MANIFEST,
     Parents,
     hash_file,
     hash_model_folder,
     hash_settings,
+    on_rank0,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -55,6 +57,7 @@ from ldalign.weights import load_model, save_model
 
 log = logging.getLogger(__name__)
 
+SOURCES = "sources.json"  # in the data stage: the files that were read, and their sha256
 SCHEDULE_KEYS = (
     "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
     "training.master_dtype", "training.state_dtype",
@@ -67,7 +70,7 @@ SAMPLING_KEYS = tuple(
 def data_stage(ctx: Context) -> None:
     """The rows as they are used, after reading, splitting and dropping: data/train.jsonl and data/heldout.jsonl.
 
-    The ids of dropped rows are in data/dropped.jsonl.
+    The ids of dropped rows are in data/dropped.jsonl, the files that were read in data/sources.json.
     """
 
     def make(folder: Path) -> Metrics:
@@ -79,16 +82,50 @@ def data_stage(ctx: Context) -> None:
                 for name, prepared in (("train", ctx.train), ("heldout", ctx.heldout)) for id_ in prepared.dropped
             ]  # fmt: skip
             write_jsonl(folder / "dropped.jsonl", dropped)
+            write_json(folder / SOURCES, {str(path): hash_file(path) for path in _data_files(ctx)})
         return {
             "rows/train": len(ctx.train.rows), "rows/heldout": len(ctx.heldout.rows),
             "rows/dropped": len(ctx.train.dropped), "rows/cut": ctx.train.cut,
+            **{f"rows/{name}": n for name, n in ctx.counts.items()},
         }  # fmt: skip
 
-    parents: Parents = {
+    parents = _data_parents(ctx)
+    on_rank0(lambda: check_sources(ctx))
+    stage(ctx, "data", {**parents, **ctx.keys("turns", "max_length")}, make)
+
+
+def _data_parents(ctx: Context) -> Parents:
+    return {
         "data (training rows)": data_hash(ctx.train.rows), "number of training rows": len(ctx.train.rows),
         "data (held-out rows)": ctx.heldout_hash, "number of held-out rows": len(ctx.heldout.rows),
     }  # fmt: skip
-    stage(ctx, "data", {**parents, **ctx.keys("turns", "max_length")}, make)
+
+
+def _data_files(ctx: Context) -> list[Path]:
+    specs = [spec for spec in (ctx.config.data, ctx.config.heldout) if spec not in (None, EMBEDDED)]
+    return [path for spec in specs for path in files_of(spec)]
+
+
+def check_sources(ctx: Context) -> None:
+    """Raises InputError where the run's rows are others than when it began, and a data file is why: it is named.
+
+    A file that changed without changing the rows that are used is none of the run's business.
+    """
+    folder = ctx.run.path / "data"
+    try:
+        began = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parents"]
+        old = dict(json.loads((folder / SOURCES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # no such stage yet, or a damaged one, which says so itself
+    if all(began.get(key) == value for key, value in _data_parents(ctx).items()):
+        return
+    new = {str(path): hash_file(path) for path in _data_files(ctx)}
+    for path in [*old, *new]:
+        if path in old and path in new and old[path] != new[path]:
+            raise InputError(
+                f"{path}: changed since this run began: sha256 was {old[path]}, now {new[path]}; put it back, or start "
+                "another run (run=NAME)"
+            )
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tokenizer, chat template, and the one function that turns a conversation into prompt and response ids.
 
-``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template, in the sandbox and with the settings of
+``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template (`templates`), with the settings of
 transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two things are stricter:
 
 - Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters encoded as text; only
@@ -15,18 +15,15 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
+from jinja2.sandbox import SecurityError
 
 from ldalign.errors import InputError
+from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
+from ldalign.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from ldalign.data import Message, Row
@@ -46,6 +43,10 @@ _NONCE = secrets.token_hex(8)
 _CONTROL = f"\ue000{_NONCE}:%d\ue001"  # control token number %d, written by the template
 _QUOTED = f"\ue002{_NONCE}:%d\ue003"  # the same characters inside a message: plain text
 _QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
+
+
+class UnsafeTemplate(InputError):
+    """The chat template does what no chat template needs to: reaches out, or takes too much room or time."""
 
 
 class PairIds(NamedTuple):
@@ -119,14 +120,14 @@ class Tokenizer:
             raise InputError(f"{self.folder}: has no chat template (chat_template.jinja or tokenizer_config.json)")
         try:
             return self._compiled.render(
-                messages=[dict(message) for message in messages],
+                [dict(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
             )
-        except jinja2.sandbox.SecurityError as error:
-            raise InputError(f"{self.folder}: chat template: SecurityError: {error}") from error
+        except SecurityError as error:
+            raise UnsafeTemplate(f"{self.folder}: chat template: SecurityError: {error}") from error
         except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(f"{self.folder}: chat template: {type(error).__name__}: {error}") from error
 
@@ -199,6 +200,8 @@ class Tokenizer:
         question, answer = {"role": "user", "content": "Probe?"}, {"role": "assistant", "content": "Ldalignprobe"}
         try:
             prompt, whole = self.render([question], True), self.render([question, answer])
+        except UnsafeTemplate:
+            raise
         except InputError:
             return  # a template may demand more than one user turn; the row itself will tell
         if not whole.startswith(prompt) or answer["content"] not in whole[len(prompt) :]:
@@ -224,7 +227,7 @@ class Tokenizer:
     def _declared_ends(self) -> tuple[int, ...]:
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(self.folder / name, missing={}).get("eos_token_id")
+            value = read_json(self.folder / name, missing={}).get("eos_token_id")
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
@@ -249,7 +252,7 @@ class Tokenizer:
         return self._plain.encode("a").ids[:1] == [self.bos_id]
 
     def _check_size(self) -> None:
-        rows = _read_json(self.folder / "config.json", missing={}).get("vocab_size")
+        rows = read_json(self.folder / "config.json", missing={}).get("vocab_size")
         if isinstance(rows, int) and rows < self.vocab_size:
             raise InputError(
                 f"{self.folder}/tokenizer.json: token ids go up to {self.vocab_size - 1}, but config.json has "
@@ -274,6 +277,8 @@ class Tokenizer:
         for messages in (probe, probe[1:]):
             try:
                 return self.render(messages, add_generation_prompt=True)
+            except UnsafeTemplate:
+                raise
             except InputError:
                 continue  # some templates take no system turn; if both fail, rendering a row will say why
         return ""
@@ -326,14 +331,14 @@ def save_tokenizer_files(source: str | Path, folder: str | Path, template: str |
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED_FILES:
         if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
-    settings = _read_json(source / "tokenizer_config.json", missing={})
+            (folder / name).write_bytes(read_bytes(source / name, MAX_TOKENIZER_BYTES))
+    settings = read_json(source / "tokenizer_config.json", missing={})
     settings.pop("auto_map", None)  # would ask the reader to import code
     if tokenizer.template:
         settings["chat_template"] = tokenizer.template
         (folder / "chat_template.jinja").write_bytes(tokenizer.template.encode("utf-8"))
     _write_json(folder / "tokenizer_config.json", settings)
-    generation = _read_json(source / "generation_config.json", missing={})
+    generation = read_json(source / "generation_config.json", missing={})
     ends = list(tokenizer.end_ids)
     generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     _write_json(folder / "generation_config.json", generation)
@@ -344,8 +349,8 @@ def save_tokenizer_files(source: str | Path, folder: str | Path, template: str |
 
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, completed by the older special_tokens_map.json."""
-    settings = _read_json(folder / "tokenizer_config.json", missing={})
-    for name, value in _read_json(folder / "special_tokens_map.json", missing={}).items():
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    for name, value in read_json(folder / "special_tokens_map.json", missing={}).items():
         if settings.get(name) is None:
             settings[name] = value
     return settings
@@ -354,10 +359,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _template(folder: Path, settings: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
+        return read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name: [{"name": "default", "template": ...}, ...]
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -370,7 +372,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str:
 def _tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json with truncation and padding off and every token declared elsewhere among its added tokens."""
     path = folder / "tokenizer.json"
-    description = _read_json(path)
+    description = read_json(path, most=MAX_TOKENIZER_BYTES)
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
         raise InputError(f"{path}: is not a tokenizer of the tokenizers library; save the model with transformers")
@@ -411,7 +413,9 @@ def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str
 def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, and a BaseException where Rust panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise InputError(f"{folder}/tokenizer.json: {error}") from error
     for token in description["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
@@ -426,66 +430,16 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``; ``missing`` if there is no such file and a default is given."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if missing is not None:
-            return dict(missing)
-        raise InputError(f"{path}: is missing; expected a model folder with tokenizer files") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}; expected a JSON object")
-    return value
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------- jinja2
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, except that a forbidden attribute is an error at once, not an empty text."""
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__} is unsafe")
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it only groups."""
-
-    tags = {"generation"}  # noqa: RUF012 - the interface of jinja2
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str, folder: Path) -> jinja2.Template | None:
+def _compile(template: str, folder: Path) -> ChatTemplate | None:
     if not template:
         return None
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(template)
-    except Exception as error:  # syntax errors, and whatever constant folding runs into
+        return ChatTemplate(template)
+    except SecurityError as error:
+        raise UnsafeTemplate(f"{folder}: chat template: SecurityError: {error}") from error
+    except Exception as error:  # syntax errors, and whatever the compiler runs into
         raise InputError(f"{folder}: chat template: {type(error).__name__}: {error}") from error
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

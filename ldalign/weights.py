@@ -27,14 +27,15 @@ from ldalign import distributed
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.mistral import Mistral, MistralConfig
+from ldalign.modelfiles import MAX_JSON_BYTES, is_inside, parse_json, read_json
 from ldalign.tokenizer import save_tokenizer_files
 
 LanguageModel = Mistral | GPT2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")  # what `write_weights` calls its own
 SHARD_BYTES = 5 * 10**9
+MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models have some 130
 READ_BYTES = 4 * 2**20  # tensors are read, cast and checked in pieces of this size
-HEADER_BYTES = 10**7  # a hundred times the largest real one; parsed, a hostile header takes many times its size
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {
     torch.float64: "float64",
@@ -82,7 +83,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: not found; a model folder needs a config.json (Hugging Face layout)")
-    raw = _read_json(path)
+    raw = read_json(path)
     if "auto_map" in raw:
         raise InputError(f"{path}: auto_map asks to run code from the model folder; ldalign runs none")
     return raw
@@ -91,11 +92,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
     """The model that a parsed config.json describes, its weights not yet there (meta device)."""
     kind = raw.get("model_type")
-    with torch.device("meta"):
-        if kind in ("mistral", "llama"):
-            return Mistral(MistralConfig.from_json(dict(raw), where))
-        if kind == "gpt2":
-            return GPT2(GPT2Config.from_json(dict(raw), where))
+    for key in ("num_hidden_layers", "n_layer"):
+        if isinstance(raw.get(key), int) and raw[key] > MAX_LAYERS:
+            raise InputError(f"{where}: {key} is {raw[key]}; at most {MAX_LAYERS} are built")
+    try:
+        with torch.device("meta"):
+            if kind in ("mistral", "llama"):
+                return Mistral(MistralConfig.from_json(dict(raw), where))
+            if kind == "gpt2":
+                return GPT2(GPT2Config.from_json(dict(raw), where))
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
+        raise InputError(
+            f"{where}: describes a network too large to be built ({' '.join(str(error).split())})"
+        ) from None
     raise InputError(f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 are")
 
 
@@ -258,9 +267,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
         path = folder / file
-        if not _inside(path, folder):
-            raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
-        if not path.is_file():
+        if weight_map is not None and not path.exists():
             raise InputError(f"{path}: shard not found, but {INDEX} names it; download the model again")
         for name, stored in read_header(path).items():
             if name in tensors:
@@ -282,10 +289,10 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         found = f"only pickles ({_first(pickles, 3)}), which can run code" if pickles else "no weights"
         raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
-    if not _inside(index, folder):
+    if not is_inside(index, folder):
         raise InputError(f"{index}: is a link out of the model folder; put the file itself there")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()) or not weight_map:
         raise InputError(f"{index}: no weight_map from tensor names to file names; download the file again")
     files = sorted(set(weight_map.values()))
     for file in files:
@@ -298,15 +305,19 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. Raises InputError where the header or the file's size is wrong."""
+    if not is_inside(path, path.parent):
+        raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
+    if not path.is_file():
+        raise InputError(f"{path}: not found; download the model again")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise InputError(
                 f"{path}: not a whole safetensors file: its header should take {length} bytes, the file has {size}; "
                 "download it again"
             )
-        header = _parse_json(file.read(length), path)
+        header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     try:
         expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -318,37 +329,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
         }
-    except (SafetensorError, OSError, TypeError, KeyError, IndexError) as broken:
+    except (SafetensorError, OSError, TypeError, KeyError, IndexError, AttributeError, ValueError) as broken:
+        if isinstance(broken, InputError):
+            raise
         raise InputError(f"{path}: broken safetensors header ({broken!r}); download it again") from None
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    # A hub's cache links every file to a blob of the same model: such links are followed, there alone.
-    target, root = path.resolve(), folder.resolve()
-    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(root.parents[1]))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_json(path.read_bytes(), path)
-
-
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for anything else, and for a key given twice, of which one would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-        return found
-
-    try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as broken:
-        raise InputError(f"{path}: not valid JSON ({broken}); download it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:

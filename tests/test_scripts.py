@@ -169,7 +169,7 @@ def test_losers_made_elsewhere(tmp_path: Path, toy_run: Path, toy_cache: Path, i
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "prompts.jsonl:1: expected"),
+        ("{", "prompts.jsonl:1:2: broken JSON"),
         ('{"prompt": "a"}\n{"prompt": 1}', "prompts.jsonl:2: expected"),
         ('{"prompt": "a"}\n[]', "prompts.jsonl:2: expected"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with a user turn"),

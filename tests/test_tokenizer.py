@@ -326,7 +326,7 @@ def test_template_extras(chatml_folder):
     ("name", "text", "message"),
     [
         ("tokenizer.json", None, "tokenizer.json: is missing"),
-        ("tokenizer.json", "{", "cannot be read as JSON"),
+        ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "{}", "is not a tokenizer"),
         ("tokenizer.json", '{"model": {"type": "?"}}', "tokenizer.json: "),
         ("tokenizer.json", '{"model": {}, "added_tokens": [3]}', "malformed"),

@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
 def compare(config: CompareConfig) -> None:
     """The start, the search, the other seeds, the table."""
     arms = [Arm.of(name) for name in config.compare.methods]
-    with open_run(comparison.start_config(config)) as ctx:
+    start_config = comparison.start_config(config)
+    with open_run(start_config, align.planned(start_config)) as ctx:
         align.align(ctx)
         start = ctx.run.path / "sft/policy" if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
@@ -68,7 +69,7 @@ def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) 
     folder = Path(own.run)
     say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")
     comparison.share(config, seed, folder)
-    with open_run(own) as ctx:
+    with open_run(own, align.planned(own)) as ctx:
         align.align(ctx)
     return folder
 

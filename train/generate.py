@@ -8,7 +8,6 @@ short is gone on with. `--chat` talks in the terminal instead. Without both it s
 RUN/iteration_0/responses: a stage of align.py, which goes on from here with the same settings.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
 from ldalign.config import positive, setting
 from ldalign.context import Context, choose_dtype, named_keys, open_policy
-from ldalign.data import Message
+from ldalign.data import Message, json_lines
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
@@ -186,32 +185,25 @@ def read_prompts(path: Path) -> dict[str, list[Message]]:
 
     Raises InputError naming file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a JSON Lines file (prompts=FILE)") from None
     prompts: dict[str, list[Message]] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            name, messages = _prompt(line, number, where)
-            need(name not in prompts, f"{where}: id {name!r} is given twice; give every prompt an id of its own")
-            prompts[name] = messages
+    for where, value in json_lines(path):
+        name, messages = _prompt(value, where)
+        need(name not in prompts, f"{where}: id {name!r} is given twice; give every prompt an id of its own")
+        prompts[name] = messages
     need(bool(prompts), f"{path}: holds no prompts")
     return prompts
 
 
-def _prompt(line: str, number: int, where: str) -> tuple[str, list[Message]]:
+def _prompt(record: Any, where: str) -> tuple[str, list[Message]]:
     try:
-        record: Any = json.loads(line)
         prompt = record.get("prompt", record.get("messages"))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
         sound = all(isinstance(text, str) for m in messages for text in m.values()) and messages[-1]["role"] == "user"
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+    except (TypeError, KeyError, AttributeError, IndexError):
         sound = False
     need(sound, f'{where}: expected {{"prompt": text}} or {{"messages": [...]}} that ends with a user turn')
-    return str(record.get("id", number)), messages
+    return str(record.get("id", where.rpartition(":")[2])), messages
 
 
 if __name__ == "__main__":

@@ -1,0 +1,443 @@
+"""`make fuzz`: readers against damaged and hostile files. Every outcome must be success or an ldalign error.
+
+    python tests/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...] [--keep FOLDER]
+
+Each reader gets a real input, changed at random (bytes, JSON values, lines; templates also from a small grammar), until
+`count` inputs or `minutes` are over. It runs in a child process, many inputs each, where a crash, more than 10 s of
+processor time, 512 MB more of memory, or any other exception is a failure: the input is kept in FOLDER for a look, and
+the run goes on with the next. An input is a function of (seed, reader, number). Exit code 1 where anything failed.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+CPU_SECONDS, MEMORY = 10, 512 * 2**20
+INTEGERS = [0, 1, -1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 10**30, -(2**63)]
+VALUES: list[Any] = [
+    None, True, False, *INTEGERS, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\0", "..", "../x",
+    "/etc/passwd", "é" * 1000, "</s>", "<|im_end|>", [], {}, [[]], [None], {"": ""}, {"content": 3}, "NaN", "a/b",
+]  # fmt: skip
+SNIPPETS = [b"", b"\0", b"\xff\xfe", b"{", b"}", b"[", b"]", b'"', b",", b"\n", b"\\ud800", b"\xef\xbb\xbf", b"[" * 5000,
+            b"9" * 5000, b"NaN", b"null", b"-", b"PAR1", b"{%", b"%}", b"{{", b"}}", b"&a *a", b"!!python/object:os.system",
+            b"\xed\xa0\x80", b": ", b"- ", b"|", b"\t"]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- mutations
+
+
+def change_bytes(data: bytes, draw: random.Random) -> bytes:
+    """`data` with one to four changes."""
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        at = draw.randrange(len(data) + 1)
+        # Headers and counts lie at the beginning: more often there.
+        at = draw.randrange(min(len(data), 64) + 1) if draw.random() < 0.3 else at
+        upto = min(len(data), at + draw.choice((1, 1, 4, 8, 50, 1000)))
+        kind = draw.randrange(7)
+        if kind == 0 and data:
+            at = min(at, len(data) - 1)
+            data = data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        elif kind == 1:
+            data = data[:at]
+        elif kind == 2:
+            data = data[:at] + data[upto:]
+        elif kind == 3:
+            data = data[:at] + data[at:upto] * draw.choice((2, 3, 50)) + data[upto:]
+        elif kind == 4:
+            data = data[:at] + draw.choice(SNIPPETS) + data[at:]
+        elif kind == 5:
+            size = draw.choice((4, 8))
+            number = (draw.choice(INTEGERS) % 2 ** (8 * size)).to_bytes(size, "little")
+            data = data[:at] + number + data[at + size :]
+        else:
+            data = data[:at] + draw.randbytes(upto - at) + data[upto:]
+    return data[: 2**20]
+
+
+def change_json(value: Any, draw: random.Random) -> Any:
+    """`value` (plain JSON) with one place in it changed."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.85:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = draw.choice(keys)
+        out: Any = value.copy()
+        action = draw.random()
+        if action < 0.1:
+            del out[key]
+        elif action < 0.2 and isinstance(out, dict):
+            out[draw.choice([*keys, "x", "", "auto_map", "type", "__class__"])] = out.pop(key)
+        elif action < 0.25 and isinstance(out, list):
+            out.insert(key, draw.choice([out[key], draw.choice(VALUES)]))
+        else:
+            out[key] = change_json(out[key], draw)
+        return out
+    if isinstance(value, str) and draw.random() < 0.3:
+        return change_bytes(value.encode("utf-8", "surrogatepass"), draw).decode("utf-8", "replace")
+    return draw.choice(VALUES)
+
+
+def change_lines(data: bytes, draw: random.Random) -> bytes:
+    """JSON Lines with one line's value changed."""
+    lines = data.split(b"\n")
+    at = draw.randrange(len(lines))
+    try:
+        lines[at] = json.dumps(change_json(json.loads(lines[at]), draw)).encode()
+    except ValueError:
+        pass
+    return b"\n".join(lines)
+
+
+def change_document(data: bytes, draw: random.Random) -> bytes:
+    """A JSON document with one to three values changed."""
+    value = json.loads(data)
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        value = change_json(value, draw)
+    return json.dumps(value).encode()
+
+
+def change_header(data: bytes, draw: random.Random) -> bytes:
+    """A safetensors file with its JSON header changed, and the length before it made right again."""
+    length = int.from_bytes(data[:8], "little")
+    header = change_document(data[8 : 8 + length], draw)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+PIECES = (
+    "messages", "messages[0]", "m", "m.content", "m['role']", "loop", "loop.index", "loop.length", "range(5)", "range(99999)",
+    "range(10**9)", "'a'", "'%s'", "'%99d'", "'{:9}'", "10", "10**9", "-1", "ns.x", "[m, m]", "{'a': m}", "(1, m)",
+    "none", "undefined", "eos_token", "''.join", "cycler(1, 2)", "joiner()", "namespace(x=1)", "dict(a=m)", "strftime_now('%Y')",
+    "raise_exception", "tools", "self", "varargs", "add_generation_prompt",
+)  # fmt: skip
+OPERATORS = ("+", "*", "**", "%", "~", "-", "/", "//", "==", "<", "in", "and", "or", "is not")
+TAILS = ("|join", "|join(m)", "|list", "|length", "|tojson", "|tojson(indent=4)", "|center(999999)", "|indent(99999)",
+         "|map('upper')", "|replace('', m)", "|format(1)", "|batch(3)", "|slice(3)", "|string", "|sort", "|unique",
+         "|groupby('role')", "|sum", "|first", "|last", "|reverse", "|trim", "|int", "|round(9)", ".split()", ".join(m)",
+         ".format(1)", ".replace('', 'aaaa')", ".ljust(99999)", "[::2]", "[0]", ".__class__", ".items()", ".append(1)", "()",
+         "|attr('x')", "|default(1)", "|select('string')", "|dictsort", " is defined", ".encode()")  # fmt: skip
+
+
+def expression(draw: random.Random, depth: int = 0) -> str:
+    text = draw.choice(PIECES)
+    for _ in range(draw.choice((0, 0, 1, 2))):
+        text += draw.choice(TAILS)
+    if depth < 3 and draw.random() < 0.5:
+        text = f"({text} {draw.choice(OPERATORS)} {expression(draw, depth + 1)})"
+    return text
+
+
+def statement(draw: random.Random, depth: int = 0) -> str:
+    inner = "".join(statement(draw, depth + 1) for _ in range(draw.randrange(3))) if depth < 5 else "x"
+    e = expression(draw)
+    return draw.choice((
+        f"{{{{ {e} }}}}", f"{{{{ {e} }}}}", f"{{% set ns.x = {e} %}}", f"{{% set m = {e} %}}",
+        f"{{% for m in {e} %}}{inner}{{% endfor %}}", f"{{% for m in messages %}}{inner}{{% endfor %}}",
+        f"{{% for m in {e} recursive %}}{inner}{{{{ loop(m) }}}}{{% endfor %}}", f"{{% if {e} %}}{inner}{{% endif %}}",
+        f"{{% set m %}}{inner}{{% endset %}}", f"{{% macro f(m) %}}{inner}{{{{ f(m) }}}}{{% endmacro %}}{{{{ f({e}) }}}}",
+        f"{{% for i in range(99999) %}}{inner}{{% set ns.x = ns.x {draw.choice(OPERATORS[:5])} {e} %}}{{% endfor %}}",
+        f"{{% filter upper %}}{inner}{{% endfilter %}}", f"{{% include {e} %}}", "text\n",
+    ))  # fmt: skip
+
+
+def change_template(data: bytes, draw: random.Random) -> bytes:
+    """A template with bytes changed, or with statements of the grammar in it."""
+    if draw.random() < 0.4:
+        return change_bytes(data, draw)
+    new = "{% set ns = namespace(x='a') %}{% set m = messages[0] %}" + "".join(statement(draw) for _ in range(3))
+    return new.encode() + (data if draw.random() < 0.5 else b"")
+
+
+# --------------------------------------------------------------------------------------------------------- readers
+
+
+@dataclass
+class Reader:
+    """make(folder) writes a sound input and returns the files to change; read(folder, draw) reads it."""
+
+    make: Callable[[Path], list[Path]]
+    read: Callable[[Path, random.Random], Any]
+    changes: tuple[Callable[[bytes, random.Random], bytes], ...] = (change_bytes,)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+ROWS = [
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "é"}, {"role": "assistant", "content": "r"}]},
+    {"prompt": "q", "response": "r", "id": 3, "kind": "dates", "answer": {"day": 3}},
+    {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]},
+    {"chosen": "Hi there. Yes", "rejected": "Hi there. No"},
+]  # fmt: skip
+
+
+def make_rows(folder: Path) -> list[Path]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return [path]
+
+
+def make_parquet(folder: Path) -> list[Path]:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / "rows.parquet"
+    table = pyarrow.table({"messages": [ROWS[0]["messages"]] * 20, "id": [str(i) for i in range(20)]})
+    pyarrow.parquet.write_table(table, path)
+    return [path]
+
+
+def read_data(folder: Path, draw: random.Random) -> None:
+    from ldalign.data import read_rows
+
+    read_rows(folder, turns=draw.choice(("first", "last", "all")), bad_rows=draw.choice(("error", "skip")))
+
+
+def make_model(folder: Path) -> list[Path]:
+    import test_weights
+
+    raw = test_weights.MISTRAL | {"tie_word_embeddings": False, "num_hidden_layers": 1}
+    test_weights.write_folder(folder, raw, shard_bytes=6000)
+    return [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+
+
+def read_model(folder: Path, draw: random.Random) -> None:
+    from ldalign.weights import load_model
+
+    load_model(folder)
+
+
+def make_gguf(folder: Path) -> list[Path]:
+    import test_pretrained
+
+    path = folder / "model.gguf"
+    test_pretrained.write_gguf(path, tied=True)
+    return [path]
+
+
+def read_gguf(folder: Path, draw: random.Random) -> None:
+    from ldalign.pretrained import convert_gguf
+
+    convert_gguf(folder / "model.gguf", folder / "made")
+
+
+def make_tokenizer(folder: Path) -> list[Path]:
+    from conftest import CHATML_TEMPLATE, byte_level_tokenizer, write_tokenizer_folder
+
+    write_tokenizer_folder(folder, byte_level_tokenizer(), CHATML_TEMPLATE, eos_token="<|im_end|>", add_bos_token=False)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 600}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    return sorted(folder.glob("*.json"))
+
+
+def make_template(folder: Path) -> list[Path]:
+    make_tokenizer(folder)
+    return [folder / "chat_template.jinja"]
+
+
+def read_tokenizer(folder: Path, draw: random.Random) -> None:
+    from ldalign.data import Row
+    from ldalign.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pair_ids(Row("1", ({"role": "user", "content": "What? </s>"},), "That <|im_end|>.", where="x:1"))
+
+
+def make_config(folder: Path) -> list[Path]:
+    path = folder / "run.yaml"
+    path.write_text((Path(__file__).parent.parent / "configs/toy.yaml").read_text())
+    return [path]
+
+
+def read_config(folder: Path, draw: random.Random) -> None:
+    from ldalign.config import load_config, to_yaml
+    from ldalign.settings import RunConfig
+
+    override = change_bytes(draw.choice((b"beta=0.1", b"data=[a, b]", b"guide.width=64", b"sampling.stop=['x']")), draw)
+    to_yaml(
+        load_config(RunConfig, folder / "run.yaml", [override.decode("utf-8", "surrogateescape")][: draw.randrange(2)])
+    )
+
+
+def make_losers(folder: Path) -> list[Path]:
+    path = folder / "losers.jsonl"
+    records = [{"id": str(i), "response": "No.", "finish_reason": "stop"} for i in range(4)]
+    records[1] |= {"token_ids": [5, 6, 2], "prompt_token_ids": [1, 2]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [path]
+
+
+def read_losers(folder: Path, draw: random.Random) -> None:
+    from ldalign import losers, methods
+    from ldalign.data import Row
+    from ldalign.tokenizer import load_tokenizer
+
+    state = READERS["losers"].state
+    if not state:
+        with tempfile.TemporaryDirectory() as other:
+            make_tokenizer(Path(other))
+            state["tokenizer"] = load_tokenizer(other)
+        state["rows"] = [Row(str(i), ({"role": "user", "content": "q"},), "r", where=f"x:{i}") for i in range(4)]
+        state["pairs"] = methods.prepare(state["rows"], state["tokenizer"], 100).pairs
+    rows, pairs, tokenizer = state["rows"], state["pairs"], state["tokenizer"]
+    losers.read_losers(folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl")
+
+
+def make_stage(folder: Path) -> list[Path]:
+    from ldalign import pipeline
+
+    def make(partial: Path) -> None:
+        (partial / "inner").mkdir()
+        (partial / "inner/a.txt").write_text("hello")
+
+    pipeline.run_stage(folder / "stage", {"data": "d1", "beta": 0.1}, make)
+    return [folder / "stage/manifest.json"]
+
+
+def read_stage(folder: Path, draw: random.Random) -> None:
+    from ldalign import pipeline
+
+    pipeline.check_stage(folder / "stage", {"data": "d1", "beta": 0.1})
+
+
+READERS = {
+    "jsonl": Reader(make_rows, read_data, (change_bytes, change_lines)),
+    "parquet": Reader(make_parquet, read_data),
+    "safetensors": Reader(make_model, read_model, (change_bytes, change_header, change_document)),
+    "gguf": Reader(make_gguf, read_gguf),
+    "template": Reader(make_template, read_tokenizer, (change_template,)),
+    "tokenizer": Reader(make_tokenizer, read_tokenizer, (change_bytes, change_document, change_document)),
+    "config": Reader(make_config, read_config),
+    "losers": Reader(make_losers, read_losers, (change_bytes, change_lines)),
+    "manifest": Reader(make_stage, read_stage, (change_bytes, change_document)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the child
+
+
+def child(name: str, seed: int, first: int, last: int, until: float, keep: Path) -> None:
+    """Reads inputs [first, last) of a reader; prints what came of them as a line of JSON."""
+    from ldalign.errors import LdalignError
+
+    reader, counts = READERS[name], {"read": 0, "refused": 0, "failed": 0, "next": first}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "input0"
+        folder.mkdir()
+        files = {path: path.read_bytes() for path in reader.make(folder)}
+        reader.read(folder, random.Random(0)) if name != "losers" else None
+        for number in range(first, last):
+            if time.time() > until:
+                break
+            draw = random.Random(f"{seed}/{name}/{number}")
+            path = draw.choice(list(files))
+            change = draw.choice([c for c in reader.changes if fits(c, path)])
+            content = change(files[path], draw)
+            path.write_bytes(content)
+            # Written before it is read: what is left when the process dies is the input that killed it.
+            (keep / f"{name}.current").write_text(f"{number} {path.name}")
+            counts["next"] = number + 1
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            limit = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+            try:
+                reader.read(folder, draw)
+                counts["read"] += 1
+            except LdalignError:
+                counts["refused"] += 1
+            except BaseException:
+                counts["failed"] += 1
+                save(keep, name, number, path.name, content, traceback.format_exc())
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used.ru_maxrss
+            if grown * 1024 > MEMORY:
+                counts["failed"] += 1
+                save(keep, name, number, path.name, content, f"took {grown // 1024} MB more memory")
+            path.write_bytes(files[path])
+            shutil.rmtree(folder / "made", ignore_errors=True)
+    print(json.dumps(counts), flush=True)
+
+
+def fits(change: Callable[[bytes, random.Random], bytes], path: Path) -> bool:
+    if change is change_document:
+        return path.suffix == ".json"
+    return change is not change_header or path.suffix == ".safetensors"
+
+
+def save(keep: Path, name: str, number: int, file: str, content: bytes, why: str) -> None:
+    """Keeps an input that failed, and what happened."""
+    (keep / f"{name}-{number}-{file}").write_bytes(content)
+    (keep / f"{name}-{number}.txt").write_text(why)
+
+
+# ------------------------------------------------------------------------------------------------------ the parent
+
+
+def fuzz(name: str, count: int, minutes: float, seed: int, keep: Path) -> dict[str, Any]:
+    """Runs children until `count` inputs are read or the time is over; what came of it."""
+    began, total = time.time(), {"read": 0, "refused": 0, "failed": 0}
+    until, start = began + 60 * minutes, 0
+    while start < count and time.time() < until:
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            "--seed",
+            str(seed),
+            "--range",
+            f"{start},{count},{until}",
+        ]
+        one = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        done = subprocess.run([*command, "--keep", str(keep)], capture_output=True, text=True, env=os.environ | one)
+        try:
+            counts = json.loads(done.stdout.strip().split("\n")[-1])
+            start = counts.pop("next")
+        except ValueError:  # it died
+            current = keep / f"{name}.current"
+            number = int(current.read_text().split()[0]) if current.is_file() else start
+            counts = {"read": 0, "refused": number - start, "failed": 1}
+            (keep / f"{name}-{number}.txt").write_text(f"exit {done.returncode}\n{done.stderr[-3000:]}")
+            start = number + 1
+        for key, value in counts.items():
+            total[key] += value
+    return {"reader": name, "inputs": start, **total, "seconds": round(time.time() - began)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", nargs="*", default=list(READERS), choices=list(READERS))
+    parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="where inputs that fail are kept")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--range", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.keep.mkdir(parents=True, exist_ok=True)
+    if args.child:
+        first, last, until = args.range.split(",")
+        child(args.child, args.seed, int(first), int(last), float(until), args.keep)
+        return
+    print("| reader | inputs | read | refused | failed | seconds |\n|---|---|---|---|---|---|", flush=True)
+    failed = 0
+    for name in args.reader:
+        result = fuzz(name, args.count, args.minutes, args.seed, args.keep)
+        failed += result["failed"]
+        print("| " + " | ".join(map(str, result.values())) + " |", flush=True)
+    if failed:
+        print(f"{failed} failed; the inputs and what happened are in {args.keep}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
