@@ -73,6 +73,10 @@ class Guide:
 
     folder: str | None = setting(None, "GPT-2 model folder to start from, or a trained guide to use as it is; "
                                  "null: a new one of the sizes below")  # fmt: skip
+    backbone: Literal["gpt2", "policy"] = setting(
+        "gpt2", "both towers: GPT-2 (the paper's), or the policy's own network with its tokenizer and the weights that "
+        "self-play starts from"
+    )  # fmt: skip
     layers: int = setting(4, "of each tower, when new (choice)", check=positive)
     width: int = setting(256, "of each tower, when new (choice)", check=positive)
     heads: int = setting(4, "when new (choice)", check=positive)
@@ -88,10 +92,13 @@ class Guide:
     max_tokens: int = setting(512, "of prompt and response together, in the guide's tokens", check=at_least(8))
     epochs: int = setting(3, "passes over both responses of every row (choice)", check=positive)
     learning_rate: float = setting(
-        1e-3, "peak, AdamW, cosine (choice; a pretrained GPT-2 wants about 1e-4)", check=positive
+        1e-3, "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)", check=positive
     )
     global_batch: int = setting(32, "rows (two examples each) an optimizer step (choice)", check=positive)
     heldout_fraction: float = setting(0.1, "share of the rows kept for the held-out losses", check=above_up_to(0, 0.5))
+    retrain: bool = setting(
+        False, "train a guide again in every iteration, from the first one's start (the paper's is trained once)"
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,9 @@ class RunConfig:
         None, "responses to use in the first iteration instead of sampling them: JSON Lines (docs/data.md)"
     )
     method: Literal["ld_align", "spin"] = setting("ld_align", "pair weights: latent distances, or 1")
+    distance: Literal["euclidean", "cosine"] = setting(
+        "euclidean", "of two latents: length of their difference (the paper's), or 1 - cos of their angle"
+    )
     iterations: int = setting(3, "rounds of generate, score, align (the paper's 3)", check=at_least(0))
     max_rows: int | None = setting(None, "rows of the data an iteration uses; null: all", check=positive)
     max_new_tokens: int = setting(256, "longest sampled response (choice: SPIN's)", check=positive)

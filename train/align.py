@@ -1,8 +1,8 @@
 """LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml] [key=value ...]`.
 
-Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once), distances, reference, align,
-evaluate; at the end report/table.md. Every stage leaves its files with a manifest in the run folder; running the same
-command again goes on after the last finished stage.
+Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time with guide.retrain),
+distances, reference, align, evaluate; at the end report/table.md. Every stage leaves its files with a manifest in the
+run folder; running the same command again goes on after the last finished stage.
 """
 
 import torch
@@ -40,7 +40,8 @@ def align(ctx: Context) -> str:
         responses = responses_stage(ctx, t, policy)
         weights = torch.ones(len(responses))
         if config.method == "ld_align":
-            guide = guide or guide_stage(ctx)
+            if guide is None or config.guide.retrain:
+                guide = guide_stage(ctx, t, start)
             weights = distances_stage(ctx, t, guide, responses)
         pairs = reference_stage(ctx, t, policy if config.reference == "iteration" else start, responses)
         policy = policy_stage(ctx, t, policy, pairs, weights)
@@ -58,8 +59,9 @@ def planned(config: RunConfig) -> list[str]:
     names.append(f"{start_name(config)}/evaluation")
     steps = ["responses", *(["distances"] if config.method == "ld_align" else []), "reference", "policy", "evaluation"]
     names += [f"iteration_{t}/{step}" for t in range(config.iterations) for step in steps]
-    if config.iterations and config.method == "ld_align":
-        names.insert(names.index("iteration_0/distances"), "guide")
+    if config.method == "ld_align":
+        for t in range(config.iterations if config.guide.retrain else min(1, config.iterations)):
+            names.insert(names.index(f"iteration_{t}/distances"), f"iteration_{t}/guide" if t else "guide")
     if config.continual_sft.epochs:
         names += ["continual_sft/policy", "continual_sft/evaluation"]
     return names
