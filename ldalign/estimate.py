@@ -274,7 +274,7 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
 def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both together.
 
-    Where ranks share the work, each still loads both towers whole before it keeps its part.
+    A rank loads both towers whole before it keeps its part.
     """
     parts = training_memory(model, shape)
     parts = {name: 2 * size if name in ("weights", "optimizer", "gradients") else size for name, size in parts.items()}
