@@ -15,12 +15,13 @@ from ldalign.batches import Pair
 from ldalign.config import to_dict
 from ldalign.data import Row, data_hash, read_rows
 from ldalign.errors import InputError
+from ldalign.guide import is_trained_guide
 from ldalign.methods import Prepared, prepare
 from ldalign.metrics import say
 from ldalign.pipeline import Parents, RunFolder, on_rank0
 from ldalign.pretrained import resolve_model
 from ldalign.seeds import permutation
-from ldalign.settings import RunConfig
+from ldalign.settings import Guide, RunConfig
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import check_model, read_config
 
@@ -164,8 +165,10 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
 def open_context(run: RunFolder, config: RunConfig) -> Context:
     """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing is written.
 
-    Raises InputError for bad rows, rows that do not fit, or fewer of them than one global batch.
+    Raises InputError for bad rows, rows that do not fit, fewer of them than one global batch, or a guide that is asked
+    for in two ways.
     """
+    _check_guide(config.guide)
     device = distributed.start(config.device)
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
@@ -192,6 +195,23 @@ def open_context(run: RunFolder, config: RunConfig) -> Context:
             "accuracy cannot be measured on them, only the likelihood of their responses"
         )
     return ctx
+
+
+def _check_guide(guide: Guide) -> None:
+    """What depends on what lies in `guide.folder`."""
+    if guide.folder is None:
+        return
+    trained = is_trained_guide(Path(guide.folder).expanduser())
+    if trained and guide.retrain:
+        raise InputError(
+            f"guide={guide.folder}: is a trained guide, used as it is; guide.retrain=true would train others: give one "
+            "of the two"
+        )
+    if not trained and guide.backbone == "policy":
+        raise InputError(
+            f"guide={guide.folder}: is no trained guide, and guide.backbone=policy starts from the policy: give one of "
+            "the two"
+        )
 
 
 def _check_enough(ctx: Context) -> None:

@@ -8,7 +8,7 @@ memory, disk, time. Nothing is written into the run folder.
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.guide import is_trained_guide, read_guide_tokenizer
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
+from ldalign.settings import Guide, RunConfig
 from ldalign.stages import check_sources
 from ldalign.weights import check_model, count_parameters
 
@@ -61,6 +61,7 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
         *_data_lines(ctx),
         *(f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on" for w in work if w.steps),
         _memory_line(ctx, model),
+        *([_guide_memory_line(ctx, model)] if "guide" in planned and _guide_is_policy(ctx.config.guide) else []),
         _disk_line(ctx, planned, parameters),
         _time_line(ctx, model.config, work, parameters),
         "dry run: nothing was made",
@@ -79,10 +80,14 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     folder = Path(guide.folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py wrote")
-    parts = [folder / "encoder", folder / "decoder"] if is_trained_guide(folder) else [folder]
-    for part in parts:
-        if isinstance(check_model(part), Mistral):
-            raise InputError(f"{part}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote (guide=FOLDER)")
+    if is_trained_guide(folder):
+        check_model(folder / "encoder")
+        check_model(folder / "decoder")
+    elif isinstance(check_model(folder), Mistral):
+        raise InputError(
+            f"{folder}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote (guide=FOLDER), or "
+            "guide.backbone=policy and no folder"
+        )
     read_guide_tokenizer(folder)
 
 
@@ -134,6 +139,14 @@ def _work(ctx: Context, name: str) -> Work:
     if step == "policy":
         steps = config.training.steps or count_steps(len(pairs), config.global_batch, config.training.epochs)
         return Work(name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps)
+    if step in ("guide", "distances") and _guide_is_policy(config.guide):
+        encoded, decoded = _guide_tokens(ctx)
+        if step == "distances":
+            return Work(name, scored=encoded)
+        g = config.guide
+        seen = len(pairs) - max(2, round(len(pairs) * g.heldout_fraction))
+        steps = count_steps(seen, g.global_batch, g.epochs)
+        return Work(name, trained=g.epochs * (encoded + decoded), steps=steps)
     if step == "responses":
         samples = 2 if config.method in ("self_reward", "rlaif") else 1
         return Work(name, scored=sum(len(p.prompt) for p in pairs), generated=samples * real)
@@ -156,7 +169,20 @@ def _work(ctx: Context, name: str) -> Work:
         return Work(
             name, scored=sum(len(p.prompt) for p in asked_twice), generated=2 * sum(len(p.real) for p in asked_twice)
         )
-    return Work(name)  # the guide is small beside the policy, and its stages are left out
+    return Work(name)  # another guide is small beside the policy, and its stages are left out
+
+
+def _guide_is_policy(guide: Guide) -> bool:
+    """Whether a guide of the policy's own size is to be trained."""
+    return guide.backbone == "policy" and guide.folder is None
+
+
+def _guide_tokens(ctx: Context) -> tuple[int, int]:
+    """What the guide's encoder and its decoder read of both responses of every row, in the policy's tokens."""
+    g = ctx.config.guide
+    sizes = [(len(p.prompt), len(p.real)) for p in ctx.used[1]]
+    encoded = sum(min(prompt + 2 * real, 2 * g.max_tokens) + 2 * g.latent_tokens for prompt, real in sizes)
+    return encoded, sum(2 * (min(prompt + real, g.max_tokens) + g.latent_tokens) for prompt, real in sizes)
 
 
 def _memory_line(ctx: Context, model: Mistral) -> str:
@@ -175,8 +201,28 @@ def _memory_line(ctx: Context, model: Mistral) -> str:
         ranks=ranks, shards=t.shard_ranks or ranks, whole=t.whole, device=ctx.device.type,
     )  # fmt: skip
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
+    return _shown("memory", parts, tokens)
+
+
+def _shown(title: str, parts: Mapping[str, float], tokens: int) -> str:
     shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    return f"memory: {sum(parts.values()) / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown})"
+    return f"{title}: {sum(parts.values()) / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown})"
+
+
+def _guide_memory_line(ctx: Context, model: Mistral) -> str:
+    """Peak of one rank while it trains a guide of the policy's size: two towers in float32, AdamW."""
+    g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
+    encoded, decoded = _guide_tokens(ctx)
+    rows, read = max(1, len(pairs)), encoded + decoded
+    step = g.global_batch * read / rows / ranks
+    tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
+    responses = sum(min(len(p.real), g.max_tokens) for p in pairs)
+    shape = TrainingShape(
+        weight_bytes=4, state_bytes=8, compute_bytes=4, checkpointing="none", tokens=tokens,
+        responses=2 * responses * tokens // max(1, read), micros=max(1, round(step / tokens)), ranks=ranks,
+        shards=ranks, device=ctx.device.type,
+    )  # fmt: skip
+    return _shown("guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens)
 
 
 @dataclass(frozen=True)
@@ -240,6 +286,17 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     }  # fmt: skip
 
 
+def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
+    """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both together.
+
+    A rank loads both towers whole before it keeps its part.
+    """
+    parts = training_memory(model, shape)
+    parts = {name: 2 * size if name in ("weights", "optimizer", "gradients") else size for name, size in parts.items()}
+    whole = {"both towers whole, on loading": 2.0 * shape.weight_bytes * count_parameters(model)}
+    return whole if sum(whole.values()) > sum(parts.values()) else parts
+
+
 def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:
     """Bytes per token of a micro-batch: those kept for the backward; those made again there, a block at a time.
 
@@ -264,9 +321,9 @@ def _disk_line(ctx: Context, planned: Sequence[str], parameters: int) -> str:
     policies = sum(name.endswith("/policy") for name in planned)
     needed = policies * parameters * (2 if ctx.config.policy_dtype == "bfloat16" else 4)
     needed += RECORD_BYTES * sum(_work(ctx, name).generated for name in planned)
-    if "guide" in planned:
-        g = ctx.config.guide
-        needed += 2 * 4 * (12 * g.layers * g.width**2 + (g.vocabulary + 1024) * g.width)
+    g = ctx.config.guide
+    tower = parameters if _guide_is_policy(g) else 12 * g.layers * g.width**2 + (g.vocabulary + 1024) * g.width
+    needed += 2 * 4 * tower * sum(name.split("/")[-1] == "guide" for name in planned)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise EnvironmentProblem(
@@ -285,8 +342,9 @@ def _time_line(ctx: Context, config: MistralConfig, work: Sequence[Work], parame
     seconds = sum(
         parameters * ((6 * w.trained + 2 * w.scored) / wide + 2 * w.generated / narrow) for w in work
     ) / distributed.world_size()  # fmt: skip
+    left_out = "loading" if _guide_is_policy(ctx.config.guide) else "the guide and loading"
     return (
-        f"time, rough (a third to three times): {seconds / 60:.1f} min without the guide and loading, if a product of "
+        f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a product of "
         f"{ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and one of a decoding step at "
         f"{narrow / 1e9:.0f}, as measured now, and sampled responses are as long as the real ones"
     )

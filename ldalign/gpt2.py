@@ -149,6 +149,11 @@ class GPT2(nn.Module):
         return list(self.transformer.h)  # type: ignore[arg-type]
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.transformer.wte
+
+    @property
     def output_weight(self) -> Tensor:
         """(V, D): the head's weight, always the token embedding."""
         return self.transformer.wte.weight
@@ -159,7 +164,7 @@ class GPT2(nn.Module):
         """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head` makes."""
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
-        x = self.hidden(self.transformer.wte(ids.flatten()), layout)
+        x = self.hidden(self.embedding(ids.flatten()), layout)
         if head is not None:
             return head(x, self.output_weight)
         return (x @ self.output_weight.T).unflatten(0, shape)

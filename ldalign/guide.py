@@ -1,25 +1,27 @@
-"""The guiding model: a GPT-2 conditional autoencoder whose latent space measures how far two responses are apart.
+"""The guiding model: a conditional autoencoder whose latent space measures how far two responses are apart.
 
 Encoder: GPT-2 reads [x; y; m query embeddings]; their final hidden states are projected to z (m x k). Decoder: GPT-2
 reads [W z as m prefix embeddings; x; y] and predicts y (LD-Align, arXiv 2404.06390, sections 3 and 4.1; m, k and the
 dropouts are ldalign's choices, see `GuideConfig`). The distance of two responses to one prompt is
-||E(x, y) - E(x, y')||_2 over the whole latent, in float32.
+||E(x, y) - E(x, y')||_2 over the whole latent, in float32. Other choices: both towers start as the policy
+(`policy_guide`), and the angle instead of the length (`cosine_distance`).
 
 A strong decoder can ignore z and predict y from its own past. Against that, training hides a share of the response
 tokens the decoder reads (word dropout, arXiv 1511.06349), and the held-out losses always say whether z is used:
 `latent_gain` = loss with another row's z - loss with the true z, in nats per token. A new guide's blocks start wider
 than GPT-2's 0.02 (`new_guide`): at small widths, 0.02 leaves z without a trace of the text for hundreds of steps.
 
-The guide reads text through a tokenizer of its own: the pretrained GPT-2's, or a byte-level BPE trained on the data.
+The guide reads text through a tokenizer of its own: that of the model its towers start from, or a byte-level BPE
+trained on the data. It adds no chat template and no BOS.
 
 Shapes: N flat tokens, D width, Z = m k latent width, B examples, V vocabulary.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import tokenizers
 import torch
@@ -30,23 +32,35 @@ from ldalign import ops
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
+from ldalign.mistral import Mistral
 from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json
-from ldalign.weights import load_model, read_config, read_header, stored_state, write_weights
+from ldalign.tokenizer import load_tokenizer
+from ldalign.weights import (
+    LanguageModel,
+    load_model,
+    read_config,
+    read_header,
+    stored_state,
+    write_weights,
+)
 
 END = "<|endoftext|>"
 GPT2_STD, GPT2_WIDTH = 0.02, 768  # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
 NO_LATENT = -1
 
+Metric = Literal["euclidean", "cosine"]
+
 
 @dataclass(frozen=True)
 class GuideConfig:
-    """What the two GPT-2s do not say themselves; kept in the guide folder's guide.json."""
+    """What the two towers do not say themselves; kept in the guide folder's guide.json."""
 
     latent_tokens: int = 1  # m
     latent_width: int = 256  # k
     token_dropout: float = 0.5  # share of response tokens hidden from the decoder in training
     latent_dropout: float = 0.1  # share of training examples without z, so that the loss without z means something
     max_tokens: int = 512  # prompt and response together; the prompt loses its beginning first
+    end_token: str = END  # of prompts and responses, in the tokenizer; guide.json may lack it
 
 
 @dataclass(frozen=True)
@@ -60,17 +74,21 @@ class Example:
 class Guide(nn.Module):
     """Encoder, latent, decoder. `forward` gives the reconstruction log-probs, so that FSDP gathers weights for it."""
 
-    def __init__(self, encoder: GPT2, decoder: GPT2, config: GuideConfig, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, encoder: LanguageModel, decoder: LanguageModel, config: GuideConfig, tokenizer: tokenizers.Tokenizer
+    ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.encoder, self.decoder = encoder, decoder
-        width = encoder.config.n_embd
+        width = encoder.embedding.embedding_dim
         self.queries = nn.Parameter(torch.zeros(config.latent_tokens, width))
         self.to_latent = nn.Linear(width, config.latent_width)
-        self.from_latent = nn.Linear(config.latent_width, decoder.config.n_embd)
-        end = tokenizer.token_to_id(END)
+        self.from_latent = nn.Linear(config.latent_width, decoder.embedding.embedding_dim)
+        end = tokenizer.token_to_id(config.end_token)
         if end is None:
-            raise InputError(f"the guide's tokenizer has no {END} token; use GPT-2's tokenizer.json")
+            raise InputError(
+                f"the guide's tokenizer has no {config.end_token} token; use the tokenizer.json its weights came with"
+            )
         self.end_id: int = end
 
     @property
@@ -106,7 +124,7 @@ class Guide(nn.Module):
             [[len(x), *(len(examples[i].response) + m for i in own)] for x, own in by_prompt.items()], device
         )
         queries = torch.tensor(at, device=device).flatten()  # (B m,)
-        embedded = self.encoder.transformer.wte(torch.tensor(ids, device=device))
+        embedded = self.encoder.embedding(torch.tensor(ids, device=device))
         embedded = embedded.index_copy(0, queries, self.queries.to(embedded.dtype).repeat(len(examples), 1))
         hidden = self.encoder.hidden(embedded, layout)[queries]
         return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
@@ -130,7 +148,7 @@ class Guide(nn.Module):
         prefix = (starts[:, None] + torch.arange(m, device=device)).flatten()
         lengths = torch.tensor([len(e.response) for e in examples], device=device)
         response = _ranges(ends - lengths, lengths)  # (M,) positions of the response tokens
-        embedded = self.decoder.transformer.wte(ids)
+        embedded = self.decoder.embedding(ids)
         if hidden_tokens is not None:
             embedded = embedded.index_fill(0, response[hidden_tokens], 0.0)
         prefix_embeddings = self.from_latent(latents.unflatten(1, (m, -1)).to(embedded.dtype)).flatten(0, 1)
@@ -162,10 +180,16 @@ class Guide(nn.Module):
 
     @torch.no_grad()
     def distance(
-        self, prompts: Sequence[str], real: Sequence[str], generated: Sequence[str], batch_tokens: int = 8192
+        self,
+        prompts: Sequence[str],
+        real: Sequence[str],
+        generated: Sequence[str],
+        batch_tokens: int = 8192,
+        metric: Metric = "euclidean",
     ) -> Tensor:
         """(N,) float32 on the CPU: ||E(x, y) - E(x, y')||_2 of N prompts with two responses each; no dropout.
 
+        metric "cosine": `cosine_distance` of E(x, y) and E(x, y') instead.
         Raises NumericsError naming the first row whose distance is not finite.
         """
         pairs = [(self.example(x, y), self.example(x, g)) for x, y, g in zip(prompts, real, generated, strict=True)]
@@ -173,7 +197,8 @@ class Guide(nn.Module):
         out = torch.zeros(len(pairs))
         for batch in _runs(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens):
             z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
-            out[batch] = (z[0::2] - z[1::2]).norm(dim=1).float().cpu()
+            a, b = z[0::2], z[1::2]
+            out[batch] = (cosine_distance(a, b) if metric == "cosine" else (a - b).norm(dim=1).float()).cpu()
         for i in (~torch.isfinite(out)).nonzero()[:1, 0].tolist():
             raise NumericsError(
                 f"guide: the latent distance of row {i} is {out[i]}; look at its texts and the guide's losses"
@@ -181,7 +206,7 @@ class Guide(nn.Module):
         return out
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes encoder/ and decoder/ (GPT-2 folders, float32), latent.safetensors, guide.json, tokenizer.json."""
+        """Writes encoder/ and decoder/ (model folders, float32), latent.safetensors, guide.json, tokenizer.json."""
         state = state if state is not None else self.state_dict()
         for name, tower in (("encoder", self.encoder), ("decoder", self.decoder)):
             part = folder / name
@@ -195,6 +220,20 @@ class Guide(nn.Module):
         save_file(latent, folder / "latent.safetensors")
         (folder / "guide.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) float32: 1 - cos(a_i, b_i) of (N, Z) latents, between 0 and 2, exactly 0 where they are equal.
+
+    A zero vector is at distance 1 from any other vector (cos taken as 0) and at 0 from another zero vector.
+    """
+    a, b = a.double(), b.double()
+    lengths = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    # Half the squared distance of the unit vectors: 1 - cos would lose small distances to rounding, or its sign.
+    a, b = (x / length.where(length > 0, 1.0) for x, length in zip((a, b), lengths, strict=True))
+    half = (a - b).square().sum(dim=1) / 2
+    one_is_zero = ((lengths[0] == 0) != (lengths[1] == 0))[:, 0]
+    return half.where(~one_is_zero, 1.0).clamp(max=2.0).float()
 
 
 def _size(example: Example) -> int:
@@ -252,6 +291,8 @@ def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
             f"{path}: not a readable tokenizer ({broken}); the guide needs one beside its weights"
         ) from None
     tokenizer.encode_special_tokens = True  # the text of an end token inside a response is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -273,13 +314,37 @@ def new_guide(config: GuideConfig, seed: int, pretrained: Path | None, texts: Se
             tower = GPT2(GPT2Config(**(asdict(size) | {"vocab_size": tokenizer.get_vocab_size()})))
             _init_tower(tower, 2 * seed + i)
             towers.append(tower)
-    longest = towers[0].config.n_positions - config.latent_tokens
+    _check_room(config, towers[0].config.n_positions, "the guide's GPT-2")
+    return _init_latent(Guide(towers[0], towers[1], config, tokenizer), seed, GPT2_STD)
+
+
+def policy_guide(config: GuideConfig, seed: int, policy: Path) -> Guide:
+    """A guide to be trained whose towers both start as `policy`, a mistral or llama model folder, in float32.
+
+    It reads text through the policy's tokenizer; the end token is the first that the policy declares. What is new is a
+    function of `seed`. Raises InputError where the folder is of another kind or its positions run out.
+    """
+    towers = [cast(Mistral, load_model(policy, torch.float32)) for _ in range(2)]
+    if not isinstance(towers[0], Mistral):
+        raise InputError(f"{policy}: guide.backbone=policy needs a mistral or llama folder; use guide.backbone=gpt2")
+    _check_room(config, towers[0].config.max_position_embeddings, "the policy")
+    tokenizer = read_guide_tokenizer(policy)
+    end = load_tokenizer(policy).end_ids[0]
+    guide = Guide(towers[0], towers[1], replace(config, end_token=tokenizer.id_to_token(end)), tokenizer)
+    return _init_latent(guide, seed, float(towers[0].embedding.weight.detach().std()))
+
+
+def _check_room(config: GuideConfig, positions: int, whose: str) -> None:
+    longest = positions - config.latent_tokens
     if config.max_tokens > longest:
-        raise InputError(f"guide.max_tokens={config.max_tokens}: the guide's GPT-2 has room for {longest}; lower it")
-    guide = Guide(towers[0], towers[1], config, tokenizer)
+        raise InputError(f"guide.max_tokens={config.max_tokens}: {whose} has room for {longest}; lower it")
+
+
+def _init_latent(guide: Guide, seed: int, std: float) -> Guide:
+    """Seeded values for what no model folder has; std: of the queries, as the encoder's token embeddings'."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        guide.queries.copy_(torch.randn(guide.queries.shape, generator=generator) * GPT2_STD)
+        guide.queries.copy_(torch.randn(guide.queries.shape, generator=generator) * std)
         for linear in (guide.to_latent, guide.from_latent):
             width = linear.in_features
             linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / width**0.5)
@@ -306,7 +371,7 @@ def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
     folder = Path(folder)
     path = folder / "guide.json"
     try:
-        raw = read_json(path)
+        raw = {"end_token": END} | read_json(path)
         config = GuideConfig(**{f.name: raw[f.name] for f in fields(GuideConfig)})
         sizes = (config.latent_tokens, config.latent_width, config.max_tokens)
         if not all(type(size) is int and 0 < size <= 2**20 for size in sizes):
@@ -317,7 +382,7 @@ def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
         raise InputError(
             f"{path}: not a readable guide description ({broken!r}); make it with train/guide.py"
         ) from None
-    towers = [cast(GPT2, load_model(folder / name, torch.float32, device)) for name in ("encoder", "decoder")]
+    towers = [load_model(folder / name, torch.float32, device) for name in ("encoder", "decoder")]
     guide = Guide(towers[0], towers[1], config, read_guide_tokenizer(folder))
     read_header(folder / "latent.safetensors")  # names what is wrong with it
     latent = load_file(folder / "latent.safetensors")

@@ -4,11 +4,13 @@ Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope 
 no window. Parameter names and the half-split rotary layout are Hugging Face's, but for two: q, k and v are one
 parameter, and gate and up. Files keep the separate tensors (`Mistral.stored_parts`).
 
+`hidden` is the door for callers that bring their own embeddings, as the guide's towers do.
+
 Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -70,6 +72,10 @@ class MistralConfig:
                 f"{config.num_key_value_heads}, and head_dim {config.head_dim} even"
             )
         return config
+
+    def to_json(self) -> dict[str, Any]:
+        """A config.json of this network. It says mistral for a Llama layout too: the same network without a window."""
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"} | asdict(self)
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
@@ -222,6 +228,11 @@ class Mistral(nn.Module):
         return {name.replace(own, part): rows for part, rows in fused.get(own, {}).items()}
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    @property
     def output_weight(self) -> Tensor:
         """(V, D): the head's weight, the embedding itself where they are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -235,14 +246,18 @@ class Mistral(nn.Module):
         """
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
-        x = self.model.embed_tokens(ids.flatten())  # (N, D)
-        cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
-        for block in self.model.layers:
-            x = block(x, cos, sin, layout)
-        x = self.model.norm(x)
+        x = self.hidden(self.embedding(ids.flatten()), layout)
         if head is not None:
             return head(x, self.output_weight)
         return (x @ self.output_weight.T).unflatten(0, shape)
+
+    def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
+        """Final hidden states (N, D) of token embeddings (N, D), turned by the layout's positions."""
+        cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
+        x = embeddings
+        for block in self.model.layers:
+            x = block(x, cos, sin, layout)
+        return self.model.norm(x)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

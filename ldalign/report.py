@@ -38,6 +38,7 @@ def _collect(summaries: dict[str, Row], name: str) -> Row:
         return {}
     return {
         "policy": name, **parts["distances"], **parts["evaluation"], **parts["reward"],
+        **{f"guide/{key}": value for key, value in parts["guide"].items()},
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
         "seconds": sum(part.get("seconds", 0.0) for part in parts.values()),
@@ -83,6 +84,7 @@ def render(table: Row) -> str:
         _moved(rows),
         _table("Training", rows, [
             ("latent distance, mean (p10, p50, p90)", _distances),
+            ("latent gain of its own guide", lambda r: _number(r, "guide/latent_gain", "{:+.4f}")),
             ("weight spread: deviation (min, max)", _spread),
             ("effective sample size", lambda r: _number(r, "weight/ess", "{:.2f}")),
             ("reward margin", lambda r: _number(r, "train/rewards/margins", "{:+.3f}")),
@@ -146,7 +148,7 @@ def _guide(losses: Row) -> str:
 
 def _times(seconds: dict[str, float], policies: list[str]) -> str:
     """Wall time, one row a policy and one column a stage."""
-    columns = [step for step in STEPS if step != "guide" and any(f"{p}/{step}" in seconds for p in policies)]
+    columns = [step for step in STEPS if any(f"{p}/{step}" in seconds for p in policies)]
     if not columns:
         return ""
     lines = ["| wall time, s | " + " | ".join(columns) + " | all |", "|---" * (len(columns) + 2) + "|"]

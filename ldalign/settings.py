@@ -77,6 +77,10 @@ class Guide:
 
     folder: str | None = setting(None, "GPT-2 model folder to start from, or a trained guide to use as it is; "
                                  "null: a new one of the sizes below")  # fmt: skip
+    backbone: Literal["gpt2", "policy"] = setting(
+        "gpt2", "both towers: GPT-2 (the paper's), or the policy's own network with its tokenizer and the weights that "
+        "self-play starts from"
+    )  # fmt: skip
     layers: int = setting(4, "of each tower, when new (choice)", check=positive)
     width: int = setting(256, "of each tower, when new (choice)", check=positive)
     heads: int = setting(4, "when new (choice)", check=positive)
@@ -92,10 +96,13 @@ class Guide:
     max_tokens: int = setting(512, "of prompt and response together, in the guide's tokens", check=at_least(8))
     epochs: int = setting(3, "passes over both responses of every row (choice)", check=positive)
     learning_rate: float = setting(
-        1e-3, "peak, AdamW, cosine (choice; a pretrained GPT-2 wants about 1e-4)", check=positive
+        1e-3, "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)", check=positive
     )
     global_batch: int = setting(32, "rows (two examples each) an optimizer step (choice)", check=positive)
     heldout_fraction: float = setting(0.1, "share of the rows kept for the held-out losses", check=above_up_to(0, 0.5))
+    retrain: bool = setting(
+        False, "train a guide again in every iteration, from the first one's start (the paper's is trained once)"
+    )
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,9 @@ class RunConfig:
     )
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
+    )
+    distance: Literal["euclidean", "cosine"] = setting(
+        "euclidean", "of two latents: length of their difference (the paper's), or 1 - cos of their angle"
     )
     weights: Literal["latent", "uniform", "shuffled", "length", "inverse"] = setting(
         "latent", "of ld_align's pairs: the method's, or a control in its place (docs/methods.md)"

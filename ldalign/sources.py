@@ -1,7 +1,7 @@
 """Where an iteration's pairs come from, one function a method: the stages it runs, in order.
 
-Each takes the run, the iteration, the policy that the iteration starts from and the reference policy, and returns the
-pairs to train on: tokens, weights, the reference's log-probs. The rest of the run is the same for all methods.
+Each takes the run, the iteration, the policies that the iteration and the run start from, and returns the pairs to
+train on: tokens, weights, the reference's log-probs. The rest of the run is the same for all methods.
 """
 
 import math
@@ -32,17 +32,17 @@ class Pairs:
     made_from: Parents  # what their tokens depend on, beside the data
 
 
-def ld_align(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section 4)."""
     responses = responses_stage(ctx, t, policy)
-    guide = guide_stage(ctx)
+    guide = guide_stage(ctx, t if ctx.config.guide.retrain else 0, start)
     pairs, cut = _against_own(ctx, responses)
     pairs = distances_stage(ctx, t, guide, pairs, responses)
     made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
-    return Pairs(reference_stage(ctx, t, reference, pairs, made_from, cut), made_from)
+    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from)
 
 
-def spin(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def spin(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last iteration's losers too."""
     pairs, cut = _against_own(ctx, responses_stage(ctx, t, policy))
     made_from: dict[str, str | int | float] = {"responses": file_hash(ctx, RESPONSES.format(t))}
@@ -50,32 +50,32 @@ def spin(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
         made_from["previous responses"] = file_hash(ctx, RESPONSES.format(t - 1))
         older, _ = _against_own(ctx, read_responses(ctx, t - 1))
         pairs += [replace(pair, id=f"{pair.id} of iteration {t - 1}") for pair in older]
-    return Pairs(reference_stage(ctx, t, reference, pairs, made_from, cut), made_from)
+    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from)
 
 
-def dpo(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def dpo(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """(chosen, rejected, 1) of preference data (arXiv 2305.18290): reference alone."""
     rows, pairs = ctx.used
     pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
-    return Pairs(reference_stage(ctx, t, reference, pairs, {}), {})
+    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 
 
-def sft(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def sft(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """Real responses without losers."""
     return Pairs(ctx.used[1], {})
 
 
-def self_reward(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """(better, worse, 1) of two own samples, as the policy itself judges (arXiv 2401.10020)."""
-    return _of_two_samples(ctx, t, policy, reference, POLICY)
+    return _of_two_samples(ctx, t, policy, start, POLICY)
 
 
-def rlaif(ctx: Context, t: int, policy: Path, reference: Path) -> Pairs:
+def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     """(better, worse, 1) of two own samples, as `judge.model` says (arXiv 2309.00267)."""
-    return _of_two_samples(ctx, t, policy, reference, ctx.config.judge.model)
+    return _of_two_samples(ctx, t, policy, start, ctx.config.judge.model)
 
 
-def _of_two_samples(ctx: Context, t: int, policy: Path, reference: Path, judge: str) -> Pairs:
+def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str) -> Pairs:
     """Samples two responses a prompt, has them judged, drops ties, takes the reference of the rest."""
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)
@@ -85,7 +85,7 @@ def _of_two_samples(ctx: Context, t: int, policy: Path, reference: Path, judge: 
         "responses": file_hash(ctx, RESPONSES.format(t)), "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl")
     }  # fmt: skip
     pairs = [pair for pair in ranked if pair is not None]
-    return Pairs(reference_stage(ctx, t, reference, pairs, made_from), made_from)
+    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from)
 
 
 def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str) -> list[float]:
@@ -110,6 +110,10 @@ def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Respons
     return [math.nan if p is None else p for p in given]
 
 
+def _reference(ctx: Context, policy: Path, start: Path) -> Path:
+    return policy if ctx.config.reference == "iteration" else start
+
+
 def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], int]:
     """Real responses against sampled ones, and how many of the latter max_length cut."""
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
@@ -122,7 +126,7 @@ SOURCES: dict[str, Callable[[Context, int, Path, Path], Pairs]] = {
 
 
 def planned(config: RunConfig) -> list[str]:
-    """The stages that make an iteration's pairs, by name, but for the guide, which is made once a run."""
+    """The stages that make an iteration's pairs, by name, but for the guide."""
     return {
         "ld_align": ["responses", "distances", "reference"], "spin": ["responses", "reference"], "dpo": ["reference"],
         "sft": [], "self_reward": ["responses", "judged", "reference"], "rlaif": ["responses", "judged", "reference"],

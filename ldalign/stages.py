@@ -29,7 +29,7 @@ from ldalign.errors import InputError
 from ldalign.evaluate import EvaluationSettings, evaluate
 from ldalign.generate import text_of
 from ldalign.gpt2 import GPT2Config
-from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide
+from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
 from ldalign.methods import effective_size, pair_weights, usable
@@ -282,24 +282,31 @@ def new_engine(config: RunConfig, requests: Sequence[Request], tokenizer: Tokeni
     )  # fmt: skip
 
 
-def guide_stage(ctx: Context, generated: Sequence[str] | None = None) -> Path:
+def guide_stage(ctx: Context, t: int, start: Path | None = None, generated: Sequence[str] | None = None) -> Path:
     """Trains the guide on real and generated responses, or takes the trained one that is given; returns its folder.
 
-    generated: a text a row of `ctx.used`; None: the start policy's samples, in iteration_0/responses.
+    It is in guide/ where t is 0, else in iteration_t/guide: a guide of that iteration's own, trained anew from what the
+    first began with (seed, folder or start policy). start: the policy that self-play starts from; guide.backbone=policy
+    needs it. generated: a text a row of `ctx.used`; None: the samples in iteration_t/responses.
     """
     g = ctx.config.guide
     given = Path(g.folder).expanduser() if g.folder else None
     if given is not None and is_trained_guide(given):
         return given
     rows, _ = ctx.used
+    name = f"iteration_{t}/guide" if t else "guide"
     if generated is None:
-        generated = [r["response"] for r in read_jsonl(ctx.run.path / "iteration_0/responses/responses.jsonl")]
+        generated = [r["response"] for r in read_jsonl(ctx.run.path / f"iteration_{t}/responses/responses.jsonl")]
 
     def make(folder: Path) -> Metrics:
         texts = [(prompt_text(row), row.response, loser) for row, loser in zip(rows, generated, strict=True)]
         config = GuideConfig(g.latent_tokens, g.latent_width, g.token_dropout, g.latent_dropout, g.max_tokens)
-        size = GPT2Config(g.vocabulary, max(1024, g.max_tokens + g.latent_tokens), g.width, g.layers, g.heads)
-        guide = new_guide(config, ctx.config.seed, given, [t for row in texts for t in row], size)
+        if g.backbone == "policy":
+            assert start is not None
+            guide = policy_guide(config, ctx.config.seed, start)
+        else:
+            size = GPT2Config(g.vocabulary, max(1024, g.max_tokens + g.latent_tokens), g.width, g.layers, g.heads)
+            guide = new_guide(config, ctx.config.seed, given, [t for row in texts for t in row], size)
         examples = [(guide.example(x, y), guide.example(x, z)) for x, y, z in texts]
         settings = GuideTrainSettings(g.epochs, g.global_batch, g.learning_rate, ctx.config.training.micro_tokens,
                                       g.heldout_fraction)  # fmt: skip
@@ -310,19 +317,22 @@ def guide_stage(ctx: Context, generated: Sequence[str] | None = None) -> Path:
             guide.save(folder, state)
         return losses
 
-    stage(ctx, "guide", _guide_parents(ctx, given, generated), make)
-    return ctx.run.path / "guide"
+    stage(ctx, name, _guide_parents(ctx, given, start, generated), make)
+    return ctx.run.path / name
 
 
-def _guide_parents(ctx: Context, given: Path | None, generated: Sequence[str]) -> Parents:
-    keys = {name: value for name, value in ctx.keys("guide", "seed").items() if name != "guide.folder"}
-    if given is not None:
-        for name in ("layers", "width", "heads", "vocabulary"):  # the given GPT-2 has its own
-            keys.pop(f"guide.{name}")
-    return {
-        **keys, "data": ctx.used_hash, "responses": hash_settings(list(generated)),
-        "pretrained": hash_model_folder(given) if given else "none",
-    }  # fmt: skip
+def _guide_parents(ctx: Context, given: Path | None, start: Path | None, generated: Sequence[str]) -> Parents:
+    of_policy = ctx.config.guide.backbone == "policy"
+    without = {"guide.folder", "guide.retrain"}
+    if of_policy or given is not None:  # the towers' sizes are not ours to say
+        without |= {f"guide.{name}" for name in ("layers", "width", "heads", "vocabulary")}
+    keys = {name: value for name, value in ctx.keys("guide", "seed").items() if name not in without}
+    if of_policy:
+        assert start is not None
+        begun: Parents = {"policy": hash_model_folder(start)}
+    else:
+        begun = {"pretrained": hash_model_folder(given) if given else "none"}
+    return {**keys, "data": ctx.used_hash, "responses": hash_settings(list(generated)), **begun}
 
 
 def distances_stage(
@@ -337,7 +347,8 @@ def distances_stage(
         mine = range(distributed.rank(), len(rows), distributed.world_size())
         model = load_guide(guide, ctx.device)
         values = model.distance([prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine],
-                                [ctx.tokenizer.decode(responses[i].ids) for i in mine])  # fmt: skip
+                                [ctx.tokenizer.decode(responses[i].ids) for i in mine],
+                                metric=ctx.config.distance)  # fmt: skip
         distances = distributed.merge_rows(len(rows), mine, values)
         weights, clipped = pair_weights(config.weights, distances, pairs, kept, config.seed + t, config.weight_clip)
         if clipped:
@@ -349,7 +360,7 @@ def distances_stage(
 
     parents: dict[str, str | int | float] = {
         "guide": guide_hash(guide), "responses": file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
-        "data": ctx.used_hash, **ctx.keys("max_length", "weights", "weight_clip"),
+        "data": ctx.used_hash, **ctx.keys("max_length", "distance", "weights", "weight_clip"),
     }  # fmt: skip
     if config.weights == "shuffled":
         parents |= ctx.keys("seed")

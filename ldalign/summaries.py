@@ -37,10 +37,10 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
 
 def stage_names(run: Path) -> list[str]:
     """The finished stages of a run folder, in the order of the method."""
-    steps = ("responses", "distances", "judged", "reference", "policy", "evaluation", "reward")
+    steps = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation", "reward")
     names = ["data", "start/evaluation", "start/reward", "sft/policy", "sft/evaluation", "sft/reward"]
     names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in steps]
-    names.insert(names.index("iteration_0/distances"), "guide")  # trained on the first responses
+    names.insert(names.index("iteration_0/distances"), "guide")  # the first responses' has no number
     names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
     names += ["agreement_samples", "agreement"]
     for name in [name for name in names if name.endswith("/evaluation")]:

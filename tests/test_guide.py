@@ -15,7 +15,16 @@ from ldalign import distributed
 from ldalign import guide_training as training
 from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
-from ldalign.guide import NO_LATENT, Example, Guide, GuideConfig, is_trained_guide, load_guide, new_guide
+from ldalign.guide import (
+    NO_LATENT,
+    Example,
+    Guide,
+    GuideConfig,
+    cosine_distance,
+    is_trained_guide,
+    load_guide,
+    new_guide,
+)
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
 from ldalign.weights import stored_state, write_weights
 
@@ -52,6 +61,32 @@ def test_distance_is_the_euclidean_norm_over_the_whole_latent(guide: Guide) -> N
     assert a.shape == (1, 24)  # 2 tokens of 12
     expected = float((a - b).square().sum().sqrt())
     assert guide.distance([TEXTS[0]], [TEXTS[1]], [TEXTS[4]]).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_cosine_distance_is_one_minus_the_cosine(guide: Guide) -> None:
+    x, y, z = [TEXTS[0], TEXTS[2], TEXTS[2]], [TEXTS[1], TEXTS[3], TEXTS[4]], [TEXTS[4], TEXTS[1], TEXTS[4]]
+    with torch.no_grad():
+        a, b = (guide.encode([guide.example(p, r) for p, r in zip(x, r, strict=True)]).double().numpy() for r in (y, z))
+    expected = 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    d = guide.distance(x, y, z, metric="cosine")
+    assert d.dtype == torch.float32 and bool((d[:2] > 1e-4).all()) and d[2] < 1e-9
+    np.testing.assert_allclose(d.numpy(), expected, rtol=1e-3, atol=1e-9)
+
+
+def test_cosine_distance_at_its_limits() -> None:
+    """Defined for zero vectors, never negative, exact where 1 - cos would be rounding, whatever the lengths."""
+    v = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros(6, 9)
+    assert torch.equal(cosine_distance(v, v), zero[:, 0]) and torch.equal(cosine_distance(zero, zero), zero[:, 0])
+    assert torch.equal(cosine_distance(v, zero), torch.ones(6)) and torch.equal(cosine_distance(zero, v), torch.ones(6))
+    assert torch.equal(cosine_distance(v, -v), 2 * torch.ones(6))
+    scaled = cosine_distance(v * 1e-30, v.flip(0) * 1e30)
+    torch.testing.assert_close(scaled, 1 - torch.cosine_similarity(v, v.flip(0)), rtol=1e-5, atol=1e-6)
+    near = v.double()
+    near[:, 0] += 1e-5
+    exact = (1 - torch.cosine_similarity(v.double(), near)).float()
+    torch.testing.assert_close(cosine_distance(v, near), exact, rtol=1e-3, atol=0.0)
+    assert bool(cosine_distance(v, torch.full_like(v, float("nan"))).isnan().all())
 
 
 def test_distance_does_not_depend_on_the_batch(guide: Guide) -> None:
@@ -108,6 +143,15 @@ def test_save_and_load_round_trip(guide: Guide, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], p) for name, p in guide.state_dict().items())
     args = [TEXTS[0], TEXTS[2]], [TEXTS[1], TEXTS[3]], [TEXTS[4], TEXTS[1]]
     assert torch.equal(again.distance(*args), guide.distance(*args))
+
+
+def test_a_folder_from_before_there_was_an_end_token_key(guide: Guide, tmp_path: Path) -> None:
+    guide.save(tmp_path)
+    description = json.loads((tmp_path / "guide.json").read_text())
+    assert description.pop("end_token") == "<|endoftext|>"
+    (tmp_path / "guide.json").write_text(json.dumps(description))
+    args = [TEXTS[0]], [TEXTS[1]], [TEXTS[4]]
+    assert torch.equal(load_guide(tmp_path).distance(*args), guide.distance(*args))
 
 
 def test_new_guide_is_a_function_of_its_seed() -> None:

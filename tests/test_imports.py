@@ -12,18 +12,8 @@ PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalig
 # a later one. `errors` first, so that anyone may. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    (
-        "config",
-        "tasks",
-        "memory",
-        "seeds",
-        "pages",
-        "kernels",
-        "benchmark_rows",
-        "templates",
-        "modelfiles",
-        "gguf_check",
-    ),  # fmt: skip
+    ("config", "tasks", "memory", "seeds", "pages", "kernels", "benchmark_rows", "templates", "modelfiles"),
+    ("gguf_check",),
     ("ops", "distributed", "checkpoint", "tokenizer", "settings"),
     ("metrics", "env", "optim", "sampling", "benchmark_tasks"),
     ("data", "layout"),

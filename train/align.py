@@ -1,9 +1,9 @@
 """LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml] [key=value ...]`.
 
-Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once), distances, reference, align,
-evaluate; at the end report/table.md. Other methods (method=spin, dpo, sft, self_reward, rlaif) differ in where their
-pairs come from (`ldalign.sources`). Every stage leaves its files with a manifest in the run folder; running the same
-command again goes on after the last finished stage.
+Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time with guide.retrain),
+distances, reference, align, evaluate; at the end report/table.md. Other methods (method=spin, dpo, sft, self_reward,
+rlaif) differ in where their pairs come from (`ldalign.sources`). Every stage leaves its files with a manifest in the
+run folder; running the same command again goes on after the last finished stage.
 """
 
 from ldalign import errors, sources
@@ -28,8 +28,7 @@ def align(ctx: Context) -> str:
 
     policy = start
     for t in range(config.iterations):
-        reference = policy if config.reference == "iteration" else start
-        source = sources.SOURCES[config.method](ctx, t, policy, reference)
+        source = sources.SOURCES[config.method](ctx, t, policy, start)
         policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
         measure(ctx, f"iteration_{t}", policy, first)
 
@@ -46,8 +45,9 @@ def planned(config: RunConfig) -> list[str]:
     steps = [*sources.planned(config), "policy"]
     for t in range(config.iterations):
         names += [*(f"iteration_{t}/{step}" for step in steps), *measurements(config, f"iteration_{t}")]
-    if config.iterations and config.method == "ld_align":
-        names.insert(names.index("iteration_0/distances"), "guide")
+    if config.method == "ld_align":
+        for t in range(config.iterations if config.guide.retrain else min(1, config.iterations)):
+            names.insert(names.index(f"iteration_{t}/distances"), f"iteration_{t}/guide" if t else "guide")
     if config.continual_sft.epochs:
         names += ["continual_sft/policy", *measurements(config, "continual_sft")]
     return names

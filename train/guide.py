@@ -3,7 +3,7 @@
 Trains the guide into RUN/guide on the data's responses and generated ones. The generated ones are those of the data
 where every row has one ({"real", "generated"} or {"chosen", "rejected"}), else samples of the start policy in
 RUN/iteration_0/responses, which are made if they are not there. align.py goes on from here with the same settings; any
-other run takes the guide as guide=RUN/guide.
+other run takes the guide as guide=RUN/guide. The guides that guide.retrain asks for are align.py's.
 """
 
 from ldalign import errors
@@ -28,9 +28,11 @@ def guide(ctx: Context) -> str:
     rows, _ = ctx.used
     losers = [row.rejected for row in rows if row.rejected is not None]
     if len(losers) == len(rows):
-        return f"The guide: {guide_stage(ctx, losers)}"
-    responses_stage(ctx, 0, start_stage(ctx))
-    return f"The guide: {guide_stage(ctx)}"
+        start = start_stage(ctx) if ctx.config.guide.backbone == "policy" else None
+        return f"The guide: {guide_stage(ctx, 0, start, losers)}"
+    start = start_stage(ctx)
+    responses_stage(ctx, 0, start)
+    return f"The guide: {guide_stage(ctx, 0, start)}"
 
 
 def planned(config: RunConfig) -> list[str]:
