@@ -130,6 +130,7 @@ def _say(text: str) -> None:
 
 setup(
     packages=["ldalign", "ldalign.kernels", "ldalign.train"],
+    package_data={"ldalign": ["report_page.html"]},
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
     **extension(),
 )

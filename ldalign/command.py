@@ -11,6 +11,7 @@ from ldalign.estimate import dry_run
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
+from ldalign.report_page import try_page
 from ldalign.settings import RunConfig
 from ldalign.stages import data_stage
 
@@ -47,6 +48,8 @@ def run_stages(
             closing = work(ctx)
             if distributed.rank() == 0:
                 say(f"\n{write_report(run.path)}")
+                if config.report == "page":
+                    say(try_page(run.path))
             say(closing)
     distributed.stop()
 

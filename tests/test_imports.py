@@ -25,8 +25,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("answers", "context"),
     ("summaries",),
-    ("stages",),
+    ("stages", "analysis"),
     ("report", "estimate"),
+    ("figures", "report_parts"),
+    ("report_page",),
     ("command",),
     ("train",),
 )
