@@ -349,7 +349,7 @@ def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
             for p in known if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
         ]  # fmt: skip
         return figure, (
-            "A pair's weight is its distance over the mean distance, and its pull on the policy at the start of an "
+            "LD-Align's weight is a pair's distance over the mean distance; the pull on the policy at the start of an "
             f"iteration is in proportion. {'. '.join(seen)}. A small effective sample size means noisier steps than "
             "the number of pairs suggests."
         )
@@ -366,7 +366,7 @@ def training(steps: Mapping[str, Rows]) -> Chart:
     def draw() -> tuple[Figure, str] | str:
         known = {name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]}
         if not known:
-            return "no iteration has trained on pairs yet."
+            return "no iteration has trained on pairs (another method, or not yet)."
         figure = Figure(figsize=(WIDTH, 5.0))
         panels = figure.subplots(2, 2, sharex=True)
         begin = 0
@@ -393,8 +393,8 @@ def training(steps: Mapping[str, Rows]) -> Chart:
         return figure, (
             "Thin: every step, another batch each; thick: a running mean over about a tenth of an iteration. A reward "
             "is β times what a response has gained in log-prob over the reference; the margin is the real one's minus "
-            "the generated one's, and is what the loss raises: look at it first. Each iteration starts again from 0, "
-            "as its reference is the policy it starts from."
+            "the generated one's, and is what the loss raises: look at it first. With reference: iteration each "
+            "iteration starts again from 0, as its reference is the policy it starts from."
         )
 
     return chart("training", "Margins, rewards and log-probs", draw)
@@ -431,7 +431,7 @@ def budget(seconds: Mapping[str, float]) -> Chart:
             return "no stage has finished yet."
         figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(seconds)))
         axes = figure.subplots()
-        kinds = [name.rpartition("/")[2] for name in seconds]
+        kinds = ["evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds]
         colours = dict(zip(STAGE_KINDS, SERIES, strict=True))
         drawn = axes.barh(range(len(seconds)), list(seconds.values()), height=0.7,
                           color=[colours.get(kind, GRID) for kind in kinds])  # fmt: skip

@@ -66,7 +66,7 @@ def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
         "policy": name, **parts["distances"], **parts["evaluation"],
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
-        **({"reward": _read(reward)} if reward.is_file() else {}),
+        **({key: value for key, value in _read(reward).items() if key != "seconds"} if reward.is_file() else {}),
         "benchmarks": benchmarks,
         "seconds": sum(part.get("seconds", 0.0) for part in parts.values()),
     }  # fmt: skip

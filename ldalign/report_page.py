@@ -81,7 +81,7 @@ def gather(run: Path) -> dict[str, Any]:
         "meta": parts.origin(run, machine),
         "headline": parts.headline(table, config),
         "warnings": parts.cautions(table, machine),
-        "method": parts.METHODS.get(str(config.get("method")), f"Method: {config.get('method')}."),
+        "method": parts.method_text(config),
         "settings": parts.settings(config, table),
         "machine": parts.machine_line(machine),
         "results": parts.results(rows),

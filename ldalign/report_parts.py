@@ -36,10 +36,11 @@ METHODS = {
     "better was taken as chosen. The policy was then trained with the DPO loss on these pairs.",
 }
 SETTINGS = (
-    "policy", "data", "method", "iterations", "max_rows", "max_new_tokens", "max_length", "sampling.temperature",
-    "global_batch", "learning_rate", "beta", "reference", "training.epochs", "training.optimizer", "training.schedule",
-    "guide.folder", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs", "sft.rows",
-    "continual_sft.epochs", "evaluation.rows", "evaluation.samples", "seed", "dtype",
+    "policy", "data", "method", "weights", "weight_clip", "mix_previous", "judge.model", "iterations", "max_rows",
+    "max_new_tokens", "max_length", "sampling.temperature", "global_batch", "learning_rate", "beta", "reference",
+    "training.epochs", "training.steps", "training.optimizer", "training.schedule", "guide.folder", "guide.backbone",
+    "guide.distance", "guide.retrain", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs",
+    "sft.rows", "continual_sft.epochs", "evaluation.rows", "evaluation.samples", "seed", "dtype",
 )  # fmt: skip
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANSWERS_SHOWN = 4
@@ -111,17 +112,27 @@ def cautions(table: Row, machine: Row) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- what was run
 
 
+def method_text(config: Mapping[str, Any]) -> str:
+    """What the method does, for somebody who does not know it; a control in the weights' place is named."""
+    text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
+    weights = config.get("weights", "latent")
+    return text if weights == "latent" else f"{text} In this run the weights are a control in their place: {weights}."
+
+
 def method_name(config: Mapping[str, Any]) -> str:
+    """As the papers write it."""
     names = {"ld_align": "LD-Align", "spin": "SPIN", "dpo": "DPO", "sft": "SFT", "self_reward": "self-rewarding",
              "rlaif": "RLAIF"}  # fmt: skip
     return names.get(str(config.get("method")), str(config.get("method")))
 
 
 def short_name(policy: Any) -> str:
+    """A model folder's or hub name's last part."""
     return Path(str(policy)).name or str(policy)
 
 
 def origin(run: Path, machine: Row) -> str:
+    """Folder, time (of the stages' files) and version, in one line."""
     times = [path.stat().st_mtime for path in run.rglob(SUMMARY)]
     parts = [f"run folder {run.resolve().name}"]
     if times:
@@ -133,6 +144,7 @@ def origin(run: Path, machine: Row) -> str:
 
 
 def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
+    """The settings that matter, by their keys, and how many rows there were; those that are off are left out."""
     counts = table["data"]
     out: list[tuple[str, Any]] = []
     if counts:
@@ -149,6 +161,7 @@ def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
 
 
 def machine_line(machine: Row) -> str:
+    """Device, ranks and versions in a sentence, of environment.json."""
     packages = machine.get("packages", {})
     device = "; ".join(machine.get("gpus") or []) or f"{machine.get('cpu')}, {machine.get('cores')} cores, no GPU"
     ranks = machine.get("world_size", 1)
@@ -159,6 +172,7 @@ def machine_line(machine: Row) -> str:
 
 
 def command(config: Mapping[str, Any], machine: Row) -> str:
+    """How to run the same again, as one types it."""
     checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if (commit := machine.get("git_commit")) else ""
     ranks = machine.get("world_size", 1)
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
@@ -236,12 +250,14 @@ def kinds(rows: Sequence[Row]) -> Row:
 
 
 def rewards(rows: Sequence[Row]) -> Row:
-    known = [row for row in rows if "reward" in row]
-    names = sorted({key for row in known for key in row["reward"] if key.startswith("reward/")})
-    return {"names": names, "rows": [(_shown(r), [_plain(r["reward"].get(name)) for name in names]) for r in known]}
+    """The reward model's numbers: their names, and (policy, a text a number)."""
+    names = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    known = [row for row in rows if any(name in row for name in names)]
+    return {"names": names, "rows": [(_shown(row), [_plain(row.get(name)) for name in names]) for row in known]}
 
 
 def agreement(found: Row) -> Row:
+    """The rate of agreement in words, and every number beside it; {} where it was not measured."""
     values = {key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"}
     if "rate" not in values:
         return {}
@@ -291,13 +307,15 @@ def samples(joined: Sequence[Pairs]) -> Row:
         order = order if len(order) else np.arange(len(first.ids))
         rule = "the first, the last and three evenly spaced between them, in the data's order."
     picks = dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in QUANTILES) if len(order) else {}
-    places = [{id_: i for i, id_ in enumerate(p.ids)} for p in joined]
+    places = [{id_: [i for i in range(len(p.ids)) if p.ids[i] == id_] for id_ in (first.ids[k] for k in picks)}
+              for p in joined]  # fmt: skip
     samples = []
     for i in picks:
         answers = [{"title": "real", "text": first.real[i], "note": ""}]
         for p, place in zip(joined, places, strict=True):
-            if (k := place.get(first.ids[i])) is not None:
-                answers.append({"title": f"generated, iteration {p.iteration}", "text": p.generated[k],
+            for n, k in enumerate(place[first.ids[i]], start=1):
+                several = f", sample {n}" if len(place[first.ids[i]]) > 1 else ""
+                answers.append({"title": f"generated, iteration {p.iteration}{several}", "text": p.generated[k],
                                 "note": _note(p, k)})  # fmt: skip
         samples.append({"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers})
     return {"samples": samples, "sample_rule": rule}
@@ -306,7 +324,8 @@ def samples(joined: Sequence[Pairs]) -> Row:
 def _note(pairs: Pairs, i: int) -> str:
     parts = []
     if not pairs.trained[i]:
-        parts.append("equal to the real one: not trained on")
+        equal = "equal to the real one: " if pairs.generated[i] == pairs.real[i] else ""
+        parts.append(f"{equal}not trained on")
     elif np.isfinite(pairs.distance[i]):
         parts.append(f"d = {pairs.distance[i]:.3f}, s = {pairs.weight[i]:.2f}")
     if np.isfinite(pairs.right[i]):
@@ -319,7 +338,9 @@ def _note(pairs: Pairs, i: int) -> str:
 def answers(run: Path, rows: Sequence[Row]) -> Row:
     """Held-out prompts whose greedy answer changed between the first policy and the last iteration."""
     files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
-    found = {name: {r["id"]: r for r in read_jsonl(path)} for name, path in files.items() if path.is_file()}
+    found = {
+        name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r} for name, path in files.items() if path.is_file()
+    }
     aligned = [name for name in found if name.startswith("iteration_")]
     if not aligned or rows[0]["policy"] not in found:
         return {"answers": [], "answer_rule": ""}

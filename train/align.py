@@ -1,7 +1,7 @@
 """LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml] [key=value ...]`.
 
 Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once), distances, reference, align,
-evaluate; at the end report/table.md. Every stage leaves its files with a manifest in the run folder; running the same
+evaluate; at the end the report. Every stage leaves its files with a manifest in the run folder; running the same
 command again goes on after the last finished stage.
 """
 
