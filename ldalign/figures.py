@@ -225,6 +225,8 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
                 values = p.distance[p.trained & (p.right == verdict)]
                 place = n * 2.4 + m
                 labels.append((place, f"iteration {p.iteration}, {word} ({len(values)})"))
+                if not len(values):
+                    continue
                 colour = SERIES[2] if verdict else SERIES[1]
                 axes.boxplot(
                     values, positions=[place], orientation="horizontal", widths=0.7, whis=(5, 95), patch_artist=True,

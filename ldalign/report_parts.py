@@ -176,7 +176,7 @@ def command(config: Mapping[str, Any], machine: Row) -> str:
     checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if (commit := machine.get("git_commit")) else ""
     ranks = machine.get("world_size", 1)
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
-    return f"{checkout}{start} train/align.py --config config.yaml run={config.get('run')}-again"
+    return f"{checkout}{start} train/align.py --config config.yaml run={config.get('run', 'runs/this')}-again"
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -189,7 +189,7 @@ def test_the_page_of_a_whole_run_with_hostile_texts(toy: Path) -> None:
     records = [json.loads(line) for line in path.read_text().split("\n") if line]
     path.write_text("".join(json.dumps({**record, "response": hostile}) + "\n" for record in records))
     page = made(toy)
-    assert hostile in page.text and "<script" not in page.source and "49" not in re.findall(r"\{\{.{9}", page.source)
+    assert hostile in page.text and "<script" not in page.source
     for name in CHARTS:
         assert (toy / f"report/figures/{name}.svg").is_file(), name
     assert "After 2 iterations of LD-Align, sampled accuracy on held-out prompts did not move" in page.text
@@ -216,7 +216,8 @@ def test_spin_has_no_distances(toy: Path) -> None:
 
 def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each time less is there; what an earlier report drew and the run no longer has is gone."""
-    made(toy)
+    (toy / "report/figures").mkdir(parents=True)
+    (toy / "report/figures/training.png").touch()
     shutil.rmtree(toy / "iteration_1")
     for name in ("policy", "evaluation", "reference"):
         shutil.rmtree(toy / "iteration_0" / name)
