@@ -57,7 +57,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	@$(PY) bench/run.py $(ARGS)
 
-profile: $(VENV)/.profile
+profile: $(VENV)/.product
 	@$(PY) bench/profile_train.py $(ARGS)
 
 # With the packages that stand there: nothing is fetched.
@@ -107,8 +107,4 @@ $(VENV)/.eval: $(VENV)/.product requirements/eval.txt
 # Its packages' own needs are torch and triton, which are there.
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	@$(PIP) install --no-deps -r requirements/bench.txt
-	@touch $@
-
-$(VENV)/.profile: $(VENV)/.product requirements/profile.txt
-	@$(PIP) install -r requirements/profile.txt
 	@touch $@

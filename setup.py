@@ -131,6 +131,6 @@ def _say(text: str) -> None:
 setup(
     packages=["ldalign", "ldalign.kernels", "ldalign.train"],
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
-    package_data={"ldalign": ["benchmark_definitions/*.yaml"]},
+    package_data={"ldalign": ["benchmark_definitions/*.yaml", "report_page.html"]},
     **extension(),
 )

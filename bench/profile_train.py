@@ -333,7 +333,7 @@ def draw(result: dict[str, Any], path: Path) -> bool:
     try:
         import matplotlib
     except ImportError:
-        common.say("profile: no figure, matplotlib is not installed (requirements/profile.txt)")
+        common.say("profile: no figure, matplotlib is not installed (pip install 'ldalign[report]')")
         return False
     matplotlib.use("svg")
     from matplotlib import pyplot

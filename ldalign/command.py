@@ -13,6 +13,7 @@ from ldalign.estimate import check_guide, dry_run
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
+from ldalign.report_page import try_page
 from ldalign.settings import RunConfig
 from ldalign.stages import data_stage
 
@@ -49,6 +50,8 @@ def run_stages(
             if distributed.rank() == 0:
                 say(f"\n{write_report(ctx.run.path)}")
                 say_table(ctx.run.path)
+                if config.report == "page":
+                    say(try_page(ctx.run.path))
             say(closing)
     distributed.stop()
 

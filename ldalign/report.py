@@ -1,29 +1,27 @@
-"""table.md and table.json: what every policy of a run reached, and what it took."""
+"""table.md and table.json: what every policy of a run reached, and what it took. The page is report_page.py's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldalign import analysis
 from ldalign.evaluate import standard_error
 from ldalign.pipeline import read_jsonl, write_text
 from ldalign.summaries import SUMMARY, iterations, stage_names
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
 STEPS = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation", "reward")
+HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
+# Which of a benchmark's metrics stands for it in the comparison: the first of these it has
+LEADING = ("acc", "exact_match/strict", "r@1", "exact_match/flexible", "acc_norm")
 
 
 def write_report(run: Path) -> str:
     """Collects the finished stages of a run folder into report/table.json and report/table.md; returns the latter."""
-    summaries = {name: _read(run / name / SUMMARY) for name in stage_names(run)}
-    names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
-    rows = [row for name in names if (row := _collect(summaries, name))]
-    for row in rows:
-        row |= _difference(run, rows[0]["policy"], row["policy"])
-    table = {"policies": rows, "guide": summaries.get("guide", {}), "data": summaries.get("data", {}),
-             "seconds": {name: summary["seconds"] for name, summary in summaries.items()}}  # fmt: skip
+    table = collect(run)
     (run / "report").mkdir(exist_ok=True)
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
     text = render(table)
@@ -31,18 +29,57 @@ def write_report(run: Path) -> str:
     return text
 
 
-def _collect(summaries: dict[str, Row], name: str) -> Row:
+def collect(run: Path) -> Row:
+    """What table.json holds: every number of the finished stages, by policy, and the analysis of every iteration."""
+    summaries = read_summaries(run)
+    names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
+    rows = [row for name in names if (row := _collect(run, summaries, name))]
+    for row in rows:
+        row |= _difference(run, rows[0]["policy"], row["policy"])
+        if row is not rows[0]:
+            gain = analysis.mean_relative_gain(_scores(row), _scores(rows[0]))
+            row |= {} if gain is None else {"mean_relative_gain": gain}
+    joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
+    agreement = run / "agreement" / SUMMARY
+    return {
+        "policies": rows, "guide": summaries.get("guide", {}), "data": summaries.get("data", {}),
+        "agreement": _read(agreement) if agreement.is_file() else {},
+        "analysis": {f"iteration_{pairs.iteration}": analysis.summarise(pairs) for pairs in joined},
+        "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
+    }  # fmt: skip
+
+
+def read_summaries(run: Path) -> dict[str, Row]:
+    """Every finished stage's summary, in the order of the method."""
+    return {name: _read(run / name / SUMMARY) for name in stage_names(run)}
+
+
+def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     """Everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
-    if not (parts["evaluation"] or parts["policy"]):
+    files = sorted((run / name / "benchmarks").glob(f"*/{SUMMARY}"))
+    benchmarks = {path.parent.name: _read(path) for path in files}
+    if not (parts["evaluation"] or parts["policy"] or benchmarks):
         return {}
     return {
         "policy": name, **parts["distances"], **parts["evaluation"], **parts["reward"],
         **{f"guide/{key}": value for key, value in parts["guide"].items()},
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
+        "benchmarks": benchmarks,
         "seconds": sum(part.get("seconds", 0.0) for part in parts.values()),
     }  # fmt: skip
+
+
+def leading(benchmark: Row) -> str | None:
+    """The metric that stands for a benchmark in the comparison; None where its summary has none we know."""
+    return next((name for name in LEADING if name in benchmark), None)
+
+
+def _scores(row: Row) -> dict[str, float]:
+    """What the mean relative gain is taken over: the benchmarks, or the held-out accuracies where there is none."""
+    found = {task: b[name] for task, b in row["benchmarks"].items() if (name := leading(b))}
+    return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
 def _difference(run: Path, first: str, name: str) -> Row:
@@ -81,6 +118,7 @@ def render(table: Row) -> str:
             ("they beat the real ones, %", lambda r: _percent(r, "reward/win_rate", "{:.1f}")),
             (f"they beat those of {first}, %", lambda r: _percent(r, "reward/win_rate_first", "{:.1f}")),
         ]),
+        _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
         _table("Training", rows, [
             ("latent distance, mean (p10, p50, p90)", _distances),
@@ -115,6 +153,21 @@ def _table(title: str, rows: list[Row], columns: list[tuple[str, Callable[[Row],
     return f"**{title}**\n\n" + "\n".join(lines) + "\n" if cells else ""
 
 
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    """The benchmarks that any policy has."""
+    return sorted({task for row in rows for task in row["benchmarks"]})
+
+
+def _benchmark_columns(rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    def column(task: str) -> tuple[str, Callable[[Row], str]]:
+        name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
+        return f"{task} {name}, %", lambda r: _percent(r["benchmarks"].get(task, {}), str(name), "{:.1f}")
+
+    gain = ("mean relative gain, %", lambda r: _number(r, "mean_relative_gain", "{:+.2f}", 100))
+    columns = [column(task) for task in tasks_of(rows)]
+    return [*columns, gain] if columns else []
+
+
 def _moved(rows: list[Row]) -> str:
     compared = [r for r in rows if "difference/greedy" in r]
     if not compared:
@@ -128,11 +181,13 @@ def _verdict(row: Row) -> str:
     for key in ("sampled", "greedy"):
         if f"difference/{key}" in row:
             gap, error = row[f"difference/{key}"], row[f"difference/{key}_se"]
-            word = (
-                ("rose" if gap > 0 else "fell") if abs(gap) > 2 * error else "did not move beyond two standard errors"
-            )
-            parts.append(f"{key} accuracy {word} ({100 * gap:+.1f} +- {100 * error:.1f} points)")
+            parts.append(f"{key} accuracy {movement(gap, error)} ({100 * gap:+.1f} +- {100 * error:.1f} points)")
     return "; ".join(parts)
+
+
+def movement(gap: float, error: float) -> str:
+    """What a difference with its standard error amounts to, as a verb."""
+    return ("rose" if gap > 0 else "fell") if abs(gap) > 2 * error else "did not move beyond two standard errors"
 
 
 def _guide(losses: Row) -> str:
@@ -160,12 +215,27 @@ def _times(seconds: dict[str, float], policies: list[str]) -> str:
     return "\n".join(lines) + f"\n\nOnce a run: {once}everything {sum(seconds.values()):.0f} s.\n"
 
 
+def shown_name(policy: str) -> str:
+    """A policy's folder as a reader says it: iteration_0 -> iteration 0."""
+    return {"sft": "start (after SFT)", "continual_sft": "continual SFT"}.get(policy, policy.replace("_", " "))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader wants them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _number(row: Row, key: str, form: str, factor: float = 1.0) -> str:
     return form.format(factor * row[key]) if key in row else "-"
 
 
 def _percent(row: Row, key: str, form: str) -> str:
-    return f"{form.format(100 * row[key])} +- {100 * row[f'{key}_se']:.1f}" if key in row else "-"
+    if key not in row:
+        return "-"
+    error = f" +- {100 * row[f'{key}_se']:.1f}" if f"{key}_se" in row else ""
+    return f"{form.format(100 * row[key])}{error}"
 
 
 def _reward(row: Row) -> str:

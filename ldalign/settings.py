@@ -223,6 +223,10 @@ class RunConfig:
     policy_dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16", "of the policies written; float32 keeps small steps that bfloat16 rounds away, in twice the space"
     )
+    report: Literal["page", "table"] = setting(
+        "page",
+        "at the end: report.html with its figures (where matplotlib is installed) and table.md, or table.md alone",
+    )
     sampling: Sampling = group(Sampling, "sampling of training responses")
     training: Training = group(Training, "training of the policy")
     sft: Sft = group(Sft, "warm-up of the start policy on the data")

@@ -26,9 +26,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "endpoint"),
     ("answers", "context"),
     ("summaries", "judges"),
-    ("stages", "benchmarks"),
+    ("stages", "benchmarks", "analysis"),
     ("sources", "measures"),
     ("agreement", "report", "estimate", "comparison"),
+    ("figures", "report_parts"),
+    ("report_page",),
     ("command",),
     ("train",),
 )

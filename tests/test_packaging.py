@@ -67,6 +67,7 @@ def test_wheel_without_a_compiler_puts_only_ldalign_at_the_top(tmp_path: Path) -
         assert modules <= set(names), f"missing from the wheel: {modules - set(names)}"
     definitions = {f"ldalign/benchmark_definitions/{p.name}" for p in (ROOT / "ldalign").glob("*/*.yaml")}
     assert definitions and definitions <= set(names)
+    assert "ldalign/report_page.html" in names
 
 
 def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_tests_are_no_package() -> None:
 
 def test_requirements_are_pinned() -> None:
     files = sorted((ROOT / "requirements").glob("*.txt"))
-    assert len(files) == 9
+    assert len(files) == 8
     for file in files:
         for line in file.read_text().splitlines():
             assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{file.name}: {line}"

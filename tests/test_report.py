@@ -1,12 +1,19 @@
-"""The table, from summaries written by hand."""
+"""The tables, from summaries written by hand; the page, from the toy run: what a browser would make of it."""
 
 import json
 import math
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.report import write_report
+from ldalign.report_page import try_page, write_page
+from ldalign.train import report as script
 
 
 def put(run: Path, stage: str, summary: dict[str, float], answers: dict[str, list[bool]] | None = None) -> None:
@@ -90,3 +97,166 @@ def test_other_prompts_are_not_compared(run: Path) -> None:
     path = run / "iteration_0/evaluation/answers.jsonl"
     path.write_text(path.read_text().replace('"a"', '"z"'))
     assert "What moved" not in write_report(run)
+
+
+def test_benchmarks_stand_in_the_papers_form(run: Path) -> None:
+    for policy, scores in {"sft": (0.5, 0.2), "iteration_0": (0.6, 0.25)}.items():
+        for task, metric, score in zip(("arc_easy", "gsm8k"), ("acc", "exact_match/strict"), scores, strict=True):
+            summary = {"rows": 50, "shots": 5, metric: score, f"{metric}_se": 0.07, "acc_norm": 0.9}
+            put(run, f"{policy}/benchmarks/{task}", summary)
+    text = write_report(run)
+    assert "| policy | arc_easy acc, % | gsm8k exact_match/strict, % | mean relative gain, % |" in text
+    assert "| sft | 50.0 +- 7.0 | 20.0 +- 7.0 | - |" in text
+    assert "| iteration_0 | 60.0 +- 7.0 | 25.0 +- 7.0 | +22.50 |" in text
+    page = made(run)
+    assert "arc_easy<small>acc, %, 5-shot, 50 rows</small>" in page.source and "+22.50 %" in page.text
+    assert "Mean relative gain over 2 benchmarks: +22.50\xa0%." in page.text
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+CHARTS = ("held_out", "distances", "correlations", "distance_length", "distance_nll", "guide", "weights", "training",
+          "budget")  # fmt: skip
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Text, elements with their attributes, and complaints: unclosed or crossed elements, repeated ids."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.text, self.open = source, "", list[str]()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.problems: list[str] = []
+        self.feed(source)
+        self.close()
+        self.problems += [f"<{tag}> is not closed" for tag in self.open]
+        ids = [given["id"] for _, given in self.elements if "id" in given]
+        self.problems += [f"id {i} twice" for i in set(ids) if ids.count(i) > 1]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def loads(self) -> list[str]:
+        """What a browser would fetch, or run."""
+        found = [f"<{tag}>" for tag, _ in self.elements if tag in {"script", "link", "img", "iframe", "object", "base"}]
+        for tag, given in self.elements:
+            for name in ("src", "href", "xlink:href", "data", "action", "poster", "srcset"):
+                value = given.get(name) or ""
+                if value and not value.startswith(("#", "data:")):
+                    found.append(f"<{tag} {name}={value}>")
+            found += [f"<{tag} {name}>" for name in given if name.startswith("on")]
+        return found + re.findall(r"@import[^;]*|url\((?!#)[^)]*\)", self.source)
+
+
+def made(run: Path) -> Page:
+    """The page of a run folder, after the checks that every page must pass."""
+    (run / "config.yaml").touch()
+    page = Page(write_page(run).read_text(encoding="utf-8"))
+    assert not page.problems and not page.loads()
+    for svg in (run / "report/figures").glob("*.svg"):
+        assert svg.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert f'id="{svg.stem}"' in page.source
+    assert page.source.count("<svg") == len(list((run / "report/figures").glob("*.svg")))
+    return page
+
+
+@pytest.fixture
+def toy(toy_run: Path, tmp_path: Path) -> Path:
+    """A copy of the toy run without its models, and without its report."""
+    folder = tmp_path / "toy"
+    shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("model.safetensors", "tokenizer.json", "report"))
+    return folder
+
+
+def test_the_page_of_a_whole_run_with_hostile_texts(toy: Path) -> None:
+    hostile = (
+        "</pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp; \u2028 {{ 7 * 7 }} " + "x" * 600
+    )
+    path = toy / "iteration_0/responses/responses.jsonl"
+    records = [json.loads(line) for line in path.read_text().split("\n") if line]
+    path.write_text("".join(json.dumps({**record, "response": hostile}) + "\n" for record in records))
+    page = made(toy)
+    assert hostile in page.text and "<script" not in page.source
+    for name in CHARTS:
+        assert (toy / f"report/figures/{name}.svg").is_file(), name
+    assert "After 2 iterations of LD-Align, sampled accuracy on held-out prompts did not move" in page.text
+    assert "Why both log-probs may fall" in page.text and "ρ = " in page.text
+    assert "Distance and reward: not drawn: no responses were scored by a reward model." in page.text
+    table = json.loads((toy / "iteration_1/policy/summary.json").read_text())
+    assert f"{table['tokens']:,.0f}" in page.text  # the token budget
+    assert "learning_rate: 0.001" in page.text and "train/align.py --config config.yaml" in page.text
+
+
+def test_spin_has_no_distances(toy: Path) -> None:
+    shutil.rmtree(toy / "guide")
+    for t in (0, 1):
+        shutil.rmtree(toy / f"iteration_{t}/distances")
+    config = toy / "config.yaml"
+    config.write_text(config.read_text().replace("method: ld_align", "method: spin"))
+    page = made(toy)
+    assert "After 2 iterations of SPIN" in page.text
+    assert "Latent distances by iteration: not drawn: this run has no latent distances" in page.text
+    names = {path.stem for path in (toy / "report/figures").glob("*.svg")}
+    assert names == {"held_out", "training", "budget"}
+    assert "the first, the last and three evenly spaced" in page.text  # how the samples are chosen
+
+
+def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each time less is there; what an earlier report drew and the run no longer has is gone."""
+    (toy / "report/figures").mkdir(parents=True)
+    (toy / "report/figures/training.png").touch()
+    shutil.rmtree(toy / "iteration_1")
+    for name in ("policy", "evaluation", "reference"):
+        shutil.rmtree(toy / "iteration_0" / name)
+    page = made(toy)
+    assert "No iteration has finished yet" in page.text and "no iteration has trained on pairs (an" in page.text
+    assert (toy / "report/figures/distances.svg").is_file()
+    assert not (toy / "report/figures/training.png").exists()
+    for path in toy.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    script.main([f"run={toy}"])
+    assert f"The report: {toy}/report/report.html" in capsys.readouterr().err
+    assert "No stage of this run has results yet." in made(toy).text
+
+
+def test_rewards_and_agreement_are_shown(run: Path) -> None:
+    put(run, "iteration_0/reward", {"reward/mean": 0.731, "reward/win_rate": 0.25})
+    put(run, "agreement", {"agreement/rate": 0.64, "agreement/low": 0.5, "agreement/high": 0.75,
+                           "agreement/chance": 0.5})  # fmt: skip
+    page = made(run)
+    assert "reward/win_rate" in page.text and "0.731" in page.text
+    assert "The judge agreed in 64.0% of the cases (95 % 50.0% to 75.0%); chance is 50.0%." in page.text
+
+
+def test_without_matplotlib_one_line_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'ldalign[report]'" in try_page(run)
+    with pytest.raises(EnvironmentProblem, match="matplotlib is not installed"):
+        write_page(run)
+    assert not (run / "report/report.html").exists()
+
+
+def test_a_page_that_fails_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldalign.report_page.gather", lambda run: 1 / 0)
+    assert re.search(r"not written: ZeroDivisionError: .* tries again", try_page(run))
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run folder"):
+        script.main([f"run={tmp_path}"])
+    with pytest.raises(InputError, match="run"):
+        script.main([])

@@ -39,7 +39,7 @@ OUR_FILES = {"manifest.json", "metrics.jsonl", "summary.json"}
 
 
 def align(run: Path, cache: Path, *arguments: str) -> None:
-    main(["--config", str(CONFIG), f"run={run}", f"cache={cache}", *arguments])
+    main(["--config", str(CONFIG), f"run={run}", f"cache={cache}", "report=table", *arguments])
 
 
 def metrics(run: Path, stage: str) -> list[dict[str, float]]:
@@ -68,7 +68,8 @@ def test_layout(toy_run: Path) -> None:
     assert stage_names(toy_run) == STAGES
     for name in STAGES:
         check_stage(toy_run / name)
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "lock", "report/table.md", "report/table.json"}
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "lock", "report/table.md", "report/table.json",
+             "report/report.html"}  # fmt: skip
     assert all((toy_run / name).is_file() for name in files)
     for name in (name for name in STAGES if name.endswith("/policy")):
         assert {path.name for path in (toy_run / name).iterdir()} == MODEL_FILES | OUR_FILES

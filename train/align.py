@@ -1,9 +1,9 @@
 """LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml] [key=value ...]`.
 
 Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time with guide.retrain),
-distances, reference, align, evaluate; at the end report/table.md. Other methods (method=spin, dpo, sft, self_reward,
-rlaif) differ in where their pairs come from (`ldalign.sources`). Every stage leaves its files with a manifest in the
-run folder; running the same command again goes on after the last finished stage.
+distances, reference, align, evaluate; at the end the report. Other methods (method=spin, dpo, sft, self_reward, rlaif)
+differ in where their pairs come from (`ldalign.sources`). Every stage leaves its files with a manifest in the run
+folder; running the same command again goes on after the last finished stage.
 """
 
 from ldalign import errors, sources

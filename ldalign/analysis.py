@@ -1,0 +1,214 @@
+"""What a run's files say together: pairs joined by row id, rank correlations with intervals, concentration of weights.
+
+Pure functions over numbers, and one reader of a run folder. No model is loaded. Formulas: docs/report.md.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from ldalign import tasks
+from ldalign.methods import effective_size
+from ldalign.pipeline import read_jsonl
+
+Array = NDArray[np.float64]
+NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors
+FEWEST = 5  # pairs, below which an interval means nothing
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % interval, from n rows."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def ranks(values: Array) -> Array:
+    """Ranks from 1; equal values share the mean of their ranks. (N,) -> (N,)."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    shared: Array = (counts.cumsum() - (counts - 1) / 2)[place]
+    return shared
+
+
+def spearman(x: Array, y: Array) -> Estimate | None:
+    """Spearman's rank correlation of (N,) and (N,), rows with a NaN left out.
+
+    The interval is Fisher's z with Bonett and Wright's error, sqrt((1 + r^2 / 2) / (n - 3)) (Psychometrika 65, 2000).
+    None where fewer than FEWEST rows are left or one side is constant.
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    n = len(x)
+    if n < FEWEST or x.min() == x.max() or y.min() == y.max():
+        return None
+    r = float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    r = max(-1.0, min(1.0, r))
+    z, error = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), math.sqrt((1 + r * r / 2) / (n - 3))
+    return Estimate(r, math.tanh(z - NORMAL_95 * error), math.tanh(z + NORMAL_95 * error), n)
+
+
+def superiority(a: Array, b: Array) -> Estimate | None:
+    """Probability that a value of `a` exceeds one of `b`, ties half: the area under the ROC curve.
+
+    The interval is normal with DeLong's error (Biometrics 44, 1988). None where one side has fewer than FEWEST rows.
+    """
+    if min(len(a), len(b)) < FEWEST:
+        return None
+    together = ranks(np.concatenate([a, b]))
+    above = (together[: len(a)] - ranks(a)) / len(b)  # for each of a: the share of b below it
+    below = 1 - (together[len(a) :] - ranks(b)) / len(a)  # for each of b: the share of a above it
+    value = float(above.mean())
+    half = NORMAL_95 * math.sqrt(above.var(ddof=1) / len(a) + below.var(ddof=1) / len(b))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(a) + len(b))
+
+
+def concentration(weights: Array) -> Array:
+    """Share of the total weight that the k heaviest of N pairs carry, k = 0..N: (N + 1,)."""
+    heaviest_first = np.sort(weights)[::-1]
+    total = heaviest_first.sum()
+    return np.concatenate([[0.0], heaviest_first.cumsum() / total if total > 0 else np.zeros(len(weights))])
+
+
+def top_share(weights: Array, share: float = 0.1) -> float:
+    """Share of the total weight that the heaviest `share` of the pairs carry (at least one pair)."""
+    return float(concentration(weights)[math.ceil(share * len(weights))]) if len(weights) else 0.0
+
+
+def mean_relative_gain(scores: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+    """Mean over the scores both have of score / base - 1, as the paper's table has it; None where there is none."""
+    gains = [scores[key] / base[key] - 1 for key in scores if base.get(key)]
+    return sum(gains) / len(gains) if gains else None
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One iteration's pairs, in the order of its responses; arrays are (N,), NaN where the run does not say."""
+
+    iteration: int
+    ids: list[str]
+    prompts: list[str]
+    real: list[str]
+    generated: list[str]
+    tokens: Array  # of the generated response
+    finished: NDArray[np.bool_]  # the generated response ended by itself
+    trained: NDArray[np.bool_]  # the pair counts: its responses differ
+    distance: Array
+    weight: Array
+    logp_real: Array  # under the reference, summed over the response, nats
+    logp_generated: Array
+    right: Array  # 1.0 where the checker accepts the generated response, 0.0 where not
+    reward_real: Array
+    reward_generated: Array
+
+    @property
+    def nll(self) -> Array:
+        """Of the generated response under the reference, nats per token (max_length may have cut what was scored)."""
+        return -self.logp_generated / np.maximum(self.tokens, 1)
+
+    @property
+    def length_gap(self) -> Array:
+        """Difference in length of the two responses, characters, without its sign."""
+        gaps = [abs(len(g) - len(r)) for g, r in zip(self.generated, self.real, strict=True)]
+        return np.array(gaps, dtype=np.float64)
+
+
+# What a distance is laid against: key, the name with its unit, and the values of an iteration's pairs
+MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
+    ("tokens", "length of the generated response, tokens", lambda p: p.tokens),
+    ("length_gap", "difference in length, characters", lambda p: p.length_gap),
+    ("nll", "NLL of the generated response, nats/token", lambda p: p.nll),
+    ("nll_sum", "NLL of the generated response, nats", lambda p: -p.logp_generated),
+    ("nll_real", "NLL of the real response, nats", lambda p: -p.logp_real),
+    ("margin", "log-prob, real - generated, nats", lambda p: p.logp_real - p.logp_generated),
+    ("wrong", "generated answer is wrong", lambda p: 1 - p.right),
+    ("reward_gap", "reward, real - generated", lambda p: p.reward_real - p.reward_generated),
+)
+
+
+def read_pairs(run: Path, t: int) -> Pairs | None:
+    """Iteration t's pairs joined by row id from the run's finished stages; None where it has no responses yet."""
+    folder = run / f"iteration_{t}"
+    responses, data = folder / "responses/responses.jsonl", run / "data/train.jsonl"
+    if not (responses.is_file() and data.is_file()):
+        return None
+    rows = {row["id"]: row for row in read_jsonl(data)}
+    records = [record for record in read_jsonl(responses) if record["id"] in rows]
+    ids = [record["id"] for record in records]
+    used = [rows[id_] for id_ in ids]
+    messages = [row.get("messages") or row["chosen"] for row in used]
+    real, generated = [m[-1]["content"] for m in messages], [record["response"] for record in records]
+    finished = np.array([record["finish_reason"] == "stop" for record in records], dtype=bool)
+    verdicts = [_verdict(row, *pair) for row, *pair in zip(used, generated, finished, strict=True)]
+    distances = _columns(folder / "distances/distances.jsonl", ids, "distance", "weight")
+    rewards = _columns(folder / "reward/rewards.jsonl", ids, "real", "generated")
+    scored, logps = _reference(folder / "reference", ids)
+    differ = np.array([a != b for a, b in zip(real, generated, strict=True)], dtype=bool)
+    return Pairs(
+        t, ids, [m[-2]["content"] for m in messages], real, generated,
+        np.array([record["n_tokens"] for record in records], dtype=np.float64), finished,
+        differ if scored is None else scored, distances[0], distances[1], logps[0], logps[1],
+        np.array(verdicts, dtype=np.float64), rewards[0], rewards[1],
+    )  # fmt: skip
+
+
+def _verdict(row: Mapping[str, Any], text: str, finished: bool) -> float:
+    if row.get("kind") not in tasks.KINDS:
+        return math.nan
+    return float(finished and tasks.check(row["kind"], row["answer"], text))
+
+
+def _columns(path: Path, ids: list[str], *names: str) -> Array:
+    """(names, N) values of a JSON Lines file with ids; NaN where it has no such row, or is not there."""
+    found = {record["id"]: record for record in read_jsonl(path)} if path.is_file() else {}
+    missing: dict[str, float] = {}
+    return np.array([[found.get(i, missing).get(name, math.nan) for i in ids] for name in names], dtype=np.float64)
+
+
+def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, Array]:
+    """Which of `ids` were scored (None: nothing was), and their log-probs (2, N): of the real, of the generated."""
+    logps = np.full((2, len(ids)), math.nan)
+    if not (folder / "rows.json").is_file():
+        return None, logps
+    scored = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    place = {id_: i for i, id_ in enumerate(scored)}
+    known = np.array([id_ in place for id_ in ids], dtype=bool)
+    if scored:
+        table = load_file(folder / "reference.safetensors")["logps"].astype(np.float64)  # (pairs, 2)
+        logps[:, known] = table[[place[id_] for id_ in ids if id_ in place]].T
+    return known, logps
+
+
+def summarise(pairs: Pairs) -> dict[str, Any]:
+    """What table.json keeps of an iteration: rank correlations of distance, and how concentrated the weights are."""
+    kept = pairs.trained
+    distance, weight = pairs.distance[kept], pairs.weight[kept]
+    if not len(distance) or not np.isfinite(distance).all():
+        return {"pairs": int(kept.sum())}
+    correlations = {key: spearman(distance, values(pairs)[kept]) for key, _, values in MEASURES}
+    right = pairs.right[kept]
+    farther = superiority(distance[right == 0], distance[right == 1])
+    return {
+        "pairs": int(kept.sum()),
+        "distance/zero": int((distance == 0).sum()),
+        "weight/ess": effective_size(torch.from_numpy(weight)),
+        "weight/top10_share": top_share(weight),
+        "spearman": {key: vars(found) for key, found in correlations.items() if found},
+        **({"wrong_is_farther": vars(farther)} if farther else {}),
+    }

@@ -1,0 +1,489 @@
+"""The report's drawings: each function makes one Chart, or says why there is nothing to draw. Needs matplotlib.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; iterations differ by line style and marker too.
+Backgrounds are transparent. `inline_svg` hands the colours over to the page's CSS, so that one drawing suits a light
+and a dark page.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from ldalign.analysis import MEASURES, NORMAL_95, Array, Pairs, concentration
+from ldalign.report import duration, shown_name
+
+INK, GRID = "#1b1f24", "#d5d9de"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.2)))
+MARKERS = "osD^v<"
+WIDTH = 9.4  # inches: the page's text width
+MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "ldalign", "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8,
+    "legend.frameon": False, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "figure.constrained_layout.use": True, "axes.facecolor": "none", "figure.facecolor": "none",
+    "axes.formatter.use_mathtext": False, "axes.unicode_minus": True,
+}  # fmt: skip
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and what to see in it; without a figure, `caption` is why there is none."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure | None
+
+
+def write_chart(chart: Chart, folder: Path) -> str:
+    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page, "" where there is no figure."""
+    if chart.figure is None:
+        for suffix in (".svg", ".png"):  # of an earlier report
+            (folder / chart.name).with_suffix(suffix).unlink(missing_ok=True)
+        return ""
+    with matplotlib.rc_context(STYLE):
+        drawn = io.BytesIO()
+        chart.figure.savefig(drawn, format="svg", metadata={"Date": None})
+        chart.figure.set_layout_engine("none")  # it is laid out: not a second time
+        chart.figure.savefig(folder / f"{chart.name}.png", dpi=130, facecolor="white")
+    svg = drawn.getvalue().decode()
+    (folder / f"{chart.name}.svg").write_text(svg, encoding="utf-8")
+    return inline_svg(svg, chart.name, chart.title)
+
+
+def inline_svg(svg: str, name: str, title: str) -> str:
+    """An SVG file as part of an HTML page: no prolog, ids of its own, a label, colours from the page's CSS."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{name}-", svg)
+    series = ((colour, f"--series-{n}") for n, colour in enumerate(SERIES))
+    for colour, variable in ((INK, "--ink"), (GRID, "--rule"), *series):
+        svg = svg.replace(colour, f"var({variable}, {colour})")
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    width = re.search(r'viewBox="0 0 ([\d.]+)', svg)
+    assert width
+    label = f'<svg role="img" aria-label="{title}" style="width: 100%; max-width: {float(width[1]) * 4 / 3:.0f}px"'
+    return svg.replace("<svg", label, 1).replace("'DejaVu Sans', ", "")
+
+
+def chart(name: str, title: str, draw: Callable[[], tuple[Figure, str] | str]) -> Chart:
+    """`draw` returns the figure and its caption, or the reason why there is none."""
+    with matplotlib.rc_context(STYLE):
+        drawn = draw()
+    return Chart(name, title, drawn, None) if isinstance(drawn, str) else Chart(name, title, drawn[1], drawn[0])
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """A rank correlation with its interval."""
+    return f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} pairs)"
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+
+def held_out(rows: Rows) -> Chart:
+    """Accuracy of every policy with its interval, and the likelihood of the real responses."""
+
+    def draw() -> tuple[Figure, str] | str:
+        scores = [key for key in ("accuracy/greedy", "accuracy/sampled") if any(key in row for row in rows)]
+        likely = [row for row in rows if "nll/real" in row]
+        if not likely:
+            return "no policy was evaluated on held-out rows (evaluation.rows=0, or not yet)."
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(rows)))
+        axes = figure.subplots(1, 1 + bool(scores), squeeze=False, sharey=True)[0]
+        places = np.arange(len(rows))
+        for n, key in enumerate(scores):
+            known = [i for i, row in enumerate(rows) if key in row]
+            values = np.array([100 * rows[i][key] for i in known])
+            errors = np.array([100 * NORMAL_95 * rows[i].get(f"{key}_se", 0.0) for i in known])
+            axes[0].errorbar(values, places[known] + 0.24 * (n - 0.5), xerr=errors, fmt=MARKERS[n], ms=5, lw=1.4,
+                             color=SERIES[n], label=key.removeprefix("accuracy/"))  # fmt: skip
+        if scores:
+            axes[0].set_xlabel("held-out accuracy, %")
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        known = [i for i, row in enumerate(rows) if "nll/real" in row]
+        axes[-1].plot([rows[i]["nll/real"] for i in known], places[known], "D", ms=5, color=SERIES[2])
+        axes[-1].set_xlabel("NLL of real responses, nats/token")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(5))
+        axes[0].set_yticks(places, [shown_name(row["policy"]) for row in rows])
+        axes[0].set_ylim(len(rows) - 0.5, -0.5)
+        caption = "NLL: how unlikely the data set's own held-out responses are to each policy, lower is better. "
+        if scores:
+            caption = (
+                "Right is better on the left panel, left is better on the right. Bars: 95 % intervals over prompts. "
+                "All policies met the same prompts and random numbers, so differences between them are surer than the "
+                "bars make them look: the table has them in points. " + caption
+            )
+        return figure, caption.strip()
+
+    return chart("held_out", "Held-out results by policy", draw)
+
+
+# ---------------------------------------------------------------------------------------------------------- distances
+
+
+def distances(iterations: Sequence[Pairs]) -> Chart:
+    """How the latent distances of an iteration's pairs are distributed."""
+
+    def draw() -> tuple[Figure, str] | str:
+        known = _with_distances(iterations)
+        if isinstance(known, str):
+            return known
+        everything = np.concatenate([p.distance[p.trained] for p in known])
+        edges, scale = _bins(everything)
+        figure = Figure(figsize=(WIDTH, 3.2))
+        axes = figure.subplots()
+        for n, p in enumerate(known):
+            values = p.distance[p.trained]
+            shares = np.histogram(values, edges)[0] / len(values)
+            label = f"iteration {p.iteration}: {len(values)} pairs, median {np.median(values):.2f}"
+            axes.stairs(100 * shares, edges, color=SERIES[n % 6], ls=DASHES[n % 4], lw=1.6, label=label)
+            axes.stairs(100 * shares, edges, color=SERIES[n % 6], alpha=0.12, fill=True)
+            axes.axvline(float(np.median(values)), color=SERIES[n % 6], ls=DASHES[n % 4], lw=1)
+        _scale(axes, "x", scale)
+        axes.set(xlabel="latent distance d" + (", logarithmic" if scale == "log" else ""), ylabel="share of pairs, %")
+        axes.legend()
+        zero = sum(int((p.distance[p.trained] == 0).sum()) for p in known)
+        caption = (
+            "Distance between the guide's latents of the real and of the generated response, over the pairs trained "
+            "on; vertical lines are medians. A shrinking distance from one iteration to the next would mean that the "
+            "policy's responses come closer to the data's. Pairs whose responses are equal are left out of training "
+            "and of this figure, so those that remain are the harder ones."
+        )
+        return figure, caption + (f" Not drawn: distances of exactly 0 ({zero})." if zero and scale == "log" else "")
+
+    return chart("distances", "Latent distances by iteration", draw)
+
+
+def against(name: str, title: str, iterations: Sequence[Pairs], values: Callable[[Pairs], Array], xlabel: str,
+            found: Mapping[str, Any], key: str, reading: str, absent: str) -> Chart:  # fmt: skip
+    """Distance over another quantity, a panel an iteration. found: table.json's analysis; key: the measure's name."""
+
+    def draw() -> tuple[Figure, str] | str:
+        known = _with_distances(iterations)
+        if isinstance(known, str):
+            return known
+        known = [p for p in known if np.isfinite(values(p)[p.trained]).any()]
+        if not known:
+            return absent
+        scales = [_choose_scale(np.concatenate([q(p)[p.trained] for p in known])) for q in (values, _distance)]
+        figure = Figure(figsize=(WIDTH, 3.1))
+        panels = figure.subplots(1, len(known), sharex=True, sharey=True, squeeze=False)[0]
+        cut = False
+        for n, (p, axes) in enumerate(zip(known, panels, strict=True)):
+            x, y = values(p)[p.trained], p.distance[p.trained]
+            chosen = np.random.default_rng(0).permutation(len(x))[:MOST_POINTS]
+            cut |= len(x) > MOST_POINTS
+            axes.plot(x[chosen], y[chosen], MARKERS[n % 6], ms=3.2, mew=0, alpha=0.45, color=SERIES[n % 6])
+            for side, scale in zip("xy", scales, strict=True):
+                _scale(axes, side, scale)
+            axes.set(title=f"iteration {p.iteration}", xlabel=xlabel)
+        panels[0].set_ylabel("latent distance d")
+        seen = [
+            f"Iteration {p.iteration}: {interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
+            for p in known if key in found[f"iteration_{p.iteration}"].get("spearman", {})
+        ]  # fmt: skip
+        measured = f"{'; '.join(seen)} (Spearman's rank correlation, 95 % interval). " if seen else ""
+        sampled = (
+            f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of all." if cut else ""
+        )
+        return figure, measured + reading + sampled
+
+    return chart(name, title, draw)
+
+
+def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
+    """Distances of generated answers that are right, and of those that are wrong."""
+
+    def draw() -> tuple[Figure, str] | str:
+        known = _with_distances(iterations)
+        if isinstance(known, str):
+            return known
+        known = [p for p in known if np.isfinite(p.right[p.trained]).any()]
+        if not known:
+            return "no training row names a checker (kind and answer), so no answer can be called right or wrong."
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.72 * len(known)))
+        axes = figure.subplots()
+        labels = []
+        for n, p in enumerate(known):
+            for m, (word, verdict) in enumerate((("right", 1.0), ("wrong", 0.0))):
+                values = p.distance[p.trained & (p.right == verdict)]
+                place = n * 2.4 + m
+                labels.append((place, f"iteration {p.iteration}, {word} ({len(values)})"))
+                if not len(values):
+                    continue
+                colour = SERIES[2] if verdict else SERIES[1]
+                axes.boxplot(
+                    values, positions=[place], orientation="horizontal", widths=0.7, whis=(5, 95), patch_artist=True,
+                    showfliers=len(values) <= MOST_POINTS, flierprops={"marker": ".", "ms": 3, "mec": colour},
+                    medianprops={"color": INK, "lw": 1.6}, boxprops={"facecolor": colour + "55", "edgecolor": colour},
+                    whiskerprops={"color": colour}, capprops={"color": colour},
+                )  # fmt: skip
+        axes.set_yticks(*zip(*labels, strict=True))
+        axes.set_ylim(labels[-1][0] + 0.7, -0.7)
+        _scale(axes, "x", _choose_scale(np.concatenate([p.distance[p.trained] for p in known])))
+        axes.set_xlabel("latent distance d")
+        axes.grid(axis="y", visible=False)
+        seen = []
+        for p in known:
+            words = found[f"iteration_{p.iteration}"]
+            if "wrong_is_farther" in words:
+                share = words["wrong_is_farther"]
+                seen.append(
+                    f"Iteration {p.iteration}: {interval(words['spearman']['wrong'])}, and a wrong answer lies farther "
+                    f"than a right one with probability {share['value']:.2f} "
+                    f"({share['low']:.2f} to {share['high']:.2f})"
+                )
+            else:
+                seen.append(f"Iteration {p.iteration}: too few of one kind for an interval")
+        return figure, (
+            "Boxes: quartiles and median; whiskers: 5th to 95th percentile; the number of pairs in brackets. If the "
+            "distance knew quality, wrong answers would lie farther from the real response than right ones (0.5: it "
+            f"knows nothing). {'. '.join(seen)}. Right answers here are worded otherwise than the real ones: equal "
+            "responses were left out."
+        )
+
+    return chart("distance_verdict", "Distance and the checker's verdict", draw)
+
+
+def correlations(found: Mapping[str, Any]) -> Chart:
+    """All rank correlations of distance with their intervals."""
+
+    def draw() -> tuple[Figure, str] | str:
+        by_iteration = {name: a["spearman"] for name, a in found.items() if a.get("spearman")}
+        if not by_iteration:
+            return "this run has no latent distances, or too few pairs."
+        shown = [(key, label) for key, label, _ in MEASURES if any(key in seen for seen in by_iteration.values())]
+        figure = Figure(figsize=(WIDTH, 0.8 + (0.2 + 0.14 * len(by_iteration)) * len(shown)))
+        axes = figure.subplots()
+        for n, (name, seen) in enumerate(by_iteration.items()):
+            known = [(place, seen[key]) for place, (key, _) in enumerate(shown) if key in seen]
+            values = np.array([e["value"] for _, e in known])
+            errors = np.abs(np.array([[e["low"], e["high"]] for _, e in known]).T - values)
+            places = np.array([place for place, _ in known]) + 0.5 * (n + 0.5) / len(by_iteration) - 0.25
+            axes.errorbar(values, places, xerr=errors, fmt=MARKERS[n % 6], ms=4.5, lw=1.4, color=SERIES[n % 6],
+                          label=shown_name(name))  # fmt: skip
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.set_yticks(range(len(shown)), [label for _, label in shown])
+        axes.set(ylim=(len(shown) - 0.5, -0.5), xlim=(-1, 1), xlabel="Spearman's rank correlation with latent distance")
+        axes.legend(loc="upper left")
+        return figure, (
+            "Where an interval crosses 0, the data do not show a relation. A distance that follows length or "
+            "likelihood alone would weight pairs by what those already say. Intervals: 95 %, Fisher's z with Bonett "
+            "and Wright's error; of twenty quantities without any relation, one would miss 0 by chance."
+        )
+
+    return chart("correlations", "What the distance goes with", draw)
+
+
+# ------------------------------------------------------------------------------------------------------ guide, weights
+
+
+def guide(losses: Mapping[str, float]) -> Chart:
+    """The guide's held-out losses with the true latent, another row's, and none."""
+
+    def draw() -> tuple[Figure, str] | str:
+        if "latent_gain" not in losses:
+            return "this run trained no guide (another method, or a trained one was given)."
+        names = [("true", "its own latent"), ("none", "no latent"), ("other", "another row's latent")]
+        values = [losses[key] for key, _ in names]
+        figure = Figure(figsize=(WIDTH, 1.7))
+        axes = figure.subplots()
+        axes.hlines(range(3), min(values), values, color=GRID, lw=2)
+        axes.scatter(values, range(3), c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
+        for place, value in enumerate(values):
+            axes.annotate(f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(3), [label for _, label in names])
+        axes.set(ylim=(2.6, -0.6), xlabel="held-out reconstruction loss, nats/token")
+        axes.margins(x=0.12)
+        says = "the decoder uses the latent" if losses["latent_gain"] > 0 else "NOT POSITIVE: the distances say nothing"
+        return figure, (
+            f"Latent gain, the loss with another row's latent minus with the true one: {losses['latent_gain']:+.4f} "
+            f"nats/token ({says}). Against the latent of the same row's other response: "
+            f"{losses.get('sibling_gain', float('nan')):+.4f}, which is how far the latent tells the two responses of "
+            "one prompt apart, and what a distance between them rests on. The horizontal axis does not start at 0."
+        )
+
+    return chart("guide", "What the guide's latent is worth", draw)
+
+
+def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
+    """Distribution of the pair weights, and which share of the pull the heaviest pairs have."""
+
+    def draw() -> tuple[Figure, str] | str:
+        known = _with_distances(iterations)
+        if isinstance(known, str):
+            return known
+        edges, scale = _bins(np.concatenate([p.weight[p.trained] for p in known]))
+        figure = Figure(figsize=(WIDTH, 3.1))
+        left, right = figure.subplots(1, 2)
+        for n, p in enumerate(known):
+            weight, look = p.weight[p.trained], {"color": SERIES[n % 6], "ls": DASHES[n % 4]}
+            left.stairs(100 * np.histogram(weight, edges)[0] / len(weight), edges, lw=1.6, **look)
+            share = 100 * np.arange(len(weight) + 1) / len(weight)
+            right.plot(share, 100 * concentration(weight), lw=1.6, label=f"iteration {p.iteration}", **look)
+        left.axvline(1, color=INK, lw=0.8, ls=":")
+        _scale(left, "x", scale)
+        left.set(xlabel="pair weight s (1: the mean)", ylabel="share of pairs, %", title="weights")
+        right.plot([0, 100], [0, 100], color=INK, lw=0.8, ls=":", label="all weights equal")
+        right.axvline(10, color=GRID, lw=1)
+        right.set(xlabel="heaviest pairs, % of all", ylabel="share of the pull, %", title="concentration",
+                  xlim=(0, 100), ylim=(0, 101))  # fmt: skip
+        right.legend(loc="lower right")
+        seen = [
+            f"Iteration {p.iteration}: effective sample size {a['weight/ess'] * a['pairs']:.0f} of {a['pairs']} pairs "
+            f"({a['weight/ess']:.0%}), the heaviest 10 % carry {a['weight/top10_share']:.0%}"
+            for p in known if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
+        ]  # fmt: skip
+        return figure, (
+            "LD-Align's weight is a pair's distance over the mean distance; the pull on the policy at the start of an "
+            f"iteration is in proportion. {'. '.join(seen)}. A small effective sample size means noisier steps than "
+            "the number of pairs suggests."
+        )
+
+    return chart("weights", "Pair weights", draw)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def training(steps: Mapping[str, Rows]) -> Chart:
+    """Loss, rewards, log-probs and accuracies over the steps of all iterations. steps: by iteration's name."""
+
+    def draw() -> tuple[Figure, str] | str:
+        known = {name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]}
+        if not known:
+            return "no iteration has trained on pairs (another method, or not yet)."
+        figure = Figure(figsize=(WIDTH, 5.0))
+        panels = figure.subplots(2, 2, sharex=True)
+        begin = 0
+        for name, rows in known.items():
+            at = begin + np.arange(1, len(rows) + 1)
+            for axes, names in zip(panels.flat, _PANELS.values(), strict=True):
+                for key, (label, n) in names.items():
+                    values = np.array([row.get(key, np.nan) for row in rows])
+                    axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
+                    axes.plot(at, _smooth(values), color=SERIES[n], ls=DASHES[n], lw=1.6, label="" if begin else label)
+                if begin:
+                    axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
+            panels[0, 0].annotate(shown_name(name), (begin + 0.5, 1), (3, -3), xycoords=("data", "axes fraction"),
+                                  textcoords="offset points", va="top", fontsize=8)  # fmt: skip
+            begin += len(rows)
+        panels[0, 0].axhline(np.log(2), color=INK, lw=0.8, ls=":", label="ln 2: no preference")
+        panels[1, 1].axhline(0.5, color=INK, lw=0.8, ls=":")
+        for axes, title in zip(panels.flat, _PANELS, strict=True):
+            axes.set_title(title)
+            axes.margins(x=0.01)
+            axes.legend(loc="best")
+        for axes in panels[1]:
+            axes.set_xlabel("optimizer step, iterations in turn")
+        return figure, (
+            "Thin: every step, another batch each; thick: a running mean over about a tenth of an iteration. A reward "
+            "is β times what a response has gained in log-prob over the reference; the margin is the real one's minus "
+            "the generated one's, and is what the loss raises: look at it first. With reference: iteration each "
+            "iteration starts again from 0, as its reference is the policy it starts from."
+        )
+
+    return chart("training", "Margins, rewards and log-probs", draw)
+
+
+# Panels: title -> metric -> label, place in SERIES and DASHES
+_PANELS: dict[str, dict[str, tuple[str, int]]] = {
+    "loss, all weights 1": {"loss/unweighted": ("loss", 0)},
+    "rewards": {"rewards/margins": ("margin", 0), "rewards/chosen": ("real", 2), "rewards/rejected": ("generated", 1)},
+    "log-probs under the policy, nats a response": {
+        "logps/chosen": ("real", 2), "logps/rejected": ("generated", 1),
+    },
+    "share of pairs with a positive margin": {"rewards/accuracies": ("accuracy", 0)},
+}  # fmt: skip
+
+
+def _smooth(values: Array) -> Array:
+    """Running mean over about a tenth of the steps, shorter at the ends."""
+    half = max(1, len(values) // 20)
+    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+STAGE_KINDS = {"policy": "training", "responses": "sampling", "evaluation": "evaluation", "guide": "guide",
+               "reference": "reference", "distances": "distances"}  # fmt: skip
+
+
+def budget(seconds: Mapping[str, float]) -> Chart:
+    """Wall time of every stage."""
+
+    def draw() -> tuple[Figure, str] | str:
+        if not sum(seconds.values()):
+            return "no stage has finished yet."
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(seconds)))
+        axes = figure.subplots()
+        kinds = ["evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds]
+        colours = dict(zip(STAGE_KINDS, SERIES, strict=True))
+        drawn = axes.barh(range(len(seconds)), list(seconds.values()), height=0.7,
+                          color=[colours.get(kind, GRID) for kind in kinds])  # fmt: skip
+        axes.bar_label(drawn, [duration(s) for s in seconds.values()], padding=3, fontsize=8)
+        axes.set_yticks(range(len(seconds)), list(seconds))
+        axes.set(ylim=(len(seconds) - 0.4, -0.6), xlabel="wall time, s")
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.08)
+        longest = max(seconds, key=lambda name: seconds[name])
+        return figure, (
+            f"In the order of the run; {duration(sum(seconds.values()))} in all, the longest stage is {longest}. "
+            "Stages of a kind share a colour. A stage's time counts its last, whole attempt, not what was cut short."
+        )
+
+    return chart("budget", "Wall time by stage", draw)
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def _with_distances(iterations: Sequence[Pairs]) -> list[Pairs] | str:
+    known = [p for p in iterations if p.trained.any() and np.isfinite(p.distance[p.trained]).all()]
+    return known or "this run has no latent distances (another method, or not yet)."
+
+
+def _distance(pairs: Pairs) -> Array:
+    return pairs.distance
+
+
+def _choose_scale(values: Array) -> str:
+    """Logarithmic for positive values with a long tail."""
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    if not len(positive) or (values < 0).any() or (values == 0).mean() > 0.05:
+        return "linear"
+    return "log" if positive.max() > 12 * np.median(positive) else "linear"
+
+
+def _bins(values: Array) -> tuple[Array, str]:
+    """Edges of about the square root of N bins, at most 40, and the scale they are even on."""
+    scale, count = _choose_scale(values), int(np.clip(np.sqrt(len(values)), 6, 40))
+    if scale == "log":
+        positive = values[values > 0]
+        return np.geomspace(positive.min(), positive.max() * 1.0001, count + 1), scale
+    return np.linspace(0, values.max() * 1.0001 or 1.0, count + 1), scale
+
+
+def _scale(axes: Axes, side: str, scale: str) -> None:
+    if scale == "log":
+        (axes.set_xscale if side == "x" else axes.set_yscale)("log")
+        axis = axes.xaxis if side == "x" else axes.yaxis
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,153 @@
+"""report.html: one self-contained page that tells somebody who did not run it what a run did, reached and cost.
+
+Derived from the run folder alone, from whatever stages are finished, without loading a model: `train/report.py run=RUN`
+makes it again at any time. The page itself is report_page.html, a jinja2 template with autoescaping (responses are
+data); what it shows beside the figures is put in words by report_parts.py.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ldalign import report_parts as parts
+from ldalign.analysis import Pairs, read_pairs
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.pipeline import read_jsonl, write_text
+from ldalign.report import Row, collect, read_summaries
+from ldalign.summaries import iterations
+
+log = logging.getLogger(__name__)
+
+PAGE = "report/report.html"
+
+
+def try_page(run: Path) -> str:
+    """`write_page` at the end of a run: one line, either where the page is or why there is none. Never raises."""
+    try:
+        return f"The report: {write_page(run)}"
+    except EnvironmentProblem as error:
+        return str(error)
+    except Exception as error:  # the run is done and stays so; the page can be made again
+        log.debug("report", exc_info=True)
+        return (
+            f"{run / PAGE}: not written: {type(error).__name__}: {error}; everything else is there, and "
+            f"`train/report.py run={run} --debug` tries again"
+        )
+
+
+def check_run(run: Path) -> None:
+    """Raises InputError where `run` is no run folder."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: is no run folder, as it has no config.yaml; give one (run=RUN)")
+
+
+def write_page(run: Path) -> Path:
+    """Writes report/report.html and report/figures/*; returns the page's path.
+
+    Raises EnvironmentProblem without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise EnvironmentProblem(
+            f"{run / PAGE}: not written, as matplotlib is not installed: pip install 'ldalign[report]', then "
+            f"train/report.py run={run}"
+        ) from None
+    values = gather(run)
+    source = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+    write_text(run / PAGE, template.render(values) + "\n")
+    return run / PAGE
+
+
+def gather(run: Path) -> dict[str, Any]:
+    """Everything the template shows; the figures are drawn and written on the way."""
+    table, summaries = collect(run), read_summaries(run)
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text) or {}
+    machine = _json(run / "environment.json")
+    joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
+    steps = {name: read_jsonl(path) for t in iterations(run)
+             if (path := run / (name := f"iteration_{t}") / "policy/metrics.jsonl").is_file()}  # fmt: skip
+    rows = table["policies"]
+    return {
+        "title": f"{parts.method_name(config)} on {parts.short_name(config.get('policy', 'a policy'))}",
+        "meta": parts.origin(run, machine),
+        "headline": parts.headline(table, config),
+        "warnings": parts.cautions(table, machine),
+        "method": parts.method_text(config),
+        "settings": parts.settings(config, table),
+        "machine": parts.machine_line(machine),
+        "results": parts.results(rows),
+        "kinds": parts.kinds(rows),
+        "charts": _charts(run, table, joined, steps),
+        "fallen": parts.fallen(steps),
+        "rewards": parts.rewards(rows),
+        "agreement": parts.agreement(table["agreement"]),
+        **parts.samples(joined),
+        **parts.answers(run, rows),
+        "budget": parts.budget(summaries),
+        "command": parts.command(config, machine),
+        "reproduce_note": (
+            f"config.yaml is the run folder's own, below. Seed {config.get('seed')}; the same seed, machine and "
+            "versions give the same samples; on another machine the last bits of sums differ, and with them rare "
+            "tokens."
+        ),
+        "config": text,
+        "environment": json.dumps(machine, indent=1),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def _charts(run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, list[Row]]) -> dict[str, Row]:
+    """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to draw)."""
+    from ldalign import figures
+
+    found = table["analysis"]
+    drawn = [
+        figures.held_out(table["policies"]),
+        figures.distances(joined),
+        figures.correlations(found),
+        figures.against(
+            "distance_length", "Distance and length", joined, lambda p: p.tokens, "generated response, tokens", found,
+            "tokens", "A strong relation would mean that the weights mostly follow length.",
+            "the responses' lengths are not known."),
+        figures.against(
+            "distance_nll", "Distance and likelihood", joined, lambda p: p.nll,
+            "NLL of the generated response, nats/token", found, "nll",
+            "NLL is under the reference, the policy that sampled the response: far to the right are responses that the "
+            "policy itself found unlikely.", "no reference log-probs yet."),
+        figures.verdicts(joined, found),
+        figures.against(
+            "distance_reward", "Distance and reward", joined, lambda p: p.reward_real - p.reward_generated,
+            "reward, real - generated", found, "reward_gap",
+            "If the distance knew what the reward model knows, points would rise to the right.",
+            "no responses were scored by a reward model."),
+        figures.guide(table["guide"]),
+        figures.weights(joined, found),
+        figures.training(steps),
+        figures.budget(table["seconds"]),
+    ]  # fmt: skip
+    folder = run / "report/figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        chart.name: {
+            "title": chart.title,
+            "caption": chart.caption,
+            "svg": Markup(figures.write_chart(chart, folder)),  # ours: drawn from numbers, with no text of a row in it
+        }
+        for chart in drawn
+    }
+
+
+def _json(path: Path) -> Row:
+    value: Row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return value

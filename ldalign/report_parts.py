@@ -1,0 +1,391 @@
+"""What the report's page says beside its figures: the result in words, the run, tables, samples, budget.
+
+Each function turns numbers and files of a run into plain texts for report_page.html, which escapes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldalign.analysis import Pairs
+from ldalign.pipeline import read_jsonl
+from ldalign.report import HELD_OUT, Row, duration, leading, movement, shown_name, tasks_of
+from ldalign.summaries import SUMMARY
+
+METHODS = {
+    "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's response counts as "
+    "the better of the two, its own as the worse, and no human preference is used. A small conditional autoencoder, "
+    "the guide, was trained on both kinds of responses, and the distance between their latents says how far the "
+    "policy's response is from the data's. The policy was then trained with the DPO loss on these pairs, each "
+    "weighted by its distance over the mean distance; every iteration repeats this from the policy before.",
+    "spin": "SPIN: the policy answered every prompt of the data set by itself; the data's response counts as the "
+    "better of the two, its own as the worse, and no human preference is used. The policy was then trained with the "
+    "DPO loss on these pairs, all with weight 1. Every iteration repeats this from the policy before.",
+    "dpo": "DPO: the policy was trained on given preference pairs, a chosen and a rejected response a prompt. The loss "
+    "raises the log-prob of the chosen over that of the rejected, each measured against the policy it started from. "
+    "All pairs have weight 1.",
+    "sft": "Supervised fine-tuning: the policy was trained to predict the data set's responses. There are no pairs, no "
+    "generated responses and no distances.",
+    "self_reward": "Self-rewarding: the policy gave two answers to every prompt and judged them itself through a "
+    "prompt. The one it liked better was taken as chosen. The policy was then trained with the DPO loss on these "
+    "pairs.",
+    "rlaif": "AI feedback: the policy gave two answers to every prompt and another model judged them. The one it liked "
+    "better was taken as chosen. The policy was then trained with the DPO loss on these pairs.",
+}
+SETTINGS = (
+    "policy", "data", "method", "weights", "weight_clip", "mix_previous", "judge.model", "iterations", "max_rows",
+    "max_new_tokens", "max_length", "sampling.temperature", "global_batch", "learning_rate", "beta", "reference",
+    "training.epochs", "training.steps", "training.optimizer", "training.schedule", "guide.folder", "guide.backbone",
+    "guide.distance", "guide.retrain", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs",
+    "sft.rows", "continual_sft.epochs", "evaluation.rows", "evaluation.samples", "seed", "dtype",
+)  # fmt: skip
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ANSWERS_SHOWN = 4
+
+
+# ----------------------------------------------------------------------------------------------------------- headline
+
+
+def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
+    """What came out, from the numbers: the main result first, then what stands beside it."""
+    rows: list[Row] = table["policies"]
+    aligned = [row for row in rows if row["policy"].startswith("iteration_")]
+    if not rows:
+        return ["No stage of this run has results yet."]
+    first, last = rows[0], (aligned or rows)[-1]
+    if last is first:
+        key = next((k for k in ("accuracy/sampled", "accuracy/greedy", "nll/real") if k in first), None)
+        have = f" {_said(first, key)}." if key else ""
+        return [f"No iteration has finished yet: this is where the run starts from.{have}"]
+    done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
+    sentences = []
+    names = [(key, name) for key, name in reversed(HELD_OUT) if f"difference/{key.removeprefix('accuracy/')}" in last]
+    for key, name in names:
+        short = key.removeprefix("accuracy/")
+        gap, error = last[f"difference/{short}"], last[f"difference/{short}_se"]
+        sentence = (
+            f"{name} on held-out prompts {movement(gap, error)}: from {100 * first[key]:.1f} % to "
+            f"{100 * last[key]:.1f} % ({100 * gap:+.1f} ± {100 * error:.1f} points, paired by prompt)"
+        )
+        sentences.append(f"{done}, {sentence}." if not sentences else f"{sentence.capitalize()}.")
+    if "nll/real" in first and "nll/real" in last:
+        change = last["nll/real"] / first["nll/real"] - 1
+        text = (
+            f"the NLL of held-out real responses went from {first['nll/real']:.4f} to {last['nll/real']:.4f} "
+            f"nats/token ({100 * change:+.1f} %; lower is better)"
+        )
+        sentences.append(f"{done}, {text}." if not sentences else f"{text[0].upper()}{text[1:]}.")
+    if last["benchmarks"] and "mean_relative_gain" in last:
+        count = len(last["benchmarks"])
+        text = (
+            f"mean relative gain over {count} benchmark{'s' * (count > 1)}: {100 * last['mean_relative_gain']:+.2f} %"
+        )
+        sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
+    baseline = next((row for row in rows if row["policy"] == "continual_sft"), None)
+    key = next((key for key, _ in names if baseline and key in baseline), None)
+    if baseline and key:
+        sentences.append(
+            f"The baseline, {shown_name('continual_sft')} from the same start, reached {_said(baseline, key)}."
+        )
+    return sentences or [f"{done}, nothing was measured on held-out data."]
+
+
+def _said(row: Row, key: str) -> str:
+    if key == "nll/real":
+        return f"{row[key]:.4f} nats/token on held-out real responses"
+    return f"{100 * row[key]:.1f} ± {100 * row[f'{key}_se']:.1f} % {dict(HELD_OUT)[key]}"
+
+
+def cautions(table: Row, machine: Row) -> list[str]:
+    out = []
+    if table["guide"].get("latent_gain", 1) <= 0:
+        out.append("The guide's latent gain is not positive: its decoder ignores the latent, and the distances and "
+                   "weights of this run say nothing.")  # fmt: skip
+    if str(machine.get("git_commit") or "").endswith("-dirty"):
+        out.append("The code had changes that are in no commit: the run cannot be repeated from its commit alone.")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- what was run
+
+
+def method_text(config: Mapping[str, Any]) -> str:
+    """What the method does, for somebody who does not know it; a control in the weights' place is named."""
+    text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
+    weights = config.get("weights", "latent")
+    return text if weights == "latent" else f"{text} In this run the weights are a control in their place: {weights}."
+
+
+def method_name(config: Mapping[str, Any]) -> str:
+    """As the papers write it."""
+    names = {"ld_align": "LD-Align", "spin": "SPIN", "dpo": "DPO", "sft": "SFT", "self_reward": "self-rewarding",
+             "rlaif": "RLAIF"}  # fmt: skip
+    return names.get(str(config.get("method")), str(config.get("method")))
+
+
+def short_name(policy: Any) -> str:
+    """A model folder's or hub name's last part."""
+    return Path(str(policy)).name or str(policy)
+
+
+def origin(run: Path, machine: Row) -> str:
+    """Folder, time (of the stages' files) and version, in one line."""
+    times = [path.stat().st_mtime for path in run.rglob(SUMMARY)]
+    parts = [f"run folder {run.resolve().name}"]
+    if times:
+        first, last = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M") for t in (min(times), max(times)))
+        parts.append(f"stages finished {first} to {last} UTC" if first != last else f"finished {last} UTC")
+    commit = machine.get("git_commit")
+    parts.append(f"ldalign {machine.get('ldalign')}, commit {commit[:12]}" if commit else "ldalign outside a checkout")
+    return " · ".join(parts)
+
+
+def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
+    """The settings that matter, by their keys, and how many rows there were; those that are off are left out."""
+    counts = table["data"]
+    out: list[tuple[str, Any]] = []
+    if counts:
+        dropped = f", {counts['rows/dropped']:.0f} dropped" if counts.get("rows/dropped") else ""
+        out.append(("rows", f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} held out"
+                    + dropped))  # fmt: skip
+    for key in SETTINGS:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and not (key.endswith(".epochs") and value == 0):
+            out.append((key, value))
+    return out
+
+
+def machine_line(machine: Row) -> str:
+    """Device, ranks and versions in a sentence, of environment.json."""
+    packages = machine.get("packages", {})
+    device = "; ".join(machine.get("gpus") or []) or f"{machine.get('cpu')}, {machine.get('cores')} cores, no GPU"
+    ranks = machine.get("world_size", 1)
+    return (
+        f"On {device}; {ranks} rank{'s' * (ranks != 1)}; torch {packages.get('torch')}, Python "
+        f"{machine.get('python')}, {machine.get('system')}."
+    )
+
+
+def command(config: Mapping[str, Any], machine: Row) -> str:
+    """How to run the same again, as one types it."""
+    checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if (commit := machine.get("git_commit")) else ""
+    ranks = machine.get("world_size", 1)
+    start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
+    return f"{checkout}{start} train/align.py --config config.yaml run={config.get('run', 'runs/this')}-again"
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def results(rows: Sequence[Row]) -> Row:
+    """The table in the paper's form: policies by scores, each with its relative gain over the first policy."""
+    columns = [{"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
+               for key, name in HELD_OUT if any(key in row for row in rows)]  # fmt: skip
+    if any("nll/real" in row for row in rows):
+        columns.append({"title": "NLL of real responses", "unit": "nats/token, lower is better",
+                        "get": (None, "nll/real"), "percent": False})  # fmt: skip
+    for task in tasks_of(rows):
+        seen = next(row["benchmarks"][task] for row in rows if task in row["benchmarks"])
+        if metric := leading(seen):
+            shots = f", {seen['shots']:.0f}-shot" if "shots" in seen else ""
+            template = ", chat template" if seen.get("chat_template") else ""
+            count = f", {seen['rows']:.0f} rows" if "rows" in seen else ""
+            columns.append({"title": task, "unit": f"{metric}, %{shots}{template}{count}",
+                            "get": (task, metric), "percent": True})  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [_cell(column, row, rows[0]) for column in columns]
+        gain = f"{100 * row['mean_relative_gain']:+.2f} %" if "mean_relative_gain" in row else "–"
+        lines.append({"name": _shown(row), "cells": [*cells, {"value": gain, "below": ""}]})
+    over = "the benchmarks" if tasks_of(rows) else "the held-out accuracies"
+    shown = [{"title": c["title"], "unit": c["unit"]} for c in columns]
+    first = f" over {_shown(rows[0])}" if rows else ""
+    return {
+        "columns": [*shown, {"title": "mean relative gain", "unit": f"of {over}"}] if columns else [],
+        "rows": lines,
+        "note": (
+            f"±: one standard error over prompts or questions. Below each score: the gain{first} relative to its "
+            "score, as in the paper's table, and for held-out accuracy the difference in points, paired by prompt. A "
+            "gain below two standard errors may be chance. Accuracy: a program checks the answers; one that does not "
+            "end is wrong."
+        ),
+    }
+
+
+def _cell(column: Row, row: Row, first: Row) -> dict[str, str]:
+    task, key = column["get"]
+    values, base = ((r if task is None else r["benchmarks"].get(task, {})) for r in (row, first))
+    if key not in values:
+        return {"value": "–", "below": ""}
+    gain = f"{100 * (values[key] / base[key] - 1):+.1f} %" if row is not first and base.get(key) else ""
+    if not column["percent"]:
+        return {"value": f"{values[key]:.4f}", "below": gain}
+    error = f" ± {100 * values[f'{key}_se']:.1f}" if f"{key}_se" in values else ""
+    points = f"difference/{key.removeprefix('accuracy/')}"
+    if points in values:
+        gain += f"; {100 * values[points]:+.1f} ± {100 * values[f'{points}_se']:.1f} points"
+    return {"value": f"{100 * values[key]:.1f}{error}", "below": gain.removeprefix("; ")}
+
+
+def _shown(row: Row) -> str:
+    return shown_name(row["policy"])
+
+
+def kinds(rows: Sequence[Row]) -> Row:
+    """Accuracy by kind of task: (kind, one text a policy)."""
+    known = [row for row in rows if "accuracy/greedy" in row]
+    kinds = sorted({key.split("/")[2] for row in known for key in row if key.startswith("accuracy/greedy/")})
+
+    def text(row: Row, kind: str) -> str:
+        pair = [row.get(f"{key}/{kind}") for key, _ in HELD_OUT]
+        return " / ".join("–" if value is None else f"{100 * value:.0f}" for value in pair)
+
+    return {"policies": [_shown(row) for row in known],
+            "rows": [(kind, [text(row, kind) for row in known]) for kind in kinds]}  # fmt: skip
+
+
+def rewards(rows: Sequence[Row]) -> Row:
+    """The reward model's numbers: their names, and (policy, a text a number)."""
+    names = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    known = [row for row in rows if any(name in row for name in names)]
+    return {"names": names, "rows": [(_shown(row), [_plain(row.get(name)) for name in names]) for row in known]}
+
+
+def agreement(found: Row) -> Row:
+    """The rate of agreement in words, and every number beside it; {} where it was not measured."""
+    values = {key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"}
+    if "rate" not in values:
+        return {}
+    between = f" (95 % {values['low']:.1%} to {values['high']:.1%})" if {"low", "high"} <= values.keys() else ""
+    chance = f"; chance is {values['chance']:.1%}" if "chance" in values else ""
+    return {"sentence": f"The judge agreed in {values['rate']:.1%} of the cases{between}{chance}.",
+            "numbers": [(key, _plain(value)) for key, value in values.items()]}  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def fallen(steps: Mapping[str, Sequence[Row]]) -> str:
+    """What the rewards of both sides did in the last iteration, in words."""
+    known = [(name, rows) for name, rows in steps.items() if rows and "rewards/chosen" in rows[0]]
+    if not known:
+        return ""
+    name, rows = known[-1]
+    tail = rows[-max(1, len(rows) // 4) :]
+    real, generated, margin = (
+        float(np.mean([row[f"rewards/{key}"] for row in tail])) for key in ("chosen", "rejected", "margins")
+    )
+    return (
+        f"Here, over the last quarter of {name.replace('_', ' ')}: reward of the real responses {real:+.3f}, of the "
+        f"generated ones {generated:+.3f}, margin {margin:+.3f}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def samples(joined: Sequence[Pairs]) -> Row:
+    """A few training rows with the responses of every iteration, chosen by quantiles of distance."""
+    if not joined:
+        return {"samples": [], "sample_rule": ""}
+    first = joined[0]
+    order = np.flatnonzero(first.trained)
+    far = bool(len(order)) and bool(np.isfinite(first.distance[order]).all())
+    if far:
+        order = order[np.argsort(first.distance[order], kind="stable")]
+        rule = (
+            f"at the minimum, the quartiles and the maximum of iteration {first.iteration}'s latent distances (of the "
+            "pairs trained on). d: distance; s: weight."
+        )
+    else:
+        order = order if len(order) else np.arange(len(first.ids))
+        rule = "the first, the last and three evenly spaced between them, in the data's order."
+    picks = dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in QUANTILES) if len(order) else {}
+    places = [{id_: [i for i in range(len(p.ids)) if p.ids[i] == id_] for id_ in (first.ids[k] for k in picks)}
+              for p in joined]  # fmt: skip
+    samples = []
+    for i in picks:
+        answers = [{"title": "real", "text": first.real[i], "note": ""}]
+        for p, place in zip(joined, places, strict=True):
+            for n, k in enumerate(place[first.ids[i]], start=1):
+                several = f", sample {n}" if len(place[first.ids[i]]) > 1 else ""
+                answers.append({"title": f"generated, iteration {p.iteration}{several}", "text": p.generated[k],
+                                "note": _note(p, k)})  # fmt: skip
+        samples.append({"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers})
+    return {"samples": samples, "sample_rule": rule}
+
+
+def _note(pairs: Pairs, i: int) -> str:
+    parts = []
+    if not pairs.trained[i]:
+        equal = "equal to the real one: " if pairs.generated[i] == pairs.real[i] else ""
+        parts.append(f"{equal}not trained on")
+    elif np.isfinite(pairs.distance[i]):
+        parts.append(f"d = {pairs.distance[i]:.3f}, s = {pairs.weight[i]:.2f}")
+    if np.isfinite(pairs.right[i]):
+        parts.append("right" if pairs.right[i] else "wrong")
+    if not pairs.finished[i]:
+        parts.append("cut at max_new_tokens")
+    return "; ".join(parts)
+
+
+def answers(run: Path, rows: Sequence[Row]) -> Row:
+    """Held-out prompts whose greedy answer changed between the first policy and the last iteration."""
+    files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
+    found = {
+        name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r} for name, path in files.items() if path.is_file()
+    }
+    aligned = [name for name in found if name.startswith("iteration_")]
+    if not aligned or rows[0]["policy"] not in found:
+        return {"answers": [], "answer_rule": ""}
+    old, new = found[rows[0]["policy"]], found[aligned[-1]]
+    changed = [i for i in old if i in new and old[i]["greedy"] != new[i]["greedy"]]
+    turned = [i for i in changed if old[i]["correct"][:1] != new[i]["correct"][:1]]
+    rest = [i for i in changed if i not in set(turned)]
+    answers = []
+    for i in (turned + rest)[:ANSWERS_SHOWN]:
+        given = [
+            {"title": _shown({"policy": name}), "text": records[i]["greedy"],
+             "note": "right" if records[i]["correct"][:1] == [True] else "wrong"}
+            for name, records in found.items() if i in records
+        ]  # fmt: skip
+        answers.append({"label": f"row {i}", "prompt": old[i]["prompt"],
+                        "answers": [{"title": "real", "text": old[i]["real"], "note": ""}, *given]})  # fmt: skip
+    rule = (
+        f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to {aligned[-1].replace('_', ' ')}; "
+        f"{sum(new[i]['correct'][0] for i in turned)} became right and "
+        f"{sum(old[i]['correct'][0] for i in turned)} became wrong. Shown: the first {len(answers)} in the file's "
+        "order, those whose verdict changed before others."
+    )
+    return {"answers": answers, "answer_rule": rule}
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+
+def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
+    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens a second."""
+    total = sum(summary["seconds"] for summary in summaries.values())
+    if not total:
+        return []
+    lines = []
+    sums = [0.0, 0.0]
+    for name, summary in summaries.items():
+        made = summary.get("tokens_generated", 0) if name.endswith("/evaluation") else 0
+        made = summary.get("tokens", 0) if name.endswith("/responses") and not summary.get("losers/given") else made
+        read = summary.get("tokens", 0) if name.endswith("/policy") else 0
+        sums = [sums[0] + made, sums[1] + read]
+        lines.append(_budget_line(name, made, read, summary["seconds"], total))
+    return [*lines, _budget_line("all", *sums, total, total)]
+
+
+def _budget_line(name: str, made: float, read: float, seconds: float, total: float) -> tuple[str, ...]:
+    tokens = [f"{n:,.0f}" if n else "–" for n in (made, read)]
+    rate = f"{(made + read) / seconds:,.0f}" if made + read and seconds and name != "all" else "–"
+    return name, *tokens, duration(seconds), f"{seconds / total:.0%}", rate

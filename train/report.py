@@ -1,0 +1,36 @@
+"""The report alone: `python train/report.py run=RUN` writes RUN/report/ again, from whatever stages are finished.
+
+table.md and table.json, and with matplotlib (`pip install 'ldalign[report]'`) report.html and its figures. No model is
+loaded and nothing but RUN/report/ is written, so it may be called while the run goes on.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldalign import errors
+from ldalign.config import REQUIRED, describe, load_config, setting, split_argv
+from ldalign.metrics import say
+from ldalign.report import write_report
+from ldalign.report_page import check_run, write_page
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report is made of."""
+
+    run: str = setting(REQUIRED, "run folder")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the run folder's name, writes the report."""
+    path, overrides, flags = split_argv(argv, ("--help",))
+    if "--help" in flags:
+        print((__doc__ or "").strip(), describe(ReportConfig), sep="\n\n")
+        return
+    run = Path(load_config(ReportConfig, path, overrides).run)
+    check_run(run)
+    say(f"{write_report(run)}\nThe report: {write_page(run)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
