@@ -2,6 +2,8 @@
 #   make setup   install everything needed to run, then say what this machine has
 #   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
 #   make evaluate   one policy, on held-out rows and public benchmarks; make evaluate ARGS="policy=FOLDER key=value ..."
+#   make compare   SFT, SPIN, LD-Align and a control from one start, about an hour; make compare COMPARE=FILE.yaml ARGS="..."
+#   make report RUN=FOLDER   a run folder's report again
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make lint    ruff and mypy
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
@@ -14,10 +16,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align evaluate test lint bench profile gpu
+.PHONY: setup check-env align evaluate compare report test lint bench profile gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
+COMPARE ?= configs/compare-smollm2.yaml
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -q
 
@@ -41,6 +44,13 @@ align: $(VENV)/.product
 
 evaluate: $(VENV)/.eval
 	@$(PY) train/evaluate.py $(ARGS)
+
+# With lm-eval, as a comparison may ask for benchmarks.
+compare: $(VENV)/.eval
+	@$(PY) train/compare.py --config $(COMPARE) $(ARGS)
+
+report: $(VENV)/.product
+	@$(PY) train/report.py run=$(RUN) $(ARGS)
 
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
 test: $(VENV)/.dev
