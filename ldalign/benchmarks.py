@@ -102,7 +102,7 @@ def _benchmark_stage(ctx: Context, name: str, policy: Path, benchmark: Benchmark
 def run_benchmark(
     model: Any, benchmark: Benchmark, limit: int | None = None, chat_template: bool = False
 ) -> tuple[Metrics, list[Sample]]:
-    """Metrics and samples of one benchmark on rank 0, ({}, []) on the others; `model` is any model of the harness.
+    """Metrics and samples of one benchmark, the same on every rank; `model` is any model of the harness.
 
     Metrics: rows, shots, chat_template (0 or 1), version, and every score with its standard error, as lm-eval gives
     them.
@@ -115,8 +115,7 @@ def run_benchmark(
         model, {"tasks": {benchmark.name: task}, "groups": {}}, limit=limit, bootstrap_iters=1000, log_samples=True,
         apply_chat_template=chat_template, fewshot_as_multiturn=True,
     )  # fmt: skip
-    if result is None:
-        return {}, []
+    assert result is not None  # for the harness, every rank is the first
     scores = result["results"][benchmark.name]
     samples = _samples(result["samples"][benchmark.name])
     metrics: Metrics = {
