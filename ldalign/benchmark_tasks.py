@@ -65,9 +65,9 @@ class Benchmark:
 
     @property
     def definition_hash(self) -> str:
-        """sha256 of the YAML file (and of the one it includes)."""
-        files = [f"{self.name}.yaml", "truthfulqa_mc1.yaml"] if self.name == "truthfulqa_mc2" else [f"{self.name}.yaml"]
-        return hashlib.sha256(b"".join((DEFINITIONS / name).read_bytes() for name in files)).hexdigest()
+        """sha256 of the definition, functions by their names."""
+        text = json.dumps(self.definition, sort_keys=True, default=lambda function: function.__qualname__)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def file(self) -> Path | None:

@@ -37,7 +37,8 @@ def run_stages(
     if config is None:
         return
     check(config)
-    check_benchmarks(config)
+    if any("/benchmarks/" in name for name in planned(config)):
+        check_benchmarks(config)
     distributed.start(config.device)
     folder = RunFolder(Path(config.run), to_yaml(config))
     if "--dry-run" in argv:
