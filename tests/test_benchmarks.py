@@ -89,7 +89,7 @@ CHANCE = {"acc": 0.25, "acc_norm": 0.25, "r@1": 0.25, "r@2": 0.5, "mrr": 25 / 48
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_guesses_is_at_chance(task: str, tmp_path: Path) -> None:
-    count = 400
+    count = 200
     draw = random.Random(1)
     lines = [json.dumps(make_row(task, 100 + i, draw)) for i in range(count)]
     (tmp_path / file_of(task)).write_text("\n".join(lines))
@@ -99,7 +99,7 @@ def test_a_model_that_guesses_is_at_chance(task: str, tmp_path: Path) -> None:
     for key, value in metrics.items():
         if key in expected and key != "acc_norm":  # which favours long texts where log-probs do not grow with them
             assert value == pytest.approx(expected[key], abs=0.11), key
-            assert metrics[f"{key}_se"] < 0.03
+            assert metrics[f"{key}_se"] < 0.04
 
 
 def test_mutual_ranks() -> None:
@@ -194,7 +194,8 @@ def test_examples_are_never_scored(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
-        ("piqa", '{"goal": "x", "sol1": "a", "label": 0}', r"piqa.jsonl:2: not a row of piqa: 'sol2' is undefined"),
+        ("piqa", '{"goal": "x", "sol1": "a", "label": 0}', "piqa.jsonl:2: not a row of piqa: column 'sol2' is missing"),
+        ("openbookqa", '{"question": "x"}', "openbookqa.jsonl:2: .* column 'question_stem' is missing"),
         ("piqa", '{"goal": "x", "sol1": "a", "sol2": "", "label": 0}', "piqa.jsonl:2: .*choices are no list of texts"),
         ("piqa", '{"goal": "x", "sol1": "a", "sol2": "b", "label": 2}', "piqa.jsonl:2: .*the answer 2 is none of 2"),
         ("piqa", "{", "piqa.jsonl:2: not JSON"),
@@ -203,7 +204,7 @@ def test_examples_are_never_scored(data: Path, tmp_path: Path) -> None:
         ("mutual", '{"article": "x", "options": ["a"], "answers": "E"}', "mutual.jsonl:2: not a row of mutual"),
         ("arc_easy", '{"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}', ":2: not"),
         ("truthfulqa_mc1", '{"question": "x", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}', ":2: the"),
-        ("gsm8k", '{"question": "x"}', "gsm8k.jsonl:2: not a row of gsm8k: 'answer' is undefined"),
+        ("gsm8k", '{"question": "x"}', "gsm8k.jsonl:2: not a row of gsm8k: column 'answer' is missing"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(task: str, line: str, message: str, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_chat_template_and_dry_run(
     assert first["prompt"].startswith("<|im_start|>user\n") and first["prompt"].endswith("<|im_start|>assistant\n")
     assert json.loads((tmp_path / "run/start/benchmarks/mutual/summary.json").read_text())["chat_template"] == 1
     (data / "broken").mkdir(exist_ok=True)
-    (data / "broken/piqa.jsonl").write_text("{}\n")
+    (data / "broken/piqa.jsonl").write_text("{}\n{}\n")
     for more, message in (("benchmarks=[pika]", "did you mean piqa"), ("benchmarks=[piqa]", "piqa.jsonl:1: not a row")):
         with pytest.raises(InputError, match=message):
             evaluate.main(arguments(tmp_path / "other", toy_cache, data / "broken", more, "--dry-run"))
