@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import jinja2
+import jinja2.meta
 import yaml
 
 from ldalign.errors import EnvironmentProblem, InputError
@@ -65,9 +66,9 @@ class Benchmark:
 
     @property
     def definition_hash(self) -> str:
-        """sha256 of the YAML file (and of the one it includes)."""
-        files = [f"{self.name}.yaml", "truthfulqa_mc1.yaml"] if self.name == "truthfulqa_mc2" else [f"{self.name}.yaml"]
-        return hashlib.sha256(b"".join((DEFINITIONS / name).read_bytes() for name in files)).hexdigest()
+        """sha256 of the definition, functions by their names."""
+        text = json.dumps(self.definition, sort_keys=True, default=lambda function: function.__qualname__)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def file(self) -> Path | None:
@@ -234,18 +235,24 @@ def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
 
 
 @lru_cache
-def _compiled(template: str) -> jinja2.Template:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(template)
+def _compiled(text: str) -> tuple[jinja2.Template, list[str]]:
+    """A template, and the columns it needs."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(text), sorted(jinja2.meta.find_undeclared_variables(environment.parse(text)))
 
 
 def check_row(definition: dict[str, Any], row: LocalRow) -> None:
     """InputError where the definition's templates cannot be filled from the row, or name a choice it does not have."""
 
     def filled(key: str) -> Any:
-        template = definition[key]
-        if not isinstance(template, str):
-            return template
-        return row[template] if template in row else _compiled(template).render(row)
+        value = definition[key]
+        if not isinstance(value, str):
+            return value
+        template, columns = (None, [value]) if value.isidentifier() else _compiled(value)
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"column {column!r} is missing")
+        return template.render(row) if template else row[value]
 
     try:
         if not filled("doc_to_text"):

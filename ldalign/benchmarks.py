@@ -6,6 +6,7 @@ samples.jsonl (every row: prompt, log-probs or generated text, verdict).
 """
 
 import importlib.metadata
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,13 +32,10 @@ FILTERS = {
 
 
 def wanted(config: RunConfig) -> list[Benchmark]:
-    """The benchmarks that the config asks for. InputError for an unknown name, or a local file that is not there."""
+    """The benchmarks that the config asks for."""
     b = config.benchmarks
     data = Path(b.data).expanduser() if b.data else None
-    found = [Benchmark(name, data, b.shots) for name in dict.fromkeys(b.tasks)]
-    for benchmark in found:
-        benchmark.source  # noqa: B018
-    return found
+    return [Benchmark(name, data, b.shots) for name in dict.fromkeys(b.tasks)]
 
 
 def check_benchmarks(config: RunConfig) -> None:
@@ -102,7 +100,7 @@ def _benchmark_stage(ctx: Context, name: str, policy: Path, benchmark: Benchmark
 def run_benchmark(
     model: Any, benchmark: Benchmark, limit: int | None = None, chat_template: bool = False
 ) -> tuple[Metrics, list[Sample]]:
-    """Metrics and samples of one benchmark on rank 0, ({}, []) on the others; `model` is any model of the harness.
+    """Metrics and samples of one benchmark, the same on every rank; `model` is any model of the harness.
 
     Metrics: rows, shots, chat_template (0 or 1), version, and every score with its standard error, as lm-eval gives
     them.
@@ -115,8 +113,7 @@ def run_benchmark(
         model, {"tasks": {benchmark.name: task}, "groups": {}}, limit=limit, bootstrap_iters=1000, log_samples=True,
         apply_chat_template=chat_template, fewshot_as_multiturn=True,
     )  # fmt: skip
-    if result is None:
-        return {}, []
+    assert result is not None  # for the harness, every rank is the first
     scores = result["results"][benchmark.name]
     samples = _samples(result["samples"][benchmark.name])
     metrics: Metrics = {
@@ -172,16 +169,15 @@ def say_table(run: Path) -> None:
     lines = []
     for name, summary in benchmark_summaries(run).items():
         policy, _, task = name.partition("/benchmarks/")
+        about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
         scores = ", ".join(
             f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
             for key, value in summary.items() if f"{key}_se" in summary
         )  # fmt: skip
         lines.append(
             f"| {policy} | {task} | {scores} | {summary['rows']:.0f} | {summary['shots']:.0f} | "
-            f"{'on' if summary['chat_template'] else 'off'} | {summary['version']:g} |"
+            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | {about['lm_eval']} |"
         )
     if lines:
-        say("\n".join([
-            "\n| policy | benchmark | score, % +- standard error | rows | shots | chat template | version |",
-            "|---" * 7 + "|", *lines, f"\nlm-eval {harness_version()}",
-        ]))  # fmt: skip
+        head = "| policy | benchmark | score, % +- standard error | rows | shots | chat template | version | lm-eval |"
+        say("\n".join(["", head, "|---" * 8 + "|", *lines]))

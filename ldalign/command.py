@@ -39,7 +39,8 @@ def run_stages(
     if config is None:
         return
     check(config)
-    check_benchmarks(config)
+    if any("/benchmarks/" in name for name in planned(config)):
+        check_benchmarks(config)
     distributed.start(config.device)
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))

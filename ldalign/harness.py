@@ -78,7 +78,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.micro_tokens, self.batch_rows, self.seed = micro_tokens, batch_rows, seed
         self.max_length = max_length or model.config.max_position_embeddings
         self._device = model.output_weight.device
-        self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._decoder: Decoder | None = None
         self._truncated = False
 
@@ -132,16 +131,25 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """(log-prob of the continuation, whether it is the greedy one) of each request, in their order."""
         scored = [self._cut(context, continuation) for _, context, continuation in requests]
         trees = plan_trees(scored, self.micro_tokens)
-        results: list[tuple[float, bool] | None] = [None] * len(requests)
-        with Bar("log-probs", len(requests), "requests") as progress:
-            for micro in reversed(deal([tree.tokens for tree in trees], 1, self.micro_tokens)[0]):
+        mine: list[int] = []
+        values: list[tuple[float, bool]] = []
+        plan = deal([tree.tokens for tree in trees], distributed.world_size(), self.micro_tokens)
+        with Bar("log-probs", -(-len(requests) // distributed.world_size()), "requests") as progress:
+            for micro in plan[distributed.rank()]:
                 chosen = [trees[t] for t in micro]
-                for i, result in zip((i for tree in chosen for i in tree.members), self._score(chosen), strict=True):
-                    results[i] = result
-                    if requests[i][0] is not None:  # windows of a rolling likelihood have no text
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-                progress(sum(len(tree.members) for tree in chosen), 0)
-        return cast(list[tuple[float, bool]], results)
+                members = [i for tree in chosen for i in tree.members]
+                mine += members
+                values += self._score(chosen) if chosen else []
+                progress(len(members), 0)
+        logps, is_greedy = (
+            distributed.merge_rows(len(requests), mine, torch.tensor(column, dtype=torch.float64)).tolist()
+            for column in ([logp for logp, _ in values], [flag for _, flag in values])
+        )
+        results = [(logp, bool(flag)) for logp, flag in zip(logps, is_greedy, strict=True)]
+        for (texts, _, _), result in zip(requests, results, strict=True):
+            if texts is not None:  # windows of a rolling likelihood have none
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
 
     def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
         """The request without what does not fit: the beginning of the context. The model reads all but the last id."""
@@ -195,31 +203,37 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts, each up to the first of its stop strings; greedy unless do_sample is asked for."""
         self._decoder = self._decoder or new_decoder(self.model)
-        texts: dict[int, str] = {}
         arguments = [request.args for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: json.dumps(arguments[i][1], sort_keys=True))
-        with Bar("generate", len(requests), "rows") as progress:
+        mine = range(distributed.rank(), len(requests), distributed.world_size())
+        order = sorted(mine, key=lambda i: (json.dumps(arguments[i][1], sort_keys=True), i))
+        texts: dict[int, str] = {}
+        with Bar("generate", len(mine), "rows") as progress:
             for _, same in itertools.groupby(order, key=lambda i: arguments[i][1]):
                 chosen = list(same)
-                sampling = sampling_of(arguments[chosen[0]][1])
-                made = self._generate([arguments[i][0] for i in chosen], sampling, progress)
-                for i, text in zip(chosen, made, strict=True):
-                    texts[i] = text
-                    self.cache_hook.add_partial("generate_until", arguments[i], text)
+                texts |= zip(chosen, self._generate(chosen, arguments, progress), strict=True)
+        if distributed.world_size() > 1:
+            parts: list[dict[int, str]] = [{}] * distributed.world_size()
+            dist.all_gather_object(parts, texts)
+            texts = {i: text for part in parts for i, text in part.items()}
+        for i, argument in enumerate(arguments):
+            self.cache_hook.add_partial("generate_until", argument, texts[i])
         return [texts[i] for i in range(len(requests))]
 
     def _generate(
-        self, contexts: Sequence[str], sampling: Sampling, progress: Callable[[int, int], None]
-    ) -> Iterator[str]:
+        self, chosen: Sequence[int], arguments: Sequence[tuple[str, dict[str, Any]]],
+        progress: Callable[[int, int], None],
+    ) -> Iterator[str]:  # fmt: skip
+        """The texts of requests that share their settings."""
+        sampling = sampling_of(arguments[chosen[0]][1])
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise InputError(f"benchmarks: {sampling.max_new_tokens} new tokens leave the model, which reads "
                              f"{self.max_length}, no room for a prompt")  # fmt: skip
-        prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        prompts = [self.tok_encode(arguments[i][0]) or [self.prefix_token_id] for i in chosen]
         self._tell_truncation(max(map(len, prompts)) > room)
         assert self._decoder is not None
         responses = generate_ids(
-            self._decoder, [prompt[-room:] for prompt in prompts], [f"benchmark/{i}" for i in range(len(prompts))],
+            self._decoder, [prompt[-room:] for prompt in prompts], [f"benchmark/{i}" for i in chosen],
             self.ids_of.end_ids, sampling, self.seed, self.batch_rows, progress,
             # a stop string may name a special token
             decode=lambda ids: self.ids_of.decode(ids, skip_special_tokens=False),
@@ -229,26 +243,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for stop in sampling.stop:
                 text = text.split(stop)[0]
             yield text
-
-    # ------------------------------------------------------------------------------------------ ranks
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """One value of every rank: () -> (ranks,)."""
-        values = [torch.zeros_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(values, tensor)
-        return torch.stack(values)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Every rank's object, on rank `dst`."""
-        if self.world_size == 1:
-            return [obj]
-        objects = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, objects, dst=dst)
-        return objects
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        distributed.barrier()
 
 
 def sampling_of(kwargs: dict[str, Any]) -> Sampling:
