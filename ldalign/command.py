@@ -8,6 +8,7 @@ from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
 from ldalign.estimate import dry_run
+from ldalign.files import writing
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
@@ -46,7 +47,8 @@ def run_stages(
             data_stage(ctx)
             closing = work(ctx)
             if distributed.rank() == 0:
-                say(f"\n{write_report(run.path)}")
+                with writing(run.path):
+                    say(f"\n{write_report(run.path)}")
             say(closing)
     distributed.stop()
 
