@@ -5,6 +5,8 @@
 #   make compare   SFT, SPIN, LD-Align and a control from one start, about an hour; make compare COMPARE=FILE.yaml ARGS="..."
 #   make report RUN=FOLDER   a run folder's report again
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
+#   make test-slow   the long ones: every write point, a hundred kills; some hours on one core
+#   make reliability   the tests of the fault matrix, long ones too, and docs/reliability.md made of their results
 #   make lint    ruff and mypy
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
 #   make profile   where the time of a training step and of a generation goes: table, figure, traces for Perfetto
@@ -16,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align evaluate compare report test lint bench profile gpu
+.PHONY: setup check-env align evaluate compare report test test-slow reliability lint bench profile gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
@@ -55,6 +57,14 @@ report: $(VENV)/.product
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
 test: $(VENV)/.dev
 	@PYTHONSAFEPATH=1 $(PY) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev
+	@PYTHONSAFEPATH=1 $(PY) -m pytest --long -m long $(ARGS)
+
+reliability: $(VENV)/.dev
+	@status=0; PYTHONSAFEPATH=1 $(PY) -m pytest --long --junitxml=$(VENV)/reliability.xml \
+		$$($(PY) tests/reliability.py --files) $(ARGS) || status=$$?; \
+	$(PY) tests/reliability.py $(VENV)/reliability.xml; exit $$status
 
 # mypy cannot follow the mapping kernels/ -> ldalign.kernels: show it a folder of links laid out as installed.
 lint: $(VENV)/.dev

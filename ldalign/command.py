@@ -10,6 +10,7 @@ from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.errors import InputError
 from ldalign.estimate import check_guide, dry_run
+from ldalign.files import writing
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
@@ -49,7 +50,8 @@ def run_stages(
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
             if distributed.rank() == 0:
-                say(f"\n{write_report(ctx.run.path)}")
+                with writing(ctx.run.path):
+                    say(f"\n{write_report(ctx.run.path)}")
                 say_table(ctx.run.path)
                 if config.report == "page":
                     say(try_page(ctx.run.path))

@@ -8,9 +8,9 @@ import datetime
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
 from ldalign.memory import keep_freed_memory
+
+T = TypeVar("T")
 
 
 def start(device: str = "auto") -> torch.device:
@@ -89,6 +91,59 @@ def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only and return its result on every rank; must be called by all ranks.
+
+    If it raises, every rank raises: an ldalign error as the same class with the same text, any other as RuntimeError on
+    the other ranks. So no rank is left waiting. The result travels by torch.distributed's object broadcast (between
+    our own processes, never from a file) and should be small.
+    """
+    if world_size() == 1:
+        return work()
+    outcome, failure = _attempt(work) if rank() == 0 else (None, None)
+    shared = [outcome]
+    dist.broadcast_object_list(shared, src=0)
+    result: T = _results(shared, failure)[0]
+    return result
+
+
+def on_all(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank and return all results, by rank, on every rank; must be called by all ranks.
+
+    If it raises on one, every rank raises, as with `on_rank0`; so `work` itself may contain no collective operation.
+    """
+    if world_size() == 1:
+        return [work()]
+    outcome, failure = _attempt(work)
+    shared: list[Any] = [None] * world_size()
+    dist.all_gather_object(shared, outcome)
+    return _results(shared, failure)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[tuple[T | None, str, str], Exception | None]:
+    """(result, kind of error, its text), which can travel, and the error itself."""
+    try:
+        return (work(), "", ""), None
+    except Exception as error:
+        return (None, type(error).__name__, str(error)), error
+
+
+def _results(outcomes: Sequence[Any], failure: Exception | None) -> list[Any]:
+    if failure is not None:
+        raise failure
+    for number, (_, kind, text) in enumerate(outcomes):
+        if kind in _SHARED_ERRORS:
+            raise _SHARED_ERRORS[kind](text)
+        if kind:
+            raise RuntimeError(f"rank {number}: {kind}: {text}")
+    return [result for result, _, _ in outcomes]
+
+
+_SHARED_ERRORS: dict[str, type[LdalignError]] = {
+    cls.__name__: cls for cls in (InputError, EnvironmentProblem, NumericsError)
+}
 
 
 @dataclass(frozen=True)
@@ -175,14 +230,19 @@ def local_rows(p: Tensor) -> tuple[int, int]:
     return start, min(len(p), start + rows)
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered weights that a forward without backward may have left: parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must call it.
 
     Gathered one at a time, in `dtype`, and by rank 0 alone.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward without backward may have left gathered
+    reshard(model)
     state = {name: _whole(p, dtype) for name, p in model.named_parameters()}
     return {name: p for name, p in state.items() if p is not None}
 

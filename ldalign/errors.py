@@ -2,16 +2,19 @@
 
 A problem a person can solve is raised as one of the three classes below, with a message of the form
 `FILE:LINE: what is wrong; what to do`. `run` turns it into one line on stderr and an exit code; everything else is a
-bug of ours and says so. Exit codes: 1 bug, 2 input, 3 environment, 4 numerics, 130 interrupted. (torchrun itself exits
-with 1 whatever a worker's code; the worker's own is in the summary torchrun prints.)
+bug of ours and says so. Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun
+itself exits with 1 whatever a worker's code; the worker's own is in the summary torchrun prints.)
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from ldalign import interrupt
 
 
 class LdalignError(Exception):
@@ -38,6 +41,11 @@ class NumericsError(LdalignError, ArithmeticError):
     exit_code = 4
 
 
+# What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors among others.
+_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
+_AGAIN = "torchrun's summary says which and why; run the same command again: what is finished is kept"
+
+
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command's `main(argv)` and exit: 0, or an error's code after one line on stderr.
 
@@ -45,6 +53,15 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
+    interrupt.listen()
+    try:
+        _run(main, argv, debug)
+    except interrupt.Stopped as stop:  # here, for a signal may also come while another error is dealt with
+        _exit(str(stop), stop.exit_code, expected=True)
+    leave(0)
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> None:
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -52,10 +69,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except LdalignError as error:
         _exit(str(error), error.exit_code, expected=True, trace=traceback.format_exc() if debug else "")
     except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _CONNECTION.search(str(error)):
+            line = str(error).strip().splitlines()[0]
+            _exit(f"another rank ended, or is out of reach ({line}); {_AGAIN}", 3, expected=False)
         hint = "" if debug else " (run again with --debug for the traceback)"
         message = f"unexpected {type(error).__name__}: {error}{hint}"
         _exit(message, 1, expected=False, trace=traceback.format_exc() if debug else "")
-    leave(0)
 
 
 def _exit(message: str, code: int, *, expected: bool, trace: str = "") -> NoReturn:

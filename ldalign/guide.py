@@ -25,11 +25,12 @@ from typing import Literal, cast
 
 import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldalign import ops
 from ldalign.errors import InputError, NumericsError
+from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
 from ldalign.mistral import Mistral
@@ -217,7 +218,7 @@ class Guide(nn.Module):
         latent = {
             k: v.float().cpu().contiguous() for k, v in state.items() if not k.startswith(("encoder.", "decoder."))
         }
-        save_file(latent, folder / "latent.safetensors")
+        save_tensors(latent, folder / "latent.safetensors")
         (folder / "guide.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(str(folder / "tokenizer.json"))
 

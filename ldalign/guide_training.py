@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign import distributed
+from ldalign import distributed, interrupt
 from ldalign.batches import count_steps, deal, global_batches
-from ldalign.errors import InputError, NumericsError
+from ldalign.checkpoint import Checkpoints, Plan, State
+from ldalign.errors import InputError
 from ldalign.guide import NO_LATENT, Example, Guide
+from ldalign.memory import naming
 from ldalign.metrics import MetricsLog, say
 from ldalign.optim import learning_rate_factor, make_optimizer
 from ldalign.seeds import permutation, uniforms
+from ldalign.training import refuse_step
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ def train_guide(
     device: torch.device,
     seed: int,
     metrics_path: Path | None = None,
+    ids: Sequence[str] | None = None,
+    checkpoints: Plan | None = None,
 ) -> dict[str, float]:
     """Minimises -mean log D(y | x, E(x, y)) - mean log D(y' | x, E(x, y')), per response token (paper, section 4.1).
 
     rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out losses (see
-    `heldout_losses`). All ranks take part; the guide is sharded on return. Raises NumericsError on a non-finite step.
+    `heldout_losses`). All ranks take part; the guide is sharded on return. With `checkpoints` it goes on from the
+    newest one that is there. ids: of the rows, for errors. Raises NumericsError on a non-finite step, before the
+    weights are touched; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop.
     """
     heldout = max(2, round(len(rows) * settings.heldout_fraction))  # two, for each to be the other's "another row"
     if heldout >= len(rows):
@@ -56,26 +63,37 @@ def train_guide(
     optimizer = make_optimizer(guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98))
     steps = count_steps(len(seen), settings.global_batch, settings.epochs)
     metrics_log = MetricsLog(metrics_path, "guide")
+    keeper = Checkpoints(checkpoints, guide, optimizer, metrics_path)
+    state: State = keeper.resume() or {"step": 0}
     began = time.perf_counter()
-    for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):
-        keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
-        loss = _accumulate(guide, keyed, settings.micro_tokens, seed, device)
-        norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise NumericsError(f"guide: step {step + 1}: loss {loss}, gradient norm {norm}; lower guide.learning_rate")
-        factor = learning_rate_factor(step, steps, settings.warmup_ratio, "cosine")
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        record = {
-            "global_step": step + 1,
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": settings.learning_rate * factor,
-        }
-        if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
-            metrics_log.write(record, f"step {step + 1}/{steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s")
+    with interrupt.held():
+        for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):
+            if step < state["step"]:
+                continue
+            keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
+            with naming(lambda: _too_large(keyed, settings, step)):  # noqa: B023 (called at once)
+                loss = _accumulate(guide, keyed, settings.micro_tokens, seed, device)
+                norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
+            if not np.isfinite(loss) or not np.isfinite(norm):
+                keeper.write(step, state)
+                names = [ids[seen[i]] if ids else f"row {seen[i]}" for i in batch]
+                refuse_step(names, "guide", step, loss, norm, metrics_path)
+            factor = learning_rate_factor(step, steps, settings.warmup_ratio, "cosine")
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+            state["step"] = step + 1
+            record = {
+                "global_step": step + 1,
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": settings.learning_rate * factor,
+            }
+            if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
+                text = f"step {step + 1}/{steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s"
+                metrics_log.write(record, text)
+            keeper.after_step(step + 1, step + 1 == steps, state)
     guide.eval()
     losses = heldout_losses(guide, unseen, settings.micro_tokens, device)
     text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
@@ -86,6 +104,14 @@ def train_guide(
             "and distances say nothing; raise guide.epochs, guide.latent_tokens or guide.token_dropout, or add data"
         )
     return losses
+
+
+def _too_large(keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int) -> str:
+    return (
+        f"guide: step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens does not fit (the longest "
+        f"row of the step takes {max(sum(_costs(row)) for row, _ in keyed)}); lower training.micro_tokens, "
+        "guide.max_tokens or guide.width, or use more ranks"
+    )
 
 
 def _accumulate(

@@ -4,12 +4,16 @@ glibc returns every large block to the system and gets it back page by page; in 
 of the time. Settings of mallopt(3); other C libraries are left as they are.
 """
 
+import contextlib
 import ctypes
 import logging
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from ldalign.errors import EnvironmentProblem
 
 log = logging.getLogger(__name__)
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # this process's own, as a container sees it
@@ -48,3 +52,16 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, ValueError):  # no such group, or "max": no limit
         pass
     return free
+
+
+@contextlib.contextmanager
+def naming(what: Callable[[], str]) -> Iterator[None]:
+    """Turns a failed allocation within it into an EnvironmentProblem: `what()` says for what, and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for a GPU's; a CPU's is a RuntimeError that tells it in words.
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+        raise EnvironmentProblem(f"out of memory: {what()}") from error

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from ldalign import ops
 
 Schedule = Literal["constant", "linear", "cosine"]
+AVERAGES = ("mean", "square")  # what an optimizer may keep of a parameter; RMSprop keeps the square alone
 ALPHA = 0.99  # RMSprop's share of the old average, torch's default: SPIN and DPO use it
 
 
@@ -44,7 +45,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, p: Tensor, weights: Tensor, grad: Tensor, group: dict[str, Any], seed: int) -> None:
         state = self.state[p]
-        for name in ("mean", "square") if self.name == "adamw" else ("square",):
+        for name in AVERAGES if self.name == "adamw" else AVERAGES[1:]:
             if name not in state:
                 state[name] = torch.zeros_like(weights, dtype=self.state_dtype)
         rate, decay, eps = group["lr"], group["weight_decay"], group["eps"]

@@ -8,7 +8,6 @@ refuses what was made from something else.
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import functools
 import hashlib
@@ -17,22 +16,21 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypeVar
-
-import torch.distributed as dist
+from typing import IO, Any, Self
 
 from ldalign import distributed, env
-from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
+from ldalign.distributed import on_rank0
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, sync, write_text, writing
 
-T = TypeVar("T")
 Parents = Mapping[str, str | int | float]
 
 MANIFEST = "manifest.json"
 PARENTS = "parents.json"  # in the temporary folder of a stage that can be gone on with
-PARTIAL = ".partial"  # a stage folder being made is called NAME.partial; the run's lock makes sure it has one maker
+CHECKPOINTS = "checkpoint"  # there too, of a stage that trains
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -49,47 +47,7 @@ MODEL_FILES = (
 log = logging.getLogger(__name__)
 
 
-# ----------------------------------------------------------------------------------------------------- several ranks
-
-
-def on_rank0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only and return its result on every rank; must be called by all ranks.
-
-    If it raises, every rank raises: an ldalign error as the same class with the same text, any other as RuntimeError on
-    the other ranks. So no rank is left waiting. The result travels by torch.distributed's object broadcast (between
-    our own processes, never from a file) and should be small.
-    """
-    if distributed.world_size() == 1:
-        return work()
-    outcome: list[Any] = [None, None, None]  # result, kind of error, its text
-    failure: Exception | None = None
-    if distributed.rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            failure = error
-            outcome = [None, type(error).__name__, str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if failure is not None:
-        raise failure
-    result, kind, text = outcome
-    if kind is not None:
-        raise _SHARED_ERRORS.get(kind, RuntimeError)(text)
-    return result
-
-
-_SHARED_ERRORS: dict[str, type[LdalignError]] = {
-    cls.__name__: cls for cls in (InputError, EnvironmentProblem, NumericsError)
-}
-
-
 # ----------------------------------------------------------------------------------------------------------- hashing
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_settings(settings: Any) -> str:
@@ -148,16 +106,16 @@ def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None], resu
     `parents` names everything the output depends on: hashes of data, template, model and settings, or plain values.
     `make` runs on all ranks and may write files on each of them (different ones). An error in `make` on one rank ends
     that rank at once, without waiting for the others, which may be inside a collective operation of theirs.
-    resume: `make` can go on from what a run with the same parents left in the temporary folder when it was cut short.
+    resume: `make` can go on from what a run left in the temporary folder when it was cut short.
 
-    Returns True if the stage was made now, False if it was done before. Raises InputError if it was made from other
-    parents or if its files are not what the manifest says; EnvironmentProblem if it cannot be written.
+    Returns True if the stage was made now, False if it was done before. Raises InputError if it was made, or begun,
+    from other parents or if its files are not what the manifest says; EnvironmentProblem if it cannot be written.
     """
     parents = dict(parents)
     partial = folder.with_name(folder.name + PARTIAL)
     if on_rank0(lambda: _prepare(folder, partial, parents, resume)):
         return False
-    with _writing(folder):
+    with writing(folder):
         make(partial)
     distributed.barrier()  # every rank's files are written
     on_rank0(lambda: _finish(folder, partial, parents))
@@ -166,23 +124,49 @@ def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None], resu
 
 def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float], resume: bool) -> bool:
     """Whether the stage is done; if not, a temporary folder is ready: empty, or what can be gone on from."""
-    text = json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    with _writing(folder):
+    with writing(folder):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             shutil.rmtree(partial, ignore_errors=True)
             check_stage(folder, parents)
             return True
+        if (partial / MANIFEST).is_file():  # whole, but for its name
+            check_stage(partial, parents)
+            _name(folder, partial)
+            return True
+        if resume and (partial / PARENTS).is_file():
+            _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), _as_read(parents))
+            log.info("%s: left over from a run that was cut short; gone on from", partial)
+            for path in [*partial.rglob(HALF_WRITTEN), *partial.rglob(f"*{PARTIAL}")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            return False
         if partial.exists():
-            left = partial / PARENTS
-            if resume and left.is_file() and left.read_text(encoding="utf-8") == text:
-                log.info("%s: left over from a run that was cut short; gone on from", partial)
-                return False
+            if any((partial / CHECKPOINTS).glob("*")):
+                raise InputError(
+                    f"{partial}: holds checkpoints, but {PARENTS}, which says what they were made from, is gone; "
+                    "bring it back, or delete the folder to begin this stage again"
+                )
             log.info("%s: left over from a run that was cut short; made again", partial)
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         if resume:
-            write_text(partial / PARENTS, text)
+            write_text(partial / PARENTS, json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return False
+
+
+def _read_parents(path: Path) -> dict[str, Any]:
+    try:
+        parents = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(parents, dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise InputError(f"{path}: not readable; delete {path.parent} to begin this stage again") from None
+    return parents
+
+
+def _as_read(parents: Parents) -> dict[str, Any]:
+    """Parents as they come back from JSON."""
+    out: dict[str, Any] = json.loads(json.dumps(dict(parents), allow_nan=False))
+    return out
 
 
 def check_stage(folder: Path, parents: Parents | None = None) -> None:
@@ -192,7 +176,7 @@ def check_stage(folder: Path, parents: Parents | None = None) -> None:
     """
     manifest = _read_manifest(folder)
     if parents is not None:
-        _compare_parents(folder, manifest["parents"], json.loads(json.dumps(dict(parents), allow_nan=False)))
+        _compare_parents(folder / MANIFEST, manifest["parents"], _as_read(parents))
     for name, expected in manifest["files"].items():
         path = folder / name
         again = f"delete {folder} to make it again"
@@ -204,7 +188,7 @@ def check_stage(folder: Path, parents: Parents | None = None) -> None:
             raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
 
 
-def _compare_parents(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _compare_parents(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     missing = object()
     differing = [
         f"{key} was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r}"
@@ -213,8 +197,8 @@ def _compare_parents(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> 
     ]
     if differing:
         raise InputError(
-            f"{folder / MANIFEST}: made from something else: {', '.join(differing)}; "
-            f"use a new run folder (run=NAME), or delete {folder} to make it again"
+            f"{path}: made from something else: {', '.join(differing)}; "
+            f"use a new run folder (run=NAME), or delete {path.parent} to make it again"
         )
 
 
@@ -235,25 +219,33 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> None:
-    """Sync everything, write the manifest last, and give the stage its name."""
-    with _writing(folder):
-        (partial / PARENTS).unlink(missing_ok=True)
+    """Sync everything, write the manifest, and give the stage its name."""
+    with writing(folder):
         files = {}
         for path in _files(partial):
-            _sync(path)
+            sync(path)
             name = path.relative_to(partial).as_posix()
             files[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
         for inner in (path for path in partial.rglob("*") if path.is_dir()):
-            _sync(inner)
+            sync(inner)
         manifest = {"parents": parents, "files": files}
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        partial.rename(folder)
-        _sync(folder.parent)
+        _name(folder, partial)
+
+
+def _name(folder: Path, partial: Path) -> None:
+    """What only an unfinished stage needs goes, now that it has a manifest; then it gets its name."""
+    if (partial / CHECKPOINTS).exists():
+        shutil.rmtree(partial / CHECKPOINTS)
+    (partial / PARENTS).unlink(missing_ok=True)
+    partial.rename(folder)
+    sync(folder.parent)
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted. A stage is plain files: a link is an assertion error."""
+    """All files of a stage, sorted. A stage is plain files: a link is an assertion error."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS)]
     for path in paths:
         assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
@@ -284,7 +276,9 @@ def write_rows(path: Path, mine: Iterable[tuple[int, dict[str, Any]]]) -> list[d
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -294,40 +288,9 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
-    temporary = path.with_name(path.name + PARTIAL)
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file, or a folder: the latter puts the names in it on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-                   errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an EnvironmentProblem that names the path."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
-            raise
-        raise EnvironmentProblem(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+    text = json.dumps(value, indent=1) + "\n"
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- run folder
@@ -357,8 +320,9 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             # Emptied, not deleted: deleting would let a waiting process lock a file that no longer has a name.
-            self._lock.truncate(0)
-            self._lock.close()
+            with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
+                self._lock.truncate(0)
+                self._lock.close()
             self._lock = None
 
     def stage(self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
@@ -366,7 +330,7 @@ class RunFolder:
         return run_stage(self.path / name, parents, make, resume)
 
     def _open(self) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
             self.path.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,15 @@ class Guide:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a stage in training, so that it can be gone on with after a stop. It changes no result."""
+
+    minutes: float | None = setting(10.0, "one every so many minutes; null: not by time", check=positive)
+    steps: int | None = setting(None, "one every so many optimizer steps; null: not by steps", check=positive)
+    keep: int = setting(2, "the newest ones, each as large as the weights and averages in training", check=at_least(2))
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is measured after SFT and after every iteration."""
 
@@ -231,6 +240,7 @@ class RunConfig:
     training: Training = group(Training, "training of the policy")
     sft: Sft = group(Sft, "warm-up of the start policy on the data")
     continual_sft: Sft = group(Sft, "baseline: more SFT from the same start, in the table beside the iterations")
+    checkpoint: Checkpoint = group(Checkpoint, "checkpoints inside the stages that train; a stop writes one too")
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
     judge: Judge = group(Judge, "which of two answers is better")
     agreement: Agreement = group(Agreement, "agreement of latent distance with the judge")

@@ -5,7 +5,7 @@ A stage reads the folders of the stages before it and writes its own; `pipeline.
 refuses what was made from something else. A stage's parents are what its output depends on: contents (hashes of rows,
 model folders, files of earlier stages) and config keys by their own names, so that a refusal names the key. Not among
 them is what only moves work about and changes the last bits at most: micro_tokens, batch_rows, checkpointing,
-shard_ranks, whole, the number of ranks. Every function here is called by all ranks.
+shard_ranks, whole, checkpoint.*, the number of ranks. Every function here is called by all ranks.
 """
 
 import json
@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ldalign import distributed
 from ldalign.answers import make_answers
 from ldalign.batches import Pair
+from ldalign.checkpoint import Plan
 from ldalign.context import EMBEDDED, Context, prompt_text
 from ldalign.data import Row, data_hash, files_of
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.errors import InputError
 from ldalign.evaluate import EvaluationSettings, evaluate
+from ldalign.files import save_tensors
 from ldalign.generate import text_of
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide, policy_guide
@@ -36,6 +38,7 @@ from ldalign.methods import effective_size, pair_weights, usable
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import (
+    CHECKPOINTS,
     MANIFEST,
     Parents,
     hash_file,
@@ -190,6 +193,7 @@ def _train_stage(
         summary = train(
             model, pairs, settings, compute_dtype=ctx.dtype, device=ctx.device, seed=ctx.config.seed, stage=name,
             metrics_path=folder / "metrics.jsonl", step0_is_reference=step0_is_reference,
+            checkpoints=_plan(ctx, folder),
         )  # fmt: skip
         dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
         state = distributed.full_state(model, dtype)
@@ -201,8 +205,14 @@ def _train_stage(
         **parents, "policy": hash_model_folder(start), "template": ctx.tokenizer.template_hash,
         **ctx.keys("seed", "policy_dtype", *SCHEDULE_KEYS), "dtype": str(ctx.dtype),
     }  # fmt: skip
-    stage(ctx, name, parents, make)
+    stage(ctx, name, parents, make, resume=True)
     return ctx.run.path / name
+
+
+def _plan(ctx: Context, folder: Path) -> Plan:
+    """The checkpoints of a stage that is made in `folder`."""
+    c = ctx.config.checkpoint
+    return Plan(folder / CHECKPOINTS, c.minutes, c.steps, c.keep)
 
 
 # --------------------------------------------------------------------------------------------------------- iteration
@@ -311,13 +321,14 @@ def guide_stage(ctx: Context, t: int, start: Path | None = None, generated: Sequ
         settings = GuideTrainSettings(g.epochs, g.global_batch, g.learning_rate, ctx.config.training.micro_tokens,
                                       g.heldout_fraction)  # fmt: skip
         losses = train_guide(guide.to(ctx.device), examples, settings, device=ctx.device, seed=ctx.config.seed,
-                             metrics_path=folder / "metrics.jsonl")  # fmt: skip
+                             metrics_path=folder / "metrics.jsonl", ids=[row.id for row in rows],
+                             checkpoints=_plan(ctx, folder))  # fmt: skip
         state = distributed.full_state(guide, torch.float32)
         if distributed.rank() == 0:
             guide.save(folder, state)
         return losses
 
-    stage(ctx, name, _guide_parents(ctx, given, start, generated), make)
+    stage(ctx, name, _guide_parents(ctx, given, start, generated), make, resume=True)
     return ctx.run.path / name
 
 
@@ -407,7 +418,7 @@ def reference_stage(
         with Bar(name, len(kept), "pairs") as progress:
             logps = response_logps(model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0))
         if distributed.rank() == 0:
-            save_file({"logps": logps}, folder / "reference.safetensors")
+            save_tensors({"logps": logps}, folder / "reference.safetensors")
             write_json(folder / "rows.json", [pair.id for pair in kept])
         if not kept:
             return {"losers/cut": cut}

@@ -18,7 +18,7 @@ Metrics = dict[str, float]
 def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False) -> Metrics:
     """`RunFolder.stage`, with what `make` returns (on rank 0) and the wall time in summary.json; returns that summary.
 
-    After a stage is made, the run's metrics.jsonl is put together again from all stages.
+    The run's metrics.jsonl is put together again from all stages, where it is not up to date.
     """
 
     def timed(folder: Path) -> None:
@@ -30,8 +30,7 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
     made = ctx.run.stage(name, parents, timed, resume)
     summary: Metrics = json.loads((ctx.run.path / name / SUMMARY).read_text(encoding="utf-8"))
     say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
-    if made:
-        on_rank0(lambda: _join_metrics(ctx.run.path))
+    on_rank0(lambda: _join_metrics(ctx.run.path))  # also if done before: the run may have been killed right then
     return summary
 
 
@@ -70,4 +69,6 @@ def _join_metrics(run: Path) -> None:
         prefix = "eval_" if name.endswith("/evaluation") else ""
         summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
         lines.append(json.dumps({"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}) + "\n")
-    write_text(run / "metrics.jsonl", "".join(lines))
+    path, text = run / "metrics.jsonl", "".join(lines)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)

@@ -5,20 +5,24 @@ model is held: the reference's log-probs are on the pairs. The loss is a sum div
 global batch: pairs, or response tokens for SFT.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
 
-from ldalign import distributed, ops
+from ldalign import distributed, interrupt, ops
 from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs
+from ldalign.checkpoint import Checkpoints, Plan, State
 from ldalign.distributed import Sharding
 from ldalign.errors import NumericsError
+from ldalign.files import write_text
+from ldalign.memory import naming
 from ldalign.metrics import Mean, MetricsLog, peak_memory_gib
 from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
 from ldalign.weights import LanguageModel
@@ -62,12 +66,16 @@ def train(
     stage: str,
     metrics_path: Path | None = None,
     step0_is_reference: bool = True,
+    checkpoints: Plan | None = None,
 ) -> dict[str, float]:
     """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last epoch, averaged.
 
     All pairs have a loser, or none has (SFT). The model is sharded over all ranks on return
-    (`distributed.full_state` gathers it). Raises NumericsError, naming rows, on a non-finite loss or gradient before
-    the weights are touched, and where step 0 does not start at ln 2 although policy and reference are the same.
+    (`distributed.full_state` gathers it). With `checkpoints` it goes on from the newest one that is there.
+
+    Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are touched, and where step 0
+    does not start at ln 2 although policy and reference are the same; EnvironmentProblem where memory does not suffice;
+    Stopped where a signal asked to stop, between two steps.
     """
     if not pairs:
         raise ValueError("train: no pairs")
@@ -85,43 +93,60 @@ def train(
     epochs = -(-steps // in_epoch)
     stop = min(steps, settings.max_steps or steps)
     metrics_log = MetricsLog(metrics_path, stage)
-    last_epoch: dict[str, list[float]] = {}
-    tokens_done = 0
-    for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, epochs, seed)):
-        if step == stop:
-            break
-        began = time.perf_counter()
-        batch = [pairs[i] for i in indices]
-        mean = Mean()
-        loss = accumulate_gradients(model, batch, settings, mean, device, preference)
-        norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
-        _check(loss, norm, batch, stage, step)
-        means = mean.reduce(device)
-        if step == 0 and preference and step0_is_reference:
-            _check_step0(means["loss/unweighted"], compute_dtype, stage)
-        factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        tokens = sum(pair.tokens for pair in batch)
-        tokens_done += tokens
-        record = {
-            "global_step": step + 1, "epoch": epoch + (step % in_epoch + 1) / in_epoch,
-            "learning_rate": settings.learning_rate * factor, "loss": loss, "grad_norm": float(norm), **means,
-            "num_tokens": tokens_done, "tokens_per_second": tokens / seconds, "time/step": seconds,
-            "memory/peak_gib": peak_memory_gib(device),
-        }  # fmt: skip
-        metrics_log.write(record, _line(record, stop))
-        for name, value in {"loss": loss, **means}.items():
+    keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
+    # sums: of the last epoch's metrics, which the summary averages
+    state: State = keeper.resume() or {"step": 0, "tokens": 0, "counted": 0, "sums": {}}
+    with interrupt.held():
+        for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, epochs, seed)):
+            if step == stop:
+                break
+            if step < state["step"]:
+                continue
+            began = time.perf_counter()
+            batch = [pairs[i] for i in indices]
+            mean = Mean()
+            with naming(lambda: _too_large(batch, settings, stage, step)):  # noqa: B023 (called at once)
+                loss = accumulate_gradients(model, batch, settings, mean, device, preference)
+                norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
+            if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+                keeper.write(step, state)
+                refuse_step([pair.id for pair in batch], stage, step, loss, float(norm), metrics_path)
+            means = mean.reduce(device)
+            if step == 0 and preference and step0_is_reference:
+                _check_step0(means["loss/unweighted"], compute_dtype, stage)
+            factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            with naming(lambda: _too_large(batch, settings, stage, step)):  # noqa: B023
+                optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+            tokens = sum(pair.tokens for pair in batch)
+            state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
+            record = {
+                "global_step": step + 1, "epoch": epoch + (step % in_epoch + 1) / in_epoch,
+                "learning_rate": settings.learning_rate * factor, "loss": loss, "grad_norm": float(norm), **means,
+                "num_tokens": state["tokens"], "tokens_per_second": tokens / seconds, "time/step": seconds,
+                "memory/peak_gib": peak_memory_gib(device),
+            }  # fmt: skip
+            metrics_log.write(record, _line(record, stop))
             if epoch == epochs - 1 or settings.max_steps:
-                last_epoch.setdefault(name, []).append(value)
+                state["counted"] += 1
+                for name, value in {"loss": loss, **means}.items():
+                    state["sums"][name] = state["sums"].get(name, 0.0) + value
+            keeper.after_step(step + 1, step + 1 == stop, state)
     model.eval()
-    return {name: sum(values) / len(values) for name, values in last_epoch.items()} | {
-        "tokens": tokens_done,
-        "steps": stop,
-    }
+    means = {name: value / state["counted"] for name, value in state["sums"].items()}
+    return means | {"tokens": state["tokens"], "steps": stop}
+
+
+def _too_large(batch: Sequence[Pair], settings: TrainSettings, stage: str, step: int) -> str:
+    longest = max(batch, key=lambda pair: pair.tokens)
+    return (
+        f"{stage}: step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens does not fit (the longest "
+        f"row of the step, {longest.id}, has {longest.tokens}); lower training.micro_tokens, or max_length, or set "
+        "training.checkpointing=full, training.whole=nothing, training.state_dtype=bfloat16, or use more ranks"
+    )
 
 
 def accumulate_gradients(
@@ -213,13 +238,24 @@ def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: 
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
 
 
-def _check(loss: float, norm: Tensor, batch: Sequence[Pair], stage: str, step: int) -> None:
-    if math.isfinite(loss) and bool(torch.isfinite(norm)):
-        return
-    rows = ", ".join(pair.id for pair in batch[:5])
+def refuse_step(
+    rows: Sequence[str], stage: str, step: int, loss: float, norm: float, metrics_path: Path | None
+) -> NoReturn:
+    """A step's loss or gradient norm, summed over all ranks, is not finite: its row ids go into a file. NumericsError.
+
+    The same on all ranks; nobody has touched the weights.
+    """
+    where = ""
+    if metrics_path is not None:
+        path = metrics_path.with_name("non_finite_step.json")
+        found = {"stage": stage, "step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": list(rows)}
+        text = json.dumps(found, indent=1) + "\n"
+        distributed.on_rank0(lambda: write_text(path, text))
+        where = f" (all {len(rows)} in {path})"
     raise NumericsError(
-        f"{stage}: step {step + 1}: loss {loss}, gradient norm {float(norm)}; the weights were not changed. "
-        f"Rows of the batch: {rows}{', ...' if len(batch) > 5 else ''}. Lower learning_rate or look at these rows"
+        f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
+        f"Rows of the batch: {', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}{where}. Lower learning_rate or "
+        "look at these rows"
     )
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldalign import distributed
 from ldalign.errors import InputError, NumericsError
+from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.modelfiles import MAX_JSON_BYTES, is_inside, parse_json, read_json
@@ -242,7 +242,7 @@ def write_weights(
                 raise NumericsError(
                     f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not saved"
                 )
-        save_file({name: t.contiguous() for name, t in cast.items()}, folder / file, metadata={"format": "pt"})
+        save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

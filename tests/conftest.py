@@ -1,12 +1,16 @@
 """Model folders that several test files use: the real default model, and two tiny tokenizers made on the spot."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import faults
 import pytest
 import tokenizers
 import torch
@@ -19,6 +23,18 @@ from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 # Without a GPU, Triton's kernels run in its interpreter. That is settled when triton is first imported, by whomever.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the tests marked long too, which take minutes to an hour")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+
 
 # Zephyr's template (methods.md, section 2), as its model folder has it
 ZEPHYR_TEMPLATE = """{% for message in messages %}
@@ -172,3 +188,32 @@ def in_process() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     distributed.stop()
+
+
+# ------------------------------------------------------------------------------------------------ runs that fail
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Driver]:
+    """The process that forks a run a trial (faults.py)."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler for the failing file layer")
+    started = faults.start_driver(tmp_path_factory.mktemp("driver"))
+    yield started
+    started.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    driver: faults.Driver, tmp_path_factory: pytest.TempPathFactory, toy_cache: Path
+) -> Callable[[int], tuple[dict[str, Any], int]]:
+    """Of a number of ranks: what an undisturbed small run leaves, and how many write points rank 0 has in it."""
+
+    @functools.cache
+    def made(ranks: int) -> tuple[dict[str, Any], int]:
+        run = tmp_path_factory.mktemp("undisturbed") / "run"
+        trial = driver.run(run, f"cache={toy_cache}", ranks=ranks)
+        assert trial.codes == [0] * ranks, trial.said
+        return faults.outcome(run), trial.points[0]
+
+    return made

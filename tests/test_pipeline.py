@@ -77,8 +77,35 @@ pipeline.run_stage(Path({str(stage)!r}), {PARENTS!r}, make)
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not stage.exists()
     assert (tmp_path / "guide.partial" / "half").exists()  # so the kill did come in the middle
-    assert pipeline.run_stage(stage, PARENTS, writer())
-    assert [path.name for path in tmp_path.iterdir()] == ["guide"] and not (stage / "half").exists()
+    whole = moment == "rename"  # it has its manifest, and lacks the name alone
+    assert pipeline.run_stage(stage, PARENTS, must_not_run if whole else writer()) != whole
+    assert [path.name for path in tmp_path.iterdir()] == ["guide"] and (stage / "half").exists() == whole
+    pipeline.check_stage(stage, PARENTS)
+
+
+def test_a_begun_stage_is_not_gone_on_with_under_other_parents(tmp_path: Path) -> None:
+    stage = tmp_path / "guide"
+
+    def fails(folder: Path) -> None:
+        (folder / "rows").write_text("1")
+        raise ValueError("boom")
+
+    def goes_on(folder: Path) -> None:
+        assert (folder / "rows").read_text() == "1" and not (folder / ".tmpX1").exists()
+
+    with pytest.raises(ValueError, match="boom"):
+        pipeline.run_stage(stage, PARENTS, fails, resume=True)
+    (tmp_path / "guide.partial/.tmpX1").write_text("half a file of safetensors")
+    with pytest.raises(InputError, match="guide.partial/parents.json: made from .*: beta was 0.1, now 0.2"):
+        pipeline.run_stage(stage, {**PARENTS, "beta": 0.2}, must_not_run, resume=True)
+    assert pipeline.run_stage(stage, PARENTS, goes_on, resume=True)
+    assert sorted(path.name for path in stage.iterdir()) == ["manifest.json", "rows"]
+
+
+def test_checkpoints_without_parents_are_no_reason_to_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "guide.partial/checkpoint/step_00000001").mkdir(parents=True)
+    with pytest.raises(InputError, match="guide.partial: holds checkpoints, but parents.json"):
+        pipeline.run_stage(tmp_path / "guide", PARENTS, must_not_run, resume=True)
 
 
 def flip(path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Files that are wholly there or not there at all, and errors of the file system that name path and bytes."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldalign.errors import EnvironmentProblem
+
+PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
+HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
+
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+                   errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn what the file system refuses into an EnvironmentProblem that names the path and what was to be written.
+
+    path: what is written, or the folder of it where the error itself does not say. size: in bytes, where known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = error.filename or path
+        raise EnvironmentProblem(
+            f"{where}: cannot be written: {error.strerror}{_space(error, path, size)}; mend that and run the same "
+            "command again: what is finished is kept"
+        ) from error
+
+
+def _space(error: OSError, path: Path, size: int | None) -> str:
+    """What was to be written, and what there is room for: only where room is what is missing."""
+    parts = [] if size is None else [f"{size} bytes to write"]
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        parts.append(f"{shutil.disk_usage(folder).free} bytes free")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder: the latter puts the names in it on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
+    temporary = path.with_name(path.name + PARTIAL)
+    with writing(path, len(text)):
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file of contiguous CPU tensors, on disk when this returns.
+
+    Raises EnvironmentProblem naming the file where it cannot be written.
+    """
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with writing(path, size):
+        try:
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+        except SafetensorError as error:  # it tells the system's error number in words
+            found = re.search(r"(?:os error |code: )(\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        path.chmod(0o666 & ~_umask())  # safetensors' temporary file is the owner's alone
+        sync(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

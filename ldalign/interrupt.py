@@ -1,0 +1,66 @@
+"""Requests to stop: SIGTERM (a scheduler, torchrun) and SIGINT (Ctrl-C).
+
+Outside a training step a request ends the command where it stands: everything on disk is whole at any moment. Inside
+`held` it is only noted, so that the step can be finished and a checkpoint written. A second request ends at once.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, and passed on by torchrun
+
+
+class Stopped(BaseException):
+    """A signal asked to stop; `number` is the signal's. Not an Exception: nothing may take it for a failure."""
+
+    def __init__(self, number: int, kept: str = "what is finished is kept") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {kept}; run the same command to go on")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What shells show for a process that a signal ended."""
+        return 128 + self.number
+
+
+class _Requests:
+    held = 0  # how many `held` blocks we are in
+    number = 0  # of the first signal; 0: none yet
+    at = 0.0
+
+
+def listen() -> None:
+    """From now on SIGTERM and SIGINT are requests to stop. Only the main thread may call it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    now = time.monotonic()
+    if not _Requests.number:
+        _Requests.number, _Requests.at = number, now
+        if not _Requests.held:
+            raise Stopped(number)
+    elif now - _Requests.at > SAME_REQUEST_S:
+        os._exit(128 + number)
+
+
+def requested() -> int:
+    """The number of the signal that asked to stop; 0: none did."""
+    return _Requests.number
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within it a request waits for someone to ask `requested`; at its end for nobody any more."""
+    _Requests.held += 1
+    try:
+        yield
+    finally:
+        _Requests.held -= 1
+    if _Requests.number and not _Requests.held:
+        raise Stopped(_Requests.number)

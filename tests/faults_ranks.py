@@ -1,0 +1,82 @@
+"""What tests/test_faults_training.py has several ranks do: `main([what, folder, ...])`, run by faults.Driver."""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldalign import distributed, training
+from ldalign.batches import Pair
+from ldalign.checkpoint import Plan
+from ldalign.metrics import MetricsLog
+from ldalign.scoring import response_logps
+from ldalign.training import TrainSettings, train
+
+CPU = torch.device("cpu")
+# 11 pairs in steps of 4, 4 and 3, three times: 9 steps.
+SETTINGS = TrainSettings(epochs=3, global_batch=4, micro_tokens=45, learning_rate=1e-3, optimizer="adamw")
+STEPS = 9
+
+
+def pairs() -> list[Pair]:
+    """Pairs whose references are those of tiny.mistral()."""
+    plain = tiny.pairs(11, weights=[0.5 + 0.1 * i for i in range(11)])
+    table = response_logps(tiny.mistral(), plain, 10_000, CPU).tolist()
+    return [replace(p, ref_real=real, ref_generated=gen) for p, (real, gen) in zip(plain, table, strict=True)]
+
+
+def trained(folder: Path, chosen: list[Pair] | None = None, **settings: Any) -> tuple[dict[str, Tensor], Any]:
+    """Trains tiny.mistral() with a checkpoint after every step; (its weights, on rank 0; the summary)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny.mistral()
+    summary = train(
+        model, chosen or pairs(), replace(SETTINGS, **settings), compute_dtype=torch.float32, device=CPU, seed=0,
+        stage="policy", metrics_path=folder / "metrics.jsonl", checkpoints=Plan(folder / "checkpoint", steps=1),
+    )  # fmt: skip
+    return distributed.full_state(model, torch.float32), summary
+
+
+def main(argv: list[str]) -> None:
+    """resume FOLDER STEP: trains, asked to stop after STEP; explode FOLDER: an infinite gradient on the last rank."""
+    what, folder = argv[0], Path(argv[1])
+    distributed.start("cpu")
+    if what == "resume":
+        stop_after(int(argv[2]))
+        state, _ = trained(folder, micro_tokens=int(argv[3]))
+        if state:
+            save_file(state, folder / "model.safetensors")
+    else:
+        explode_on_the_last_rank()
+        trained(folder)
+
+
+def stop_after(step: int) -> None:
+    """SIGTERM to the last rank alone once it has done that step: the ranks must agree."""
+    write = MetricsLog.write
+
+    def stopping(log: MetricsLog, record: Mapping[str, Any], text: str) -> None:
+        write(log, record, text)
+        if record["global_step"] == step and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    MetricsLog.write = stopping  # type: ignore[method-assign]
+
+
+def explode_on_the_last_rank() -> None:
+    plain, calls = training._dpo, [0]
+
+    def exploding(hidden: Tensor, *rest: Any) -> Tensor:
+        loss = plain(hidden, *rest)
+        calls[0] += 1
+        if calls[0] > 3 and distributed.rank() == distributed.world_size() - 1:
+            loss = loss + (hidden - hidden.detach()).abs().sum().sqrt()  # 0, with an infinite slope
+        return loss
+
+    training._dpo = exploding

@@ -1,0 +1,33 @@
+"""The page of the fault matrix: every test that it names is there, and every test named by an id says what it does."""
+
+from pathlib import Path
+
+import pytest
+import reliability
+
+RESULTS = """<testsuites><testsuite>
+<testcase classname="tests.test_methods" name="test_equal_distances_weigh_one"/>
+<testcase classname="tests.test_faults_kill" name="test_T2_sigkill_at_every_write_point[kill]"/>
+<testcase classname="tests.test_faults_kill" name="test_T2_sigkill_at_every_write_point[torn]"><failure/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_named_tests_exist() -> None:
+    for proofs in reliability.ELSEWHERE.values():
+        for name in proofs:
+            file, test = name.split("::")
+            assert f"def {test}(" in (reliability.ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("path", sorted(reliability.ROOT.glob("tests/test_faults_*.py")), ids=lambda path: path.name)
+def test_every_row_says_what_is_done_and_expected(path: Path) -> None:
+    rows = reliability.described(path)
+    assert rows and all(done and expected for _, done, expected in rows.values())
+
+
+def test_table(tmp_path: Path) -> None:
+    (tmp_path / "results.xml").write_text(RESULTS)
+    text = reliability.table([str(tmp_path / "results.xml")])
+    assert "| T13 | All distances are equal. | weights 1 | 1 passed |" in text
+    (line,) = [line for line in text.splitlines() if "test_T2_sigkill_at_every_write_point" in line]
+    assert "| 1 failed, 1 passed |" in line and line.startswith("| T2 | SIGKILL right before, or")
