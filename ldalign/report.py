@@ -247,7 +247,7 @@ def _reward(row: Row) -> str:
 def _distances(row: Row) -> str:
     if "distance/mean" not in row:
         return "-"
-    return "{:.2f} ({:.2f}, {:.2f}, {:.2f})".format(*(row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90")))
+    return "{:.3g} ({:.3g}, {:.3g}, {:.3g})".format(*(row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90")))
 
 
 def _spread(row: Row) -> str:

@@ -126,8 +126,8 @@ PARENTS = {
     "data": {"data (training rows)", "data (held-out rows)", "turns", "max_length"},
     "sft/policy": {"policy", "data", "template", "sft.epochs", "sft.learning_rate", "max_length", "seed", "dtype"},
     "iteration_1/responses": {"policy", "data", "template", "iteration", "max_new_tokens", "sampling.top_p", "seed"},
-    "guide": {"data", "responses", "guide.epochs", "guide.token_dropout", "seed", "pretrained"},
-    "iteration_0/distances": {"guide", "responses", "data", "max_length"},
+    "guide": {"data", "responses", "guide.backbone", "guide.epochs", "guide.token_dropout", "seed", "pretrained"},
+    "iteration_0/distances": {"guide", "responses", "data", "max_length", "distance"},
     "iteration_0/reference": {"policy", "responses", "data", "template", "max_length", "dtype"},
     "iteration_0/policy": {
         "policy", "reference", "responses", "weights", "method", "beta", "learning_rate", "global_batch", "seed",
