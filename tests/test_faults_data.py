@@ -137,8 +137,9 @@ def test_D5_hostile_bytes(line: bytes, message: str, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusal(path, rf"rows\.jsonl{message}")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
-    with pytest.raises(InputError, match=r"rows\.jsonl:2"):
-        list(json_lines(path))
+    if b"u0000" not in line:  # which only the rows' own text may not hold
+        with pytest.raises(InputError, match=r"rows\.jsonl:2"):
+            list(json_lines(path))
     with pytest.raises(InputError, match=r"rows\.jsonl:"):
         generate.read_prompts(path)
 

@@ -81,7 +81,9 @@ PLAIN = st.recursive(
     max_leaves=8,
 )
 PARENTS = st.dictionaries(
-    st.text(max_size=8), st.text(max_size=8) | st.integers() | st.floats(allow_nan=False), max_size=4
+    st.text(max_size=8),
+    st.text(max_size=8) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    max_size=4,
 )
 
 
