@@ -265,7 +265,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, {key: value for key, value in record.items() if value is not None}
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: broken parquet file after row {number}: {reason}") from error
 

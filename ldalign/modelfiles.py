@@ -1,6 +1,7 @@
 """The files of a model folder, read as data from a stranger: inside the folder only, of bounded size, JSON as JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{path}: not valid JSON ({broken}); download it again") from None
+    if re.search(rb"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(raw, ensure_ascii=False).encode("utf-8")
+        except (UnicodeEncodeError, RecursionError):
+            raise InputError(f"{path}: holds half of a surrogate pair, which is no text; download it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw

@@ -209,7 +209,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(manifest["parents"], dict):
             raise TypeError
         for name, expected in manifest["files"].items():
-            if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in Path(name).parts:
+            parts = Path(name).parts
+            if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in parts:
+                raise ValueError
+            if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:  # of Linux
                 raise ValueError
     except FileNotFoundError:
         raise InputError(f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it") from None

@@ -254,7 +254,7 @@ def _sandbox(text_size: int) -> _Sandbox:
     environment.text_size = text_size
     builtin = {name: function for name, function in environment.filters.items() if name in FILTERS}
     environment.filters = {name: _metered(name, function) for name, function in builtin.items()}
-    environment.filters["tojson"] = jinja2.pass_context(lambda context, value, **options: _tojson(value, **options))
+    environment.filters["tojson"] = jinja2.pass_context(lambda context, *args, **options: _tojson(*args, **options))
     environment.filters |= {name: jinja2.pass_context(function) for name, function in METERS.items()}
     del environment.globals["lipsum"]  # random
     environment.globals["raise_exception"] = _raise_exception

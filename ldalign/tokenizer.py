@@ -91,7 +91,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no BOS or EOS is added, and special tokens' text stays text."""
-        ids = self._literal.encode(text, add_special_tokens=False).ids
+        ids = self._ids(self._literal, text, add_special_tokens=False)
         if not self._forbidden.isdisjoint(ids):  # possible for Unigram vocabularies, which hold "</s>" as a piece
             token = self._plain.id_to_token(next(i for i in ids if i in self._forbidden))
             raise InputError(f"{self.folder}: the tokenizer turns ordinary text into the control token {token!r}")
@@ -103,10 +103,16 @@ class Tokenizer:
         Only for text that may do so: what a person wrote goes through `encode`. add_bos: put the BOS in front; None:
         where the model uses one and the text does not begin with it.
         """
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._ids(self._plain, text, add_special_tokens=False)
         if add_bos is None:
             add_bos = self._starts_with_bos and ids[:1] != [self.bos_id]
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:  # of a broken model, e.g. one without the unknown token that it names
+            raise _library_error(self.folder, error) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
@@ -231,7 +237,7 @@ class Tokenizer:
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
-                if isinstance(token, bool) or not isinstance(token, int) or self._plain.id_to_token(token) is None:
+                if type(token) is not int or not 0 <= token < self.vocab_size or self._plain.id_to_token(token) is None:
                     raise InputError(f"{self.folder}/{name}: eos_token_id {token!r} is not a token of tokenizer.json")
                 ends.append(token)
         eos = self._named_id("eos_token")
@@ -249,7 +255,7 @@ class Tokenizer:
             return False
         if isinstance(settings.get("add_bos_token"), bool):
             return settings["add_bos_token"]
-        return self._plain.encode("a").ids[:1] == [self.bos_id]
+        return self._ids(self._plain, "a", add_special_tokens=True)[:1] == [self.bos_id]
 
     def _check_size(self) -> None:
         rows = read_json(self.folder / "config.json", missing={}).get("vocab_size")
@@ -413,14 +419,19 @@ def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str
 def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except BaseException as error:  # tokenizers raises bare Exception, and a BaseException where Rust panics
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InputError(f"{folder}/tokenizer.json: {error}") from error
+    except BaseException as error:
+        raise _library_error(folder, error) from error
     for token in description["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
             raise InputError(f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id {token['id']}")
     return backend
+
+
+def _library_error(folder: Path, error: BaseException) -> BaseException:
+    """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions where Rust panics."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return error
+    return InputError(f"{folder}/tokenizer.json: {error}; download the model again")
 
 
 def _token_text(value: Any) -> str | None:

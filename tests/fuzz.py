@@ -29,12 +29,65 @@ sys.path.insert(0, str(Path(__file__).parent))
 CPU_SECONDS, MEMORY = 10, 512 * 2**20
 INTEGERS = [0, 1, -1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 10**30, -(2**63)]
 VALUES: list[Any] = [
-    None, True, False, *INTEGERS, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\0", "..", "../x",
-    "/etc/passwd", "é" * 1000, "</s>", "<|im_end|>", [], {}, [[]], [None], {"": ""}, {"content": 3}, "NaN", "a/b",
-]  # fmt: skip
-SNIPPETS = [b"", b"\0", b"\xff\xfe", b"{", b"}", b"[", b"]", b'"', b",", b"\n", b"\\ud800", b"\xef\xbb\xbf", b"[" * 5000,
-            b"9" * 5000, b"NaN", b"null", b"-", b"PAR1", b"{%", b"%}", b"{{", b"}}", b"&a *a", b"!!python/object:os.system",
-            b"\xed\xa0\x80", b": ", b"- ", b"|", b"\t"]  # fmt: skip
+    None,
+    True,
+    False,
+    *INTEGERS,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    "\0",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "é" * 1000,
+    "</s>",
+    "<|im_end|>",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": ""},
+    {"content": 3},
+    "NaN",
+    "a/b",
+]
+SNIPPETS = [
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b"\n",
+    b"\\ud800",
+    b"\xef\xbb\xbf",
+    b"[" * 5000,
+    b"9" * 5000,
+    b"NaN",
+    b"null",
+    b"-",
+    b"PAR1",
+    b"{%",
+    b"%}",
+    b"{{",
+    b"}}",
+    b"&a *a",
+    b"!!python/object:os.system",
+    b"\xed\xa0\x80",
+    b": ",
+    b"- ",
+    b"|",
+    b"\t",
+]
 
 
 # ------------------------------------------------------------------------------------------------------- mutations
@@ -116,17 +169,87 @@ def change_header(data: bytes, draw: random.Random) -> bytes:
 
 
 PIECES = (
-    "messages", "messages[0]", "m", "m.content", "m['role']", "loop", "loop.index", "loop.length", "range(5)", "range(99999)",
-    "range(10**9)", "'a'", "'%s'", "'%99d'", "'{:9}'", "10", "10**9", "-1", "ns.x", "[m, m]", "{'a': m}", "(1, m)",
-    "none", "undefined", "eos_token", "''.join", "cycler(1, 2)", "joiner()", "namespace(x=1)", "dict(a=m)", "strftime_now('%Y')",
-    "raise_exception", "tools", "self", "varargs", "add_generation_prompt",
-)  # fmt: skip
+    "messages",
+    "messages[0]",
+    "m",
+    "m.content",
+    "m['role']",
+    "loop",
+    "loop.index",
+    "loop.length",
+    "range(5)",
+    "range(99999)",
+    "range(10**9)",
+    "'a'",
+    "'%s'",
+    "'%99d'",
+    "'{:9}'",
+    "10",
+    "10**9",
+    "-1",
+    "ns.x",
+    "[m, m]",
+    "{'a': m}",
+    "(1, m)",
+    "none",
+    "undefined",
+    "eos_token",
+    "''.join",
+    "cycler(1, 2)",
+    "joiner()",
+    "namespace(x=1)",
+    "dict(a=m)",
+    "strftime_now('%Y')",
+    "raise_exception",
+    "tools",
+    "self",
+    "varargs",
+    "add_generation_prompt",
+)
 OPERATORS = ("+", "*", "**", "%", "~", "-", "/", "//", "==", "<", "in", "and", "or", "is not")
-TAILS = ("|join", "|join(m)", "|list", "|length", "|tojson", "|tojson(indent=4)", "|center(999999)", "|indent(99999)",
-         "|map('upper')", "|replace('', m)", "|format(1)", "|batch(3)", "|slice(3)", "|string", "|sort", "|unique",
-         "|groupby('role')", "|sum", "|first", "|last", "|reverse", "|trim", "|int", "|round(9)", ".split()", ".join(m)",
-         ".format(1)", ".replace('', 'aaaa')", ".ljust(99999)", "[::2]", "[0]", ".__class__", ".items()", ".append(1)", "()",
-         "|attr('x')", "|default(1)", "|select('string')", "|dictsort", " is defined", ".encode()")  # fmt: skip
+TAILS = (
+    "|join",
+    "|join(m)",
+    "|list",
+    "|length",
+    "|tojson",
+    "|tojson(indent=4)",
+    "|center(999999)",
+    "|indent(99999)",
+    "|map('upper')",
+    "|replace('', m)",
+    "|format(1)",
+    "|batch(3)",
+    "|slice(3)",
+    "|string",
+    "|sort",
+    "|unique",
+    "|groupby('role')",
+    "|sum",
+    "|first",
+    "|last",
+    "|reverse",
+    "|trim",
+    "|int",
+    "|round(9)",
+    ".split()",
+    ".join(m)",
+    ".format(1)",
+    ".replace('', 'aaaa')",
+    ".ljust(99999)",
+    "[::2]",
+    "[0]",
+    ".__class__",
+    ".items()",
+    ".append(1)",
+    "()",
+    "|attr('x')",
+    "|default(1)",
+    "|select('string')",
+    "|dictsort",
+    " is defined",
+    ".encode()",
+)
 
 
 def expression(draw: random.Random, depth: int = 0) -> str:
@@ -140,15 +263,25 @@ def expression(draw: random.Random, depth: int = 0) -> str:
 
 def statement(draw: random.Random, depth: int = 0) -> str:
     inner = "".join(statement(draw, depth + 1) for _ in range(draw.randrange(3))) if depth < 5 else "x"
-    e = expression(draw)
-    return draw.choice((
-        f"{{{{ {e} }}}}", f"{{{{ {e} }}}}", f"{{% set ns.x = {e} %}}", f"{{% set m = {e} %}}",
-        f"{{% for m in {e} %}}{inner}{{% endfor %}}", f"{{% for m in messages %}}{inner}{{% endfor %}}",
-        f"{{% for m in {e} recursive %}}{inner}{{{{ loop(m) }}}}{{% endfor %}}", f"{{% if {e} %}}{inner}{{% endif %}}",
-        f"{{% set m %}}{inner}{{% endset %}}", f"{{% macro f(m) %}}{inner}{{{{ f(m) }}}}{{% endmacro %}}{{{{ f({e}) }}}}",
-        f"{{% for i in range(99999) %}}{inner}{{% set ns.x = ns.x {draw.choice(OPERATORS[:5])} {e} %}}{{% endfor %}}",
-        f"{{% filter upper %}}{inner}{{% endfilter %}}", f"{{% include {e} %}}", "text\n",
-    ))  # fmt: skip
+    e, operator = expression(draw), draw.choice(OPERATORS[:5])
+    return draw.choice(
+        (
+            f"{{{{ {e} }}}}",
+            f"{{{{ {e} }}}}",
+            f"{{% set ns.x = {e} %}}",
+            f"{{% set m = {e} %}}",
+            f"{{% for m in {e} %}}{inner}{{% endfor %}}",
+            f"{{% for m in messages %}}{inner}{{% endfor %}}",
+            f"{{% for m in {e} recursive %}}{inner}{{{{ loop(m) }}}}{{% endfor %}}",
+            f"{{% if {e} %}}{inner}{{% endif %}}",
+            f"{{% set m %}}{inner}{{% endset %}}",
+            f"{{% macro f(m) %}}{inner}{{{{ f(m) }}}}{{% endmacro %}}{{{{ f({e}) }}}}",
+            f"{{% for i in range(99999) %}}{inner}{{% set ns.x = ns.x {operator} {e} %}}{{% endfor %}}",
+            f"{{% filter upper %}}{inner}{{% endfilter %}}",
+            f"{{% include {e} %}}",
+            "text\n",
+        )
+    )
 
 
 def change_template(data: bytes, draw: random.Random) -> bytes:
@@ -173,11 +306,11 @@ class Reader:
 
 
 ROWS = [
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "é"}, {"role": "assistant", "content": "r"}]},
+    {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "r"}]},
     {"prompt": "q", "response": "r", "id": 3, "kind": "dates", "answer": {"day": 3}},
     {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]},
     {"chosen": "Hi there. Yes", "rejected": "Hi there. No"},
-]  # fmt: skip
+]
 
 
 def make_rows(folder: Path) -> list[Path]:
@@ -264,9 +397,8 @@ def read_config(folder: Path, draw: random.Random) -> None:
     from ldalign.settings import RunConfig
 
     override = change_bytes(draw.choice((b"beta=0.1", b"data=[a, b]", b"guide.width=64", b"sampling.stop=['x']")), draw)
-    to_yaml(
-        load_config(RunConfig, folder / "run.yaml", [override.decode("utf-8", "surrogateescape")][: draw.randrange(2)])
-    )
+    overrides = [override.decode("utf-8", "surrogateescape")][: draw.randrange(2)]
+    to_yaml(load_config(RunConfig, folder / "run.yaml", overrides))
 
 
 def make_losers(folder: Path) -> list[Path]:
@@ -364,6 +496,7 @@ def child(name: str, seed: int, first: int, last: int, until: float, keep: Path)
                 save(keep, name, number, path.name, content, f"took {grown // 1024} MB more memory")
             path.write_bytes(files[path])
             shutil.rmtree(folder / "made", ignore_errors=True)
+    resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print(json.dumps(counts), flush=True)
 
 

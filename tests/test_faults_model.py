@@ -1,0 +1,516 @@
+"""The matrix's M rows: model folders that are damaged, contradict themselves or are hostile."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHATML_TEMPLATE
+from test_tokenizer import CONVERSATIONS, as_row, copy, messages
+from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, refusal, write_folder
+from torch import Tensor
+
+from ldalign import guide, pipeline, toy, weights
+from ldalign.errors import InputError
+from ldalign.templates import ChatTemplate
+from ldalign.tokenizer import load_tokenizer
+from ldalign.weights import INDEX, SINGLE, load_model
+
+
+def with_header(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def entry(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize("share", [i / 64 for i in range(64)])
+def test_M1_truncated_at_64_points(share: float, tmp_path: Path) -> None:
+    """A safetensors file is cut at 64 points.
+
+    Expected: one line with the file, the bytes expected and found.
+    """
+    write_folder(tmp_path, GPT2_)
+    whole = (tmp_path / SINGLE).read_bytes()
+    kept = int(share * len(whole))
+    (tmp_path / SINGLE).write_bytes(whole[:kept])
+    message = refusal(tmp_path, SINGLE)
+    assert f"{kept} found" in message or f"has {kept};" in message
+    header = struct.unpack("<Q", whole[:8])[0]
+    assert f"{len(whole)} bytes expected" in message or kept < 8 + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header(b"{}", 2**63),
+        with_header(b"{}", 100 * 10**6 + 1),
+        with_header(b"not json"),
+        with_header(b"[1]"),
+        with_header(b"[" * 50_000),
+        with_header(json.dumps({"a": "tensor"}).encode()),
+        with_header(json.dumps({"a": {"dtype": "F32"}}).encode()),
+        with_header(
+            json.dumps({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}).encode(), data=bytes(12)
+        ),  # overlap
+        with_header(json.dumps({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}).encode(), data=bytes(12)),  # hole
+        with_header(json.dumps({"a": entry([3], [0, 8])}).encode(), data=bytes(8)),  # shape against bytes
+        with_header(json.dumps({"a": entry([2**40, 2**40], [0, 8])}).encode(), data=bytes(8)),  # overflow
+        with_header(json.dumps({"a": entry([-2], [0, 8])}).encode(), data=bytes(8)),
+        with_header(json.dumps({"a": entry([2], [8, 0])}).encode(), data=bytes(8)),
+        with_header(json.dumps({"a": entry([2], [0, 8], "F99")}).encode(), data=bytes(8)),
+        with_header(b'{"a":%b,"a":%b}' % ((json.dumps(entry([2], [0, 8])).encode(),) * 2), data=bytes(8)),  # duplicate
+        with_header(json.dumps({"a": entry([2], [0, 8])}).encode(), data=bytes(9)),  # a byte too many
+        b"",
+        b"\x80\x04pickle!",
+    ],
+)
+def test_M2_broken_header(content: bytes, tmp_path: Path) -> None:
+    """A header of length 2^63, not JSON, with a key twice, overlap, hole, overflow, and more.
+
+    Expected: one line with the file.
+    """
+    write_folder(tmp_path)
+    (tmp_path / SINGLE).write_bytes(content)
+    refusal(tmp_path, SINGLE)
+
+
+@pytest.mark.parametrize("length", [2**63, 100 * 10**6 + 1, 50 * 10**6])
+def test_M2_huge_header_is_not_read(length: int, tmp_path: Path) -> None:
+    """A header of 2^63 bytes, of over 100 MB, of 50 MB in a file that is long enough.
+
+    Expected: one line, under 1 s and 20 MB.
+    """
+    write_folder(tmp_path)
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(120 * 10**6)  # no bytes on the disk
+    tracemalloc.start()
+    start = time.process_time()
+    refusal(tmp_path, f"its header should take {length} bytes")
+    assert time.process_time() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_M3_tensors_missing_and_extra(tmp_path: Path) -> None:
+    """Two tensors are missing, seven are extra.
+
+    Expected: one line with the first five names and the counts.
+    """
+    write_folder(tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[Q1], tensors[EMBEDDING]
+        for i in range(7):
+            tensors[f"model.layers.{i + 2}.mlp.up_proj.weight"] = torch.ones(1)
+
+    edit(tmp_path, change)
+    message = refusal(tmp_path, f"2 missing ({EMBEDDING}, {Q1})", "7 extra (model.layers.2.mlp.up_proj.weight, ")
+    assert "... 2 more" in message, "five names, then the count"
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(15, 16), torch.ones(16, 16, 1), torch.tensor(1.0), torch.ones(0, 16)])
+def test_M3_tensor_of_wrong_shape(tensor: Tensor, tmp_path: Path) -> None:
+    """A tensor has another shape than config.json says.
+
+    Expected: one line with its name, shape and file, and the right shape.
+    """
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t.update({Q1: tensor}))
+    refusal(tmp_path, f"{Q1} F32 {list(tensor.shape)} in {SINGLE}", "should be a float [16, 16]")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_M3_tensor_of_wrong_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A tensor is of integers, booleans or 8-bit floats.
+
+    Expected: one line with its name.
+    """
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t.update({Q1: torch.ones(16, 16).to(dtype)}))
+    refusal(tmp_path, f"1 of wrong shape or dtype ({Q1} ")
+
+
+def test_M3_shard_missing(tmp_path: Path) -> None:
+    """A shard that the index names is not there.
+
+    Expected: one line with its path.
+    """
+    write_folder(tmp_path, shard_bytes=2000)
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    refusal(tmp_path, f"{lost}: shard not found")
+
+
+def test_M3_tensor_in_two_shards(tmp_path: Path) -> None:
+    """Two shards hold one tensor.
+
+    Expected: one line with the tensor and both files.
+    """
+    write_folder(tmp_path, shard_bytes=2000)
+    first, second = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))[:2]
+    edit(tmp_path, lambda t: t.update({EMBEDDING: torch.ones(40, 16)}), second)
+    refusal(tmp_path, f"{tmp_path / second}: tensor {EMBEDDING} is in {first} too")
+
+
+OPENED: list[str] = []
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str):
+        OPENED.append(os.path.realpath(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def watched() -> None:
+    """From here on OPENED gets the real path of every file Python opens (an audit hook cannot be removed)."""
+    sys.addaudithook(watch)
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "single link", "linked index", "folder link"])
+def test_M4_nothing_outside_the_folder_is_opened(
+    kind: str, tmp_path: Path, watched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index names ../x or an absolute path; a shard, the index or a folder is a link out.
+
+    Expected: one line; an audit hook sees no file outside opened.
+    """
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    write_folder(folder, shard_bytes=10**9 if kind == "single link" else 2000)
+    outside.mkdir()
+    if kind == "single link":
+        (folder / SINGLE).rename(outside / SINGLE)
+        (folder / SINGLE).symlink_to(outside / SINGLE)
+    elif kind == "linked index":
+        (folder / INDEX).rename(outside / INDEX)
+        (folder / INDEX).symlink_to(outside / INDEX)
+    else:
+        name = sorted(p.name for p in folder.glob("model-*.safetensors"))[0]
+        (folder / name).rename(outside / name)
+        wrong = {"parent": f"../outside/{name}", "absolute": str(outside / name), "folder link": f"sub/{name}"}.get(
+            kind
+        )
+        if kind == "link":
+            (folder / name).symlink_to(outside / name)
+        elif kind == "folder link":
+            (folder / "sub").symlink_to(outside)
+        if wrong:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            edit_json(folder / INDEX, weight_map={k: wrong if v == name else v for k, v in weight_map.items()})
+    library = weights.safe_open  # opens files behind the hook's back
+    monkeypatch.setattr(weights, "safe_open", lambda path, **k: watch("open", (str(path),)) or library(path, **k))
+    OPENED.clear()
+    refusal(
+        folder,
+        "not a plain safetensors file name" if kind in ("parent", "absolute", "folder link") else "is a link out",
+    )
+    assert os.path.realpath(folder / "config.json") in OPENED, "the watch itself works"
+    assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
+
+
+def test_M5_only_pickles(tmp_path: Path) -> None:
+    """The folder has only pytorch_model.bin, which would run code.
+
+    Expected: one line; it is not read.
+    """
+    write_folder(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    refusal(tmp_path, "no weights", SINGLE)
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    refusal(tmp_path, "only pickles (pytorch_model.bin)")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("raw", [MISTRAL | {"tie_word_embeddings": True}, GPT2_], ids=["mistral", "gpt2"])
+def test_M6_tied_head_that_differs(raw: dict[str, Any], tmp_path: Path) -> None:
+    """config.json ties the head, the file holds another one (or a copy, which is fine).
+
+    Expected: one line with both tensors.
+    """
+    write_folder(tmp_path, raw)
+    embedding = EMBEDDING if raw is not GPT2_ else "transformer.wte.weight"
+    edit(tmp_path, lambda t: t.update({HEAD: t[embedding].clone()}))
+    load_model(tmp_path, torch.float32)
+    edit(tmp_path, lambda t: t[HEAD][-1, -1].add_(1e-6))
+    refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {HEAD} differs from {embedding}", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("read_bytes", [16 * 2**20, 100])
+def test_M7_one_value_that_is_no_number(
+    value: float, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One NaN or infinity in one weight.
+
+    Expected: one line with the tensor.
+    """
+    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    write_folder(tmp_path)
+    edit(tmp_path, lambda t: t[Q1].view(-1)[200].fill_(value))
+    refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {Q1} holds NaN or Inf")
+
+
+def test_M8_tokenizer_larger_than_the_embedding(chatml_folder, tmp_path):
+    """Token ids go beyond the embedding.
+
+    Expected: one line with both sizes.
+    """
+    folder = copy(chatml_folder, tmp_path, "config.json", vocab_size=400)
+    with pytest.raises(InputError, match="vocab_size 400"):
+        load_tokenizer(folder)
+
+
+def test_M8_no_end_token(chatml_folder, tmp_path):
+    """No end token is declared anywhere.
+
+    Expected: one line that says where to declare it.
+    """
+    folder = copy(chatml_folder, tmp_path, "tokenizer_config.json", eos_token=None)
+    with pytest.raises(InputError, match="no end token is declared"):
+        load_tokenizer(folder)
+
+
+def test_M8_several_end_ids(chatml_folder, tmp_path):
+    """Several end ids are declared, in three files.
+
+    Expected: generation stops at each.
+    """
+    folder = copy(chatml_folder, tmp_path, "generation_config.json", eos_token_id=[0, 7])
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 7, "vocab_size": 5000}))
+    assert load_tokenizer(folder).end_ids == (0, 7, 2)
+
+
+def test_M11_no_generation_prompt(chatml_folder):
+    """The template has no generation prompt.
+
+    Expected: one line at the start.
+    """
+    template = CHATML_TEMPLATE.split("{% if add_generation_prompt")[0]
+    with pytest.raises(InputError, match="no generation prompt"):
+        load_tokenizer(chatml_folder, template=template).pair_ids(as_row(CONVERSATIONS[0]))
+
+
+def test_M11_prompt_is_no_prefix(chatml_folder):
+    """The prompt's tokens are not how prompt + answer begins.
+
+    Expected: one line with the row and the first token that differs.
+    """
+    template = "{{ messages | length }}" + CHATML_TEMPLATE  # "1" before the prompt, "2" before the whole
+    tokenizer = load_tokenizer(chatml_folder, template=template)
+    with pytest.raises(InputError, match=r"data.jsonl:3: .* token 0 is \d+ '1' in the prompt, \d+ '2' in the whole"):
+        tokenizer.pair_ids(as_row(CONVERSATIONS[0], where="data.jsonl:3"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_M4_a_small_file_that_is_a_link_out(name: str, tmp_path: Path, watched: None) -> None:
+    """config.json, a tokenizer file or the template is a link to a file outside the folder.
+
+    Expected: one line; the file outside is not opened.
+    """
+    folder, outside = toy.write_toy_model(tmp_path / "model"), tmp_path / "outside"
+    outside.mkdir()
+    (folder / name).rename(outside / name)
+    (folder / name).symlink_to(outside / name)
+    OPENED.clear()
+    with pytest.raises(InputError, match=f"{name}: is a link out of the model folder"):
+        weights.check_model(folder)
+        load_tokenizer(folder)
+    assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
+
+
+def test_M4_a_device_is_no_model_file(tmp_path: Path) -> None:
+    """tokenizer.json is a pipe, which would hold the reader for ever.
+
+    Expected: one line.
+    """
+    folder = toy.write_toy_model(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer.json: is no ordinary file"):
+        load_tokenizer(folder)
+
+
+def test_M5_auto_map(tmp_path: Path) -> None:
+    """config.json asks to import code from the folder (auto_map), which is there.
+
+    Expected: one line; nothing is imported.
+    """
+    write_folder(tmp_path)
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit_json(tmp_path / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    refusal(tmp_path, "auto_map asks to run code")
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """A pickle of this leaves a file behind when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
+def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> None:
+    """Pickles lie in a model folder, a guide folder and a run folder, under every name that others read.
+
+    Expected: everything loads as if they were not there; none is executed.
+    """
+    model = toy.write_toy_model(tmp_path / "model")
+    trained = shutil.copytree(toy_run / "guide", tmp_path / "guide")
+    run = shutil.copytree(toy_run / "sft", tmp_path / "run/sft")
+    folders = [model, trained, trained / "encoder", trained / "decoder", run, run / "policy"]
+    names = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "x.pkl", "model.ckpt")
+    evil = pickle.dumps(Evil(tmp_path / "ran"))
+    for folder in folders:
+        for name in names:
+            (folder / name).write_bytes(evil)
+    load_model(model)
+    load_tokenizer(model)
+    guide.load_guide(trained)
+    pipeline.check_stage(run / "policy")
+    weights.save_model(load_model(run / "policy"), tmp_path / "saved", run / "policy")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(evil)  # noqa: S301 - it would have been seen
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 25}, "of wrong shape or dtype (model.layers.0.mlp"),
+        ({"num_hidden_layers": 3}, "missing (model.layers.2."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most"),
+        ({"hidden_size": 2**30, "intermediate_size": 2**30, "head_dim": 2**30}, "config.json"),
+        ({"vocab_size": 41}, EMBEDDING),
+    ],
+)
+def test_M6_config_contradicts_the_weights(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """config.json has another width, depth or vocabulary than the weights, or an absurd one.
+
+    Expected: one line with the first tensor that does not fit, or the key.
+    """
+    write_folder(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    refusal(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append('x') }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'x' as y %}",
+        "{% extends 'x' %}",
+        "{{ 'x'.encode() }}",
+        "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
+    ],
+)
+def test_M9_template_reaches_out(template: str, chatml_folder: Path) -> None:
+    """The template reaches for `__class__`, changes its messages, or names another file.
+
+    Expected: one line, SecurityError.
+    """
+    with pytest.raises(InputError, match="chat template: SecurityError"):
+        load_tokenizer(chatml_folder, template=template).prompt_ids(messages([("user", "x")]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**9 }}",
+        "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+        "{% for a in range(100000) %}{% for b in range(100000) if b < 0 %}{% endfor %}{% endfor %}",
+        "{{ '%1000000000d'|format(1) }}",
+        "{{ '%*d'|format(10**9, 1) }}",
+        "{{ '{:{}}'.format(1, 10**9) }}",
+        "{{ '{:{0[0]}}'.format([10**9]) }}",
+        "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ 'a'|center(10**9) }}",
+        "{{ ('a' * 1000).replace('', 'b' * 100000) }}",
+        "{{ ('a' * 1000)|replace('a', 'b' * 100000) }}",
+        "{{ range(99999)|join('b' * 1000) }}",
+        "{{ messages|tojson(indent=10**7) }}",
+        "{{ range(99999)|map('string')|map('center', 100000)|list|length }}",
+        "{% set x %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ x }}" * 20_000,
+    ],
+    ids=lambda template: template[:60],
+)
+def test_M10_template_bomb(template: str, chatml_folder: Path) -> None:
+    """The template would write gigabytes, or loop for hours.
+
+    Expected: one line within 5 s of processor time and 150 MB.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    with pytest.raises(InputError, match="chat template: (SecurityError|RecursionError)"):
+        load_tokenizer(chatml_folder, template=template).prompt_ids(messages([("user", "x")]))
+    assert time.thread_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+
+
+def test_M10_the_budget_grows_with_the_conversation() -> None:
+    """A conversation of a megabyte goes through a template that copies each message several times.
+
+    Expected: it is rendered, as jinja2 alone renders it.
+    """
+    chat = messages([("user", "word " * 200_000), ("assistant", "x")])
+    template = "{% for m in messages %}{{ m.content.split('</a>')[-1]|trim ~ '!' + m.role }}{% endfor %}{{ loop }}"
+    text = ChatTemplate(template).render(chat)
+    assert text == ("word " * 200_000).strip() + "!userx!assistant"
+
+
+METERED = """{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}{{ loop.index }}
+{{ loop.length }}{{- loop.revindex }}{{ loop.previtem.role if loop.previtem is defined else '-' }}
+{{ loop.cycle('a', 'b') }}
+{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ ns.last }}
+{% macro f(x, y=2) %}[{{ x }}{{ y }}{{ varargs }}{{ caller() if caller }}]{% endmacro %}{{ f(1) }}{{ f('a', 3, 4) }}
+{% call f(5) %}inner{% endcall %}{{ messages|map(attribute='role')|join(', ')|upper }}{{ (messages|last).content[:2] }}
+{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ '%05.1f %s'|format(2.25, 'x') }}
+{{ '{0:>5}|{a}'.format('q', a=1) }}{% for a in [1, [2, [3]]] recursive %}{% if a is iterable %}<{{ loop(a) }}>
+{% else %}{{ a }}{% endif %}{% else %}none{% endfor %}{% for x in range(3) if x != 1 %}{{ x }}{% endfor %}
+{% for k, v in {'a': 1}.items() %}{{ k ~ v }}{% endfor %}{% for x in nothing %}{% else %}empty{% endfor %}
+{% set x %}{{ 1 }}{{ none }}{{ true }}{{ nothing }}{% endset %}{{ x|indent(2) }}{{ [3, 1, 2]|sort }}{{ (1, 'a') }}
+{{ 7 // 2 }}{{ 2 ** 3 }}{{ 7 % 4 }}{{ [1] + [2] }}{{ 'ab' * 2 }}{{ messages|groupby('role')|length }}"""
+
+
+def test_M10_the_meters_change_nothing_else() -> None:
+    """A template that uses most of jinja2 is rendered with and without the meters.
+
+    Expected: the same text.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    chat = messages([("system", "s"), ("user", "Größe"), ("assistant", "a"), ("user", "q")])
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(METERED)
+    assert ChatTemplate(METERED).render(chat) == plain.render(messages=chat)
