@@ -55,11 +55,12 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
     aligned = [row for row in rows if row["policy"].startswith("iteration_")]
     if not rows:
         return ["No stage of this run has results yet."]
-    first, last = rows[0], (aligned or rows)[-1]
-    if last is first:
+    first = rows[0]
+    if not aligned:
         key = next((k for k in ("accuracy/sampled", "accuracy/greedy", "nll/real") if k in first), None)
         have = f" {_said(first, key)}." if key else ""
-        return [f"No iteration has finished yet: this is where the run starts from.{have}"]
+        return [f"No iteration has finished: this is where the run starts from.{have}"]
+    last = aligned[-1]
     done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
     sentences = []
     names = [(key, name) for key, name in reversed(HELD_OUT) if f"difference/{key.removeprefix('accuracy/')}" in last]
