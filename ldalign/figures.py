@@ -27,7 +27,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.
 MARKERS = "osD^v<"
 WIDTH = 9.4  # inches: the page's text width
 MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ldalign", "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,

@@ -55,13 +55,14 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
     aligned = [row for row in rows if row["policy"].startswith("iteration_")]
     if not rows:
         return ["No stage of this run has results yet."]
-    first, last = rows[0], (aligned or rows)[-1]
-    if last is first:
-        key = next((k for k in ("accuracy/sampled", "accuracy/greedy", "nll/real") if k in first), None)
-        have = f" {_said(first, key)}." if key else ""
-        return [f"No iteration has finished yet: this is where the run starts from.{have}"]
+    first = rows[0]
+    if not aligned:
+        known = [key for key in ("accuracy/sampled", "accuracy/greedy", "nll/real") if key in first]
+        have = f" {_said(first, known[0])}." if known else ""
+        return [f"No iteration has finished: this is where the run starts from.{have}"]
+    last = aligned[-1]
     done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
-    sentences = []
+    sentences: list[str] = []
     names = [(key, name) for key, name in reversed(HELD_OUT) if f"difference/{key.removeprefix('accuracy/')}" in last]
     for key, name in names:
         short = key.removeprefix("accuracy/")
@@ -85,10 +86,10 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
     baseline = next((row for row in rows if row["policy"] == "continual_sft"), None)
-    key = next((key for key, _ in names if baseline and key in baseline), None)
-    if baseline and key:
+    measured = [key for key, _ in names if baseline and key in baseline]
+    if baseline and measured:
         sentences.append(
-            f"The baseline, {shown_name('continual_sft')} from the same start, reached {_said(baseline, key)}."
+            f"The baseline, {shown_name('continual_sft')} from the same start, reached {_said(baseline, measured[0])}."
         )
     return sentences or [f"{done}, nothing was measured on held-out data."]
 
@@ -375,14 +376,14 @@ def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
     if not total:
         return []
     lines = []
-    sums = [0.0, 0.0]
+    all_made = all_read = 0.0
     for name, summary in summaries.items():
         made = summary.get("tokens_generated", 0) if name.endswith("/evaluation") else 0
         made = summary.get("tokens", 0) if name.endswith("/responses") and not summary.get("losers/given") else made
         read = summary.get("tokens", 0) if name.endswith("/policy") else 0
-        sums = [sums[0] + made, sums[1] + read]
+        all_made, all_read = all_made + made, all_read + read
         lines.append(_budget_line(name, made, read, summary["seconds"], total))
-    return [*lines, _budget_line("all", *sums, total, total)]
+    return [*lines, _budget_line("all", all_made, all_read, total, total)]
 
 
 def _budget_line(name: str, made: float, read: float, seconds: float, total: float) -> tuple[str, ...]:

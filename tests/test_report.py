@@ -222,7 +222,7 @@ def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("policy", "evaluation", "reference"):
         shutil.rmtree(toy / "iteration_0" / name)
     page = made(toy)
-    assert "No iteration has finished yet" in page.text and "no iteration has trained on pairs (an" in page.text
+    assert "No iteration has finished: this" in page.text and "no iteration has trained on pairs (an" in page.text
     assert (toy / "report/figures/distances.svg").is_file()
     assert not (toy / "report/figures/training.png").exists()
     for path in toy.iterdir():
