@@ -51,7 +51,7 @@ TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context id
 
 
 @register_model("ldalign")
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """What the harness asks of a model.
 
     model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in `dtype` on
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if model is None or tokenizer is None:
             if policy is None:
                 raise InputError("model_args: policy=FOLDER is missing")
-            where = distributed.start("cuda" if device and device.startswith("cuda") else device or "auto")  # type: ignore[arg-type]
+            where = distributed.start("cuda" if device and device.startswith("cuda") else device or "auto")
             folder = resolve_model(policy, Path.home() / ".cache/ldalign")
             model, tokenizer = cast(Mistral, load_model(folder, getattr(torch, dtype), where)), load_tokenizer(folder)
         self.model, self.ids_of = model.eval(), tokenizer
@@ -335,7 +335,10 @@ def _tree(requests: Sequence[Scored], groups: Iterable[Sequence[int]]) -> Tree:
 def flatten(trees: Sequence[Tree]) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
     """(ids, part lengths for `Packed`, rows that predict, targets, targets a request) of trees laid end to end."""
     ids: list[int] = []
-    parts, rows, targets, lengths = [], [], [], []
+    parts: list[list[int]] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
     for tree in trees:
         start, shared = len(ids), len(tree.prefix)
         ids += tree.prefix
