@@ -22,7 +22,10 @@ import numpy as np
 from ldalign import distributed
 from ldalign.evaluate import standard_error
 from ldalign.pipeline import on_rank0, read_jsonl, write_json, write_text
+from ldalign.report import LEADING
 from ldalign.settings import CompareConfig, RunConfig
+from ldalign.stages import start_name
+from ldalign.summaries import benchmark_summaries
 
 START = "start"
 # What runs of one seed have in common, whatever their method.
@@ -58,7 +61,7 @@ def arm_config(config: CompareConfig, start: Path, arm: Arm, seed: int, learning
         config, run=str(arm_folder(config, arm, seed, learning_rate)), policy=str(start), method=arm.method,
         weights=arm.weights, seed=seed, learning_rate=learning_rate, data=str(data / "train.jsonl"),
         heldout=str(data / "heldout.jsonl"), sft=replace(config.sft, epochs=0),
-        continual_sft=replace(config.continual_sft, epochs=0),
+        continual_sft=replace(config.continual_sft, epochs=0), benchmarks=replace(config.benchmarks, tasks=[]),
     )  # fmt: skip
 
 
@@ -144,7 +147,20 @@ def summarise(
         "rows": {"validation": len(validation), "test": len(test)}, "seeds": seeds, "learning_rates": chosen,
         "search": searched, "policies": policies, "contrasts": contrasts, "settings": asdict(config.compare),
         "steps": config.training.steps, "global_batch": config.global_batch, "max_rows": config.max_rows,
+        "benchmarks": _benchmarks(config, arms, chosen),
     }  # fmt: skip
+
+
+def _benchmarks(config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """{policy: {task: its summary}} of the start and of each arm's first seed."""
+    seed, last = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
+    folders = {START: (Path(config.run) / START, start_name(config))}
+    folders |= {arm.name: (arm_folder(config, arm, seed, chosen[arm.name]), last) for arm in arms}
+    out: dict[str, dict[str, Any]] = {}
+    for name, (run, policy) in folders.items():
+        found = benchmark_summaries(run).items()
+        out[name] = {key.rpartition("/")[2]: value for key, value in found if key.startswith(f"{policy}/")}
+    return {name: tasks for name, tasks in out.items() if tasks}
 
 
 def _start_of(config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float], seed: int) -> Path:
@@ -178,13 +194,18 @@ def _row(table: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str
 
 
 def write_comparison(config: CompareConfig, summary: dict[str, Any]) -> str:
-    """Writes report/comparison.json and comparison.md; returns the latter."""
+    """Writes report/comparison.json, .md and, with matplotlib, .svg and .png; returns the Markdown page."""
     folder = Path(config.run) / "report"
     text = render(summary)
     if distributed.rank() == 0:
         folder.mkdir(exist_ok=True)
         write_json(folder / "comparison.json", summary)
         write_text(folder / "comparison.md", text)
+        try:
+            from ldalign.figures import contrasts, write_chart
+        except ImportError:
+            return f"{text}\n(no figure: matplotlib is not installed; pip install 'ldalign[report]')"
+        write_chart(contrasts(summary), folder)
     return text
 
 
@@ -226,8 +247,27 @@ def render(summary: dict[str, Any]) -> str:
     factor = 100 if "sampled" in figures else 1
     for name, found in summary["search"].items():
         lines.append(_line([name, *(f"{factor * found[f'{rate:g}']:.{1 if factor > 1 else 4}f}" for rate in rates)]))
+    lines += _benchmark_lines(summary["benchmarks"], seeds[0])
     lines += ["", "+- is one standard error over prompts of the seeds' mean; differences are paired by prompt.", ""]
     return "\n".join(lines)
+
+
+def _benchmark_lines(found: dict[str, dict[str, Any]], seed: int) -> list[str]:
+    """Every task's leading metric, of the first seed's policies."""
+    if not found:
+        return []
+    tasks = sorted({task for scores in found.values() for task in scores})
+    lines = ["", f"**Benchmarks** (seed {seed}; +- one standard error over rows)", "", _line(["", *tasks]),
+             _line(["---"] * (1 + len(tasks)))]  # fmt: skip
+    for name, scores in found.items():
+        cells = []
+        for task in tasks:
+            metric = next((m for m in LEADING if m in scores.get(task, {})), None)
+            cells.append("" if metric is None else _shown(metric, scores[task][metric], scores[task][f"{metric}_se"]))
+        lines.append(_line([name, *cells]))
+    first = next(iter(found.values()))
+    shots = ", ".join(f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items()))
+    return [*lines, "", f"{shots}."]
 
 
 def _line(cells: Sequence[str]) -> str:

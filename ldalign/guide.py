@@ -330,8 +330,9 @@ def policy_guide(config: GuideConfig, seed: int, policy: Path) -> Guide:
         raise InputError(f"{policy}: guide.backbone=policy needs a mistral or llama folder; use guide.backbone=gpt2")
     _check_room(config, towers[0].config.max_position_embeddings, "the policy")
     tokenizer = read_guide_tokenizer(policy)
-    end = load_tokenizer(policy).end_ids[0]
-    guide = Guide(towers[0], towers[1], replace(config, end_token=tokenizer.id_to_token(end)), tokenizer)
+    end = tokenizer.id_to_token(load_tokenizer(policy).end_ids[0])
+    assert end is not None  # load_tokenizer has seen it
+    guide = Guide(towers[0], towers[1], replace(config, end_token=end), tokenizer)
     return _init_latent(guide, seed, float(towers[0].embedding.weight.detach().std()))
 
 

@@ -29,9 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("summaries", "judges"),
     ("stages", "benchmarks", "analysis"),
     ("sources", "measures"),
-    ("agreement", "report", "estimate", "comparison"),
+    ("agreement", "report", "estimate"),
     ("figures", "report_parts"),
-    ("report_page",),
+    ("report_page", "comparison"),
     ("command",),
     ("train",),
 )

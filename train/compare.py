@@ -1,14 +1,16 @@
 """Methods compared from one start: `torchrun train/compare.py --config configs/compare-smollm2.yaml [key=value ...]`.
 
 Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows for the same number
-of optimizer steps: at each of compare.learning_rates with the first seed, then at the best one with all seeds. Writes
-RUN/report/comparison.md and comparison.json. Every training is a run folder in RUN/seed_N/; running the same command
-again goes on where it stopped.
+of optimizer steps: at each of compare.learning_rates with the first seed, then at the best one with all seeds;
+benchmarks.tasks are run on the first seed's. Writes RUN/report/comparison.md, comparison.json and a figure. Every
+training is a run folder in RUN/seed_N/; running the same command again goes on where it stopped.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from ldalign import comparison, distributed, errors
+from ldalign.benchmarks import benchmark_stages, check_benchmarks
 from ldalign.command import open_run, read_config
 from ldalign.comparison import Arm
 from ldalign.config import to_yaml
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> None:
     config = read_config(argv, __doc__ or "", CompareConfig)
     if not isinstance(config, CompareConfig):
         return
+    check_benchmarks(config)
     distributed.start(config.device)
     start = comparison.start_config(config)
     if "--dry-run" in argv:
@@ -60,6 +63,12 @@ def compare(config: CompareConfig) -> None:
     for seed in others:
         for arm in arms:
             train(config, start, arm, seed, chosen[arm.name])
+    for arm in arms if config.benchmarks.tasks else ():
+        own = comparison.arm_config(config, start, arm, first, chosen[arm.name])
+        own = replace(own, benchmarks=config.benchmarks)
+        with open_run(own, align.planned(own)) as ctx:
+            name = f"iteration_{config.iterations - 1}"
+            benchmark_stages(ctx, name, ctx.run.path / name / "policy")
     say("\n" + comparison.write_comparison(config, comparison.summarise(config, arms, chosen, searched)))
 
 
