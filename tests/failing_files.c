@@ -1,8 +1,8 @@
 /* A file layer that fails on demand, loaded with LD_PRELOAD by tests/faults.py.
  *
  * It counts the calls that change what is on disk below one folder: opening for writing, write, truncate, fsync,
- * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or the
- * call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
+ * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or asked
+ * to stop, or the call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
  */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
@@ -19,7 +19,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { COUNT, KILL, TORN, FULL, BROKEN };             /* what to do at the chosen point */
+enum { COUNT, KILL, TORN, FULL, BROKEN, STOP };       /* what to do at the chosen point */
 enum { CREATES, WRITES, SYNCS, REMOVES };             /* what a call does: a full disk refuses the first two alone */
 
 static char under[PATH_MAX];
@@ -61,6 +61,7 @@ static int point(int kind) {
     if (mode == FULL) { if (kind > WRITES) return 0; errno = ENOSPC; return -1; }
     if (now > chosen) return 0;
     if (mode == KILL) kill(getpid(), SIGKILL);
+    if (mode == STOP) kill(getpid(), SIGTERM);
     if (mode == TORN) return -2;
     if (mode == BROKEN) { errno = EIO; return -1; }
     return 0;

@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMIT_S, LATE = 60, 999
-MODES = {"count": 0, "kill": 1, "torn": 2, "full": 3, "broken": 4}
+MODES = {"count": 0, "kill": 1, "torn": 2, "full": 3, "broken": 4, "stop": 5}
 # The toy run with all its stages and two iterations, on as little as shows everything: a checkpoint after every step.
 SMALL = (
     "--config", str(ROOT / "configs/toy.yaml"), "max_rows=12", "sft.rows=12", "sft.epochs=2", "sft.global_batch=5",
@@ -28,7 +28,7 @@ SMALL = (
     "guide.global_batch=4", "guide.vocabulary=300", "guide.heldout_fraction=0.2", "checkpoint.steps=1",
 )  # fmt: skip
 # What differs between two runs by nature: times, and memory.
-TIMES = {"seconds", "time/step", "tokens_per_second", "memory/peak_gib"}
+TIMES = {"seconds", "eval_seconds", "time/step", "tokens_per_second", "memory/peak_gib"}
 EACH_START = {"config.yaml", "environment.json", "lock"}  # written on each start
 
 

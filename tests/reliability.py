@@ -22,6 +22,8 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "All distances are 0.", "weights 1, a warning"),
         "test_methods.py::test_equal_distances_weigh_one": (
             "All distances are equal.", "weights 1"),
+        "test_guide.py::test_a_distance_that_is_not_finite_names_its_row": (
+            "A distance is NaN.", "exit 4, the row named"),
     },
     "T14": {
         "test_training.py::test_all_weights_one_is_spin_bit_for_bit": (

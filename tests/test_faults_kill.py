@@ -154,6 +154,36 @@ def test_T3_stopped_elsewhere(run: Callable[..., Trial], undisturbed: Undisturbe
     finish(run, tmp_path / "run", undisturbed(2)[0], ranks=2)
 
 
+def stopped_at(run: Callable[..., Trial], folder: Path, point: int, expected: dict[str, Any]) -> None:
+    trial = run("checkpoint.steps=null", folder=folder, at=point, mode="stop")
+    assert trial.codes == [143], trial.said
+    finish(run, folder, expected)
+    shutil.rmtree(folder)
+
+
+def test_T3_stopped_at_write_points(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """SIGTERM at 3 writes spread over the run: in sampling, in training, in an export.
+
+    Expected: exit 143, files bit-identical after the same command.
+    """
+    expected, points = undisturbed(1)
+    for point in spread(3, points // 3):  # fewer writes: no checkpoint is due
+        stopped_at(run, tmp_path / "run", point, expected)
+
+
+@pytest.mark.long
+def test_T3_stopped_at_every_write_point(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """SIGTERM at every write of a run in which no checkpoint is due.
+
+    Expected: exit 143, files bit-identical after the same command.
+    """
+    expected = undisturbed(1)[0]
+    trial = run("checkpoint.steps=null")
+    shutil.rmtree(tmp_path / "run")
+    for point in range(trial.points[0]):
+        stopped_at(run, tmp_path / "run", point, expected)
+
+
 # --------------------------------------------------------------------------------------------------------------- T4
 
 
