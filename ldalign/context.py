@@ -95,7 +95,10 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def open_policy(config: RunConfig) -> Path:
-    """The given policy's model folder, fetched by rank 0 where it is not there yet. InputError for a GPT-2."""
+    """The given policy's model folder, fetched by rank 0 where it is not there yet, all headers of its files checked.
+
+    Raises InputError as `check_model` does, and for a GPT-2.
+    """
     cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
     folder = Path(on_rank0(lambda: str(resolve_model(config.policy, cache))))
     kind = read_config(folder).get("model_type")
@@ -103,6 +106,7 @@ def open_policy(config: RunConfig) -> Path:
         raise InputError(
             f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder (policy=PATH)"
         )
+    check_model(folder)
     return folder
 
 
@@ -149,7 +153,6 @@ def open_context(run: RunFolder, config: RunConfig) -> Context:
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
-    check_model(start)
     tokenizer = load_tokenizer(start)
     ctx = Context(
         run, config, device, choose_dtype(config, device), start, tokenizer,
