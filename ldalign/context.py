@@ -102,13 +102,17 @@ def find_model(config: RunConfig, name: str) -> Path:
 
 
 def open_policy(config: RunConfig) -> Path:
-    """The given policy's model folder, fetched by rank 0 where it is not there yet. InputError for a GPT-2."""
+    """The given policy's model folder, fetched by rank 0 where it is not there yet, all headers of its files checked.
+
+    Raises InputError as `check_model` does, and for a GPT-2.
+    """
     folder = find_model(config, config.policy)
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
         raise InputError(
             f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder (policy=PATH)"
         )
+    check_model(folder)
     return folder
 
 
@@ -173,7 +177,6 @@ def open_context(run: RunFolder, config: RunConfig) -> Context:
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
-    check_model(start)
     tokenizer = load_tokenizer(start)
     ctx = Context(
         run, config, device, choose_dtype(config, device), start, tokenizer,

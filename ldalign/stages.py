@@ -262,7 +262,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
         parents |= {"policy": hash_model_folder(policy), "iteration": t, "dtype": str(ctx.dtype),
                     **({"samples": samples} if samples > 1 else {}),
                     **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed")}  # fmt: skip
-    stage(ctx, name, parents, make, resume=True)
+    stage(ctx, name, parents, make, resume=given is None)  # a given file is read at once, and may be mended
     return read_responses(ctx, t)
 
 

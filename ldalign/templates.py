@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -105,7 +105,7 @@ class _Budget:
             elif isinstance(item, Namespace):  # it can change later, and so what it is in
                 if inside or level:
                     raise SecurityError("puts a namespace into another value")
-                stack += [(part, 1) for part in item._Namespace__attrs.values()]  # type: ignore[attr-defined]
+                stack += [(part, 1) for part in item._Namespace__attrs.values()]
             elif isinstance(item, list | tuple | set | frozenset):
                 stack += [(part, level + 1) for part in item]
             if total > self.left:
@@ -148,7 +148,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        return _Metered().visit(tree)  # type: ignore[no-any-return]
+        return _Metered().visit(tree)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _BUDGET.get()
@@ -364,7 +364,7 @@ class _Metered(NodeTransformer):
         # Counted before the body's own texts are changed; inner loops pay for their own turns once more.
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.iter = _filter(node.iter, "meter_loop", nodes.Const(1 + written))
+        node.iter = _filter(cast(nodes.Expr, node.iter), "meter_loop", nodes.Const(1 + written))
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
@@ -375,7 +375,7 @@ class _Metered(NodeTransformer):
     def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
         self.generic_visit(node)
         if isinstance(node.target, nodes.NSRef) or any(True for _ in node.target.find_all(nodes.NSRef)):
-            node.node = _filter(node.node, "meter_member")
+            node.node = _filter(cast(nodes.Expr, node.node), "meter_member")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:

@@ -171,10 +171,13 @@ def _parts(
 def check_model(folder: str | Path) -> LanguageModel:
     """The model of a folder without its weights (meta device), every tensor's name and shape checked in the headers.
 
-    Raises InputError as `load_model` does; values are not read.
+    Raises InputError as `load_model` does, and for any link out of the folder; values are not read.
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json"))
+    for path in sorted(folder.iterdir()):  # of whatever a later stage reads, copies or hashes
+        if path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") and not is_inside(path, folder):
+            raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
     _match(model, stored_tensors(folder), folder)
     return model
 

@@ -302,6 +302,7 @@ class Reader:
     make: Callable[[Path], list[Path]]
     read: Callable[[Path, random.Random], Any]
     changes: tuple[Callable[[bytes, random.Random], bytes], ...] = (change_bytes,)
+    sound: bool = True  # what make() writes can be read, whatever is drawn
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -449,8 +450,8 @@ READERS = {
     "gguf": Reader(make_gguf, read_gguf),
     "template": Reader(make_template, read_tokenizer, (change_template,)),
     "tokenizer": Reader(make_tokenizer, read_tokenizer, (change_bytes, change_document, change_document)),
-    "config": Reader(make_config, read_config),
-    "losers": Reader(make_losers, read_losers, (change_bytes, change_lines)),
+    "config": Reader(make_config, read_config, sound=False),
+    "losers": Reader(make_losers, read_losers, (change_bytes, change_lines), sound=False),
     "manifest": Reader(make_stage, read_stage, (change_bytes, change_document)),
 }
 
@@ -467,7 +468,8 @@ def child(name: str, seed: int, first: int, last: int, until: float, keep: Path)
         folder = Path(temporary) / "input0"
         folder.mkdir()
         files = {path: path.read_bytes() for path in reader.make(folder)}
-        reader.read(folder, random.Random(0)) if name != "losers" else None
+        if reader.sound:
+            reader.read(folder, random.Random(0))
         for number in range(first, last):
             if time.time() > until:
                 break
