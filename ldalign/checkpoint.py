@@ -83,7 +83,8 @@ class Checkpoints:
                 on_rank0(partial(self._settle, path, names))
                 return self._load(path)
             reasons.append(problems[0])
-        if bool(reasons) or on_rank0(lambda: any(folder.glob(f"*{DAMAGED}"))):
+        aside: bool = on_rank0(lambda: any(folder.glob(f"*{DAMAGED}")))
+        if reasons or aside:
             raise InputError(
                 f"{folder}: no checkpoint can be used: {'; '.join(reasons) or 'all are set aside as damaged'}; bring "
                 f"back a copy, or delete {folder} to begin this stage again"

@@ -90,16 +90,20 @@ def test_dry_run_of_a_small_preset(
     assert "134.5 million weights" in said and "dry run: nothing was made" in said
 
 
-def test_dry_run_of_the_comparison(
-    smollm2_folder: Path, tmp_path: Path, in_process: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    compare.main(["--config", str(ROOT / "configs/compare-smollm2.yaml"), f"run={tmp_path / 'run'}", "--dry-run",
+@pytest.mark.parametrize(("name", "steps"), [("compare-smollm2", 125), ("compare-own-data", 60)])
+def test_dry_run_of_a_comparison(
+    name: str, steps: int, smollm2_folder: Path, rows: Path, tmp_path: Path, in_process: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own = [f"data={rows}", "benchmarks.tasks=[]"] if name == "compare-own-data" else []
+    compare.main(["--config", str(ROOT / f"configs/{name}.yaml"), *own, f"run={tmp_path / 'run'}", "--dry-run",
                   f"cache={smollm2_folder.parent}"])  # fmt: skip
-    assert "sft/policy: 125 optimizer steps" in capfd.readouterr().err
+    assert f"sft/policy: {steps} optimizer steps" in capfd.readouterr().err
 
 
 def test_every_config_is_tried() -> None:
-    assert set(CONFIGS) == {*SMALL, *LARGE, "toy", "compare-smollm2"}  # toy.yaml is run by tests/test_toy_run.py
+    # toy.yaml is run by tests/test_toy_run.py
+    assert set(CONFIGS) == {*SMALL, *LARGE, "toy", "compare-smollm2", "compare-own-data"}
     assert len(LARGE) == 4 and len(SMALL) == 7
 
 
