@@ -157,7 +157,7 @@ def test_losers_in_ids_and_in_text(read: Reader, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{"], r"losers.jsonl:1: expected {"),
+        (["{"], r"losers.jsonl:1:2: broken JSON"),
         (['{"id": "r0", "response": "a"}', '{"id": "r0"}'], "losers.jsonl:2: expected {"),
         ([{"id": "r0", "response": "a", "finish_reason": "abort"}], "losers.jsonl:1: expected"),
         ([{"id": "r0", "response": "a", "token_ids": [1.5]}], "losers.jsonl:1: expected"),

@@ -78,7 +78,6 @@ def test_profile_accounts_for_all_the_time(tmp_path: Path) -> None:
         seconds = {part["part"]: part["seconds"] for part in section["parts"]}
         assert all(seconds[part] > 0 for part in busy), seconds
         assert sum(seconds.values()) == pytest.approx(section["seconds"], rel=0.2)
-        assert seconds["other"] < 0.25 * section["seconds"], seconds
     assert {p.name for p in tmp_path.glob("*.json.gz")} == {
         "trace-training-cpu.json.gz",
         "trace-generation-cpu.json.gz",

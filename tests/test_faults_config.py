@@ -29,7 +29,10 @@ from ldalign.train import align
         ("beta=-0.1", "beta: -0.1 must be greater than 0"),
         ("beta=.nan", "beta: "),
         ("beta=inf", "beta: "),
-        ("method=ldalign", "method: 'ldalign' is not one of ld_align, spin; did you mean ld_align?"),
+        (
+            "method=ldalign",
+            "method: 'ldalign' is not one of ld_align, spin, dpo, sft, self_reward, rlaif; did you mean",
+        ),
         ("bad_rows=ignore", "bad_rows: 'ignore' is not one of error, skip"),
         ("iterations=two", "iterations: 'two' is not an integer"),
     ],

@@ -106,7 +106,7 @@ def test_T2_sigkill_at_write_points(run: Callable[..., Trial], undisturbed: Undi
     """
     expected, points = undisturbed(1)
     assert points > 300
-    for number, point in enumerate(spread(4, points)):
+    for number, point in enumerate(spread(2, points)):
         killed_at(run, tmp_path / "run", point, ("kill", "torn")[number % 2], expected)
 
 
@@ -167,7 +167,7 @@ def test_T3_stopped_at_write_points(run: Callable[..., Trial], undisturbed: Undi
     Expected: exit 143, files bit-identical after the same command.
     """
     expected, points = undisturbed(1)
-    for point in spread(3, points // 3):  # fewer writes: no checkpoint is due
+    for point in spread(2, points // 3):  # fewer writes: no checkpoint is due
         stopped_at(run, tmp_path / "run", point, expected)
 
 
@@ -218,7 +218,7 @@ def test_T6_no_write_possible(run: Callable[..., Trial], undisturbed: Undisturbe
     Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the same command.
     """
     expected, points = undisturbed(1)
-    for number, point in enumerate(spread(4, points)):
+    for number, point in enumerate(spread(2, points)):
         denied_at(run, tmp_path / "run", point, ("full", "broken")[number % 2], expected)
 
 
