@@ -60,8 +60,6 @@ def naming(what: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for a GPU's; a CPU's is a RuntimeError that tells it in words.
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "DefaultCPUAllocator" not in str(error):
-                raise
+        if not is_out_of_memory(error):
+            raise
         raise EnvironmentProblem(f"out of memory: {what()}") from error
