@@ -90,19 +90,20 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
         return summary(records)
 
     samples_file = ctx.run.path / "agreement_samples/samples.jsonl"
-    parents = {"samples": hash_file(samples_file), "guide": guide_hash(guide), **judge_parents(ctx, policy)}
+    parents = {"samples": hash_file(samples_file), "guide": guide_hash(guide), **judge_parents(ctx, policy),
+               **ctx.keys("distance")}  # fmt: skip
     metrics = stage(ctx, "agreement", parents, make)
     say(_sentence(metrics))
     return metrics
 
 
 def find_guide(ctx: Context) -> Path:
-    """The trained guide: the one that the key guide.folder gives, else the run's own.
+    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a GPT-2, maybe).
 
     Raises InputError where there is none.
     """
-    given = ctx.config.guide.folder
-    folder = Path(given).expanduser() if given else ctx.run.path / "guide"
+    given = Path(ctx.config.guide.folder).expanduser() if ctx.config.guide.folder else None
+    folder = given if given is not None and is_trained_guide(given) else ctx.run.path / "guide"
     if not is_trained_guide(folder):
         raise InputError(
             f"{folder}: no trained guide is there; make one with train/guide.py, or give it (guide=FOLDER)"
@@ -119,8 +120,9 @@ def _distances(ctx: Context, guide: Path, rows: Sequence[Any], texts: Sequence[s
     """Of each text to its row's real response, by the guide; the ranks share the work."""
     mine = range(distributed.rank(), len(rows), distributed.world_size())
     values = load_guide(guide, ctx.device).distance(
-        [prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine], [texts[i] for i in mine]
-    )
+        [prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine], [texts[i] for i in mine],
+        metric=ctx.config.distance,
+    )  # fmt: skip
     return distributed.merge_rows(len(rows), mine, values).tolist()
 
 

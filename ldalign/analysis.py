@@ -157,7 +157,7 @@ def read_pairs(run: Path, t: int) -> Pairs | None:
     finished = np.array([record["finish_reason"] == "stop" for record in records], dtype=bool)
     verdicts = [_verdict(row, *pair) for row, *pair in zip(used, generated, finished, strict=True)]
     distances = _columns(folder / "distances/distances.jsonl", ids, "distance", "weight")
-    rewards = _columns(folder / "reward/rewards.jsonl", ids, "real", "generated")
+    rewards = _columns(folder / "pair_rewards/rewards.jsonl", ids, "real", "generated")
     scored, logps = _reference(folder / "reference", ids)
     differ = np.array([a != b for a, b in zip(real, generated, strict=True)], dtype=bool)
     return Pairs(

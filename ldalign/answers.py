@@ -16,7 +16,7 @@ from typing import IO, Any
 from ldalign import distributed
 from ldalign.decoders import Decoder
 from ldalign.engine import Engine, Request
-from ldalign.pipeline import on_rank0, write_jsonl, write_text
+from ldalign.pipeline import on_rank0, read_jsonl, write_text
 from ldalign.sampling import Response
 
 CHUNK = 256  # rows
@@ -107,7 +107,9 @@ def _resume(path: Path, requests: Sequence[Request], row_exact: bool) -> list[in
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """The records in all parts, by index; a torn last line does not count."""
+    """The records in all parts, by index; a torn last line does not count. Where they were merged before: of that."""
+    if path.is_file():  # the run was stopped before the stage had its name
+        return dict(enumerate(read_jsonl(path)))
     rows: dict[int, dict[str, Any]] = {}
     for part in sorted([*path.parent.glob(f"{path.name}.rank*"), *path.parent.glob(f"{path.name}.kept")]):
         for line in part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
@@ -123,7 +125,7 @@ def _merge(path: Path, count: int) -> list[dict[str, Any]]:
     rows = _read(path)
     assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
     records = [rows[i] for i in range(count)]
-    write_jsonl(path, records)
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))  # at once or not at all
     parts = [*path.parent.glob(f"{path.name}.rank*"), *path.parent.glob(f"{path.name}{CLAIM}*")]
     for part in [*parts, path.with_name(f"{path.name}.kept")]:
         part.unlink()

@@ -11,6 +11,7 @@ from ldalign.context import Context, open_context
 from ldalign.errors import InputError
 from ldalign.estimate import check_guide, dry_run
 from ldalign.files import writing
+from ldalign.measures import check_measurements
 from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
@@ -43,9 +44,10 @@ def run_stages(
     if any("/benchmarks/" in name for name in planned(config)):
         check_benchmarks(config)
     distributed.start(config.device)
+    check_measurements(config, planned(config))
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
-        say(dry_run(open_context(folder, config), planned(config)))
+        say(dry_run(open_context(folder, config, planned(config)), planned(config)))
     else:
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
@@ -63,7 +65,7 @@ def run_stages(
 def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
     """The run folder, locked, with its rows written down: what the planned stages work in."""
     with RunFolder(Path(config.run), to_yaml(config)) as run:
-        ctx = open_context(run, config)
+        ctx = open_context(run, config, planned)
         check_guide(config, planned)
         data_stage(ctx)
         yield ctx

@@ -60,7 +60,7 @@ def arm_config(config: CompareConfig, start: Path, arm: Arm, seed: int, learning
     return _plain(
         config, run=str(arm_folder(config, arm, seed, learning_rate)), policy=str(start), method=arm.method,
         weights=arm.weights, seed=seed, learning_rate=learning_rate, data=str(data / "train.jsonl"),
-        heldout=str(data / "heldout.jsonl"), sft=replace(config.sft, epochs=0),
+        heldout=str(data / "heldout.jsonl"), turns="last", sft=replace(config.sft, epochs=0),
         continual_sft=replace(config.continual_sft, epochs=0), benchmarks=replace(config.benchmarks, tasks=[]),
     )  # fmt: skip
 
@@ -100,9 +100,11 @@ def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     figures: dict[str, dict[str, float]] = {}
     for r in read_jsonl(folder / "evaluation/answers.jsonl"):
         figures[r["id"]] = {"nll": -r["logp"] / r["n_tokens"]}
-        if "correct" in r:
-            greedy, *sampled = r["correct"]
-            figures[r["id"]] |= {"greedy": float(greedy), "sampled": sum(sampled) / max(1, len(sampled))}
+        greedy, sampled = r.get("correct", [])[:1], r.get("correct", [])[1:]
+        if greedy:
+            figures[r["id"]]["greedy"] = float(greedy[0])
+        if sampled:
+            figures[r["id"]]["sampled"] = sum(sampled) / len(sampled)
     return figures
 
 
@@ -112,10 +114,11 @@ def last_policy(folder: Path, config: CompareConfig) -> Path:
 
 
 def score(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> float:
-    """What a learning rate is chosen by: sampled accuracy on the validation rows; without a checker, -NLL."""
+    """What a learning rate is chosen by, on the validation rows: sampled accuracy, else greedy; unchecked, -NLL."""
     rows = [figures[i] for i in ids]
-    if all("sampled" in row for row in rows):
-        return float(np.mean([row["sampled"] for row in rows]))
+    for name in FIGURES[:2]:
+        if all(name in row for row in rows):
+            return float(np.mean([row[name] for row in rows]))
     return -float(np.mean([row["nll"] for row in rows]))
 
 
@@ -241,10 +244,10 @@ def render(summary: dict[str, Any]) -> str:
         by_seed = ", ".join(_shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"])
         lines.append(_line([name, *(_shown(f, gaps[f]["mean"], gaps[f]["se"], sign="+") for f in figures), by_seed]))
     rates = summary["settings"]["learning_rates"]
-    what = "sampled accuracy, %" if "sampled" in figures else "-NLL"
+    what = "-NLL" if figures[0] == "nll" else f"{figures[0]} accuracy, %"
     lines += ["", f"**The search** (seed {seeds[0]}, validation rows: {what}; the best is taken)", "",
               _line(["method", *(f"{rate:g}" for rate in rates)]), _line(["---"] * (1 + len(rates)))]  # fmt: skip
-    factor = 100 if "sampled" in figures else 1
+    factor = 1 if figures[0] == "nll" else 100
     for name, found in summary["search"].items():
         lines.append(_line([name, *(f"{factor * found[f'{rate:g}']:.{1 if factor > 1 else 4}f}" for rate in rates)]))
     lines += _benchmark_lines(summary["benchmarks"], seeds[0])
@@ -257,15 +260,15 @@ def _benchmark_lines(found: dict[str, dict[str, Any]], seed: int) -> list[str]:
     if not found:
         return []
     tasks = sorted({task for scores in found.values() for task in scores})
-    lines = ["", f"**Benchmarks** (seed {seed}; +- one standard error over rows)", "", _line(["", *tasks]),
+    first = next(iter(found.values()))
+    metrics = {task: next(m for m in LEADING if any(m in scores.get(task, {}) for scores in found.values()))
+               for task in tasks}  # fmt: skip
+    lines = ["", f"**Benchmarks**, % (seed {seed}; +- one standard error over rows)", "",
+             _line(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
              _line(["---"] * (1 + len(tasks)))]  # fmt: skip
     for name, scores in found.items():
-        cells = []
-        for task in tasks:
-            metric = next((m for m in LEADING if m in scores.get(task, {})), None)
-            cells.append("" if metric is None else _shown(metric, scores[task][metric], scores[task][f"{metric}_se"]))
+        cells = [_shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else "" for t, m in metrics.items()]
         lines.append(_line([name, *cells]))
-    first = next(iter(found.values()))
     shots = ", ".join(f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items()))
     return [*lines, "", f"{shots}."]
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,11 +166,11 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
     return out
 
 
-def open_context(run: RunFolder, config: RunConfig) -> Context:
+def open_context(run: RunFolder, config: RunConfig, planned: Sequence[str] | None = None) -> Context:
     """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing is written.
 
-    Raises InputError for bad rows, rows that do not fit, fewer of them than one global batch, or a guide that is asked
-    for in two ways.
+    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit, fewer of them than one
+    global batch, or a guide that is asked for in two ways.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device)
@@ -183,7 +183,7 @@ def open_context(run: RunFolder, config: RunConfig) -> Context:
         prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
         counts,
     )  # fmt: skip
-    _check_enough(ctx)
+    _check_enough(ctx, planned)
     distributed.copies(config.training.shard_ranks)
     say(
         f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
@@ -217,16 +217,15 @@ def _check_guide(guide: Guide) -> None:
         )
 
 
-def _check_enough(ctx: Context) -> None:
+def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
+    """Of the policies that are trained: all that the config asks for, or those among the `planned` stages."""
     config, rows = ctx.config, len(ctx.train.rows)
-    needs = [("global_batch", config.global_batch, len(ctx.used[0]))] if config.iterations else []
-    needs += [
-        (f"{name}.global_batch", sft.global_batch, min(rows, sft.rows or rows))
-        for name, sft in (("sft", config.sft), ("continual_sft", config.continual_sft))
-        if sft.epochs
-    ]
-    for key, batch, count in needs:
-        if count < batch:
+    needs = {"iteration_0": ("global_batch", config.global_batch, len(ctx.used[0]))} if config.iterations else {}
+    for name, sft in (("sft", config.sft), ("continual_sft", config.continual_sft)):
+        if sft.epochs:
+            needs[name] = f"{name}.global_batch", sft.global_batch, min(rows, sft.rows or rows)
+    for name, (key, batch, count) in needs.items():
+        if count < batch and (planned is None or f"{name}/policy" in planned):
             raise InputError(
                 f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or lower {key}"
             )

@@ -38,7 +38,7 @@ class Endpoint:
                 "judge.endpoint: the openai package is missing; pip install ldalign[judge]"
             ) from None
         self.url, self.model, self.path = url, model, answers
-        self.token_cap, self.concurrency = token_cap, concurrency
+        self.token_cap, self.concurrency, self._longest = token_cap, concurrency, answer_tokens
         # A server of one's own takes any key.
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get(KEY) or "none", max_retries=RETRIES)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": answer_tokens}
@@ -66,7 +66,8 @@ class Endpoint:
         return [self._answers[key] for key in keys]
 
     def _key(self, question: str) -> str:
-        return hashlib.sha256(json.dumps([self.url, self.model, question]).encode()).hexdigest()
+        # With a longer answer allowed, one that was cut may end in a verdict.
+        return hashlib.sha256(json.dumps([self.url, self.model, self._longest, question]).encode()).hexdigest()
 
     def _answer(self, key: str, question: str) -> None:
         """Asks, and keeps the answer."""

@@ -41,6 +41,11 @@ class NumericsError(LdalignError, ArithmeticError):
     exit_code = 4
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed, if only by a panic of its Rust code, and nobody asked to stop."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 # What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors among others.
 _CONNECTION = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
 _AGAIN = "torchrun's summary says which and why; run the same command again: what is finished is kept"

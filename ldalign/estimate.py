@@ -317,7 +317,7 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -
 
 
 def _disk_line(ctx: Context, planned: Sequence[str], parameters: int) -> str:
-    folder = _existing(Path(ctx.config.run))
+    folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))  # it tries the lock
     policies = sum(name.endswith("/policy") for name in planned)
     needed = policies * parameters * (2 if ctx.config.policy_dtype == "bfloat16" else 4)
     needed += RECORD_BYTES * sum(_work(ctx, name).generated for name in planned)

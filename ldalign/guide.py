@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldalign import ops
-from ldalign.errors import InputError, NumericsError
+from ldalign.errors import InputError, NumericsError, is_failure
 from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
@@ -285,8 +285,8 @@ def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise InputError(
             f"{folder}: has no tokenizer.json; the guide reads text through a tokenizer of its own"
         ) from None
-    except BaseException as broken:  # the library raises bare Exception, and a BaseException where Rust panics
-        if isinstance(broken, InputError | KeyboardInterrupt | SystemExit):
+    except BaseException as broken:
+        if isinstance(broken, InputError) or not is_failure(broken):
             raise
         raise InputError(
             f"{path}: not a readable tokenizer ({broken}); the guide needs one beside its weights"

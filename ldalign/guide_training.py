@@ -18,7 +18,7 @@ from ldalign.memory import naming
 from ldalign.metrics import MetricsLog, say
 from ldalign.optim import learning_rate_factor, make_optimizer
 from ldalign.seeds import permutation, uniforms
-from ldalign.training import refuse_step
+from ldalign.training import forget_refused_step, refuse_step
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def train_guide(
     metrics_log = MetricsLog(metrics_path, "guide")
     keeper = Checkpoints(checkpoints, guide, optimizer, metrics_path)
     state: State = keeper.resume() or {"step": 0}
+    forget_refused_step(metrics_path)
     began = time.perf_counter()
     with interrupt.held():
         for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):

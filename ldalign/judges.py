@@ -6,6 +6,7 @@ pairs: Self-Rewarding Language Models, 2401.10020, and RLAIF, 2309.00267). What 
 reads first, so it is asked in both orders and the two are averaged, as in RLAIF.
 """
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,11 +20,12 @@ from ldalign.batches import Pair
 from ldalign.context import Context, find_model, prompt_text
 from ldalign.data import Message, Row
 from ldalign.endpoint import Endpoint
-from ldalign.errors import InputError
+from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.metrics import Bar
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_model_folder, on_rank0
 from ldalign.scoring import response_logps
+from ldalign.settings import RunConfig
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model, read_config
 
@@ -66,10 +68,10 @@ class Checker:
     """The program that checks answers of the embedded data: a tie where both are right or both wrong."""
 
     def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """1, 0 or 0.5; NaN for rows that name no kind of task."""
+        """1, 0 or 0.5; NaN for rows that name no kind of task that is known here."""
         return [
-            0.5 + (tasks.check(row.kind, row.answer, a) - tasks.check(row.kind, row.answer, b)) / 2
-            if row.kind is not None else math.nan
+            0.5 + (tasks.check(str(row.kind), row.answer, a) - tasks.check(str(row.kind), row.answer, b)) / 2
+            if row.kind in tasks.KINDS else math.nan
             for row, a, b in zip(rows, first, second, strict=True)
         ]  # fmt: skip
 
@@ -161,6 +163,17 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
     return ModelJudge(loaded, load_tokenizer(folder), ctx.config.training.micro_tokens, ctx.device)
 
 
+def check_judge(config: RunConfig) -> None:
+    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As `open_judge`."""
+    if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
+        return
+    if config.judge.endpoint is not None:
+        if importlib.util.find_spec("openai") is None:
+            raise EnvironmentProblem("judge.endpoint: openai is missing; pip install ldalign[judge]")
+        return
+    _check_kind(find_model(config, config.judge.model))
+
+
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
     """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of `open_judge`."""
     j = ctx.config.judge
@@ -175,9 +188,13 @@ def _folder(ctx: Context, policy: Path, model: str) -> Path:
     if model == POLICY:
         return policy
     folder = find_model(ctx.config, model)
+    _check_kind(folder)
+    return folder
+
+
+def _check_kind(folder: Path) -> None:
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
         raise InputError(
             f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder (judge.model=PATH)"
         )
-    return folder

@@ -1,5 +1,6 @@
 """What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and benchmarks."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 from ldalign import distributed
 from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.context import Context, find_model, prompt_text
+from ldalign.errors import EnvironmentProblem
 from ldalign.evaluate import standard_error
+from ldalign.judges import check_judge
 from ldalign.metrics import say
 from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
 from ldalign.reward import RewardModel
@@ -23,6 +26,19 @@ def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
     if ctx.config.reward.model is not None and ctx.heldout.rows:
         reward_stage(ctx, name, first)
     benchmark_stages(ctx, name, policy)
+
+
+def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
+    """Whether what planned stages ask other models for can be had, before anything is computed; all ranks call it.
+
+    Raises InputError for a folder that is none, EnvironmentProblem for a missing package.
+    """
+    if any(name.endswith(("/judged", "agreement")) for name in planned):
+        check_judge(config)
+    if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
+        if importlib.util.find_spec("transformers") is None:
+            raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]")
+        find_model(config, str(config.reward.model))
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:
@@ -65,6 +81,29 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
     say(f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses {metrics['reward/real']:.3f}, better than "
         f"these on {metrics['reward/win_rate']:.1%}")  # fmt: skip
     return metrics
+
+
+def pair_rewards_stage(ctx: Context, t: int) -> None:
+    """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are compared with."""
+    r, (rows, _) = ctx.config.reward, ctx.used
+    model = find_model(ctx.config, str(r.model))
+    responses = ctx.run.path / f"iteration_{t}/responses/responses.jsonl"
+
+    def make(folder: Path) -> Metrics:
+        scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
+        questions = [prompt_text(row) for row in rows]
+        generated = _score(scorer, questions, [record["response"] for record in read_jsonl(responses)])
+        real = _score(scorer, questions, [row.response for row in rows])
+        if distributed.rank() == 0:
+            columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
+            write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
+        return {"reward/generated": float(generated.mean()), "reward/real": float(real.mean())}
+
+    parents = {
+        "reward.model": hash_model_folder(model), "responses": hash_file(responses), "data": ctx.used_hash,
+        **ctx.keys("reward.max_tokens"),
+    }  # fmt: skip
+    stage(ctx, f"iteration_{t}/pair_rewards", parents, make)
 
 
 def _score(scorer: RewardModel, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:

@@ -43,13 +43,16 @@ def is_out_of_memory(error: Exception) -> bool:
 def available_bytes(device: torch.device) -> int:
     """What can still be used: of a GPU; or of this machine, or the control group it is limited to (cgroup v2)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator
+        return torch.cuda.mem_get_info(device)[0] + kept
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
     free = int(found[1]) * 1024 if found else 0
     try:
         most, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, most - used)
-    except (OSError, ValueError):  # no such group, or "max": no limit
+        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # given up when it is needed
+        free = min(free, most - used + cached)
+    except (OSError, ValueError, KeyError):  # no such group, or "max": no limit
         pass
     return free
 

@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldalign.errors import EnvironmentProblem, InputError, LdalignError
+from ldalign.errors import EnvironmentProblem, InputError, LdalignError, is_failure
 from ldalign.gguf_check import check_gguf
 from ldalign.toy import TOY_MODEL, toy_model
 
@@ -215,9 +215,11 @@ def convert_gguf(source: Path, folder: Path) -> None:
     check_gguf(source, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     try:
         write_model_folder(gguf.GGUFReader(source), folder)
-    except (LdalignError, OSError, KeyboardInterrupt, SystemExit):
+    except (LdalignError, OSError):
         raise
-    except BaseException as error:  # of the package or of ours, by values that no whole file has; Rust's panics too
+    except BaseException as error:  # of the package or of ours, by values that no whole file has
+        if not is_failure(error):
+            raise
         raise InputError(f"{source}: broken GGUF: {_one_line(error)}; download the file again") from error
 
 

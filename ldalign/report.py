@@ -10,13 +10,12 @@ import numpy as np
 from ldalign import analysis
 from ldalign.evaluate import standard_error
 from ldalign.pipeline import read_jsonl, write_text
-from ldalign.summaries import SUMMARY, iterations, stage_names
+from ldalign.summaries import STEPS, SUMMARY, iterations, stage_names
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
-STEPS = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation", "reward")
 HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
 # Which of a benchmark's metrics stands for it in the comparison: the first of these it has
-LEADING = ("acc", "exact_match/strict", "r@1", "exact_match/flexible", "acc_norm")
+LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible")
 
 
 def write_report(run: Path) -> str:
@@ -37,8 +36,10 @@ def collect(run: Path) -> Row:
     for row in rows:
         row |= _difference(run, rows[0]["policy"], row["policy"])
         if row is not rows[0]:
-            gain = analysis.mean_relative_gain(_scores(row), _scores(rows[0]))
-            row |= {} if gain is None else {"mean_relative_gain": gain}
+            scores, base = _scores(row), _scores(rows[0])
+            gain = analysis.mean_relative_gain(scores, base)
+            of = sum(bool(base.get(key)) for key in scores)  # a score of 0 has no relative gain
+            row |= {} if gain is None else {"mean_relative_gain": gain, "mean_relative_gain_of": of}
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
     agreement = run / "agreement" / SUMMARY
     return {
@@ -57,8 +58,8 @@ def read_summaries(run: Path) -> dict[str, Row]:
 def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     """Everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
-    files = sorted((run / name / "benchmarks").glob(f"*/{SUMMARY}"))
-    benchmarks = {path.parent.name: _read(path) for path in files}
+    benchmarks = {key.rpartition("/")[2]: value for key, value in summaries.items()
+                  if key.startswith(f"{name}/benchmarks/")}  # fmt: skip
     if not (parts["evaluation"] or parts["policy"] or benchmarks):
         return {}
     return {

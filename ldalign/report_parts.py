@@ -39,7 +39,7 @@ SETTINGS = (
     "policy", "data", "method", "weights", "weight_clip", "mix_previous", "judge.model", "iterations", "max_rows",
     "max_new_tokens", "max_length", "sampling.temperature", "global_batch", "learning_rate", "beta", "reference",
     "training.epochs", "training.steps", "training.optimizer", "training.schedule", "guide.folder", "guide.backbone",
-    "guide.distance", "guide.retrain", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs",
+    "distance", "guide.retrain", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs",
     "sft.rows", "continual_sft.epochs", "evaluation.rows", "evaluation.samples", "seed", "dtype",
 )  # fmt: skip
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -80,7 +80,7 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text[0].upper()}{text[1:]}.")
     if last["benchmarks"] and "mean_relative_gain" in last:
-        count = len(last["benchmarks"])
+        count = last["mean_relative_gain_of"]
         text = (
             f"mean relative gain over {count} benchmark{'s' * (count > 1)}: {100 * last['mean_relative_gain']:+.2f} %"
         )
@@ -153,6 +153,8 @@ def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
         out.append(("rows", f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} held out"
                     + dropped))  # fmt: skip
     for key in SETTINGS:
+        if key == "judge.model" and config.get("method") != "rlaif":
+            continue
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -260,8 +262,11 @@ def rewards(rows: Sequence[Row]) -> Row:
 def agreement(found: Row) -> Row:
     """The rate of agreement in words, and every number beside it; {} where it was not measured."""
     values = {key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"}
-    if "rate" not in values:
+    if not values:
         return {}
+    if "rate" not in values:
+        return {"sentence": "No pair was decided: the samples were alike, or the judge or the distances tied.",
+                "numbers": [(key, _plain(value)) for key, value in values.items()]}  # fmt: skip
     between = f" (95 % {values['low']:.1%} to {values['high']:.1%})" if {"low", "high"} <= values.keys() else ""
     chance = f"; chance is {values['chance']:.1%}" if "chance" in values else ""
     return {"sentence": f"The judge agreed in {values['rate']:.1%} of the cases{between}{chance}.",
@@ -353,7 +358,7 @@ def answers(run: Path, rows: Sequence[Row]) -> Row:
     for i in (turned + rest)[:ANSWERS_SHOWN]:
         given = [
             {"title": _shown({"policy": name}), "text": records[i]["greedy"],
-             "note": "right" if records[i]["correct"][:1] == [True] else "wrong"}
+             "note": ("wrong", "right")[records[i]["correct"][0]] if records[i]["correct"] else ""}
             for name, records in found.items() if i in records
         ]  # fmt: skip
         answers.append({"label": f"row {i}", "prompt": old[i]["prompt"],

@@ -264,6 +264,10 @@ class RunConfig:
             found.append(f"weights={self.weights}: method={self.method} weighs all pairs alike; leave weights out")
         if self.method != "ld_align" and self.weight_clip is not None:
             found.append(f"weight_clip: method={self.method} weighs all pairs alike; leave it out")
+        if self.method != "ld_align" and (self.distance != "euclidean" or self.guide.retrain):
+            found.append(f"distance, guide.retrain: method={self.method} has no guide; leave them out")
+        if self.method == "sft" and self.reference != "iteration":
+            found.append(f"reference={self.reference}: method=sft has none; leave it out")
         if self.method != "spin" and self.mix_previous:
             found.append(f"mix_previous=true: is for method=spin, not {self.method}")
         if self.method in ("dpo", "sft") and self.iterations > 1:
@@ -294,6 +298,9 @@ class RunConfig:
         return found
 
 
+COMPARABLE = ("sft", "spin", "ld_align")  # they share samples and reference; the others train on rows of their own
+
+
 @dataclass(frozen=True)
 class Compare:
     """What is compared, and how learning rates are chosen."""
@@ -320,14 +327,16 @@ class CompareConfig(RunConfig):
         """Contradictions between keys."""
         found = super().problems()
         weights = get_args(get_type_hints(RunConfig)["weights"])
-        methods = get_args(get_type_hints(RunConfig)["method"])
         for name in self.compare.methods:
             method, _, kind = name.partition("/")
-            if method not in methods or (kind and (method != "ld_align" or kind not in weights)):
+            if method not in COMPARABLE or (kind and (method != "ld_align" or kind not in weights)):
                 found.append(
                     f"compare.methods: {name!r} is not METHOD or ld_align/WEIGHTS, with a method of "
-                    f"{', '.join(methods)} and weights of {', '.join(weights)}"
+                    f"{', '.join(COMPARABLE)} and weights of {', '.join(weights)}"
                 )
+        for key in ("method", "weights", "weight_clip", "mix_previous", "responses"):
+            if getattr(self, key) != getattr(RunConfig, key):
+                found.append(f"{key}: compare.methods says what is compared; leave {key} out")
         if self.iterations < 1:
             found.append(f"iterations={self.iterations}: a comparison needs 1 or more")
         if self.training.steps is None:

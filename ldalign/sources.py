@@ -17,7 +17,15 @@ from ldalign.methods import ranked_pairs, rejected_pairs, with_losers
 from ldalign.pipeline import Parents, read_jsonl, write_jsonl
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
-from ldalign.stages import distances_stage, file_hash, guide_stage, read_responses, reference_stage, responses_stage
+from ldalign.stages import (
+    distances_stage,
+    file_hash,
+    guide_stage,
+    read_responses,
+    reference_stage,
+    response_texts,
+    responses_stage,
+)
 from ldalign.summaries import Metrics, stage
 
 RESPONSES = "iteration_{}/responses/responses.jsonl"
@@ -71,11 +79,11 @@ def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
 
 
 def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
-    """(better, worse, 1) of two own samples, as `judge.model` says (arXiv 2309.00267)."""
-    return _of_two_samples(ctx, t, policy, start, ctx.config.judge.model)
+    """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv 2309.00267)."""
+    return _of_two_samples(ctx, t, policy, start, None)
 
 
-def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str) -> Pairs:
+def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str | None) -> Pairs:
     """Samples two responses a prompt, has them judged, drops ties, takes the reference of the rest."""
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)
@@ -88,12 +96,15 @@ def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str)
     return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from)
 
 
-def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str) -> list[float]:
-    """How surely the first of each prompt's two responses is the better one, in [0, 1]: iteration_t/judged."""
+def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None) -> list[float]:
+    """How surely the first of each prompt's two responses is the better one, in [0, 1]: iteration_t/judged.
+
+    judge: as in `open_judge`.
+    """
     name, (rows, _) = f"iteration_{t}/judged", ctx.used
 
     def make(folder: Path) -> Metrics:
-        texts = [ctx.tokenizer.decode(r.ids) for r in responses]
+        texts = response_texts(ctx, responses)
         preferences = open_judge(ctx, policy, judge).prefer(rows, texts[0::2], texts[1::2])
         if distributed.rank() == 0:
             columns = zip(rows, preferences, strict=True)

@@ -272,6 +272,12 @@ def read_responses(ctx: Context, t: int) -> list[Response]:
     return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
 
 
+def response_texts(ctx: Context, responses: Sequence[Response]) -> list[str]:
+    """Their texts, each up to its stop string, as in the records."""
+    sampling = sampling_of(ctx.config)
+    return [text_of(ctx.tokenizer.decode(r.ids), sampling) for r in responses]
+
+
 def sampling_of(config: RunConfig) -> Sampling:
     """How training responses are sampled."""
     s = config.sampling
@@ -356,9 +362,9 @@ def distances_stage(
 
     def make(folder: Path) -> Metrics:
         mine = range(distributed.rank(), len(rows), distributed.world_size())
-        model = load_guide(guide, ctx.device)
+        model, generated = load_guide(guide, ctx.device), response_texts(ctx, responses)
         values = model.distance([prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine],
-                                [ctx.tokenizer.decode(responses[i].ids) for i in mine],
+                                [generated[i] for i in mine],
                                 metric=ctx.config.distance)  # fmt: skip
         distances = distributed.merge_rows(len(rows), mine, values)
         weights, clipped = pair_weights(config.weights, distances, pairs, kept, config.seed + t, config.weight_clip)

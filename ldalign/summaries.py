@@ -8,9 +8,12 @@ from pathlib import Path
 from ldalign import distributed
 from ldalign.context import Context
 from ldalign.metrics import say
-from ldalign.pipeline import Parents, on_rank0, write_json, write_text
+from ldalign.pipeline import MANIFEST, Parents, on_rank0, write_json, write_text
 
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
+
+# Of an iteration, in the order of the method. A guide of the first one has no number.
+STEPS = ("responses", "guide", "distances", "judged", "reference", "pair_rewards", "policy", "evaluation", "reward")
 
 Metrics = dict[str, float]
 
@@ -36,14 +39,13 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
 
 def stage_names(run: Path) -> list[str]:
     """The finished stages of a run folder, in the order of the method."""
-    steps = ("responses", "guide", "distances", "judged", "reference", "policy", "evaluation", "reward")
     names = ["data", "start/evaluation", "start/reward", "sft/policy", "sft/evaluation", "sft/reward"]
-    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in steps]
+    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in STEPS]
     names.insert(names.index("iteration_0/distances"), "guide")  # the first responses' has no number
     names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
     names += ["agreement_samples", "agreement"]
     for name in [name for name in names if name.endswith("/evaluation")]:
-        folders = sorted((run / name).parent.glob("benchmarks/*"))
+        folders = sorted(path.parent for path in (run / name).parent.glob(f"benchmarks/*/{MANIFEST}"))
         names[names.index(name) + 1 : names.index(name) + 1] = [str(path.relative_to(run)) for path in folders]
     return [name for name in names if (run / name / SUMMARY).is_file()]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tokenizers
 from jinja2.sandbox import SecurityError
 
-from ldalign.errors import InputError
+from ldalign.errors import InputError, is_failure
 from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
 from ldalign.templates import ChatTemplate
 
@@ -429,7 +429,7 @@ def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
 
 def _library_error(folder: Path, error: BaseException) -> BaseException:
     """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions where Rust panics."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
+    if not is_failure(error):
         return error
     return InputError(f"{folder}/tokenizer.json: {error}; download the model again")
 

@@ -31,6 +31,7 @@ LN2 = math.log(2.0)
 # How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's log-probs were summed in
 # batches of another shape, and a bf16 product depends on it. A wrong reference misses by far more.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
 PROBED_TOKENS = 64  # entropy and token accuracy need logits: they are measured on this many tokens a micro-batch
 
 
@@ -96,6 +97,7 @@ def train(
     keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
     # sums: of the last epoch's metrics, which the summary averages
     state: State = keeper.resume() or {"step": 0, "tokens": 0, "counted": 0, "sums": {}}
+    forget_refused_step(metrics_path)
     with interrupt.held():
         for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, epochs, seed)):
             if step == stop:
@@ -238,6 +240,12 @@ def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: 
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
 
 
+def forget_refused_step(metrics_path: Path | None) -> None:
+    """The file that an earlier start may have left: this one tries the step again."""
+    if metrics_path is not None and distributed.rank() == 0:
+        metrics_path.with_name(REFUSED).unlink(missing_ok=True)
+
+
 def refuse_step(
     rows: Sequence[str], stage: str, step: int, loss: float, norm: float, metrics_path: Path | None
 ) -> NoReturn:
@@ -247,7 +255,7 @@ def refuse_step(
     """
     where = ""
     if metrics_path is not None:
-        path = metrics_path.with_name("non_finite_step.json")
+        path = metrics_path.with_name(REFUSED)
         found = {"stage": stage, "step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": list(rows)}
         text = json.dumps(found, indent=1) + "\n"
         distributed.on_rank0(lambda: write_text(path, text))

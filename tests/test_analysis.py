@@ -140,7 +140,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "reference").mkdir()
     (folder / "reference/rows.json").write_text('["b", "a"]')
     save_file({"logps": np.array([[-1.0, -10.0], [-2.0, -8.0]])}, folder / "reference/reference.safetensors")
-    lines(folder / "reward/rewards.jsonl", {"id": "b", "generated": 0.25, "real": 1.0})
+    lines(folder / "pair_rewards/rewards.jsonl", {"id": "b", "generated": 0.25, "real": 1.0})
     return tmp_path
 
 
@@ -177,7 +177,7 @@ def test_weights_are_summed_up_over_trained_pairs(run: Path) -> None:
 
 
 def test_what_is_not_there_yet_is_nan(run: Path) -> None:
-    for name in ("distances", "reference", "reward"):
+    for name in ("distances", "reference", "pair_rewards"):
         (run / "iteration_0" / name).rename(run / f"away-{name}")
     pairs = joined(run)
     assert np.isnan(pairs.distance).all() and np.isnan(pairs.nll).all() and np.isnan(pairs.reward_real).all()

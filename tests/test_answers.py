@@ -65,6 +65,13 @@ def make(path: Path, kind: str, kill_after: int | None = None) -> tuple[list[dic
     return records, made
 
 
+def test_merged_answers_are_not_made_again(tmp_path: Path) -> None:
+    """The run was stopped after the merge, before the stage had its name."""
+    whole, made = make(tmp_path / "a.jsonl", "modules")
+    assert made == COUNT and make(tmp_path / "a.jsonl", "modules") == (whole, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_after", [0, 1, 7, 13, 22])
 def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: int) -> None:

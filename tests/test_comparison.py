@@ -32,6 +32,8 @@ def config_of(*overrides: str) -> CompareConfig:
     [
         ("compare.methods=[sft, spinn]", "'spinn' is not METHOD or ld_align/WEIGHTS"),
         ("compare.methods=[spin/shuffled]", "'spin/shuffled' is not METHOD"),
+        ("compare.methods=[spin, rlaif]", "'rlaif' is not METHOD"),
+        ("weights=uniform", "weights: compare.methods says what is compared"),
         ("training.steps=null", "training.steps: must be given"),
         ("compare.validation_rows=26", "leaves none of evaluation.rows=26 to report"),
         ("compare.learning_rates=[0.0]", "must be greater than 0"),
@@ -90,6 +92,8 @@ def test_rates_are_scored_on_validation_rows_alone() -> None:
     assert comparison.score(figures, ["a", "b"]) == 0.5
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
     assert comparison.score(unchecked, ["a", "b"]) == -2.0
+    greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}  # evaluation.samples=0
+    assert comparison.score(greedy, ["a"]) == 1.0
 
 
 def test_differences_are_paired_by_prompt() -> None:

@@ -303,7 +303,8 @@ def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < available_bytes(torch.device("cpu")) <= total
     (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\nactive_file 100000\ninactive_file 400000\n")
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     assert available_bytes(torch.device("cpu")) == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ldalign import interrupt
+from ldalign.errors import is_failure
+
 SCRIPT = """
 import builtins
 from ldalign import errors
@@ -91,3 +94,9 @@ def test_torchrun_prints_it_once(tmp_path: Path) -> None:
     result = subprocess.run([*launcher, str(script), "InputError"], capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("ldalign: error: data.jsonl:7: bad row; mend it") == 1
+
+
+def test_a_request_to_stop_is_no_failure_of_a_library() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    assert is_failure(ValueError()) and is_failure(panic())
+    assert not any(map(is_failure, (interrupt.Stopped(15), KeyboardInterrupt(), SystemExit())))

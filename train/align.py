@@ -9,7 +9,7 @@ folder; running the same command again goes on after the last finished stage.
 from ldalign import errors, sources
 from ldalign.command import run_stages
 from ldalign.context import Context
-from ldalign.measures import measure, measurements
+from ldalign.measures import measure, measurements, pair_rewards_stage
 from ldalign.settings import RunConfig
 from ldalign.stages import policy_stage, sft_stage, start_name, start_stage
 
@@ -29,6 +29,8 @@ def align(ctx: Context) -> str:
     policy = start
     for t in range(config.iterations):
         source = sources.SOURCES[config.method](ctx, t, policy, start)
+        if config.reward.model is not None and config.method == "ld_align":
+            pair_rewards_stage(ctx, t)
         policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
         measure(ctx, f"iteration_{t}", policy, first)
 
@@ -43,6 +45,8 @@ def planned(config: RunConfig) -> list[str]:
     names = ["sft/policy"] if config.sft.epochs else []
     names += measurements(config, start_name(config))
     steps = [*sources.planned(config), "policy"]
+    if config.reward.model is not None and config.method == "ld_align":
+        steps.insert(-1, "pair_rewards")
     for t in range(config.iterations):
         names += [*(f"iteration_{t}/{step}" for step in steps), *measurements(config, f"iteration_{t}")]
     if config.method == "ld_align":
