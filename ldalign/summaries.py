@@ -8,7 +8,7 @@ from pathlib import Path
 from ldalign import distributed
 from ldalign.context import Context
 from ldalign.metrics import say
-from ldalign.pipeline import MANIFEST, Parents, on_rank0, write_json, write_text
+from ldalign.pipeline import PARTIAL, Parents, on_rank0, write_json, write_text
 
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
 
@@ -45,7 +45,7 @@ def stage_names(run: Path) -> list[str]:
     names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
     names += ["agreement_samples", "agreement"]
     for name in [name for name in names if name.endswith("/evaluation")]:
-        folders = sorted(path.parent for path in (run / name).parent.glob(f"benchmarks/*/{MANIFEST}"))
+        folders = [path for path in sorted((run / name).parent.glob("benchmarks/*")) if path.suffix != PARTIAL]
         names[names.index(name) + 1 : names.index(name) + 1] = [str(path.relative_to(run)) for path in folders]
     return [name for name in names if (run / name / SUMMARY).is_file()]
 
