@@ -113,6 +113,7 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
                 axes.plot(seeds, [place + 0.22] * len(seeds), "|", ms=5, color=INK, alpha=0.6)
             axes.errorbar(means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n])
             axes.axvline(0, color=INK, lw=0.8)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(label)
         panels[0].set_yticks(places, list(rows))
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
