@@ -22,6 +22,8 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "All distances are 0.", "weights 1, a warning"),
         "test_methods.py::test_equal_distances_weigh_one": (
             "All distances are equal.", "weights 1"),
+        "test_methods.py::test_a_clip_lowers_the_largest_and_leaves_the_rest": (
+            "A distance far above the others, with weight_clip.", "the weight is lowered, and counted"),
         "test_guide.py::test_a_distance_that_is_not_finite_names_its_row": (
             "A distance is NaN.", "exit 4, the row named"),
     },
@@ -70,6 +72,12 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "A prompt that fills the context.", "an answer of 0 or 1"),
         "test_answers.py::test_ranks_take_chunks_and_take_over": (
             "A rank that gets no rows.", "nobody waits for it"),
+    },
+    "X2": {
+        "test_benchmarks.py::test_what_is_missing_is_named": (
+            "A benchmark's file or the hub is not there, or its name is unknown.", "one line that names the task"),
+        "test_benchmarks.py::test_finished_tasks_are_kept_when_a_later_one_fails": (
+            "The second of two tasks fails.", "the first is kept, and not run again"),
     },
     "X1": {
         "test_export.py::test_tiny_mistral_export_runs_in_transformers": (

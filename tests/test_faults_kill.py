@@ -100,7 +100,7 @@ def killed_at(
 
 
 def test_T2_sigkill_at_write_points(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """SIGKILL right before, or in the middle of, 4 writes, syncs and renames spread over the run.
+    """SIGKILL right before one write, sync or rename, and in the middle of another, far apart in the run.
 
     Expected: no half folder is used; files bit-identical after the same command.
     """
@@ -162,7 +162,7 @@ def stopped_at(run: Callable[..., Trial], folder: Path, point: int, expected: di
 
 
 def test_T3_stopped_at_write_points(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """SIGTERM at 3 writes spread over the run: in sampling, in training, in an export.
+    """SIGTERM at 2 writes of the run's first half.
 
     Expected: exit 143, files bit-identical after the same command.
     """
@@ -213,7 +213,7 @@ def denied_at(run: Callable[..., Trial], folder: Path, point: int, mode: str, ex
 
 
 def test_T6_no_write_possible(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """ENOSPC from one write on, and EIO at one write, each at 2 places of the run.
+    """ENOSPC from one write on, and EIO at one write, at one place of the run each.
 
     Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the same command.
     """

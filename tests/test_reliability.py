@@ -25,6 +25,15 @@ def test_every_row_says_what_is_done_and_expected(path: Path) -> None:
     assert rows and all(done and expected for _, done, expected in rows.values())
 
 
+def test_every_row_of_the_matrix_has_a_proof() -> None:
+    """D1 to D12, M1 to M11, C1 to C3, T1 to T18, G1 to G6, X1 and X2."""
+    counts = {"D": 12, "M": 11, "C": 3, "T": 18, "G": 6, "X": 2}
+    proved = set(reliability.ELSEWHERE)
+    for path in reliability.ROOT.glob("tests/test_faults_*.py"):
+        proved |= {id_ for id_, _, _ in reliability.described(path).values()}
+    assert proved == {f"{kind}{n}" for kind, count in counts.items() for n in range(1, count + 1)}
+
+
 def test_table(tmp_path: Path) -> None:
     (tmp_path / "results.xml").write_text(RESULTS)
     text = reliability.table([str(tmp_path / "results.xml")])
