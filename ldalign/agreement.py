@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any, cast
 
 from ldalign import distributed
+from ldalign.analysis import NORMAL_95
 from ldalign.answers import make_answers
-from ldalign.context import Context, prompt_text
+from ldalign.context import Context
 from ldalign.data import data_hash
 from ldalign.decoders import new_decoder
 from ldalign.engine import Request
 from ldalign.errors import InputError
 from ldalign.generate import text_of
-from ldalign.guide import is_trained_guide, load_guide
+from ldalign.guide import is_trained_guide
 from ldalign.judges import judge_parents, open_judge
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_file, hash_model_folder, read_jsonl, write_jsonl
 from ldalign.sampling import Response
-from ldalign.stages import SAMPLING_KEYS, guide_hash, new_engine, sampling_of
+from ldalign.stages import SAMPLING_KEYS, guide_hash, latent_distances, new_engine, sampling_of
 from ldalign.summaries import Metrics, stage
 from ldalign.weights import load_model
 
 CHANCE = 0.5
-Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 
 def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
@@ -75,8 +75,9 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
     def make(folder: Path) -> Metrics:
         records = [_pair(one, other) for one, other in zip(samples[0::2], samples[1::2], strict=True)]
         differ = [i for i, r in enumerate(records) if r["first"] != r["second"]]
-        distances = _distances(ctx, guide, [rows[i] for i in differ for _ in (0, 1)],
-                               [records[i][side] for i in differ for side in ("first", "second")])  # fmt: skip
+        both = [(i, side) for i in differ for side in ("first", "second")]
+        texts = [records[i][side] for i, side in both]
+        distances = latent_distances(ctx, guide, [rows[i] for i, _ in both], texts).tolist()
         preferences = open_judge(ctx, policy).prefer(
             [rows[i] for i in differ], [records[i]["first"] for i in differ], [records[i]["second"] for i in differ]
         )
@@ -114,16 +115,6 @@ def find_guide(ctx: Context) -> Path:
 def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {"id": first["id"], "first": first["response"], "second": second["response"],
             "first_tokens": first["n_tokens"], "second_tokens": second["n_tokens"]}  # fmt: skip
-
-
-def _distances(ctx: Context, guide: Path, rows: Sequence[Any], texts: Sequence[str]) -> list[float]:
-    """Of each text to its row's real response, by the guide; the ranks share the work."""
-    mine = range(distributed.rank(), len(rows), distributed.world_size())
-    values = load_guide(guide, ctx.device).distance(
-        [prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine], [texts[i] for i in mine],
-        metric=ctx.config.distance,
-    )  # fmt: skip
-    return distributed.merge_rows(len(rows), mine, values).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -166,9 +157,9 @@ def _rate(prefix: str, hits: int, count: int) -> Metrics:
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share: holds near 0 and 1 and for few trials, unlike share +- 2 errors."""
-    share, z2 = hits / count, Z95**2 / count
+    share, z2 = hits / count, NORMAL_95**2 / count
     middle = (share + z2 / 2) / (1 + z2)
-    reach = Z95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
+    reach = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 

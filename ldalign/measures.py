@@ -9,6 +9,7 @@ import numpy as np
 from ldalign import distributed
 from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.context import Context, find_model, prompt_text
+from ldalign.data import Row
 from ldalign.errors import EnvironmentProblem
 from ldalign.evaluate import standard_error
 from ldalign.judges import check_judge
@@ -16,7 +17,7 @@ from ldalign.metrics import say
 from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
 from ldalign.reward import RewardModel
 from ldalign.settings import RunConfig
-from ldalign.stages import evaluation_stage
+from ldalign.stages import RESPONSES, evaluation_stage
 from ldalign.summaries import Metrics, stage
 
 
@@ -68,9 +69,7 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
             real = np.array([record["real"] for record in old])
         else:
             real = _score(scorer, questions, [row.response for row in ctx.heldout.rows])
-        if distributed.rank() == 0:
-            columns = zip(ctx.heldout.rows, generated.tolist(), real.tolist(), strict=True)
-            write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
+        _write_rewards(folder, ctx.heldout.rows, generated, real)
         return summary(generated, real, np.array([record["generated"] for record in old]) if old else None)
 
     parents = {
@@ -87,16 +86,14 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
     """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are compared with."""
     r, (rows, _) = ctx.config.reward, ctx.used
     model = find_model(ctx.config, str(r.model))
-    responses = ctx.run.path / f"iteration_{t}/responses/responses.jsonl"
+    responses = ctx.run.path / RESPONSES.format(t)
 
     def make(folder: Path) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
         questions = [prompt_text(row) for row in rows]
         generated = _score(scorer, questions, [record["response"] for record in read_jsonl(responses)])
         real = _score(scorer, questions, [row.response for row in rows])
-        if distributed.rank() == 0:
-            columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
-            write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
+        _write_rewards(folder, rows, generated, real)
         return {"reward/generated": float(generated.mean()), "reward/real": float(real.mean())}
 
     parents = {
@@ -104,6 +101,13 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
         **ctx.keys("reward.max_tokens"),
     }  # fmt: skip
     stage(ctx, f"iteration_{t}/pair_rewards", parents, make)
+
+
+def _write_rewards(folder: Path, rows: Sequence[Row], generated: np.ndarray, real: np.ndarray) -> None:
+    """rewards.jsonl, a line a row."""
+    if distributed.rank() == 0:
+        columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
+        write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
 
 
 def _score(scorer: RewardModel, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldalign.errors import EnvironmentProblem, InputError, LdalignError, is_failure
+from ldalign.files import sync
 from ldalign.gguf_check import check_gguf
 from ldalign.toy import TOY_MODEL, toy_model
 
@@ -180,8 +181,8 @@ def _damage(folder: Path) -> str | None:
 def _publish(made: Path, folder: Path, replaced: Path) -> None:
     """Sync ``made`` and rename it to ``folder``; a process that was faster with the same result wins."""
     for path in made.iterdir():
-        _sync(path)
-    _sync(made)
+        sync(path)
+    sync(made)
     if folder.exists() and _damage(folder) is not None:
         folder.rename(replaced)
     try:
@@ -189,15 +190,7 @@ def _publish(made: Path, folder: Path, replaced: Path) -> None:
     except OSError:
         if _damage(folder) is not None:
             raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 # ---------------------------------------------------------------------------------------------- GGUF to Hugging Face
@@ -374,7 +367,7 @@ def _build_tokenizer(metadata: dict[str, Any]) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from ldalign.pipeline import Parents, read_jsonl, write_jsonl
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.stages import (
+    RESPONSES,
     distances_stage,
     file_hash,
     guide_stage,
@@ -28,7 +29,6 @@ from ldalign.stages import (
 )
 from ldalign.summaries import Metrics, stage
 
-RESPONSES = "iteration_{}/responses/responses.jsonl"
 JUDGED = "judged.jsonl"
 
 

@@ -60,6 +60,8 @@ from ldalign.weights import load_model, save_model
 
 log = logging.getLogger(__name__)
 
+RESPONSES = "iteration_{}/responses/responses.jsonl"  # in the run folder
+
 SOURCES = "sources.json"  # in the data stage: the files that were read, and their sha256
 SCHEDULE_KEYS = (
     "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
@@ -268,7 +270,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
 
 def read_responses(ctx: Context, t: int) -> list[Response]:
     """What iteration t sampled, a row's responses one after the other."""
-    records = read_jsonl(ctx.run.path / f"iteration_{t}/responses/responses.jsonl")
+    records = read_jsonl(ctx.run.path / RESPONSES.format(t))
     return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
 
 
@@ -312,7 +314,7 @@ def guide_stage(ctx: Context, t: int, start: Path | None = None, generated: Sequ
     rows, _ = ctx.used
     name = f"iteration_{t}/guide" if t else "guide"
     if generated is None:
-        generated = [r["response"] for r in read_jsonl(ctx.run.path / f"iteration_{t}/responses/responses.jsonl")]
+        generated = [r["response"] for r in read_jsonl(ctx.run.path / RESPONSES.format(t))]
 
     def make(folder: Path) -> Metrics:
         texts = [(prompt_text(row), row.response, loser) for row, loser in zip(rows, generated, strict=True)]
@@ -361,12 +363,7 @@ def distances_stage(
     kept = [usable(pair) for pair in pairs]
 
     def make(folder: Path) -> Metrics:
-        mine = range(distributed.rank(), len(rows), distributed.world_size())
-        model, generated = load_guide(guide, ctx.device), response_texts(ctx, responses)
-        values = model.distance([prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine],
-                                [generated[i] for i in mine],
-                                metric=ctx.config.distance)  # fmt: skip
-        distances = distributed.merge_rows(len(rows), mine, values)
+        distances = latent_distances(ctx, guide, rows, response_texts(ctx, responses))
         weights, clipped = pair_weights(config.weights, distances, pairs, kept, config.seed + t, config.weight_clip)
         if clipped:
             log.warning("%s: weight_clip=%g lowered %d of %d weights", name, config.weight_clip, clipped, sum(kept))
@@ -376,7 +373,7 @@ def distances_stage(
         return _distance_summary(distances, weights, kept) | {"weight/clipped": clipped}
 
     parents: dict[str, str | int | float] = {
-        "guide": guide_hash(guide), "responses": file_hash(ctx, f"iteration_{t}/responses/responses.jsonl"),
+        "guide": guide_hash(guide), "responses": file_hash(ctx, RESPONSES.format(t)),
         "data": ctx.used_hash, **ctx.keys("max_length", "distance", "weights", "weight_clip"),
     }  # fmt: skip
     if config.weights == "shuffled":
@@ -384,6 +381,16 @@ def distances_stage(
     stage(ctx, name, parents, make)
     weights = [r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")]
     return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+
+
+def latent_distances(ctx: Context, guide: Path, rows: Sequence[Row], texts: Sequence[str]) -> torch.Tensor:
+    """(N,) of each text to its row's real response, by the key `distance`; the ranks share the work."""
+    mine = range(distributed.rank(), len(rows), distributed.world_size())
+    values = load_guide(guide, ctx.device).distance(
+        [prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine], [texts[i] for i in mine],
+        metric=ctx.config.distance,
+    )  # fmt: skip
+    return distributed.merge_rows(len(rows), mine, values)
 
 
 def guide_hash(folder: Path) -> str:
