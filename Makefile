@@ -55,15 +55,18 @@ compare: $(VENV)/.eval
 report: $(VENV)/.product
 	@$(PY) train/report.py run=$(RUN) $(ARGS)
 
+# Tests run side by side, one process a core; ARGS="-n 0" for one after the other, as a debugger needs.
+PYTEST := $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
 test: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 $(PY) -m pytest $(ARGS)
+	@PYTHONSAFEPATH=1 $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 $(PY) -m pytest --long -m long $(ARGS)
+	@PYTHONSAFEPATH=1 $(PYTEST) --long -m long $(ARGS)
 
 reliability: $(VENV)/.dev
-	@status=0; PYTHONSAFEPATH=1 $(PY) -m pytest --long --junitxml=$(VENV)/reliability.xml \
+	@status=0; PYTHONSAFEPATH=1 $(PYTEST) --long --junitxml=$(VENV)/reliability.xml \
 		$$($(PY) tests/reliability.py --files) $(ARGS) || status=$$?; \
 	$(PY) tests/reliability.py $(VENV)/reliability.xml; exit $$status
 

@@ -24,6 +24,12 @@ from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Side by side with others, a test and what it starts use their share of the cores.
+if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    SHARE = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))
+    torch.set_num_threads(SHARE)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the tests marked long too, which take minutes to an hour")
