@@ -58,6 +58,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are not there; their names are on disk when this returns.
+
+    Raises NotADirectoryError where `path`, or one above it, is something else.
+    """
+    if path.is_dir():
+        return
+    if os.path.lexists(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
     temporary = path.with_name(path.name + PARTIAL)
