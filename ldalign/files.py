@@ -61,13 +61,12 @@ def sync(path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Makes a folder, and those above it that are not there; their names are on disk when this returns.
 
-    Raises NotADirectoryError where `path`, or one above it, is something else.
+    Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is one.
     """
     if path.is_dir():
         return
-    if os.path.lexists(path):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    make_folder(path.parent)
+    if not os.path.lexists(path.parent):
+        make_folder(path.parent)
     path.mkdir(exist_ok=True)
     sync(path.parent)
 

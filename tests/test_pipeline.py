@@ -228,7 +228,7 @@ def test_names_of_new_folders_are_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     files.make_folder(tmp_path / "a/b/c")
     assert len(synced) == 3
     (tmp_path / "a/file").write_text("")
-    with pytest.raises(NotADirectoryError, match="a/file"):
+    with pytest.raises(NotADirectoryError, match="a/file/c"):
         files.make_folder(tmp_path / "a/file/c")
 
 
