@@ -61,7 +61,7 @@ def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
 
     parents: Parents = {
         "policy": hash_model_folder(policy), "data (held-out rows)": data_hash(rows), "dtype": str(ctx.dtype),
-        "template": ctx.tokenizer.template_hash, **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+        **ctx.tokenizer.template_parents, **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
     }  # fmt: skip
     stage(ctx, "agreement_samples", parents, make, resume=True)
     return read_jsonl(ctx.run.path / "agreement_samples/samples.jsonl")

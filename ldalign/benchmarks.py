@@ -92,7 +92,7 @@ def _benchmark_stage(ctx: Context, name: str, policy: Path, benchmark: Benchmark
         "definition of the task": benchmark.definition_hash, "benchmarks.data": benchmark.source,
         "shots": benchmark.used_shots, "benchmarks.limit": "all" if settings.limit is None else settings.limit,
         "benchmarks.chat_template": settings.chat_template, "dtype": str(ctx.dtype), "lm-eval": harness_version(),
-        **({"template": ctx.tokenizer.template_hash} if settings.chat_template else {}),
+        **(ctx.tokenizer.template_parents if settings.chat_template else {}),
     }  # fmt: skip
     return stage(ctx, f"{name}/benchmarks/{task}", parents, make)
 

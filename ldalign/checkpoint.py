@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from ldalign import distributed, interrupt
 from ldalign.distributed import on_all, on_rank0
 from ldalign.errors import InputError, NumericsError
-from ldalign.files import PARTIAL, hash_file, save_tensors, sync, write_text, writing
+from ldalign.files import PARTIAL, hash_file, make_folder, save_tensors, sync, write_text, writing
 from ldalign.interrupt import Stopped
 from ldalign.optim import AVERAGES, Optimizer
 
@@ -259,7 +259,7 @@ def _empty(folder: Path) -> None:
     with writing(folder):
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        make_folder(folder)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

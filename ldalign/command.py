@@ -8,6 +8,7 @@ from ldalign import distributed
 from ldalign.benchmarks import check_benchmarks, say_table
 from ldalign.config import describe, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
+from ldalign.disk import check_disk
 from ldalign.errors import InputError
 from ldalign.estimate import check_guide, dry_run
 from ldalign.files import writing
@@ -51,6 +52,7 @@ def run_stages(
     else:
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
+            ctx.run.record()  # the report shows it
             if distributed.rank() == 0:
                 with writing(ctx.run.path):
                     say(f"\n{write_report(ctx.run.path)}")
@@ -67,6 +69,7 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
     with RunFolder(Path(config.run), to_yaml(config)) as run:
         ctx = open_context(run, config, planned)
         check_guide(config, planned)
+        check_disk(ctx, planned, run.path)
         data_stage(ctx)
         yield ctx
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from ldalign import distributed
 from ldalign.evaluate import standard_error
-from ldalign.pipeline import on_rank0, read_jsonl, write_json, write_text
+from ldalign.files import make_folder
+from ldalign.pipeline import STARTED, on_rank0, read_jsonl, write_json, write_text
 from ldalign.report import LEADING
 from ldalign.settings import CompareConfig, RunConfig
 from ldalign.stages import start_name
@@ -76,14 +77,20 @@ def _plain(config: CompareConfig, **changes: Any) -> RunConfig:
 
 
 def share(config: CompareConfig, seed: int, folder: Path) -> None:
-    """Links what other runs of this seed have made into a new run's folder. Rank 0 does it; all ranks call it."""
+    """Links what other runs of this seed have made into a new run's folder. Rank 0 does it; all ranks call it.
+
+    The new run also gets the start's date, as their prompts must be the same.
+    """
 
     def link() -> None:
+        make_folder(folder)
+        (folder / "lock").touch()
+        if not (folder / STARTED).is_file():
+            write_text(folder / STARTED, (Path(config.run) / START / STARTED).read_text(encoding="utf-8"))
         for name in SHARED:
             made = sorted(path for path in folder.parent.glob(f"*/{name}") if (path / "manifest.json").is_file())
             if made and not (folder / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / "lock").touch()
+                make_folder((folder / name).parent)
                 partial = folder / f"{name}.shared"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(made[0], partial, copy_function=os.link)
@@ -201,7 +208,7 @@ def write_comparison(config: CompareConfig, summary: dict[str, Any]) -> str:
     folder = Path(config.run) / "report"
     text = render(summary)
     if distributed.rank() == 0:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         write_json(folder / "comparison.json", summary)
         write_text(folder / "comparison.md", text)
         try:

@@ -177,7 +177,7 @@ def open_context(run: RunFolder, config: RunConfig, planned: Sequence[str] | Non
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
-    tokenizer = load_tokenizer(start)
+    tokenizer = load_tokenizer(start, today=run.began)
     ctx = Context(
         run, config, device, choose_dtype(config, device), start, tokenizer,
         prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),

@@ -1,12 +1,11 @@
-"""`--dry-run`: everything that can be checked before work begins, and rough figures of what the work will take.
+"""`--dry-run`: everything that can be checked before work begins, and rough figures of what is left to do will take.
 
 Checked: settings, data, template and ids of every row (`open_context`); names and shapes of the policy's and the
 guide's tensors, from their files' headers; the run folder; room on the disk. Estimated: tokens, optimizer steps,
-memory, disk, time. Nothing is written into the run folder.
+memory, disk, time, of the stages that are not finished. Nothing is written into the run folder.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +15,22 @@ import numpy as np
 import torch
 
 from ldalign import distributed, ops
-from ldalign.batches import count_steps
 from ldalign.context import Context
+from ldalign.disk import check_disk, described
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.guide import is_trained_guide, read_guide_tokenizer
+from ldalign.memory import available_bytes
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.pipeline import RunFolder
-from ldalign.settings import Guide, RunConfig
+from ldalign.settings import RunConfig
 from ldalign.stages import check_sources
 from ldalign.weights import check_model, count_parameters
+from ldalign.work import Work, guide_is_policy, guide_tokens, stage_work, to_do
 
-RECORD_BYTES = 40  # a sampled token in its file: text and id
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
 SCATTERED = 1.5  # the same for gradients that lie where the first micro-batch's activations were
 HOLES = 1.15  # the heap that activations of many sizes take, over their sum, as measured
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one stage does, in tokens read or made."""
-
-    name: str
-    trained: int = 0
-    scored: int = 0
-    generated: int = 0
-    steps: int = 0  # of the optimizer
 
 
 def dry_run(ctx: Context, planned: Sequence[str]) -> str:
@@ -54,15 +43,17 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
     check_guide(ctx.config, planned)
     check_sources(ctx)
-    work = [_work(ctx, name) for name in planned]
+    todo = to_do(ctx, planned)
+    work = [stage_work(ctx, name) for name in todo]
     parameters = count_parameters(model)
     lines = [
         f"policy: {ctx.start}: {parameters / 1e6:.1f} million weights, all names and shapes right",
         *_data_lines(ctx),
+        f"stages: {len(todo)} to be made, {len(planned) - len(todo)} are there",
         *(f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on" for w in work if w.steps),
-        _memory_line(ctx, model),
-        *([_guide_memory_line(ctx, model)] if "guide" in planned and _guide_is_policy(ctx.config.guide) else []),
-        _disk_line(ctx, planned, parameters),
+        *(_memory_lines(ctx, model) if any(w.name.endswith("/policy") for w in work) else []),
+        *(_guide_memory_lines(ctx, model) if "guide" in todo and guide_is_policy(ctx.config.guide) else []),
+        _disk_line(ctx, planned),
         _time_line(ctx, model.config, work, parameters),
         "dry run: nothing was made",
     ]
@@ -125,67 +116,7 @@ def _data_lines(ctx: Context) -> list[str]:
     return lines
 
 
-def _work(ctx: Context, name: str) -> Work:
-    """The tokens of one planned stage. Sampled responses are taken to be as long as the real ones."""
-    config, pairs = ctx.config, ctx.used[1]
-    real = sum(len(p.real) for p in pairs)
-    both = sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
-    top, _, step = name.rpartition("/")
-    if step == "policy" and top in ("sft", "continual_sft"):
-        sft = config.sft if top == "sft" else config.continual_sft
-        own = ctx.train.pairs[: sft.rows]
-        tokens = sft.epochs * sum(p.tokens for p in own)
-        return Work(name, trained=tokens, steps=count_steps(len(own), sft.global_batch, sft.epochs))
-    if step == "policy":
-        steps = config.training.steps or count_steps(len(pairs), config.global_batch, config.training.epochs)
-        return Work(name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps)
-    if step in ("guide", "distances") and _guide_is_policy(config.guide):
-        encoded, decoded = _guide_tokens(ctx)
-        if step == "distances":
-            return Work(name, scored=encoded)
-        g = config.guide
-        seen = len(pairs) - max(2, round(len(pairs) * g.heldout_fraction))
-        steps = count_steps(seen, g.global_batch, g.epochs)
-        return Work(name, trained=g.epochs * (encoded + decoded), steps=steps)
-    if step == "responses":
-        samples = 2 if config.method in ("self_reward", "rlaif") else 1
-        return Work(name, scored=sum(len(p.prompt) for p in pairs), generated=samples * real)
-    if step == "judged":  # both orders of both answers
-        return Work(name, scored=2 * both)
-    if step == "reference":
-        return Work(name, scored=both)
-    if step == "evaluation":
-        answers = 1 + config.evaluation.samples
-        held = list(zip(ctx.heldout.rows, ctx.heldout.pairs, strict=True))
-        every = ctx.config.reward.model is not None
-        asked = [(answers if row.kind is not None else int(every), p) for row, p in held]
-        return Work(
-            name,
-            scored=sum(p.tokens + n * len(p.prompt) for n, p in asked),
-            generated=sum(n * len(p.real) for n, p in asked),
-        )
-    if step == "agreement_samples":
-        asked_twice = ctx.heldout.pairs[: config.agreement.rows]
-        return Work(
-            name, scored=sum(len(p.prompt) for p in asked_twice), generated=2 * sum(len(p.real) for p in asked_twice)
-        )
-    return Work(name)  # another guide is small beside the policy, and its stages are left out
-
-
-def _guide_is_policy(guide: Guide) -> bool:
-    """Whether a guide of the policy's own size is to be trained."""
-    return guide.backbone == "policy" and guide.folder is None
-
-
-def _guide_tokens(ctx: Context) -> tuple[int, int]:
-    """What the guide's encoder and its decoder read of both responses of every row, in the policy's tokens."""
-    g = ctx.config.guide
-    sizes = [(len(p.prompt), len(p.real)) for p in ctx.used[1]]
-    encoded = sum(min(prompt + 2 * real, 2 * g.max_tokens) + 2 * g.latent_tokens for prompt, real in sizes)
-    return encoded, sum(2 * (min(prompt + real, g.max_tokens) + g.latent_tokens) for prompt, real in sizes)
-
-
-def _memory_line(ctx: Context, model: Mistral) -> str:
+def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
     """Peak of one rank while it trains. Steps are taken to be of full micro-batches, half of their tokens responses."""
     t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
     pairs = ctx.used[1] or ctx.train.pairs
@@ -201,18 +132,30 @@ def _memory_line(ctx: Context, model: Mistral) -> str:
         ranks=ranks, shards=t.shard_ranks or ranks, whole=t.whole, device=ctx.device.type,
     )  # fmt: skip
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
-    return _shown("memory", parts, tokens)
+    return _shown(ctx, "memory", parts, tokens)
 
 
-def _shown(title: str, parts: Mapping[str, float], tokens: int) -> str:
+def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) -> list[str]:
+    """The estimate, and a warning where it is more than there is: on the CPU the machine's ranks share its memory."""
     shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    return f"{title}: {sum(parts.values()) / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown})"
+    ranks = 1 if ctx.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, there = sum(parts.values()), available_bytes(ctx.device)
+    lines = [
+        f"{title}: {needed / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown}); {there / 2**30:.1f} available"
+    ]
+    if ranks * needed > there:
+        lines.append(
+            f"WARNING: {title}: does not fit: {ranks * needed / 2**30:.1f} GiB for {ranks} rank(s), of "
+            f"{there / 2**30:.1f} available; lower training.micro_tokens or max_length, set "
+            "training.checkpointing=full, or use more ranks (GPUs)"
+        )
+    return lines
 
 
-def _guide_memory_line(ctx: Context, model: Mistral) -> str:
+def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
     """Peak of one rank while it trains a guide of the policy's size: two towers in float32, AdamW."""
     g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
-    encoded, decoded = _guide_tokens(ctx)
+    encoded, decoded = guide_tokens(ctx)
     rows, read = max(1, len(pairs)), encoded + decoded
     step = g.global_batch * read / rows / ranks
     tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
@@ -222,7 +165,7 @@ def _guide_memory_line(ctx: Context, model: Mistral) -> str:
         responses=2 * responses * tokens // max(1, read), micros=max(1, round(step / tokens)), ranks=ranks,
         shards=ranks, device=ctx.device.type,
     )  # fmt: skip
-    return _shown("guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens)
+    return _shown(ctx, "guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens)
 
 
 @dataclass(frozen=True)
@@ -316,23 +259,10 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -
     return config.num_hidden_layers * (block - again) + outside, again
 
 
-def _disk_line(ctx: Context, planned: Sequence[str], parameters: int) -> str:
+def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
     folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))  # it tries the lock
-    policies = sum(name.endswith("/policy") for name in planned)
-    needed = policies * parameters * (2 if ctx.config.policy_dtype == "bfloat16" else 4)
-    needed += RECORD_BYTES * sum(_work(ctx, name).generated for name in planned)
-    g = ctx.config.guide
-    tower = parameters if _guide_is_policy(g) else 12 * g.layers * g.width**2 + (g.vocabulary + 1024) * g.width
-    needed += 2 * 4 * tower * sum(name.split("/")[-1] == "guide" for name in planned)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise EnvironmentProblem(
-            f"{folder}: the run needs about {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free; "
-            "make room or give another folder (run=NAME)"
-        )
-    return (
-        f"disk: {needed / 2**30:.2f} GiB for {policies} policies and their files; {free / 2**30:.1f} free in {folder}"
-    )
+    disk = check_disk(ctx, planned, folder)
+    return f"disk: {described(disk)}; {disk.free / 2**30:.1f} GiB free in {folder}"
 
 
 def _time_line(ctx: Context, config: MistralConfig, work: Sequence[Work], parameters: int) -> str:
@@ -342,7 +272,7 @@ def _time_line(ctx: Context, config: MistralConfig, work: Sequence[Work], parame
     seconds = sum(
         parameters * ((6 * w.trained + 2 * w.scored) / wide + 2 * w.generated / narrow) for w in work
     ) / distributed.world_size()  # fmt: skip
-    left_out = "loading" if _guide_is_policy(ctx.config.guide) else "the guide and loading"
+    left_out = "loading" if guide_is_policy(ctx.config.guide) else "the guide and loading"
     return (
         f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a product of "
         f"{ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and one of a decoding step at "

@@ -58,6 +58,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are not there; their names are on disk when this returns.
+
+    Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is one.
+    """
+    if path.is_dir():
+        return
+    if not os.path.lexists(path.parent):
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
     temporary = path.with_name(path.name + PARTIAL)

@@ -26,7 +26,7 @@ from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_model_folder, on_rank0
 from ldalign.scoring import response_logps
 from ldalign.settings import RunConfig
-from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.tokenizer import Tokenizer, load_tokenizer, template_date
 from ldalign.weights import load_model, read_config
 
 CHECKER = "checker"
@@ -160,7 +160,7 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
         return Checker()
     folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
-    return ModelJudge(loaded, load_tokenizer(folder), ctx.config.training.micro_tokens, ctx.device)
+    return ModelJudge(loaded, load_tokenizer(folder, today=ctx.run.began), ctx.config.training.micro_tokens, ctx.device)
 
 
 def check_judge(config: RunConfig) -> None:
@@ -181,7 +181,9 @@ def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Paren
         return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
     if (model or j.model) == CHECKER:
         return {"judge.model": CHECKER}
-    return {"judge.model": hash_model_folder(_folder(ctx, policy, model or j.model)), "dtype": str(ctx.dtype)}
+    folder = _folder(ctx, policy, model or j.model)
+    dated = template_date(folder, ctx.run.began)
+    return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
 
 
 def _folder(ctx: Context, policy: Path, model: str) -> Path:

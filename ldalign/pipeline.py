@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -24,13 +25,14 @@ from typing import IO, Any, Self
 from ldalign import distributed, env
 from ldalign.distributed import on_rank0
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, sync, write_text, writing
+from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, make_folder, sync, write_text, writing
 
 Parents = Mapping[str, str | int | float]
 
 MANIFEST = "manifest.json"
 PARENTS = "parents.json"  # in the temporary folder of a stage that can be gone on with
 CHECKPOINTS = "checkpoint"  # there too, of a stage that trains
+STARTED = "started.json"  # in the run folder: the day it was begun
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -147,7 +149,7 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
                 )
             log.info("%s: left over from a run that was cut short; made again", partial)
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         if resume:
             write_text(partial / PARENTS, json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return False
@@ -167,6 +169,15 @@ def _as_read(parents: Parents) -> dict[str, Any]:
     """Parents as they come back from JSON."""
     out: dict[str, Any] = json.loads(json.dumps(dict(parents), allow_nan=False))
     return out
+
+
+def stage_parents(folder: Path) -> dict[str, Any]:
+    """What the stage `folder` was made from, or begun from; {} where it is not there. Raises InputError."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    if (folder / MANIFEST).is_file():
+        parents: dict[str, Any] = _read_manifest(folder)["parents"]
+        return parents
+    return _read_parents(partial / PARENTS) if (partial / PARENTS).is_file() else {}
 
 
 def check_stage(folder: Path, parents: Parents | None = None) -> None:
@@ -304,6 +315,8 @@ class RunFolder:
 
     Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing. The lock is the
     kernel's (flock), so it ends with the process that holds it, however that dies; the file `lock` says whose it is.
+    The other files are written right before the first stage that is made, or at the end where all were made before: a
+    command that is refused leaves them as they are.
 
     Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem if it cannot be
     written or another live process has it.
@@ -313,6 +326,7 @@ class RunFolder:
         self.path = path
         self._config_yaml = config_yaml
         self._lock: IO[str] | None = None
+        self._recorded = False
 
     def __enter__(self) -> Self:
         on_rank0(self._open)
@@ -321,6 +335,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            if error is None:
+                self.record()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             # Emptied, not deleted: deleting would let a waiting process lock a file that no longer has a name.
             with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
@@ -330,21 +351,56 @@ class RunFolder:
 
     def stage(self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
         """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run."""
-        return run_stage(self.path / name, parents, make, resume)
+
+        def recorded(folder: Path) -> None:
+            self.record()
+            make(folder)
+
+        return run_stage(self.path / name, parents, recorded, resume)
+
+    def record(self) -> None:
+        """Writes settings, machine and date down, once; for when nothing can refuse the command any more. All ranks."""
+        began = self.began
+        if not self._recorded:
+            on_rank0(lambda: self._write(began))
+            self._recorded = True
+
+    @functools.cached_property
+    def began(self) -> date:
+        """The day this run was begun, for chat templates that ask for the date; today's for a new run. All ranks.
+
+        Raises InputError where it cannot be read.
+        """
+        return on_rank0(self._read_date)
 
     def _open(self) -> None:
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             if any(self.path.iterdir()) and not (self.path / "lock").exists():
                 raise InputError(f"{self.path}: holds something that is no run; give a new or empty folder (run=NAME)")
             self._lock = self.lock(self.path)
             self._lock.truncate(0)
             self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
             self._lock.flush()
-            write_text(self.path / "config.yaml", self._config_yaml)
-            write_text(self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n")
+
+    def _read_date(self) -> date:
+        path = self.path / STARTED
+        try:
+            return date.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["date"])
+        except (FileNotFoundError, NotADirectoryError):
+            return date.today()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(
+                f'{path}: not readable; write the day this run was begun into it again, as {{"date": "YYYY-MM-DD"}}'
+            ) from None
+
+    def _write(self, began: date) -> None:
+        if not (self.path / STARTED).is_file():  # first: prompts depend on it
+            write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
+        write_text(self.path / "config.yaml", self._config_yaml)
+        write_text(self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n")
 
     @staticmethod
     def lock(path: Path) -> IO[str]:

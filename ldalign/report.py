@@ -9,6 +9,7 @@ import numpy as np
 
 from ldalign import analysis
 from ldalign.evaluate import standard_error
+from ldalign.files import make_folder
 from ldalign.pipeline import read_jsonl, write_text
 from ldalign.summaries import STEPS, SUMMARY, iterations, stage_names
 
@@ -21,7 +22,7 @@ LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible
 def write_report(run: Path) -> str:
     """Collects the finished stages of a run folder into report/table.json and report/table.md; returns the latter."""
     table = collect(run)
-    (run / "report").mkdir(exist_ok=True)
+    make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
     text = render(table)
     write_text(run / "report/table.md", text)

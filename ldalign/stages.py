@@ -204,7 +204,7 @@ def _train_stage(
         return summary | (extra or {})
 
     parents = {
-        **parents, "policy": hash_model_folder(start), "template": ctx.tokenizer.template_hash,
+        **parents, "policy": hash_model_folder(start), **ctx.tokenizer.template_parents,
         **ctx.keys("seed", "policy_dtype", *SCHEDULE_KEYS), "dtype": str(ctx.dtype),
     }  # fmt: skip
     stage(ctx, name, parents, make, resume=True)
@@ -257,7 +257,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
             "losers/given": float(given is not None), "losers/truncated_frac": cut / len(requests),
         }  # fmt: skip
 
-    parents: dict[str, str | int | float] = {"data": ctx.used_hash, "template": ctx.tokenizer.template_hash}
+    parents: dict[str, str | int | float] = {"data": ctx.used_hash, **ctx.tokenizer.template_parents}
     if given is not None:
         parents["responses"] = hash_file(given) if given.is_file() else "absent"
     else:
@@ -439,7 +439,7 @@ def reference_stage(
         return {"logps/ref_chosen": real, "logps/ref_rejected": generated, "losers/cut": cut}
 
     parents = {
-        "policy": hash_model_folder(policy), "data": ctx.used_hash, "template": ctx.tokenizer.template_hash,
+        "policy": hash_model_folder(policy), "data": ctx.used_hash, **ctx.tokenizer.template_parents,
         "dtype": str(ctx.dtype), **made_from, **ctx.keys("max_length"),
     }  # fmt: skip
     stage(ctx, name, parents, make)
@@ -513,7 +513,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
 
     parents: dict[str, str | int | float] = {
         "policy": hash_model_folder(policy), "data (held-out rows)": ctx.heldout_hash, "dtype": str(ctx.dtype),
-        "template": ctx.tokenizer.template_hash,
+        **ctx.tokenizer.template_parents,
         **ctx.keys("max_length", "max_new_tokens", "evaluation.samples", "evaluation.temperature", "seed"),
     }  # fmt: skip
     if settings.answer_all and unchecked:

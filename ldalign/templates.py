@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import date
 from functools import wraps
 from typing import Any, NoReturn, cast
 
@@ -117,12 +117,15 @@ _BUDGET: ContextVar[_Budget] = ContextVar("_BUDGET")
 
 
 class ChatTemplate:
-    """A compiled template. Raises jinja2's SecurityError for a hostile one; any other exception for a broken one."""
+    """A compiled template. Raises jinja2's SecurityError for a hostile one; any other exception for a broken one.
 
-    def __init__(self, text: str) -> None:
+    today: the day that strftime_now formats, at 0:00: every rendering says the same.
+    """
+
+    def __init__(self, text: str, today: date) -> None:
         if len(text) > MAX_TEMPLATE:
             raise SecurityError(f"has {len(text)} characters; at most {MAX_TEMPLATE} are read")
-        self._template = _sandbox(len(text)).from_string(text)
+        self._template = _sandbox(len(text), today).from_string(text)
 
     def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
         """The conversation as the template writes it."""
@@ -246,7 +249,7 @@ def _braces_size(budget: _Budget, text: str, values: Any) -> int:
 # --------------------------------------------------------------------------------------------------------- the filters
 
 
-def _sandbox(text_size: int) -> _Sandbox:
+def _sandbox(text_size: int, today: date) -> _Sandbox:
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
         loader=jinja2.FunctionLoader(_no_files),
@@ -258,7 +261,7 @@ def _sandbox(text_size: int) -> _Sandbox:
     environment.filters |= {name: jinja2.pass_context(function) for name, function in METERS.items()}
     del environment.globals["lipsum"]  # random
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = _strftime_of(today)
     return environment
 
 
@@ -326,10 +329,13 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    if re.search(r"%[^a-zA-Z%]*\d", pattern):  # a width: glibc writes '%1000000000d' out
-        raise SecurityError("formats the date to a width")
-    return datetime.now().strftime(pattern)
+def _strftime_of(today: date) -> Callable[[str], str]:
+    def strftime_now(pattern: str) -> str:
+        if re.search(r"%[^a-zA-Z%]*\d", pattern):  # a width: glibc writes '%1000000000d' out
+            raise SecurityError("formats the date to a width")
+        return today.strftime(pattern)
+
+    return strftime_now  # no functools.partial: a template could read the date out of it, and format that
 
 
 def _no_files(name: str) -> NoReturn:

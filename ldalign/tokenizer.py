@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,8 @@ COPIED_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+TEMPLATE_DATE = "template's date"  # in a stage's manifest, where the chat template asks for the date
 
 # Stand-ins put into rendered text: a nonce of this process, which no input can know, between private-use characters.
 _NONCE = secrets.token_hex(8)
@@ -61,15 +64,17 @@ class Tokenizer:
 
     folder: Path. bos_id: the BOS that every prompt starts with, None if the model uses none. end_ids: every declared
     end token (generation_config.json, config.json, tokenizer_config.json, in this order). template: the chat template,
-    "" if there is none. template_hash: its sha256, hex. vocab_size: highest token id + 1.
+    "" if there is none. template_hash: its sha256, hex. today: the date for a template that asks for it. vocab_size:
+    highest token id + 1.
     """
 
-    def __init__(self, folder: Path, template: str | None = None) -> None:
+    def __init__(self, folder: Path, template: str | None = None, today: date | None = None) -> None:
         self.folder = Path(folder)
         settings = _settings(self.folder)
         self.template = _template(self.folder, settings) if template is None else template
         self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
-        self._compiled = _compile(self.template, self.folder)
+        self.today = today or date.today()
+        self._compiled = _compile(self.template, self.folder, self.today)
         self._names = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name))) is not None}
 
         description = _tokenizer_json(self.folder, settings)
@@ -86,6 +91,11 @@ class Tokenizer:
         self._literal, self._real_id = self._make_literal(description)  # encodes
         self._forbidden = set(self._real_id.values()) - {self._unknown_id()}
         self._generation_prompt_checked = False
+
+    @property
+    def template_parents(self) -> dict[str, str]:
+        """What a rendering depends on beside the messages, for a stage's manifest."""
+        return {"template": self.template_hash, **_date_parent(self.template, self.today)}
 
     # ------------------------------------------------------------------------------------------ text and ids
 
@@ -317,13 +327,24 @@ class Tokenizer:
         return self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
 
 
-def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, template: str | None = None, today: date | None = None) -> Tokenizer:
     """The tokenizer of a model folder.
 
     ``template``: the text of a chat template to use instead of the folder's (chat_template.jinja, else the
-    chat_template of tokenizer_config.json). Raises InputError for missing, broken or contradicting files.
+    chat_template of tokenizer_config.json). ``today``: the date for templates that ask for one, of the run
+    (`RunFolder.began`); None: the clock's. Raises InputError for missing, broken or contradicting files.
     """
-    return Tokenizer(Path(folder), template)
+    return Tokenizer(Path(folder), template, today)
+
+
+def template_date(folder: Path, today: date) -> dict[str, str]:
+    """For a stage's manifest: ``today`` where the chat template of the model folder asks for the date, else {}."""
+    return _date_parent(_template(folder, _settings(folder)), today)
+
+
+def _date_parent(template: str, today: date) -> dict[str, str]:
+    # A template can reach a function by its name alone.
+    return {TEMPLATE_DATE: today.isoformat()} if "strftime_now" in template else {}
 
 
 def save_tokenizer_files(source: str | Path, folder: str | Path, template: str | None = None) -> None:
@@ -445,11 +466,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _compile(template: str, folder: Path) -> ChatTemplate | None:
+def _compile(template: str, folder: Path, today: date) -> ChatTemplate | None:
     if not template:
         return None
     try:
-        return ChatTemplate(template)
+        return ChatTemplate(template, today)
     except SecurityError as error:
         raise UnsafeTemplate(f"{folder}: chat template: SecurityError: {error}") from error
     except Exception as error:  # syntax errors, and whatever the compiler runs into

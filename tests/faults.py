@@ -29,7 +29,7 @@ SMALL = (
 )  # fmt: skip
 # What differs between two runs by nature: times, and memory.
 TIMES = {"seconds", "eval_seconds", "time/step", "tokens_per_second", "memory/peak_gib"}
-EACH_START = {"config.yaml", "environment.json", "lock"}  # written on each start
+EACH_START = {"config.yaml", "environment.json", "lock", "started.json"}  # of each start, or of the day
 
 
 @dataclass

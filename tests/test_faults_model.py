@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 import tracemalloc
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -487,7 +488,7 @@ def test_M10_the_budget_grows_with_the_conversation() -> None:
     """
     chat = messages([("user", "word " * 200_000), ("assistant", "x")])
     template = "{% for m in messages %}{{ m.content.split('</a>')[-1]|trim ~ '!' + m.role }}{% endfor %}{{ loop }}"
-    text = ChatTemplate(template).render(chat)
+    text = ChatTemplate(template, date.today()).render(chat)
     assert text == ("word " * 200_000).strip() + "!userx!assistant"
 
 
@@ -514,4 +515,4 @@ def test_M10_the_meters_change_nothing_else() -> None:
 
     chat = messages([("system", "s"), ("user", "Größe"), ("assistant", "a"), ("user", "q")])
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(METERED)
-    assert ChatTemplate(METERED).render(chat) == plain.render(messages=chat)
+    assert ChatTemplate(METERED, date.today()).render(chat) == plain.render(messages=chat)

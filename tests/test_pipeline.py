@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ldalign import pipeline
+from ldalign import files, pipeline
 from ldalign.errors import EnvironmentProblem, InputError
 
 PARENTS = {"data": "d1", "settings": "s1", "beta": 0.1, "seed": 3}
@@ -204,8 +204,46 @@ def test_run_folder_records_config_and_machine(tmp_path: Path) -> None:
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith("2.") and environment["cores"] >= 1
-    with pipeline.RunFolder(run.path, "seed: 2\n"):  # the second time it continues
-        assert (run.path / "config.yaml").read_text() == "seed: 2\n"
+    with pipeline.RunFolder(run.path, "seed: 2\n") as again:  # the second time it continues
+        assert not again.stage("guide", PARENTS, must_not_run)
+    assert (run.path / "config.yaml").read_text() == "seed: 2\n"
+
+
+def test_run_folder_is_recorded_before_a_stage_is_made(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        names = {"config.yaml", "environment.json", "started.json", "lock", "guide.partial"}
+        assert {path.name for path in tmp_path.iterdir()} == names
+
+    with pipeline.RunFolder(tmp_path, "seed: 1\n") as run:
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        assert run.stage("guide", PARENTS, make)
+
+
+def test_names_of_new_folders_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder that gets a new one is synced, from the first that was there on."""
+    synced: list[str] = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(os.path.relpath(path, tmp_path)))
+    files.make_folder(tmp_path / "a/b/c")
+    assert synced == [".", "a", "a/b"]
+    files.make_folder(tmp_path / "a/b/c")
+    assert len(synced) == 3
+    (tmp_path / "a/file").write_text("")
+    with pytest.raises(NotADirectoryError, match="a/file/c"):
+        files.make_folder(tmp_path / "a/file/c")
+
+
+def test_a_stage_in_new_folders_has_their_names_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    pipeline.run_stage(tmp_path / "run/iteration_0/policy", PARENTS, writer())
+    for folder in (tmp_path, tmp_path / "run", tmp_path / "run/iteration_0", tmp_path / "run/iteration_0/policy"):
+        assert folder.stat().st_ino in synced, folder
 
 
 def test_run_folder_refusals(tmp_path: Path) -> None:

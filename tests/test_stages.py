@@ -227,6 +227,29 @@ def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_leaves_out_what_is_finished(tmp_path: Path) -> None:
+    ctx = open_toy(tmp_path)
+    names = planned(ctx.config)
+    assert f"stages: {len(names)} to be made, 0 are there" in estimate.dry_run(ctx, names)
+    for name in names[:-1]:
+        (ctx.run.path / name).mkdir(parents=True)
+        (ctx.run.path / name / "manifest.json").touch()
+    (ctx.run.path / "lock").touch()
+    text = estimate.dry_run(ctx, names)
+    assert f"stages: 1 to be made, {len(names) - 1} are there" in text
+    assert "memory:" not in text and "optimizer steps" not in text and " 0 policies" in text
+
+
+def test_dry_run_compares_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is available, for all ranks of this machine together."""
+    ctx = open_toy(tmp_path)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 2**30)
+    assert "WARNING" not in estimate.dry_run(ctx, planned(ctx.config))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    text = estimate.dry_run(ctx, planned(ctx.config))
+    assert "WARNING: memory: does not fit: 1." in text and "4 rank(s), of 1.0 available; lower training.micro" in text
+
+
 def test_dry_run_reads_headers(tmp_path: Path) -> None:
     folder = toy.write_toy_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -245,8 +268,8 @@ def test_dry_run_looks_at_the_guide(tmp_path: Path, toy_run: Path) -> None:
 def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = open_toy(tmp_path)
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(EnvironmentProblem, match="GiB of disk"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(EnvironmentProblem, match=r"the run needs about \d+ bytes of disk .*, 1000 bytes are free"):
         estimate.dry_run(ctx, planned(ctx.config))
     (tmp_path / "run").write_text("a file")
     with pytest.raises(InputError, match="is a file"):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,10 @@ def metrics(run: Path, stage: str) -> list[dict[str, float]]:
     return [record for record in read_jsonl(run / stage / "metrics.jsonl") if "global_step" in record]
 
 
-def state_of(run: Path) -> dict[str, tuple[int, str]]:
+def state_of(
+    run: Path, skip: Set[str] = frozenset({"config.yaml", "environment.json", "lock"})
+) -> dict[str, tuple[int, str]]:
     """(time of change, sha256) of every file, but for those written on each start."""
-    skip = {"config.yaml", "environment.json", "lock"}
     files = [p for p in run.rglob("*") if p.is_file() and p.name not in skip and "report" not in p.parts]
     return {str(p.relative_to(run)): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files}
 
@@ -68,8 +70,8 @@ def test_layout(toy_run: Path) -> None:
     assert stage_names(toy_run) == STAGES
     for name in STAGES:
         check_stage(toy_run / name)
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "lock", "report/table.md", "report/table.json",
-             "report/report.html"}  # fmt: skip
+    files = {"config.yaml", "environment.json", "started.json", "metrics.jsonl", "lock", "report/table.md",
+             "report/table.json", "report/report.html"}  # fmt: skip
     assert all((toy_run / name).is_file() for name in files)
     for name in (name for name in STAGES if name.endswith("/policy")):
         assert {path.name for path in (toy_run / name).iterdir()} == MODEL_FILES | OUR_FILES
@@ -178,11 +180,11 @@ def test_a_deleted_stage_is_made_again_and_no_other(
 def test_a_changed_setting_is_refused_by_name(
     toy_run: Path, toy_cache: Path, in_process: None, change: str, named: str
 ) -> None:
-    before = state_of(toy_run)
+    before = state_of(toy_run, skip={"lock"})
     with pytest.raises(InputError, match=named) as raised:
         align(toy_run, toy_cache, change)
     assert raised.value.exit_code == 2
-    assert state_of(toy_run) == before
+    assert state_of(toy_run, skip={"lock"}) == before
 
 
 def test_what_only_moves_work_about_may_change(toy_run: Path, toy_cache: Path, in_process: None) -> None:

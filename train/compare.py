@@ -34,12 +34,12 @@ def main(argv: list[str]) -> None:
     if "--dry-run" in argv:
         say(dry_run(open_context(RunFolder(Path(start.run), ""), start), align.planned(start)))
     else:
-        with RunFolder(Path(config.run), to_yaml(config)):
-            compare(config)
+        with RunFolder(Path(config.run), to_yaml(config)) as run:
+            compare(config, run)
     distributed.stop()
 
 
-def compare(config: CompareConfig) -> None:
+def compare(config: CompareConfig, run: RunFolder) -> None:
     """The start, the search, the other seeds, the table."""
     arms = [Arm.of(name) for name in config.compare.methods]
     start_config = comparison.start_config(config)
@@ -47,6 +47,7 @@ def compare(config: CompareConfig) -> None:
         align.align(ctx)
         start = ctx.run.path / "sft/policy" if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
+    run.record()
     validation, _ = comparison.validation_ids(config)
     first, *others = config.compare.seeds
     searched: dict[str, dict[str, float]] = {}

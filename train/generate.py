@@ -11,6 +11,7 @@ RUN/iteration_0/responses: a stage of align.py, which goes on from here with the
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +27,11 @@ from ldalign.errors import InputError
 from ldalign.generate import text_of
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
-from ldalign.pipeline import hash_model_folder, hash_settings, run_stage
+from ldalign.pipeline import hash_model_folder, hash_settings, on_rank0, run_stage, stage_parents
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.stages import SAMPLING_KEYS, new_engine, responses_stage, sampling_of, start_stage
-from ldalign.tokenizer import Tokenizer, load_tokenizer
+from ldalign.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 
 CHAT = "--chat"
@@ -88,7 +89,7 @@ def answer(config: GenerateConfig, prompts: dict[str, list[Message]], output: Pa
     need(not output.is_file(), f"output={output}: is a file; give a folder, for {ANSWERS} and how they were made")
     device = distributed.start(config.device)
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, today=began(output))
     ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
     named = [(name, n) for name in prompts for n in range(config.samples)]
     # The first answer has the stream of its id alone: asking for more leaves it as it is.
@@ -113,13 +114,22 @@ def answer(config: GenerateConfig, prompts: dict[str, list[Message]], output: Pa
             make_answers(partial / ANSWERS, requests, open_decoder(config, folder), engine, record, progress)
 
     parents = {
-        "policy": hash_model_folder(folder), "template": tokenizer.template_hash,
+        "policy": hash_model_folder(folder), **tokenizer.template_parents,
         "dtype": str(choose_dtype(config, device)), "prompts": hash_settings(prompts),
         **named_keys(config, "samples", "max_new_tokens", *SAMPLING_KEYS, "seed"),
     }  # fmt: skip
     made = run_stage(output, parents, make, resume=True)
     say(f"{'The answers' if made else 'Answered before'}: {output / ANSWERS}")
     distributed.stop()
+
+
+def began(output: Path) -> date | None:
+    """The day for the prompts of answers that are there or were begun; None where no date is in their prompts."""
+    day = on_rank0(lambda: stage_parents(output).get(TEMPLATE_DATE))
+    try:
+        return date.fromisoformat(day) if day else None
+    except (TypeError, ValueError):
+        return None  # not written by us: run_stage will refuse it by name
 
 
 def open_decoder(config: RunConfig, folder: Path) -> Decoder:
