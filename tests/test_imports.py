@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "endpoint"),
     ("answers", "context"),
     ("summaries", "judges"),
-    ("stages", "benchmarks", "analysis"),
+    ("stages", "benchmarks", "analysis", "cautions"),
     ("sources", "measures"),
     ("agreement", "report", "estimate"),
     ("figures", "report_parts"),
