@@ -43,7 +43,7 @@ def guide_name(stage: str) -> str:
 
 def _of_guide(name: str, losses: Row, steps: Sequence[Row]) -> list[str]:
     """Of one guide: its held-out losses (nats per token), and its training records."""
-    out = []
+    out: list[str] = []
     gain, sibling = losses.get("latent_gain"), losses.get("sibling_gain")
     if gain is not None and gain <= 0:
         out.append(
@@ -81,7 +81,8 @@ def _of_guide(name: str, losses: Row, steps: Sequence[Row]) -> list[str]:
 
 def _of_iteration(row: Row, analysis: Row) -> list[str]:
     """Of one iteration: its pairs, its weights, its training."""
-    name, out = _cap(row["policy"]), []
+    name = _cap(row["policy"])
+    out: list[str] = []
     cut = row.get("responses/losers/truncated_frac", 0)
     if cut > MANY:
         out.append(f"{name}: {cut:.0%} of its sampled responses were cut at max_new_tokens and have no end.")
