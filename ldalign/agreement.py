@@ -26,7 +26,8 @@ from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_file, hash_model_folder, read_jsonl, write_jsonl
 from ldalign.sampling import Response
-from ldalign.stages import SAMPLING_KEYS, guide_hash, latent_distances, new_engine, sampling_of
+from ldalign.settings import SAMPLING_KEYS
+from ldalign.stages import guide_hash, latent_distances, new_engine, sampling_of
 from ldalign.summaries import Metrics, stage
 from ldalign.weights import load_model
 

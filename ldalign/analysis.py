@@ -5,8 +5,8 @@ Pure functions over numbers, and one reader of a run folder. No model is loaded.
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,27 @@ def mean_relative_gain(scores: Mapping[str, float], base: Mapping[str, float]) -
 
 
 @dataclass(frozen=True)
+class Sides:
+    """What a method calls the two responses of a pair: the one the loss makes likelier, and the one against it."""
+
+    better: str
+    worse: str
+
+
+OWN, GIVEN, RANKED = Sides("real", "generated"), Sides("chosen", "rejected"), Sides("preferred", "rejected")
+
+
+def sides_of(method: Any) -> Sides:
+    """By the key `method`."""
+    return {"dpo": GIVEN, "self_reward": RANKED, "rlaif": RANKED}.get(str(method), OWN)
+
+
+@dataclass(frozen=True)
 class Pairs:
-    """One iteration's pairs, in the order of its responses; arrays are (N,), NaN where the run does not say."""
+    """One iteration's pairs, in the data's order; arrays are (N,), NaN where the run does not say.
+
+    real and generated are named for LD-Align's and SPIN's: the better and the worse side, whatever `sides` calls them.
+    """
 
     iteration: int
     ids: list[str]
@@ -116,6 +135,9 @@ class Pairs:
     right: Array  # 1.0 where the checker accepts the generated response, 0.0 where not
     reward_real: Array
     reward_generated: Array
+    sides: Sides = OWN
+    preference: Array | None = None  # of a judge, for the better of two samples, in [0.5, 1]; NaN: no verdict
+    data: Sequence[str] = ()  # the data's own responses, where neither side is one
 
     @property
     def nll(self) -> Array:
@@ -143,17 +165,59 @@ MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
 
 
 def read_pairs(run: Path, t: int) -> Pairs | None:
-    """Iteration t's pairs joined by row id from the run's finished stages; None where it has no responses yet."""
-    folder = run / f"iteration_{t}"
-    responses, data = folder / "responses/responses.jsonl", run / "data/train.jsonl"
-    if not (responses.is_file() and data.is_file()):
+    """Iteration t's pairs joined by row id from the run's finished stages; None where there are none (yet)."""
+    folder, data = run / f"iteration_{t}", run / "data/train.jsonl"
+    if not data.is_file():
         return None
     rows = {row["id"]: row for row in read_jsonl(data)}
-    records = [record for record in read_jsonl(responses) if record["id"] in rows]
+    if not (folder / "responses/responses.jsonl").is_file():
+        return _given_pairs(folder, t, rows)
+    records = [record for record in read_jsonl(folder / "responses/responses.jsonl") if record["id"] in rows]
+    if len({record["id"] for record in records}) < len(records):
+        return _ranked_pairs(folder, t, rows, records)
+    real = [_response(rows[record["id"]]) for record in records]
+    return _join(folder, t, rows, real, records)
+
+
+def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> Pairs | None:
+    """Preference data's: chosen and rejected, once the reference has scored them."""
+    if not (folder / "reference/rows.json").is_file():
+        return None
+    scored = json.loads((folder / "reference/rows.json").read_text(encoding="utf-8"))
+    used = [rows[id_] for id_ in scored if "rejected" in rows.get(id_, ())]
+    if not used:
+        return None
+    records = [{"id": row["id"], "response": row["rejected"][-1]["content"], "n_tokens": math.nan,
+                "finish_reason": "stop"} for row in used]  # fmt: skip
+    return replace(_join(folder, t, rows, [_response(row) for row in used], records), sides=GIVEN)
+
+
+def _ranked_pairs(folder: Path, t: int, rows: Mapping[str, Any], records: Sequence[Any]) -> Pairs | None:
+    """Of two samples a prompt, the one the judge prefers against the other; None before it has judged."""
+    path = folder / "judged/judged.jsonl"
+    if not path.is_file():
+        return None
+    first, second = records[0::2], records[1::2]
+    (preferences,) = _columns(path, [record["id"] for record in first], "preference")
+    turned = preferences < 0.5
+    better = [b if turn else a for a, b, turn in zip(first, second, turned, strict=True)]
+    worse = [a if turn else b for a, b, turn in zip(first, second, turned, strict=True)]
+    pairs = _join(folder, t, rows, [record["response"] for record in better], worse)
+    trained = pairs.trained & (np.abs(preferences - 0.5) > 0)  # False for NaN
+    return replace(pairs, sides=RANKED, preference=np.maximum(preferences, 1 - preferences), trained=trained,
+                   data=[_response(rows[record["id"]]) for record in first])  # fmt: skip
+
+
+def _response(row: Mapping[str, Any]) -> str:
+    messages = row.get("messages") or row["chosen"]
+    return str(messages[-1]["content"])
+
+
+def _join(folder: Path, t: int, rows: Mapping[str, Any], real: list[str], records: Sequence[Any]) -> Pairs:
+    """`real` against the records' responses, with all that the iteration's stages say of them by row id."""
     ids = [record["id"] for record in records]
     used = [rows[id_] for id_ in ids]
-    messages = [row.get("messages") or row["chosen"] for row in used]
-    real, generated = [m[-1]["content"] for m in messages], [record["response"] for record in records]
+    generated = [record["response"] for record in records]
     finished = np.array([record["finish_reason"] == "stop" for record in records], dtype=bool)
     verdicts = [_verdict(row, *pair) for row, *pair in zip(used, generated, finished, strict=True)]
     distances = _columns(folder / "distances/distances.jsonl", ids, "distance", "weight")
@@ -161,7 +225,7 @@ def read_pairs(run: Path, t: int) -> Pairs | None:
     scored, logps = _reference(folder / "reference", ids)
     differ = np.array([a != b for a, b in zip(real, generated, strict=True)], dtype=bool)
     return Pairs(
-        t, ids, [m[-2]["content"] for m in messages], real, generated,
+        t, ids, [(row.get("messages") or row["chosen"])[-2]["content"] for row in used], real, generated,
         np.array([record["n_tokens"] for record in records], dtype=np.float64), finished,
         differ if scored is None else scored, distances[0], distances[1], logps[0], logps[1],
         np.array(verdicts, dtype=np.float64), rewards[0], rewards[1],

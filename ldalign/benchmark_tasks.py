@@ -28,6 +28,14 @@ DEFINITIONS = Path(__file__).parent / "benchmark_definitions"
 FEWSHOT_SEED = 1234  # the harness's own
 
 
+def no_harness(error: ImportError) -> EnvironmentProblem:
+    """What to raise where lm-eval cannot be imported."""
+    return EnvironmentProblem(
+        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install 'ldalign[eval]', or, in the "
+        "repository, run them by `make evaluate`"
+    )
+
+
 def names() -> list[str]:
     """Of all benchmarks."""
     return sorted(path.stem for path in DEFINITIONS.glob("*.yaml"))
@@ -107,10 +115,7 @@ class Benchmark:
         try:
             from lm_eval.api.task import ConfigurableTask
         except ImportError as error:
-            raise EnvironmentProblem(
-                f"benchmark {self.name}: needs lm-eval, which cannot be imported ({error}): pip install "
-                "'ldalign[eval]', or, in the repository, `make evaluate`"
-            ) from error
+            raise no_harness(error) from error
         config = dict(self.definition)
         if self.file is not None:
             config |= self._local_splits(self.file)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ldalign import distributed
-from ldalign.benchmark_tasks import Benchmark
+from ldalign.benchmark_tasks import Benchmark, no_harness
 from ldalign.context import Context
-from ldalign.errors import EnvironmentProblem
 from ldalign.metrics import say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_model_folder, write_json, write_jsonl
@@ -152,11 +151,8 @@ def harness_version() -> str:
     """Of the installed lm-eval. EnvironmentProblem where it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise EnvironmentProblem(
-            "benchmarks need lm-eval, which is not installed: pip install 'ldalign[eval]', or, in the repository, "
-            "`make evaluate`"
-        ) from None
+    except importlib.metadata.PackageNotFoundError as error:
+        raise no_harness(error) from None
 
 
 def _quiet() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldalign import distributed
 from ldalign.benchmarks import check_benchmarks, say_table
-from ldalign.config import describe, load_config, split_argv, to_yaml
+from ldalign.config import describe, given_keys, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.disk import check_disk
 from ldalign.errors import InputError
@@ -17,7 +17,7 @@ from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
 from ldalign.report_page import try_page
-from ldalign.settings import RunConfig
+from ldalign.settings import RunConfig, unread
 from ldalign.stages import data_stage
 
 FLAGS = ("--help", "--dry-run")
@@ -33,15 +33,19 @@ def run_stages(
     work: Callable[[Context], str],
     planned: Callable[[RunConfig], list[str]],
     check: Callable[[RunConfig], None] = lambda config: None,
+    by_method: bool = False,
 ) -> None:
     """The body of a script: `work(ctx)` does its stages and returns a closing line, `planned` names them.
 
     doc: the script's docstring. check: raises InputError for settings with which the script has nothing to do.
+    by_method: the key `method` says what the script reads, so keys that it does not read are refused.
     """
     config = read_config(argv, doc)
     if config is None:
         return
     check(config)
+    if by_method:
+        check_method_reads(argv, config.method)
     if any("/benchmarks/" in name for name in planned(config)):
         check_benchmarks(config)
     distributed.start(config.device)
@@ -81,6 +85,24 @@ def read_config(argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig)
         print(doc.strip(), USAGE, describe(cls), sep="\n")
         return None
     return load_config(cls, path, overrides)
+
+
+def check_method_reads(argv: Sequence[str], method: str) -> None:
+    """Raises InputError for keys of the command line that the method does not read; names those of the config file.
+
+    A file may serve several methods (`method=spin` over it, or as the `base:` of others), so it is not refused; what a
+    base gives is not even named.
+    """
+    path, overrides, _ = split_argv(argv, FLAGS)
+    in_file, on_line = (unread(method, keys) for keys in given_keys(RunConfig, path, overrides))
+    if on_line:
+        raise InputError(
+            f"{', '.join(on_line)}: method={method} does not read {'this key' if len(on_line) == 1 else 'these keys'}; "
+            "leave out, or give another method (docs/methods.md)"
+        )
+    if in_file:
+        groups = dict.fromkeys(f"{key.partition('.')[0]}.*" if "." in key else key for key in in_file)
+        say(f"{path}: method={method} does not read {', '.join(groups)}; they change nothing here")
 
 
 def need(condition: bool, message: str) -> None:

@@ -125,6 +125,20 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
     return config
 
 
+def given_keys(cls: type, path: Path | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The dotted keys that the file at `path` gives itself (its `base:` apart), and those that the overrides give.
+
+    For what `load_config` has read without complaint.
+    """
+    in_file: dict[str, _Given] = {}
+    on_line: dict[str, _Given] = {}
+    if path is not None:
+        _read_file(cls, path, in_file, [])
+    for override in overrides:
+        _read_override(cls, override, on_line, [])
+    return [key for key, value in in_file.items() if value.where.startswith(f"{path}:")], list(on_line)
+
+
 def split_argv(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[Path | None, list[str], set[str]]:
     """Split a command line `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags given.
 

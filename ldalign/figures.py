@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ldalign.analysis import MEASURES, NORMAL_95, Array, Pairs, concentration
-from ldalign.report import duration, shown_name
+from ldalign.analysis import MEASURES, NORMAL_95, Array, Pairs, Sides, concentration
+from ldalign.cautions import guide_name
+from ldalign.report import duration
+from ldalign.summaries import shown_name
 
 INK, GRID = "#1b1f24", "#d5d9de"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -190,9 +192,10 @@ def distances(iterations: Sequence[Pairs]) -> Chart:
         zero = sum(int((p.distance[p.trained] == 0).sum()) for p in known)
         caption = (
             "Distance between the guide's latents of the real and of the generated response, over the pairs trained "
-            "on; vertical lines are medians. A shrinking distance from one iteration to the next would mean that the "
-            "policy's responses come closer to the data's. Pairs whose responses are equal are left out of training "
-            "and of this figure, so those that remain are the harder ones."
+            "on; vertical lines are medians. It has no unit, and no meaning across guides: only its ratios count. With "
+            "one guide for all iterations, a shrinking distance would mean that the policy's responses come closer to "
+            "the data's. Pairs whose responses are equal are left out of training and of this figure, so those that "
+            "remain are the harder ones."
         )
         return figure, caption + (f" Not drawn: distances of exactly 0 ({zero})." if zero and scale == "log" else "")
 
@@ -281,9 +284,10 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
             else:
                 seen.append(f"Iteration {p.iteration}: too few of one kind for an interval")
         return figure, (
-            "Boxes: quartiles and median; whiskers: 5th to 95th percentile; the number of pairs in brackets. If the "
-            "distance knew quality, wrong answers would lie farther from the real response than right ones (0.5: it "
-            f"knows nothing). {'. '.join(seen)}. Right answers here are worded otherwise than the real ones: equal "
+            "Boxes: quartiles and median; whiskers: 5th to 95th percentile; dots: pairs beyond; the number of pairs in "
+            "brackets. If the distance knew quality, wrong answers would lie farther from the real response than right "
+            f"ones, and with a probability well above 0.5. {'. '.join(seen)}. Right answers here are worded otherwise "
+            "than the real ones: equal "
             "responses were left out."
         )
 
@@ -323,29 +327,40 @@ def correlations(found: Mapping[str, Any]) -> Chart:
 # ------------------------------------------------------------------------------------------------------ guide, weights
 
 
-def guide(losses: Mapping[str, float]) -> Chart:
-    """The guide's held-out losses with the true latent, another row's, and none."""
+def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Each guide's held-out losses with the true latent, another row's, and none. guides: losses by stage name."""
 
     def draw() -> tuple[Figure, str] | str:
-        if "latent_gain" not in losses:
+        known = {guide_name(name): losses for name, losses in guides.items() if "latent_gain" in losses}
+        if not known:
             return "this run trained no guide (another method, or a trained one was given)."
-        names = [("true", "its own latent"), ("none", "no latent"), ("other", "another row's latent")]
-        values = [losses[key] for key, _ in names]
-        figure = Figure(figsize=(WIDTH, 1.7))
+        kinds = [("true", "its own latent"), ("none", "no latent"), ("other", "another row's latent")]
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.9 * len(known)))
         axes = figure.subplots()
-        axes.hlines(range(3), min(values), values, color=GRID, lw=2)
-        axes.scatter(values, range(3), c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
-        for place, value in enumerate(values):
-            axes.annotate(f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(3), [label for _, label in names])
-        axes.set(ylim=(2.6, -0.6), xlabel="held-out reconstruction loss, nats/token")
+        labels = []
+        for n, (name, losses) in enumerate(known.items()):
+            places = [3.6 * n + m for m in range(3)]
+            values = [losses[key] for key, _ in kinds]
+            axes.hlines(places, min(values), values, color=GRID, lw=2)
+            axes.scatter(values, places, c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
+            for place, value, (_, label) in zip(places, values, kinds, strict=True):
+                axes.annotate(f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center")
+                labels.append((place, f"{name}: {label}" if len(known) > 1 else label))
+        axes.set_yticks(*zip(*labels, strict=True))
+        axes.set(ylim=(labels[-1][0] + 0.6, -0.6), xlabel="held-out reconstruction loss, nats/token")
         axes.margins(x=0.12)
-        says = "the decoder uses the latent" if losses["latent_gain"] > 0 else "NOT POSITIVE: the distances say nothing"
+        gains = [
+            f"{name[0].upper()}{name[1:]}: latent gain {losses['latent_gain']:+.4f} nats/token"
+            f"{'' if losses['latent_gain'] > 0 else ' (NOT POSITIVE: the distances say nothing)'}, sibling gain "
+            f"{losses.get('sibling_gain', float('nan')):+.4f}"
+            for name, losses in known.items()
+        ]
         return figure, (
-            f"Latent gain, the loss with another row's latent minus with the true one: {losses['latent_gain']:+.4f} "
-            f"nats/token ({says}). Against the latent of the same row's other response: "
-            f"{losses.get('sibling_gain', float('nan')):+.4f}, which is how far the latent tells the two responses of "
-            "one prompt apart, and what a distance between them rests on. The horizontal axis does not start at 0."
+            "How badly the guide's decoder predicts held-out responses, given a latent; left is better. Latent gain: "
+            "the loss with another row's latent minus that with the right one; above 0, the decoder uses the latent. "
+            "Sibling gain: the same with the latent of the row's other response, over rows whose two responses differ; "
+            "it is what a distance between the two rests on, and near 0 the latent does not tell them apart. "
+            f"{'. '.join(gains)}. The horizontal axis does not start at 0."
         )
 
     return chart("guide", "What the guide's latent is worth", draw)
@@ -391,55 +406,71 @@ def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def training(steps: Mapping[str, Rows]) -> Chart:
-    """Loss, rewards, log-probs and accuracies over the steps of all iterations. steps: by iteration's name."""
+def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
+    """Loss, rewards, log-probs and accuracies over the steps of all iterations; of SFT, its loss. steps: by iteration's
+    name."""
 
     def draw() -> tuple[Figure, str] | str:
         known = {name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]}
+        panels = _panels(sides)
         if not known:
-            return "no iteration has trained on pairs (another method, or not yet)."
-        figure = Figure(figsize=(WIDTH, 5.0))
-        panels = figure.subplots(2, 2, sharex=True)
+            known = {name: rows for name, rows in steps.items() if rows and "nll" in rows[0]}
+            panels = {("loss", "NLL, nats/token"): {"nll": ("of the batch's responses", 0)}}
+        if not known:
+            return "no iteration has trained yet."
+        paired = len(panels) > 1
+        figure = Figure(figsize=(WIDTH, 5.4 if paired else 2.6))
+        grid = figure.subplots(2, 2, sharex=True, squeeze=False) if paired else figure.subplots(1, 1, squeeze=False)
         begin = 0
         for name, rows in known.items():
             at = begin + np.arange(1, len(rows) + 1)
-            for axes, names in zip(panels.flat, _PANELS.values(), strict=True):
+            for axes, names in zip(grid.flat, panels.values(), strict=True):
                 for key, (label, n) in names.items():
                     values = np.array([row.get(key, np.nan) for row in rows])
                     axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
                     axes.plot(at, _smooth(values), color=SERIES[n], ls=DASHES[n], lw=1.6, label="" if begin else label)
                 if begin:
                     axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
-            panels[0, 0].annotate(shown_name(name), (begin + 0.5, 1), (3, -3), xycoords=("data", "axes fraction"),
-                                  textcoords="offset points", va="top", fontsize=8)  # fmt: skip
+                if len(known) > 1:
+                    axes.annotate(shown_name(name), (begin + 0.5, 1), (4, 1), xycoords=("data", "axes fraction"),
+                                  textcoords="offset points", va="bottom", fontsize=7.5)  # fmt: skip
             begin += len(rows)
-        panels[0, 0].axhline(np.log(2), color=INK, lw=0.8, ls=":", label="ln 2: no preference")
-        panels[1, 1].axhline(0.5, color=INK, lw=0.8, ls=":")
-        for axes, title in zip(panels.flat, _PANELS, strict=True):
-            axes.set_title(title)
-            axes.margins(x=0.01)
+        if paired:
+            grid[0, 0].axhline(np.log(2), color=INK, lw=0.8, ls=":", label="ln 2: no preference")
+            grid[1, 1].axhline(0.5, color=INK, lw=0.8, ls=":", label="0.5: no preference")
+        for axes, (title, unit) in zip(grid.flat, panels, strict=True):
+            axes.set_title(title, pad=14 if len(known) > 1 else None)
+            axes.set_ylabel(unit)
+            axes.set_xlim(0, begin + 1)
             axes.legend(loc="best")
-        for axes in panels[1]:
-            axes.set_xlabel("optimizer step, iterations in turn")
+        for axes in grid[-1]:
+            axes.set_xlabel("optimizer step" + (", iterations in turn" if len(known) > 1 else ""))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        thin = "Thin: every step, another batch each; thick: a running mean over about a tenth of an iteration."
+        if not paired:
+            return figure, f"{thin} How unlikely the responses trained on are to the policy; lower is better."
         return figure, (
-            "Thin: every step, another batch each; thick: a running mean over about a tenth of an iteration. A reward "
-            "is β times what a response has gained in log-prob over the reference; the margin is the real one's minus "
-            "the generated one's, and is what the loss raises: look at it first. With reference: iteration each "
-            "iteration starts again from 0, as its reference is the policy it starts from."
+            f"{thin} A reward is β times what a response has gained in log-prob over the reference; the margin is that "
+            f"of the {sides.better} response minus that of the {sides.worse} one, and is what the loss raises: look at "
+            "it first. With reference: iteration each iteration starts again from 0, as its reference is the policy it "
+            "starts from."
         )
 
-    return chart("training", "Margins, rewards and log-probs", draw)
+    return chart("training", "Training, step by step", draw)
 
 
-# Panels: title -> metric -> label, place in SERIES and DASHES
-_PANELS: dict[str, dict[str, tuple[str, int]]] = {
-    "loss, all weights 1": {"loss/unweighted": ("loss", 0)},
-    "rewards": {"rewards/margins": ("margin", 0), "rewards/chosen": ("real", 2), "rewards/rejected": ("generated", 1)},
-    "log-probs under the policy, nats a response": {
-        "logps/chosen": ("real", 2), "logps/rejected": ("generated", 1),
-    },
-    "share of pairs with a positive margin": {"rewards/accuracies": ("accuracy", 0)},
-}  # fmt: skip
+def _panels(sides: Sides) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
+    """(title, unit) -> metric -> label, place in SERIES and DASHES."""
+    return {
+        ("loss, all weights 1", "nats a pair"): {"loss/unweighted": ("loss", 0)},
+        ("rewards", "β × nats a response"): {
+            "rewards/margins": ("margin", 0), "rewards/chosen": (sides.better, 2), "rewards/rejected": (sides.worse, 1),
+        },
+        ("log-probs under the policy", "nats a response"): {
+            "logps/chosen": (sides.better, 2), "logps/rejected": (sides.worse, 1),
+        },
+        ("pairs with a positive margin", "share of the batch"): {"rewards/accuracies": ("accuracy", 0)},
+    }  # fmt: skip
 
 
 def _smooth(values: Array) -> Array:

@@ -49,9 +49,10 @@ def train_guide(
     """Minimises -mean log D(y | x, E(x, y)) - mean log D(y' | x, E(x, y')), per response token (paper, section 4.1).
 
     rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out losses (see
-    `heldout_losses`). All ranks take part; the guide is sharded on return. With `checkpoints` it goes on from the
-    newest one that is there. ids: of the rows, for errors. Raises NumericsError on a non-finite step, before the
-    weights are touched; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop.
+    `heldout_losses`), and tokens: prompt and response of every example trained on, over all epochs. All ranks take
+    part; the guide is sharded on return. With `checkpoints` it goes on from the newest one that is there. ids: of the
+    rows, for errors. Raises NumericsError on a non-finite step, before the weights are touched; EnvironmentProblem
+    where memory does not suffice; Stopped where a signal asked to stop.
     """
     heldout = max(2, round(len(rows) * settings.heldout_fraction))  # two, for each to be the other's "another row"
     if heldout >= len(rows):
@@ -67,8 +68,10 @@ def train_guide(
     state: State = keeper.resume() or {"step": 0}
     forget_refused_step(metrics_path)
     began = time.perf_counter()
+    tokens = 0
     with interrupt.held():
         for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):
+            tokens += sum(len(e.prompt) + len(e.response) for i in batch for e in rows[seen[i]])
             if step < state["step"]:
                 continue
             keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
@@ -104,7 +107,7 @@ def train_guide(
             f"guide: WARNING: latent_gain is {losses['latent_gain']:.4f}, not positive: the decoder ignores the latent "
             "and distances say nothing; raise guide.epochs, guide.latent_tokens or guide.token_dropout, or add data"
         )
-    return losses
+    return losses | {"tokens": tokens}
 
 
 def _too_large(keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int) -> str:

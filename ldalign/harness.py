@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ldalign import distributed, ops
 from ldalign.batches import deal
+from ldalign.benchmark_tasks import no_harness
 from ldalign.decoders import Decoder, new_decoder
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.errors import InputError
 from ldalign.generate import generate_ids
 from ldalign.layout import Packed
 from ldalign.metrics import Bar, say
@@ -40,10 +41,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise EnvironmentProblem(
-        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install 'ldalign[eval]', or, in the "
-        "repository, run them by `make evaluate`"
-    ) from error
+    raise no_harness(error) from error
 
 MAX_GEN_TOKS = 256  # of a response whose task does not say, as in the harness's own backends
 SAMPLING_KWARGS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}

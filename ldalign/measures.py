@@ -15,7 +15,7 @@ from ldalign.evaluate import standard_error
 from ldalign.judges import check_judge
 from ldalign.metrics import say
 from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
-from ldalign.reward import RewardModel
+from ldalign.reward import RewardModel, check_folder
 from ldalign.settings import RunConfig
 from ldalign.stages import RESPONSES, evaluation_stage
 from ldalign.summaries import Metrics, stage
@@ -39,7 +39,7 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
     if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
         if importlib.util.find_spec("transformers") is None:
             raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]")
-        find_model(config, str(config.reward.model))
+        check_folder(find_model(config, str(config.reward.model)))
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:

@@ -1,13 +1,14 @@
 """table.md and table.json: what every policy of a run reached, and what it took. The page is report_page.py's."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldalign import analysis
+from ldalign.cautions import cautions, guide_name
 from ldalign.evaluate import standard_error
 from ldalign.files import make_folder
 from ldalign.pipeline import read_jsonl, write_text
@@ -24,7 +25,7 @@ def write_report(run: Path) -> str:
     table = collect(run)
     make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
-    text = render(table)
+    text = render(table, read_steps(run, table["guides"]))
     write_text(run / "report/table.md", text)
     return text
 
@@ -44,7 +45,8 @@ def collect(run: Path) -> Row:
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
     agreement = run / "agreement" / SUMMARY
     return {
-        "policies": rows, "guide": summaries.get("guide", {}), "data": summaries.get("data", {}),
+        "policies": rows, "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
+        "data": summaries.get("data", {}),
         "agreement": _read(agreement) if agreement.is_file() else {},
         "analysis": {f"iteration_{pairs.iteration}": analysis.summarise(pairs) for pairs in joined},
         "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
@@ -56,6 +58,12 @@ def read_summaries(run: Path) -> dict[str, Row]:
     return {name: _read(run / name / SUMMARY) for name in stage_names(run)}
 
 
+def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Row]]:
+    """metrics.jsonl of the named stages that have one."""
+    files = {name: run / name / "metrics.jsonl" for name in names}
+    return {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
+
+
 def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     """Everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
@@ -64,7 +72,7 @@ def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     if not (parts["evaluation"] or parts["policy"] or benchmarks):
         return {}
     return {
-        "policy": name, **parts["distances"], **parts["evaluation"], **parts["reward"],
+        "policy": name, **parts["distances"], **parts["judged"], **parts["evaluation"], **parts["reward"],
         **{f"guide/{key}": value for key, value in parts["guide"].items()},
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
@@ -104,11 +112,13 @@ def _difference(run: Path, first: str, name: str) -> Row:
 # ---------------------------------------------------------------------------------------------------------- Markdown
 
 
-def render(table: Row) -> str:
-    """The Markdown page of what table.json holds."""
+def render(table: Row, guide_steps: Mapping[str, Sequence[Row]]) -> str:
+    """The Markdown page of what table.json holds. guide_steps: as in `cautions`."""
     rows: list[Row] = table["policies"]
     first = rows[0]["policy"] if rows else "start"
+    found = cautions(table, guide_steps)
     parts = [
+        "".join(f"Caution: {text}\n\n" for text in found),
         _table("Held out", rows, [
             ("greedy accuracy, %", lambda r: _percent(r, "accuracy/greedy", "{:.1f}")),
             ("sampled accuracy, %", lambda r: _percent(r, "accuracy/sampled", "{:.1f}")),
@@ -135,7 +145,7 @@ def render(table: Row) -> str:
             ("tokens generated", lambda r: _number(r, "responses/tokens", "{:.0f}")),
             ("tokens trained", lambda r: _number(r, "train/tokens", "{:.0f}")),
         ]),
-        _guide(table["guide"]),
+        *(_guide(name, losses) for name, losses in table["guides"].items()),
         _times(table["seconds"], [r["policy"] for r in rows]),
         "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over prompts, and the "
         "differences are paired by prompt. NLL: of the data set's own responses. Reward margin, reward accuracy and "
@@ -192,14 +202,14 @@ def movement(gap: float, error: float) -> str:
     return ("rose" if gap > 0 else "fell") if abs(gap) > 2 * error else "did not move beyond two standard errors"
 
 
-def _guide(losses: Row) -> str:
+def _guide(name: str, losses: Row) -> str:
     if "latent_gain" not in losses:
         return ""
     verdict = "" if losses["latent_gain"] > 0 else " (NOT POSITIVE: the distances say nothing)"
     return (
-        f"Guide, held-out loss in nats/token: true latent {losses['true']:.4f}, another row's {losses['other']:.4f}, "
-        f"none {losses['none']:.4f}; latent gain {losses['latent_gain']:+.4f}, over the row's other response "
-        f"{losses['sibling_gain']:+.4f}{verdict}.\n"
+        f"{guide_name(name).capitalize()}, held-out loss in nats/token: true latent {losses['true']:.4f}, another "
+        f"row's {losses['other']:.4f}, none {losses['none']:.4f}; latent gain {losses['latent_gain']:+.4f}, over the "
+        f"row's other response {losses['sibling_gain']:+.4f}{verdict}.\n"
     )
 
 
@@ -215,11 +225,6 @@ def _times(seconds: dict[str, float], policies: list[str]) -> str:
         lines.append(f"| {policy} | {shown} | {sum(s for s in own if s is not None):.0f} |")
     once = "".join(f"{name} {seconds[name]:.0f} s, " for name in ("data", "guide") if name in seconds)
     return "\n".join(lines) + f"\n\nOnce a run: {once}everything {sum(seconds.values()):.0f} s.\n"
-
-
-def shown_name(policy: str) -> str:
-    """A policy's folder as a reader says it: iteration_0 -> iteration 0."""
-    return {"sft": "start (after SFT)", "continual_sft": "continual SFT"}.get(policy, policy.replace("_", " "))
 
 
 def duration(seconds: float) -> str:

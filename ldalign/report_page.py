@@ -16,10 +16,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ldalign import report_parts as parts
-from ldalign.analysis import Pairs, read_pairs
+from ldalign.analysis import Pairs, read_pairs, sides_of
+from ldalign.cautions import cautions
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.pipeline import read_jsonl, write_text
-from ldalign.report import Row, collect, read_summaries
+from ldalign.pipeline import write_text
+from ldalign.report import Row, collect, read_steps, read_summaries
 from ldalign.summaries import iterations
 
 log = logging.getLogger(__name__)
@@ -73,21 +74,26 @@ def gather(run: Path) -> dict[str, Any]:
     config = yaml.safe_load(text) or {}
     machine = _json(run / "environment.json")
     joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
-    steps = {name: read_jsonl(path) for t in iterations(run)
-             if (path := run / (name := f"iteration_{t}") / "policy/metrics.jsonl").is_file()}  # fmt: skip
+    trained = read_steps(run, (f"iteration_{t}/policy" for t in iterations(run)))
+    steps = {name.removesuffix("/policy"): records for name, records in trained.items()}
+    method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
     return {
         "title": f"{parts.method_name(config)} on {parts.short_name(config.get('policy', 'a policy'))}",
         "meta": parts.origin(run, machine),
         "headline": parts.headline(table, config),
-        "warnings": parts.cautions(table, machine),
+        "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
+        "has_guide": method == "ld_align" or bool(table["guides"]),
+        "has_pairs": method != "sft",
+        "sides": sides,
+        "method_name": parts.method_name(config),
         "method": parts.method_text(config),
         "settings": parts.settings(config, table),
         "machine": parts.machine_line(machine),
         "results": parts.results(rows),
         "kinds": parts.kinds(rows),
-        "charts": _charts(run, table, joined, steps),
-        "fallen": parts.fallen(steps),
+        "charts": _charts(run, table, joined, steps, str(method)),
+        "fallen": parts.fallen(steps, sides),
         "rewards": parts.rewards(rows),
         "agreement": parts.agreement(table["agreement"]),
         **parts.samples(joined),
@@ -107,7 +113,9 @@ def gather(run: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _charts(run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, list[Row]]) -> dict[str, Row]:
+def _charts(
+    run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, list[Row]], method: str
+) -> dict[str, Row]:
     """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to draw)."""
     from ldalign import figures
 
@@ -131,9 +139,9 @@ def _charts(run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, 
             "reward, real - generated", found, "reward_gap",
             "If the distance knew what the reward model knows, points would rise to the right.",
             "no responses were scored by a reward model."),
-        figures.guide(table["guide"]),
+        figures.guide(table["guides"]),
         figures.weights(joined, found),
-        figures.training(steps),
+        figures.training(steps, sides_of(method)),
         figures.budget(table["seconds"]),
     ]  # fmt: skip
     folder = run / "report/figures"

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.analysis import Pairs
+from ldalign.analysis import GIVEN, Pairs, Sides
 from ldalign.pipeline import read_jsonl
-from ldalign.report import HELD_OUT, Row, duration, leading, movement, shown_name, tasks_of
-from ldalign.summaries import SUMMARY
+from ldalign.report import HELD_OUT, Row, duration, leading, movement, tasks_of
+from ldalign.settings import unread
+from ldalign.summaries import SUMMARY, shown_name
 
 METHODS = {
     "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's response counts as "
@@ -30,10 +31,11 @@ METHODS = {
     "sft": "Supervised fine-tuning: the policy was trained to predict the data set's responses. There are no pairs, no "
     "generated responses and no distances.",
     "self_reward": "Self-rewarding: the policy gave two answers to every prompt and judged them itself through a "
-    "prompt. The one it liked better was taken as chosen. The policy was then trained with the DPO loss on these "
-    "pairs.",
-    "rlaif": "AI feedback: the policy gave two answers to every prompt and another model judged them. The one it liked "
-    "better was taken as chosen. The policy was then trained with the DPO loss on these pairs.",
+    "prompt. The one it preferred is the better side of a pair, the other the worse. The policy was then trained with "
+    "the DPO loss on these pairs, all with weight 1. The data's responses serve for held-out measurements alone.",
+    "rlaif": "AI feedback: the policy gave two answers to every prompt, and the judge that judge.model names decided "
+    "between them. The one it preferred is the better side of a pair, the other the worse. The policy was then trained "
+    "with the DPO loss on these pairs, all with weight 1. The data's responses serve for held-out measurements alone.",
 }
 SETTINGS = (
     "policy", "data", "method", "weights", "weight_clip", "mix_previous", "judge.model", "iterations", "max_rows",
@@ -100,16 +102,6 @@ def _said(row: Row, key: str) -> str:
     return f"{100 * row[key]:.1f} ± {100 * row[f'{key}_se']:.1f} % {dict(HELD_OUT)[key]}"
 
 
-def cautions(table: Row, machine: Row) -> list[str]:
-    out = []
-    if table["guide"].get("latent_gain", 1) <= 0:
-        out.append("The guide's latent gain is not positive: its decoder ignores the latent, and the distances and "
-                   "weights of this run say nothing.")  # fmt: skip
-    if str(machine.get("git_commit") or "").endswith("-dirty"):
-        out.append("The code had changes that are in no commit: the run cannot be repeated from its commit alone.")
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------- what was run
 
 
@@ -153,14 +145,18 @@ def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
         out.append(("rows", f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} held out"
                     + dropped))  # fmt: skip
     for key in SETTINGS:
-        if key == "judge.model" and config.get("method") != "rlaif":
+        if unread(str(config.get("method", "ld_align")), [key]):
             continue
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None and not (key.endswith(".epochs") and value == 0):
-            out.append((key, value))
-    return out
+        out.append((key, value))
+    given = dict(out)
+    off = {key for key, value in out if value is None}
+    off |= {key for key in given if key.endswith(".epochs") and given[key] == 0}
+    off |= {"sft.rows"} if "sft.epochs" in off else set()
+    off |= {"training.epochs"} if given.get("training.steps") is not None else set()
+    return [(key, value) for key, value in out if key not in off]
 
 
 def machine_line(machine: Row) -> str:
@@ -212,6 +208,7 @@ def results(rows: Sequence[Row]) -> Row:
         "columns": [*shown, {"title": "mean relative gain", "unit": f"of {over}"}] if columns else [],
         "rows": lines,
         "note": (
+            "Real responses: the data set's own (of preference data, the chosen ones). "
             f"±: one standard error over prompts or questions. Below each score: the gain{first} relative to its "
             "score, as in the paper's table, and for held-out accuracy the difference in points, paired by prompt. A "
             "gain below two standard errors may be chance. Accuracy: a program checks the answers; one that does not "
@@ -277,7 +274,7 @@ def _plain(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def fallen(steps: Mapping[str, Sequence[Row]]) -> str:
+def fallen(steps: Mapping[str, Sequence[Row]], sides: Sides) -> str:
     """What the rewards of both sides did in the last iteration, in words."""
     known = [(name, rows) for name, rows in steps.items() if rows and "rewards/chosen" in rows[0]]
     if not known:
@@ -288,8 +285,8 @@ def fallen(steps: Mapping[str, Sequence[Row]]) -> str:
         float(np.mean([row[f"rewards/{key}"] for row in tail])) for key in ("chosen", "rejected", "margins")
     )
     return (
-        f"Here, over the last quarter of {name.replace('_', ' ')}: reward of the real responses {real:+.3f}, of the "
-        f"generated ones {generated:+.3f}, margin {margin:+.3f}."
+        f"Here, over the last quarter of {name.replace('_', ' ')}: reward of the {sides.better} responses {real:+.3f}, "
+        f"of the {sides.worse} ones {generated:+.3f}, margin {margin:+.3f}."
     )
 
 
@@ -317,12 +314,15 @@ def samples(joined: Sequence[Pairs]) -> Row:
               for p in joined]  # fmt: skip
     samples = []
     for i in picks:
-        answers = [{"title": "real", "text": first.real[i], "note": ""}]
+        sides = first.sides
+        answers = [{"title": "the data's response" if first.data else sides.better,
+                    "text": (first.data or first.real)[i], "note": ""}]  # fmt: skip
         for p, place in zip(joined, places, strict=True):
-            for n, k in enumerate(place[first.ids[i]], start=1):
-                several = f", sample {n}" if len(place[first.ids[i]]) > 1 else ""
-                answers.append({"title": f"generated, iteration {p.iteration}{several}", "text": p.generated[k],
-                                "note": _note(p, k)})  # fmt: skip
+            of = "" if sides == GIVEN else f", iteration {p.iteration}"
+            for k in place[first.ids[i]]:
+                if p.data:
+                    answers.append({"title": f"{sides.better}{of}", "text": p.real[k], "note": ""})
+                answers.append({"title": f"{sides.worse}{of}", "text": p.generated[k], "note": _note(p, k)})
         samples.append({"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers})
     return {"samples": samples, "sample_rule": rule}
 
@@ -330,8 +330,11 @@ def samples(joined: Sequence[Pairs]) -> Row:
 def _note(pairs: Pairs, i: int) -> str:
     parts = []
     if not pairs.trained[i]:
-        equal = "equal to the real one: " if pairs.generated[i] == pairs.real[i] else ""
-        parts.append(f"{equal}not trained on")
+        equal = pairs.generated[i] == pairs.real[i]
+        why = f"equal to the {pairs.sides.better} one: " if equal else "a tie: " if pairs.preference is not None else ""
+        parts.append(f"{why}not trained on")
+    elif pairs.preference is not None:
+        parts.append(f"the judge preferred the other, p = {pairs.preference[i]:.3f}")
     elif np.isfinite(pairs.distance[i]):
         parts.append(f"d = {pairs.distance[i]:.3f}, s = {pairs.weight[i]:.2f}")
     if np.isfinite(pairs.right[i]):
@@ -376,7 +379,10 @@ def answers(run: Path, rows: Sequence[Row]) -> Row:
 
 
 def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
-    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens a second."""
+    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens a second.
+
+    A guide's tokens are those of its own tokenizer: they stand in its line, not in the sum of the policy's.
+    """
     total = sum(summary["seconds"] for summary in summaries.values())
     if not total:
         return []
@@ -384,9 +390,10 @@ def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
     all_made = all_read = 0.0
     for name, summary in summaries.items():
         made = summary.get("tokens_generated", 0) if name.endswith("/evaluation") else 0
-        made = summary.get("tokens", 0) if name.endswith("/responses") and not summary.get("losers/given") else made
-        read = summary.get("tokens", 0) if name.endswith("/policy") else 0
-        all_made, all_read = all_made + made, all_read + read
+        if name.rpartition("/")[2] in ("responses", "agreement_samples") and not summary.get("losers/given"):
+            made = summary.get("tokens", 0)
+        read = summary.get("tokens", 0) if name.rpartition("/")[2] in ("policy", "guide") else 0
+        all_made, all_read = all_made + made, all_read + (read if name.endswith("/policy") else 0)
         lines.append(_budget_line(name, made, read, summary["seconds"], total))
     return [*lines, _budget_line("all", all_made, all_read, total, total)]
 

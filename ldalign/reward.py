@@ -9,8 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ldalign.errors import EnvironmentProblem, InputError, NumericsError
+
+NEEDED = {"*.safetensors": "weights in safetensors", "tokenizer.json": "tokenizer.json"}
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError where files are missing that a reward model is read from.
+
+    Without tokenizer.json transformers may make up an empty vocabulary, and every score would be wrong.
+    """
+    for pattern, what in NEEDED.items():
+        if not any(folder.glob(pattern)):
+            raise InputError(
+                f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin and spm.model, which "
+                "are not read here: convert such a model once, by the few lines in docs/judges.md, Rewards"
+            )
 
 
 class RewardModel:
@@ -26,13 +42,14 @@ class RewardModel:
         except ImportError:
             raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]") from None
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
+        check_folder(folder)
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, **options
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder}: not a reward model that can be read (safetensors only): {reason}") from None
         if self.model.config.num_labels != 1:

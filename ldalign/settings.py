@@ -4,6 +4,7 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 "choice" where neither does; `configs/` holds whole runs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_type_hints
 
@@ -26,6 +27,12 @@ class Sampling:
     cache_gib: float | None = setting(
         None, "most memory of the key/value cache, on one rank; null: half of what is free", check=positive
     )
+
+
+# What a response depends on; the others only move work about.
+SAMPLING_KEYS = tuple(
+    f"sampling.{key}" for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+)
 
 
 @dataclass(frozen=True)
@@ -296,6 +303,24 @@ class RunConfig:
             if self.judge.model in ("checker", "policy"):
                 found.append(f"judge.model={self.judge.model} must be the endpoint's name for a model")
         return found
+
+
+# What `train/align.py` does not read, by method: keys, and groups of keys.
+_OF_LD_ALIGN = ("guide", "distance", "weights", "weight_clip")
+_OF_JUDGES = ("judge", "agreement")
+UNREAD: dict[str, tuple[str, ...]] = {
+    "ld_align": ("mix_previous", *_OF_JUDGES),
+    "spin": (*_OF_LD_ALIGN, *_OF_JUDGES),
+    "dpo": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses"),
+    "sft": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses", "beta", "reference"),
+    "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "responses"),
+    "rlaif": (*_OF_LD_ALIGN, "agreement", "mix_previous", "responses"),
+}
+
+
+def unread(method: str, keys: Iterable[str]) -> list[str]:
+    """Those of the dotted keys that `train/align.py` does not read with this method."""
+    return [key for key in keys if any(key == name or key.startswith(f"{name}.") for name in UNREAD[method])]
 
 
 COMPARABLE = ("sft", "spin", "ld_align")  # they share samples and reference; the others train on rows of their own

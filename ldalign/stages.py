@@ -52,7 +52,7 @@ from ldalign.pipeline import (
 )
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
-from ldalign.settings import RunConfig, Sft
+from ldalign.settings import SAMPLING_KEYS, RunConfig, Sft
 from ldalign.summaries import Metrics, stage
 from ldalign.tokenizer import Tokenizer
 from ldalign.training import TrainSettings, train
@@ -67,9 +67,6 @@ SCHEDULE_KEYS = (
     "training.schedule", "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm",
     "training.master_dtype", "training.state_dtype",
 )  # fmt: skip
-SAMPLING_KEYS = tuple(
-    f"sampling.{key}" for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
-)
 
 
 def data_stage(ctx: Context) -> None:

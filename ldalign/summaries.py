@@ -56,6 +56,11 @@ def benchmark_summaries(run: Path) -> dict[str, Metrics]:
     return {name: json.loads((run / name / SUMMARY).read_text(encoding="utf-8")) for name in names}
 
 
+def shown_name(policy: str) -> str:
+    """A policy's folder as a reader says it: iteration_0 -> iteration 0."""
+    return {"sft": "start (after SFT)", "continual_sft": "continual SFT"}.get(policy, policy.replace("_", " "))
+
+
 def iterations(run: Path) -> list[int]:
     """The numbers of the iterations in a run folder."""
     numbers = (path.name.removeprefix("iteration_") for path in run.glob("iteration_*"))

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "endpoint"),
     ("answers", "context"),
     ("summaries", "judges", "work"),
-    ("stages", "benchmarks", "analysis", "disk"),
+    ("stages", "benchmarks", "analysis", "cautions", "disk"),
     ("sources", "measures"),
     ("agreement", "report", "estimate"),
     ("figures", "report_parts"),

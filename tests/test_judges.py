@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from typing import Any, cast
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
 from ldalign import endpoint as endpoint_module
 from ldalign import tasks
@@ -20,9 +22,11 @@ from ldalign.endpoint import Endpoint
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
 from ldalign.mistral import Mistral
+from ldalign.pipeline import read_jsonl
 from ldalign.settings import RunConfig
 from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
+from ldalign.train.align import main
 from ldalign.weights import load_model
 
 
@@ -242,6 +246,34 @@ def test_models_that_refuse_a_parameter_are_asked_without(server: Server, tmp_pa
     server.reply = lambda question, body: (400, {"message": "too long", "param": "messages"})
     with pytest.raises(InputError, match="too long"):
         connect(server, tmp_path).ask(["r"])
+
+
+def test_a_run_of_rlaif_asks_an_endpoint(server: Server, tmp_path: Path, toy_cache: Path, in_process: None) -> None:
+    """From samples to policy: the endpoint likes the shorter answer, so the winners are. Asked once."""
+
+    def reply(question: str, body: dict[str, Any]) -> Reply:
+        a, b = (part.strip() for part in re.split(r"\[Answer [AB]\]\n", question.rpartition("\nReply with")[0])[1:])
+        return 200, "C" if len(a) == len(b) else "A" if len(a) < len(b) else "B"
+
+    server.reply = reply
+    run = tmp_path / "run"
+    arguments = ["--config", str(ROOT / "configs/toy.yaml"), f"run={run}", f"cache={toy_cache}", "method=rlaif",
+                 "judge=big", f"judge.endpoint={server.url}", "iterations=1", "max_rows=16", "sft.epochs=0",
+                 "continual_sft.epochs=0", "evaluation.rows=0", "report=table"]  # fmt: skip
+    main(arguments)
+    samples = read_jsonl(run / "iteration_0/responses/responses.jsonl")
+    judged = read_jsonl(run / "iteration_0/judged/judged.jsonl")
+    assert len(judged) == 16 and len(samples) == 32
+    for record, a, b in zip(judged, samples[0::2], samples[1::2], strict=True):
+        gap = len(a["response"].strip()) - len(b["response"].strip())
+        assert record["preference"] == (0.5 if gap == 0 else float(gap < 0))
+    trained = json.loads((run / "iteration_0/reference/rows.json").read_text())
+    assert set(trained) == {r["id"] for r in judged if r["preference"] != 0.5} and len(trained) > 8
+    assert (run / "iteration_0/policy/model.safetensors").is_file()
+    asked = len(server.asked)
+    assert asked == len(set(server.asked)) == len(read_jsonl(run / "judge.jsonl"))
+    main(arguments)
+    assert len(server.asked) == asked
 
 
 def test_settings_of_an_endpoint() -> None:

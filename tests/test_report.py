@@ -8,10 +8,14 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from ldalign import report_parts
+from ldalign.analysis import read_pairs
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.report import write_report
+from ldalign.report import read_summaries, write_report
 from ldalign.report_page import try_page, write_page
 from ldalign.train import report as script
 
@@ -200,6 +204,113 @@ def test_the_page_of_a_whole_run_with_hostile_texts(toy: Path) -> None:
     assert "learning_rate: 0.001" in page.text and "train/align.py --config config.yaml" in page.text
 
 
+def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
+    """Numbers by hand; without the faults put in here there is one caution."""
+    assert write_report(run).count("Caution: ") == 1
+    put(run, "iteration_1/guide", {"true": 3.0, "other": 3.1, "none": 2.9, "latent_gain": 0.1, "sibling_gain": -0.002})
+    losses = [9.0] * 4 + [4.0] * 2 + [2.0] * 2
+    (run / "iteration_1/guide/metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    put(run, "iteration_2/guide", {"true": 3.0, "other": 3.004, "none": 3.1, "latent_gain": 0.004, "sibling_gain": 0.2})
+    put(run, "iteration_1/judged", {"judged/ties": 0.5, "judged/none": 0.25})
+    put(run, "iteration_1/policy", {"rewards/margins": -0.1, "losers/identical_frac": 0.75, "pairs": 3, "tokens": 1})
+    put(run, "iteration_2/evaluation", {"nll/real": 1.5, "truncated_frac": 0.5, **ACCURACY}, {})
+    said = [line for line in write_report(run).splitlines() if line.startswith("Caution: ")]
+    for part in (
+        "Iteration 0: 50% of its sampled responses were cut", "Iteration 1's guide's sibling gain is -0.0020",
+        "does not tell the two responses of a row apart", "Iteration 1's guide reconstructs no better",
+        "Iteration 1's guide's training loss was still falling at its end, from 4.000 to 2.000",
+        "Iteration 2's guide's latent gain is only +0.0040 nats/token", "neither sample on 75% of the prompts (25%",
+        "Iteration 1 trained on 3 pairs only: 75%", "Iteration 1: the mean reward margin over its last epoch is -0.100",
+        "Iteration 2: 50% of the held-out answers were cut",
+    ):  # fmt: skip
+        assert sum(part in line for line in said) == 1, (part, said)
+    assert len(said) == 9, said
+    assert all(line.removeprefix("Caution: ") in made(run).text for line in said)
+
+
+def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
+    summary = json.loads((run / "guide/summary.json").read_text())
+    (run / "guide/summary.json").write_text(json.dumps(summary | {"tokens": 4321}))
+    put(run, "agreement_samples", {"rows": 4, "tokens": 777})
+    lines = {line[0]: line for line in report_parts.budget(read_summaries(run))}
+    assert lines["guide"][1:3] == ("–", "4,321") and lines["agreement_samples"][1:3] == ("777", "–")
+    assert lines["all"][1:3] == ("2,011", "6,677")  # 1234 + 777; 999 + 5678, without the guide's own
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def other_method(run: Path, method: str, rows: list[dict[str, object]]) -> None:
+    (run / "config.yaml").write_text(f"method: {method}\n")
+    write_jsonl(run / "data/train.jsonl", rows)
+    steps = [{"rewards/margins": 0.1, "rewards/chosen": -0.1, "rewards/rejected": -0.2, "loss/unweighted": 0.6}] * 4
+    write_jsonl(run / "iteration_0/policy/metrics.jsonl", [{"stage": "x", **step} for step in steps])
+    reference = run / "iteration_0/reference"
+    reference.mkdir()
+    (reference / "rows.json").write_text(json.dumps([row["id"] for row in rows]))
+    save_file({"logps": np.zeros((len(rows), 2))}, reference / "reference.safetensors")
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def test_given_pairs_are_called_chosen_and_rejected(tmp_path: Path) -> None:
+    ask = turn("user", "Which?")
+    other_method(tmp_path, "dpo", [{"id": "a", "chosen": [ask, turn("assistant", "this one")],
+                                    "rejected": [ask, turn("assistant", "that one")]}])  # fmt: skip
+    page = made(tmp_path)
+    for part in (
+        "this one",
+        "that one",
+        "reward of the chosen responses -0.100, of the rejected ones -0.200",
+        "DPO has no guide, so this run has no latent distances",
+        "DPO has no guide and weighs all pairs alike",
+    ):
+        assert part in page.text, part
+    assert "generated" not in section(page, "steps") + section(page, "samples")
+    assert ">chosen<" in page.source and ">rejected<" in page.source
+
+
+def test_ranked_samples_are_called_preferred_and_not(tmp_path: Path) -> None:
+    rows = [{"id": i, "messages": [turn("user", "Which?"), turn("assistant", f"real {i}")]} for i in "abc"]
+    other_method(tmp_path, "self_reward", rows)
+    write_jsonl(tmp_path / "iteration_0/responses/responses.jsonl", [
+        {"id": i, "response": f"{n} of {i}", "n_tokens": 3, "finish_reason": "stop"} for i in "abc" for n in (1, 2)
+    ])  # fmt: skip
+    assert read_pairs(tmp_path, 0) is None  # not judged yet
+    write_jsonl(tmp_path / "iteration_0/judged/judged.jsonl", [
+        {"id": "a", "preference": 0.25}, {"id": "b", "preference": 0.5}, {"id": "c", "preference": None},
+    ])  # fmt: skip
+    pairs = read_pairs(tmp_path, 0)
+    assert pairs and pairs.real[0] == "2 of a" and pairs.generated[0] == "1 of a"
+    assert pairs.trained.tolist() == [True, False, False]
+    page = made(tmp_path)
+    for part in ("real a", "preferred, iteration 0", "rejected, iteration 0", "judge preferred the other, p = 0.750",
+                 "reward of the preferred responses -0.100, of the rejected ones"):  # fmt: skip
+        assert part in page.text, part
+    assert "generated" not in section(page, "steps")
+
+
+def test_sft_has_no_pairs(tmp_path: Path) -> None:
+    other_method(tmp_path, "sft", [{"id": "a", "messages": [turn("user", "Which?"), turn("assistant", "this")]}])
+    shutil.rmtree(tmp_path / "iteration_0/reference")
+    write_jsonl(tmp_path / "iteration_0/policy/metrics.jsonl", [{"stage": "x", "nll": 2.0 - n / 9} for n in range(9)])
+    page = made(tmp_path)
+    assert "Why both log-probs may fall" not in page.text and "SFT has no guide and no pairs" in page.text
+    assert "SFT trains on the data alone" in page.text
+    assert (tmp_path / "report/figures/training.svg").is_file()
+
+
+def section(page: Page, name: str) -> str:
+    """The page's source from one heading to the next."""
+    found = re.search(rf'<h2 id="{name}">(.*?)<h2 ', page.source, flags=re.DOTALL)
+    assert found
+    return found[1]
+
+
 def test_spin_has_no_distances(toy: Path) -> None:
     shutil.rmtree(toy / "guide")
     for t in (0, 1):
@@ -208,7 +319,7 @@ def test_spin_has_no_distances(toy: Path) -> None:
     config.write_text(config.read_text().replace("method: ld_align", "method: spin"))
     page = made(toy)
     assert "After 2 iterations of SPIN" in page.text
-    assert "Latent distances by iteration: not drawn: this run has no latent distances" in page.text
+    assert "SPIN has no guide, so this run has no latent distances" in page.text
     names = {path.stem for path in (toy / "report/figures").glob("*.svg")}
     assert names == {"held_out", "training", "budget"}
     assert "the first, the last and three evenly spaced" in page.text  # how the samples are chosen
@@ -222,7 +333,7 @@ def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("policy", "evaluation", "reference"):
         shutil.rmtree(toy / "iteration_0" / name)
     page = made(toy)
-    assert "No iteration has finished: this" in page.text and "no iteration has trained on pairs (an" in page.text
+    assert "No iteration has finished: this" in page.text and "no iteration has trained yet" in page.text
     assert (toy / "report/figures/distances.svg").is_file()
     assert not (toy / "report/figures/training.png").exists()
     for path in toy.iterdir():

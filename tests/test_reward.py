@@ -1,6 +1,7 @@
 """Rewards: a tiny random DeBERTa against transformers row by row, and the stage beside each evaluation."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ldalign.context import open_context
 from ldalign.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.measures import measure, measurements, summary
 from ldalign.pipeline import RunFolder, read_jsonl
-from ldalign.reward import RewardModel
+from ldalign.reward import RewardModel, check_folder
 from ldalign.settings import RunConfig
 from ldalign.summaries import stage_names
 from ldalign.toy import write_toy_model
@@ -82,6 +83,9 @@ def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pyt
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((deberta / name).read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is not read
+    with pytest.raises(InputError, match=r"has no weights in safetensors .* docs/judges.md"):
+        RewardModel(tmp_path, torch.device("cpu"))
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(InputError, match="not a reward model that can be read"):
         RewardModel(tmp_path, torch.device("cpu"))
     raw = json.loads((deberta / "config.json").read_text())
@@ -97,6 +101,26 @@ def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install ldalign\[reward\]"):
         RewardModel(deberta, torch.device("cpu"))
+
+
+def test_the_conversion_in_the_docs(deberta: Path, tmp_path: Path) -> None:
+    """Of a folder with a pickle of weights: the same scores. Without tokenizer.json the folder is refused."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (old / name).write_bytes((deberta / name).read_bytes())
+    torch.save(DebertaV2ForSequenceClassification.from_pretrained(deberta).state_dict(), old / "pytorch_model.bin")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/judges.md").read_text(), flags=re.DOTALL)
+    for name, folder in (("OpenAssistant/reward-model-deberta-v3-large-v2", old), ("models/reward-deberta", new)):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(name, str(folder))
+    exec(code, {})
+    given = texts(3, 5), texts(3, 6)
+    scores = [RewardModel(folder, torch.device("cpu")).score(*given) for folder in (deberta, new)]
+    assert torch.equal(*scores)
+    (new / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer.json .* docs/judges.md"):
+        check_folder(new)
 
 
 def test_summary() -> None:

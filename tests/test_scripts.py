@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import ROOT, one_thread, run_script, script_command
 
 from ldalign.errors import InputError
 from ldalign.pipeline import read_jsonl
+from ldalign.settings import UNREAD, RunConfig
 from ldalign.summaries import stage_names
 from ldalign.train import align, evaluate, generate, guide, sft
 
@@ -63,6 +66,35 @@ def test_launched_by_path_a_wrong_key_is_one_line_and_exit_code_2(tmp_path: Path
 def test_nothing_to_do_is_an_error(tmp_path: Path, main: object, more: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         main(arguments(tmp_path / "run", tmp_path, more))  # type: ignore[operator]
+
+
+def test_keys_that_a_method_does_not_read(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Refused on the command line, named where the config file has them, in silence where its base does."""
+    options = arguments(tmp_path / "run", toy_cache, "iterations=1", "--dry-run")
+    for method, key in (("spin", "guide.epochs=2"), ("dpo", "sampling.top_k=5"), ("sft", "beta=0.2"),
+                        ("self_reward", "judge=policy"), ("ld_align", "agreement.rows=3")):  # fmt: skip
+        name = "judge.model" if key == "judge=policy" else key.partition("=")[0]
+        with pytest.raises(InputError, match=f"{name}: method={method} does not read this key"):
+            align.main([*options, f"method={method}", key])
+    capfd.readouterr()
+    align.main([*options, "method=spin"])
+    assert "configs/toy.yaml: method=spin does not read guide.*; they change nothing here" in capfd.readouterr().err
+    child = tmp_path / "spin.yaml"
+    child.write_text(f"base: {os.path.relpath(ROOT / 'configs/toy.yaml', tmp_path)}\nmethod: spin\n")
+    at = options.index("--config")
+    align.main([*options[:at], "--config", str(child), *options[at + 2 :]])
+    assert "does not read" not in capfd.readouterr().err
+
+
+def test_every_method_has_its_list_of_unread_keys() -> None:
+    names = {key for keys in UNREAD.values() for key in keys}
+    assert set(UNREAD) == set(get_args(get_type_hints(RunConfig)["method"]))
+    for name in names:
+        value: object = RunConfig()
+        for part in name.split("."):
+            value = getattr(value, part)
 
 
 def test_single_stages_are_those_of_align(

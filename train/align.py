@@ -16,7 +16,7 @@ from ldalign.stages import policy_stage, sft_stage, start_name, start_stage
 
 def main(argv: list[str]) -> None:
     """Reads the settings and runs all stages that are not done."""
-    run_stages(argv, __doc__ or "", align, planned)
+    run_stages(argv, __doc__ or "", align, planned, by_method=True)
 
 
 def align(ctx: Context) -> str:

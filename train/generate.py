@@ -29,8 +29,8 @@ from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pipeline import hash_model_folder, hash_settings, on_rank0, run_stage, stage_parents
 from ldalign.sampling import Response
-from ldalign.settings import RunConfig
-from ldalign.stages import SAMPLING_KEYS, new_engine, responses_stage, sampling_of, start_stage
+from ldalign.settings import SAMPLING_KEYS, RunConfig
+from ldalign.stages import new_engine, responses_stage, sampling_of, start_stage
 from ldalign.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 
