@@ -25,6 +25,7 @@ from ldalign import distributed, env
 from ldalign.distributed import on_rank0
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, sync, write_text, writing
+from ldalign.parts import FOLDER as PARTS
 
 Parents = Mapping[str, str | int | float]
 
@@ -238,8 +239,9 @@ def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) 
 
 def _name(folder: Path, partial: Path) -> None:
     """What only an unfinished stage needs goes, now that it has a manifest; then it gets its name."""
-    if (partial / CHECKPOINTS).exists():
-        shutil.rmtree(partial / CHECKPOINTS)
+    for inner in (CHECKPOINTS, PARTS):
+        if (partial / inner).exists():
+            shutil.rmtree(partial / inner)
     (partial / PARENTS).unlink(missing_ok=True)
     partial.rename(folder)
     sync(folder.parent)
@@ -248,33 +250,11 @@ def _name(folder: Path, partial: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     """All files of a stage, sorted. A stage is plain files: a link is an assertion error."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS)]
+    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS, PARTS)]
     for path in paths:
         assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
-
-
-def write_rows(path: Path, mine: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One JSON Lines file of all ranks' (row index, record), in row order; returns all records, on rank 0.
-
-    Every rank calls it. The ranks' parts go through files beside it, as records may be large.
-    """
-    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
-    write_jsonl(part, mine)
-    distributed.barrier()
-    merged: list[dict[str, Any]] = []
-
-    def merge() -> None:
-        parts = [path.with_name(f"{path.name}.rank{n}") for n in range(distributed.world_size())]
-        indexed = sorted((pair for p in parts for pair in read_jsonl(p)), key=lambda pair: pair[0])
-        merged.extend(record for _, record in indexed)
-        write_jsonl(path, merged)
-        for p in parts:
-            p.unlink()
-
-    on_rank0(merge)
-    return merged
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
