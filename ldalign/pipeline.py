@@ -134,7 +134,7 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
             check_stage(partial, parents)
             _name(folder, partial)
             return True
-        if resume and (partial / PARENTS).is_file():
+        if resume and (partial / PARENTS).is_file() and _holds_work(partial):
             _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), _as_read(parents))
             log.info("%s: left over from a run that was cut short; gone on from", partial)
             for path in [*partial.rglob(HALF_WRITTEN), *partial.rglob(f"*{PARTIAL}")]:
@@ -152,6 +152,12 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
         if resume:
             write_text(partial / PARENTS, json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return False
+
+
+def _holds_work(partial: Path) -> bool:
+    """Whether anything is in it but what a stage has before its first row or step; else it may be begun anew."""
+    rows = (path for path in partial.rglob("*") if path.is_file() and path.name != PARENTS)
+    return any(path.stat().st_size for path in rows) or any((partial / CHECKPOINTS).glob("*"))
 
 
 def _read_parents(path: Path) -> dict[str, Any]:

@@ -355,7 +355,7 @@ def score(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "work", "message"),
     [
-        (weights, "_empty_share", score, r"model: 0.\d million weights, 0.00 GiB as float32, on cpu: out of memory; set"),
+        (weights, "_empty_share", score, r"model: 0.\d million weights, 0.00 GiB as float32, on cpu: out of memory; "),
         (scoring, "token_logprobs", score,
          r"a micro-batch of \d+ tokens \(the longest row, row-\d, has \d+\): out of memory; lower training.micro"),
         (guide.Guide, "encode", lambda folder: tiny_guide().distance(["a"], ["b"], ["c"]),
