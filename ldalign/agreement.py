@@ -24,6 +24,7 @@ from ldalign.guide import is_trained_guide
 from ldalign.judges import judge_parents, open_judge
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
+from ldalign.parts import FOLDER as PARTS
 from ldalign.pipeline import Parents, hash_file, hash_model_folder, read_jsonl, write_jsonl
 from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS
@@ -78,10 +79,13 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
         differ = [i for i, r in enumerate(records) if r["first"] != r["second"]]
         both = [(i, side) for i in differ for side in ("first", "second")]
         texts = [records[i][side] for i, side in both]
-        distances = latent_distances(ctx, guide, [rows[i] for i, _ in both], texts).tolist()
+        distances = latent_distances(
+            ctx, guide, [rows[i] for i, _ in both], texts, folder / PARTS / "distances"
+        ).tolist()
         preferences = open_judge(ctx, policy).prefer(
-            [rows[i] for i in differ], [records[i]["first"] for i in differ], [records[i]["second"] for i in differ]
-        )
+            [rows[i] for i in differ], [records[i]["first"] for i in differ], [records[i]["second"] for i in differ],
+            folder / PARTS / "judge",
+        )  # fmt: skip
         for n, i in enumerate(differ):
             records[i] |= {"first_distance": distances[2 * n], "second_distance": distances[2 * n + 1],
                            "preference": None if math.isnan(preferences[n]) else preferences[n]}  # fmt: skip
@@ -94,7 +98,7 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
     samples_file = ctx.run.path / "agreement_samples/samples.jsonl"
     parents = {"samples": hash_file(samples_file), "guide": guide_hash(guide), **judge_parents(ctx, policy),
                **ctx.keys("distance")}  # fmt: skip
-    metrics = stage(ctx, "agreement", parents, make)
+    metrics = stage(ctx, "agreement", parents, make, resume=True)
     say(_sentence(metrics))
     return metrics
 

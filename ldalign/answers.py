@@ -2,20 +2,21 @@
 
 The prompts are cut into chunks, longest prompts first, the same whatever the ranks. A rank takes the next chunk when it
 has room, so one that is slow takes fewer; nobody waits for anybody before the end. Every rank appends to a file of its
-own; at the end rank 0 merges them by row. A run that was killed leaves those files, and the next one makes what is
-missing: single rows where a row's bits do not depend on its company, else whole chunks, so that the answers are those
-of a run that was not killed.
+own (`ldalign.parts`); at the end rank 0 merges them by row. A run that was killed leaves those files, and the next one
+makes what is missing: single rows where a row's bits do not depend on its company, else whole chunks, so that the
+answers are those of a run that was not killed.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ldalign import distributed
 from ldalign.decoders import Decoder
 from ldalign.engine import Engine, Request
+from ldalign.parts import Parts, append
 from ldalign.pipeline import on_rank0, read_jsonl, write_text
 from ldalign.sampling import Response
 
@@ -30,39 +31,42 @@ def make_answers(
     new_engine: Callable[[Decoder], Engine],
     record: Callable[[Request, Response], dict[str, Any]],
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
+    chunk_rows: int | None = None,
 ) -> list[dict[str, Any]]:
     """Writes `path`, a JSON Lines file of one record a request, in the order of their indices; returns them on rank 0.
 
     All ranks call it with the same requests, whose indices are 0, 1, ... Files of an earlier call that was cut short,
-    beside `path`, are gone on from: the caller makes sure that they belong to the same requests.
+    beside `path`, are gone on from: the caller makes sure that they belong to the same requests. chunk_rows: a chunk's
+    rows, CHUNK by default.
     """
-    done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact)))
-    missing = [[r for r in chunk if r.index not in done] for chunk in chunks(requests)]
+    size = chunk_rows or CHUNK
+    done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact, size)))
+    missing = [[r for r in chunk if r.index not in done] for chunk in chunks(requests, size)]
     progress(len(done), 0)
     engine = new_engine(decoder)
-    with _own_file(path).open("a", encoding="utf-8") as file:
+    with Parts(path).open() as file:
         mine = _claimed(path, missing)
         if decoder.row_exact:
             for request, response in engine.run(request for chunk in mine for request in chunk):
-                _write(file, [(request, response)], record)
+                append(file, [(request.index, record(request, response))])
                 progress(1, len(response.ids))
         else:
             for chunk in mine:
                 finished = []
                 for request, response in engine.run(chunk):
-                    finished.append((request, response))
+                    finished.append((request.index, record(request, response)))
                     progress(1, len(response.ids))
-                _write(file, finished, record)
+                append(file, finished)
     distributed.barrier()
     merged: list[dict[str, Any]] = []
     on_rank0(lambda: merged.extend(_merge(path, len(requests))))
     return merged
 
 
-def chunks(requests: Sequence[Request]) -> list[list[Request]]:
-    """All requests, longest prompts first; equal prompts stay together, for they share pages."""
+def chunks(requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """All requests, `size` at a time, longest prompts first; equal prompts stay together, for they share pages."""
     ordered = sorted(requests, key=lambda r: (-len(r.prompt), r.index))
-    return [ordered[i : i + CHUNK] for i in range(0, len(ordered), CHUNK)]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def _claimed(path: Path, chunks: Sequence[Sequence[Request]]) -> Iterator[Sequence[Request]]:
@@ -77,56 +81,26 @@ def _claimed(path: Path, chunks: Sequence[Sequence[Request]]) -> Iterator[Sequen
         yield chunk
 
 
-def _own_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.rank{distributed.rank()}")
-
-
-def _write(file: IO[str], finished: Iterable[tuple[Request, Response]], record: Callable[..., dict[str, Any]]) -> None:
-    # One write, then flushed: a killed process leaves whole lines, but maybe for the last.
-    lines = (
-        json.dumps([request.index, record(request, response)], ensure_ascii=False) for request, response in finished
-    )
-    file.write("".join(f"{line}\n" for line in lines))
-    file.flush()
-
-
-def _resume(path: Path, requests: Sequence[Request], row_exact: bool) -> list[int]:
-    """The indices that need not be made again; they are in one file afterwards, and no claims are left."""
-    rows = _read(path)
-    if not row_exact:
-        whole = [chunk for chunk in chunks(requests) if all(r.index in rows for r in chunk)]
-        rows = {r.index: rows[r.index] for chunk in whole for r in chunk}
-    kept = path.with_name(f"{path.name}.kept")
-    # At once or not at all: the file may hold the rows of an earlier start already.
-    write_text(kept, "".join(json.dumps([i, rows[i]], ensure_ascii=False) + "\n" for i in sorted(rows)))
-    for part in path.parent.glob(f"{path.name}.rank*"):
-        part.unlink()
+def _resume(path: Path, requests: Sequence[Request], row_exact: bool, size: int) -> list[int]:
+    """The indices that need not be made again; no claims are left."""
     for claim in path.parent.glob(f"{path.name}{CLAIM}*"):
         claim.unlink()
-    return sorted(rows)
-
-
-def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """The records in all parts, by index; a torn last line does not count. Where they were merged before: of that."""
-    if path.is_file():  # the run was stopped before the stage had its name
-        return dict(enumerate(read_jsonl(path)))
-    rows: dict[int, dict[str, Any]] = {}
-    for part in sorted([*path.parent.glob(f"{path.name}.rank*"), *path.parent.glob(f"{path.name}.kept")]):
-        for line in part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            try:
-                index, record = json.loads(line)
-            except ValueError:
-                continue
-            rows[index] = record
-    return rows
+    if path.is_file():  # merged before: the run was stopped before the stage had its name
+        return [r.index for r in requests]
+    alone = None if row_exact else [[r.index for r in chunk] for chunk in chunks(requests, size)]
+    return sorted(Parts(path).gather(alone))
 
 
 def _merge(path: Path, count: int) -> list[dict[str, Any]]:
-    rows = _read(path)
-    assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
-    records = [rows[i] for i in range(count)]
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))  # at once or not at all
-    parts = [*path.parent.glob(f"{path.name}.rank*"), *path.parent.glob(f"{path.name}{CLAIM}*")]
-    for part in [*parts, path.with_name(f"{path.name}.kept")]:
-        part.unlink()
+    parts = Parts(path)
+    if path.is_file():
+        records: list[dict[str, Any]] = read_jsonl(path)
+    else:
+        rows = parts.read()
+        assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
+        records = [rows[i] for i in range(count)]
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))  # at once or not at all
+    for claim in path.parent.glob(f"{path.name}{CLAIM}*"):
+        claim.unlink()
+    parts.remove()
     return records

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
-from ldalign.memory import keep_freed_memory
+from ldalign.memory import OutOfMemory, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def _results(outcomes: Sequence[Any], failure: Exception | None) -> list[Any]:
 
 
 _SHARED_ERRORS: dict[str, type[LdalignError]] = {
-    cls.__name__: cls for cls in (InputError, EnvironmentProblem, NumericsError)
+    cls.__name__: cls for cls in (InputError, EnvironmentProblem, OutOfMemory, NumericsError)
 }
 
 
@@ -271,10 +271,10 @@ def total(values: Tensor) -> Tensor:
 
 
 def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
-    """Per-row results of all ranks in one (count,) float64 CPU tensor; each rank gives the rows `mine` it worked on."""
+    """Results of all ranks, (count, ...) float64 on the CPU, by row; each rank gives the rows `mine` it worked on."""
     on_gpu = dist.is_initialized() and dist.get_backend() != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    out = torch.zeros(count, dtype=torch.float64, device=device)
+    out = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=device)
     out[torch.tensor(list(mine), dtype=torch.int64, device=device)] = values.to(device, torch.float64)
     return total(out).cpu()
 

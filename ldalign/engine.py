@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ldalign.decoders import Decoder
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.memory import available_bytes, is_out_of_memory
+from ldalign.errors import InputError
+from ldalign.memory import OutOfMemory, available_bytes, is_out_of_memory
 from ldalign.pages import PAGE, PagePool, SharedPages, pages_for
 from ldalign.sampling import Response, Sampling, sample
 from ldalign.seeds import uniforms
@@ -47,7 +47,7 @@ class Engine:
     needed for stop strings alone. Raises InputError where the budget does not hold one row.
 
     Where memory runs out all the same, the cache or the step is halved until it fits: fewer rows are under way at a
-    time, the text is the same. Raises EnvironmentProblem where not even one row's cache, or one token, fits.
+    time, the text is the same. Raises OutOfMemory where not even one row's cache, or one token, fits.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Engine:
         wanted = pages
         while not self._fits(partial(self.decoder.allocate, pages, self.longest)):
             if pages == least:
-                raise EnvironmentProblem(
-                    f"generation: there is no memory for the cache of one row of {self.longest} tokens "
-                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB); lower max_new_tokens or free memory"
+                raise OutOfMemory(
+                    f"generation: the cache of one row of {self.longest} tokens "
+                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB): out of memory; lower max_new_tokens"
                 )
             pages = max(least, pages // 2)
         if pages < wanted:
@@ -189,7 +189,7 @@ class Engine:
         if not self._fits(work):
             tokens = int(new.sum())
             if tokens == 1:
-                raise EnvironmentProblem("generation: there is no memory to compute one token; free some")
+                raise OutOfMemory("generation: a step of one token: out of memory; give a smaller model")
             if self._most >= max(len(self.requests), self.step_tokens):
                 log.warning("generation: no memory for a step of %d tokens; going on with smaller ones", tokens)
             self._most = tokens // 2

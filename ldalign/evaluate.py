@@ -6,20 +6,24 @@ prompt are not independent.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ldalign import distributed, tasks
+from ldalign.answers import make_answers
 from ldalign.batches import Pair
 from ldalign.data import Row
-from ldalign.decoders import new_decoder
-from ldalign.generate import generate_ids
+from ldalign.decoders import Decoder, new_decoder
+from ldalign.engine import Engine, Request
 from ldalign.mistral import Mistral
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.tokenizer import Tokenizer
+
+CHUNK = 64  # rows: there are few, and every rank is to get some
 
 
 @dataclass(frozen=True)
@@ -45,57 +49,81 @@ def evaluate(
     pairs: Sequence[Pair],
     settings: EvaluationSettings,
     device: torch.device,
+    kept: Path,
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     release: bool = False,
-) -> tuple[dict[str, float], list[tuple[int, dict[str, object]]]]:
-    """Metrics over all rows, the same on every rank, and this rank's records (row index; likelihood, texts, verdicts).
+) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """Metrics over all rows, and a record a row (likelihood, texts, verdicts); on rank 0, other ranks get nothing.
 
     Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also accuracy/greedy and
     accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac. A row that cannot
-    be checked is answered with `answer_all` alone, and has no samples and an empty `correct`. release: the model may
-    lose its weights, so that there is never a second copy of them.
+    be checked is answered with `answer_all` alone, and has no samples and an empty `correct`. kept: a folder for what
+    is done, which a later call with the same arguments goes on from. release: the model may lose its weights, so that
+    there is never a second copy of them.
     """
-    logps = response_logps(model, pairs, settings.micro_tokens, device)[:, 0]
+    logps = response_logps(model, pairs, settings.micro_tokens, device, path=kept / "logps")[:, 0]
     metrics = {"rows": float(len(rows)), "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs))}
     answered = [i for i, row in enumerate(rows) if settings.answer_all or row.kind is not None]
     checkable = [i for i in answered if rows[i].kind is not None]
-    mine = [i for i in answered if i % distributed.world_size() == distributed.rank()]
-    ends = tokenizer.end_ids
     decoder = new_decoder(model, release)
-    greedy = generate_ids(
-        decoder, [pairs[i].prompt for i in mine], [f"greedy/{rows[i].id}" for i in mine], ends,
-        replace(settings.sampling, temperature=0.0), settings.seed, settings.batch_rows, progress,
-    )  # fmt: skip
     # The keys do not name the policy: every policy meets the same random numbers, and differences have less noise.
-    repeated = [(i, n) for i in mine if rows[i].kind is not None for n in range(settings.samples)]
-    samples = iter(generate_ids(
-        decoder, [pairs[i].prompt for i, _ in repeated], [f"sample/{rows[i].id}/{n}" for i, n in repeated], ends,
-        settings.sampling, settings.seed, settings.batch_rows, progress,
-    ))  # fmt: skip
-    own = range(distributed.rank(), len(rows), distributed.world_size())
-    records: dict[int, dict[str, object]] = {
-        i: {"id": rows[i].id, "prompt": rows[i].history[-1]["content"], "real": rows[i].response,
-            "logp": float(logps[i]), "n_tokens": len(pairs[i].real)} for i in own
-    }  # fmt: skip
-    table = torch.zeros(len(mine), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
-    for n, i in enumerate(mine):
+    asked = {
+        "greedy": [(f"greedy/{rows[i].id}", pairs[i].prompt) for i in answered],
+        "sampled": [(f"sample/{rows[i].id}/{n}", pairs[i].prompt) for i in checkable for n in range(settings.samples)],
+    }
+    greedy, sampled = (
+        _answers(kept / name, prompts, decoder, tokenizer, settings, name == "greedy", progress)
+        for name, prompts in asked.items()
+    )
+    if distributed.rank() > 0:
+        return {}, []
+    samples = iter(sampled)
+    records: list[dict[str, object]] = [
+        {"id": row.id, "prompt": row.history[-1]["content"], "real": row.response, "logp": float(logp),
+         "n_tokens": len(pair.real)} for row, pair, logp in zip(rows, pairs, logps, strict=True)
+    ]  # fmt: skip
+    table = torch.zeros(len(rows), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
+    for i, first in zip(answered, greedy, strict=True):
         checked = rows[i].kind is not None
-        answers = [greedy[n], *(next(samples) for _ in range(settings.samples if checked else 0))]
+        answers = [first, *(next(samples) for _ in range(settings.samples if checked else 0))]
         texts = [tokenizer.decode(a.ids) for a in answers]
         right = [_correct(rows[i], text, a) for text, a in zip(texts, answers, strict=True)] if checked else []
-        table[n] = torch.tensor([sum(right[:1]), sum(right[1:]) / max(1, settings.samples),
+        table[i] = torch.tensor([sum(right[:1]), sum(right[1:]) / max(1, settings.samples),
                                  sum(len(a.ids) for a in answers),
                                  sum(a.finish_reason == "length" for a in answers) / len(answers)])  # fmt: skip
         records[i] |= {"greedy": texts[0], "sampled": texts[1:], "correct": right}
-    whole = torch.stack([distributed.merge_rows(len(rows), mine, column) for column in table.T])
     if checkable:
         kinds = [str(rows[i].kind) for i in checkable]
-        metrics |= _summary("accuracy/greedy", whole[0, checkable].numpy(), kinds)
+        metrics |= _summary("accuracy/greedy", table[checkable, 0].numpy(), kinds)
         if settings.samples:
-            metrics |= _summary("accuracy/sampled", whole[1, checkable].numpy(), kinds)
+            metrics |= _summary("accuracy/sampled", table[checkable, 1].numpy(), kinds)
     if answered:
-        metrics |= {"tokens_generated": float(whole[2].sum()), "truncated_frac": float(whole[3, answered].mean())}
-    return metrics, list(records.items())
+        metrics |= {"tokens_generated": float(table[:, 2].sum()), "truncated_frac": float(table[answered, 3].mean())}
+    return metrics, records
+
+
+def _answers(
+    path: Path,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    settings: EvaluationSettings,
+    greedily: bool,
+    progress: Callable[[int, int], None],
+) -> list[Response]:
+    """The responses to (key, prompt)s in their order, on rank 0; [] on the others. The ranks share the work."""
+    if not prompts:
+        return []
+    requests = [Request(key, prompt, i) for i, (key, prompt) in enumerate(prompts)]
+    sampling = replace(settings.sampling, temperature=0.0) if greedily else settings.sampling
+    longest = max(len(prompt) for _, prompt in prompts) + sampling.max_new_tokens
+    records = make_answers(
+        path, requests, decoder,
+        lambda decoder: Engine(decoder, sampling, tokenizer.end_ids, settings.seed, longest=longest,
+                               rows=min(settings.batch_rows, len(prompts))),
+        lambda request, response: asdict(response), progress, CHUNK,
+    )  # fmt: skip
+    return [Response(**record) for record in records]
 
 
 def _correct(row: Row, text: str, response: Response) -> bool:

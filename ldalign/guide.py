@@ -18,7 +18,7 @@ Shapes: N flat tokens, D width, Z = m k latent width, B examples, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -29,12 +29,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldalign import ops
-from ldalign.errors import InputError, NumericsError, is_failure
+from ldalign.errors import InputError, is_failure
 from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
+from ldalign.memory import naming
 from ldalign.mistral import Mistral
 from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json
+from ldalign.parts import table
 from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import (
     LanguageModel,
@@ -187,24 +189,34 @@ class Guide(nn.Module):
         generated: Sequence[str],
         batch_tokens: int = 8192,
         metric: Metric = "euclidean",
+        ids: Sequence[str] | None = None,
+        path: Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
         """(N,) float32 on the CPU: ||E(x, y) - E(x, y')||_2 of N prompts with two responses each; no dropout.
 
-        metric "cosine": `cosine_distance` of E(x, y) and E(x, y') instead.
-        Raises NumericsError naming the first row whose distance is not finite.
+        metric "cosine": `cosine_distance` of E(x, y) and E(x, y') instead. All ranks call it with the same rows and
+        share the work; the batches, and so the result, are the same for any number of them. ids: of the rows, for
+        errors; None: their numbers. path: as in `parts.table`, for a stage that can be gone on with.
+        Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
         pairs = [(self.example(x, y), self.example(x, g)) for x, y, g in zip(prompts, real, generated, strict=True)]
         costs = [_size(real) + _size(other) for real, other in pairs]
-        out = torch.zeros(len(pairs))
-        for batch in _runs(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens):
-            z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
-            a, b = z[0::2], z[1::2]
-            out[batch] = (cosine_distance(a, b) if metric == "cosine" else (a - b).norm(dim=1).float()).cpu()
-        for i in (~torch.isfinite(out)).nonzero()[:1, 0].tolist():
-            raise NumericsError(
-                f"guide: the latent distance of row {i} is {out[i]}; look at its texts and the guide's losses"
-            )
-        return out
+        names = range(len(pairs)) if ids is None else ids
+
+        def measure(batch: Sequence[int]) -> Tensor:
+            what = f"latents of {len(batch)} pairs of {sum(costs[i] for i in batch)} tokens"
+            with naming(lambda: what, "lower training.micro_tokens, or guide.max_tokens for another guide"):
+                z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
+                a, b = z[0::2], z[1::2]
+                d = cosine_distance(a, b) if metric == "cosine" else (a - b).norm(dim=1).float()
+                return d[:, None].cpu()
+
+        def refusal(i: int, value: float) -> str:
+            return f"row {names[i]}: the latent distance is {value}; look at its texts and at the guide's losses"
+
+        batches = _runs(sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens)
+        return table(batches, measure, 1, refusal, path, progress)[:, 0].float()
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes encoder/ and decoder/ (model folders, float32), latent.safetensors, guide.json, tokenizer.json."""

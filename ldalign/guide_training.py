@@ -20,6 +20,9 @@ from ldalign.optim import learning_rate_factor, make_optimizer
 from ldalign.seeds import permutation, uniforms
 from ldalign.training import forget_refused_step, refuse_step
 
+# What helps where memory does not suffice.
+LOWER = "lower training.micro_tokens, guide.max_tokens or guide.width, or use more ranks"
+
 
 @dataclass(frozen=True)
 class GuideTrainSettings:
@@ -75,7 +78,7 @@ def train_guide(
             if step < state["step"]:
                 continue
             keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
-            with naming(lambda: _too_large(keyed, settings, step)):  # noqa: B023 (called at once)
+            with naming(lambda: _too_large(keyed, settings, step), LOWER):  # noqa: B023 (called at once)
                 loss = _accumulate(guide, keyed, settings.micro_tokens, seed, device)
                 norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
             if not np.isfinite(loss) or not np.isfinite(norm):
@@ -85,7 +88,8 @@ def train_guide(
             factor = learning_rate_factor(step, steps, settings.warmup_ratio, "cosine")
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
-            optimizer.step()
+            with naming(lambda: _too_large(keyed, settings, step), LOWER):  # noqa: B023
+                optimizer.step()
             optimizer.zero_grad()
             state["step"] = step + 1
             record = {
@@ -112,9 +116,8 @@ def train_guide(
 
 def _too_large(keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int) -> str:
     return (
-        f"guide: step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens does not fit (the longest "
-        f"row of the step takes {max(sum(_costs(row)) for row, _ in keyed)}); lower training.micro_tokens, "
-        "guide.max_tokens or guide.width, or use more ranks"
+        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest row of the step takes "
+        f"{max(sum(_costs(row)) for row, _ in keyed)})"
     )
 
 

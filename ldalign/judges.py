@@ -27,7 +27,7 @@ from ldalign.pipeline import Parents, hash_model_folder, on_rank0
 from ldalign.scoring import response_logps
 from ldalign.settings import RunConfig
 from ldalign.tokenizer import Tokenizer, load_tokenizer, template_date
-from ldalign.weights import load_model, read_config
+from ldalign.weights import check_model, load_model, read_config
 
 CHECKER = "checker"
 POLICY = "policy"
@@ -55,11 +55,13 @@ ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
 class Judge(Protocol):
     """What decides between two answers."""
 
-    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def prefer(
+        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+    ) -> list[float]:
         """For each row, in [0, 1], how surely the first answer is the better one: 0.5 a tie, NaN no verdict.
 
         All ranks call it with the same arguments and get the same result. Of a row its history counts, and what a
-        checker needs.
+        checker needs. path: as in `parts.table`, for a stage that can be gone on with.
         """
         ...
 
@@ -67,7 +69,9 @@ class Judge(Protocol):
 class Checker:
     """The program that checks answers of the embedded data: a tie where both are right or both wrong."""
 
-    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def prefer(
+        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+    ) -> list[float]:
         """1, 0 or 0.5; NaN for rows that name no kind of task that is known here."""
         return [
             0.5 + (tasks.check(str(row.kind), row.answer, a) - tasks.check(str(row.kind), row.answer, b)) / 2
@@ -91,7 +95,9 @@ class ModelJudge:
         if self.letters[0] == self.letters[1]:
             raise InputError(f"{tokenizer.folder}: cannot judge: its answers A and B begin with the same token")
 
-    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def prefer(
+        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+    ) -> list[float]:
         """NaN where a question with its answers is longer than the model's positions."""
         room = self.model.config.max_position_embeddings
         asked: list[Pair] = []  # two a row that fits: its answers in either order
@@ -102,7 +108,7 @@ class ModelJudge:
             fits.append(max(map(len, both)) < room)
             if fits[-1]:
                 asked += [Pair(row.id, ids, self.letters[:1], self.letters[1:]) for ids in both]
-        logps = response_logps(self.model, asked, self.micro_tokens, self.device)  # (2 rows that fit, 2)
+        logps = response_logps(self.model, asked, self.micro_tokens, self.device, path=path)  # (2 rows that fit, 2)
         says_a = torch.sigmoid(logps[:, 0] - logps[:, 1])
         lesser = iter(((says_a[0::2] + 1 - says_a[1::2]) / 2).tolist())  # that min(a, b) is better
         preferences = [next(lesser) if fit else math.nan for fit in fits]
@@ -121,8 +127,10 @@ class EndpointJudge:
     def __init__(self, connect: Callable[[], Endpoint]) -> None:
         self.connect = connect
 
-    def prefer(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none."""
+    def prefer(
+        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+    ) -> list[float]:
+        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none. The endpoint keeps its own."""
 
         def ask() -> list[float]:
             both = [_question(row, x, y) + OR_TIE
@@ -171,7 +179,10 @@ def check_judge(config: RunConfig) -> None:
         if importlib.util.find_spec("openai") is None:
             raise EnvironmentProblem("judge.endpoint: openai is missing; pip install ldalign[judge]")
         return
-    _check_kind(find_model(config, config.judge.model))
+    folder = find_model(config, config.judge.model)
+    _check_kind(folder)
+    check_model(folder)
+    load_tokenizer(folder)
 
 
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:

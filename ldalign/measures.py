@@ -14,8 +14,9 @@ from ldalign.errors import EnvironmentProblem
 from ldalign.evaluate import standard_error
 from ldalign.judges import check_judge
 from ldalign.metrics import say
+from ldalign.parts import FOLDER as PARTS
 from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
-from ldalign.reward import RewardModel, check_folder
+from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.stages import RESPONSES, evaluation_stage
 from ldalign.summaries import Metrics, stage
@@ -39,7 +40,7 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
     if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
         if importlib.util.find_spec("transformers") is None:
             raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]")
-        check_folder(find_model(config, str(config.reward.model)))
+        check_reward_model(find_model(config, str(config.reward.model)))
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:
@@ -63,12 +64,15 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
     def make(folder: Path) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
         questions = [prompt_text(row) for row in ctx.heldout.rows]
-        generated = _score(scorer, questions, [record["greedy"] for record in read_jsonl(answers)])
+        ids = [row.id for row in ctx.heldout.rows]
+        answered = [record["greedy"] for record in read_jsonl(answers)]
+        generated = scorer.score(questions, answered, ids, folder / PARTS / "generated").double().numpy()
         old = read_jsonl(before) if before else []
         if before:
             real = np.array([record["real"] for record in old])
         else:
-            real = _score(scorer, questions, [row.response for row in ctx.heldout.rows])
+            responses = [row.response for row in ctx.heldout.rows]
+            real = scorer.score(questions, responses, ids, folder / PARTS / "real").double().numpy()
         _write_rewards(folder, ctx.heldout.rows, generated, real)
         return summary(generated, real, np.array([record["generated"] for record in old]) if old else None)
 
@@ -76,7 +80,7 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         "reward.model": hash_model_folder(model), "answers": hash_file(answers), "data": ctx.heldout_hash,
         **ctx.keys("reward.max_tokens"), **({f"rewards of {first}": hash_file(before)} if before else {}),
     }  # fmt: skip
-    metrics = stage(ctx, f"{name}/reward", parents, make)
+    metrics = stage(ctx, f"{name}/reward", parents, make, resume=True)
     say(f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses {metrics['reward/real']:.3f}, better than "
         f"these on {metrics['reward/win_rate']:.1%}")  # fmt: skip
     return metrics
@@ -90,9 +94,14 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
 
     def make(folder: Path) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
-        questions = [prompt_text(row) for row in rows]
-        generated = _score(scorer, questions, [record["response"] for record in read_jsonl(responses)])
-        real = _score(scorer, questions, [row.response for row in rows])
+        questions, ids = [prompt_text(row) for row in rows], [row.id for row in rows]
+        sides = {
+            "generated": [record["response"] for record in read_jsonl(responses)],
+            "real": [row.response for row in rows],
+        }
+        generated, real = (
+            scorer.score(questions, texts, ids, folder / PARTS / side).double().numpy() for side, texts in sides.items()
+        )
         _write_rewards(folder, rows, generated, real)
         return {"reward/generated": float(generated.mean()), "reward/real": float(real.mean())}
 
@@ -100,7 +109,7 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
         "reward.model": hash_model_folder(model), "responses": hash_file(responses), "data": ctx.used_hash,
         **ctx.keys("reward.max_tokens"),
     }  # fmt: skip
-    stage(ctx, f"iteration_{t}/pair_rewards", parents, make)
+    stage(ctx, f"iteration_{t}/pair_rewards", parents, make, resume=True)
 
 
 def _write_rewards(folder: Path, rows: Sequence[Row], generated: np.ndarray, real: np.ndarray) -> None:
@@ -108,14 +117,6 @@ def _write_rewards(folder: Path, rows: Sequence[Row], generated: np.ndarray, rea
     if distributed.rank() == 0:
         columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
         write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
-
-
-def _score(scorer: RewardModel, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """(N,) float64; the ranks share the rows."""
-    mine = range(distributed.rank(), len(questions), distributed.world_size())
-    values = scorer.score([questions[i] for i in mine], [answers[i] for i in mine])
-    merged: np.ndarray = distributed.merge_rows(len(questions), mine, values).numpy()
-    return merged
 
 
 def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:

@@ -20,6 +20,10 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # this process's own, as a container see
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 
 
+class OutOfMemory(EnvironmentProblem):
+    """Memory did not suffice: `naming` says for what, and what to lower."""
+
+
 def keep_freed_memory() -> bool:
     """Tells glibc to serve large blocks from one heap and never to shrink it; whether that worked."""
     try:
@@ -58,11 +62,16 @@ def available_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def naming(what: Callable[[], str]) -> Iterator[None]:
-    """Turns a failed allocation within it into an EnvironmentProblem: `what()` says for what, and what to lower."""
+def naming(what: Callable[[], str], lower: str) -> Iterator[None]:
+    """Turns a failed allocation within it into OutOfMemory: `what()` says for what, `lower` what to do.
+
+    Where one was named further in, `what()` goes in front: "STAGE: STEP: out of memory; lower ...".
+    """
     try:
         yield
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{what()}: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise EnvironmentProblem(f"out of memory: {what()}") from error
+        raise OutOfMemory(f"{what()}: out of memory; {lower}") from error

@@ -26,6 +26,7 @@ from ldalign import distributed, env
 from ldalign.distributed import on_rank0
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, make_folder, sync, write_text, writing
+from ldalign.parts import FOLDER as PARTS
 
 Parents = Mapping[str, str | int | float]
 
@@ -135,7 +136,7 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
             check_stage(partial, parents)
             _name(folder, partial)
             return True
-        if resume and (partial / PARENTS).is_file():
+        if resume and (partial / PARENTS).is_file() and _holds_work(partial):
             _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), _as_read(parents))
             log.info("%s: left over from a run that was cut short; gone on from", partial)
             for path in [*partial.rglob(HALF_WRITTEN), *partial.rglob(f"*{PARTIAL}")]:
@@ -153,6 +154,12 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
         if resume:
             write_text(partial / PARENTS, json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return False
+
+
+def _holds_work(partial: Path) -> bool:
+    """Whether anything is in it but what a stage has before its first row or step; else it may be begun anew."""
+    rows = (path for path in partial.rglob("*") if path.is_file() and path.name != PARENTS)
+    return any(path.stat().st_size for path in rows) or any((partial / CHECKPOINTS).glob("*"))
 
 
 def _read_parents(path: Path) -> dict[str, Any]:
@@ -249,8 +256,9 @@ def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) 
 
 def _name(folder: Path, partial: Path) -> None:
     """What only an unfinished stage needs goes, now that it has a manifest; then it gets its name."""
-    if (partial / CHECKPOINTS).exists():
-        shutil.rmtree(partial / CHECKPOINTS)
+    for inner in (CHECKPOINTS, PARTS):
+        if (partial / inner).exists():
+            shutil.rmtree(partial / inner)
     (partial / PARENTS).unlink(missing_ok=True)
     partial.rename(folder)
     sync(folder.parent)
@@ -259,33 +267,11 @@ def _name(folder: Path, partial: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     """All files of a stage, sorted. A stage is plain files: a link is an assertion error."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS)]
+    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS, PARTS)]
     for path in paths:
         assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
-
-
-def write_rows(path: Path, mine: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One JSON Lines file of all ranks' (row index, record), in row order; returns all records, on rank 0.
-
-    Every rank calls it. The ranks' parts go through files beside it, as records may be large.
-    """
-    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
-    write_jsonl(part, mine)
-    distributed.barrier()
-    merged: list[dict[str, Any]] = []
-
-    def merge() -> None:
-        parts = [path.with_name(f"{path.name}.rank{n}") for n in range(distributed.world_size())]
-        indexed = sorted((pair for p in parts for pair in read_jsonl(p)), key=lambda pair: pair[0])
-        merged.extend(record for _, record in indexed)
-        write_jsonl(path, merged)
-        for p in parts:
-            p.unlink()
-
-    on_rank0(merge)
-    return merged
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:

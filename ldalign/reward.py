@@ -4,36 +4,31 @@ The layout of OpenAssistant/reward-model-deberta-v3-large-v2: a sequence classif
 run by transformers (extra `reward`). It reads the raw texts: with a chat template around them its scores are others.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from ldalign.errors import EnvironmentProblem, InputError, NumericsError
+from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.memory import OutOfMemory, naming
+from ldalign.modelfiles import read_json
+from ldalign.parts import table
+from ldalign.weights import check_files
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
+LOWER = "lower reward.batch_tokens or reward.max_tokens"  # what helps where memory does not suffice
 NEEDED = {"*.safetensors": "weights in safetensors", "tokenizer.json": "tokenizer.json"}
-
-
-def check_folder(folder: Path) -> None:
-    """Raises InputError where files are missing that a reward model is read from.
-
-    Without tokenizer.json transformers may make up an empty vocabulary, and every score would be wrong.
-    """
-    for pattern, what in NEEDED.items():
-        if not any(folder.glob(pattern)):
-            raise InputError(
-                f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin and spm.model, which "
-                "are not read here: convert such a model once, by the few lines in docs/judges.md, Rewards"
-            )
 
 
 class RewardModel:
     """A folder's classifier and tokenizer, float32, in evaluation mode.
 
     max_tokens: a pair's tokens; of a longer one the end of the longer text is cut. batch_tokens: of a batch, padding
-    counted. Raises InputError for a folder that is no such model, EnvironmentProblem without transformers.
+    counted. Raises InputError for a folder that is no such model, EnvironmentProblem without transformers, OutOfMemory.
     """
 
     def __init__(self, folder: Path, device: torch.device, max_tokens: int = 512, batch_tokens: int = 8192) -> None:
@@ -42,40 +37,96 @@ class RewardModel:
         except ImportError:
             raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]") from None
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
-        check_folder(folder)
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        check_reward_model(folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, **options
-            )
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            with naming(lambda: f"{folder}: the reward model's float32 weights on {device}", LOWER):
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+                self.model, found = AutoModelForSequenceClassification.from_pretrained(
+                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+                )
+                self.model.eval().to(device)
+        except OutOfMemory:
+            raise
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder}: not a reward model that can be read (safetensors only): {reason}") from None
+        missing = sorted(found["missing_keys"])
+        if missing:  # transformers would draw them at random
+            raise InputError(
+                f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}; is it a reward model?"
+            )
+        for name, tensor in self.model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{folder}: tensor {name} holds NaN or Inf; the file is damaged (reward.model)")
         if self.model.config.num_labels != 1:
             raise InputError(
                 f"{folder}: has {self.model.config.num_labels} labels; a reward model has one logit (reward.model)"
             )
-        self.model.eval().to(device)
 
     @torch.no_grad()
-    def score(self, questions: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    def score(
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        ids: Sequence[str] | None = None,
+        path: Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> torch.Tensor:
         """(N,) float32 on the CPU: the reward of each answer. Batches of like length; rows do not see each other.
 
-        Raises NumericsError naming the first row whose reward is not finite.
+        All ranks call it with the same rows and share the work; the batches are the same for any number of them. ids:
+        of the rows, for errors; None: their numbers. path: as in `parts.table`, for a stage that can be gone on with.
+        Raises NumericsError naming a row whose reward is not finite, OutOfMemory.
         """
         rows = [
             self.tokenizer(q, a, truncation=True, max_length=self.max_tokens)
             for q, a in zip(questions, answers, strict=True)
         ]
         sizes = [len(row["input_ids"]) for row in rows]
-        out = torch.zeros(len(rows))
-        for batch in _batches(sizes, self.batch_tokens):
-            padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(self.device)
-            out[batch] = self.model(**padded).logits[:, 0].float().cpu()
-        for i in (~torch.isfinite(out)).nonzero()[:1, 0].tolist():
-            raise NumericsError(f"reward.model: the reward of row {i} is {out[i]}; look at its texts")
-        return out
+        names = range(len(rows)) if ids is None else ids
+
+        def rate(batch: Sequence[int]) -> torch.Tensor:
+            what = f"rewards of {len(batch)} answers of at most {sizes[batch[0]]} tokens"
+            with naming(lambda: what, LOWER):
+                padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(self.device)
+                logits: torch.Tensor = self.model(**padded).logits
+                return logits[:, :1].float().cpu()
+
+        def refusal(i: int, value: float) -> str:
+            return f"row {names[i]}: the reward is {value}; look at its texts and at reward.model"
+
+        return table(_batches(sizes, self.batch_tokens), rate, 1, refusal, path, progress)[:, 0].float()
+
+
+def check_reward_model(folder: Path) -> None:
+    """Raises InputError where the folder asks to run code, reaches out of itself, or lacks a whole file.
+
+    Before transformers reads any of them: it runs no code here, and reads no pickle, but trusts paths. Without
+    tokenizer.json it may make up an empty vocabulary, and every score would be wrong.
+    """
+    for pattern, what in NEEDED.items():
+        if not any(folder.glob(pattern)):
+            raise InputError(
+                f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin and spm.model, which "
+                "are not read here: convert such a model once, by the few lines in docs/judges.md, Rewards"
+            )
+    check_files(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        raise InputError(f"{adapter}: an adapter, whose base model is elsewhere; merge them into one folder")
+    settings = read_json(folder / TOKENIZER_CONFIG, missing={})
+    if "auto_map" in settings:
+        raise InputError(f"{folder / TOKENIZER_CONFIG}: auto_map asks to run code from the model folder; none is run")
+    for key, value in settings.items():
+        # Older transformers open what these say. The file of special tokens alone is left over in many, and unread.
+        if not key.endswith(("_file", "_files")) or key == "special_tokens_map_file":
+            continue
+        for name in value if isinstance(value, list) else [value]:
+            if name is not None and not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
+                raise InputError(
+                    f"{folder / TOKENIZER_CONFIG}: {key} {name!r} is no plain file name inside the folder; take it out"
+                )
 
 
 def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -1,11 +1,14 @@
 """Log-probs of given responses under a model: the reference pass, and the likelihood of real responses."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from ldalign import distributed, ops
+from ldalign import ops
 from ldalign.batches import Batch, Pair, deal, pair_costs, token_logprobs
+from ldalign.memory import naming
+from ldalign.parts import table
 from ldalign.weights import LanguageModel
 
 
@@ -16,25 +19,31 @@ def response_logps(
     micro_tokens: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda pairs: None,
+    path: Path | None = None,
 ) -> torch.Tensor:
     """(P, 2) float64: summed natural-log probabilities of each pair's real and generated response (0 where none).
 
     Every rank scores its share with the whole model, through the path that training uses; the results are the same on
-    all ranks.
+    all ranks, and for any number of them: the micro-batches are. path: as in `parts.table`, for a stage that can be
+    gone on with. Raises NumericsError naming the pair, OutOfMemory.
     """
-    mine: list[int] = []
-    values = []
-    sizes = [pair.tokens for pair in pairs]
-    plan = deal(sizes, distributed.world_size(), micro_tokens, pair_costs(model, pairs))
-    for micro in plan[distributed.rank()]:
-        if not micro:
-            continue
-        batch = Batch.pack([pairs[i] for i in micro], device)
-        sums = iter(ops.segment_sum(token_logprobs(model, batch), batch.lengths).double().tolist())
-        for i in micro:
-            real = next(sums)
-            values.append((real, next(sums) if pairs[i].generated is not None else 0.0))
-        mine += micro
-        progress(len(micro))
-    table = torch.tensor(values, dtype=torch.float64).reshape(-1, 2)
-    return torch.stack([distributed.merge_rows(len(pairs), mine, table[:, side]) for side in (0, 1)], dim=1)
+
+    def score(micro: Sequence[int]) -> torch.Tensor:
+        chosen = [pairs[i] for i in micro]
+        with naming(lambda: _too_large(chosen), "lower training.micro_tokens or max_length, or set dtype=bfloat16"):
+            batch = Batch.pack(chosen, device)
+            sums = iter(ops.segment_sum(token_logprobs(model, batch), batch.lengths).double().tolist())
+        values = [(next(sums), next(sums) if pair.generated is not None else 0.0) for pair in chosen]
+        return torch.tensor(values, dtype=torch.float64)
+
+    (micros,) = deal([pair.tokens for pair in pairs], 1, micro_tokens, pair_costs(model, pairs))
+    return table(micros, score, 2, lambda i, value: _refusal(pairs[i], value), path, progress)
+
+
+def _too_large(pairs: Sequence[Pair]) -> str:
+    longest, total = max(pairs, key=lambda pair: pair.tokens), sum(pair.tokens for pair in pairs)
+    return f"a micro-batch of {total} tokens (the longest row, {longest.id}, has {longest.tokens})"
+
+
+def _refusal(pair: Pair, value: float) -> str:
+    return f"row {pair.id}: the log-probability of a response is {value}; look at its texts and at the model's weights"

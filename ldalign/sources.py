@@ -14,6 +14,7 @@ from ldalign.batches import Pair
 from ldalign.context import Context
 from ldalign.judges import POLICY, judge_parents, open_judge
 from ldalign.methods import ranked_pairs, rejected_pairs, with_losers
+from ldalign.parts import FOLDER as PARTS
 from ldalign.pipeline import Parents, read_jsonl, write_jsonl
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
@@ -105,7 +106,7 @@ def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Respons
 
     def make(folder: Path) -> Metrics:
         texts = response_texts(ctx, responses)
-        preferences = open_judge(ctx, policy, judge).prefer(rows, texts[0::2], texts[1::2])
+        preferences = open_judge(ctx, policy, judge).prefer(rows, texts[0::2], texts[1::2], folder / PARTS / "judge")
         if distributed.rank() == 0:
             columns = zip(rows, preferences, strict=True)
             write_jsonl(folder / JUDGED, ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns))
@@ -116,7 +117,7 @@ def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Respons
         }  # fmt: skip
 
     parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
-    stage(ctx, name, parents | dict(judge_parents(ctx, policy, judge)), make)
+    stage(ctx, name, parents | dict(judge_parents(ctx, policy, judge)), make, resume=True)
     given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
     return [math.nan if p is None else p for p in given]
 

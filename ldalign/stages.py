@@ -37,6 +37,7 @@ from ldalign.losers import read_losers
 from ldalign.methods import effective_size, pair_weights, usable
 from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
+from ldalign.parts import FOLDER as PARTS
 from ldalign.pipeline import (
     CHECKPOINTS,
     MANIFEST,
@@ -48,7 +49,6 @@ from ldalign.pipeline import (
     read_jsonl,
     write_json,
     write_jsonl,
-    write_rows,
 )
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
@@ -360,7 +360,7 @@ def distances_stage(
     kept = [usable(pair) for pair in pairs]
 
     def make(folder: Path) -> Metrics:
-        distances = latent_distances(ctx, guide, rows, response_texts(ctx, responses))
+        distances = latent_distances(ctx, guide, rows, response_texts(ctx, responses), folder / PARTS / "distances")
         weights, clipped = pair_weights(config.weights, distances, pairs, kept, config.seed + t, config.weight_clip)
         if clipped:
             log.warning("%s: weight_clip=%g lowered %d of %d weights", name, config.weight_clip, clipped, sum(kept))
@@ -375,19 +375,17 @@ def distances_stage(
     }  # fmt: skip
     if config.weights == "shuffled":
         parents |= ctx.keys("seed")
-    stage(ctx, name, parents, make)
+    stage(ctx, name, parents, make, resume=True)
     weights = [r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")]
     return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
 
 
-def latent_distances(ctx: Context, guide: Path, rows: Sequence[Row], texts: Sequence[str]) -> torch.Tensor:
-    """(N,) of each text to its row's real response, by the key `distance`; the ranks share the work."""
-    mine = range(distributed.rank(), len(rows), distributed.world_size())
-    values = load_guide(guide, ctx.device).distance(
-        [prompt_text(rows[i]) for i in mine], [rows[i].response for i in mine], [texts[i] for i in mine],
-        metric=ctx.config.distance,
-    )  # fmt: skip
-    return distributed.merge_rows(len(rows), mine, values)
+def latent_distances(ctx: Context, guide: Path, rows: Sequence[Row], texts: Sequence[str], path: Path) -> torch.Tensor:
+    """(N,) float64 of each text to its row's real response, by the key `distance`. path: as in `Guide.distance`."""
+    return load_guide(guide, ctx.device).distance(
+        [prompt_text(row) for row in rows], [row.response for row in rows], texts,
+        ctx.config.training.micro_tokens, ctx.config.distance, [row.id for row in rows], path,
+    ).double()  # fmt: skip
 
 
 def guide_hash(folder: Path) -> str:
@@ -426,7 +424,10 @@ def reference_stage(
     def make(folder: Path) -> Metrics:
         model = load_model(policy, ctx.dtype, ctx.device)
         with Bar(name, len(kept), "pairs") as progress:
-            logps = response_logps(model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0))
+            logps = response_logps(
+                model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0),
+                folder / PARTS / "logps",
+            )  # fmt: skip
         if distributed.rank() == 0:
             save_tensors({"logps": logps}, folder / "reference.safetensors")
             write_json(folder / "rows.json", [pair.id for pair in kept])
@@ -439,7 +440,7 @@ def reference_stage(
         "policy": hash_model_folder(policy), "data": ctx.used_hash, **ctx.tokenizer.template_parents,
         "dtype": str(ctx.dtype), **made_from, **ctx.keys("max_length"),
     }  # fmt: skip
-    stage(ctx, name, parents, make)
+    stage(ctx, name, parents, make, resume=True)
     folder = ctx.run.path / name
     ids = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     logps = dict(zip(ids, load_file(folder / "reference.safetensors")["logps"].tolist(), strict=True))
@@ -504,8 +505,9 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
         answers = checkable * (1 + e.samples) + unchecked * settings.answer_all
         with Bar(name, answers // distributed.world_size(), "rows") as progress:
             metrics, records = evaluate(model, ctx.tokenizer, ctx.heldout.rows, ctx.heldout.pairs, settings, ctx.device,
-                                        progress, release=True)  # fmt: skip
-        write_rows(folder / "answers.jsonl", records)
+                                        folder / PARTS, progress, release=True)  # fmt: skip
+        if distributed.rank() == 0:
+            write_jsonl(folder / "answers.jsonl", records)
         return metrics
 
     parents: dict[str, str | int | float] = {
@@ -515,7 +517,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
     }  # fmt: skip
     if settings.answer_all and unchecked:
         parents["answers"] = "to every row, for reward.model"
-    metrics = stage(ctx, name, parents, make)
+    metrics = stage(ctx, name, parents, make, resume=True)
     if "accuracy/greedy" in metrics:
         say(f"{name}: greedy {metrics['accuracy/greedy']:.1%}, sampled {metrics.get('accuracy/sampled', 0):.1%} right, "
             f"nll {metrics['nll/real']:.4f}")  # fmt: skip

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from ldalign import distributed
 from ldalign.context import Context
+from ldalign.memory import naming
 from ldalign.metrics import say
 from ldalign.pipeline import PARTIAL, Parents, on_rank0, write_json, write_text
 
+# What helps where memory does not suffice and nothing within the stage knows better.
+LOWER = "lower training.micro_tokens, sampling.batch_rows or max_length, or use more ranks or a smaller model"
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
 
 # Of an iteration, in the order of the method. A guide of the first one has no number.
@@ -26,7 +29,8 @@ def stage(ctx: Context, name: str, parents: Parents, make: Callable[[Path], Metr
 
     def timed(folder: Path) -> None:
         began = time.perf_counter()
-        summary = make(folder)
+        with naming(lambda: name, LOWER):
+            summary = make(folder)
         if distributed.rank() == 0:
             write_json(folder / SUMMARY, {**summary, "seconds": round(time.perf_counter() - began, 2)})
 

@@ -32,6 +32,10 @@ LN2 = math.log(2.0)
 # batches of another shape, and a bf16 product depends on it. A wrong reference misses by far more.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
+LOWER = (  # what helps where memory does not suffice
+    "lower training.micro_tokens or max_length, set training.checkpointing=full, training.whole=nothing or "
+    "training.state_dtype=bfloat16, or use more ranks"
+)
 PROBED_TOKENS = 64  # entropy and token accuracy need logits: they are measured on this many tokens a micro-batch
 
 
@@ -107,7 +111,7 @@ def train(
             began = time.perf_counter()
             batch = [pairs[i] for i in indices]
             mean = Mean()
-            with naming(lambda: _too_large(batch, settings, stage, step)):  # noqa: B023 (called at once)
+            with naming(lambda: _too_large(batch, settings, step), LOWER):  # noqa: B023 (called at once)
                 loss = accumulate_gradients(model, batch, settings, mean, device, preference)
                 norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
             if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
@@ -119,7 +123,7 @@ def train(
             factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
-            with naming(lambda: _too_large(batch, settings, stage, step)):  # noqa: B023
+            with naming(lambda: _too_large(batch, settings, step), LOWER):  # noqa: B023
                 optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
@@ -142,12 +146,11 @@ def train(
     return means | {"tokens": state["tokens"], "steps": stop}
 
 
-def _too_large(batch: Sequence[Pair], settings: TrainSettings, stage: str, step: int) -> str:
+def _too_large(batch: Sequence[Pair], settings: TrainSettings, step: int) -> str:
     longest = max(batch, key=lambda pair: pair.tokens)
     return (
-        f"{stage}: step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens does not fit (the longest "
-        f"row of the step, {longest.id}, has {longest.tokens}); lower training.micro_tokens, or max_length, or set "
-        "training.checkpointing=full, training.whole=nothing, training.state_dtype=bfloat16, or use more ranks"
+        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest row of the step, "
+        f"{longest.id}, has {longest.tokens})"
     )
 
 

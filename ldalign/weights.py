@@ -26,6 +26,7 @@ from ldalign import distributed
 from ldalign.errors import InputError, NumericsError
 from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
+from ldalign.memory import naming
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.modelfiles import MAX_JSON_BYTES, is_inside, parse_json, read_json
 from ldalign.tokenizer import save_tokenizer_files
@@ -37,6 +38,8 @@ SHARD_BYTES = 5 * 10**9
 MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models have some 130
 READ_BYTES = 4 * 2**20  # tensors are read, cast and checked in pieces of this size
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What helps where the weights do not fit; training alone spreads them over the ranks.
+LOWER = "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a smaller model"
 DTYPE_NAMES = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -118,23 +121,31 @@ def load_model(
 
     cut: gets the model without its weights (meta device, `dtype`) and may shard it (`distributed.shard`); then this
     rank reads its own rows from the files, and nothing else. Peak memory is what this rank holds and a few READ_BYTES.
-    Raises InputError naming the file and the tensor: missing, extra, misshaped, not finite, or stored as a pickle.
+    Raises InputError naming the file and the tensor: missing, extra, misshaped, not finite, or stored as a pickle;
+    OutOfMemory.
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json")).to(dtype)
     stored = _match(model, stored_tensors(folder), folder)
     if cut is not None:
         cut(model)
-    # Made before they are filled, so that nothing lies between them.
-    local = {name: _empty_share(p, device) for name, p in model.named_parameters()}
-    parts = [part for name, p in model.named_parameters() for part in _parts(model, name, p, local[name], stored)]
-    buffer = _buffer(*(source for _, source in parts))
-    # In the order they lie on the disk, which a spinning or networked one rewards.
-    for target, source in sorted(parts, key=lambda part: (part[1].path, part[1].offset)):
-        _fill(target, source, buffer)
+    with naming(lambda: _too_large(model, folder, dtype, device), LOWER):
+        # Made before they are filled, so that nothing lies between them.
+        local = {name: _empty_share(p, device) for name, p in model.named_parameters()}
+        parts = [part for name, p in model.named_parameters() for part in _parts(model, name, p, local[name], stored)]
+        buffer = _buffer(*(source for _, source in parts))
+        # In the order they lie on the disk, which a spinning or networked one rewards.
+        for target, source in sorted(parts, key=lambda part: (part[1].path, part[1].offset)):
+            _fill(target, source, buffer)
     state = {name: _with_share(p, local[name]) for name, p in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _too_large(model: LanguageModel, folder: Path, dtype: torch.dtype, device: str | torch.device) -> str:
+    count = count_parameters(model)
+    gib = count * dtype.itemsize / 2**30
+    return f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, on {device}"
 
 
 def _empty_share(p: Tensor, device: str | torch.device) -> Tensor:
@@ -175,11 +186,20 @@ def check_model(folder: str | Path) -> LanguageModel:
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json"))
+    _match(model, check_files(folder), folder)
+    return model
+
+
+def check_files(folder: Path) -> dict[str, Stored]:
+    """What is checked of any model folder, whatever the network: its tensors by name, from the files' headers.
+
+    Raises InputError: config.json asks to run code, a link out of the folder, and as `stored_tensors`.
+    """
+    read_config(folder)
     for path in sorted(folder.iterdir()):  # of whatever a later stage reads, copies or hashes
         if path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") and not is_inside(path, folder):
             raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
-    _match(model, stored_tensors(folder), folder)
-    return model
+    return stored_tensors(folder)
 
 
 def save_model(

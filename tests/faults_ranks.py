@@ -1,8 +1,9 @@
 """What tests/test_faults_training.py has several ranks do: `main([what, folder, ...])`, run by faults.Driver."""
 
+import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from ldalign import distributed, training
 from ldalign.batches import Pair
 from ldalign.checkpoint import Plan
+from ldalign.gpt2 import GPT2Config
+from ldalign.guide import Example, GuideConfig, new_guide
 from ldalign.metrics import MetricsLog
 from ldalign.scoring import response_logps
 from ldalign.training import TrainSettings, train
@@ -44,10 +47,14 @@ def trained(folder: Path, chosen: list[Pair] | None = None, **settings: Any) -> 
 
 
 def main(argv: list[str]) -> None:
-    """resume FOLDER STEP: trains, asked to stop after STEP; explode FOLDER: an infinite gradient on the last rank."""
+    """resume FOLDER STEP: trains, asked to stop after STEP; explode FOLDER: an infinite gradient on the last rank;
+    nan FOLDER: a distance that is NaN.
+    """
     what, folder = argv[0], Path(argv[1])
     distributed.start("cpu")
-    if what == "resume":
+    if what == "nan":
+        nan_distance(folder)
+    elif what == "resume":
         stop_after(int(argv[2]))
         state, _ = trained(folder, micro_tokens=int(argv[3]))
         if state:
@@ -55,6 +62,22 @@ def main(argv: list[str]) -> None:
     else:
         explode_on_the_last_rank()
         trained(folder)
+
+
+def nan_distance(folder: Path) -> None:
+    """Ten rows of one length in chunks of one; of two ranks the last comes upon row 7's."""
+    folder.mkdir(exist_ok=True)
+    texts = [f"It is {i}." for i in range(10)]
+    guide = new_guide(GuideConfig(1, 4), 0, None, texts, GPT2Config(300, 1024, 16, 1, 2))
+    plain, spoilt = guide.encode, guide.example("Say it.", "It is 7!")
+
+    def encode(examples: Sequence[Example]) -> Tensor:
+        assert distributed.rank() == 1 or spoilt not in examples
+        return plain(examples) * (math.nan if spoilt in examples else 1.0)
+
+    guide.encode = encode  # type: ignore[method-assign]
+    others, ids = [f"It is {i}!" for i in range(10)], [f"row-{i}" for i in range(10)]
+    guide.distance(["Say it."] * 10, texts, others, 1, ids=ids, path=folder / "parts/distances")
 
 
 def stop_after(step: int) -> None:

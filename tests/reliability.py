@@ -17,6 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs/reliability.md"
 NAMED = re.compile(r"test_([DMCTGX]\d+)_")
 ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
+    "T11": {
+        "test_parts.py::test_a_killed_stage_is_gone_on_with": (
+            "Reference, distances, judged, evaluation and agreement killed after their first, a middle and their last "
+            "write but one; the last line torn; the writing rank gone.",
+            "only missing rows are computed; files bit-identical"),
+        "test_reward.py::test_a_killed_stage_is_gone_on_with": (
+            "The same for rewards.", "only missing rows are computed; files bit-identical"),
+    },
     "T13": {
         "test_methods.py::test_zero_distances_weigh_one_with_a_warning": (
             "All distances are 0.", "weights 1, a warning"),

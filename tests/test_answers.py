@@ -96,7 +96,7 @@ def test_ranks_take_chunks_and_take_over(tmp_path: Path, kind: str, monkeypatch:
     """Another rank has claimed two chunks and died in the second; its file counts all the same."""
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     path = tmp_path / "out.jsonl"
-    theirs = [r.index for chunk in chunks(requests())[1:3] for r in chunk][:7]
+    theirs = [r.index for chunk in chunks(requests(), 5)[1:3] for r in chunk][:7]
     lines = [json.dumps([i, whole[i]], ensure_ascii=False) + "\n" for i in theirs]
     path.with_name("out.jsonl.rank1").write_text("".join(lines), encoding="utf-8")
     path.with_name(f"out.jsonl{answers.CLAIM}1").touch()
@@ -115,7 +115,7 @@ def test_a_claimed_chunk_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 11])
 def test_chunks_hold_everything_once(count: int) -> None:
-    cut = chunks(requests()[:count])
+    cut = chunks(requests()[:count], 5)
     assert sorted(r.index for chunk in cut for r in chunk) == list(range(count))
     lengths = [len(r.prompt) for chunk in cut for r in chunk]
     assert lengths == sorted(lengths, reverse=True) and all(0 < len(chunk) <= 5 for chunk in cut)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ldalign import tasks
 from ldalign.batches import Pair
 from ldalign.data import Row
+from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
 from ldalign.methods import prepare
 from ldalign.sampling import Response, Sampling
@@ -38,27 +40,28 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, list[
 
 
 @pytest.fixture
-def measure(toy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], dict[str, float]]:
+def measure(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], dict[str, float]]:
     """Evaluates a stand-in for generation that answers as it is told."""
     model, tokenizer, rows, pairs = toy
     right = {row.id: row.response for row in rows}
 
     def run(answer: Answer) -> dict[str, float]:
-        def generate_ids(
-            model: Any, prompts: Sequence[Any], keys: Sequence[str], ends: Any, sampling: Sampling, *rest: Any
-        ) -> list[Response]:
-            assert len(prompts) == len(keys) == len(set(keys))
+        def make_answers(
+            path: Path, requests: Sequence[Request], decoder: Any, new_engine: Callable[[Any], Engine], *rest: Any
+        ) -> list[dict[str, Any]]:
+            assert [r.index for r in requests] == list(range(len({r.key for r in requests})))
+            greedy = new_engine(decoder).sampling.temperature == 0
             out = []
-            for key in keys:
-                assert key.startswith("greedy/") == (sampling.temperature == 0)
+            for key in (r.key for r in requests):
+                assert key.startswith("greedy/") == greedy == (path.name == "greedy")
                 text, reason = answer(key, right[key.split("/")[1]])
                 end = [tokenizer.end_ids[0]] if reason == "stop" else []
-                out.append(Response([*tokenizer.encode(text), *end], reason, -1.0))
+                out.append(asdict(Response([*tokenizer.encode(text), *end], reason, -1.0)))
             return out
 
-        monkeypatch.setattr(sys.modules["ldalign.evaluate"], "generate_ids", generate_ids)
-        metrics, records = evaluate(model, tokenizer, rows, pairs, SETTINGS, torch.device("cpu"))
-        assert [i for i, _ in records] == list(range(len(rows)))
+        monkeypatch.setattr(sys.modules["ldalign.evaluate"], "make_answers", make_answers)
+        metrics, records = evaluate(model, tokenizer, rows, pairs, SETTINGS, torch.device("cpu"), tmp_path)
+        assert [r["id"] for r in records] == [row.id for row in rows]
         return metrics
 
     return run
@@ -99,16 +102,16 @@ def test_standard_error_is_over_prompts(measure: Callable[[Answer], dict[str, fl
     assert standard_error(np.array([1.0])) == 0.0
 
 
-def test_a_real_model(toy: Any) -> None:
+def test_a_real_model(toy: Any, tmp_path: Path) -> None:
     """Nothing stubbed: nll against whole logits, tokens counted, rows without a kind not generated for."""
     model, tokenizer, rows, pairs = toy
     plain = [*rows[:3], Row("x", rows[3].history, rows[3].response)]
-    metrics, records = evaluate(model, tokenizer, plain, pairs[:4], SETTINGS, torch.device("cpu"))
+    metrics, records = evaluate(model, tokenizer, plain, pairs[:4], SETTINGS, torch.device("cpu"), tmp_path / "four")
     nll = -sum(float(tiny.logps(model, p.prompt, p.real).detach().sum()) for p in pairs[:4])
     assert metrics["nll/real"] == pytest.approx(nll / sum(len(p.real) for p in pairs[:4]), rel=1e-5)
-    assert [i for i, _ in records] == [0, 1, 2, 3] and len(records[0][1]["sampled"]) == 3  # type: ignore[arg-type]
-    assert "sampled" not in records[3][1] and sum(r["logp"] for _, r in records) == pytest.approx(-nll, rel=1e-5)
-    assert [r["n_tokens"] for _, r in records] == [len(p.real) for p in pairs[:4]]
+    assert len(records) == 4 and len(records[0]["sampled"]) == 3  # type: ignore[arg-type]
+    assert "sampled" not in records[3] and sum(r["logp"] for r in records) == pytest.approx(-nll, rel=1e-5)
+    assert [r["n_tokens"] for r in records] == [len(p.real) for p in pairs[:4]]
     assert 12 <= metrics["tokens_generated"] <= 12 * 24
-    none, nothing = evaluate(model, tokenizer, plain[3:], pairs[3:4], SETTINGS, torch.device("cpu"))
+    none, nothing = evaluate(model, tokenizer, plain[3:], pairs[3:4], SETTINGS, torch.device("cpu"), tmp_path / "one")
     assert len(nothing) == 1 and none.keys() == {"rows", "nll/real"}

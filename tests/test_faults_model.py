@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,11 @@ from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, r
 from torch import Tensor
 
 from ldalign import guide, pipeline, toy, weights
+from ldalign.config import load_config
 from ldalign.errors import InputError
+from ldalign.measures import check_measurements
+from ldalign.reward import check_reward_model
+from ldalign.settings import RunConfig
 from ldalign.templates import ChatTemplate
 from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import INDEX, SINGLE, load_model
@@ -358,6 +364,83 @@ def test_M5_auto_map(tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
     refusal(tmp_path, "auto_map asks to run code")
     assert not (tmp_path / "ran").exists()
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def index_out(folder: Path) -> None:
+    (folder / SINGLE).rename(folder.parent / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+
+
+def link_out(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder.parent / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(folder.parent / "tokenizer.json")
+
+
+def settings(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / "tokenizer_config.json", **changes)
+
+
+Spoil = Callable[[Path], Any]
+BROKEN: dict[str, tuple[Spoil, str]] = {
+    "only pickles": (only_pickles, "only pickles (pytorch_model.bin), which can run code"),
+    "auto_map": (lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "x.Evil"}), "auto_map asks to run code"),
+    "index out": (index_out, "shard '../x.safetensors' is not a plain safetensors file name inside the folder"),
+    "link out": (link_out, "tokenizer.json: is a link out of the model folder"),
+    "cut": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-9]), "bytes expected"),
+    "header": (lambda f: (f / SINGLE).write_bytes(with_header(b"{}", 2**63)), "not a whole safetensors file"),
+}
+OF_OURS: dict[str, tuple[Spoil, str]] = {
+    "template": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__ }}"),
+        "chat template: SecurityError",
+    ),
+}
+OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = {
+    "code": (settings(auto_map={"AutoTokenizer": "x.Evil"}), "tokenizer_config.json: auto_map asks to run code"),
+    "vocabulary out": (settings(vocab_file="/etc/passwd"), "vocab_file '/etc/passwd' is no plain file name"),
+    "tokenizers out": (settings(fast_tokenizer_files=["../x"]), "fast_tokenizer_files '../x' is no plain file name"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: an adapter"),
+}
+
+
+@pytest.mark.parametrize("fault", [*BROKEN, *OF_TRANSFORMERS])
+def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
+    """A reward model's folder with only pickles, code to run, paths out of it, an adapter, or broken headers.
+
+    Expected: one line with the file, before anything is computed and before transformers sees the folder.
+    """
+    folder = toy.write_toy_model(tmp_path / "model")
+    check_reward_model(folder)
+    spoil, message = (BROKEN | OF_TRANSFORMERS)[fault]
+    spoil(folder)
+    config = load_config(RunConfig, overrides=[f"reward={folder}"])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        check_measurements(config, ["start/reward"])
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [*BROKEN, *OF_OURS])
+def test_M5_judges_folder(tmp_path: Path, fault: str) -> None:
+    """A judge's folder with only pickles, code to run, paths out of it, broken headers, or a template that reaches out.
+
+    Expected: one line with the file, before anything is computed.
+    """
+    folder = toy.write_toy_model(tmp_path / "model")
+    config = load_config(RunConfig, overrides=["method=rlaif", f"judge={folder}"])
+    check_measurements(config, ["iteration_0/judged"])
+    spoil, message = (BROKEN | OF_OURS)[fault]
+    spoil(folder)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        check_measurements(config, ["iteration_0/judged"])
+    assert str(folder) in str(caught.value)
 
 
 class Evil:

@@ -9,21 +9,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import faults_ranks
 import pytest
+import tiny
 import torch
 from faults import TIMES, Driver
 from faults_ranks import STEPS, pairs, trained
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldalign import distributed, training
+from ldalign import distributed, guide, guide_training, scoring, summaries, training, weights
 from ldalign.batches import global_batches
 from ldalign.errors import EnvironmentProblem, InputError, NumericsError
+from ldalign.gpt2 import GPT2Config
+from ldalign.memory import OutOfMemory
 from ldalign.metrics import MetricsLog
-from ldalign.pipeline import hash_model_folder
+from ldalign.pipeline import RunFolder, hash_model_folder
 from ldalign.scoring import response_logps
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model
@@ -290,7 +294,7 @@ def test_T10_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, erro
         return plain(*arguments)
 
     monkeypatch.setattr(training, "accumulate_gradients", failing)
-    with pytest.raises(EnvironmentProblem, match=r"out of memory: policy: step 3: .* at most 45 tokens .*row-\d.*lower "
+    with pytest.raises(EnvironmentProblem, match=r"^step 3: .* at most 45 tokens .*row-\d.*: out of memory; lower "
                                                  r"training.micro_tokens.*training.checkpointing=full"):  # fmt: skip
         trained(tmp_path)
     assert newest(tmp_path).name == "step_00000002"
@@ -308,6 +312,84 @@ def test_T10_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(training, "accumulate_gradients", failing)
     with pytest.raises(RuntimeError, match="^shapes differ$"):
         trained(tmp_path)
+
+
+def test_T10_in_the_guides_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for the averages of the guide's optimizer.
+
+    Expected: exit 3; the step, the shapes and the settings to lower are named.
+    """
+    make = guide_training.make_optimizer
+
+    def making(*arguments: Any, **keywords: Any) -> Any:
+        optimizer = make(*arguments, **keywords)
+        optimizer.step = failing  # type: ignore[method-assign]
+        return optimizer
+
+    monkeypatch.setattr(guide_training, "make_optimizer", making)
+    small = tiny_guide()
+    rows = [(small.example("Say.", f"It is {i}."), small.example("Say.", "No.")) for i in range(6)]
+    settings = guide_training.GuideTrainSettings(1, 2, 1e-3, micro_tokens=500)
+    message = (
+        r"^step 1: a micro-batch of at most 500 tokens \(the longest row .*: out of memory; lower .*guide.max_tokens"
+    )
+    with pytest.raises(OutOfMemory, match=message):
+        guide_training.train_guide(small, rows, settings, device=CPU, seed=0)
+
+
+def failing(*arguments: Any, **keywords: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def tiny_guide() -> guide.Guide:
+    return guide.new_guide(guide.GuideConfig(1, 4), 0, None, ["It is 5."], GPT2Config(300, 1024, 16, 1, 2))
+
+
+STAGE = "iteration_0/reference"
+
+
+def score(folder: Path) -> Any:
+    return response_logps(load_model(folder, torch.float32), tiny.pairs(5), 1000, CPU)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "work", "message"),
+    [
+        (weights, "_empty_share", score, r"model: 0.\d million weights, 0.00 GiB as float32, on cpu: out of memory; "),
+        (scoring, "token_logprobs", score,
+         r"a micro-batch of \d+ tokens \(the longest row, row-\d, has \d+\): out of memory; lower training.micro"),
+        (guide.Guide, "encode", lambda folder: tiny_guide().distance(["a"], ["b"], ["c"]),
+         r"latents of 1 pairs of \d+ tokens: out of memory; lower training.micro_tokens"),
+        (scoring, "deal", score, "out of memory; lower training.micro_tokens, sampling.batch_rows"),
+    ],
+    ids=["loading", "scoring", "distances", "elsewhere"],
+)  # fmt: skip
+def test_T10_in_a_stage_that_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, work: Any, message: str
+) -> None:
+    """No memory to load a model, to score, to encode, or for anything else in a stage.
+
+    Expected: exit 3; the stage, the shapes and the settings to lower are named.
+    """
+    folder = write_toy_model(tmp_path / "model")
+    ctx: Any = SimpleNamespace(run=RunFolder(tmp_path / "run", ""))
+    monkeypatch.setattr(where, name, failing)
+    with pytest.raises(OutOfMemory, match=rf"^{STAGE}: .*{message}") as caught:
+        summaries.stage(ctx, STAGE, {}, lambda partial: work(folder))
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- T13
+
+
+def test_T13_nan_distance_on_one_of_two_ranks(driver: Driver, tmp_path: Path) -> None:
+    """One distance of ten is NaN; the second rank computes it.
+
+    Expected: exit 4 on both ranks; one line with the row's id.
+    """
+    trial = driver.call("faults_ranks", tmp_path / "run", "nan", str(tmp_path / "run"), ranks=2)
+    assert trial.codes == [4, 4], trial.said
+    assert trial.said.count("ldalign: error: ") == 1 and "row-7: the latent distance is nan" in trial.said
 
 
 # --------------------------------------------------------------------------------------------------------- T15, T16

@@ -102,6 +102,21 @@ def test_a_begun_stage_is_not_gone_on_with_under_other_parents(tmp_path: Path) -
     assert sorted(path.name for path in stage.iterdir()) == ["manifest.json", "rows"]
 
 
+def test_a_stage_that_has_done_nothing_is_begun_anew_under_other_parents(tmp_path: Path) -> None:
+    """What it was begun from may be what was wrong."""
+
+    def fails(folder: Path) -> None:
+        (folder / "parts").mkdir()
+        (folder / "parts/x.kept").touch()
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        pipeline.run_stage(tmp_path / "guide", PARENTS, fails, resume=True)
+    other = {**PARENTS, "beta": 0.2}
+    assert pipeline.run_stage(tmp_path / "guide", other, writer(), resume=True)
+    pipeline.check_stage(tmp_path / "guide", other)
+
+
 def test_checkpoints_without_parents_are_no_reason_to_begin_again(tmp_path: Path) -> None:
     (tmp_path / "guide.partial/checkpoint/step_00000001").mkdir(parents=True)
     with pytest.raises(InputError, match="guide.partial: holds checkpoints, but parents.json"):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from stage_kills import check_resume
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,8 +28,9 @@ from ldalign.config import load_config, to_yaml
 from ldalign.context import open_context
 from ldalign.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.measures import measure, measurements, summary
-from ldalign.pipeline import RunFolder, read_jsonl
-from ldalign.reward import RewardModel, check_folder
+from ldalign.memory import OutOfMemory
+from ldalign.pipeline import RunFolder, read_jsonl, write_jsonl
+from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.summaries import stage_names
 from ldalign.toy import write_toy_model
@@ -86,18 +91,21 @@ def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match=r"has no weights in safetensors .* docs/judges.md"):
         RewardModel(tmp_path, torch.device("cpu"))
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(InputError, match="not a reward model that can be read"):
+    with pytest.raises(InputError, match="model.safetensors"):
         RewardModel(tmp_path, torch.device("cpu"))
     raw = json.loads((deberta / "config.json").read_text())
     two = DebertaV2ForSequenceClassification(DebertaV2Config(**(raw | {"num_labels": 2})))
     two.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has 2 labels"):
         RewardModel(tmp_path, torch.device("cpu"))
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(InputError, match="not a reward model that can be read"):
+        RewardModel(tmp_path, torch.device("cpu"))
     model = RewardModel(deberta, torch.device("cpu"))
     with torch.no_grad():
         model.model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(NumericsError, match="row 0"):
-        model.score(["what"], ["it"])
+    with pytest.raises(NumericsError, match="^row a: the reward is nan"):
+        model.score(["what"], ["it"], ["a"])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install ldalign\[reward\]"):
         RewardModel(deberta, torch.device("cpu"))
@@ -120,7 +128,59 @@ def test_the_conversion_in_the_docs(deberta: Path, tmp_path: Path) -> None:
     assert torch.equal(*scores)
     (new / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer.json .* docs/judges.md"):
-        check_folder(new)
+        check_reward_model(new)
+
+
+def test_weights_that_are_missing_or_not_finite(deberta: Path, tmp_path: Path) -> None:
+    """transformers would draw what is missing at random."""
+    folder = shutil.copytree(deberta, tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t for n, t in whole.items() if n != "classifier.weight"}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match=r"1 tensors are missing, the first: classifier.weight"):
+        RewardModel(folder, torch.device("cpu"))
+    whole["pooler.dense.bias"][3] = float("nan")
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model: tensor pooler.dense.bias holds NaN or Inf"):
+        RewardModel(folder, torch.device("cpu"))
+
+
+def test_no_memory(deberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a batch, and for the weights."""
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = RewardModel(deberta, torch.device("cpu"))
+    monkeypatch.setattr(model.model, "forward", fail)
+    message = r"rewards of 2 answers of at most \d+ tokens: out of memory; lower reward.batch_tokens"
+    with pytest.raises(OutOfMemory, match=message):
+        model.score(["what", "is"], ["it", "a"])
+    monkeypatch.setattr(DebertaV2ForSequenceClassification, "to", fail)
+    with pytest.raises(OutOfMemory, match="float32 weights on cpu: out of memory"):
+        RewardModel(deberta, torch.device("cpu"))
+
+
+def test_a_killed_stage_is_gone_on_with(
+    deberta: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards of both sides of an iteration's pairs."""
+    config = load_config(RunConfig, ROOT / "configs/toy.yaml", [
+        f"policy={write_toy_model(tmp_path / 'model')}", "max_rows=16", "sft.epochs=0", "continual_sft.epochs=0",
+        f"reward={deberta}", "reward.batch_tokens=100", "device=cpu",
+    ])  # fmt: skip
+    ctx = open_context(RunFolder(tmp_path / "run", ""), config)
+    responses = [{"response": text} for text in texts(16, 4)]
+
+    def make(run: Path) -> None:
+        path = run / "iteration_0/responses/responses.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True)
+            write_jsonl(path, responses)
+        measures.pair_rewards_stage(replace(ctx, run=RunFolder(run, "")), 0)
+
+    check_resume(make, "iteration_0/pair_rewards", lambda name: tmp_path / name, monkeypatch)
 
 
 def test_summary() -> None:
@@ -147,7 +207,12 @@ def test_stages(deberta: Path, tmp_path: Path, in_process: None, monkeypatch: py
     assert measurements(config, "sft") == ["sft/evaluation", "sft/reward"]
     scored: list[int] = []
     score = measures.RewardModel.score
-    monkeypatch.setattr(measures.RewardModel, "score", lambda self, q, a: scored.append(len(a)) or score(self, q, a))  # type: ignore[func-returns-value]
+
+    def counted(self: RewardModel, questions: list[str], answers: list[str], *rest: Any) -> torch.Tensor:
+        scored.append(len(answers))
+        return score(self, questions, answers, *rest)
+
+    monkeypatch.setattr(measures.RewardModel, "score", counted)
     with RunFolder(tmp_path / "run", to_yaml(config)) as run:
         ctx = open_context(run, config)
         for name, policy in (("start", policies[0]), ("iteration_0", policies[1])):

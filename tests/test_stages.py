@@ -180,17 +180,6 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert pipeline.read_jsonl(tmp_path / "x.jsonl") == records
 
 
-def test_rows_of_several_ranks_are_put_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows.jsonl"
-    pipeline.write_jsonl(tmp_path / "rows.jsonl.rank1", [[1, {"id": "b"}], [3, {"id": "d"}]])
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(pipeline, "on_rank0", lambda work: work())
-    merged = pipeline.write_rows(path, [(0, {"id": "a"}), (2, {"id": "c"})])
-    assert [r["id"] for r in merged] == list("abcd") and pipeline.read_jsonl(path) == merged
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
 def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
     names = ["data", "sft/policy", "iteration_0/responses", "guide", "iteration_0/distances", "iteration_2/policy",
              "iteration_10/policy", "continual_sft/policy"]  # fmt: skip

@@ -1,0 +1,129 @@
+"""Rows that are done, on disk while their stage is under way: a run that was killed goes on with the rest.
+
+Every rank appends to a file of its own, a line [index, record] a row; the next start gathers these files, however many
+ranks wrote them or come after. Where a row's last bits depend on the rows it is computed with, rows are computed in
+chunks that are the same whatever the ranks, and a chunk counts whole or not at all: so what a killed run ends with is
+to the bit what an undisturbed one ends with. A float comes back from its JSON text as it was.
+
+The caller makes sure that the files belong to the same rows: a stage that can be gone on with is refused where it was
+begun from anything else (`pipeline.run_stage`).
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ldalign import distributed
+from ldalign.errors import NumericsError
+from ldalign.files import write_text
+
+FOLDER = "parts"  # in the temporary folder of a stage; goes when the stage is finished
+
+
+class Parts:
+    """The files of one piece of work: `path` with a suffix each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def gather(self, chunks: Sequence[Sequence[int]] | None = None) -> dict[int, Any]:
+        """The records that are done, by index; they are in one file afterwards. On rank 0 alone, before any `open`.
+
+        chunks: those of which only the whole ones count; None: rows count one by one.
+        """
+        rows = self.read()
+        if chunks is not None:
+            rows = {i: rows[i] for chunk in chunks if rows.keys() >= set(chunk) for i in chunk}
+        self.path.parent.mkdir(exist_ok=True)
+        # At once or not at all: the file may hold the rows of an earlier start already.
+        write_text(self._kept, "".join(_line(i, rows[i]) for i in sorted(rows)))
+        for part in self._of_ranks():
+            part.unlink()
+        return rows
+
+    def read(self) -> dict[int, Any]:
+        """The records in all files, by index; a torn last line does not count."""
+        rows: dict[int, Any] = {}
+        for part in sorted([*self._of_ranks(), *([self._kept] if self._kept.is_file() else [])]):
+            for line in part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+                with contextlib.suppress(ValueError):
+                    index, record = json.loads(line)
+                    rows[index] = record
+        return rows
+
+    def open(self) -> IO[str]:
+        """This rank's own file, to append to."""
+        return self.path.with_name(f"{self.path.name}.rank{distributed.rank()}").open("a", encoding="utf-8")
+
+    def remove(self) -> None:
+        """On rank 0 alone, when the records are elsewhere."""
+        for part in self._of_ranks():
+            part.unlink()
+        self._kept.unlink(missing_ok=True)
+
+    @property
+    def _kept(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.kept")
+
+    def _of_ranks(self) -> list[Path]:
+        return list(self.path.parent.glob(f"{self.path.name}.rank*"))
+
+
+def append(file: IO[str], rows: Iterable[tuple[int, Any]]) -> None:
+    """Adds (index, record) to a file of `Parts.open`."""
+    # One write, then flushed: a killed process leaves whole lines, but maybe for the last.
+    file.write("".join(_line(index, record) for index, record in rows))
+    file.flush()
+
+
+def _line(index: int, record: Any) -> str:
+    return json.dumps([index, record], ensure_ascii=False) + "\n"
+
+
+def table(
+    chunks: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], Tensor],
+    width: int,
+    refusal: Callable[[int, float], str],
+    path: Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """(N, width) float64 on the CPU, the same on all ranks: what `work` makes of each chunk of row indices, (n, width).
+
+    All ranks call it with the same chunks, which hold each of 0 to N - 1 once and do not depend on the ranks, and share
+    them. path: where chunks that are done are kept, and gone on from; None: nowhere.
+    Raises NumericsError on all ranks alike, with refusal(index, value), where a value is not finite; the other chunks
+    are kept.
+    """
+    parts = None if path is None else Parts(path)
+    values: dict[int, list[float]] = {}  # this rank's; rank 0 has those of earlier starts too
+
+    def resume() -> list[int]:
+        values.update(parts.gather(chunks) if parts else {})
+        return list(values)
+
+    done = set(distributed.on_rank0(resume))
+    progress(len(done))
+    missing = [chunk for chunk in chunks if not done.issuperset(chunk)]
+    odd: list[tuple[int, float]] = []
+    with parts.open() if parts else contextlib.nullcontext() as file:
+        for chunk in missing[distributed.rank() :: distributed.world_size()]:
+            rows = work(chunk).double().tolist()
+            odd = [(i, value) for i, row in zip(chunk, rows, strict=True) for value in row if not math.isfinite(value)]
+            if odd:
+                break
+            values.update(zip(chunk, rows, strict=True))
+            if file is not None:
+                append(file, zip(chunk, rows, strict=True))
+            progress(len(chunk))
+    refused = [row for rows in distributed.on_all(lambda: odd) for row in rows]
+    if refused:
+        raise NumericsError(refusal(*min(refused)))
+    mine = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, width)
+    return distributed.merge_rows(sum(map(len, chunks)), list(values), mine)
