@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,6 +115,23 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """The files by which two outcomes differ."""
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def forget_peak() -> int:
+    """Sets the peak of this process's memory back to what it has now, and returns that, in bytes.
+
+    What was freed goes back to the system first, or whatever reuses it would cost nothing.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """The most memory that this process had since `forget_peak`, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 # ------------------------------------------------------------------------------------------------- the driver's side
