@@ -51,9 +51,10 @@ class Driver:
     trials: int = field(default=0)
 
     def run(self, run: Path, *arguments: str, ranks: int = 1, **fault: Any) -> Trial:
-        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or signal.
+        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or signal, or clock.
 
         signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after` seconds later.
+        clock: seconds by which the time of day is wrong. unread: what is said goes into a pipe that nobody reads.
         """
         return self.call("ldalign.train.align", run, *SMALL, f"run={run}", *arguments, ranks=ranks, **fault)
 
@@ -176,6 +177,9 @@ def _trial(
     order: dict[str, Any], rank: int, port: int, layer: Any, writer: int, errors: Any, others: list[int]
 ) -> None:
     said = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if order.get("unread"):
+        reader, said = os.pipe()
+        os.close(reader)
     for descriptor in (1, 2):
         os.dup2(said, descriptor)
     if order["ranks"] > 1:
@@ -190,6 +194,7 @@ def _trial(
         leave(code)
 
     errors.leave = tell
+    layer.failing_files_set_clock(ctypes.c_long(order.get("clock", 0)))
     sys.argv = [order["module"], *order["argv"]]
     if rank == order.get("rank", 0):
         at, mode = order.get("at", -1), MODES[order.get("mode", "count")]

@@ -10,6 +10,7 @@ from pathlib import Path
 import fuzz
 import pytest
 from conftest import one_thread
+from faults import forget_peak, peak
 
 # What each reader costs decides how many inputs: the whole sample is a few seconds.
 SAMPLE = {"jsonl": 150, "parquet": 60, "safetensors": 40, "gguf": 8, "template": 40, "tokenizer": 20, "config": 40,
@@ -73,3 +74,14 @@ def test_the_fuzzer_finds_what_it_should(tmp_path: Path) -> None:
                 "jsonl-9": "ended with 0", "jsonl-12": "MB more memory"}  # fmt: skip
     assert why.keys() == expected.keys() and all(text in why[name] for name, text in expected.items())
     assert all((tmp_path / f"{name}-rows.jsonl").read_bytes() == name.encode() for name in expected)
+
+
+def test_a_peak_before_does_not_hide_one_after() -> None:
+    """What tests of bounded memory measure by: a process's own maximum would not see the second."""
+    kept = b"x" * (300 * 2**20)
+    del kept
+    before = forget_peak()
+    assert peak() - before < 20 * 2**20
+    kept = b"x" * (150 * 2**20)
+    del kept
+    assert peak() - before > 140 * 2**20
