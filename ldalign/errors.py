@@ -93,7 +93,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
         if _ranks() > 1 and rank is None and _CONNECTION.search(str(error)):
             line = str(error).strip().splitlines()[0]
             _exit(f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}", 3, aftermath=True, trace=trace)
-        text = f"{type(error).__name__}: {error}" if rank is None else str(error)
+        another = rank is not None and str(rank) != os.environ.get("RANK", "0")  # then the text has the kind already
+        text = str(error) if another else f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
         _exit(f"unexpected {text}{hint}", 1, rank=rank, trace=trace)
 
