@@ -48,7 +48,7 @@ def run_stages(
         check_method_reads(argv, config.method)
     if any("/benchmarks/" in name for name in planned(config)):
         check_benchmarks(config)
-    distributed.start(config.device)
+    distributed.start(config.device, config.timeout_minutes)
     check_measurements(config, planned(config))
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))

@@ -367,7 +367,10 @@ def _convert_scalar(node: yaml.ScalarNode, annotation: Any) -> Any:
     if annotation is int:
         if not _INTEGER.fullmatch(raw):
             raise wrong
-        return int(raw)
+        try:
+            return int(raw)
+        except ValueError:  # 1__0, or more than the 4300 digits that Python reads
+            raise wrong from None
     if annotation is float:
         return _finite(raw, wrong)
     raise TypeError(f"config fields of type {annotation} are not supported")

@@ -173,7 +173,7 @@ def open_context(run: RunFolder, config: RunConfig, planned: Sequence[str] | Non
     global batch, or a guide that is asked for in two ways.
     """
     _check_guide(config.guide)
-    device = distributed.start(config.device)
+    device = distributed.start(config.device, config.timeout_minutes)
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)

@@ -4,12 +4,14 @@ One code path: a run without torchrun is a world of one rank. Where weights are 
 in, FSDP2's mixed precision casts them as it gathers them.
 """
 
-import datetime
+import contextlib
 import functools
 import math
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,16 +21,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ldalign import errors
 from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
 from ldalign.memory import OutOfMemory, keep_freed_memory
 
 T = TypeVar("T")
 
+LONGEST_WORK = timedelta(hours=24)  # of one rank while the others wait at a barrier
+# Connections of a host that is gone without a word, as TCP finds out: in 2 minutes.
+KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 120_000}
 
-def start(device: str = "auto") -> torch.device:
+
+def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     """Joins the process group (torchrun's, or a group of one) and returns this rank's device.
 
     device: auto (CUDA where there is one), cpu or cuda. Raises EnvironmentProblem for a device that is not there.
+
+    timeout_minutes: how long a rank waits for another inside a step, where all are about as fast. Where one may work
+    alone for hours (`barrier`, `on_rank0`, `on_all`) they meet in a gloo group of their own, with a limit of its own.
+    A rank whose process ends is noticed at once in either, as its connections close; except by NCCL, which waits for
+    the timeout, where no torchrun ends the run before.
     """
     if device != "cuda":
         keep_freed_memory()
@@ -45,13 +57,36 @@ def start(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # Stages without collectives (generation) may take hours on one rank while another waits at their end.
-        timeout = datetime.timedelta(hours=24)
+        timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
+            if world_size() > 1:
+                _meeting()
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+@functools.cache
+def _meeting() -> dist.ProcessGroup:
+    """All ranks, for what they may wait for long."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
+    _keep_alive()
+    peers: list[Any] = [None] * world_size()
+    dist.all_gather_object(peers, (socket.gethostname(), os.getpid()), group=group)
+    errors.PEERS[:] = peers
+    return group
+
+
+def _keep_alive() -> None:
+    """Has TCP itself ask after the other side of every connection of this process."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # no socket
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                    for option, value in KEEPALIVE.items():
+                        level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
+                        connection.setsockopt(level, getattr(socket, option), value)
 
 
 def use_onednn_for_float32() -> bool:
@@ -73,6 +108,7 @@ def use_onednn_for_float32() -> bool:
 def stop() -> None:
     """Leaves the process group."""
     _mesh.cache_clear()
+    _meeting.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -88,9 +124,9 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Waits for all ranks, for hours if need be."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_meeting())
 
 
 def on_rank0(work: Callable[[], T]) -> T:
@@ -104,7 +140,7 @@ def on_rank0(work: Callable[[], T]) -> T:
         return work()
     outcome, failure = _attempt(work) if rank() == 0 else (None, None)
     shared = [outcome]
-    dist.broadcast_object_list(shared, src=0)
+    dist.broadcast_object_list(shared, src=0, group=_meeting())
     result: T = _results(shared, failure)[0]
     return result
 
@@ -118,7 +154,7 @@ def on_all(work: Callable[[], T]) -> list[T]:
         return [work()]
     outcome, failure = _attempt(work)
     shared: list[Any] = [None] * world_size()
-    dist.all_gather_object(shared, outcome)
+    dist.all_gather_object(shared, outcome, group=_meeting())
     return _results(shared, failure)
 
 
@@ -132,12 +168,12 @@ def _attempt(work: Callable[[], T]) -> tuple[tuple[T | None, str, str], Exceptio
 
 def _results(outcomes: Sequence[Any], failure: Exception | None) -> list[Any]:
     if failure is not None:
-        raise failure
+        raise errors.of_rank(failure, rank())
     for number, (_, kind, text) in enumerate(outcomes):
         if kind in _SHARED_ERRORS:
-            raise _SHARED_ERRORS[kind](text)
+            raise errors.of_rank(_SHARED_ERRORS[kind](text), number)
         if kind:
-            raise RuntimeError(f"rank {number}: {kind}: {text}")
+            raise errors.of_rank(RuntimeError(f"{kind}: {text}"), number)
     return [result for result, _, _ in outcomes]
 
 
@@ -276,6 +312,7 @@ def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     out = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=device)
     out[torch.tensor(list(mine), dtype=torch.int64, device=device)] = values.to(device, torch.float64)
+    barrier()  # a rank may be slower by more than the timeout
     return total(out).cpu()
 
 

@@ -2,13 +2,19 @@
 
 A problem a person can solve is raised as one of the three classes below, with a message of the form
 `FILE:LINE: what is wrong; what to do`. `run` turns it into one line on stderr and an exit code; everything else is a
-bug of ours and says so. Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun
-itself exits with 1 whatever a worker's code; the worker's own is in the summary torchrun prints.)
+bug of ours and says so. In a run of several ranks the line begins with the rank that failed. Exit codes: 1 bug, 2
+input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself exits with 1 whatever a worker's code;
+the worker's own is in the summary torchrun prints.)
 """
 
+import contextlib
+import hashlib
 import os
 import re
+import socket
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +54,14 @@ def is_failure(error: BaseException) -> bool:
 
 # What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors among others.
 _CONNECTION = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
-_AGAIN = "torchrun's summary says which and why; run the same command again: what is finished is kept"
+_AGAIN = "its own line, or torchrun's summary, says why; run the same command again: what is finished is kept"
+PEERS: list[tuple[str, int]] = []  # (host, process number) of each rank, once `distributed.start` knows them
+
+
+def of_rank(error: BaseException, rank: int) -> BaseException:
+    """`error`, which this rank raises because `rank` did: both would say the same, in that one's name."""
+    error.__dict__["ldalign_rank"] = rank
+    return error
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -59,10 +72,11 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     interrupt.listen()
+    _forget_earlier_lines()
     try:
         _run(main, argv, debug)
     except interrupt.Stopped as stop:  # here, for a signal may also come while another error is dealt with
-        _exit(str(stop), stop.exit_code, expected=True)
+        _exit(str(stop), stop.exit_code, aftermath=True)
     leave(0)
 
 
@@ -70,23 +84,32 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
     try:
         main(argv)
     except KeyboardInterrupt:
-        _exit("interrupted", 130, expected=True)
-    except LdalignError as error:
-        _exit(str(error), error.exit_code, expected=True, trace=traceback.format_exc() if debug else "")
+        _exit("interrupted", 130, aftermath=True)
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _CONNECTION.search(str(error)):
+        rank = getattr(error, "ldalign_rank", None)
+        trace = traceback.format_exc() if debug else ""
+        if isinstance(error, LdalignError):
+            _exit(str(error), error.exit_code, rank=rank, trace=trace)
+        if _ranks() > 1 and rank is None and _CONNECTION.search(str(error)):
             line = str(error).strip().splitlines()[0]
-            _exit(f"another rank ended, or is out of reach ({line}); {_AGAIN}", 3, expected=False)
+            _exit(f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}", 3, aftermath=True, trace=trace)
+        another = rank is not None and str(rank) != os.environ.get("RANK", "0")  # then the text has the kind already
+        text = str(error) if another else f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
-        message = f"unexpected {type(error).__name__}: {error}{hint}"
-        _exit(message, 1, expected=False, trace=traceback.format_exc() if debug else "")
+        _exit(f"unexpected {text}{hint}", 1, rank=rank, trace=trace)
 
 
-def _exit(message: str, code: int, *, expected: bool, trace: str = "") -> NoReturn:
-    """Print `ldalign: error: message` as one line, if it is this rank's turn to speak, and exit with `code`."""
-    if _may_speak(expected):
-        line = " ".join(message.split())
-        print(f"{trace}ldalign: error: {line}", file=sys.stderr, flush=True)
+def _exit(message: str, code: int, *, rank: int | None = None, aftermath: bool = False, trace: str = "") -> NoReturn:
+    """Print `ldalign: error: message` as one line, unless another rank has, and exit with `code`.
+
+    rank: that failed, where it is not this one. aftermath: what comes of another's end, if anything was said before.
+    """
+    line = " ".join(message.split())
+    if _ranks() > 1:
+        line = f"rank {os.environ.get('RANK', '0') if rank is None else rank}: {line}"
+    if _may_speak(line if rank is not None else line.partition(": ")[2], aftermath):
+        with contextlib.suppress(OSError):
+            print(f"{trace}ldalign: error: {line}", file=sys.stderr, flush=True)
     leave(code)
 
 
@@ -97,28 +120,76 @@ def leave(code: int) -> NoReturn:
     tensor while the interpreter shuts down ends in C++'s "terminate called without an active exception", and a
     finished run would exit with -6.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
-def _may_speak(expected: bool) -> bool:
-    """Whether this process should print its error: in a run of several ranks only one does.
+# ------------------------------------------------------------------------------------------------ one rank speaks
+#
+# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection, does not bury the
+# cause: who is about to say a line makes a file named by it. Under torchrun it lies beside the workers' error files
+# (torchrun removes that folder), else among the temporary files, named also by what all ranks of a run on a host share:
+# the process that started them, and the port they meet at. So every host says it; better twice than never.
 
-    Under torchrun the first rank of a host to fail speaks (whoever creates the marker file beside the workers' error
-    files; torchrun removes that folder). So ranks that fail alike say it once, and a rank that dies of the first one's
-    death, of a broken connection, does not bury the cause. Under another launcher expected errors, which all ranks meet
-    alike, are rank 0's to print, and an unexpected one is printed by whichever rank has it.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _lines() -> tuple[Path, str]:
+    """The folder of the files that stand for lines said, and what their names begin with."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/<local rank>/error.json
     if error_file:
-        try:
-            (Path(error_file).parent.parent / "ldalign_error_printed").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        except OSError:
-            return True  # better twice than never
+        return Path(error_file).parent.parent, "ldalign_said_"
+    run = f"{os.getuid()}_{os.getppid()}_{os.environ.get('MASTER_PORT', '')}"
+    return Path(tempfile.gettempdir()), f"ldalign_said_{run}_"
+
+
+def _forget_earlier_lines() -> None:
+    """Removes what this rank left in an earlier run of the same parent, and what any left a day ago."""
+    if _ranks() == 1:
+        return
+    folder, prefix = _lines()
+    for path in folder.glob("ldalign_said_*"):
+        with contextlib.suppress(OSError):
+            mine = path.name.startswith(prefix) and path.read_text() == os.environ.get("RANK", "0")
+            if mine or path.stat().st_mtime < time.time() - 86_400:
+                path.unlink()
+
+
+def _may_speak(line: str, aftermath: bool) -> bool:
+    """Whether this process should print `line`: in a run of several ranks, whether none has."""
+    if _ranks() == 1:
         return True
-    return not expected or os.environ.get("RANK", "0") == "0"
+    folder, prefix = _lines()
+    try:
+        if aftermath and any(path.stat().st_uid == os.getuid() for path in folder.glob(f"{prefix}*")):
+            return False
+        path = folder / f"{prefix}{hashlib.sha256(line.encode('utf-8', 'replace')).hexdigest()[:16]}"
+        with path.open("x") as file:
+            file.write(os.environ.get("RANK", "0"))
+    except FileExistsError:
+        return path.stat().st_uid != os.getuid()
+    except OSError:
+        pass
+    return True
+
+
+def _ended() -> str:
+    """Which ranks of this host have ended, in words: those that the connection may have broken for."""
+    host, deadline = socket.gethostname(), time.monotonic() + 2
+    while time.monotonic() < deadline:
+        ended = [str(rank) for rank, (where, process) in enumerate(PEERS) if where == host and not _lives(process)]
+        if ended:
+            return f"rank{'s' * (len(ended) > 1)} {', '.join(ended)}"
+        time.sleep(0.05)  # a process closes its connections a moment before it is gone
+    return "another rank"
+
+
+def _lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

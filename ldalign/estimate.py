@@ -18,7 +18,7 @@ from ldalign import distributed, ops
 from ldalign.context import Context
 from ldalign.disk import check_disk, described
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.guide import is_trained_guide, read_guide_tokenizer
+from ldalign.guide import check_trained_guide, is_trained_guide, read_guide_tokenizer
 from ldalign.memory import available_bytes
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.pipeline import RunFolder
@@ -72,8 +72,7 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     if not folder.is_dir():
         raise InputError(f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py wrote")
     if is_trained_guide(folder):
-        check_model(folder / "encoder")
-        check_model(folder / "decoder")
+        check_trained_guide(folder)
     elif isinstance(check_model(folder), Mistral):
         raise InputError(
             f"{folder}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote (guide=FOLDER), or "

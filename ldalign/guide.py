@@ -35,11 +35,12 @@ from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
 from ldalign.memory import naming
 from ldalign.mistral import Mistral
-from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json
+from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
 from ldalign.parts import table
 from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import (
     LanguageModel,
+    check_model,
     load_model,
     read_config,
     read_header,
@@ -48,6 +49,7 @@ from ldalign.weights import (
 )
 
 END = "<|endoftext|>"
+TOWERS = ("encoder", "decoder")  # their folders in a guide's
 GPT2_STD, GPT2_WIDTH = 0.02, 768  # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
 NO_LATENT = -1
 
@@ -380,9 +382,17 @@ def is_trained_guide(folder: Path) -> bool:
     return (folder / "guide.json").is_file()
 
 
+def check_trained_guide(folder: Path) -> None:
+    """A trained guide's files, without their weights. Raises InputError, as `check_model` does for each tower."""
+    refuse_links_out(folder, *TOWERS)
+    for name in TOWERS:
+        check_model(folder / name)
+
+
 def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
     """A trained guide, float32, ready for `distance`. Raises InputError where a part is missing or does not fit."""
     folder = Path(folder)
+    refuse_links_out(folder, *TOWERS)
     path = folder / "guide.json"
     try:
         raw = {"end_token": END} | read_json(path)
@@ -396,7 +406,7 @@ def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
         raise InputError(
             f"{path}: not a readable guide description ({broken!r}); make it with train/guide.py"
         ) from None
-    towers = [load_model(folder / name, torch.float32, device) for name in ("encoder", "decoder")]
+    towers = [load_model(folder / name, torch.float32, device) for name in TOWERS]
     guide = Guide(towers[0], towers[1], config, read_guide_tokenizer(folder))
     read_header(folder / "latent.safetensors")  # names what is wrong with it
     latent = load_file(folder / "latent.safetensors")

@@ -4,6 +4,7 @@ Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are 
 `tokens_per_second`.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -63,9 +64,10 @@ class MetricsLog:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, from rank 0 only."""
+    """A line for the person at the terminal, from rank 0 only. A run outlives who reads it: a terminal, a pipe."""
     if distributed.rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -96,10 +98,12 @@ class Bar:
         self.tokens += tokens
         if self.tokens:
             self.tqdm.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.began):.0f} tokens/s", refresh=False)
-        self.tqdm.update(rows)
+        with contextlib.suppress(OSError):
+            self.tqdm.update(rows)
 
     def __exit__(self, *_: object) -> None:
-        self.tqdm.close()
+        with contextlib.suppress(OSError):
+            self.tqdm.close()
         if self.tokens:
             seconds = time.perf_counter() - self.began
             say(f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, {self.tokens / seconds:.0f} tokens/s")

@@ -10,14 +10,29 @@ from ldalign.errors import InputError
 MAX_JSON_BYTES = (
     10**7
 )  # of a config or a header: a hundred times the largest real one; parsed, it takes many times that
+LINK_OUT = "is a link out of the model folder; put the file itself there"
 MAX_TOKENIZER_BYTES = 10**8  # tokenizer.json of 250,000 entries has 35 MB
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` stays in the model folder `folder` when its links are followed."""
-    # A hub's cache links every file to a blob of the same model: such links are followed, there alone.
+    """Whether `path` stays in the model folder `folder` when its links are followed.
+
+    A hub's cache (models--ORGANISATION--NAME/snapshots/COMMIT) links every file to one in blobs/ of the same model:
+    such a link is followed, there alone.
+    """
     target, root = path.resolve(), folder.resolve()
-    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(root.parents[1]))
+    if target.is_relative_to(root):
+        return True
+    cached = root.parent.name == "snapshots" and root.parents[1].name.startswith("models--")
+    return cached and target.parent == root.parents[1] / "blobs"
+
+
+def refuse_links_out(folder: Path, *subfolders: str) -> None:
+    """InputError where a file that a later stage reads, copies or hashes, or a subfolder, is a link out of it."""
+    for path in sorted(folder.iterdir()):
+        read = path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") or path.name in subfolders
+        if read and not is_inside(path, folder):
+            raise InputError(f"{path}: {LINK_OUT}")
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
@@ -26,7 +41,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     Raises FileNotFoundError where there is none.
     """
     if not is_inside(path, path.parent):
-        raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
+        raise InputError(f"{path}: {LINK_OUT}")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is no ordinary file")

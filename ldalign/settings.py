@@ -233,6 +233,9 @@ class RunConfig:
     )
     seed: int = setting(0, "of everything random", check=non_negative)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is one")
+    timeout_minutes: float = setting(
+        30, "longest that ranks wait for one another inside a step (docs/run-folder.md)", check=positive
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "auto", "of computing (master weights are float32); auto: bfloat16 where the machine has units for it"
     )

@@ -422,7 +422,7 @@ def reference_stage(
     kept = [pair for pair in pairs if usable(pair)]
 
     def make(folder: Path) -> Metrics:
-        model = load_model(policy, ctx.dtype, ctx.device)
+        model = load_model(policy, ctx.dtype, ctx.device).requires_grad_(False)
         with Bar(name, len(kept), "pairs") as progress:
             logps = response_logps(
                 model, kept, ctx.config.training.micro_tokens, ctx.device, lambda n: progress(n, 0),

@@ -51,6 +51,7 @@ FILTERS = frozenset(
     "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort "
     "string sum title trim truncate unique upper wordcount".split()
 )
+LOOKS = frozenset("count first last length".split())  # filters that take no longer for a longer value
 
 
 class _Budget:
@@ -291,7 +292,10 @@ def _paid_filter(
     value = args[0]
     if name not in ("abs", "int", "float", "round", "string", "default", "d", "format", "first", "last", "safe"):
         _paid(budget, args[1:], kwargs)
-    args = (budget.take(value), *args[1:])
+    if name in LOOKS and isinstance(value, str | list | tuple | Mapping):
+        budget.spend(1)  # or `messages|length` in a loop over messages would take the square of their number
+    else:
+        args = (budget.take(value), *args[1:])
     options = [*args[1:], *kwargs.values()]
     if name == "join":
         args = (list(args[0]), *args[1:])

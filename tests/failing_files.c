@@ -3,6 +3,7 @@
  * It counts the calls that change what is on disk below one folder: opening for writing, write, truncate, fsync,
  * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or asked
  * to stop, or the call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
+ * The clock can be set to another time, for that process alone.
  */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
@@ -17,6 +18,7 @@
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { COUNT, KILL, TORN, FULL, BROKEN, STOP };       /* what to do at the chosen point */
@@ -136,3 +138,13 @@ int unlinkat(int dir, const char *path, int flags) { AROUND(REMOVES, inside(dir,
 int rmdir(const char *path) { AROUND(REMOVES, inside(AT_FDCWD, path), REAL(rmdir)(path)); }
 int mkdir(const char *path, mode_t bits) { AROUND(CREATES, inside(AT_FDCWD, path), REAL(mkdir)(path, bits)); }
 int chmod(const char *path, mode_t bits) { AROUND(SYNCS, inside(AT_FDCWD, path), REAL(chmod)(path, bits)); }
+
+static long clock_shift;                              /* seconds added to the time of day */
+void failing_files_set_clock(long seconds) { clock_shift = seconds; }
+int clock_gettime(clockid_t id, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = REAL(clock_gettime);
+    int result = real(id, now);
+    if (!result && id == CLOCK_REALTIME) now->tv_sec += clock_shift;
+    return result;
+}

@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,9 +51,10 @@ class Driver:
     trials: int = field(default=0)
 
     def run(self, run: Path, *arguments: str, ranks: int = 1, **fault: Any) -> Trial:
-        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or signal.
+        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or signal, or clock.
 
         signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after` seconds later.
+        clock: seconds by which the time of day is wrong. unread: what is said goes into a pipe that nobody reads.
         """
         return self.call("ldalign.train.align", run, *SMALL, f"run={run}", *arguments, ranks=ranks, **fault)
 
@@ -116,6 +118,23 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
+def forget_peak() -> int:
+    """Sets the peak of this process's memory back to what it has now, and returns that, in bytes.
+
+    What was freed goes back to the system first, or whatever reuses it would cost nothing.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """The most memory that this process had since `forget_peak`, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
 # ------------------------------------------------------------------------------------------------- the driver's side
 
 
@@ -158,6 +177,9 @@ def _trial(
     order: dict[str, Any], rank: int, port: int, layer: Any, writer: int, errors: Any, others: list[int]
 ) -> None:
     said = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if order.get("unread"):
+        reader, said = os.pipe()
+        os.close(reader)
     for descriptor in (1, 2):
         os.dup2(said, descriptor)
     if order["ranks"] > 1:
@@ -172,6 +194,7 @@ def _trial(
         leave(code)
 
     errors.leave = tell
+    layer.failing_files_set_clock(ctypes.c_long(order.get("clock", 0)))
     sys.argv = [order["module"], *order["argv"]]
     if rank == order.get("rank", 0):
         at, mode = order.get("at", -1), MODES[order.get("mode", "count")]

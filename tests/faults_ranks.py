@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,11 @@ def trained(folder: Path, chosen: list[Pair] | None = None, **settings: Any) -> 
 
 
 def main(argv: list[str]) -> None:
-    """resume FOLDER STEP: trains, asked to stop after STEP; explode FOLDER: an infinite gradient on the last rank;
-    nan FOLDER: a distance that is NaN.
+    """Trains into FOLDER, and then: resume FOLDER STEP MICRO: is asked to stop after STEP (0: is not).
+
+    explode FOLDER: an infinite gradient on the last rank. raise FOLDER: an error in a forward of the last rank's. alone
+    FOLDER: no training, but an error of the last rank's in work that every rank does. nan FOLDER: no training, but a
+    distance that is NaN.
     """
     what, folder = argv[0], Path(argv[1])
     distributed.start("cpu")
@@ -59,8 +62,10 @@ def main(argv: list[str]) -> None:
         state, _ = trained(folder, micro_tokens=int(argv[3]))
         if state:
             save_file(state, folder / "model.safetensors")
+    elif what == "alone":
+        distributed.on_all(fail_on_the_last_rank)
     else:
-        explode_on_the_last_rank()
+        change_the_loss(explode if what == "explode" else fail)
         trained(folder)
 
 
@@ -80,6 +85,11 @@ def nan_distance(folder: Path) -> None:
     guide.distance(["Say it."] * 10, texts, others, 1, ids=ids, path=folder / "parts/distances")
 
 
+def fail_on_the_last_rank() -> None:
+    if distributed.rank() == distributed.world_size() - 1:
+        raise KeyError("planted")
+
+
 def stop_after(step: int) -> None:
     """SIGTERM to the last rank alone once it has done that step: the ranks must agree."""
     write = MetricsLog.write
@@ -92,14 +102,22 @@ def stop_after(step: int) -> None:
     MetricsLog.write = stopping  # type: ignore[method-assign]
 
 
-def explode_on_the_last_rank() -> None:
+def change_the_loss(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """From the last rank's fourth loss on it is change(loss, hidden)."""
     plain, calls = training._dpo, [0]
 
-    def exploding(hidden: Tensor, *rest: Any) -> Tensor:
+    def changed(hidden: Tensor, *rest: Any) -> Tensor:
         loss = plain(hidden, *rest)
         calls[0] += 1
-        if calls[0] > 3 and distributed.rank() == distributed.world_size() - 1:
-            loss = loss + (hidden - hidden.detach()).abs().sum().sqrt()  # 0, with an infinite slope
-        return loss
+        last = distributed.rank() == distributed.world_size() - 1
+        return change(loss, hidden) if calls[0] > 3 and last else loss
 
-    training._dpo = exploding
+    training._dpo = changed
+
+
+def explode(loss: Tensor, hidden: Tensor) -> Tensor:
+    return loss + (hidden - hidden.detach()).abs().sum().sqrt()  # 0, with an infinite slope
+
+
+def fail(loss: Tensor, hidden: Tensor) -> Tensor:
+    raise KeyError("planted")

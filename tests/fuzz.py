@@ -1,32 +1,43 @@
 """`make fuzz`: readers against damaged and hostile files. Every outcome must be success or an ldalign error.
 
-    python tests/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...] [--keep FOLDER]
+    python tests/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...] [--jobs N] [--keep FOLDER]
 
 Each reader gets a real input, changed at random (bytes, JSON values, lines; templates also from a small grammar), until
-`count` inputs or `minutes` are over. It runs in a child process, many inputs each, where a crash, more than 10 s of
-processor time, 512 MB more of memory, or any other exception is a failure: the input is kept in FOLDER for a look, and
-the run goes on with the next. An input is a function of (seed, reader, number). Exit code 1 where anything failed.
+`count` inputs or `minutes` are over. Inputs are read in child processes, one a core, many inputs each. A crash, more
+than 10 s of processor time or 60 s in all, 512 MB more of memory, or any exception that is not an ldalign error is a
+failure: the input is kept in FOLDER for a look, and the run goes on with the next. An input is a function of (seed,
+reader, number). Exit code 1 where anything failed.
 """
 
 import argparse
+import faulthandler
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-CPU_SECONDS, MEMORY = 10, 512 * 2**20
+from faults import forget_peak, peak
+
+CPU_SECONDS, SECONDS, MEMORY = 10, 60, 512 * 2**20
+FORK = multiprocessing.get_context("fork")
+# What the readers below import.
+USED = ("pyarrow.parquet", "test_pretrained", "test_weights", "ldalign.data", "ldalign.losers", "ldalign.pretrained",
+        "ldalign.settings", "ldalign.weights")  # fmt: skip
 INTEGERS = [0, 1, -1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 10**30, -(2**63)]
 VALUES: list[Any] = [
     None,
@@ -456,50 +467,52 @@ READERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the child
+# ------------------------------------------------------------------------------------------------------ one process
 
 
-def child(name: str, seed: int, first: int, last: int, until: float, keep: Path) -> None:
-    """Reads inputs [first, last) of a reader; prints what came of them as a line of JSON."""
+def examine(
+    name: str, seed: int, numbers: Iterable[int], folder: Path, keep: Path, until: float, tell: Callable[..., None]
+) -> None:
+    """Reads inputs of a reader in `folder`, until all `numbers` are done or the time is `until`.
+
+    tell(number, "begins", file) comes before each, and tell(number, "read", "refused" or "failed", file) after it.
+    """
     from ldalign.errors import LdalignError
 
-    reader, counts = READERS[name], {"read": 0, "refused": 0, "failed": 0, "next": first}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "input0"
-        folder.mkdir()
-        files = {path: path.read_bytes() for path in reader.make(folder)}
-        if reader.sound:
-            reader.read(folder, random.Random(0))
-        for number in range(first, last):
-            if time.time() > until:
-                break
-            draw = random.Random(f"{seed}/{name}/{number}")
-            path = draw.choice(list(files))
-            change = draw.choice([c for c in reader.changes if fits(c, path)])
-            content = change(files[path], draw)
-            path.write_bytes(content)
-            # Written before it is read: what is left when the process dies is the input that killed it.
-            (keep / f"{name}.current").write_text(f"{number} {path.name}")
-            counts["next"] = number + 1
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            try:
-                reader.read(folder, draw)
-                counts["read"] += 1
-            except LdalignError:
-                counts["refused"] += 1
-            except BaseException:
-                counts["failed"] += 1
-                save(keep, name, number, path.name, content, traceback.format_exc())
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used.ru_maxrss
-            if grown * 1024 > MEMORY:
-                counts["failed"] += 1
-                save(keep, name, number, path.name, content, f"took {grown // 1024} MB more memory")
-            path.write_bytes(files[path])
-            shutil.rmtree(folder / "made", ignore_errors=True)
+    reader = READERS[name]
+    files = {path: path.read_bytes() for path in reader.make(folder)}
+    if reader.sound:
+        reader.read(folder, random.Random(0))
+    for number in numbers:
+        if time.time() > until:
+            break
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        draw = random.Random(f"{seed}/{name}/{number}")
+        path = draw.choice(list(files))
+        change = draw.choice([c for c in reader.changes if fits(c, path)])
+        content = change(files[path], draw)
+        path.write_bytes(content)
+        file = str(path.relative_to(folder))
+        tell(number, "begins", file)
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(spent.ru_utime + spent.ru_stime) + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        before, why = forget_peak(), ""
+        try:
+            reader.read(folder, draw)
+            word = "read"
+        except LdalignError:
+            word = "refused"
+        except BaseException:
+            word, why = "failed", traceback.format_exc()
+        grown = peak() - before
+        if grown > MEMORY:
+            word, why = "failed", f"{why}took {grown // 2**20} MB more memory"
+        if why:
+            save(keep, name, number, file, content, why)
+        tell(number, word, file)
+        path.write_bytes(files[path])
     resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(json.dumps(counts), flush=True)
 
 
 def fits(change: Callable[[bytes, random.Random], bytes], path: Path) -> bool:
@@ -510,42 +523,84 @@ def fits(change: Callable[[bytes, random.Random], bytes], path: Path) -> bool:
 
 def save(keep: Path, name: str, number: int, file: str, content: bytes, why: str) -> None:
     """Keeps an input that failed, and what happened."""
-    (keep / f"{name}-{number}-{file}").write_bytes(content)
+    (keep / f"{name}-{number}-{Path(file).name}").write_bytes(content)
     (keep / f"{name}-{number}.txt").write_text(why)
 
 
 # ------------------------------------------------------------------------------------------------------ the parent
 
 
-def fuzz(name: str, count: int, minutes: float, seed: int, keep: Path) -> dict[str, Any]:
-    """Runs children until `count` inputs are read or the time is over; what came of it."""
-    began, total = time.time(), {"read": 0, "refused": 0, "failed": 0}
-    until, start = began + 60 * minutes, 0
-    while start < count and time.time() < until:
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            "--seed",
-            str(seed),
-            "--range",
-            f"{start},{count},{until}",
-        ]
-        one = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        done = subprocess.run([*command, "--keep", str(keep)], capture_output=True, text=True, env=os.environ | one)
+class Worker:
+    """A process that examines inputs, watched: one that dies or hangs is counted and kept, and another goes on."""
+
+    def __init__(self, name: str, seed: int, numbers: range, folder: Path, keep: Path, until: float) -> None:
+        self.name, self.seed, self.keep, self.until, self.folder = name, seed, keep, until, folder
+        self.seen: Counter[str] = Counter()
+        self._start(numbers)
+
+    def _start(self, numbers: range) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "input").mkdir(parents=True)
+        self.numbers, self.current, self.hangs = numbers, None, False
+        self.pipe, theirs = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=self._work, args=(theirs,))
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.heard = time.monotonic()
+
+    def _work(self, pipe: Connection) -> None:
+        os.dup2(os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        faulthandler.enable()
+        folder = self.folder / "input"
+        examine(self.name, self.seed, self.numbers, folder, self.keep, self.until, lambda *told: pipe.send(told))
+
+    def listen(self) -> bool:
+        """Takes in what the process has told; whether there is more to come."""
         try:
-            counts = json.loads(done.stdout.strip().split("\n")[-1])
-            start = counts.pop("next")
-        except ValueError:  # it died
-            current = keep / f"{name}.current"
-            number = int(current.read_text().split()[0]) if current.is_file() else start
-            counts = {"read": 0, "refused": number - start, "failed": 1}
-            (keep / f"{name}-{number}.txt").write_text(f"exit {done.returncode}\n{done.stderr[-3000:]}")
-            start = number + 1
-        for key, value in counts.items():
-            total[key] += value
-    return {"reader": name, "inputs": start, **total, "seconds": round(time.time() - began)}
+            while self.pipe.poll():
+                number, word, file = self.pipe.recv()
+                self.heard = time.monotonic()
+                self.current = (number, file) if word == "begins" else None
+                self.seen[word] += word != "begins"
+        except (EOFError, ConnectionResetError):
+            return self._ended()
+        if time.monotonic() - self.heard > SECONDS and not self.hangs:
+            self.hangs = True
+            self.process.kill()
+        return True
+
+    def _ended(self) -> bool:
+        self.process.join()
+        code = self.process.exitcode
+        if code == 0 and not self.current:
+            return False
+        why = f"no end after {SECONDS} s" if self.hangs else f"the process ended with {code}"
+        why += "\n" + (self.folder / "said").read_text(errors="replace")[-5000:]
+        if self.current is None:
+            raise RuntimeError(f"{self.name}: outside any input: {why}")
+        number, file = self.current
+        self.seen["failed"] += 1
+        save(self.keep, self.name, number, file, (self.folder / "input" / file).read_bytes(), why)
+        rest = self.numbers[self.numbers.index(number) + 1 :]
+        if rest:
+            self._start(rest)
+        return bool(rest)
+
+
+def fuzz(name: str, count: int, minutes: float, seed: int, keep: Path, jobs: int) -> dict[str, Any]:
+    """Reads `count` inputs in `jobs` processes, or as many as the time allows; what came of them."""
+    began = time.time()
+    memory = Path("/dev/shm")  # opening a file costs more than reading it on many a disk
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as temporary:
+        every = [(range(k, count, jobs), Path(temporary) / str(k)) for k in range(min(jobs, count))]
+        workers = [Worker(name, seed, numbers, folder, keep, began + 60 * minutes) for numbers, folder in every]
+        going = workers
+        while going:
+            wait([worker.pipe for worker in going], timeout=0.5)
+            going = [worker for worker in going if worker.listen()]
+    seen = sum((worker.seen for worker in workers), Counter())
+    counts = {word: seen[word] for word in ("read", "refused", "failed")}
+    return {"reader": name, "inputs": sum(counts.values()), **counts, "seconds": round(time.time() - began)}
 
 
 def main() -> None:
@@ -554,19 +609,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", nargs="*", default=list(READERS), choices=list(READERS))
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+    )
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="where inputs that fail are kept")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--range", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
-    if args.child:
-        first, last, until = args.range.split(",")
-        child(args.child, args.seed, int(first), int(last), float(until), args.keep)
-        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in USED:  # once, for all processes
+        importlib.import_module(module)
     print("| reader | inputs | read | refused | failed | seconds |\n|---|---|---|---|---|---|", flush=True)
     failed = 0
     for name in args.reader:
-        result = fuzz(name, args.count, args.minutes, args.seed, args.keep)
+        result = fuzz(name, args.count, args.minutes, args.seed, args.keep, args.jobs)
         failed += result["failed"]
         print("| " + " | ".join(map(str, result.values())) + " |", flush=True)
     if failed:

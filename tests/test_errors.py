@@ -1,13 +1,15 @@
 """How commands end: exit codes, one line, one rank."""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from ldalign import interrupt
+from ldalign import errors, interrupt
 from ldalign.errors import is_failure
 
 SCRIPT = """
@@ -71,20 +73,40 @@ def test_no_shutdown_spoils_the_exit_code(kind: str, code: int, tmp_path: Path) 
     assert subprocess.run([sys.executable, str(script), kind], capture_output=True).returncode == code
 
 
-def test_first_rank_to_fail_speaks_under_torchrun(tmp_path: Path) -> None:
-    ranks = {}
-    for rank in ("1", "0"):
-        (tmp_path / rank).mkdir()
-        error_file = str(tmp_path / rank / "error.json")
-        ranks[rank] = command("InputError", RANK=rank, WORLD_SIZE="2", TORCHELASTIC_ERROR_FILE=error_file)
-    assert "bad row" in ranks["1"].stderr
-    assert ranks["0"].stderr == "" and ranks["0"].returncode == 2
+@pytest.mark.parametrize("launcher", ["torchrun", "another"])
+def test_of_several_ranks_one_speaks(launcher: str, tmp_path: Path) -> None:
+    """Whichever it is, with its number; another error is another line; the same in the next run of the same parent."""
+
+    def of_rank(rank: int, kind: str) -> str:
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "TMPDIR": str(tmp_path), "MASTER_PORT": "29500"}
+        if launcher == "torchrun":
+            (tmp_path / str(rank)).mkdir(exist_ok=True)
+            variables["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / str(rank) / "error.json")
+        return command(kind, **variables).stderr
+
+    assert of_rank(1, "InputError") == "ldalign: error: rank 1: data.jsonl:7: bad row; mend it\n"
+    assert of_rank(0, "InputError") == ""
+    assert of_rank(0, "KeyboardInterrupt") == ""
+    assert of_rank(0, "KeyError").startswith("ldalign: error: rank 0: unexpected KeyError")
+    assert of_rank(1, "InputError").startswith("ldalign: error: rank 1: data.jsonl")
 
 
-def test_rank_0_speaks_under_another_launcher() -> None:
-    assert command("InputError", RANK="1", WORLD_SIZE="2").stderr == ""
-    assert "bad row" in command("InputError", RANK="0", WORLD_SIZE="2").stderr
-    assert "unexpected KeyError" in command("KeyError", RANK="1", WORLD_SIZE="2").stderr
+def test_a_rank_ends_for_another_is_said_where_nobody_spoke(tmp_path: Path) -> None:
+    variables = {"WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
+    assert command("KeyboardInterrupt", RANK="1", **variables).stderr == "ldalign: error: rank 1: interrupted\n"
+    assert command("KeyboardInterrupt", RANK="0", **variables).stderr == ""
+
+
+def test_what_another_user_left_silences_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert [errors._may_speak("x", aftermath) for aftermath in (False, False, True)] == [True, False, False]
+    user = os.getuid()
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    left.rename(tmp_path / left.name.replace(f"said_{user}_", f"said_{user + 1}_"))
+    assert errors._may_speak("x", False) and errors._may_speak("x", True)
 
 
 def test_torchrun_prints_it_once(tmp_path: Path) -> None:
@@ -93,7 +115,8 @@ def test_torchrun_prints_it_once(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run([*launcher, str(script), "InputError"], capture_output=True, text=True)
     assert result.returncode != 0
-    assert result.stderr.count("ldalign: error: data.jsonl:7: bad row; mend it") == 1
+    assert result.stderr.count("data.jsonl:7: bad row; mend it") == 1
+    assert re.search("^ldalign: error: rank [01]: data", result.stderr, flags=re.MULTILINE)
 
 
 def test_a_request_to_stop_is_no_failure_of_a_library() -> None:

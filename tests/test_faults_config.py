@@ -35,6 +35,8 @@ from ldalign.train import align
         ),
         ("bad_rows=ignore", "bad_rows: 'ignore' is not one of error, skip"),
         ("iterations=two", "iterations: 'two' is not an integer"),
+        ("iterations=1__0", "iterations: '1__0' is not an integer"),
+        ("iterations=" + "9" * 5000, "is not an integer"),
     ],
 )
 def test_C1_wrong_key_or_value(override: str, message: str) -> None:

@@ -1,12 +1,12 @@
 """The matrix's D rows: data files that are broken, odd or change; and that nothing of it gets past the readers."""
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import forget_peak, peak
 from test_data import GOOD, a, parquet, s, u, write
 from test_stages import open_toy, rows_file
 
@@ -134,9 +134,9 @@ def test_D5_hostile_bytes(line: bytes, message: str, tmp_path: Path) -> None:
     Expected: one line with file and line; memory bounded. The same for prompts and responses made elsewhere.
     """
     path = write(tmp_path / "rows.jsonl", GOOD, line, GOOD)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak()
     refusal(path, rf"rows\.jsonl{message}")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert peak() - before < 100 * 2**20
     if b"u0000" not in line:  # which only the rows' own text may not hold
         with pytest.raises(InputError, match=r"rows\.jsonl:2"):
             list(json_lines(path))

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -18,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHATML_TEMPLATE
+from faults import forget_peak, peak
 from test_tokenizer import CONVERSATIONS, as_row, copy, messages
 from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, refusal, write_folder
 from torch import Tensor
 
-from ldalign import guide, pipeline, toy, weights
+from ldalign import guide, modelfiles, pipeline, toy, weights
 from ldalign.config import load_config
 from ldalign.errors import InputError
 from ldalign.measures import check_measurements
@@ -342,6 +342,59 @@ def test_M4_a_small_file_that_is_a_link_out(name: str, tmp_path: Path, watched: 
     assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
 
 
+@pytest.mark.parametrize("name", ["latent.safetensors", "tokenizer.json", "guide.json", "merges.txt", "encoder"])
+def test_M4_a_link_out_of_a_guide(name: str, toy_run: Path, tmp_path: Path, watched: None) -> None:
+    """A file, or a tower's folder, of a trained guide is a link out of it.
+
+    Expected: one line, before anything is loaded and when the guide is; nothing outside is opened.
+    """
+    folder, outside = tmp_path / "guide", tmp_path / "outside"
+    shutil.copytree(toy_run / "guide", folder)
+    outside.mkdir()
+    if (folder / name).exists():
+        (folder / name).rename(outside / name)
+    else:
+        (outside / name).write_text("{}")
+    (folder / name).symlink_to(outside / name)
+    for read in (guide.check_trained_guide, guide.load_guide):
+        OPENED.clear()
+        with pytest.raises(InputError, match=f"{name}: is a link out of the model folder"):
+            read(folder)
+        assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
+
+
+@pytest.mark.parametrize(
+    ("folder", "target", "inside"),
+    [
+        ("models--a--b/snapshots/c0", "models--a--b/blobs/12", True),
+        ("models--a--b/snapshots/c0", "models--a--b/blobs/12/34", False),
+        ("models--a--b/snapshots/c0", "models--a--b/refs/main", False),
+        ("models--a--b/snapshots/c0", "models--a--b/snapshots/c1/config.json", False),
+        ("models--a--b/snapshots/c0", "models--x--y/blobs/12", False),
+        ("models--a--b/snapshots/c0/deeper", "models--a--b/blobs/12", False),
+        ("backup/snapshots/c0", "backup/blobs/12", False),
+        ("snapshots/c0", "secret", False),
+    ],
+)
+def test_M4_only_a_hubs_blobs_may_be_linked_to(folder: str, target: str, inside: bool, tmp_path: Path) -> None:
+    """A file in a folder named `snapshots` links to what lies beside it.
+
+    Expected: followed to a blob of the same model, in the layout of a hub's cache, and nowhere else.
+    """
+    for path in (tmp_path / folder, (tmp_path / target).parent):
+        path.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text('{"a": 1}')
+    link = tmp_path / folder / "config.json"
+    link.symlink_to(os.path.relpath(tmp_path / target, link.parent))
+    assert modelfiles.is_inside(link, link.parent) is inside
+    if inside:
+        assert modelfiles.read_json(link) == {"a": 1}
+        (tmp_path / target).unlink()
+        (tmp_path / target).symlink_to(tmp_path / "elsewhere")  # a blob that is a link itself
+    with pytest.raises(InputError, match="is a link out of the model folder"):
+        modelfiles.read_json(link)
+
+
 def test_M4_a_device_is_no_model_file(tmp_path: Path) -> None:
     """tokenizer.json is a pipe, which would hold the reader for ever.
 
@@ -397,13 +450,14 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "cut": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-9]), "bytes expected"),
     "header": (lambda f: (f / SINGLE).write_bytes(with_header(b"{}", 2**63)), "not a whole safetensors file"),
 }
-OF_OURS: dict[str, tuple[Spoil, str]] = {
+OF_OURS: dict[str, tuple[Spoil, str]] = BROKEN | {
     "template": (
         lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__ }}"),
         "chat template: SecurityError",
     ),
 }
-OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = {
+OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = BROKEN | {
+    "only pickles": (only_pickles, "has no weights in safetensors"),
     "code": (settings(auto_map={"AutoTokenizer": "x.Evil"}), "tokenizer_config.json: auto_map asks to run code"),
     "vocabulary out": (settings(vocab_file="/etc/passwd"), "vocab_file '/etc/passwd' is no plain file name"),
     "tokenizers out": (settings(fast_tokenizer_files=["../x"]), "fast_tokenizer_files '../x' is no plain file name"),
@@ -411,7 +465,7 @@ OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", [*BROKEN, *OF_TRANSFORMERS])
+@pytest.mark.parametrize("fault", OF_TRANSFORMERS)
 def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
     """A reward model's folder with only pickles, code to run, paths out of it, an adapter, or broken headers.
 
@@ -419,7 +473,7 @@ def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
     """
     folder = toy.write_toy_model(tmp_path / "model")
     check_reward_model(folder)
-    spoil, message = (BROKEN | OF_TRANSFORMERS)[fault]
+    spoil, message = OF_TRANSFORMERS[fault]
     spoil(folder)
     config = load_config(RunConfig, overrides=[f"reward={folder}"])
     with pytest.raises(InputError, match=re.escape(message)) as caught:
@@ -427,7 +481,7 @@ def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", [*BROKEN, *OF_OURS])
+@pytest.mark.parametrize("fault", OF_OURS)
 def test_M5_judges_folder(tmp_path: Path, fault: str) -> None:
     """A judge's folder with only pickles, code to run, paths out of it, broken headers, or a template that reaches out.
 
@@ -436,7 +490,7 @@ def test_M5_judges_folder(tmp_path: Path, fault: str) -> None:
     folder = toy.write_toy_model(tmp_path / "model")
     config = load_config(RunConfig, overrides=["method=rlaif", f"judge={folder}"])
     check_measurements(config, ["iteration_0/judged"])
-    spoil, message = (BROKEN | OF_OURS)[fault]
+    spoil, message = OF_OURS[fault]
     spoil(folder)
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         check_measurements(config, ["iteration_0/judged"])
@@ -557,11 +611,11 @@ def test_M10_template_bomb(template: str, chatml_folder: Path) -> None:
 
     Expected: one line within 5 s of processor time and 150 MB.
     """
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    before, start = forget_peak(), time.thread_time()
     with pytest.raises(InputError, match="chat template: (SecurityError|RecursionError)"):
         load_tokenizer(chatml_folder, template=template).prompt_ids(messages([("user", "x")]))
     assert time.thread_time() - start < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    assert peak() - before < 150 * 2**20
 
 
 def test_M10_the_budget_grows_with_the_conversation() -> None:
@@ -599,3 +653,104 @@ def test_M10_the_meters_change_nothing_else() -> None:
     chat = messages([("system", "s"), ("user", "Größe"), ("assistant", "a"), ("user", "q")])
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(METERED)
     assert ChatTemplate(METERED, date.today()).render(chat) == plain.render(messages=chat)
+
+
+# Templates as models in use have them, in what they do: of Mistral v0.3, of Llama 3.1, of Qwen3.
+IN_USE = {
+    "tools of the last user": """{%- if messages[0]['role'] == 'system' %}{%- set first = messages[0]['content'] %}
+{%- set turns = messages[1:] %}{%- else %}{%- set turns = messages %}{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- set asked = turns | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(place=0) %}
+{%- for turn in turns %}
+    {%- if not (turn.role in ['tool', 'results'] or (turn.tool_calls is defined and turn.tool_calls is not none)) %}
+        {%- if (turn['role'] == 'user') != (ns.place % 2 == 0) %}
+            {{- raise_exception('users and assistants take turns') }}
+        {%- endif %}{%- set ns.place = ns.place + 1 %}{%- endif %}{%- endfor %}
+{{- bos_token }}
+{%- for turn in turns %}
+    {%- if turn['role'] == 'user' %}
+        {%- if tools is not none and turn == asked[-1] %}{{- '[TOOLS] [' }}
+            {%- for tool in tools %}{{- tool.function | tojson }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+            {%- endfor %}{{- '][/TOOLS]' }}{%- endif %}
+        {%- if loop.last and first is defined %}{{- '[INST] ' + first + '\n\n' + turn['content'] + '[/INST]' }}
+        {%- else %}{{- '[INST] ' + turn['content'] + '[/INST]' }}{%- endif %}
+    {%- elif turn['role'] == 'assistant' %}{{- ' ' + turn['content']|trim + eos_token }}
+    {%- else %}{{- raise_exception('no such role: ' + turn['role']) }}{%- endif %}{%- endfor %}""",
+    "date and headers": """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not tools_first is defined %}{%- set tools_first = true %}{%- endif %}
+{%- if not date is defined %}{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}
+{%- else %}{%- set date = '1 Jan 2024' %}{%- endif %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}
+{{- '<|head|>system<|body|>\n\n' }}{%- if builtin is defined or tools is not none %}{{- 'with tools\n' }}{%- endif %}
+{%- if builtin is defined %}{{- builtin | reject('equalto', 'code') | list | join(', ') }}{%- endif %}
+{{- 'Today: ' + date + '\n\n' }}{{- system }}{{- '<|end|>' }}
+{%- if tools_first and not tools is none %}
+    {%- for t in tools %}{{- t | tojson(indent=4) }}{{- '\n\n' }}{%- endfor %}{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|head|>' + message['role'] + '<|body|>\n\n' + message['content'] | trim + '<|end|>' }}
+    {%- elif message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
+    {%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|head|>assistant<|body|>\n\n' }}{%- endif %}""",
+    "thoughts": """{%- if tools %}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
+{%- set ns = namespace(searching=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == 'user' and message.content is string
+        and not (message.content.startswith('<found>') and message.content.endswith('</found>')) %}
+        {%- set ns.searching = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.content is string %}{%- set content = message.content %}
+    {%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == 'assistant' %}{%- set thought = '' %}
+        {%- if message.reasoning_content is string %}{%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+            {{- content.lstrip('\n') }}
+        {%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}
+        {%- if message.tool_calls %}{%- for call in message.tool_calls %}{{- call.arguments | tojson }}{%- endfor %}
+        {%- endif %}{{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<found>\n' + content + '\n</found>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}""",
+}
+SHORT = {
+    "tools of the last user": "<s>[INST] q[/INST] a</s>[INST] s\n\nr[/INST]",
+    "date and headers": "<s><|head|>system<|body|>\n\nToday: DATE\n\ns<|end|><|head|>user<|body|>\n\nq<|end|>"
+    "<|head|>assistant<|body|>\n\n<think>\nhm\n</think>\n\na<|end|><|head|>user<|body|>\n\nr<|end|>"
+    "<|head|>assistant<|body|>\n\n",
+    "thoughts": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_M10_templates_in_use_stay_within_the_limits(name: str, zephyr_folder: Path) -> None:
+    """Templates that do what Mistral's, Llama's and Qwen's do; conversations of 4 turns, and of 400 long ones.
+
+    Expected: rendered as jinja2 alone renders them; one BOS where the template writes it.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    answer = "a" if name == "tools of the last user" else "<think>\nhm\n</think>\n\na"
+    turns = [("system", "s"), ("user", "q"), ("assistant", answer), ("user", "r")]
+    tokenizer = load_tokenizer(zephyr_folder, template=IN_USE[name])
+    today = time.strftime("%d %b %Y")
+    assert tokenizer.render(messages(turns), True).replace(today, "DATE") == SHORT[name]
+    assert tokenizer.prompt_ids(messages(turns)).count(tokenizer.bos_id) == 1
+
+    long = messages([("system", "s"), *[("user", "word " * 400), ("assistant", answer * 100)] * 200])
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    plain.globals |= {"strftime_now": time.strftime, "raise_exception": str}
+    expected = plain.from_string(IN_USE[name]).render(messages=long, tools=None, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.render(long) == expected

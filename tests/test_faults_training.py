@@ -5,6 +5,7 @@ Named by the rows of the fault matrix (docs/reliability.md).
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,9 +20,10 @@ import torch
 from faults import TIMES, Driver
 from faults_ranks import STEPS, pairs, trained
 from safetensors.torch import load_file
-from torch import Tensor
+from test_stages import open_toy
+from torch import Tensor, nn
 
-from ldalign import distributed, guide, guide_training, scoring, summaries, training, weights
+from ldalign import distributed, guide, guide_training, scoring, stages, summaries, training, weights
 from ldalign.batches import global_batches
 from ldalign.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.gpt2 import GPT2Config
@@ -135,6 +137,32 @@ def test_T5_other_ranks_and_micro_batches(driver: Driver, tmp_path: Path) -> Non
     assert all((state[name] - p).abs().max() < 1e-4 for name, p in expected.items())
 
 
+# --------------------------------------------------------------------------------------------------------------- T4
+
+
+def test_T4_one_rank_raises(driver: Driver, tmp_path: Path) -> None:
+    """An error of rank 1's, of 2: in the forward of a step, and in work that each rank does before all meet.
+
+    Expected: both end at once, one line that names rank 1; resumed: bit-identical.
+    """
+    for folder in ("whole", "run"):
+        if folder == "run":
+            trial = driver.call("faults_ranks", tmp_path / "run", "raise", str(tmp_path / "run"), ranks=2)
+            assert trial.codes == [3, 1], trial.said
+            (line,) = re.findall("^ldalign: error: .*", trial.said, flags=re.MULTILINE)
+            assert line.startswith("ldalign: error: rank 1: unexpected KeyError: 'planted'")
+            assert list((tmp_path / "run/checkpoint").glob("step_*"))
+        arguments = ("resume", str(tmp_path / folder), "0", "45")
+        trial = driver.call("faults_ranks", tmp_path / folder, *arguments, ranks=2)
+        assert trial.codes == [0, 0], trial.said
+    whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == run and timeless(tmp_path / "whole") == timeless(tmp_path / "run")
+
+    trial = driver.call("faults_ranks", tmp_path / "run", "alone", str(tmp_path / "run"), ranks=2)
+    assert trial.codes == [1, 1] and trial.said.count("ldalign: error:") == 1, trial.said
+    assert "ldalign: error: rank 1: unexpected KeyError: 'planted'" in trial.said
+
+
 # --------------------------------------------------------------------------------------------------------------- T7
 
 
@@ -231,7 +259,7 @@ def test_T9_infinite_gradient_on_one_rank(driver: Driver, tmp_path: Path) -> Non
     """
     trial = driver.call("faults_ranks", tmp_path / "run", "explode", str(tmp_path / "run"), ranks=2)
     assert trial.codes == [4, 4], trial.said
-    assert trial.said.count("ldalign: error: policy: step") == 1 and "gradient norm" in trial.said
+    assert len(re.findall(r"ldalign: error: rank \d: policy: step", trial.said)) == 1 and "gradient norm" in trial.said
     found = json.loads((tmp_path / "run/non_finite_step.json").read_text())
     assert math.isfinite(float(found["loss"])) and not math.isfinite(float(found["grad_norm"]))
     assert len(found["rows"]) >= 3
@@ -413,15 +441,52 @@ def test_T15_dropout_in_config_json(tmp_path: Path) -> None:
     assert timeless(tmp_path)[0]["loss/unweighted"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_T16_reference_stays_as_it_is(toy_run: Path) -> None:
-    """The reference's folder is hashed before an iteration (its manifest) and after the run; its scores are made.
+def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+    """The models that reference and policy stage load for one step on four pairs of the toy run's rows."""
+    loaded: list[nn.Module] = []
+    monkeypatch.setattr(stages, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])
+    ctx = open_toy(folder, "max_rows=4", "global_batch=4", "training.steps=1", "heldout_fraction=0", "sft.rows=4",
+                   "sft.global_batch=4")  # fmt: skip
+    before = hash_model_folder(ctx.start)
+    with ctx.run:
+        stages.data_stage(ctx)
+        against = [replace(pair, generated=[*pair.real[:-1], 5, pair.real[-1]]) for pair in ctx.train.pairs]
+        stages.policy_stage(ctx, 0, ctx.start, stages.reference_stage(ctx, 0, ctx.start, against, {}), {})
+    assert hash_model_folder(ctx.start) == before
+    reference, policy = loaded
+    return reference, policy
 
-    Expected: equal hashes; scoring keeps no gradients.
+
+def assert_frozen(reference: nn.Module, policy: nn.Module) -> None:
+    assert all(not p.requires_grad and p.grad is None and p.grad_fn is None for p in reference.parameters())
+    assert all(p.requires_grad for p in policy.parameters())
+    both = zip(reference.parameters(), policy.parameters(), strict=True)
+    assert any(not torch.equal(a.float(), b.float()) for a, b in both)  # the policy has moved, the reference has not
+    storages = [{p.untyped_storage().data_ptr() for p in model.parameters()} for model in (reference, policy)]
+    assert not storages[0] & storages[1]
+
+
+def test_T16_the_reference_has_no_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole step of an alignment: reference pass, loss, backward, update. Then again, the reference left trainable.
+
+    Expected: no parameter of the reference's can have a gradient or has one, none shares storage with the policy's, the
+    folder's hash is the same; the second time the check fails.
+    """
+    reference, policy = align_one_step(tmp_path / "one", monkeypatch)
+    assert_frozen(reference, policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "requires_grad_", lambda module, _=True: module)
+        trainable, policy = align_one_step(tmp_path / "two", monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_frozen(trainable, policy)
+
+
+def test_T16_reference_stays_as_it_is(toy_run: Path) -> None:
+    """The reference's folder is hashed before an iteration (its manifest) and after the run.
+
+    Expected: equal hashes.
     """
     for t, start in enumerate(("sft/policy", "iteration_0/policy")):
         for stage in ("reference", "policy"):
             manifest = json.loads((toy_run / f"iteration_{t}/{stage}/manifest.json").read_text())
             assert manifest["parents"]["policy"] == hash_model_folder(toy_run / start)
-    model = load_model(toy_run / "sft/policy", torch.float32)
-    logps = response_logps(model, pairs(), 10_000, CPU)
-    assert not logps.requires_grad and all(p.grad is None for p in model.parameters())

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     if not isinstance(config, CompareConfig):
         return
     check_benchmarks(config)
-    distributed.start(config.device)
+    distributed.start(config.device, config.timeout_minutes)
     start = comparison.start_config(config)
     if "--dry-run" in argv:
         say(dry_run(open_context(RunFolder(Path(start.run), ""), start), align.planned(start)))
