@@ -21,7 +21,7 @@ from ldalign.weights import check_files
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 LOWER = "lower reward.batch_tokens or reward.max_tokens"  # what helps where memory does not suffice
-NEEDED = {"*.safetensors": "weights in safetensors", "tokenizer.json": "tokenizer.json"}
+NEEDED = {"*.safetensors*": "weights in safetensors", "tokenizer.json": "tokenizer.json"}
 
 
 class RewardModel:
