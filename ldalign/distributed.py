@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import socket
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,7 +82,9 @@ def _meeting() -> dist.ProcessGroup:
 def _keep_alive() -> None:
     """Has TCP itself ask after the other side of every connection of this process."""
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # no socket
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                     for option, value in KEEPALIVE.items():
