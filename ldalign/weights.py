@@ -317,8 +317,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         raise InputError(f"{index}: no weight_map from tensor names to file names; download the file again")
     files = sorted(set(weight_map.values()))
     for file in files:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise InputError(f"{index}: shard {file!r} is not a plain safetensors file name inside the folder")
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or len(file.encode()) > 255:  # as long as file systems allow
+            raise InputError(f"{index}: shard {file[:80]!r} is not a plain safetensors file name inside the folder")
     if single and SINGLE not in files:
         raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
     return files, weight_map

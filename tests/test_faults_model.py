@@ -226,6 +226,17 @@ def test_M4_nothing_outside_the_folder_is_opened(
     assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
 
 
+def test_M4_a_shard_name_that_no_file_can_have(tmp_path: Path) -> None:
+    """The index names a shard by 300 characters.
+
+    Expected: one line; the file system is not asked.
+    """
+    write_folder(tmp_path, shard_bytes=2000)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    edit_json(tmp_path / INDEX, weight_map=dict.fromkeys(weight_map, "x" * 288 + ".safetensors"))
+    refusal(tmp_path, INDEX, "not a plain safetensors file name")
+
+
 def test_M5_only_pickles(tmp_path: Path) -> None:
     """The folder has only pytorch_model.bin, which would run code.
 
