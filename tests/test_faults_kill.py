@@ -18,6 +18,7 @@ from faults import Driver, Trial, differing, outcome
 
 Undisturbed = Callable[[int], tuple[dict[str, Any], int]]
 POLICY = "iteration_1/policy"
+PARTS = 16  # of the tests at every write point, so that several processes share them, and a part can be had alone
 
 
 @pytest.fixture
@@ -111,16 +112,17 @@ def test_T2_sigkill_at_write_points(run: Callable[..., Trial], undisturbed: Undi
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("mode", ["kill", "torn"])
 def test_T2_sigkill_at_every_write_point(
-    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str, part: int
 ) -> None:
     """SIGKILL right before, or in the middle of, every write, sync, rename and deletion of the run.
 
     Expected: no half folder is used; files bit-identical after the same command.
     """
     expected, points = undisturbed(1)
-    for point in range(points):
+    for point in range(part, points, PARTS):
         killed_at(run, tmp_path / "run", point, mode, expected)
 
 
@@ -195,7 +197,10 @@ def test_T3_stopped_at_write_points(run: Callable[..., Trial], undisturbed: Undi
 
 
 @pytest.mark.long
-def test_T3_stopped_at_every_write_point(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_T3_stopped_at_every_write_point(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, part: int
+) -> None:
     """SIGTERM at every write of a run in which no checkpoint is due.
 
     Expected: exit 143, files bit-identical after the same command.
@@ -203,7 +208,7 @@ def test_T3_stopped_at_every_write_point(run: Callable[..., Trial], undisturbed:
     expected = undisturbed(1)[0]
     trial = run("checkpoint.steps=null")
     shutil.rmtree(tmp_path / "run")
-    for point in range(trial.points[0]):
+    for point in range(part, trial.points[0], PARTS):
         stopped_at(run, tmp_path / "run", point, expected)
 
 
@@ -247,16 +252,17 @@ def test_T6_no_write_possible(run: Callable[..., Trial], undisturbed: Undisturbe
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("mode", ["full", "broken"])
 def test_T6_no_write_possible_anywhere(
-    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str, part: int
 ) -> None:
     """ENOSPC from every write on, and EIO at every write.
 
     Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the same command.
     """
     expected, points = undisturbed(1)
-    for point in range(points):
+    for point in range(part, points, PARTS):
         denied_at(run, tmp_path / "run", point, mode, expected)
 
 
