@@ -5,7 +5,7 @@
 #   make compare   SFT, SPIN, LD-Align and a control from one start, about an hour; make compare COMPARE=FILE.yaml ARGS="..."
 #   make report RUN=FOLDER   a run folder's report again
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
-#   make test-slow   the long ones: every write point, a hundred kills; some hours on one core
+#   make test-slow   the long ones: every write point, a hundred kills; some hours; ARGS="-k T1_" for the kills, minutes
 #   make reliability   the tests of the fault matrix, long ones too, and docs/reliability.md made of their results
 #   make lint    ruff and mypy
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them

@@ -98,6 +98,7 @@ HEAD = """# Reliability
 
 Every row of the fault matrix as a test: what is done, what is expected, what was seen. Made by `make reliability` from
 the tests themselves (`tests/test_faults_*.py`, and the ordinary tests that prove a row) and their last results.
+The tests at every write point are 16 parts of each kind (hours in all): where fewer were seen, the others were not run.
 Not tried: an export in vLLM (a part of X1), ranks on several hosts, NCCL.
 """
 
