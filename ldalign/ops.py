@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ldalign.errors import EnvironmentProblem
 from ldalign.kernels import flash
@@ -94,7 +94,7 @@ def _raw(op: str, x: Tensor) -> Callable[..., Any]:
 
 # ------------------------------------------------------------------------------------------------------------ operators
 
-_library = torch.library.Library("ldalign", "DEF")
+_operators = library.Library("ldalign", "DEF")
 
 
 def _operator(
@@ -106,11 +106,11 @@ def _operator(
 ) -> None:
     """Registers torch.ops.ldalign.NAME: `run` for real tensors, `fake` for shapes, `setup`, `backward` for autograd."""
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ldalign::{name}", fake, lib=_library)
+    _operators.define(schema)
+    _operators.impl(name, run, "CompositeExplicitAutograd")
+    library.register_fake(f"ldalign::{name}", fake, lib=_operators)
     if backward is not None:
-        torch.library.register_autograd(f"ldalign::{name}", backward, setup_context=setup, lib=_library)
+        library.register_autograd(f"ldalign::{name}", backward, setup_context=setup, lib=_operators)
 
 
 def _none(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import ops
@@ -453,7 +453,7 @@ def test_opcheck(name: str) -> None:
         run(function, [x.float() for x in inputs])
     assert seen.calls
     for operator, arguments in seen.calls:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 class Operators(TorchDispatchMode):
