@@ -81,10 +81,14 @@ def _claimed(path: Path, chunks: Sequence[Sequence[Request]]) -> Iterator[Sequen
         yield chunk
 
 
-def _resume(path: Path, requests: Sequence[Request], row_exact: bool, size: int) -> list[int]:
-    """The indices that need not be made again; no claims are left."""
+def _drop_claims(path: Path) -> None:
     for claim in path.parent.glob(f"{path.name}{CLAIM}*"):
         claim.unlink()
+
+
+def _resume(path: Path, requests: Sequence[Request], row_exact: bool, size: int) -> list[int]:
+    """The indices that need not be made again; no claims are left."""
+    _drop_claims(path)
     if path.is_file():  # merged before: the run was stopped before the stage had its name
         return [r.index for r in requests]
     alone = None if row_exact else [[r.index for r in chunk] for chunk in chunks(requests, size)]
@@ -100,7 +104,6 @@ def _merge(path: Path, count: int) -> list[dict[str, Any]]:
         assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
         records = [rows[i] for i in range(count)]
         write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))  # at once or not at all
-    for claim in path.parent.glob(f"{path.name}{CLAIM}*"):
-        claim.unlink()
+    _drop_claims(path)
     parts.remove()
     return records

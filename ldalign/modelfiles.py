@@ -10,7 +10,6 @@ from ldalign.errors import InputError
 MAX_JSON_BYTES = (
     10**7
 )  # of a config or a header: a hundred times the largest real one; parsed, it takes many times that
-LINK_OUT = "is a link out of the model folder; put the file itself there"
 MAX_TOKENIZER_BYTES = 10**8  # tokenizer.json of 250,000 entries has 35 MB
 
 
@@ -27,12 +26,18 @@ def is_inside(path: Path, folder: Path) -> bool:
     return cached and target.parent == root.parents[1] / "blobs"
 
 
+def refuse_link_out(path: Path, folder: Path) -> None:
+    """InputError where `path` is a link out of the model folder `folder`."""
+    if not is_inside(path, folder):
+        raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
+
+
 def refuse_links_out(folder: Path, *subfolders: str) -> None:
     """InputError where a file that a later stage reads, copies or hashes, or a subfolder, is a link out of it."""
     for path in sorted(folder.iterdir()):
         read = path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") or path.name in subfolders
-        if read and not is_inside(path, folder):
-            raise InputError(f"{path}: {LINK_OUT}")
+        if read:
+            refuse_link_out(path, folder)
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
@@ -40,8 +45,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
     Raises FileNotFoundError where there is none.
     """
-    if not is_inside(path, path.parent):
-        raise InputError(f"{path}: {LINK_OUT}")
+    refuse_link_out(path, path.parent)
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is no ordinary file")

@@ -16,7 +16,7 @@ from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.memory import OutOfMemory, naming
 from ldalign.modelfiles import read_json
 from ldalign.parts import table
-from ldalign.weights import check_files
+from ldalign.weights import check_files, read_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -111,6 +111,7 @@ def check_reward_model(folder: Path) -> None:
                 f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin and spm.model, which "
                 "are not read here: convert such a model once, by the few lines in docs/judges.md, Rewards"
             )
+    read_config(folder)
     check_files(folder)
     adapter = folder / "adapter_config.json"
     if adapter.exists():

@@ -28,7 +28,7 @@ from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.memory import naming
 from ldalign.mistral import Mistral, MistralConfig
-from ldalign.modelfiles import LINK_OUT, MAX_JSON_BYTES, is_inside, parse_json, read_json, refuse_links_out
+from ldalign.modelfiles import MAX_JSON_BYTES, parse_json, read_json, refuse_link_out, refuse_links_out
 from ldalign.tokenizer import save_tokenizer_files
 
 LanguageModel = Mistral | GPT2
@@ -193,9 +193,8 @@ def check_model(folder: str | Path) -> LanguageModel:
 def check_files(folder: Path) -> dict[str, Stored]:
     """What is checked of any model folder, whatever the network: its tensors by name, from the files' headers.
 
-    Raises InputError: config.json asks to run code, a link out of the folder, and as `stored_tensors`.
+    Raises InputError: a link out of the folder, and as `stored_tensors`.
     """
-    read_config(folder)
     refuse_links_out(folder)
     return stored_tensors(folder)
 
@@ -310,8 +309,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         found = f"only pickles ({_first(pickles, 3)}), which can run code" if pickles else "no weights"
         raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
-    if not is_inside(index, folder):
-        raise InputError(f"{index}: {LINK_OUT}")
+    refuse_link_out(index, folder)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()) or not weight_map:
         raise InputError(f"{index}: no weight_map from tensor names to file names; download the file again")
@@ -326,8 +324,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. Raises InputError where the header or the file's size is wrong."""
-    if not is_inside(path, path.parent):
-        raise InputError(f"{path}: {LINK_OUT}")
+    refuse_link_out(path, path.parent)
     if not path.is_file():
         raise InputError(f"{path}: not found; download the model again")
     size = path.stat().st_size
