@@ -1,13 +1,16 @@
-"""Where the packages lie, and how the extension `ldalign._C` is built. The rest is in pyproject.toml.
+"""Where the packages lie, and how the extension `ldalign._C` is built. The rest is in
+pyproject.toml.
 
-`kernels/` and `train/` stand at the top of the repository but install as `ldalign.kernels` and `ldalign.train`: a
-package named `kernels` exists on PyPI, and nothing but `ldalign` may appear at the top level of a user's environment.
-Develop with an editable install (`make setup` makes one); without `kernels/__init__.py` it cannot find the package.
+`kernels/` and `train/` stand at the top of the repository but install as `ldalign.kernels` and
+`ldalign.train`: a package named `kernels` exists on PyPI, and nothing but `ldalign` may appear at
+the top level of a user's environment. Develop with an editable install (`make setup` makes one);
+without `kernels/__init__.py` it cannot find the package.
 
-The extension is optional: without torch, a C++ compiler or Python's headers the install succeeds without it and says
-so. Where it can be built, a build that fails is an error. From the environment:
+The extension is optional: without torch, a C++ compiler or Python's headers the install succeeds
+without it and says so. Where it can be built, a build that fails is an error. From the environment:
     LDALIGN_BUILD=0         build nothing
-    LDALIGN_BUILD_CUDA=0|1  leave the CUDA part out, or insist on it; unset: built where this torch and nvcc can
+    LDALIGN_BUILD_CUDA=0|1  leave the CUDA part out, or insist on it; unset: built where this
+                            torch and nvcc can
     MAX_JOBS                how many files are compiled at once (with ninja)
 """
 
@@ -28,7 +31,8 @@ from setuptools import setup
 CXX_FLAGS = [
     "-O3",
     "-g0",
-    "-fno-math-errno",  # sqrt as one instruction; NaN and infinity keep their meaning, unlike with -ffast-math
+    # sqrt as one instruction; NaN and infinity keep their meaning, unlike with -ffast-math
+    "-fno-math-errno",
     "-ffp-contract=fast",  # a * b + c as one instruction
     "-fvisibility=hidden",
 ]
@@ -36,7 +40,9 @@ CUDA_HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
 
 
 def extension() -> dict[str, Any]:
-    """setup()'s arguments for the extension; none where it is not wanted or cannot be built, and says why."""
+    """setup()'s arguments for the extension; none where it is not wanted or cannot be built, and
+    says why.
+    """
     if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         return {}  # pip asks for metadata first: no need to load torch for it
     problem = _cannot_build()
@@ -47,7 +53,9 @@ def extension() -> dict[str, Any]:
 
     problem = _cannot_build_cuda()
     if problem and os.environ.get("LDALIGN_BUILD_CUDA") == "1":
-        raise SystemExit(f"ldalign: LDALIGN_BUILD_CUDA=1, but the CUDA part cannot be built: {problem}")
+        raise SystemExit(
+            f"ldalign: LDALIGN_BUILD_CUDA=1, but the CUDA part cannot be built: {problem}"
+        )
     _say("building ldalign._C for the CPU" + (f" only: {problem}" if problem else " and for CUDA"))
     sources = sorted(glob("csrc/*.cpp"))
     make = builder.CppExtension
@@ -67,7 +75,9 @@ def extension() -> dict[str, Any]:
     )
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": builder.BuildExtension.with_options(use_ninja=builder.is_ninja_available())},
+        "cmdclass": {
+            "build_ext": builder.BuildExtension.with_options(use_ninja=builder.is_ninja_available())
+        },
     }
 
 
@@ -78,13 +88,18 @@ def _cannot_build() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        return f"torch cannot be imported while building ({error}); install it first and use --no-build-isolation"
+        return (
+            f"torch cannot be imported while building ({error}); install it first and use "
+            "--no-build-isolation"
+        )
     compiler = _compiler()[0]
     if not shutil.which(compiler):
         return f"there is no C++ compiler ({compiler})"
     if not _compiles("int main() { return 0; }"):
         return f"the C++ compiler ({compiler}) does not compile an empty program"
-    if not _compiles("#include <Python.h>\nint main() { return 0; }", f"-I{sysconfig.get_path('include')}"):
+    if not _compiles(
+        "#include <Python.h>\nint main() { return 0; }", f"-I{sysconfig.get_path('include')}"
+    ):
         return "Python's headers are missing (on Debian: apt install python3-dev)"
     return None
 
@@ -101,10 +116,19 @@ def _cannot_build_cuda() -> str | None:
     nvcc = shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) if CUDA_HOME else None
     if nvcc is None:
         return "there is no nvcc; set CUDA_HOME to where it is"
-    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    release = re.search(
+        r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release[1] if release else '?'}, torch of CUDA {torch.version.cuda}"
-    if not _compiles("".join(f"#include <{name}>\n" for name in CUDA_HEADERS), "-c", compiler=[nvcc], suffix=".cu"):
+        return (
+            f"nvcc is of CUDA {release[1] if release else '?'}, torch of CUDA {torch.version.cuda}"
+        )
+    if not _compiles(
+        "".join(f"#include <{name}>\n" for name in CUDA_HEADERS),
+        "-c",
+        compiler=[nvcc],
+        suffix=".cu",
+    ):
         return f"nvcc does not compile a file that includes {', '.join(CUDA_HEADERS)}"
     if not torch.cuda.is_available():  # else torch's builder asks the devices
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
@@ -116,11 +140,19 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
-def _compiles(source: str, *flags: str, compiler: list[str] | None = None, suffix: str = ".cpp") -> bool:
+def _compiles(
+    source: str, *flags: str, compiler: list[str] | None = None, suffix: str = ".cpp"
+) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a{suffix}"
         path.write_text(source)
-        command = [*(compiler or _compiler()), str(path), *flags, "-o", str(path.with_suffix(".out"))]
+        command = [
+            *(compiler or _compiler()),
+            str(path),
+            *flags,
+            "-o",
+            str(path.with_suffix(".out")),
+        ]
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -131,6 +163,6 @@ def _say(text: str) -> None:
 setup(
     packages=["ldalign", "ldalign.kernels", "ldalign.train"],
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
-    package_data={"ldalign": ["benchmark_definitions/*.yaml", "report_page.html"]},
+    package_data={"ldalign": ["benchmark_definitions/*.yaml", "wordings.txt", "report_page.html"]},
     **extension(),
 )

@@ -24,9 +24,11 @@ from ldalign.toy import CONFIG as TOY_CONFIG
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "peers"))  # worker.py, for scripts that import ours.py
-RATE_SECONDS, COPY_BYTES = 1.5, 2**28  # how long a measurement of the machine's rates lasts, and what it copies
-# glibc gives large blocks back to the system and faults them in again, up to 40 % of a peer's time. ldalign tells it
-# not to (ldalign/memory.py); a peer's user would have to know these variables, which say the same.
+# how long a measurement of the machine's rates lasts, and what it copies
+RATE_SECONDS, COPY_BYTES = 1.5, 2**28
+# glibc gives large blocks back to the system and faults them in again, up to 40 % of a peer's time.
+# ldalign tells it not to (ldalign/memory.py); a peer's user would have to know these variables,
+# which say the same.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -34,9 +36,13 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
 QUIET = {
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_CPP_LOG_LEVEL": "ERROR", "ACCELERATE_LOG_LEVEL": "error",
-}  # fmt: skip
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "ACCELERATE_LOG_LEVEL": "error",
+}
 
 
 class Failed(Exception):
@@ -45,13 +51,23 @@ class Failed(Exception):
 
 def options(name: str, doc: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(prog=f"bench/{name}.py", description=(doc or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"bench/{name}.py", description=(doc or "").partition("\n")[0]
+    )
     parser.add_argument("--policy", default=DEFAULT_MODEL, help="model folder or name")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ldalign", help="of fetched models")
-    parser.add_argument("--repeat", type=int, default=None, help="measured repetitions, after one to warm up")
-    parser.add_argument("--small", action="store_true", help="a toy model and a fraction of the work: does it run?")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "ldalign", help="of fetched models"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=None, help="measured repetitions, after one to warm up"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a toy model and a fraction of the work: does it run?"
+    )
     parser.add_argument("--no-peers", action="store_true", help="ldalign's side alone")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder of the result files"
+    )
     return parser
 
 
@@ -62,18 +78,23 @@ def device_and_dtype() -> tuple[torch.device, str]:
 
 
 def model_of(args: argparse.Namespace) -> tuple[Path | None, Config]:
-    """The policy's folder and its config.json; with --small the toy's config and no folder: random weights."""
+    """The policy's folder and its config.json; with --small the toy's config and no folder: random
+    weights.
+    """
     if args.small:
         return None, dict(TOY_CONFIG)
     folder = resolve_model(args.policy, args.cache)
     return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------- measured processes
+# ------------------------------------------------------------------------------- measured processes
 
 
 def measure(
-    script: str, job: Mapping[str, Any], peer: str | None = None, environment: Mapping[str, str] | None = None
+    script: str,
+    job: Mapping[str, Any],
+    peer: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The result of one job, done by bench/SCRIPT in a process of its own.
 
@@ -81,14 +102,21 @@ def measure(
     """
     python = Path(sys.executable) if peer is None else peer_python(peer)
     done = subprocess.run(
-        [str(python), str(HERE / script)], input=json.dumps(job), capture_output=True, text=True,
+        [str(python), str(HERE / script)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
         env={**os.environ, **QUIET, "PYTHONPATH": str(HERE / "peers"), **(environment or {})},
-    )  # fmt: skip
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         killed = done.returncode == -9
-        raise Failed("killed, probably for memory" if killed else f"exit code {done.returncode}: {last[:300]}")
+        raise Failed(
+            "killed, probably for memory"
+            if killed
+            else f"exit code {done.returncode}: {last[:300]}"
+        )
     return json.loads(lines[-1])  # type: ignore[no-any-return]
 
 
@@ -108,12 +136,19 @@ def measure_ours(task: str, job: Mapping[str, Any]) -> dict[str, Any]:
         raise EnvironmentProblem(f"bench: {task}: ldalign failed: {why}") from None
 
 
-def measure_machine(shape: Shape, tokens: int, dtype: str, device: torch.device, small: bool = False) -> dict[str, Any]:
+def measure_machine(
+    shape: Shape, tokens: int, dtype: str, device: torch.device, small: bool = False
+) -> dict[str, Any]:
     """Rates of the machine now: see machine.py. The products are those of one block."""
     job = {
-        "task": "rates", "products": shape.attention_products + shape.mlp_products, "tokens": tokens, "dtype": dtype,
-        "device": str(device), "seconds": 0.01 if small else RATE_SECONDS, "copy_bytes": 2**20 if small else COPY_BYTES,
-    }  # fmt: skip
+        "task": "rates",
+        "products": shape.attention_products + shape.mlp_products,
+        "tokens": tokens,
+        "dtype": dtype,
+        "device": str(device),
+        "seconds": 0.01 if small else RATE_SECONDS,
+        "copy_bytes": 2**20 if small else COPY_BYTES,
+    }
     return measure("machine.py", job)
 
 
@@ -127,15 +162,19 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------- result files
+# ------------------------------------------------------------------------------------- result files
 
 
 def result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """A benchmark's record. A model folder is named without its place on this machine."""
     return {
-        "benchmark": name, "policy": "toy" if args.small else Path(args.policy).name, "small": args.small, **fields,
-        "machine": describe_machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+        "benchmark": name,
+        "policy": "toy" if args.small else Path(args.policy).name,
+        "small": args.small,
+        **fields,
+        "machine": describe_machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def save(result: dict[str, Any], lines: list[str], folder: Path, name: str | None = None) -> None:
@@ -144,7 +183,10 @@ def save(result: dict[str, Any], lines: list[str], folder: Path, name: str | Non
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
     where = ", ".join(machine["gpus"]) or cpu
     torch_version = machine["packages"]["torch"]
-    foot = ["", f"{result['date']}, commit {machine['git_commit']}, {where}, torch {torch_version}."]
+    foot = [
+        "",
+        f"{result['date']}, commit {machine['git_commit']}, {where}, torch {torch_version}.",
+    ]
     if result["small"]:
         foot += ["", "Made with --small: shows that it runs, measures nothing."]
     page = "\n".join([*lines, *foot]) + "\n"

@@ -1,9 +1,10 @@
-"""What torch.compile would bring: one transformer block, forward and backward, as it is and compiled.
+"""What torch.compile would bring: one transformer block, forward and backward, as it is and
+compiled.
 
     python bench/compile.py [--tokens 1200]
 
-Part of `make bench`. The block is the policy's own; both forms take the same packed pairs by turns in one process. On a
-CPU torch.compile needs a C++ compiler. The time to compile is said apart.
+Part of `make bench`. The block is the policy's own; both forms take the same packed pairs by turns
+in one process. On a CPU torch.compile needs a C++ compiler. The time to compile is said apart.
 """
 
 import statistics
@@ -36,10 +37,14 @@ def main(argv: list[str]) -> None:
     config["num_hidden_layers"] = 1
     model = make_model({"folder": None, "config": config}, getattr(torch, dtype), device)
     pairs = make_pairs(LENGTHS["gsm8k"], 1 if args.small else args.pairs, config["vocab_size"])
-    layout = Packed([(len(p["prompt"]), len(p["real"]), len(p["generated"])) for p in pairs], device)
+    layout = Packed(
+        [(len(p["prompt"]), len(p["real"]), len(p["generated"])) for p in pairs], device
+    )
     cos, sin = rope_tables(layout.positions, model.config.head_dim, model.config.rope_theta)
     torch.manual_seed(SEED)
-    x = torch.randn(sum(layout.lengths), config["hidden_size"], dtype=getattr(torch, dtype), device=device)
+    x = torch.randn(
+        sum(layout.lengths), config["hidden_size"], dtype=getattr(torch, dtype), device=device
+    )
     block = model.blocks[0]
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "as it is": lambda x: block(x, cos, sin, layout),
@@ -49,7 +54,14 @@ def main(argv: list[str]) -> None:
     rows = measure(forms, x, repeat, device)
     distributed.stop()
     result = common.result(
-        "compile", args, device=str(device), dtype=dtype, shape=args.shape, tokens=len(x), repeat=repeat, rows=rows
+        "compile",
+        args,
+        device=str(device),
+        dtype=dtype,
+        shape=args.shape,
+        tokens=len(x),
+        repeat=repeat,
+        rows=rows,
     )
     common.save(result, render(result), args.results, f"compile-{device.type}")
 
@@ -58,7 +70,9 @@ def measure(
     forms: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeat: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Seconds of each form, by turns; the first call of each, which compiles, apart."""
-    rows: dict[str, dict[str, Any]] = {name: {"first": _once(form, x, device)} for name, form in forms.items()}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"first": _once(form, x, device)} for name, form in forms.items()
+    }
     for _ in range(repeat):
         for name, form in forms.items():
             rows[name].setdefault("seconds", []).append(_once(form, x, device))
@@ -81,11 +95,13 @@ def _once(form: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> 
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
-        f"## compile, {result['device']}", "",
-        f"One block of {result['shape']}, forward and backward, {result['tokens']} packed tokens, {result['dtype']}; "
-        f"medians of {result['repeat']}, by turns.", "",
+        f"## compile, {result['device']}",
+        "",
+        f"One block of {result['shape']}, forward and backward, {result['tokens']} packed tokens, "
+        f"{result['dtype']}; medians of {result['repeat']}, by turns.",
+        "",
         *common.table("", "seconds", "time / as it is", "first call, s"),
-    ]  # fmt: skip
+    ]
     for name, row in result["rows"].items():
         cells = [f"{row['median_seconds']:.4f}", f"{row['time_ratio']:.2f}", f"{row['first']:.1f}"]
         lines.append(common.row(name, *cells))

@@ -1,7 +1,9 @@
-"""The peers' Python environments: one each, made from requirements/bench-NAME.txt, beside the project's own.
+"""The peers' Python environments: one each, made from requirements/bench-NAME.txt, beside the
+project's own.
 
-A peer never shares packages with ldalign: its pins are its own. Only torch is the same, to the version, and is
-installed first: nothing that comes after can bring another build of it, with gigabytes of CUDA packages.
+A peer never shares packages with ldalign: its pins are its own. Only torch is the same, to the
+version, and is installed first: nothing that comes after can bring another build of it, with
+gigabytes of CUDA packages.
 """
 
 import importlib.metadata
@@ -24,10 +26,11 @@ class PeerMissing(Exception):
 
 
 def peer_python(name: str, root: Path = ROOT) -> Path:
-    """The interpreter of peer `name`'s environment, ROOT/.venv-NAME, made or made again where its pins have changed.
+    """The interpreter of peer `name`'s environment, ROOT/.venv-NAME, made or made again where its
+    pins have changed.
 
-    LDALIGN_PEER_NAME in the environment, a Python that has the packages already, is used instead: for machines without
-    a network. Raises PeerMissing.
+    LDALIGN_PEER_NAME in the environment, a Python that has the packages already, is used instead:
+    for machines without a network. Raises PeerMissing.
     """
     variable = f"LDALIGN_PEER_{name.upper()}"
     if variable in os.environ:
@@ -58,25 +61,40 @@ def peer_python(name: str, root: Path = ROOT) -> Path:
 def pins(name: str, root: Path = ROOT) -> str:
     """The text of the peer's requirements, with that of the file they build on."""
     text = requirements(name, root).read_text(encoding="utf-8")
-    return text + (root / "requirements" / f"bench-{name}.txt").read_text(encoding="utf-8") if "-r " in text else text
+    return (
+        text + (root / "requirements" / f"bench-{name}.txt").read_text(encoding="utf-8")
+        if "-r " in text
+        else text
+    )
 
 
 def requirements(name: str, root: Path = ROOT) -> Path:
-    """The peer's pins; on a machine with CUDA those of requirements/bench-NAME-cuda.txt where there are such."""
+    """The peer's pins; on a machine with CUDA those of requirements/bench-NAME-cuda.txt where there
+    are such.
+    """
     own = root / "requirements" / f"bench-{name}-cuda.txt"
-    return own if torch.version.cuda and own.is_file() else root / "requirements" / f"bench-{name}.txt"
+    return (
+        own if torch.version.cuda and own.is_file() else root / "requirements" / f"bench-{name}.txt"
+    )
 
 
 def install(python: Path, wanted: Path) -> None:
-    """torch first, exactly ours; then the pins, which may not move it. Raises subprocess.SubprocessError."""
+    """torch first, exactly ours; then the pins, which may not move it. Raises
+    subprocess.SubprocessError.
+    """
     pip = [str(python), "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check"]
     version = importlib.metadata.version("torch")
-    if torch.version.cuda:  # gigabytes that are here already: a .pth shows them, after the peer's own packages
+    # gigabytes that are here already: a .pth shows them, after the peer's own packages
+    if torch.version.cuda:
         site = subprocess.run(
             [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        (Path(site) / "torch_of_ldalign.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        (Path(site) / "torch_of_ldalign.pth").write_text(
+            str(Path(torch.__file__).parent.parent) + "\n"
+        )
     else:
         _run([*pip, f"torch=={version.partition('+')[0]}"])
     constraint = python.parent.parent / "torch.txt"

@@ -1,11 +1,13 @@
-"""Sampling with the engine against transformers: `generate` on a left-padded batch, and its continuous batching.
+"""Sampling with the engine against transformers: `generate` on a left-padded batch, and its
+continuous batching.
 
     python bench/generate.py [--batches 1,8,32,128] [--dtypes bfloat16,float32] [--shape mistral-7b]
 
-Part of `make bench`. Prompts of GSM8K's lengths, mixed; no row may stop before its full length, so all make the same
-number of tokens from the same prompts. Every row of the table is a process of its own, the peers in an environment of
-their own, in the same run. Beside them, what the machine could do: the time of the matrix products at its measured
-rate, and of reading weights and cache once a token at its measured bandwidth.
+Part of `make bench`. Prompts of GSM8K's lengths, mixed; no row may stop before its full length, so
+all make the same number of tokens from the same prompts. Every row of the table is a process of its
+own, the peers in an environment of their own, in the same run. Beside them, what the machine could
+do: the time of the matrix products at its measured rate, and of reading weights and cache once a
+token at its measured bandwidth.
 """
 
 import statistics
@@ -27,11 +29,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", default="1,8,32,128", help="rows at a time")
     parser.add_argument("--dtypes", help="default: bfloat16,float32; on a GPU bfloat16")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, no model folder")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
+    )
     args = parser.parse_args(argv)
     device, dtype = common.device_and_dtype()
-    folder, config = (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
-    dtypes = args.dtypes or (dtype if device.type == "cuda" or dtype == "float32" else "bfloat16,float32")
+    folder, config = (
+        (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    )
+    dtypes = args.dtypes or (
+        dtype if device.type == "cuda" or dtype == "float32" else "bfloat16,float32"
+    )
     new_tokens = 4 if args.small else args.new_tokens
     tables = []
     for name in dtypes.split(",")[: 1 if args.small else None]:
@@ -41,13 +49,19 @@ def main(argv: list[str]) -> None:
             beginning = pairs[0]["prompt"][:BEGINNING]
             prompts = [beginning + pair["prompt"][len(beginning) :] for pair in pairs]
             job = {
-                "device": str(device), "dtype": name, "folder": str(folder) if folder else None, "config": config,
-                "new_tokens": new_tokens, "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
-            }  # fmt: skip
-            tables.append(measure(job, Shape.of(config), rows, not args.no_peers, device, args.small))
+                "device": str(device),
+                "dtype": name,
+                "folder": str(folder) if folder else None,
+                "config": config,
+                "new_tokens": new_tokens,
+                "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
+            }
+            tables.append(
+                measure(job, Shape.of(config), rows, not args.no_peers, device, args.small)
+            )
     result = common.result(
         "generate", args, device=str(device), shape=args.shape, new_tokens=new_tokens, tables=tables
-    )  # fmt: skip
+    )
     suffix = f"-{args.shape}" if args.shape else ""
     common.save(result, render(result), args.results, f"generate-{device.type}{suffix}")
 
@@ -62,35 +76,57 @@ def measure(
         if task == "generation" or rows == CONTINUOUS_ROWS:
             common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
             whole = {**job, "task": task}
-            sides[name] = common.measure_or_say("peers/generate.py", whole, "transformers", common.KEEP_MEMORY)
+            sides[name] = common.measure_or_say(
+                "peers/generate.py", whole, "transformers", common.KEEP_MEMORY
+            )
     tokens = rows * job["new_tokens"]
     for side in sides.values():
         if "skipped" not in side:
             side["tokens_per_second"] = tokens / statistics.median(side["seconds"])
             side["time_ratio"] = common.median_ratio(side["seconds"], sides["ldalign"]["seconds"])
     itemsize = getattr(torch, job["dtype"]).itemsize
-    costs = generation_costs(shape, [len(p) for p in job["batches"][-1]], job["new_tokens"], itemsize)
+    costs = generation_costs(
+        shape, [len(p) for p in job["batches"][-1]], job["new_tokens"], itemsize
+    )
     rates = common.measure_machine(shape, max(rows, 64), job["dtype"], device, small)
     limits = {
         "products": tokens / (sum(c.flops for c in costs.values()) / rates["flops"]),
         # A copy reads and writes; reading alone is at least as fast as half of it.
-        "reading": tokens / (sum(costs[part].bytes for part in ("attention", "MLP", "head")) / rates["bytes"]),
+        "reading": tokens
+        / (sum(costs[part].bytes for part in ("attention", "MLP", "head")) / rates["bytes"]),
     }
-    return {"rows": rows, "dtype": job["dtype"], "repeat": len(sides["ldalign"]["seconds"]), "sides": sides,
-            "limits": limits, "rates": rates}  # fmt: skip
+    return {
+        "rows": rows,
+        "dtype": job["dtype"],
+        "repeat": len(sides["ldalign"]["seconds"]),
+        "sides": sides,
+        "limits": limits,
+        "rates": rates,
+    }
 
 
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
-        f"## generate, {result['device']}", "",
-        f"{result['shape'] or result['policy']}: prompts of GSM8K's lengths, {result['new_tokens']} new tokens a row, "
-        f"sampled at temperature 1; medians after one batch to warm up. The first {BEGINNING} tokens of all prompts "
-        "are the same, as a chat template's are. First token: ldalign's is the mean over rows. Limits: all tokens at "
-        "the machine's measured rate of matrix products, and at its measured copy bandwidth with the weights read "
-        "once a step.", "",
-        *common.table("rows", "dtype", "", "tokens a second", "time / ldalign's", "first token, s", "peak memory, GiB"),
-    ]  # fmt: skip
+        f"## generate, {result['device']}",
+        "",
+        f"{result['shape'] or result['policy']}: prompts of GSM8K's lengths, "
+        f"{result['new_tokens']} new tokens a row, sampled at temperature 1; medians after one "
+        f"batch to warm up. The first {BEGINNING} tokens of all prompts are the same, as a chat "
+        "template's are. First token: ldalign's is the mean over rows. Limits: all tokens at the "
+        "machine's measured rate of matrix products, and at its measured copy bandwidth with the "
+        "weights read once a step.",
+        "",
+        *common.table(
+            "rows",
+            "dtype",
+            "",
+            "tokens a second",
+            "time / ldalign's",
+            "first token, s",
+            "peak memory, GiB",
+        ),
+    ]
     for table in result["tables"]:
         for name, side in table["sides"].items():
             cells: list[str] = [str(table["rows"]), table["dtype"], name]
@@ -102,7 +138,11 @@ def render(result: dict[str, Any]) -> list[str]:
                 cells += [*speed, first, f"{side['peak_gib']:.2f}"]
             lines.append(common.row(*cells))
         for name, limit in table["limits"].items():
-            lines.append(common.row(table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", ""))
+            lines.append(
+                common.row(
+                    table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", ""
+                )
+            )
     return lines
 
 

@@ -2,10 +2,11 @@
 
     python bench/gpu.py [--only tests,kernels,step,step-7b,growth,generate,profile]
 
-Runs every test marked `gpu` and every GPU benchmark, each part under a time limit, and prints one table last. A part
-that fails is named in the table and makes the exit code 3; the parts after it still run. The step benchmark's models
-have random weights in the shapes of SmolLM2-135M and Mistral-7B; its peers run where LDALIGN_PEER_TRL and
-LDALIGN_PEER_TRANSFORMERS name a Python that has them.
+Runs every test marked `gpu` and every GPU benchmark, each part under a time limit, and prints one
+table last. A part that fails is named in the table and makes the exit code 3; the parts after it
+still run. The step benchmark's models have random weights in the shapes of SmolLM2-135M and
+Mistral-7B; its peers run where LDALIGN_PEER_TRL and LDALIGN_PEER_TRANSFORMERS name a Python that
+has them.
 """
 
 import argparse
@@ -38,23 +39,39 @@ PARTS = (
     Part("tests", ["-m", "pytest", "-m", "gpu", "-q", "tests"], 240),
     Part("kernels", ["bench/kernels.py", "--repeat", "9"], 200),
     Part("step", [*STEP, "--shape", "smollm2-135m", "--batch", "32"], 180),
-    Part("step-7b", [*STEP, "--shape", "mistral-7b", "--batch", "8", "--optimizer", "rmsprop"], 240),
-    Part("growth", ["bench/growth.py", "--shapes", "smollm2-135m,mistral-7b", "--optimizer", "rmsprop"], 180),
-    Part("generate", ["bench/generate.py", "--shape", "mistral-7b", "--batches", "1,256", "--repeat", "2"], 300),
+    Part(
+        "step-7b", [*STEP, "--shape", "mistral-7b", "--batch", "8", "--optimizer", "rmsprop"], 240
+    ),
+    Part(
+        "growth",
+        ["bench/growth.py", "--shapes", "smollm2-135m,mistral-7b", "--optimizer", "rmsprop"],
+        180,
+    ),
+    Part(
+        "generate",
+        ["bench/generate.py", "--shape", "mistral-7b", "--batches", "1,256", "--repeat", "2"],
+        300,
+    ),
     Part("profile", ["bench/profile_train.py", "--shape", "smollm2-135m", "--batch", "32"], 120),
 )
 NEEDED = ("tests", "kernels", "step", "step-7b")  # without --only
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench/gpu.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default=",".join(NEEDED), help=f"of {', '.join(part.name for part in PARTS)}")
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.py", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--only", default=",".join(NEEDED), help=f"of {', '.join(part.name for part in PARTS)}"
+    )
     names = parser.parse_args(argv).only.split(",")
     for name in names:
         if name not in {part.name for part in PARTS}:
             parser.error(f"--only {name}: choose from {', '.join(part.name for part in PARTS)}")
     if not torch.cuda.is_available():
-        raise EnvironmentProblem("make gpu: torch sees no CUDA device; run it on a machine that has one")
+        raise EnvironmentProblem(
+            "make gpu: torch sees no CUDA device; run it on a machine that has one"
+        )
     print("\n".join(map(str, env.tick_list())), flush=True)
     rows, failed = [], []
     # Without a network and without peers on offer, no environment is tried.
@@ -64,7 +81,9 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter()
         more = peers if part.name in ("step", "step-7b", "growth", "generate") else []
         try:
-            done = subprocess.run([sys.executable, *part.command, *more], cwd=ROOT, timeout=part.limit_s, check=False)
+            done = subprocess.run(
+                [sys.executable, *part.command, *more], cwd=ROOT, timeout=part.limit_s, check=False
+            )
             verdict = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
         except subprocess.TimeoutExpired:
             verdict = f"STOPPED after {part.limit_s} s"
@@ -77,7 +96,9 @@ def main(argv: list[str]) -> None:
             rows += figures(json.loads((RESULTS / file).read_text(encoding="utf-8")))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        )
     if failed:
         raise EnvironmentProblem(f"make gpu: {', '.join(failed)} did not pass; see above")
 
@@ -93,17 +114,35 @@ def kernel_figures(result: dict[str, Any]) -> list[Figure]:
         for name, peer in table["peers"].items():
             if "over_bare" in peer:
                 time_ms = 1e3 * statistics.median(peer["seconds"])
-                rows.append((f"pair_loss {shape}: {name}", f"{peer['over_bare']:.2f} x bare, {time_ms:.2f} ms",
-                             f"{peer['extra_mib']:.0f} MiB"))  # fmt: skip
+                rows.append(
+                    (
+                        f"pair_loss {shape}: {name}",
+                        f"{peer['over_bare']:.2f} x bare, {time_ms:.2f} ms",
+                        f"{peer['extra_mib']:.0f} MiB",
+                    )
+                )
     for table in result["elementwise"]:
         for name, r in table["ops"].items():
-            rows.append((f"{name} {table['dtype']}", f"{r['eager_over_ldalign']:.2f} x faster than eager",
-                         f"{100 * r['share_of_copy_bandwidth']:.0f} % of copy bandwidth"))  # fmt: skip
+            rows.append(
+                (
+                    f"{name} {table['dtype']}",
+                    f"{r['eager_over_ldalign']:.2f} x faster than eager",
+                    f"{100 * r['share_of_copy_bandwidth']:.0f} % of copy bandwidth",
+                )
+            )
     for table in result["attention"]:
-        shape = f"{table['heads']} heads of {table['width']}, {table['pairs']} pairs, {table['tokens']} tokens"
+        shape = (
+            f"{table['heads']} heads of {table['width']}, {table['pairs']} pairs, "
+            f"{table['tokens']} tokens"
+        )
         for name, r in table["peers"].items():
-            rows.append((f"pair attention, {shape}: {name}", f"{r['over_ldalign']:.2f} x ldalign's time",
-                         f"{r['needed_tflops_per_s']:.0f} TFLOP/s needed"))  # fmt: skip
+            rows.append(
+                (
+                    f"pair attention, {shape}: {name}",
+                    f"{r['over_ldalign']:.2f} x ldalign's time",
+                    f"{r['needed_tflops_per_s']:.0f} TFLOP/s needed",
+                )
+            )
     return rows
 
 

@@ -2,8 +2,9 @@
 
     python bench/guide.py [--sizes small,gpt2]  (by default the small one, and both on a GPU)
 
-Part of `make bench`. Same weights (a new guide, written to a folder that both read), same texts and tokenizer, same
-batches, AdamW, float32; the peer in an environment of its own. The distances of both are compared.
+Part of `make bench`. Same weights (a new guide, written to a folder that both read), same texts and
+tokenizer, same batches, AdamW, float32; the peer in an environment of its own. The distances of
+both are compared.
 """
 
 import random
@@ -42,23 +43,43 @@ def main(argv: list[str]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = make_guide(size, Path(scratch) / "guide")
             job = {
-                **texts, "guide": str(folder), "device": str(device), "batch": batch, "epochs": 1, "repeat": 2,
-                "batches": [list(map(int, b)) for _, b in global_batches(len(texts["prompts"]), batch, 1, 0)],
-                "learning_rate": 1e-4, "micro_tokens": MICRO_TOKENS, "rows": PEER_ROWS,
-            }  # fmt: skip
+                **texts,
+                "guide": str(folder),
+                "device": str(device),
+                "batch": batch,
+                "epochs": 1,
+                "repeat": 2,
+                "batches": [
+                    list(map(int, b)) for _, b in global_batches(len(texts["prompts"]), batch, 1, 0)
+                ],
+                "learning_rate": 1e-4,
+                "micro_tokens": MICRO_TOKENS,
+                "rows": PEER_ROWS,
+            }
             if device.type == "cpu":
                 job["float32_products"] = "medium"  # the faster of torch's two libraries, for both
             tables.append({"size": size} | measure(job, not args.no_peers))
-    result = common.result("guide", args, device=str(device), batch=batch, steps=steps, tables=tables)
+    result = common.result(
+        "guide", args, device=str(device), batch=batch, steps=steps, tables=tables
+    )
     common.save(result, render(result), args.results, f"guide-{device.type}")
 
 
 def make_texts(lengths: str, count: int) -> dict[str, list[str]]:
-    """Prompts with two responses each, of words of the embedded tasks, about one token a word, in GSM8K's lengths."""
-    words = " ".join(m["content"] for row in tasks.make_rows(0, "train", 300) for m in row["messages"]).split()
+    """Prompts with two responses each, of words of the embedded tasks, about one token a word, in
+    GSM8K's lengths.
+    """
+    words = " ".join(
+        m["content"] for row in tasks.make_rows(0, "train", 300) for m in row["messages"]
+    ).split()
     dice = random.Random(0)
-    rows = [[" ".join(dice.choices(words, k=n)) for n in LENGTHS[lengths].draw(dice)] for _ in range(count)]
-    return {name: [row[i] for row in rows] for i, name in enumerate(("prompts", "real", "generated"))}
+    rows = [
+        [" ".join(dice.choices(words, k=n)) for n in LENGTHS[lengths].draw(dice)]
+        for _ in range(count)
+    ]
+    return {
+        name: [row[i] for row in rows] for i, name in enumerate(("prompts", "real", "generated"))
+    }
 
 
 def make_guide(size: str, folder: Path) -> Path:
@@ -72,7 +93,9 @@ def make_guide(size: str, folder: Path) -> Path:
 
 
 def measure(job: dict[str, Any], peers: bool) -> dict[str, Any]:
-    """Both tasks, both sides: median seconds, ratios, peak memory, and how far the distances are apart."""
+    """Both tasks, both sides: median seconds, ratios, peak memory, and how far the distances are
+    apart.
+    """
     table: dict[str, Any] = {}
     for task in ("guide_training", "guide_distance"):
         common.say(f"guide: {task} ...")
@@ -80,13 +103,18 @@ def measure(job: dict[str, Any], peers: bool) -> dict[str, Any]:
         theirs: dict[str, Any] = {"skipped": "--no-peers"}
         if peers:
             script, environment = "peers/padded_guide.py", common.KEEP_MEMORY
-            theirs = common.measure_or_say(script, {**job, "task": task}, "transformers", environment)
+            theirs = common.measure_or_say(
+                script, {**job, "task": task}, "transformers", environment
+            )
         entry: dict[str, Any] = {"ldalign": _summary(ours), "peer": _summary(theirs)}
         if "skipped" not in theirs:
             entry["time_ratio"] = common.median_ratio(theirs["seconds"], ours["seconds"])
             entry["memory_ratio"] = theirs["peak_gib"] / ours["peak_gib"]
             if "distances" in ours:
-                gaps = [abs(a - b) / b for a, b in zip(ours["distances"], theirs["distances"], strict=True)]
+                gaps = [
+                    abs(a - b) / b
+                    for a, b in zip(ours["distances"], theirs["distances"], strict=True)
+                ]
                 entry["largest_relative_difference"] = max(gaps)
         table[task] = entry
     return table
@@ -96,17 +124,26 @@ def _summary(measured: dict[str, Any]) -> dict[str, Any]:
     if "skipped" in measured:
         return measured
     seconds = measured["seconds"]
-    return {"seconds": seconds, "median_seconds": statistics.median(seconds), "peak_gib": measured["peak_gib"]}
+    return {
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "peak_gib": measured["peak_gib"],
+    }
 
 
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
-        f"## guide, {result['device']}", "",
-        f"Guide training (one AdamW step of {result['batch']} rows, two examples each, medians of {result['steps']}) "
-        "and distance scoring (all rows) against transformers' GPT-2 padded: same weights, texts and batches, float32.",
-        "", *common.table("guide", "", "ldalign, s", "GiB", "transformers, s", "GiB", "time ratio", "memory ratio"),
-    ]  # fmt: skip
+        f"## guide, {result['device']}",
+        "",
+        f"Guide training (one AdamW step of {result['batch']} rows, two examples each, medians of "
+        f"{result['steps']}) and distance scoring (all rows) against transformers' GPT-2 padded: "
+        "same weights, texts and batches, float32.",
+        "",
+        *common.table(
+            "guide", "", "ldalign, s", "GiB", "transformers, s", "GiB", "time ratio", "memory ratio"
+        ),
+    ]
     for table in result["tables"]:
         for task in ("guide_training", "guide_distance"):
             entry = table[task]
@@ -120,7 +157,11 @@ def render(result: dict[str, Any]) -> list[str]:
             lines.append(common.row(table["size"], task.partition("_")[2], *cells))
     gaps = [t["guide_distance"].get("largest_relative_difference") for t in result["tables"]]
     apart = [f"{gap:.1e}" for gap in gaps if gap is not None]
-    return [*lines, "", f"Largest relative difference of a distance: {', '.join(apart)}."] if apart else lines
+    return (
+        [*lines, "", f"Largest relative difference of a distance: {', '.join(apart)}."]
+        if apart
+        else lines
+    )
 
 
 if __name__ == "__main__":

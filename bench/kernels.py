@@ -1,10 +1,12 @@
-"""The kernels against named peers: `python bench/kernels.py [--repeat 5] [--small] [--shape N,D,V]` (`make bench`).
+"""The kernels against named peers: `python bench/kernels.py [--repeat 5] [--small] [--shape N,D,V]`
+(`make bench`).
 
-Every implementation lives in a process of its own and holds the same inputs; the parent asks them in turn, round after
-round, so that a machine that slows down slows all of them. What counts is the median over the rounds of the ratio
-to `bare`: the three matrix products (hidden W^T, dZ W, dZ^T hidden) without which there is no loss and no gradient.
-Memory is the peak above what was held before the first call, less the two gradients. Error is the relative
-distance of both gradients from float64's. Results go to bench/results/kernels-DEVICE.json and .md.
+Every implementation lives in a process of its own and holds the same inputs; the parent asks them
+in turn, round after round, so that a machine that slows down slows all of them. What counts is the
+median over the rounds of the ratio to `bare`: the three matrix products (hidden W^T, dZ W, dZ^T
+hidden) without which there is no loss and no gradient. Memory is the peak above what was held
+before the first call, less the two gradients. Error is the relative distance of both gradients from
+float64's. Results go to bench/results/kernels-DEVICE.json and .md.
 """
 
 import argparse
@@ -42,13 +44,20 @@ SHAPES: dict[str, list[Shape]] = {
     "cuda": [(8192, 4096, 32_000), (8192, 4096, 128_256)],
 }
 SMALL: Shape = (64, 32, 512)
-# Query heads, key heads, head width, window, pairs, tokens of a prompt and of a response (each give or take a quarter)
-ATTENTION = [(9, 3, 64, None, 64, 128, 128), (32, 8, 128, 4096, 8, 512, 512), (32, 8, 128, 4096, 4, 2560, 512)]
+# Query heads, key heads, head width, window, pairs, tokens of a prompt and of a response (each give
+# or take a quarter)
+ATTENTION = [
+    (9, 3, 64, None, 64, 128, 128),
+    (32, 8, 128, 4096, 8, 512, 512),
+    (32, 8, 128, 4096, 4, 2560, 512),
+]
 ATTENTION_SMALL = [(3, 1, 16, None, 2, 8, 8)]
 
 
 class Inputs:
-    """The same for everyone: pairs of responses of uneven lengths, uneven weights, references near the log-probs."""
+    """The same for everyone: pairs of responses of uneven lengths, uneven weights, references near
+    the log-probs.
+    """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         N, D, V = shape
@@ -56,7 +65,9 @@ class Inputs:
         self.hidden = torch.randn(N, D, generator=make).to(device, dtype)
         self.weight = (torch.randn(V, D, generator=make) * D**-0.5).to(device, dtype)
         self.target = torch.randint(V, (N,), generator=make).to(device)
-        cuts = sorted((torch.randperm(N - 1, generator=make)[: 2 * max(1, N // 128) - 1] + 1).tolist())
+        cuts = sorted(
+            (torch.randperm(N - 1, generator=make)[: 2 * max(1, N // 128) - 1] + 1).tolist()
+        )
         self.lengths = [b - a for a, b in zip([0, *cuts], [*cuts, N], strict=True)]
         P = len(self.lengths) // 2
         self.pair_weight = (torch.rand(P, generator=make) * 2).to(device)
@@ -65,14 +76,18 @@ class Inputs:
 
     def dpo(self, logp: Tensor) -> Tensor:
         """The weighted DPO loss of token log-probs, in plain PyTorch."""
-        gap = torch.stack([run.sum() for run in logp.split(self.lengths)]) - self.reference.to(logp.dtype)
-        return -(self.pair_weight.to(logp.dtype) * F.logsigmoid(BETA * (gap[0::2] - gap[1::2]))).sum()
+        gap = torch.stack([run.sum() for run in logp.split(self.lengths)]) - self.reference.to(
+            logp.dtype
+        )
+        return -(
+            self.pair_weight.to(logp.dtype) * F.logsigmoid(BETA * (gap[0::2] - gap[1::2]))
+        ).sum()
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
 
-# ----------------------------------------------------------------------------------------------- the peers of pair_loss
+# --------------------------------------------------------------------------- the peers of pair_loss
 
 
 def bare(x: Inputs) -> Step:
@@ -87,7 +102,9 @@ def bare(x: Inputs) -> Step:
 
 def ldalign(x: Inputs) -> Step:
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return ops.pair_loss(hidden, weight, x.target, x.lengths, x.reference, x.pair_weight, BETA)[0]
+        return ops.pair_loss(hidden, weight, x.target, x.lengths, x.reference, x.pair_weight, BETA)[
+            0
+        ]
 
     return _graded(x, loss)
 
@@ -101,7 +118,9 @@ def eager(x: Inputs) -> Step:
 
 
 def eager_float32_logits(x: Inputs) -> Step:
-    return _graded(x, lambda hidden, weight: x.dpo(reference.linear_logprob(hidden, weight, x.target)))
+    return _graded(
+        x, lambda hidden, weight: x.dpo(reference.linear_logprob(hidden, weight, x.target))
+    )
 
 
 def compiled(x: Inputs) -> Step:
@@ -122,11 +141,16 @@ def torch_linear_cross_entropy(x: Inputs) -> Step:
 
 
 def liger(x: Inputs) -> Step:
-    """Its fused linear DPO loss, on the same rows cut into responses of one length, which it wants."""
+    """Its fused linear DPO loss, on the same rows cut into responses of one
+    length, which it wants.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    # Weights and a cached reference are not part of it: it does the same products and softmaxes, for fewer numbers.
-    fused = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compute_nll_loss=False, compiled=False)
+    # Weights and a cached reference are not part of it: it does the same products and softmaxes,
+    # for fewer numbers.
+    fused = LigerFusedLinearDPOLoss(
+        beta=BETA, use_ref_model=False, compute_nll_loss=False, compiled=False
+    )
     N, rows = len(x.hidden), 2 * max(1, len(x.hidden) // 256)
     target = x.target.view(rows, N // rows)
 
@@ -155,7 +179,8 @@ def _graded(x: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
     return step
 
 
-PEERS: dict[str, tuple[Callable[[Inputs], Step], str | None]] = {  # name -> (step, package it needs)
+# name -> (step, package it needs)
+PEERS: dict[str, tuple[Callable[[Inputs], Step], str | None]] = {
     "bare": (bare, None),
     "ldalign": (ldalign, None),
     "eager": (eager, None),
@@ -168,11 +193,15 @@ PEERS: dict[str, tuple[Callable[[Inputs], Step], str | None]] = {  # name -> (st
 OTHER_LOSS = {"bare", "liger"}  # their gradients are not those of our loss: no error is given
 
 
-# ---------------------------------------------------------------------------------------------- the elementwise kernels
+# -------------------------------------------------------------------------- the elementwise kernels
 
 
-def elementwise(shape: Shape, dtype: torch.dtype, device: torch.device, repeat: int) -> dict[str, dict[str, float]]:
-    """Forward and backward of the block's kernels against eager PyTorch, in turn; and the bytes they must move."""
+def elementwise(
+    shape: Shape, dtype: torch.dtype, device: torch.device, repeat: int
+) -> dict[str, dict[str, float]]:
+    """Forward and backward of the block's kernels against eager PyTorch, in turn; and the bytes
+    they must move.
+    """
     N, D, _ = shape
     H, E, wide = max(1, D // 64), 64, 8 * D // 3 // 64 * 64
     make = torch.Generator().manual_seed(0)
@@ -186,38 +215,50 @@ def elementwise(shape: Shape, dtype: torch.dtype, device: torch.device, repeat: 
     cases: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor], int]] = {
         # name: ours, eager, inputs, bytes a kernel has to read and write in both directions
         "rms_norm": (
-            lambda x, w: ops.rms_norm(x, w, 1e-5), lambda x, w: reference.rms_norm(x, w, 1e-5), [x, w], 5 * N * D,
+            lambda x, w: ops.rms_norm(x, w, 1e-5),
+            lambda x, w: reference.rms_norm(x, w, 1e-5),
+            [x, w],
+            5 * N * D,
         ),
         "add_rms_norm": (
             lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5),
-            lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r), [x, normal(N, D), w], 8 * N * D,
+            lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r),
+            [x, normal(N, D), w],
+            8 * N * D,
         ),
         "rope": (
-            lambda x: ops.rope(x, cos, sin), lambda x: reference.rope(x, cos, sin), [normal(N, H, E)], 4 * N * H * E,
+            lambda x: ops.rope(x, cos, sin),
+            lambda x: reference.rope(x, cos, sin),
+            [normal(N, H, E)],
+            4 * N * H * E,
         ),
         "swiglu": (ops.swiglu, reference.swiglu, [normal(N, wide), normal(N, wide)], 8 * N * wide),
-    }  # fmt: skip
+    }
     copied = torch.empty(max(1, N * wide), dtype=dtype, device=device)
     source = torch.ones_like(copied)
     results = {}
     for name, (ours, theirs, inputs, moved) in cases.items():
         seconds: dict[str, list[float]] = {"ldalign": [], "eager": [], "copy": []}
         steps: dict[str, Callable[[], Any]] = {
-            "ldalign": _both_ways(ours, inputs), "eager": _both_ways(theirs, inputs),
+            "ldalign": _both_ways(ours, inputs),
+            "eager": _both_ways(theirs, inputs),
             "copy": lambda: copied.copy_(source),
-        }  # fmt: skip
+        }
         for turn in range(3 * repeat + 2):
             for who, step in steps.items():
                 taken = _timed(step, device)
                 if turn >= 2:
                     seconds[who].append(taken)
         median = {who: statistics.median(values) for who, values in seconds.items()}
-        ratio = statistics.median(e / o for e, o in zip(seconds["eager"], seconds["ldalign"], strict=True))
+        ratio = statistics.median(
+            e / o for e, o in zip(seconds["eager"], seconds["ldalign"], strict=True)
+        )
         bandwidth = 2 * copied.numel() / median["copy"]
         results[name] = {
-            "milliseconds": 1e3 * median["ldalign"], "eager_over_ldalign": ratio,
+            "milliseconds": 1e3 * median["ldalign"],
+            "eager_over_ldalign": ratio,
             "share_of_copy_bandwidth": moved / median["ldalign"] / bandwidth,
-        }  # fmt: skip
+        }
     return results
 
 
@@ -246,14 +287,23 @@ def _timed(step: Callable[[], Any], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e4
 
 
-# ------------------------------------------------------------------------------------------------------- pair attention
+# ----------------------------------------------------------------------------------- pair attention
 
 
 class Pairs:
-    """A packed batch, and the same as separate sequences [prompt | response], as peers want them."""
+    """A packed batch, and the same as separate sequences [prompt | response],
+    as peers want them.
+    """
 
     def __init__(
-        self, heads: int, key_heads: int, width: int, pairs: int, prompt: int, response: int, device: torch.device
+        self,
+        heads: int,
+        key_heads: int,
+        width: int,
+        pairs: int,
+        prompt: int,
+        response: int,
+        device: torch.device,
     ) -> None:
         make = torch.Generator().manual_seed(0)
         spread = torch.rand(pairs, 3, generator=make) / 2 + 0.75
@@ -265,13 +315,18 @@ class Pairs:
             at = end
             for n in responses:
                 rows.append((at, at + n, begin, end))
-                self.sequences.append(torch.cat([torch.arange(begin, end), torch.arange(at, at + n)]))
+                self.sequences.append(
+                    torch.cat([torch.arange(begin, end), torch.arange(at, at + n)])
+                )
                 at += n
         self.heads, self.segments = heads, torch.tensor(rows)
-        self.qkv = torch.randn(at, heads + 2 * key_heads, width, generator=make).to(device, torch.bfloat16)
+        self.qkv = torch.randn(at, heads + 2 * key_heads, width, generator=make).to(
+            device, torch.bfloat16
+        )
         self.grad = torch.randn(at, heads, width, generator=make).to(device, torch.bfloat16)
         seen = sum((e - b) * (pe - pb) + (e - b) * (e - b + 1) // 2 for b, e, pb, pe in rows)
-        self.operations = 14 * heads * width * seen  # seven products with the backward's, two operations a number
+        # seven products with the backward's, two operations a number
+        self.operations = 14 * heads * width * seen
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v on the axis of heads, the last but one."""
@@ -319,13 +374,20 @@ def attend_flash(x: Pairs) -> Callable[[], Any]:
 
 
 def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, Any]]:
-    """Pair attention, forward and backward, against the same work on separate sequences; all in turn."""
+    """Pair attention, forward and backward, against the same work on separate sequences; all in
+    turn.
+    """
     tables = []
     for heads, key_heads, width, window, *sizes in ATTENTION_SMALL if small else ATTENTION:
         pairs, prompt, response = sizes
         x = Pairs(heads, key_heads, width, pairs, prompt, response, device)
-        assert window is None or window >= max(map(len, x.sequences)), "the peers are given no window"
-        steps = {"ldalign, Triton": attend_packed(gpu, x, window), "torch SDPA, padded": attend_padded(x)}
+        assert window is None or window >= max(map(len, x.sequences)), (
+            "the peers are given no window"
+        )
+        steps = {
+            "ldalign, Triton": attend_packed(gpu, x, window),
+            "torch SDPA, padded": attend_padded(x),
+        }
         if flash.available():
             steps["ldalign, flash-attn"] = attend_packed(flash, x, window)
             steps["flash-attn, separate sequences"] = attend_flash(x)
@@ -336,27 +398,40 @@ def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, 
                 if turn >= 2:
                     seconds[name].append(taken)
         first = seconds["ldalign, Triton"]
-        tables.append({
-            "heads": heads, "key_heads": key_heads, "width": width, "window": window, "pairs": pairs,
-            "tokens": len(x.qkv), "sequence_tokens": sum(map(len, x.sequences)), "flash_attn": flash.why_not(),
-            "peers": {
-                name: {
-                    "milliseconds": 1e3 * statistics.median(taken),
-                    "over_ldalign": statistics.median(s / o for s, o in zip(taken, first, strict=True)),
-                    "needed_tflops_per_s": x.operations / statistics.median(taken) / 1e12,
-                }
-                for name, taken in seconds.items()
-            },
-        })  # fmt: skip
+        tables.append(
+            {
+                "heads": heads,
+                "key_heads": key_heads,
+                "width": width,
+                "window": window,
+                "pairs": pairs,
+                "tokens": len(x.qkv),
+                "sequence_tokens": sum(map(len, x.sequences)),
+                "flash_attn": flash.why_not(),
+                "peers": {
+                    name: {
+                        "milliseconds": 1e3 * statistics.median(taken),
+                        "over_ldalign": statistics.median(
+                            s / o for s, o in zip(taken, first, strict=True)
+                        ),
+                        "needed_tflops_per_s": x.operations / statistics.median(taken) / 1e12,
+                    }
+                    for name, taken in seconds.items()
+                },
+            }
+        )
     return tables
 
 
-# -------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One implementation: a first call that is measured for memory and kept for its error, then a call a line."""
-    if job["peer"] in ("bare", "ldalign"):  # what ldalign's scripts do first; the peers run as their users run them
+    """One implementation: a first call that is measured for memory and kept for its error, then a
+    call a line.
+    """
+    # what ldalign's scripts do first; the peers run as their users run them
+    if job["peer"] in ("bare", "ldalign"):
         keep_freed_memory()
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     make = PEERS[job["peer"]][0]
@@ -365,12 +440,16 @@ def worker(job: dict[str, Any]) -> None:
     x = Inputs(tuple(job["shape"]), dtype, device)
     step = make(x)
     if device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what making the inputs left behind must not serve the first call
+        # what making the inputs left behind must not serve the first call
+        ctypes.CDLL(None).malloc_trim(0)
     before = _memory(device, reset=True)
     gradients = step()
     held = sum(g.numel() * g.element_size() for g in gradients)
     extra = _memory(device) - before - held
-    save_file({name: g.cpu().contiguous() for name, g in zip(("dh", "dw"), gradients, strict=True)}, job["keep"])
+    save_file(
+        {name: g.cpu().contiguous() for name, g in zip(("dh", "dw"), gradients, strict=True)},
+        job["keep"],
+    )
     del gradients
     print(json.dumps({"extra_bytes": extra}), flush=True)
     for _ in sys.stdin:
@@ -386,14 +465,19 @@ def _memory(device: torch.device, reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak falls to what is resident now
+        # Linux: the peak falls to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("VmRSS:" if reset else "VmHWM:"))
     return int(kib) * 1024
 
 
-def measure_head(shape: Shape, dtype: str, device: torch.device, repeat: int) -> dict[str, dict[str, Any]]:
-    """Every peer that is here: median seconds, ratio to the bare products, extra memory, error against float64."""
+def measure_head(
+    shape: Shape, dtype: str, device: torch.device, repeat: int
+) -> dict[str, dict[str, Any]]:
+    """Every peer that is here: median seconds, ratio to the bare products, extra memory, error
+    against float64.
+    """
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         running: dict[str, subprocess.Popen[str]] = {}
@@ -402,11 +486,21 @@ def measure_head(shape: Shape, dtype: str, device: torch.device, repeat: int) ->
             if package is not None and importlib.util.find_spec(package) is None:
                 results[name] = {"skipped": f"{package} is not installed"}
                 continue
-            job = {"peer": name, "shape": shape, "dtype": dtype, "device": str(device), "keep": f"{scratch}/{name}"}
+            job = {
+                "peer": name,
+                "shape": shape,
+                "dtype": dtype,
+                "device": str(device),
+                "keep": f"{scratch}/{name}",
+            }
             process = subprocess.Popen(
-                [sys.executable, __file__, "--worker", json.dumps(job)], text=True, env=os.environ,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                [sys.executable, __file__, "--worker", json.dumps(job)],
+                text=True,
+                env=os.environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             print(f"bench: kernels: {name} ...", file=sys.stderr, flush=True)
             line = _answer(process)
             if line is None:  # it stopped: a peer that does not run here is a row that says so
@@ -434,7 +528,9 @@ def measure_head(shape: Shape, dtype: str, device: torch.device, repeat: int) ->
     floor = results["bare"]["seconds"]
     for result in results.values():
         if "seconds" in result:
-            result["over_bare"] = statistics.median(s / b for s, b in zip(result["seconds"], floor, strict=True))
+            result["over_bare"] = statistics.median(
+                s / b for s, b in zip(result["seconds"], floor, strict=True)
+            )
     return results
 
 
@@ -464,25 +560,37 @@ def exact_gradients(x: Inputs) -> tuple[Tensor, Tensor]:
     return dh, dw
 
 
-# ---------------------------------------------------------------------------------------------------------------- pages
+# -------------------------------------------------------------------------------------------- pages
 
 
-def measure(device: torch.device, repeat: int, small: bool, shapes: list[Shape] | None = None) -> dict[str, Any]:
+def measure(
+    device: torch.device, repeat: int, small: bool, shapes: list[Shape] | None = None
+) -> dict[str, Any]:
     """Everything, for one device."""
     shapes = shapes or ([SMALL] if small else SHAPES[device.type])
     dtype = "bfloat16"
-    backends = {op: ops.choose(op, device.type) for op in ("pair_loss", "rms_norm", "rope", "swiglu")}
+    backends = {
+        op: ops.choose(op, device.type) for op in ("pair_loss", "rms_norm", "rope", "swiglu")
+    }
     return {
-        "benchmark": "kernels", "device": str(device), "dtype": dtype, "repeat": repeat, "small": small,
-        "backends": backends, "machine": describe_machine(),
+        "benchmark": "kernels",
+        "device": str(device),
+        "dtype": dtype,
+        "repeat": repeat,
+        "small": small,
+        "backends": backends,
+        "machine": describe_machine(),
         "head": [{"shape": s, "peers": measure_head(s, dtype, device, repeat)} for s in shapes],
         "elementwise": [
             {"shape": s[:2], "dtype": d, "ops": elementwise(s, getattr(torch, d), device, repeat)}
-            for s in shapes[:1] for d in (dtype, "float32")
+            for s in shapes[:1]
+            for d in (dtype, "float32")
         ],
-        "attention": attention(device, repeat, small) if device.type == "cuda" and gpu.available() else [],
+        "attention": attention(device, repeat, small)
+        if device.type == "cuda" and gpu.available()
+        else [],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
 def render(result: dict[str, Any]) -> str:
@@ -491,11 +599,13 @@ def render(result: dict[str, Any]) -> str:
     for table in result["head"]:
         N, D, V = table["shape"]
         lines += [
-            f"`pair_loss` ({result['backends']['pair_loss']}), forward and backward: {N} rows, width {D}, vocabulary "
-            f"{V}, {result['dtype']}; medians of {result['repeat']} rounds.", "",
-            "| | milliseconds | time / bare products | extra memory, MiB | relative error of dhidden, dweight |",
+            f"`pair_loss` ({result['backends']['pair_loss']}), forward and backward: {N} rows, "
+            f"width {D}, vocabulary {V}, {result['dtype']}; medians of {result['repeat']} rounds.",
+            "",
+            "| | milliseconds | time / bare products | extra memory, MiB | relative error of "
+            "dhidden, dweight |",
             "|---|---|---|---|---|",
-        ]  # fmt: skip
+        ]
         for name, r in table["peers"].items():
             if "skipped" in r:
                 lines.append(f"| {name} | not run: {r['skipped']} | | | |")
@@ -504,40 +614,59 @@ def render(result: dict[str, Any]) -> str:
             middle = f"{1e3 * statistics.median(r['seconds']):.1f} | {r['over_bare']:.2f}"
             lines.append(f"| {name} | {middle} | {r['extra_mib']:.0f} | {error} |")
         lines.append("")
-    lines.append("| forward and backward | dtype | milliseconds | eager / ldalign | share of copy bandwidth |")
+    lines.append(
+        "| forward and backward | dtype | milliseconds | eager / ldalign | share of copy bandwidth "
+        "|"
+    )
     lines.append("|---|---|---|---|---|")
     for table in result["elementwise"]:
         for name, r in table["ops"].items():
             lines.append(
-                f"| {name} ({table['shape'][0]} x {table['shape'][1]}) | {table['dtype']} | {r['milliseconds']:.3f} | "
-                f"{r['eager_over_ldalign']:.2f} | {r['share_of_copy_bandwidth']:.2f} |"
+                f"| {name} ({table['shape'][0]} x {table['shape'][1]}) | {table['dtype']} | "
+                f"{r['milliseconds']:.3f} | {r['eager_over_ldalign']:.2f} | "
+                f"{r['share_of_copy_bandwidth']:.2f} |"
             )
     for table in result["attention"]:
         lines += [
-            "", f"Pair attention, forward and backward: {table['pairs']} pairs, {table['tokens']} tokens packed, "
-            f"{table['sequence_tokens']} as separate sequences, {table['heads']} heads over {table['key_heads']} key "
-            f"heads of width {table['width']}, bfloat16. {table['flash_attn']}", "",
-            "| | milliseconds | time / ldalign | TFLOP/s of what is needed |", "|---|---|---|---|",
-        ]  # fmt: skip
+            "",
+            f"Pair attention, forward and backward: {table['pairs']} pairs, {table['tokens']} "
+            f"tokens packed, {table['sequence_tokens']} as separate sequences, {table['heads']} "
+            f"heads over {table['key_heads']} key heads of width {table['width']}, bfloat16. "
+            f"{table['flash_attn']}",
+            "",
+            "| | milliseconds | time / ldalign | TFLOP/s of what is needed |",
+            "|---|---|---|---|",
+        ]
         for name, r in table["peers"].items():
             lines.append(
-                f"| {name} | {r['milliseconds']:.3f} | {r['over_ldalign']:.2f} | {r['needed_tflops_per_s']:.1f} |"
+                f"| {name} | {r['milliseconds']:.3f} | {r['over_ldalign']:.2f} | "
+                f"{r['needed_tflops_per_s']:.1f} |"
             )
     machine = result["machine"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
     where = ", ".join(machine["gpus"]) or cpu
-    lines += ["", f"{result['date']}, commit {machine['git_commit']}, {where}, torch {machine['packages']['torch']}."]
+    lines += [
+        "",
+        f"{result['date']}, commit {machine['git_commit']}, {where}, torch "
+        f"{machine['packages']['torch']}.",
+    ]
     if result["small"]:
         lines += ["", "Made with --small: shows that it runs, measures nothing."]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench/kernels.py", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="bench/kernels.py", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--repeat", type=int, default=7, help="measured rounds")
-    parser.add_argument("--small", action="store_true", help="a fraction of the work: does it run at all?")
+    parser.add_argument(
+        "--small", action="store_true", help="a fraction of the work: does it run at all?"
+    )
     parser.add_argument("--shape", help="N,D,V in place of the device's own")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder of the result files"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

@@ -1,6 +1,8 @@
-"""What the machine can do: the rate of bare matrix products of a model's shapes, and the bandwidth of a copy.
+"""What the machine can do: the rate of bare matrix products of a model's shapes, and the bandwidth
+of a copy.
 
-A measured process like the peers: `rates` is what their shares are shares of. Run by the benchmarks, not by hand.
+A measured process like the peers: `rates` is what their shares are shares of. Run by the
+benchmarks, not by hand.
 """
 
 import statistics
@@ -12,12 +14,15 @@ from worker import Job, Result, main, settle
 
 
 def rates(job: Job) -> Result:
-    """{"flops": a second, "bytes": read and written a second} of products (tokens, i) x (i, o) into standing outputs.
+    """{"flops": a second, "bytes": read and written a second} of products (tokens, i) x (i, o) into
+    standing outputs.
 
     In float32 the CPU's faster of torch's two product libraries counts.
     """
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
-    libraries = ["highest", "medium"] if dtype == torch.float32 and device.type == "cpu" else ["highest"]
+    libraries = (
+        ["highest", "medium"] if dtype == torch.float32 and device.type == "cpu" else ["highest"]
+    )
     found = []
     for library in libraries:
         torch.set_float32_matmul_precision(library)
@@ -26,14 +31,21 @@ def rates(job: Job) -> Result:
 
 
 def product_rate(
-    tokens: int, products: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device, seconds: float
+    tokens: int,
+    products: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
 ) -> float:
     """Floating-point operations a second, median over runs of all products."""
     cases = [
-        (torch.randn(tokens, i, device=device).to(dtype), torch.randn(i, o, device=device).to(dtype),
-         torch.empty(tokens, o, dtype=dtype, device=device))
+        (
+            torch.randn(tokens, i, device=device).to(dtype),
+            torch.randn(i, o, device=device).to(dtype),
+            torch.empty(tokens, o, dtype=dtype, device=device),
+        )
         for i, o in products
-    ]  # fmt: skip
+    ]
 
     def run() -> None:
         for a, b, out in cases:

@@ -1,7 +1,9 @@
-"""Peak memory of training, measured and as `--dry-run` estimates it: `python bench/memory.py FOLDER`.
+"""Peak memory of training, measured and as `--dry-run` estimates it: `python bench/memory.py
+FOLDER`.
 
-Each case trains the model of FOLDER for three steps on random pairs in a process of its own, on the CPU (Linux).
-Peak and estimate are anonymous memory on top of the process with everything imported and nothing loaded.
+Each case trains the model of FOLDER for three steps on random pairs in a process of its own, on the
+CPU (Linux). Peak and estimate are anonymous memory on top of the process with everything imported
+and nothing loaded.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from ldalign.weights import check_model, load_model
 
 @dataclass(frozen=True)
 class Case:
-    """One training: `pairs` a step, of `prompt` and twice `response` tokens, `micro` of them in a micro-batch."""
+    """One training: `pairs` a step, of `prompt` and twice `response` tokens, `micro` of them in a
+    micro-batch.
+    """
 
     weights: Literal["float32", "bfloat16"]
     states: Literal["float32", "bfloat16"]
@@ -63,16 +67,31 @@ def measure(folder: str, case: Case) -> int:
     def ids(count: int) -> list[int]:
         return [draw.randrange(vocabulary) for _ in range(count)]
 
-    pairs = [Pair(str(i), ids(case.prompt), ids(case.response), ids(case.response)) for i in range(case.pairs)]
+    pairs = [
+        Pair(str(i), ids(case.prompt), ids(case.response), ids(case.response))
+        for i in range(case.pairs)
+    ]
     settings = TrainSettings(
-        epochs=3, global_batch=case.pairs, micro_tokens=case.micro * case.tokens, learning_rate=1e-5,
-        optimizer=case.optimizer, checkpointing=case.checkpointing, state_dtype=getattr(torch, case.states),
-    )  # fmt: skip
+        epochs=3,
+        global_batch=case.pairs,
+        micro_tokens=case.micro * case.tokens,
+        learning_rate=1e-5,
+        optimizer=case.optimizer,
+        checkpointing=case.checkpointing,
+        state_dtype=getattr(torch, case.states),
+    )
     compute = getattr(torch, case.compute)
     before = resident("RssAnon")
     model = load_model(folder, getattr(torch, case.weights), device)
     train(
-        model, pairs, settings, compute_dtype=compute, device=device, seed=0, stage="memory", step0_is_reference=False
+        model,
+        pairs,
+        settings,
+        compute_dtype=compute,
+        device=device,
+        seed=0,
+        stage="memory",
+        step0_is_reference=False,
     )
     distributed.stop()
     return resident("VmHWM") - resident("RssFile") - before
@@ -91,31 +110,54 @@ def estimate(folder: str, case: Case) -> dict[str, float]:
     shape = TrainingShape(
         weight_bytes=getattr(torch, case.weights).itemsize,
         state_bytes=getattr(torch, case.states).itemsize * (2 if case.optimizer == "adamw" else 1),
-        compute_bytes=getattr(torch, case.compute).itemsize, checkpointing=case.checkpointing,
-        tokens=case.micro * case.tokens, responses=case.micro * 2 * case.response, micros=case.pairs // case.micro,
-    )  # fmt: skip
+        compute_bytes=getattr(torch, case.compute).itemsize,
+        checkpointing=case.checkpointing,
+        tokens=case.micro * case.tokens,
+        responses=case.micro * 2 * case.response,
+        micros=case.pairs // case.micro,
+    )
     return training_memory(model, shape)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench/memory.py", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/memory.py", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("folder", help="model folder (mistral or llama)")
     parser.add_argument("--case", type=json.loads, help="one case, as JSON; prints JSON")
     args = parser.parse_args(argv)
     if args.case:
         case = Case(**args.case)
-        print(json.dumps({"peak": measure(args.folder, case), "estimate": sum(estimate(args.folder, case).values())}))
+        print(
+            json.dumps(
+                {
+                    "peak": measure(args.folder, case),
+                    "estimate": sum(estimate(args.folder, case).values()),
+                }
+            )
+        )
         return
-    columns = "weights states compute checkpointing optimizer micro-batches tokens peak/MiB estimate ratio".split()
+    columns = (
+        "weights states compute checkpointing optimizer micro-batches tokens peak/MiB estimate "
+        "ratio"
+    ).split()
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for case in CASES:
         command = [sys.executable, __file__, args.folder, "--case", json.dumps(asdict(case))]
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         peak, expected = found["peak"] / 2**20, found["estimate"] / 2**20
         row = [
-            case.weights, case.states, case.compute, case.checkpointing, case.optimizer, case.pairs // case.micro,
-            case.micro * case.tokens, f"{peak:.0f}", f"{expected:.0f}", f"{expected / peak:.2f}",
-        ]  # fmt: skip
+            case.weights,
+            case.states,
+            case.compute,
+            case.checkpointing,
+            case.optimizer,
+            case.pairs // case.micro,
+            case.micro * case.tokens,
+            f"{peak:.0f}",
+            f"{expected:.0f}",
+            f"{expected / peak:.2f}",
+        ]
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

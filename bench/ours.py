@@ -1,6 +1,8 @@
-"""ldalign's side of the benchmarks: the program's own functions, as its scripts call them. Run by the benchmarks.
+"""ldalign's side of the benchmarks: the program's own functions, as its scripts call them. Run by
+the benchmarks.
 
-`PRECISION` says what each row of the step benchmark means to `training.train`; there is no other setting of ours.
+`PRECISION` says what each row of the step benchmark means to `training.train`; there is no other
+setting of ours.
 """
 
 import json
@@ -47,25 +49,43 @@ PRECISION = {
 
 
 def dpo(job: Job) -> Result:
-    """Optimizer steps of `training.train` over the job's batches, timed by its own metrics; the first warms up."""
+    """Optimizer steps of `training.train` over the job's batches, timed by its own metrics; the
+    first warms up.
+    """
     device = distributed.start(job["device"])
     precision = PRECISION[job["precision"]]
     model = make_model(job, precision.weights, device)
     size = len(job["batches"][0])
     settings = TrainSettings(
-        epochs=1, global_batch=size, micro_tokens=job["micro_tokens"], learning_rate=job["learning_rate"],
-        beta=job["beta"], optimizer=job["optimizer"], schedule="constant", warmup_ratio=0.0, **precision.settings,
-    )  # fmt: skip
+        epochs=1,
+        global_batch=size,
+        micro_tokens=job["micro_tokens"],
+        learning_rate=job["learning_rate"],
+        beta=job["beta"],
+        optimizer=job["optimizer"],
+        schedule="constant",
+        warmup_ratio=0.0,
+        **precision.settings,
+    )
     metrics = Path(job["scratch"]) / f"metrics-{time.monotonic_ns()}.jsonl"
     # The reference's log-probs count as zero: their values do not change the work.
     train(
-        model, in_train_order([pair for batch in job["batches"] for pair in batch]), settings,
-        compute_dtype=precision.compute, device=device, seed=SEED, stage="bench", metrics_path=metrics,
+        model,
+        in_train_order([pair for batch in job["batches"] for pair in batch]),
+        settings,
+        compute_dtype=precision.compute,
+        device=device,
+        seed=SEED,
+        stage="bench",
+        metrics_path=metrics,
         step0_is_reference=False,
-    )  # fmt: skip
+    )
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     distributed.stop()
-    return {"seconds": [r["time/step"] for r in records[1:]], "losses": [r["loss"] for r in records]}
+    return {
+        "seconds": [r["time/step"] for r in records[1:]],
+        "losses": [r["loss"] for r in records],
+    }
 
 
 def in_train_order(pairs: list[dict[str, list[int]]]) -> list[Pair]:
@@ -95,7 +115,9 @@ def make_model(job: Job, dtype: torch.dtype, device: torch.device) -> Mistral:
 def generation(job: Job) -> Result:
     """Sampling without end tokens: rows go on to the end."""
     device = distributed.start(job["device"])
-    decoder = new_decoder(make_model(job, getattr(torch, job["dtype"]), device).eval(), release=True)
+    decoder = new_decoder(
+        make_model(job, getattr(torch, job["dtype"]), device).eval(), release=True
+    )
     seconds: list[float] = []
     first: list[float] = []
     for n, prompts in enumerate(job["batches"]):
@@ -109,7 +131,9 @@ def generation(job: Job) -> Result:
         began = time.perf_counter()
         with timed(seconds, device):
             longest = max(map(len, prompts)) + job["new_tokens"]
-            engine = Engine(decoder, Sampling(job["new_tokens"]), [], SEED, longest=longest, rows=len(prompts))
+            engine = Engine(
+                decoder, Sampling(job["new_tokens"]), [], SEED, longest=longest, rows=len(prompts)
+            )
             for _, response in engine.run(requests, note):
                 assert len(response.ids) == job["new_tokens"]
         first.append(statistics.mean(seen.values()) - began)
@@ -118,20 +142,31 @@ def generation(job: Job) -> Result:
 
 
 def guide_training(job: Job) -> Result:
-    """Optimizer steps of `train_guide` over the job's rows, from the end of one to the end of the next."""
+    """Optimizer steps of `train_guide` over the job's rows, from the end of one to the end of the
+    next.
+    """
     device = distributed.start(job["device"])
     guide = load_guide(job["guide"], device)
     texts = zip(job["prompts"], job["real"], job["generated"], strict=True)
-    rows = [(guide.example(prompt, real), guide.example(prompt, generated)) for prompt, real, generated in texts]
-    held = guide.example("a", "b"), guide.example("a", "c")  # it holds two rows out: these, which cost next to nothing
+    rows = [
+        (guide.example(prompt, real), guide.example(prompt, generated))
+        for prompt, real, generated in texts
+    ]
+    # it holds two rows out: these, which cost next to nothing
+    held = guide.example("a", "b"), guide.example("a", "c")
     place = [int(i) for i in permutation(SEED, "guide/heldout", len(rows) + 2)]
     laid: list[Any] = [None] * len(place)
     for i, row in zip(place, [held, held, *rows], strict=True):
         laid[i] = row
     settings = GuideTrainSettings(
-        epochs=job["epochs"], global_batch=job["batch"], learning_rate=job["learning_rate"],
-        micro_tokens=job["micro_tokens"], heldout_fraction=1e-9, weight_decay=0.0, warmup_ratio=0.0,
-    )  # fmt: skip
+        epochs=job["epochs"],
+        global_batch=job["batch"],
+        learning_rate=job["learning_rate"],
+        micro_tokens=job["micro_tokens"],
+        heldout_fraction=1e-9,
+        weight_decay=0.0,
+        warmup_ratio=0.0,
+    )
     ends: list[float] = []
 
     def note(*_: object) -> None:
@@ -151,7 +186,9 @@ def guide_distance(job: Job) -> Result:
     seconds: list[float] = []
     for _ in range(job["repeat"] + 1):
         with timed(seconds, device):
-            distances = guide.distance(job["prompts"], job["real"], job["generated"], job["micro_tokens"])
+            distances = guide.distance(
+                job["prompts"], job["real"], job["generated"], job["micro_tokens"]
+            )
     distributed.stop()
     return {"seconds": seconds[1:], "distances": distances.tolist()}
 

@@ -1,13 +1,15 @@
-"""Where the time of one training step and of one generation goes, against what the machine could do: `make profile`.
+"""Where the time of one training step and of one generation goes, against what the machine could
+do: `make profile`.
 
     python bench/profile_train.py [--precision bfloat16|mixed|float32] [--batch 4] [--new-tokens 16]
 
-Runs the program's own `training.train` and its generation engine under torch.profiler. Ranges are put around the
-modules from outside, by forward hooks; an operation of the backward belongs to the part of the forward operation
-whose sequence number it carries. Beside each part's time stand the operations and bytes that it needs at the least
-(work.py), and how near its time is to the time those need at the measured product rate and copy bandwidth of this
-machine: its share of the roofline. Writes a table, a figure, and for each of the two a trace for Perfetto
-(ui.perfetto.dev; not committed).
+Runs the program's own `training.train` and its generation engine under torch.profiler. Ranges are
+put around the modules from outside, by forward hooks; an operation of the backward belongs to the
+part of the forward operation whose sequence number it carries. Beside each part's time stand the
+operations and bytes that it needs at the least (work.py), and how near its time is to the time
+those need at the measured product rate and copy bandwidth of this machine: its share of the
+roofline. Writes a table, a figure, and for each of the two a trace for Perfetto (ui.perfetto.dev;
+not committed).
 """
 
 import argparse
@@ -43,14 +45,38 @@ from ldalign.mistral import Mistral
 from ldalign.sampling import Sampling
 
 RANGE = "part:"
-MODULES = {"Block": "elementwise", "Attention": "attention", "MLP": "MLP"}  # inner ranges win over outer ones
+# inner ranges win over outer ones
+MODULES = {"Block": "elementwise", "Attention": "attention", "MLP": "MLP"}
 OPERATIONS = {  # parts told by the names of ldalign's own operations, and of torch's ranges
-    "rms_norm": "elementwise", "rope": "elementwise", "swiglu": "elementwise",
-    "attention": "attention", "pair_loss": "head", "linear_logprob": "head", "sft_loss": "head", "dpo": "head",
-    "decode_mlp": "MLP", "packed_linear": "head", "sample": "sampler",
-}  # fmt: skip
-PREFIXES = {"Optimizer.": "optimizer", "FSDP::": "communication", "c10d::": "communication", "gloo:": "communication"}
-PARTS = ("attention", "MLP", "head", "elementwise", "optimizer", "sampler", "communication", "other", "idle")
+    "rms_norm": "elementwise",
+    "rope": "elementwise",
+    "swiglu": "elementwise",
+    "attention": "attention",
+    "pair_loss": "head",
+    "linear_logprob": "head",
+    "sft_loss": "head",
+    "dpo": "head",
+    "decode_mlp": "MLP",
+    "packed_linear": "head",
+    "sample": "sampler",
+}
+PREFIXES = {
+    "Optimizer.": "optimizer",
+    "FSDP::": "communication",
+    "c10d::": "communication",
+    "gloo:": "communication",
+}
+PARTS = (
+    "attention",
+    "MLP",
+    "head",
+    "elementwise",
+    "optimizer",
+    "sampler",
+    "communication",
+    "other",
+    "idle",
+)
 BACKWARD = "autograd::engine::evaluate_function"
 WHOLE = "whole"
 WARM_STEPS = 2
@@ -64,19 +90,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--new-tokens", type=int, default=16, help="of the generation")
     parser.add_argument("--rows", type=int, default=32, help="of the generation")
     parser.add_argument("--lengths", choices=list(LENGTHS), default="gsm8k")
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, no model folder")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
+    )
     args = parser.parse_args(argv)
     if args.small:
         args.lengths, args.batch, args.new_tokens, args.rows = "short", 2, 3, 2
     device = distributed.start("cuda" if torch.cuda.is_available() else "cpu")
-    folder, config = (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    folder, config = (
+        (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    )
     job = {"folder": folder, "config": config}
     args.results.mkdir(parents=True, exist_ok=True)
     sections = [profile_step(job, args, device), profile_generation(job, args, device)]
     result = common.result(
-        "profile", args, device=str(device), shape=args.shape, precision=args.precision, optimizer=args.optimizer,
+        "profile",
+        args,
+        device=str(device),
+        shape=args.shape,
+        precision=args.precision,
+        optimizer=args.optimizer,
         sections=sections,
-    )  # fmt: skip
+    )
     name = f"profile-{device.type}" + (f"-{args.shape}" if args.shape else "")
     figure = args.results / f"{name}.svg"
     drawn = draw(result, figure)
@@ -84,7 +119,9 @@ def main(argv: list[str]) -> None:
     distributed.stop()
 
 
-def profile_step(job: dict[str, Any], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def profile_step(
+    job: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """The step after WARM_STEPS others, from the start of its forward to that of the next."""
     precision = PRECISION[args.precision]
     config: Config = job["config"]
@@ -94,53 +131,83 @@ def profile_step(job: dict[str, Any], args: argparse.Namespace, device: torch.de
     clock = Clock(WARM_STEPS, device)
     model.register_forward_pre_hook(lambda *_: clock.tick())
     settings = training.TrainSettings(
-        epochs=1, global_batch=args.batch, micro_tokens=10**9, learning_rate=1e-6, optimizer=args.optimizer,
-        schedule="constant", warmup_ratio=0.0, **precision.settings,
-    )  # fmt: skip
+        epochs=1,
+        global_batch=args.batch,
+        micro_tokens=10**9,
+        learning_rate=1e-6,
+        optimizer=args.optimizer,
+        schedule="constant",
+        warmup_ratio=0.0,
+        **precision.settings,
+    )
     training.train(
-        model, in_train_order(pairs), settings, compute_dtype=precision.compute, device=device, seed=SEED,
-        stage="profile", step0_is_reference=False,
-    )  # fmt: skip
+        model,
+        in_train_order(pairs),
+        settings,
+        compute_dtype=precision.compute,
+        device=device,
+        seed=SEED,
+        stage="profile",
+        step0_is_reference=False,
+    )
     profiled = pairs[WARM_STEPS * args.batch : (WARM_STEPS + 1) * args.batch]
     shape, width = Shape.of(config), precision.weights.itemsize
-    accesses = {"adamw": 10, "rmsprop": 8}[args.optimizer]  # of the weights' size: norm, clipping, update
+    # of the weights' size: norm, clipping, update
+    accesses = {"adamw": 10, "rmsprop": 8}[args.optimizer]
     costs = step_costs(shape, profiled, precision.compute.itemsize, accesses * width)
     if precision.weights != precision.compute:  # a rank alone casts: weights there, gradients back
         costs["communication"] = Cost(0, 2 * (width + precision.compute.itemsize) * shape.weights)
-    what = f"one step of {args.batch} pairs ({tokens_of(profiled)} tokens), {args.precision}, {args.optimizer}"
+    what = (
+        f"one step of {args.batch} pairs ({tokens_of(profiled)} tokens), {args.precision}, "
+        f"{args.optimizer}"
+    )
     dtype = str(precision.compute).removeprefix("torch.")
     rates = common.measure_machine(shape, tokens_of(profiled), dtype, device, args.small)
     return summarise("training", what, clock, costs, rates, args.results, device)
 
 
-def profile_generation(job: dict[str, Any], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def profile_generation(
+    job: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """Prefill and decoding of one batch, after one unprofiled."""
     config: Config = job["config"]
     compute = PRECISION[args.precision].compute
     model = make_model(job, compute, device).eval()
     put_ranges(model)
-    prompts = [pair["prompt"] for pair in make_pairs(LENGTHS[args.lengths], args.rows, config["vocab_size"])]
+    prompts = [
+        pair["prompt"]
+        for pair in make_pairs(LENGTHS[args.lengths], args.rows, config["vocab_size"])
+    ]
     requests = [Request(str(i), prompt, i) for i, prompt in enumerate(prompts)]
     decoder, longest = new_decoder(model), max(map(len, prompts)) + args.new_tokens
     clock = Clock(1, device)
     for _ in range(4):  # one to warm up, one profiled, two for the unprofiled time
         clock.tick()
-        engine = Engine(decoder, Sampling(args.new_tokens), [], SEED, longest=longest, rows=len(prompts))
+        engine = Engine(
+            decoder, Sampling(args.new_tokens), [], SEED, longest=longest, rows=len(prompts)
+        )
         assert sum(1 for _ in engine.run(requests)) == len(prompts)
     clock.tick()
     shape = Shape.of(config)
     costs = generation_costs(shape, [len(p) for p in prompts], args.new_tokens, compute.itemsize)
     dtype = str(compute).removeprefix("torch.")
     rates = common.measure_machine(shape, sum(map(len, prompts)), dtype, device, args.small)
-    what = f"{len(prompts)} rows, {sum(map(len, prompts))} prompt tokens, {args.new_tokens} new tokens a row, {dtype}"
+    what = (
+        f"{len(prompts)} rows, {sum(map(len, prompts))} prompt tokens, {args.new_tokens} new "
+        f"tokens a row, {dtype}"
+    )
     return summarise("generation", what, clock, costs, rates, args.results, device)
 
 
 class Clock:
-    """Ticks once a repetition: counts, times the unprofiled ones, and profiles repetition number `after`."""
+    """Ticks once a repetition: counts, times the unprofiled ones, and profiles repetition number
+    `after`.
+    """
 
     def __init__(self, after: int, device: torch.device) -> None:
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        activities = [ProfilerActivity.CPU] + (
+            [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        )
         self.profiler = profile(activities=activities)
         self.whole = record_function(WHOLE)
         self.after, self.device, self.ticks = after, device, 0
@@ -166,11 +233,13 @@ class Clock:
         self.began = time.perf_counter()
 
 
-# ------------------------------------------------------------------------------------------------------------- ranges
+# ------------------------------------------------------------------------------------------- ranges
 
 
 def put_ranges(model: Mistral) -> None:
-    """A range around every module of MODULES, and around the head that is handed to the model's forward."""
+    """A range around every module of MODULES, and around the head that is handed to the model's
+    forward.
+    """
     for module in model.modules():
         part = MODULES.get(type(module).__name__)
         if part is not None:
@@ -208,13 +277,15 @@ def ranged(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return inside
 
 
-# -------------------------------------------------------------------------------------------------------- attribution
+# -------------------------------------------------------------------------------------- attribution
 
 
 def times_by_part(events: Sequence[Any], cuda: bool) -> dict[str, float]:
-    """Seconds of the profiled repetition by part; `idle` is what no operation covers (on a CPU: Python's own time).
+    """Seconds of the profiled repetition by part; `idle` is what no operation covers (on a CPU:
+    Python's own time).
 
-    events: torch.profiler's FunctionEvents. On a GPU a part's time is that of the kernels it launched.
+    events: torch.profiler's FunctionEvents. On a GPU a part's time is that of the kernels it
+    launched.
     """
     (whole,) = (e for e in events if e.name == WHOLE)
     inside = [e for e in events if _within(e, whole)]
@@ -232,11 +303,18 @@ def times_by_part(events: Sequence[Any], cuda: bool) -> dict[str, float]:
 def _within(event: Any, whole: Any) -> bool:
     on_cpu = event.device_type == whole.device_type
     start, end = whole.time_range.start, whole.time_range.end
-    return on_cpu and event is not whole and start <= event.time_range.start and event.time_range.end <= end
+    return (
+        on_cpu
+        and event is not whole
+        and start <= event.time_range.start
+        and event.time_range.end <= end
+    )
 
 
 def forward_parts(events: Iterable[Any]) -> dict[int, str]:
-    """Part by sequence number: of the last forward operation that carries it, which is the one that made the node."""
+    """Part by sequence number: of the last forward operation that carries it, which is the one that
+    made the node.
+    """
     found = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
         if event.sequence_nr >= 0 and not any(e.name.startswith(BACKWARD) for e in _line(event)):
@@ -273,9 +351,14 @@ def _line(event: Any) -> Iterable[Any]:
 
 
 def summarise(
-    name: str, what: str, clock: Clock, costs: dict[str, Cost], rates: dict[str, float], folder: Path,
+    name: str,
+    what: str,
+    clock: Clock,
+    costs: dict[str, Cost],
+    rates: dict[str, float],
+    folder: Path,
     device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A section of the result; writes its trace."""
     seconds = times_by_part(clock.profiler.events() or [], device.type == "cuda")
     clock.profiler.export_chrome_trace(str(folder / f"trace-{name}-{device.type}.json.gz"))
@@ -286,17 +369,27 @@ def summarise(
         cost, taken = costs.get(part, Cost(0, 0)), seconds.get(part, 0.0)
         least = max(cost.flops / rates["flops"], cost.bytes / rates["bytes"])
         bound = "products" if cost.flops / rates["flops"] == least else "memory"
-        parts.append({
-            "part": part, "seconds": taken, "flops": cost.flops, "bytes": cost.bytes, "least_seconds": least,
-            "bound": bound if least else None,
-        })  # fmt: skip
+        parts.append(
+            {
+                "part": part,
+                "seconds": taken,
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+                "least_seconds": least,
+                "bound": bound if least else None,
+            }
+        )
     return {
-        "name": name, "what": what, "parts": parts, "seconds": clock.profiled_seconds,
-        "unprofiled_seconds": statistics.median(clock.seconds), "rates": rates,
-    }  # fmt: skip
+        "name": name,
+        "what": what,
+        "parts": parts,
+        "seconds": clock.profiled_seconds,
+        "unprofiled_seconds": statistics.median(clock.seconds),
+        "rates": rates,
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- pages
+# -------------------------------------------------------------------------------------------- pages
 
 
 def render(result: dict[str, Any], figure: str | None) -> list[str]:
@@ -307,33 +400,55 @@ def render(result: dict[str, Any], figure: str | None) -> list[str]:
     for section in result["sections"]:
         rates = section["rates"]
         lines += [
-            f"**{section['name']}**: {section['what']}; {section['seconds']:.2f} s under the profiler, "
-            f"{section['unprofiled_seconds']:.2f} without. The machine then: {rates['flops'] / 1e9:.0f} GFLOP/s in "
-            f"bare products of these shapes, {rates['bytes'] / 2**30:.1f} GiB/s in a copy.", "",
-            *common.table("part", "time", "seconds", "GFLOP", "GiB", "needs at least, s", "share of the roofline",
-                          "bound by"),
-        ]  # fmt: skip
+            f"**{section['name']}**: {section['what']}; {section['seconds']:.2f} s under the "
+            f"profiler, {section['unprofiled_seconds']:.2f} without. The machine then: "
+            f"{rates['flops'] / 1e9:.0f} GFLOP/s in bare products of these shapes, "
+            f"{rates['bytes'] / 2**30:.1f} GiB/s in a copy.",
+            "",
+            *common.table(
+                "part",
+                "time",
+                "seconds",
+                "GFLOP",
+                "GiB",
+                "needs at least, s",
+                "share of the roofline",
+                "bound by",
+            ),
+        ]
         total = sum(part["seconds"] for part in section["parts"])
         for p in section["parts"]:
-            needed = [f"{p['flops'] / 1e9:.1f}", f"{p['bytes'] / 2**30:.2f}", f"{p['least_seconds']:.3f}"]
-            share = f"{100 * p['least_seconds'] / p['seconds']:.0f} %" if p["bound"] and p["seconds"] else ""
+            needed = [
+                f"{p['flops'] / 1e9:.1f}",
+                f"{p['bytes'] / 2**30:.2f}",
+                f"{p['least_seconds']:.3f}",
+            ]
+            share = (
+                (f"{100 * p['least_seconds'] / p['seconds']:.0f} %")
+                if p["bound"] and p["seconds"]
+                else ""
+            )
             cells = [f"{100 * p['seconds'] / total:.1f} %", f"{p['seconds']:.3f}"]
             cells += [*needed, share, p["bound"]] if p["bound"] else ["", "", "", "", ""]
             lines.append(common.row(p["part"], *cells))
         lines.append("")
     return [
         *lines,
-        "Elementwise: norms, rotary embedding, SwiGLU, residual sums. Other: embedding, packing, metrics. Idle: time "
-        "that no operation covers, mostly Python's.",
+        "Elementwise: norms, rotary embedding, SwiGLU, residual sums. Other: embedding, packing, "
+        "metrics. Idle: time that no operation covers, mostly Python's.",
     ]
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:
-    """Bars of each part's time, the least it needs in front; False, and a line, where matplotlib is not installed."""
+    """Bars of each part's time, the least it needs in front; False, and a line, where matplotlib is
+    not installed.
+    """
     try:
         import matplotlib
     except ImportError:
-        common.say("profile: no figure, matplotlib is not installed (pip install 'ldalign[report]')")
+        common.say(
+            "profile: no figure, matplotlib is not installed (pip install 'ldalign[report]')"
+        )
         return False
     matplotlib.use("svg")
     from matplotlib import pyplot
@@ -344,7 +459,13 @@ def draw(result: dict[str, Any], path: Path) -> bool:
         parts = section["parts"][::-1]
         names = [part["part"] for part in parts]
         axis.barh(names, [part["seconds"] for part in parts], color="#c6d4e4", label="time")
-        axis.barh(names, [part["least_seconds"] for part in parts], height=0.4, color="#2b5c8a", label="at the least")
+        axis.barh(
+            names,
+            [part["least_seconds"] for part in parts],
+            height=0.4,
+            color="#2b5c8a",
+            label="at the least",
+        )
         axis.set_title(f"{section['name']}: {section['seconds']:.2f} s", fontsize=10)
         axis.set_xlabel("seconds")
         axis.spines[["top", "right"]].set_visible(False)

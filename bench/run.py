@@ -1,7 +1,9 @@
-"""All benchmarks, one script after the other: `python bench/run.py [--only step,guide] [their options]` (`make bench`).
+"""All benchmarks, one script after the other: `python bench/run.py [--only step,guide] [their
+options]` (`make bench`).
 
-Each is a script of this folder with its own `--help`; options that are not named here go to every script that runs.
-What counts is the ratio of medians within one run: bare times are the machine's. Results go to bench/results/.
+Each is a script of this folder with its own `--help`; options that are not named here go to every
+script that runs. What counts is the ratio of medians within one run: bare times are the machine's.
+Results go to bench/results/.
 """
 
 import argparse
@@ -16,10 +18,14 @@ BENCHMARKS = ("kernels", "step", "growth", "guide", "generate", "compile")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py", description=__doc__.partition("\n")[0] if __doc__ else ""
+    )
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="benchmarks to run, by name")
     parser.add_argument("--repeat", help="measured repetitions")
-    parser.add_argument("--small", action="store_true", help="a fraction of the work: does it run at all?")
+    parser.add_argument(
+        "--small", action="store_true", help="a fraction of the work: does it run at all?"
+    )
     parser.add_argument("--results", help="folder of the result files")
     args, others = parser.parse_known_args(argv)
     names = args.only.split(",")
@@ -31,7 +37,12 @@ def main(argv: list[str]) -> None:
     shared += ["--results", args.results] if args.results else []
     failed = []
     for name in names:
-        command = [sys.executable, str(HERE / f"{name}.py"), *shared, *(others if name != "kernels" else [])]
+        command = [
+            sys.executable,
+            str(HERE / f"{name}.py"),
+            *shared,
+            *(others if name != "kernels" else []),
+        ]
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
     if failed:

@@ -1,11 +1,14 @@
-"""DPO steps on the same pairs: ldalign, TRL's DPOTrainer, and a classic padded loop on transformers.
+"""DPO steps on the same pairs: ldalign, TRL's DPOTrainer, and a classic padded loop on
+transformers.
 
-    python bench/step.py [--lengths gsm8k,short,...] [--optimizer adamw|rmsprop] [--shape mistral-7b] [--rounds 2]
+    python bench/step.py [--lengths gsm8k,short,...] [--optimizer adamw|rmsprop] [--shape
+    mistral-7b] [--rounds 2]
 
-Part of `make bench`. Every row runs in a process of its own, the peers in environments of their own, one after the
-other in the same run; the machine's rate of matrix products is measured before each. All take the same pairs in the
-same order, the reference's log-probs at hand, gradients clipped, optimizer states in the weights' dtype, and the first
-step of each warms up. Ratios are medians over steps of the same pairs.
+Part of `make bench`. Every row runs in a process of its own, the peers in environments of their
+own, one after the other in the same run; the machine's rate of matrix products is measured before
+each. All take the same pairs in the same order, the reference's log-probs at hand, gradients
+clipped, optimizer states in the weights' dtype, and the first step of each warms up. Ratios are
+medians over steps of the same pairs.
 """
 
 import re
@@ -43,7 +46,9 @@ class Row:
 
 
 def _trl(name: str, precision: str, setting: str, keep_memory: bool = True) -> Row:
-    return Row(f"TRL, {name}", precision, "peers/trl_trainer.py", "trl", {"setting": setting}, keep_memory)
+    return Row(
+        f"TRL, {name}", precision, "peers/trl_trainer.py", "trl", {"setting": setting}, keep_memory
+    )
 
 
 def _padded(name: str, precision: str, keep_memory: bool = True) -> Row:
@@ -69,20 +74,34 @@ LIGER = _trl("best setting with Liger's kernels", "bfloat16", "liger")
 
 def main(argv: list[str]) -> None:
     parser = common.options("step", __doc__)
-    parser.add_argument("--lengths", default=",".join(LENGTHS), help="of the pairs; the first gets every row")
+    parser.add_argument(
+        "--lengths", default=",".join(LENGTHS), help="of the pairs; the first gets every row"
+    )
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
-    parser.add_argument("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="everybody's")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="rows to measure, by precision")
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, no model folder")
-    parser.add_argument("--rounds", type=int, default=1, help="times that all rows are gone through")
-    parser.add_argument("--default-malloc", action="store_true", help="also the peers without malloc variables")
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="everybody's"
+    )
+    parser.add_argument(
+        "--precisions", default=",".join(PRECISIONS), help="rows to measure, by precision"
+    )
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times that all rows are gone through"
+    )
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="also the peers without malloc variables"
+    )
     args = parser.parse_args(argv)
     names = ["short"] if args.small else args.lengths.split(",")
     for name in names:
         if name not in LENGTHS:
             parser.error(f"--lengths {name}: choose from {', '.join(LENGTHS)}")
     device, _ = common.device_and_dtype()
-    folder, config = (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    folder, config = (
+        (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+    )
     batch = 2 if args.small else args.batch
     tables = []
     for place, name in enumerate(names):
@@ -91,15 +110,28 @@ def main(argv: list[str]) -> None:
         pairs = make_pairs(LENGTHS[name], batch * (steps + 1), config["vocab_size"])
         batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
         job = {
-            "task": "dpo", "device": str(device), "folder": str(folder) if folder else None, "config": config,
-            "batches": batches, "optimizer": args.optimizer, "learning_rate": LEARNING_RATE, "beta": BETA,
+            "task": "dpo",
+            "device": str(device),
+            "folder": str(folder) if folder else None,
+            "config": config,
+            "batches": batches,
+            "optimizer": args.optimizer,
+            "learning_rate": LEARNING_RATE,
+            "beta": BETA,
             "micro_tokens": 10**9,
-        }  # fmt: skip
+        }
         tables.append({"lengths": name} | measure_table(rows, job, args.rounds, device, args.small))
     result = common.result(
-        "step", args, device=str(device), optimizer=args.optimizer, batch=batch, shape=args.shape,
-        parameters=Shape.of(config).weights, tables=tables, versions=pinned(),
-    )  # fmt: skip
+        "step",
+        args,
+        device=str(device),
+        optimizer=args.optimizer,
+        batch=batch,
+        shape=args.shape,
+        parameters=Shape.of(config).weights,
+        tables=tables,
+        versions=pinned(),
+    )
     suffix = f"-{args.shape}" if args.shape else ""
     common.save(result, render(result), args.results, f"step-{device.type}{suffix}")
 
@@ -112,13 +144,17 @@ def choose_rows(args: Any, device: torch.device, first: bool, folder: bool) -> l
         rows.insert(2, LIGER)
     if not folder:  # TRL reads its reference from the policy's folder
         rows = [row for row in rows if row.job.get("setting") != "default"]
-    return [row for row in rows if row.precision in wanted and (row.peer is None or not args.no_peers)]
+    return [
+        row for row in rows if row.precision in wanted and (row.peer is None or not args.no_peers)
+    ]
 
 
 def measure_table(
     rows: Sequence[Row], job: dict[str, Any], rounds: int, device: torch.device, small: bool
 ) -> dict[str, Any]:
-    """All rows on one set of pairs: seconds of each step, pairs and tokens a second, peak memory, shares, ratios."""
+    """All rows on one set of pairs: seconds of each step, pairs and tokens a second, peak memory,
+    shares, ratios.
+    """
     batches: list[list[Pair]] = job["batches"]
     shape = Shape.of(job["config"])
     measured = [pair for batch in batches[1:] for pair in batch]
@@ -131,17 +167,27 @@ def measure_table(
                 continue
             common.say(f"step: {row.name}, {row.precision} ...")
             dtype = "float32" if row.precision == "float32" else "bfloat16"
-            out["rates"].append(common.measure_machine(shape, tokens_of(batches[0]), dtype, device, small)["flops"])
+            out["rates"].append(
+                common.measure_machine(shape, tokens_of(batches[0]), dtype, device, small)["flops"]
+            )
             add(out, measure_row(row, job))
     finish(results, len(measured), tokens_of(measured), step_flops(shape, measured))
-    return {"pairs": describe(batches[1:]), "flops_per_pair": step_flops(shape, measured) / len(measured),
-            "rows": results}  # fmt: skip
+    return {
+        "pairs": describe(batches[1:]),
+        "flops_per_pair": step_flops(shape, measured) / len(measured),
+        "rows": results,
+    }
 
 
 def measure_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
     """One process: a row of ours has to run, a peer's may say why not."""
-    # Both sides' float32 products go through the faster of torch's two libraries on the CPU; they stay float32.
-    products = {"float32_products": "medium"} if row.precision == "float32" and job["device"] == "cpu" else {}
+    # Both sides' float32 products go through the faster of torch's two libraries on the CPU; they
+    # stay float32.
+    products = (
+        {"float32_products": "medium"}
+        if row.precision == "float32" and job["device"] == "cpu"
+        else {}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         whole = {**job, **row.job, **products, "precision": row.precision, "scratch": scratch}
         if row.peer is None:
@@ -179,7 +225,10 @@ def finish(results: list[dict[str, Any]], pairs: int, tokens: int, flops: float)
 def pinned() -> dict[str, str]:
     """The peers' versions, from their requirements files."""
     found = {}
-    for peer, packages in {"trl": ("trl", "transformers"), "transformers": ("transformers",)}.items():
+    for peer, packages in {
+        "trl": ("trl", "transformers"),
+        "transformers": ("transformers",),
+    }.items():
         for package in packages:
             match = re.search(rf"^{package}==(\S+)", pins(peer), re.MULTILINE)
             if match:
@@ -192,31 +241,49 @@ def render(result: dict[str, Any]) -> list[str]:
     memory = "GPU memory" if result["device"] != "cpu" else "resident memory"
     model = result["shape"] or result["policy"]
     lines = [
-        f"## step, {result['device']}", "",
-        f"DPO steps of {result['batch']} pairs, {model} ({result['parameters'] / 1e6:.0f} million weights), "
-        f"{result['optimizer']}, reference log-probs at hand. Tokens are real ones, each prompt counted once. MFU: the "
-        "step's matrix products (prompt once, head at responses) against the machine's measured rate of bare products. "
-        "Ratios: to ldalign's row of the same precision, medians over steps.", "",
-    ]  # fmt: skip
+        f"## step, {result['device']}",
+        "",
+        f"DPO steps of {result['batch']} pairs, {model} ({result['parameters'] / 1e6:.0f} million "
+        f"weights), {result['optimizer']}, reference log-probs at hand. Tokens are real ones, each "
+        "prompt counted once. MFU: the step's matrix products (prompt once, head at responses) "
+        "against the machine's measured rate of bare products. Ratios: to ldalign's row of the "
+        "same precision, medians over steps.",
+        "",
+    ]
     for table in result["tables"]:
         lines += [*_table(table, memory), ""]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return [*lines, f"Peers: {versions}; malloc thresholds raised for them where not said otherwise."]
+    return [
+        *lines,
+        f"Peers: {versions}; malloc thresholds raised for them where not said otherwise.",
+    ]
 
 
 def _table(table: dict[str, Any], memory: str) -> list[str]:
     pairs = table["pairs"]
     lines = [
-        f"**{table['lengths']}**: {pairs['pairs']} pairs of {pairs['tokens_per_pair']:.0f} tokens in the mean, "
-        f"{100 * pairs['prompt_share']:.0f} % of them prompt; a padded batch with the prompt twice holds "
-        f"{pairs['padded_over_packed']:.2f} times as many; {table['flops_per_pair'] / 1e9:.0f} GFLOP a pair.", "",
-        *common.table("", "precision", "pairs/s", "tokens/s", f"peak {memory}, GiB", "MFU", "time / ldalign's",
-                      "memory / ldalign's"),
-    ]  # fmt: skip
+        f"**{table['lengths']}**: {pairs['pairs']} pairs of {pairs['tokens_per_pair']:.0f} tokens "
+        f"in the mean, {100 * pairs['prompt_share']:.0f} % of them prompt; a padded batch with the "
+        f"prompt twice holds {pairs['padded_over_packed']:.2f} times as many; "
+        f"{table['flops_per_pair'] / 1e9:.0f} GFLOP a pair.",
+        "",
+        *common.table(
+            "",
+            "precision",
+            "pairs/s",
+            "tokens/s",
+            f"peak {memory}, GiB",
+            "MFU",
+            "time / ldalign's",
+            "memory / ldalign's",
+        ),
+    ]
     for r in table["rows"]:
         precision = PRECISIONS[r["precision"]]
         if "skipped" in r:
-            lines.append(common.row(r["name"], precision, f"not run: {r['skipped']}", "", "", "", "", ""))
+            lines.append(
+                common.row(r["name"], precision, f"not run: {r['skipped']}", "", "", "", "", "")
+            )
             continue
         ratios = [f"{r[name]:.2f}" if name in r else "" for name in ("time_ratio", "memory_ratio")]
         speed = [f"{r['pairs_per_second']:.2f}", f"{r['tokens_per_second']:.0f}"]

@@ -1,9 +1,9 @@
 """The work that is measured: pairs of token ids, and what they cost at the least.
 
-Pairs are random ids of realistic lengths, the same on every machine; nothing is read from disk. Costs count the
-arithmetic and the memory traffic that no implementation of the step can do without, so that shares of what the machine
-can do compare implementations. Shapes: D width, F feed-forward width, H query heads, K key/value heads, E head width,
-V vocabulary, N tokens.
+Pairs are random ids of realistic lengths, the same on every machine; nothing is read from disk.
+Costs count the arithmetic and the memory traffic that no implementation of the step can do without,
+so that shares of what the machine can do compare implementations. Shapes: D width, F feed-forward
+width, H query heads, K key/value heads, E head width, V vocabulary, N tokens.
 """
 
 import math
@@ -18,15 +18,17 @@ Config = dict[str, Any]  # a model folder's config.json
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts: `template` in every prompt, and log-normal bodies given by median and deviation of the logarithm.
+    """Token counts: `template` in every prompt, and log-normal bodies given by median and deviation
+    of the logarithm.
 
-    `tied` is the correlation of a pair's prompt and response lengths, in logarithms: longer questions have longer
-    answers. The generated response's length has the real one's distribution.
+    `tied` is the correlation of a pair's prompt and response lengths, in logarithms: longer
+    questions have longer answers. The generated response's length has the real one's distribution.
     """
 
     prompt: tuple[float, float]
     response: tuple[float, float]
-    template: int = 35  # the chat template's share of SmolLM2-Instruct's prompts, system message included
+    # the chat template's share of SmolLM2-Instruct's prompts, system message included
+    template: int = 35
     tied: float = 0.0
     longest: int = 2048
 
@@ -36,7 +38,8 @@ class Lengths:
         own = (dice.gauss(0, 1), dice.gauss(0, 1))
         prompt = self.template + self._tokens(self.prompt, shared)
         real, generated = (
-            self._tokens(self.response, self.tied * shared + math.sqrt(1 - self.tied**2) * z) for z in own
+            self._tokens(self.response, self.tied * shared + math.sqrt(1 - self.tied**2) * z)
+            for z in own
         )
         return prompt, real, generated
 
@@ -45,8 +48,9 @@ class Lengths:
 
 
 LENGTHS = {
-    # Measured: 2,500 training rows of GSM8K under SmolLM2-135M-Instruct's tokenizer and template. Prompt 90 tokens in
-    # the mean (5 %: 62, 95 %: 132), response 124 (58, 228); correlation of the logarithms 0.54.
+    # Measured: 2,500 training rows of GSM8K under SmolLM2-135M-Instruct's tokenizer and template.
+    # Prompt 90 tokens in the mean (5 %: 62, 95 %: 132), response 124 (58, 228); correlation of the
+    # logarithms 0.54.
     "gsm8k": Lengths(prompt=(51, 0.385), response=(113, 0.42), tied=0.54, longest=455),
     "short": Lengths(prompt=(12, 0.4), response=(16, 0.5)),
     "long": Lengths(prompt=(350, 0.5), response=(350, 0.5)),
@@ -56,10 +60,18 @@ LENGTHS = {
 
 
 def make_pairs(lengths: Lengths, count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
-    """Pairs of random ids, the same for the same arguments; the first ids, maybe control tokens, are left out."""
+    """Pairs of random ids, the same for the same arguments; the first ids, maybe control tokens,
+    are left out.
+    """
     dice = random.Random(f"{seed}/{lengths}")
     return [
-        dict(zip(("prompt", "real", "generated"), (_ids(dice, n, vocabulary) for n in lengths.draw(dice)), strict=True))
+        dict(
+            zip(
+                ("prompt", "real", "generated"),
+                (_ids(dice, n, vocabulary) for n in lengths.draw(dice)),
+                strict=True,
+            )
+        )
         for _ in range(count)
     ]
 
@@ -82,10 +94,14 @@ def tokens_of(pairs: Sequence[Pair]) -> int:
 
 
 def describe(batches: Sequence[Sequence[Pair]]) -> dict[str, float]:
-    """What the pairs look like: mean tokens a pair, the prompt's share, padding of a classic batch."""
+    """What the pairs look like: mean tokens a pair, the prompt's share, padding
+    of a classic batch.
+    """
     pairs = [pair for batch in batches for pair in batch]
     padded = sum(
-        2 * len(batch) * max(len(p["prompt"]) + max(len(p["real"]), len(p["generated"])) for p in batch)
+        2
+        * len(batch)
+        * max(len(p["prompt"]) + max(len(p["real"]), len(p["generated"])) for p in batch)
         for batch in batches
     )
     return {
@@ -96,28 +112,56 @@ def describe(batches: Sequence[Sequence[Pair]]) -> dict[str, float]:
     }
 
 
-# Models by shape alone, for random weights: SmolLM2's two sizes and Mistral-7B's, as their config.json has them.
+# Models by shape alone, for random weights: SmolLM2's two sizes and Mistral-7B's, as their
+# config.json has them.
 SHAPES: dict[str, Config] = {
     "smollm2-135m": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-        "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
     },
     "smollm2-360m": {
-        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-        "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49152,
-        "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
     },
     "mistral-7b": {
-        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
-        "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
         "max_position_embeddings": 32768,
     },
-}  # fmt: skip
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------------- cost
 
 
 class Cost(NamedTuple):
@@ -149,10 +193,15 @@ class Shape:
         """From a config.json."""
         heads, width = config["num_attention_heads"], config["hidden_size"]
         return cls(
-            width, config["intermediate_size"], heads, config["num_key_value_heads"],
-            config.get("head_dim") or width // heads, config["vocab_size"], config["num_hidden_layers"],
+            width,
+            config["intermediate_size"],
+            heads,
+            config["num_key_value_heads"],
+            config.get("head_dim") or width // heads,
+            config["vocab_size"],
+            config["num_hidden_layers"],
             bool(config.get("tie_word_embeddings")),
-        )  # fmt: skip
+        )
 
     @property
     def attention_products(self) -> list[tuple[int, int]]:
@@ -171,12 +220,16 @@ class Shape:
         return self.layers * block + self.D + (1 if self.tied else 2) * self.V * self.D
 
 
-def step_costs(shape: Shape, pairs: Sequence[Pair], itemsize: int, state_bytes: int) -> dict[str, Cost]:
-    """The least cost of one training step, by part. state_bytes: read and written per weight by the optimizer.
+def step_costs(
+    shape: Shape, pairs: Sequence[Pair], itemsize: int, state_bytes: int
+) -> dict[str, Cost]:
+    """The least cost of one training step, by part. state_bytes: read and written per weight by the
+    optimizer.
 
-    A product (N, i) x (i, o) is three in training, each reading two matrices and writing one. Attention looks at the
-    keys that each token sees; windows are taken to be longer than the pairs. Elementwise work reads its inputs and
-    writes its outputs once forward and once backward; its few operations an element are counted roughly.
+    A product (N, i) x (i, o) is three in training, each reading two matrices and writing one.
+    Attention looks at the keys that each token sees; windows are taken to be longer than the pairs.
+    Elementwise work reads its inputs and writes its outputs once forward and once backward; its few
+    operations an element are counted roughly.
     """
     s, N = shape, tokens_of(pairs)
     M = sum(len(p["real"]) + len(p["generated"]) for p in pairs)
@@ -186,7 +239,8 @@ def step_costs(shape: Shape, pairs: Sequence[Pair], itemsize: int, state_bytes: 
     mlp = Cost(0, 0)
     for i, o in s.mlp_products:
         mlp += _trained_product(N, i, o, itemsize)
-    norms = Cost(24 * N * s.D, (5 + 8 + 3) * N * s.D * itemsize)  # two norms and the additions to the stream
+    # two norms and the additions to the stream
+    norms = Cost(24 * N * s.D, (5 + 8 + 3) * N * s.D * itemsize)
     rope = Cost(6 * N * (s.H + s.K) * s.E, 4 * N * (s.H + s.K) * s.E * itemsize)
     swiglu = Cost(15 * N * s.F, 8 * N * s.F * itemsize)
     return {
@@ -200,26 +254,35 @@ def step_costs(shape: Shape, pairs: Sequence[Pair], itemsize: int, state_bytes: 
 
 def step_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
     """Of the matrix products of one step: what a model-FLOPs utilisation counts."""
-    return sum(cost.flops for part, cost in step_costs(shape, pairs, 1, 0).items() if part in PRODUCTS)
+    return sum(
+        cost.flops for part, cost in step_costs(shape, pairs, 1, 0).items() if part in PRODUCTS
+    )
 
 
 PRODUCTS = ("attention", "MLP", "head")
 
 
-def generation_costs(shape: Shape, prompts: Sequence[int], new_tokens: int, itemsize: int) -> dict[str, Cost]:
-    """The least cost of sampling new_tokens for each of the prompts (lengths): prefill, then one pass a token."""
+def generation_costs(
+    shape: Shape, prompts: Sequence[int], new_tokens: int, itemsize: int
+) -> dict[str, Cost]:
+    """The least cost of sampling new_tokens for each of the prompts (lengths): prefill, then one
+    pass a token.
+    """
     s, R = shape, len(prompts)
     N, passes = sum(prompts) + R * (new_tokens - 1), new_tokens
     seen = sum(n * (n + 1) // 2 + sum(n + t for t in range(1, new_tokens)) for n in prompts)
-    cached = sum(n + t for n in prompts for t in range(1, new_tokens))  # keys and values read while decoding
+    # keys and values read while decoding
+    cached = sum(n + t for n in prompts for t in range(1, new_tokens))
     attention = Cost(4 * s.H * s.E * seen, 2 * s.K * s.E * cached * itemsize)
     for i, o in s.attention_products:
         attention += _product(N, i, o, passes, itemsize)
     mlp = Cost(0, 0)
     for i, o in s.mlp_products:
         mlp += _product(N, i, o, passes, itemsize)
-    elementwise = Cost(8 * N * s.D + 3 * N * (s.H + s.K) * s.E + 5 * N * s.F,
-                       (7 * N * s.D + 2 * N * (s.H + s.K) * s.E + 3 * N * s.F) * itemsize)  # fmt: skip
+    elementwise = Cost(
+        8 * N * s.D + 3 * N * (s.H + s.K) * s.E + 5 * N * s.F,
+        (7 * N * s.D + 2 * N * (s.H + s.K) * s.E + 3 * N * s.F) * itemsize,
+    )
     return {
         "attention": _times(s.layers, attention),
         "MLP": _times(s.layers, mlp),
@@ -232,11 +295,15 @@ def generation_costs(shape: Shape, prompts: Sequence[int], new_tokens: int, item
 def _seen(pair: Pair) -> int:
     """Keys that all tokens of a pair see together."""
     x = len(pair["prompt"])
-    return x * (x + 1) // 2 + sum(x * n + n * (n + 1) // 2 for n in (len(pair["real"]), len(pair["generated"])))
+    return x * (x + 1) // 2 + sum(
+        x * n + n * (n + 1) // 2 for n in (len(pair["real"]), len(pair["generated"]))
+    )
 
 
 def _attention(s: Shape, N: int, seen: int, itemsize: int) -> Cost:
-    """Forward and backward: two products an unmasked score, then four; q, k, v and the output in and out."""
+    """Forward and backward: two products an unmasked score, then four; q, k, v and the output in
+    and out.
+    """
     return Cost(3 * 4 * s.H * s.E * seen, 3 * N * (2 * s.H + 2 * s.K) * s.E * itemsize)
 
 

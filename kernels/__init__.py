@@ -1,1 +1,3 @@
-"""Kernels: one operation per file, each with a plain PyTorch reference. Installed as `ldalign.kernels`."""
+"""Kernels: one operation per file, each with a plain PyTorch reference. Installed as
+`ldalign.kernels`.
+"""

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel as production would launch it, for GPUs this machine need not have.
 
-The ops run on tensors of device "meta" at production shapes; each launch is recorded and compiled for sm_80 and sm_90,
-and the machine code is asked what it takes: registers, spilled bytes, shared memory, tensor-core instructions.
+The ops run on tensors of device "meta" at production shapes; each launch is recorded and compiled
+for sm_80 and sm_90, and the machine code is asked what it takes: registers, spilled bytes, shared
+memory, tensor-core instructions.
 
     python -m ldalign.kernels.compile_check         the table
     python -m ldalign.kernels.compile_check --json  the same, one JSON list
@@ -22,29 +23,46 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldalign.kernels import triton_attention, triton_decode, triton_elementwise, triton_head, triton_norm
+from ldalign.kernels import (
+    triton_attention,
+    triton_decode,
+    triton_elementwise,
+    triton_head,
+    triton_norm,
+)
 from ldalign.kernels.triton_common import INTERPRETED, recording
 
 CAPABILITIES = ((8, 0), (9, 0))
 DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = 8192
-MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))  # width, its feed-forward's, heads, head width
+# width, its feed-forward's, heads, head width
+MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))
 ATTENTION = ((9, 3, 64, None), (32, 8, 128, 4096))  # query heads, key heads, head width, window
-DECODING = ((64, 1), (4, 1), (16, 512))  # rows, and new tokens of each: many that decode, few, and prompts
+# rows, and new tokens of each: many that decode, few, and prompts
+DECODING = ((64, 1), (4, 1), (16, 512))
 PAGES = 64  # of a row: 1024 tokens
 HEADS = ((576, 49_152), (4096, 32_000), (4096, 128_256))  # width, vocabulary
-# mma.sync and wgmma as the machine spells them; wgmma multiplies 64 rows at a time, so fewer rows are left to mma.sync
+# mma.sync and wgmma as the machine spells them; wgmma multiplies 64 rows at a time, so fewer rows
+# are left to mma.sync
 TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b"}
 WGMMA_ROWS = 64
 TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
-}  # fmt: skip
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one GPU. shared_bytes and registers as launched; a spill is a register kept in memory."""
+    """One kernel for one GPU. shared_bytes and registers as launched; a spill is a register kept in
+    memory.
+    """
 
     kernel: str
     arch: int
@@ -88,7 +106,9 @@ def run_production(dtype: torch.dtype) -> None:
         cache = empty(64 * PAGES, 16, K, E)
         for R, most in DECODING:
             rows, pages = empty(R, 2, dtype=torch.int64), empty(R, PAGES, dtype=torch.int32)
-            triton_decode.paged_attention(empty(R * most, H, E), cache, cache, rows, pages, most, window)
+            triton_decode.paged_attention(
+                empty(R * most, H, E), cache, cache, rows, pages, most, window
+            )
     sums = wide(16)
     triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
     for D, V in HEADS:
@@ -97,8 +117,14 @@ def run_production(dtype: torch.dtype) -> None:
         triton_head.linear_logprob_backward(wide(N), hidden, weight, target, wide(N), True, True)
         triton_head.sft_loss(hidden, weight, target, 1.0, True, True)
         # 32 responses of 256 tokens: several pieces at the largest vocabulary
-        triton_head.pair_loss(hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True)
-        logits, uniform, seen = wide(64, V), empty(64, dtype=torch.float64), empty(64, 0, dtype=torch.int64)
+        triton_head.pair_loss(
+            hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True
+        )
+        logits, uniform, seen = (
+            wide(64, V),
+            empty(64, dtype=torch.float64),
+            empty(64, 0, dtype=torch.int64),
+        )
         for temperature in (0.0, 1.0):
             triton_decode.sample(logits, uniform, temperature, 0, 1.0, 0.0, 1.0, seen)
 
@@ -106,7 +132,9 @@ def run_production(dtype: torch.dtype) -> None:
 def compiled() -> list[Compiled]:
     """Each distinct kernel of `run_production`, compiled for each GPU of CAPABILITIES."""
     if INTERPRETED:
-        raise RuntimeError("compile_check: TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+        raise RuntimeError(
+            "compile_check: TRITON_INTERPRET is set, so there is nothing to compile; unset it"
+        )
     done: dict[str, Compiled] = {}
     for capability in CAPABILITIES:
         for dtype in DTYPES:
@@ -123,13 +151,19 @@ def compiled() -> list[Compiled]:
 
 
 class _Launch:
-    """A recorded launch as the compiler sees it: types, and what is known of the values, as Triton's own JIT tells."""
+    """A recorded launch as the compiler sees it: types, and what is known of the values, as
+    Triton's own JIT tells.
+    """
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.kernel = kernel
         # what is not an argument of the kernel is an option of the compiler
-        self.options = {name: value for name, value in options.items() if name not in kernel.arg_names}
-        self.constants = {name: value for name, value in options.items() if name not in self.options}
+        self.options = {
+            name: value for name, value in options.items() if name not in kernel.arg_names
+        }
+        self.constants = {
+            name: value for name, value in options.items() if name not in self.options
+        }
         self.signature: dict[str, str] = {}
         self.known: dict[tuple[int, ...], list[list[Any]]] = {}
         fixed: dict[str, Any] = dict(self.constants)
@@ -145,12 +179,16 @@ class _Launch:
                 self.signature[name], fixed[name] = "constexpr", 1
         for name in self.constants:
             self.signature[name] = "constexpr"
-        assert set(self.signature) == set(names), f"{kernel.__name__}: {set(names) ^ set(self.signature)}"
+        assert set(self.signature) == set(names), (
+            f"{kernel.__name__}: {set(names) ^ set(self.signature)}"
+        )
         self.fixed = fixed
         self.key = f"{kernel.__name__} {self.signature} {sorted(self.known)} {fixed} {self.options}"
 
     def compile(self, arch: int, dtype: str) -> Compiled:
-        source = ASTSource(fn=self.kernel, signature=self.signature, constexprs=self.fixed, attrs=self.known)
+        source = ASTSource(
+            fn=self.kernel, signature=self.signature, constexprs=self.fixed, attrs=self.known
+        )
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
         used, code = _machine_code(binary.asm["cubin"])
         narrow = self.constants.get("ROWS", WGMMA_ROWS) < WGMMA_ROWS
@@ -160,7 +198,8 @@ class _Launch:
             dtype=dtype,
             warps=self.options["num_warps"],
             registers=used["REG"],
-            # a register that is spilled lies in the stack frame, in what the machine calls local memory
+            # a register that is spilled lies in the stack frame, in what the machine calls local
+            # memory
             spilled_bytes=max(used["STACK"], used["LOCAL"]),
             shared_bytes=binary.metadata.shared,
             tensor_core_instructions=len(re.findall(TENSOR_CORES[80 if narrow else arch], code)),
@@ -185,16 +224,22 @@ def _multiple_of_16(value: Any) -> bool:
 
 
 def _machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
-    """What the one kernel in a binary uses (registers; bytes of stack and local memory), and its instructions."""
+    """What the one kernel in a binary uses (registers; bytes of stack and local memory), and its
+    instructions.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = {
-            flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            flag: subprocess.run(
+                [tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for flag in ("-res-usage", "-sass")
         }
-    used = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text["-res-usage"])}
+    used = {
+        name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text["-res-usage"])
+    }
     return used, text["-sass"]
 
 
@@ -214,19 +259,29 @@ def table(rows: list[Compiled] | None = None) -> str:
     ]
     cells = [head] + [
         [
-            row.kernel, row.dtype, f"sm_{row.arch}", str(row.warps), str(row.registers), str(row.spilled_bytes),
-            f"{row.shared_bytes / 1024:.1f}", str(row.tensor_core_instructions) if row.multiplies else "-",
+            row.kernel,
+            row.dtype,
+            f"sm_{row.arch}",
+            str(row.warps),
+            str(row.registers),
+            str(row.spilled_bytes),
+            f"{row.shared_bytes / 1024:.1f}",
+            str(row.tensor_core_instructions) if row.multiplies else "-",
             " ".join(f"{name}={value}" for name, value in row.constants.items()),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON list instead of the table"
+    )
     as_json = parser.parse_args().json
     rows = compiled()
     print(json.dumps([asdict(row) for row in rows]) if as_json else table(rows))

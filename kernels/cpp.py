@@ -1,11 +1,14 @@
-"""The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`): vectorised, threaded, and in oneDNN where they multiply.
+"""The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`): vectorised, threaded, and in oneDNN
+where they multiply.
 
-Forward and backward apart, as in every backend; `ldalign.ops` adds autograd. Shapes: N rows (flat tokens), D width, V
-vocabulary, S = 2P responses (runs of rows; real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is
-float32, or float64 where the inputs are. Sums are kept wide and rounded once. Inputs may have any strides and are
-never changed. A wrong shape, dtype or target is a ValueError that names the argument.
+Forward and backward apart, as in every backend; `ldalign.ops` adds autograd. Shapes: N rows (flat
+tokens), D width, V vocabulary, S = 2P responses (runs of rows; real, generated, real, ...) of P
+pairs, H heads, E head width. "Wide" is float32, or float64 where the inputs are. Sums are kept wide
+and rounded once. Inputs may have any strides and are never changed. A wrong shape, dtype or target
+is a ValueError that names the argument.
 
-`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the best one this machine has.
+`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the best
+one this machine has.
 """
 
 import importlib
@@ -15,22 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The most bytes of logits held at once. Beside them a 16-bit head of more than eight pieces keeps 1 byte a weight while
-# it sums dweight.
+# The most bytes of logits held at once. Beside them a 16-bit head of more than eight pieces keeps 1
+# byte a weight while it sums dweight.
 WORKSPACE_BYTES = 53 * 2**20
 
 
 def _load() -> str:
     """Loads the extension. Why that cannot be done, in one line; empty if it is done."""
     try:
-        importlib.import_module("ldalign._C")  # by name: it may be missing, and only then is that no error
+        # by name: it may be missing, and only then is that no error
+        importlib.import_module("ldalign._C")
         torch.ops.ldalign_cpp.isa()
     except ModuleNotFoundError as error:
         if error.name != "ldalign._C":
             raise
-        return "the extension ldalign._C is not built; with a C++ compiler there, `make setup` builds it"
+        return (
+            "the extension ldalign._C is not built; with a C++ compiler there, `make setup` builds "
+            "it"
+        )
     except ImportError as error:
-        return f"the extension ldalign._C does not load ({error}); build it again for this torch: pip install -e ."
+        return (
+            f"the extension ldalign._C does not load ({error}); build it again for this torch: pip "
+            "install -e ."
+        )
     except ValueError as error:
         return str(error)  # LDALIGN_ISA names what does not run here
     return ""
@@ -50,9 +60,16 @@ def why_not() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """isa: the instruction set in use; isas: all that were built and run here; compiler; threads: any or not."""
+    """isa: the instruction set in use; isas: all that were built and run here; compiler; threads:
+    any or not.
+    """
     ops = torch.ops.ldalign_cpp
-    return {"isa": ops.isa(), "isas": ops.isas(), "compiler": ops.compiler(), "threads": ops.threads()}
+    return {
+        "isa": ops.isa(),
+        "isas": ops.isas(),
+        "compiler": ops.compiler(),
+        "threads": ops.threads(),
+    }
 
 
 def set_isa(name: str) -> None:
@@ -60,22 +77,34 @@ def set_isa(name: str) -> None:
     torch.ops.ldalign_cpp.set_isa(name)
 
 
-# ------------------------------------------------------------------------------------------------------------- the head
+# ----------------------------------------------------------------------------------------- the head
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T)[target] and the log-sum-exp: (N, D), (V, D), (N,) int64 -> (N,) and (N,), wide.
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight^T)[target] and the log-sum-exp: (N, D), (V, D), (N,) int64 -> (N,)
+    and (N,), wide.
 
     A row whose target is ignore_index has log-prob 0.
     """
-    logp, lse = torch.ops.ldalign_cpp.linear_logprob(hidden, weight, target, ignore_index, WORKSPACE_BYTES)
+    logp, lse = torch.ops.ldalign_cpp.linear_logprob(
+        hidden, weight, target, ignore_index, WORKSPACE_BYTES
+    )
     return logp, lse
 
 
 def linear_logprob_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dhidden (N, D) and dweight (V, D) under the upstream gradient (N,) wide. The logits are made again.
+    """dhidden (N, D) and dweight (V, D) under the upstream gradient (N,) wide. The logits are made
+    again.
 
     Ignored rows come with grad 0; a row with grad 0 adds nothing, whatever its target is.
     """
@@ -86,22 +115,46 @@ def linear_logprob_backward(
 
 
 def pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference: Tensor, pair_weight: Tensor,
-    beta: float, scale: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Summed log-probs of the responses, and the gradient of the weighted DPO loss, in one pass: three products.
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: Sequence[int],
+    reference: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Summed log-probs of the responses, and the gradient of the weighted DPO loss, in one pass:
+    three products.
 
-    lengths of S responses, reference (S,) and pair_weight (P,) wide -> sums (S,) wide, dhidden (N, D), dweight (V, D):
-    the gradient of scale * sum_p pair_weight_p * -log sigmoid(beta * Delta_p).
+    lengths of S responses, reference (S,) and pair_weight (P,) wide -> sums (S,) wide, dhidden (N,
+    D), dweight (V, D): the gradient of scale * sum_p pair_weight_p * -log sigmoid(beta * Delta_p).
     """
     sums, dhidden, dweight = torch.ops.ldalign_cpp.pair_loss(
-        hidden, weight, target, lengths, reference, pair_weight, beta, scale, need_hidden, need_weight, WORKSPACE_BYTES
+        hidden,
+        weight,
+        target,
+        lengths,
+        reference,
+        pair_weight,
+        beta,
+        scale,
+        need_hidden,
+        need_weight,
+        WORKSPACE_BYTES,
     )
     return sums, dhidden, dweight
 
 
 def sft_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: three products."""
     logp, dhidden, dweight = torch.ops.ldalign_cpp.sft_loss(
@@ -111,16 +164,23 @@ def sft_loss(
 
 
 def weighted_dpo(
-    sums_real: Tensor, sums_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+    sums_real: Tensor,
+    sums_generated: Tensor,
+    ref_real: Tensor,
+    ref_generated: Tensor,
+    weight: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of P pairs, all wide: loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real (P,)."""
+    """Of P pairs, all wide: loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real
+    (P,).
+    """
     loss, unweighted, chosen, rejected, coefficient = torch.ops.ldalign_cpp.weighted_dpo(
         sums_real, sums_generated, ref_real, ref_generated, weight, beta
     )
     return loss, unweighted, chosen, rejected, coefficient
 
 
-# ------------------------------------------------------------------------------------------------------------ the block
+# ---------------------------------------------------------------------------------------- the block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -135,7 +195,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     return dx, dweight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm of x + residual, that sum itself (rounded to their dtype first), and 1 / rms."""
     y, total, rstd = torch.ops.ldalign_cpp.add_rms_norm(x, residual, weight, eps)
     return y, total, rstd
@@ -144,13 +206,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def add_rms_norm_backward(
     dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is also the residual's: the norm's, plus dtotal; and dweight (D,)."""
+    """The gradient of x, which is also the residual's: the norm's, plus dtotal;
+    and dweight (D,).
+    """
     dx, dweight = torch.ops.ldalign_cpp.add_rms_norm_backward(dy, dtotal, total, weight, rstd)
     return dx, dweight
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle: (N, H, E), (N, E/2), (N, E/2).
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle: (N, H, E), (N,
+    E/2), (N, E/2).
 
     The other heads are copied. `inverse` is the gradient.
     """
@@ -170,60 +235,103 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
-def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Attention of a packed batch (`reference.pair_attention`): (N, H, E), and its log-sum-exps (N, H) wide."""
+def pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of a packed batch (`reference.pair_attention`): (N, H, E), and its log-sum-exps (N,
+    H) wide.
+    """
     out, lse = torch.ops.ldalign_cpp.pair_attention(qkv, heads, segments, window)
     return out, lse
 
 
 def pair_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> Tensor:
     """dqkv (N, H + 2K, E). The probabilities are made again, tile by tile."""
-    dqkv: Tensor = torch.ops.ldalign_cpp.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
+    dqkv: Tensor = torch.ops.ldalign_cpp.pair_attention_backward(
+        grad, qkv, out, lse, heads, segments, window
+    )
     return dqkv
 
 
-# ------------------------------------------------------------------------------------------------------- the optimizers
+# ----------------------------------------------------------------------------------- the optimizers
 
 
 def adamw_(
-    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
-    beta2: float, eps: float, step: int, seed: int,
-) -> None:  # fmt: skip
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    seed: int,
+) -> None:
     """One step in place (`ldalign.kernels.eager.adamw_`), in one pass."""
-    torch.ops.ldalign_cpp.adamw_(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
+    torch.ops.ldalign_cpp.adamw_(
+        p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed
+    )
 
 
 def rmsprop_(
-    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+    p: Tensor,
+    grad: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    alpha: float,
+    eps: float,
+    seed: int,
 ) -> None:
     """One step in place (`ldalign.kernels.eager.rmsprop_`), in one pass."""
     torch.ops.ldalign_cpp.rmsprop_(p, grad, square, learning_rate, decay, alpha, eps, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) -> Tensor:
-    """x (N, K) times a weight packed by `ldalign.decoders.pack_weight`: (N, out_features), float32 with wide_out."""
+    """x (N, K) times a weight packed by `ldalign.decoders.pack_weight`: (N, out_features), float32
+    with wide_out.
+    """
     out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, out_features, wide_out)
     return out
 
 
 def decode_layers(
-    x: Tensor, weights: Sequence[Tensor], norms: Sequence[Tensor], keys: Tensor, values: Tensor, rows: Tensor,
-    pages: Tensor, cos: Tensor, sin: Tensor, heads: int, window: int | None, eps: float,
-) -> Tensor:  # fmt: skip
-    """A Mistral's layers and last norm on new tokens x (N, D) of R rows, over a paged cache: (N, D).
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    window: int | None,
+    eps: float,
+) -> Tensor:
+    """A Mistral's layers and last norm on new tokens x (N, D) of R rows, over a paged cache: (N,
+    D).
 
-    weights: packed; qkv, o, gate and up, down of each layer. norms: float32; two a layer, and the last. keys (L, pages,
-    K, E, 16) and values (L, pages, K, 16, E rounded up to 16) gain the new tokens'. rows (R, 2) int64: new and cached
-    tokens; pages (R, P) int32; cos, sin (positions, E/2) float32. A row's result does not depend on the other rows, to
-    the bit.
+    weights: packed; qkv, o, gate and up, down of each layer. norms: float32; two a layer, and the
+    last. keys (L, pages, K, E, 16) and values (L, pages, K, 16, E rounded up to 16) gain the new
+    tokens'. rows (R, 2) int64: new and cached tokens; pages (R, P) int32; cos, sin (positions, E/2)
+    float32. A row's result does not depend on the other rows, to the bit.
     """
     out: Tensor = torch.ops.ldalign_cpp.decode_layers(
         x, weights, norms, keys, values, rows, pages, cos, sin, heads, window, eps
@@ -232,9 +340,19 @@ def decode_layers(
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
     seen: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The next tokens (R,) and their log-probs (R,) (`reference.sample`); logits (R, V) float32 are overwritten."""
-    ids, logp = torch.ops.ldalign_cpp.sample(logits, uniform, temperature, top_k, top_p, min_p, penalty, seen)
+) -> tuple[Tensor, Tensor]:
+    """The next tokens (R,) and their log-probs (R,) (`reference.sample`); logits (R, V) float32 are
+    overwritten.
+    """
+    ids, logp = torch.ops.ldalign_cpp.sample(
+        logits, uniform, temperature, top_k, top_p, min_p, penalty, seen
+    )
     return ids, logp

@@ -1,8 +1,10 @@
-"""The CUDA C++ backend (csrc/cuda): token log-probs, the fused pair and SFT losses, weighted DPO. No autograd.
+"""The CUDA C++ backend (csrc/cuda): token log-probs, the fused pair and SFT losses, weighted DPO.
+No autograd.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2 P responses, real and generated in turn. "wide":
-float32, or float64 where the inputs are float64. Oracle: `ldalign.kernels.reference`; derivations: docs/kernels.md.
-Every function starts its work on the current stream and returns; none waits for the GPU, and all repeat bit for bit.
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2 P responses, real and generated
+in turn. "wide": float32, or float64 where the inputs are float64. Oracle:
+`ldalign.kernels.reference`; derivations: docs/kernels.md. Every function starts its work on the
+current stream and returns; none waits for the GPU, and all repeat bit for bit.
 """
 
 import functools
@@ -12,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What the scores may take, and the copies made beside them: with a few floats a row, a call needs at most 1 GiB beyond
-# its results for 8,192 rows at D = 4,096, V = 128,256 in bfloat16. Less is used where less is enough. Only a sum over
-# pieces needs more, a float32 dw, when dw is wanted for more rows than this memory and dw's own together can hold.
+# What the scores may take, and the copies made beside them: with a few floats a row, a call needs
+# at most 1 GiB beyond its results for 8,192 rows at D = 4,096, V = 128,256 in bfloat16. Less is
+# used where less is enough. Only a sum over pieces needs more, a float32 dw, when dw is wanted for
+# more rows than this memory and dw's own together can hold.
 WORKSPACE_BYTES = 1020 * 2**20
 IGNORE_INDEX = -100
 
@@ -27,7 +30,10 @@ def why_not() -> str:
     except ImportError as error:
         return f"the extension ldalign._C is not built ({error})"
     if not hasattr(torch.ops.ldalign_cuda, "pair_loss"):
-        return "the extension ldalign._C was built without CUDA (no nvcc, or a torch without CUDA, at build time)"
+        return (
+            "the extension ldalign._C was built without CUDA (no nvcc, or a torch without CUDA, at "
+            "build time)"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return ""
@@ -40,17 +46,26 @@ def available() -> bool:
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """(N, D), (V, D), (N,) int64 -> log-probs (N,) and log-sum-exps (N,), both wide; ignored rows have log-prob 0.
+    """(N, D), (V, D), (N,) int64 -> log-probs (N,) and log-sum-exps (N,), both wide; ignored rows
+    have log-prob 0.
 
-    A target outside [0, V) that is not ignore_index stops the kernel: the CUDA context is lost, as with torch's own
-    device assertions. Callers check targets where that costs no wait.
+    A target outside [0, V) that is not ignore_index stops the kernel: the CUDA context is lost, as
+    with torch's own device assertions. Callers check targets where that costs no wait.
     """
-    logp, lse = torch.ops.ldalign_cuda.linear_logprob(hidden, weight, target, ignore_index, WORKSPACE_BYTES)
+    logp, lse = torch.ops.ldalign_cuda.linear_logprob(
+        hidden, weight, target, ignore_index, WORKSPACE_BYTES
+    )
     return logp, lse
 
 
 def linear_logprob_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum(grad * logp). Rows with a negative target, or a grad of 0, add nothing."""
     dh, dw = torch.ops.ldalign_cuda.linear_logprob_backward(
@@ -71,21 +86,39 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each response's summed log-prob (S,), and the gradients of scale * sum_p weight_p * -log sigmoid(beta Delta_p).
+    """Each response's summed log-prob (S,), and the gradients of scale * sum_p weight_p * -log
+    sigmoid(beta Delta_p).
 
-    Delta_p = (sums[2p] - reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass, three matrix products; only a
-    pair that outgrows the workspace has its scores made twice.
+    Delta_p = (sums[2p] - reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass, three
+    matrix products; only a pair that outgrows the workspace has its scores made twice.
     """
     sums, dh, dw = torch.ops.ldalign_cuda.pair_loss(
-        hidden, weight, target, lengths, reference, pair_weight, beta, scale, need_hidden, need_weight, WORKSPACE_BYTES
+        hidden,
+        weight,
+        target,
+        lengths,
+        reference,
+        pair_weight,
+        beta,
+        scale,
+        need_hidden,
+        need_weight,
+        WORKSPACE_BYTES,
     )
     return sums, dh if need_hidden else None, dw if need_weight else None
 
 
 def sft_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probs (N,), and the gradients of scale * sum_i -logp_i, in one pass and three products."""
+    """Log-probs (N,), and the gradients of scale * sum_i -logp_i, in one pass
+    and three products.
+    """
     logp, dh, dw = torch.ops.ldalign_cuda.sft_loss(
         hidden, weight, target, scale, need_hidden, need_weight, WORKSPACE_BYTES
     )
@@ -93,9 +126,16 @@ def sft_loss(
 
 
 def weighted_dpo(
-    sums_real: Tensor, sums_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+    sums_real: Tensor,
+    sums_generated: Tensor,
+    ref_real: Tensor,
+    ref_generated: Tensor,
+    weight: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All (P,) wide -> loss () = sum_p weight_p l_p, l, chosen, rejected (P,), and d loss / d sums_real (P,)."""
+    """All (P,) wide -> loss () = sum_p weight_p l_p, l, chosen, rejected (P,), and d loss / d
+    sums_real (P,).
+    """
     loss, each, chosen, rejected, coefficient = torch.ops.ldalign_cuda.weighted_dpo(
         sums_real, sums_generated, ref_real, ref_generated, weight, beta
     )

@@ -1,10 +1,13 @@
-"""Every op in plain PyTorch, forward and backward apart: the backend for any device, and the kernels' reading copy.
+"""Every op in plain PyTorch, forward and backward apart: the backend for any device, and the
+kernels' reading copy.
 
-All backends offer these functions with these signatures; `ldalign.ops` adds checks and autograd. They differ from
-`reference.py`, the oracle, in doing no work twice: gradients by formula, the head in pieces.
+All backends offer these functions with these signatures; `ldalign.ops` adds checks and autograd.
+They differ from `reference.py`, the oracle, in doing no work twice: gradients by formula, the head
+in pieces.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses (runs of rows; real, generated, real,
-...), H heads, E head width. "Wide" is float32, or float64 where the inputs are. docs/kernels.md derives the gradients.
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses (runs of rows; real,
+generated, real, ...), H heads, E head width. "Wide" is float32, or float64 where the inputs are.
+docs/kernels.md derives the gradients.
 """
 
 import math
@@ -29,11 +32,15 @@ def why_not() -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------------- the head
+# ----------------------------------------------------------------------------------------- the head
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each; 0 where the target is ignored."""
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each; 0 where the target
+    is ignored.
+    """
     logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     lse = torch.empty_like(logp)
     for rows in row_pieces(len(hidden), _rows(weight)):
@@ -43,9 +50,17 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index:
 
 
 def linear_logprob_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with grad 0."""
+    """d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with
+    grad 0.
+    """
     out = _Gradients(hidden, weight, need_hidden, need_weight)
     for rows in row_pieces(len(hidden), _rows(weight)):
         out.add(rows, _logit_gradient(hidden[rows] @ weight.T, target[rows], lse[rows], grad[rows]))
@@ -53,13 +68,23 @@ def linear_logprob_backward(
 
 
 def pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference_sums: Tensor, pair_weight: Tensor,
-    beta: float, scale: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Summed log-probs of the S responses, and the gradient of scale * (weighted DPO loss), all in one pass.
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: Sequence[int],
+    reference_sums: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Summed log-probs of the S responses, and the gradient of scale * (weighted DPO loss), all in
+    one pass.
 
-    A pair's tokens share one coefficient, known as soon as both its sums are: the logits of a piece of whole pairs are
-    turned into their gradient where they stand. A pair longer than a piece is visited twice.
+    A pair's tokens share one coefficient, known as soon as both its sums are: the logits of a piece
+    of whole pairs are turned into their gradient where they stand. A pair longer than a piece is
+    visited twice.
     """
     sums = torch.zeros(len(lengths), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     out = _Gradients(hidden, weight, need_hidden, need_weight)
@@ -73,10 +98,14 @@ def pair_loss(
             logps.append(logp)
             lses.append(lse)
         chosen = piece.responses
-        sums[chosen] = torch.stack([run.sum() for run in torch.cat(logps).split(list(lengths[chosen]))])
+        sums[chosen] = torch.stack(
+            [run.sum() for run in torch.cat(logps).split(list(lengths[chosen]))]
+        )
         if not (need_hidden or need_weight):
             continue
-        coefficient = _coefficients(sums[chosen], reference_sums[chosen], pair_weight[piece.pairs], beta, scale)
+        coefficient = _coefficients(
+            sums[chosen], reference_sums[chosen], pair_weight[piece.pairs], beta, scale
+        )
         lengths_here = torch.tensor(list(lengths[chosen]), device=hidden.device)
         per_row = coefficient.repeat_interleave(lengths_here, output_size=piece.stop - piece.start)
         for rows, lse in zip(visits, lses, strict=True):
@@ -88,9 +117,16 @@ def pair_loss(
 
 
 def sft_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: every coefficient is -scale."""
+    """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: every coefficient is
+    -scale.
+    """
     logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     out = _Gradients(hidden, weight, need_hidden, need_weight)
     for rows in row_pieces(len(hidden), _rows(weight)):
@@ -102,9 +138,16 @@ def sft_loss(
 
 
 def weighted_dpo(
-    real: Tensor, generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+    real: Tensor,
+    generated: Tensor,
+    ref_real: Tensor,
+    ref_generated: Tensor,
+    weight: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of P pairs: loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d real (P,)."""
+    """Of P pairs: loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d
+    real (P,).
+    """
     chosen, rejected = beta * (real - ref_real), beta * (generated - ref_generated)
     unweighted = -F.logsigmoid(chosen - rejected)
     coefficient = -beta * weight * torch.sigmoid(rejected - chosen)
@@ -115,7 +158,9 @@ def _rows(weight: Tensor) -> int:
     return max(1, WORKSPACE_BYTES // (4 * max(1, len(weight))))
 
 
-def _logprob(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+def _logprob(
+    logits: Tensor, target: Tensor, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
     wide = accumulate_dtype(logits.dtype)
     largest = logits.amax(1).to(wide)
     lse = logits.to(wide, copy=True).sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
@@ -134,20 +179,33 @@ def _logit_gradient(logits: Tensor, target: Tensor, lse: Tensor, coefficient: Te
     return z.scatter_add_(1, inside[:, None], coefficient[:, None]).to(logits.dtype)
 
 
-def _coefficients(sums: Tensor, reference_sums: Tensor, weight: Tensor, beta: float, scale: float) -> Tensor:
-    """d loss / d sums (S,): -scale beta weight sigmoid(-beta Delta) for a real response, the opposite for its rival."""
+def _coefficients(
+    sums: Tensor, reference_sums: Tensor, weight: Tensor, beta: float, scale: float
+) -> Tensor:
+    """d loss / d sums (S,): -scale beta weight sigmoid(-beta Delta) for a real response, the
+    opposite for its rival.
+    """
     gap = sums - reference_sums
-    real = weighted_dpo(gap[0::2], gap[1::2], gap.new_zeros(()), gap.new_zeros(()), weight, beta)[-1] * scale
+    real = (
+        weighted_dpo(gap[0::2], gap[1::2], gap.new_zeros(()), gap.new_zeros(()), weight, beta)[-1]
+        * scale
+    )
     return torch.stack((real, -real), dim=1).flatten()
 
 
 class _Gradients:
-    """dh and dw of a head whose logit gradients come piece by piece; dw is summed wide and rounded once."""
+    """dh and dw of a head whose logit gradients come piece by piece; dw is summed wide and rounded
+    once.
+    """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool
+    ) -> None:
         self.hidden, self.weight = hidden, weight
         self.dh = torch.zeros_like(hidden) if need_hidden else None
-        self.dw = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype)) if need_weight else None
+        self.dw = (
+            torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype)) if need_weight else None
+        )
 
     def add(self, rows: slice, dz: Tensor) -> None:
         if self.dh is not None:
@@ -159,7 +217,7 @@ class _Gradients:
         return self.dh, None if self.dw is None else self.dw.to(self.weight.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------ the block
+# ---------------------------------------------------------------------------------------- the block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,7 +228,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * scale).mul_(weight.to(wide.dtype)).to(x.dtype), scale[:, 0]
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """With g = dy w and y = x r w: dx = r (g - x r^2 mean(g x)), dw = sum dy x r."""
     scale = scale[:, None]
     normed = x.to(scale.dtype) * scale
@@ -181,7 +241,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     return grad.sub_(normed).mul_(scale).to(x.dtype), dweight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm of x + residual, that sum itself (rounded to their dtype first), and 1 / rms."""
     total = x + residual
     y, scale = rms_norm(total, weight, eps)
@@ -191,7 +253,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def add_rms_norm_backward(
     grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is also the residual's: the norm's, plus what reaches the sum from elsewhere."""
+    """The gradient of x, which is also the residual's: the norm's, plus what reaches the sum from
+    elsewhere.
+    """
     wide = scale.dtype
     normed = total.to(wide) * scale[:, None]
     dweight = (grad.to(wide) * normed).sum(0).to(weight.dtype)
@@ -201,7 +265,9 @@ def add_rms_norm_backward(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle; `inverse` is the gradient."""
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle; `inverse` is the
+    gradient.
+    """
     turned = reference.rope(x[:, :heads], cos, -sin if inverse else sin)
     return turned if heads == x.shape[1] else torch.cat((turned, x[:, heads:]), 1)
 
@@ -223,10 +289,12 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat((dgate, dup), -1).to(gate_up.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
-def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
     """Segment by segment: (N, H, E), and the log-sum-exps (N, H) wide."""
     out = qkv.new_empty(len(qkv), heads, qkv.shape[2])
     lse = qkv.new_empty(len(qkv), heads, dtype=accumulate_dtype(qkv.dtype))
@@ -234,15 +302,27 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
         q, k, v = reference.split_heads(qkv, heads, own, keys)
         scores = _scores(q, k).masked_fill_(unseen, float("-inf"))
         sums = scores.logsumexp(-1)
-        out[own] = ((scores - sums[..., None]).exp_().to(v.dtype) @ v[:, None]).flatten(0, 1).transpose(0, 1)
+        out[own] = (
+            ((scores - sums[..., None]).exp_().to(v.dtype) @ v[:, None])
+            .flatten(0, 1)
+            .transpose(0, 1)
+        )
         lse[own] = sums.flatten(0, 1).T
     return out, lse
 
 
 def pair_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> Tensor:
-    """With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk = ds^T q."""
+    """With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk =
+    ds^T q.
+    """
     K, E = (qkv.shape[1] - heads) // 2, qkv.shape[2]
     wide = accumulate_dtype(qkv.dtype)
     dq = qkv.new_empty(len(qkv), heads, E)
@@ -256,30 +336,50 @@ def pair_attention_backward(
         q, k, v = reference.split_heads(qkv, heads, own, keys)
         dy = grouped(grad[own])
         p = (_scores(q, k) - grouped(lse[own])[..., None]).exp_().masked_fill_(unseen, 0.0)
-        ds = (dy @ v[:, None].transpose(-1, -2)).to(wide).sub_(grouped(delta[own])[..., None]).mul_(p).mul_(E**-0.5)
+        ds = (
+            (dy @ v[:, None].transpose(-1, -2))
+            .to(wide)
+            .sub_(grouped(delta[own])[..., None])
+            .mul_(p)
+            .mul_(E**-0.5)
+        )
         p, ds = p.to(qkv.dtype), ds.to(qkv.dtype)
         dq[own] = (ds @ k[:, None]).flatten(0, 1).transpose(0, 1)
-        dk, dv = ((a.transpose(-1, -2) @ b).to(wide).sum(1).transpose(0, 1) for a, b in ((ds, q), (p, dy)))
+        dk, dv = (
+            (a.transpose(-1, -2) @ b).to(wide).sum(1).transpose(0, 1) for a, b in ((ds, q), (p, dy))
+        )
         dkv.index_add_(0, keys, torch.cat((dk, dv), 1))
     return torch.cat((dq, dkv.to(qkv.dtype)), 1)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """(K, G, T, E) and (K, n, E) -> scaled scores (K, G, T, n), wide."""
-    return (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)).mul_(q.shape[-1] ** -0.5)
+    return (
+        (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)).mul_(q.shape[-1] ** -0.5)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the optimizers
+# ----------------------------------------------------------------------------------- the optimizers
 
 
 def adamw_(
-    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
-    beta2: float, eps: float, step: int, seed: int,
-) -> None:  # fmt: skip
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    seed: int,
+) -> None:
     """AdamW's step number `step`, from 1 (arXiv 1711.05101), in place and in float32.
 
-    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down at random, by its
-    distance from both neighbours: rounded to the nearest, steps below 1/512 of a weight would be lost.
+    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down at
+    random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of a
+    weight would be lost.
     """
     random = _random_bits(p, seed)
     g = grad.float()
@@ -287,16 +387,29 @@ def adamw_(
     v = square.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
     size = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     _store(
-        p, p.float().mul_(1 - learning_rate * decay).addcdiv_(m, size, value=-learning_rate / (1 - beta1**step)), random
+        p,
+        p.float()
+        .mul_(1 - learning_rate * decay)
+        .addcdiv_(m, size, value=-learning_rate / (1 - beta1**step)),
+        random,
     )
     _store(mean, m, random >> 16)
     _store(square, v, random >> 8)
 
 
 def rmsprop_(
-    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+    p: Tensor,
+    grad: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    alpha: float,
+    eps: float,
+    seed: int,
 ) -> None:
-    """RMSprop's step as torch.optim has it (no momentum, not centred), in place; rounding as in `adamw_`."""
+    """RMSprop's step as torch.optim has it (no momentum, not centred), in place; rounding as in
+    `adamw_`.
+    """
     random = _random_bits(p, seed)
     g = grad.float().add(p.float(), alpha=decay)
     v = square.float().mul_(alpha).addcmul_(g, g, value=1 - alpha)
@@ -305,34 +418,58 @@ def rmsprop_(
 
 
 def _random_bits(p: Tensor, seed: int) -> Tensor:
-    """32 random bits a value of p, in int64: MurmurHash3's finalizer of its index, keyed by the seed."""
-    h = torch.arange(p.numel(), device=p.device).view(p.shape).mul_(0x9E3779B9).add_(seed).bitwise_and_(0xFFFFFFFF)
+    """32 random bits a value of p, in int64: MurmurHash3's finalizer of its index, keyed by the
+    seed.
+    """
+    h = (
+        torch.arange(p.numel(), device=p.device)
+        .view(p.shape)
+        .mul_(0x9E3779B9)
+        .add_(seed)
+        .bitwise_and_(0xFFFFFFFF)
+    )
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = ((h ^ (h >> shift)) * factor).bitwise_and_(0xFFFFFFFF)
     return h ^ (h >> 16)
 
 
 def _store(to: Tensor, value: Tensor, random: Tensor) -> None:
-    if to.dtype == torch.bfloat16:  # random bits below those that stay: truncating then rounds at random
-        bits = (value.view(torch.int32) + (random & 0xFFFF).int()).bitwise_and_(-0x10000).view(torch.float32)
+    # random bits below those that stay: truncating then rounds at random
+    if to.dtype == torch.bfloat16:
+        bits = (
+            (value.view(torch.int32) + (random & 0xFFFF).int())
+            .bitwise_and_(-0x10000)
+            .view(torch.float32)
+        )
         value = torch.where(value.isfinite(), bits, value)
     to.copy_(value)
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 BLOCK = 256  # tokens whose probabilities are summed first
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, most: int, window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    most: int,
+    window: int | None,
 ) -> Tensor:
-    """Attention of new tokens over their rows' pages (`reference.paged_attention`), at once where each has one."""
+    """Attention of new tokens over their rows' pages (`reference.paged_attention`), at once where
+    each has one.
+    """
     if most > 1:
         return reference.paged_attention(q, keys, values, rows, pages, window)
-    k, v = (x[pages.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (R, K, P * 16, E)
+    # (R, K, P * 16, E)
+    k, v = (x[pages.long()].flatten(1, 2).transpose(1, 2) for x in (keys, values))
     R, H, E = q.shape
-    scores = (q.view(R, k.shape[1], -1, E) @ k.transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(E)
+    scores = (q.view(R, k.shape[1], -1, E) @ k.transpose(-1, -2)).to(
+        accumulate_dtype(q.dtype)
+    ) / math.sqrt(E)
     gap = rows[:, 1:] - torch.arange(k.shape[2], device=q.device)  # (R, P * 16)
     unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
     probs = scores.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
@@ -340,31 +477,47 @@ def paged_attention(
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
     seen: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The next tokens and their log-probs (`reference.sample`), without a cumulative sum over the vocabulary."""
+) -> tuple[Tensor, Tensor]:
+    """The next tokens and their log-probs (`reference.sample`), without a cumulative sum over the
+    vocabulary.
+    """
     if temperature == 0:
         return reference.sample(logits, uniform, 0.0, 0, 1.0, 0.0, penalty, seen)
-    probs = reference.kept(reference.penalised(logits, penalty, seen) / temperature, top_k, top_p, min_p)
+    probs = reference.kept(
+        reference.penalised(logits, penalty, seen) / temperature, top_k, top_p, min_p
+    )
     ids = _invert(probs, uniform)
     return ids, probs.gather(1, ids[:, None])[:, 0].log()
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token (R,) at which each row's cumulative distribution passes `uniform`: first its block, then in the block.
+    """The token (R,) at which each row's cumulative distribution passes `uniform`: first its block,
+    then in the block.
 
-    Partial sums are float64: over a vocabulary, float32 ones would move boundaries by more than the logits' rounding.
+    Partial sums are float64: over a vocabulary, float32 ones would move boundaries by more than the
+    logits' rounding.
     """
-    padded = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
+    # (R, V / BLOCK, BLOCK)
+    padded = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     blocks = padded.sum(-1).double().cumsum(-1)
     wanted = uniform[:, None] * blocks[:, -1:]
     block = torch.searchsorted(blocks, wanted, right=True).clamp(max=blocks.shape[1] - 1)
     before = F.pad(blocks, (1, 0)).gather(1, block)
     inside = padded.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0]  # (R, BLOCK)
-    offset = torch.searchsorted(inside.double().cumsum(-1), wanted - before, right=True).clamp(max=BLOCK - 1)
+    offset = torch.searchsorted(inside.double().cumsum(-1), wanted - before, right=True).clamp(
+        max=BLOCK - 1
+    )
     ids = (block * BLOCK + offset)[:, 0]
-    # A number within rounding of a block's end can pass its last token, onto one of probability 0 or past the last.
+    # A number within rounding of a block's end can pass its last token, onto one of probability 0
+    # or past the last.
     lost = F.pad(probs, (0, 1)).gather(1, ids[:, None].clamp(max=probs.shape[-1]))[:, 0] <= 0
     if bool(lost.any()):
         ids = torch.where(lost, block[:, 0] * BLOCK + inside.argmax(-1), ids)

@@ -1,18 +1,22 @@
-"""flash-attn, where it is installed: pair attention in two calls of its variable-length kernels, merged.
+"""flash-attn, where it is installed: pair attention in two calls of its variable-length kernels,
+merged.
 
-A response's queries see two runs of keys. One call gives all segments by themselves, causal; the other the responses'
-queries over their prompts, no mask. With out_a, lse_a and out_b, lse_b of the two,
+A response's queries see two runs of keys. One call gives all segments by themselves, causal; the
+other the responses' queries over their prompts, no mask. With out_a, lse_a and out_b, lse_b of the
+two,
 
-    lse = log(exp lse_a + exp lse_b),  out = (1 - w) out_a + w out_b,  w = exp(lse_b - lse) = sigmoid(lse_b - lse_a).
+    lse = log(exp lse_a + exp lse_b),  w = exp(lse_b - lse) = sigmoid(lse_b - lse_a),
+    out = (1 - w) out_a + w out_b.
 
-The gradient of a score needs only lse and out of the whole row, p = exp(s - lse) and ds = p (dp - g . out): the
-backward makes both calls with the merged ones, and their gradients add up.
+The gradient of a score needs only lse and out of the whole row, p = exp(s - lse) and ds = p (dp - g
+. out): the backward makes both calls with the merged ones, and their gradients add up.
 
-Both calls take the packed tokens as they lie, queries and keys. For the second, a batch entry's queries are a prompt's
-responses and its keys the prompt; entries without keys, or without queries, step over all other tokens. flash-attn
-(2.7 and 2.8) answers the first with out 0 and lse +infinity, the second with gradients 0. It knows a window only for
-queries and keys that end together, so not for the second call: `supports` says where it would be needed, and Triton's
-kernel is the one to use. Oracle: `ldalign.kernels.reference.pair_attention`.
+Both calls take the packed tokens as they lie, queries and keys. For the second, a batch entry's
+queries are a prompt's responses and its keys the prompt; entries without keys, or without queries,
+step over all other tokens. flash-attn (2.7 and 2.8) answers the first with out 0 and lse +infinity,
+the second with gradients 0. It knows a window only for queries and keys that end together, so not
+for the second call: `supports` says where it would be needed, and Triton's kernel is the one to
+use. Oracle: `ldalign.kernels.reference.pair_attention`.
 """
 
 import functools
@@ -53,8 +57,8 @@ def available() -> bool:
 
 
 def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether these two calls can do it: half precision, each prompt's responses together and in the prompts' order,
-    and no window that ends within a prompt."""
+    """Whether these two calls can do it: half precision, each prompt's responses together and in
+    the prompts' order, and no window that ends within a prompt."""
     if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > WIDEST:
         return False
 
@@ -65,15 +69,20 @@ def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim:
     return work.derived(segments, ("flash-attn supports", window), fit)
 
 
-def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H) float32)."""
+def pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H)
+    float32).
+    """
     if not len(qkv):
         return qkv.new_empty(qkv[:, :heads].shape), qkv.new_empty((0, heads), dtype=torch.float32)
     own, prompts = _calls(segments, qkv.device)
     out, lse = _forward(qkv, heads, own, window)  # lse (H, N)
     if prompts is not None:
         other, other_lse = _forward(qkv, heads, prompts, None)
-        other_lse = other_lse.masked_fill(other_lse == float("inf"), float("-inf"))  # no keys: weight 0
+        # no keys: weight 0
+        other_lse = other_lse.masked_fill(other_lse == float("inf"), float("-inf"))
         share = torch.sigmoid(other_lse - lse).T[:, :, None]
         out = torch.lerp(out.to(lse.dtype), other.to(lse.dtype), share).to(qkv.dtype)
         lse = torch.logaddexp(lse, other_lse)
@@ -81,7 +90,13 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
 
 
 def pair_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> Tensor:
     """The gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
     if not len(qkv):
@@ -95,7 +110,9 @@ def pair_attention_backward(
 
 
 class Call(NamedTuple):
-    """A batch of entries: entry i has queries queries[i] to queries[i + 1] - 1, and keys likewise."""
+    """A batch of entries: entry i has queries queries[i] to queries[i + 1] - 1,
+    and keys likewise.
+    """
 
     queries: list[int]
     keys: list[int]
@@ -109,7 +126,9 @@ def own_call(segments: list[Segment]) -> Call:
 
 
 def prompt_calls(segments: list[Segment]) -> list[Call] | None:
-    """No call or one: the queries of each prompt's responses over the prompt. None where one call cannot order them."""
+    """No call or one: the queries of each prompt's responses over the prompt. None where one call
+    cannot order them.
+    """
     queries, keys = [0], [0]
 
     def entry(query: int, key: int) -> None:
@@ -121,7 +140,8 @@ def prompt_calls(segments: list[Segment]) -> list[Call] | None:
     for s in segments:
         if not s.prefix:
             continue
-        if previous == (s.prefix_begin, s.prefix_end, s.begin):  # one more response of the same prompt
+        # one more response of the same prompt
+        if previous == (s.prefix_begin, s.prefix_end, s.begin):
             queries[-1] = s.end
         else:
             if s.prefix_begin < keys[-1]:
@@ -151,7 +171,10 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
     def make(rows: list[Segment]) -> tuple[_Placed, _Placed | None]:
         prompts = prompt_calls(rows)
         if prompts is None:
-            raise ValueError("pair_attention: flash-attn cannot order these segments' prompts; ask supports() first")
+            raise ValueError(
+                "pair_attention: flash-attn cannot order these segments' prompts; ask supports() "
+                "first"
+            )
         return _place(own_call(rows), device), _place(prompts[0], device) if prompts else None
 
     return work.derived(segments, ("flash-attn calls", device), make)
@@ -159,11 +182,15 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
 
 def _place(call: Call, device: torch.device) -> _Placed:
     longest = [max(b - a for a, b in pairwise(cuts)) for cuts in (call.queries, call.keys)]
-    # At 1, flash-attn takes every entry of a grouped-query batch for one query: those without would shift the rest.
+    # At 1, flash-attn takes every entry of a grouped-query batch for one query: those without would
+    # shift the rest.
     return _Placed(
-        work.on_device(call.queries, device), work.on_device(call.keys, device), max(2, longest[0]), longest[1],
+        work.on_device(call.queries, device),
+        work.on_device(call.keys, device),
+        max(2, longest[0]),
+        longest[1],
         call.causal,
-    )  # fmt: skip
+    )
 
 
 def _interface() -> ModuleType:
@@ -180,22 +207,49 @@ def _heads(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(qkv: Tensor, heads: int, call: _Placed, window: int | None) -> tuple[Tensor, Tensor]:
     q, k, v = _heads(qkv, heads)
     out, lse, _, _ = _interface()._flash_attn_varlen_forward(
-        q, k, v, call.queries, call.keys, call.most_queries, call.most_keys,
-        dropout_p=0.0, softmax_scale=qkv.shape[2] ** -0.5, causal=call.causal,
-        window_size_left=-1 if window is None else window - 1, window_size_right=0 if call.causal else -1,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        call.queries,
+        call.keys,
+        call.most_queries,
+        call.most_keys,
+        dropout_p=0.0,
+        softmax_scale=qkv.shape[2] ** -0.5,
+        causal=call.causal,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if call.causal else -1,
+    )
     return out, lse
 
 
 def _backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, call: _Placed, window: int | None
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    call: _Placed,
+    window: int | None,
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     _interface()._flash_attn_varlen_backward(
-        grad, *_heads(qkv, heads), out, lse, *_heads(dqkv, heads),
-        call.queries, call.keys, call.most_queries, call.most_keys,
-        dropout_p=0.0, softmax_scale=qkv.shape[2] ** -0.5, causal=call.causal,
-        window_size_left=-1 if window is None else window - 1, window_size_right=0 if call.causal else -1,
-        softcap=0.0, alibi_slopes=None, deterministic=True,
-    )  # fmt: skip
+        grad,
+        *_heads(qkv, heads),
+        out,
+        lse,
+        *_heads(dqkv, heads),
+        call.queries,
+        call.keys,
+        call.most_queries,
+        call.most_keys,
+        dropout_p=0.0,
+        softmax_scale=qkv.shape[2] ** -0.5,
+        causal=call.causal,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if call.causal else -1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=True,
+    )
     return dqkv

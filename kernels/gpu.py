@@ -22,7 +22,10 @@ def _why_not() -> str:
         return "its kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is "
+            "needed"
+        )
     return ""
 
 
@@ -39,15 +42,36 @@ if not _REASON:
         linear_logprob_backward,
         pair_loss,
         sft_loss,
-    )  # fmt: skip
-    from ldalign.kernels.triton_norm import add_rms_norm, add_rms_norm_backward, rms_norm, rms_norm_backward
+    )
+    from ldalign.kernels.triton_norm import (
+        add_rms_norm,
+        add_rms_norm_backward,
+        rms_norm,
+        rms_norm_backward,
+    )
 
     __all__ = [
-        "WORKSPACE_BYTES", "add_rms_norm", "add_rms_norm_backward", "available", "interpreted", "linear_logprob",
-        "linear_logprob_backward", "paged_attention", "pair_attention", "pair_attention_backward", "pair_loss",
-        "rms_norm", "rms_norm_backward", "rope", "sample", "sft_loss", "swiglu", "swiglu_backward", "weighted_dpo",
+        "WORKSPACE_BYTES",
+        "add_rms_norm",
+        "add_rms_norm_backward",
+        "available",
+        "interpreted",
+        "linear_logprob",
+        "linear_logprob_backward",
+        "paged_attention",
+        "pair_attention",
+        "pair_attention_backward",
+        "pair_loss",
+        "rms_norm",
+        "rms_norm_backward",
+        "rope",
+        "sample",
+        "sft_loss",
+        "swiglu",
+        "swiglu_backward",
+        "weighted_dpo",
         "why_not",
-    ]  # fmt: skip
+    ]
 
 
 def available() -> bool:

@@ -1,4 +1,6 @@
-"""How the head's rows are cut into pieces whose logits fit a workspace: used by every backend that works in pieces."""
+"""How the head's rows are cut into pieces whose logits fit a workspace: used by every backend that
+works in pieces.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ class Piece:
         return slice(2 * self.pairs.start, 2 * self.pairs.stop)
 
     def rows(self, most: int) -> Iterator[slice]:
-        """The piece's rows, at most `most` at a time: one visit, unless a single pair is longer than the workspace."""
+        """The piece's rows, at most `most` at a time: one visit, unless a single pair is longer
+        than the workspace.
+        """
         return (slice(i, min(i + most, self.stop)) for i in range(self.start, self.stop, most))
 
 
@@ -27,7 +31,9 @@ def row_pieces(rows: int, most: int) -> Iterator[slice]:
 
 
 def whole_pairs(lengths: Sequence[int], most: int) -> Iterator[Piece]:
-    """Consecutive pairs (two lengths each) in pieces of at most `most` rows; a longer pair is a piece of its own."""
+    """Consecutive pairs (two lengths each) in pieces of at most `most` rows; a longer pair is a
+    piece of its own.
+    """
     first = start = stop = 0
     for pair, size in enumerate(map(sum, zip(lengths[0::2], lengths[1::2], strict=True))):
         if stop > start and stop + size - start > most:

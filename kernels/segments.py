@@ -1,9 +1,11 @@
-"""Pair attention's work lists, made on the host from the segments of a packed batch, once for all layers.
+"""Pair attention's work lists, made on the host from the segments of a packed batch, once for all
+layers.
 
-`segments` is an (S, 4) int64 tensor on the CPU, rows (begin, end, prefix begin, prefix end): a run of tokens and the
-run that goes before it, empty for a prompt or a plain sequence. Token i of a segment has position
-(prefix end - prefix begin) + (i - begin); it sees its prefix and its segment up to itself, and with a window W only
-keys less than W positions before it. All tokens belong to exactly one segment, segments are in order.
+`segments` is an (S, 4) int64 tensor on the CPU, rows (begin, end, prefix begin, prefix end): a run
+of tokens and the run that goes before it, empty for a prompt or a plain sequence. Token i of a
+segment has position (prefix end - prefix begin) + (i - begin); it sees its prefix and its segment
+up to itself, and with a window W only keys less than W positions before it. All tokens belong to
+exactly one segment, segments are in order.
 """
 
 from bisect import bisect_left
@@ -37,7 +39,9 @@ class Segment(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """Rows of one segment. Its rows are (token, query head of the group) in this order; `row` is the tile's first."""
+    """Rows of one segment. Its rows are (token, query head of the group) in this order; `row` is
+    the tile's first.
+    """
 
     row: int
     begin: int
@@ -64,7 +68,9 @@ class Reader(NamedTuple):
 
 
 def derived(segments: Tensor, what: Hashable, make: Callable[[list[Segment]], T]) -> T:
-    """make(segments as a list), once for each tensor (by identity, so it must not be written to) and `what`."""
+    """make(segments as a list), once for each tensor (by identity, so it must not be written to)
+    and `what`.
+    """
     known: dict[Hashable, Any] = _known.setdefault(segments, {})
     if what not in known:
         known[what] = make([Segment(*row) for row in segments.tolist()])
@@ -74,12 +80,16 @@ def derived(segments: Tensor, what: Hashable, make: Callable[[list[Segment]], T]
 
 def on_device(rows: list[Any], device: torch.device) -> Tensor:
     """Tuples of numbers as int32 rows on the device; the host does not wait."""
-    return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
 
 
-def query_tiles(segments: list[Segment], group: int, rows: int, window: int | None) -> list[QueryTile]:
-    """All tokens times the `group` query heads of a key head, `rows` at a time. Most keys first, so that the last
-    programs to run are short ones."""
+def query_tiles(
+    segments: list[Segment], group: int, rows: int, window: int | None
+) -> list[QueryTile]:
+    """All tokens times the `group` query heads of a key head, `rows` at a time. Most keys first, so
+    that the last programs to run are short ones."""
     tiles = [
         QueryTile(row, s.begin, s.end - s.begin, s.prefix_begin, s.prefix)
         for s in segments
@@ -89,8 +99,12 @@ def query_tiles(segments: list[Segment], group: int, rows: int, window: int | No
     return sorted(tiles, key=lambda tile: -min(tile.prefix + tile.row // group, within))
 
 
-def key_tiles(segments: list[Segment], keys: int, window: int | None) -> tuple[list[KeyTile], list[Reader]]:
-    """All tokens, at most `keys` at a time, none across an edge of a segment or prefix; most readers first."""
+def key_tiles(
+    segments: list[Segment], keys: int, window: int | None
+) -> tuple[list[KeyTile], list[Reader]]:
+    """All tokens, at most `keys` at a time, none across an edge of a segment or prefix; most
+    readers first.
+    """
     cuts = sorted({edge for s in segments for edge in s})
     responses: dict[int, list[Segment]] = defaultdict(list)  # of the run that begins at a cut
     for s in segments:
@@ -106,7 +120,9 @@ def key_tiles(segments: list[Segment], keys: int, window: int | None) -> tuple[l
                 seen_by = [Reader(first, s.end, 0)]
                 seen_by += [Reader(r.begin, r.end, r.prefix_end - r.begin) for r in responses[cut]]
                 if window is not None:
-                    seen_by = [r._replace(end=min(r.end, end - 1 - r.shift + window)) for r in seen_by]
+                    seen_by = [
+                        r._replace(end=min(r.end, end - 1 - r.shift + window)) for r in seen_by
+                    ]
                 seen_by = [r for r in seen_by if r.begin < r.end]
                 tiles.append(KeyTile(first, end, len(readers), len(readers) + len(seen_by)))
                 readers += seen_by

@@ -1,24 +1,28 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: pair attention, forward and backward: causal, grouped-query, over prompts computed once.
 
-s_ij = q_i . k_j / sqrt(E),  lse_i = log sum_j exp s_ij,  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j, where j are
-the keys that i sees: its prefix and its own segment up to itself, within the window (`ldalign.kernels.segments`). With
-g = d loss / d o and delta_i = g_i . o_i:
+    s_ij = q_i . k_j / sqrt(E),  lse_i = log sum_j exp s_ij,
+    p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j,
+
+where j are the keys that i sees: its prefix and its own segment up to itself, within the window
+(`ldalign.kernels.segments`). With g = d loss / d o and delta_i = g_i . o_i:
 
     dp_ij = g_i . v_j,  ds_ij = p_ij (dp_ij - delta_i),
     dq_i = sum_j ds_ij k_j / sqrt(E),  dk_j = sum_i ds_ij q_i / sqrt(E),  dv_j = sum_i p_ij g_i.
 
-qkv (N, H + 2K, E) in float32, bfloat16 or float16: H query heads, K key heads, K value heads; out (N, H, E), lse
-(N, H) float32. Kept: qkv, out and lse. p is made again in the backward; no tensor of queries x keys is ever in memory.
+qkv (N, H + 2K, E) in float32, bfloat16 or float16: H query heads, K key heads, K value heads; out
+(N, H, E), lse (N, H) float32. Kept: qkv, out and lse. p is made again in the backward; no tensor of
+queries x keys is ever in memory.
 
-As in FlashAttention-2 (arXiv 2307.08691), with three turns. The rows of a query tile are tokens x the H/K heads that
-share a key head, so that one read of a key serves them all. A query tile goes through its keys by position, prefix
-and segment as one sequence, each key looked up where it lies. And dk, dv come from a kernel of their own, which walks
-through all queries that see a tile of keys: those of its segment and of every response that has it as prefix, and all
-heads of the group. So nothing is added atomically and every sum has one order: repeatable bit for bit.
+As in FlashAttention-2 (arXiv 2307.08691), with three turns. The rows of a query tile are tokens x
+the H/K heads that share a key head, so that one read of a key serves them all. A query tile goes
+through its keys by position, prefix and segment as one sequence, each key looked up where it lies.
+And dk, dv come from a kernel of their own, which walks through all queries that see a tile of keys:
+those of its segment and of every response that has it as prefix, and all heads of the group. So
+nothing is added atomically and every sum has one order: repeatable bit for bit.
 
-Sums are float32; p and ds are rounded to the inputs' dtype for their products, results once, at the store. Oracle:
-`ldalign.kernels.reference.pair_attention`.
+Sums are float32; p and ds are rounded to the inputs' dtype for their products, results once, at the
+store. Oracle: `ldalign.kernels.reference.pair_attention`.
 """
 
 import math
@@ -66,7 +70,7 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
     return Plan(Tiles(128, 64, warps, 3), Tiles(64, 64, warps, 2), Tiles(64, 64, warps, 2))
 
 
-# ------------------------------------------------------------------------------------------------------ shared by all
+# ------------------------------------------------------------------------------------ shared by all
 
 
 @triton.jit
@@ -89,7 +93,8 @@ def store_rows(x, offsets, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr)
 
 @triton.jit
 def tile_product(a, b, total):
-    if INTERPRETED:  # its dot takes bfloat16 for the integers it is stored as; the products are exact either way
+    # its dot takes bfloat16 for the integers it is stored as; the products are exact either way
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -106,8 +111,9 @@ def sees(gap, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def _query_rows(tile, G: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's rows: tokens, heads within the group, positions, which are there; the end (first position, last, prefix
-    tokens, where prefix and segment begin) is what `_key_offsets` and `_key_ranges` want."""
+    """A tile's rows: tokens, heads within the group, positions, which are there; the end (first
+    position, last, prefix tokens, where prefix and segment begin) is what `_key_offsets` and
+    `_key_ranges` want."""
     row = tl.load(tile)
     begin = tl.load(tile + 1)
     length = tl.load(tile + 2)
@@ -115,25 +121,36 @@ def _query_rows(tile, G: tl.constexpr, ROWS: tl.constexpr):
     prefix = tl.load(tile + 4)
     rows = row + tl.arange(0, ROWS)
     inside = rows < length * G
-    rows = tl.minimum(rows, length * G - 1)  # beyond the end the last one again: cheaper than a mask, and never stored
+    # beyond the end the last one again: cheaper than a mask, and never stored
+    rows = tl.minimum(rows, length * G - 1)
     token = rows // G
     first = prefix + row // G
     last = prefix + (tl.minimum(row + ROWS, length * G) - 1) // G
-    return (begin + token).to(tl.int64), rows % G, prefix + token, inside, (first, last, prefix, prefix_begin, begin)
+    return (
+        (begin + token).to(tl.int64),
+        rows % G,
+        prefix + token,
+        inside,
+        (first, last, prefix, prefix_begin, begin),
+    )
 
 
 @triton.jit
 def _key_offsets(positions, place, stride):
-    """Where the keys at these positions lie; beyond the last that a query of the tile sees, that one again."""
+    """Where the keys at these positions lie; beyond the last that a query of the tile sees, that
+    one again.
+    """
     _, last, prefix, prefix_begin, begin = place
     positions = tl.minimum(positions, last)
-    return (positions + tl.where(positions < prefix, prefix_begin, begin - prefix)).to(tl.int64) * stride
+    return (positions + tl.where(positions < prefix, prefix_begin, begin - prefix)).to(
+        tl.int64
+    ) * stride
 
 
 @triton.jit
 def _key_ranges(place, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """Positions (start, a, b, end): start to end is what any query of the tile sees; of it a to b, whole tiles of
-    keys, all queries see: no mask there."""
+    """Positions (start, a, b, end): start to end is what any query of the tile sees; of it a to b,
+    whole tiles of keys, all queries see: no mask there."""
     first, last, _, _, _ = place
     start = first * 0
     a = start
@@ -143,15 +160,31 @@ def _key_ranges(place, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     return start, a, a + tl.maximum(first + 1 - a, 0) // KEYS * KEYS, last + 1
 
 
-# ------------------------------------------------------------------------------------------------------------ forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 @triton.jit
 def _attend(
-    state, q, position, k, v, start, end, place, stride, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys at positions start to end to (sum of p v, largest score, sum of p) of each row."""
+    state,
+    q,
+    position,
+    k,
+    v,
+    start,
+    end,
+    place,
+    stride,
+    scale,
+    window,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Adds the keys at positions start to end to (sum of p v, largest score,
+    sum of p) of each row.
+    """
     total, m, norm = state
     for at in range(start, end, KEYS):
         keys = at + tl.arange(0, KEYS)
@@ -168,7 +201,11 @@ def _attend(
         p = tl.exp2(s * scale - base[:, None])
         shrink = tl.exp2(m * scale - base)
         norm = norm * shrink + tl.sum(p, 1)
-        total = tile_product(narrow(p, v.dtype.element_ty), load_rows(v, offsets, E, BLOCK_E), total * shrink[:, None])
+        total = tile_product(
+            narrow(p, v.dtype.element_ty),
+            load_rows(v, offsets, E, BLOCK_E),
+            total * shrink[:, None],
+        )
         m = m_new
     return total, m, norm
 
@@ -176,11 +213,22 @@ def _attend(
 # A window is not specialised on: its value must not mean a compilation.
 @triton.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    qkv, out, lse, tiles,
-    stride, head_stride, scale, window,
-    WINDOW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    out,
+    lse,
+    tiles,
+    stride,
+    head_stride,
+    scale,
+    window,
+    WINDOW: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     head = tl.program_id(0) % K
     token, member, position, inside, place = _query_rows(tiles + tl.program_id(0) // K * 5, G, ROWS)
     k = qkv + (K * G + head).to(tl.int64) * head_stride
@@ -194,24 +242,90 @@ def _attention_kernel(
     )
     if WINDOW:
         state = _attend(
-            state, q, position, k, v, start, a, place, stride, scale, window, True, WINDOW, E, BLOCK_E, KEYS
+            state,
+            q,
+            position,
+            k,
+            v,
+            start,
+            a,
+            place,
+            stride,
+            scale,
+            window,
+            True,
+            WINDOW,
+            E,
+            BLOCK_E,
+            KEYS,
         )
-    state = _attend(state, q, position, k, v, a, b, place, stride, scale, window, False, WINDOW, E, BLOCK_E, KEYS)
-    state = _attend(state, q, position, k, v, b, end, place, stride, scale, window, True, WINDOW, E, BLOCK_E, KEYS)
+    state = _attend(
+        state,
+        q,
+        position,
+        k,
+        v,
+        a,
+        b,
+        place,
+        stride,
+        scale,
+        window,
+        False,
+        WINDOW,
+        E,
+        BLOCK_E,
+        KEYS,
+    )
+    state = _attend(
+        state,
+        q,
+        position,
+        k,
+        v,
+        b,
+        end,
+        place,
+        stride,
+        scale,
+        window,
+        True,
+        WINDOW,
+        E,
+        BLOCK_E,
+        KEYS,
+    )
     total, m, norm = state
     row = token * (K * G) + head * G + member
     store_rows(out, row * E, total / norm[:, None], inside, E, BLOCK_E)
     tl.store(lse + row, (m * scale + tl.log2(norm)) / LOG2_E, mask=inside)
 
 
-# ----------------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
 def _query_gradient(
-    dq, q, g, lse, delta, position, k, v, start, end, place, stride, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    dq,
+    q,
+    g,
+    lse,
+    delta,
+    position,
+    k,
+    v,
+    start,
+    end,
+    place,
+    stride,
+    scale,
+    window,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Adds ds k of the keys at positions start to end. lse in powers of two."""
     for at in range(start, end, KEYS):
         keys = at + tl.arange(0, KEYS)
@@ -228,11 +342,27 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["window"])
 def _attention_dq_kernel(
-    grad, qkv, out, lse, delta, dqkv, tiles,
-    stride, head_stride, grad_stride, grad_head_stride, scale, window,
-    WINDOW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    qkv,
+    out,
+    lse,
+    delta,
+    dqkv,
+    tiles,
+    stride,
+    head_stride,
+    grad_stride,
+    grad_head_stride,
+    scale,
+    window,
+    WINDOW: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """dq, and delta for the other kernel."""
     head = tl.program_id(0) % K
     token, member, position, inside, place = _query_rows(tiles + tl.program_id(0) // K * 5, G, ROWS)
@@ -250,27 +380,98 @@ def _attention_dq_kernel(
     dq = tl.full((ROWS, BLOCK_E), 0.0, tl.float32)
     if WINDOW:
         dq = _query_gradient(
-            dq, q, g, row_lse, row_delta, position, k, v, start, a, place, stride, scale, window,
-            True, WINDOW, E, BLOCK_E, KEYS,
-        )  # fmt: skip
+            dq,
+            q,
+            g,
+            row_lse,
+            row_delta,
+            position,
+            k,
+            v,
+            start,
+            a,
+            place,
+            stride,
+            scale,
+            window,
+            True,
+            WINDOW,
+            E,
+            BLOCK_E,
+            KEYS,
+        )
     dq = _query_gradient(
-        dq, q, g, row_lse, row_delta, position, k, v, a, b, place, stride, scale, window,
-        False, WINDOW, E, BLOCK_E, KEYS,
-    )  # fmt: skip
+        dq,
+        q,
+        g,
+        row_lse,
+        row_delta,
+        position,
+        k,
+        v,
+        a,
+        b,
+        place,
+        stride,
+        scale,
+        window,
+        False,
+        WINDOW,
+        E,
+        BLOCK_E,
+        KEYS,
+    )
     dq = _query_gradient(
-        dq, q, g, row_lse, row_delta, position, k, v, b, end, place, stride, scale, window,
-        True, WINDOW, E, BLOCK_E, KEYS,
-    )  # fmt: skip
-    store_rows(dqkv, (token * (K * G + 2 * K) + query_head) * E, dq * (scale / LOG2_E), inside, E, BLOCK_E)
+        dq,
+        q,
+        g,
+        row_lse,
+        row_delta,
+        position,
+        k,
+        v,
+        b,
+        end,
+        place,
+        stride,
+        scale,
+        window,
+        True,
+        WINDOW,
+        E,
+        BLOCK_E,
+        KEYS,
+    )
+    store_rows(
+        dqkv, (token * (K * G + 2 * K) + query_head) * E, dq * (scale / LOG2_E), inside, E, BLOCK_E
+    )
 
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k_rows, v_rows, keys, queries, pointers, strides, start, end, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Adds ds q and p g of a reader's rows start to end; s, p, dp and ds are transposed, (keys, rows)."""
+    dk,
+    dv,
+    k_rows,
+    v_rows,
+    keys,
+    queries,
+    pointers,
+    strides,
+    start,
+    end,
+    scale,
+    window,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Adds ds q and p g of a reader's rows start to end; s, p, dp and ds are transposed, (keys,
+    rows).
+    """
     first, count, shift = queries
     q, grad, lse, delta = pointers
     stride, head_stride, grad_stride, grad_head_stride = strides
@@ -283,7 +484,8 @@ def _key_gradients(
         q_rows = load_rows(q, row * stride + rows % G * head_stride, E, BLOCK_E)
         g_rows = load_rows(grad, row * grad_stride + rows % G * grad_head_stride, E, BLOCK_E)
         row = row * (K * G) + rows % G
-        row_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E  # p is 0 for a row that is not there
+        # p is 0 for a row that is not there
+        row_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         zero = tl.full((k_rows.shape[0], ROWS), 0.0, tl.float32)
         p = tl.exp2(tile_product(k_rows, tl.trans(q_rows), zero) * scale - row_lse[None, :])
         if MASKED:
@@ -297,11 +499,27 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=["window"])
 def _attention_dkv_kernel(
-    grad, qkv, lse, delta, dqkv, tiles, readers,
-    stride, head_stride, grad_stride, grad_head_stride, scale, window,
-    WINDOW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    qkv,
+    lse,
+    delta,
+    dqkv,
+    tiles,
+    readers,
+    stride,
+    head_stride,
+    grad_stride,
+    grad_head_stride,
+    scale,
+    window,
+    WINDOW: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     head = (tl.program_id(0) % K).to(tl.int64)
     tile = tiles + tl.program_id(0) // K * 4
     first_key = tl.load(tile)
@@ -326,31 +544,88 @@ def _attention_dkv_kernel(
         b = count
         if WINDOW:
             seeing_all = (window + first_key - shift - first) * G
-            b = tl.where(seeing_all >= count, count, a + tl.maximum(seeing_all - a, 0) // ROWS * ROWS)
+            b = tl.where(
+                seeing_all >= count, count, a + tl.maximum(seeing_all - a, 0) // ROWS * ROWS
+            )
         dk, dv = _key_gradients(
-            dk, dv, k_rows, v_rows, keys, queries, pointers, strides, 0, a, scale, window,
-            True, WINDOW, K, G, E, BLOCK_E, ROWS,
-        )  # fmt: skip
+            dk,
+            dv,
+            k_rows,
+            v_rows,
+            keys,
+            queries,
+            pointers,
+            strides,
+            0,
+            a,
+            scale,
+            window,
+            True,
+            WINDOW,
+            K,
+            G,
+            E,
+            BLOCK_E,
+            ROWS,
+        )
         dk, dv = _key_gradients(
-            dk, dv, k_rows, v_rows, keys, queries, pointers, strides, a, b, scale, window,
-            False, WINDOW, K, G, E, BLOCK_E, ROWS,
-        )  # fmt: skip
+            dk,
+            dv,
+            k_rows,
+            v_rows,
+            keys,
+            queries,
+            pointers,
+            strides,
+            a,
+            b,
+            scale,
+            window,
+            False,
+            WINDOW,
+            K,
+            G,
+            E,
+            BLOCK_E,
+            ROWS,
+        )
         if WINDOW:
             dk, dv = _key_gradients(
-                dk, dv, k_rows, v_rows, keys, queries, pointers, strides, b, count, scale, window,
-                True, WINDOW, K, G, E, BLOCK_E, ROWS,
-            )  # fmt: skip
+                dk,
+                dv,
+                k_rows,
+                v_rows,
+                keys,
+                queries,
+                pointers,
+                strides,
+                b,
+                count,
+                scale,
+                window,
+                True,
+                WINDOW,
+                K,
+                G,
+                E,
+                BLOCK_E,
+                ROWS,
+            )
     offsets = (token * (K * G + 2 * K) + K * G + head) * E
     inside = keys <= last_key
     store_rows(dqkv, offsets, dk * (scale / LOG2_E), inside, E, BLOCK_E)
     store_rows(dqkv, offsets + K * E, dv, inside, E, BLOCK_E)
 
 
-# ------------------------------------------------------------------------------------------------------- the functions
+# ------------------------------------------------------------------------------------ the functions
 
 
-def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H) float32)."""
+def pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H)
+    float32).
+    """
     qkv = unit_stride(qkv)
     N, _, E = qkv.shape
     out = torch.empty((N, heads, E), dtype=qkv.dtype, device=qkv.device)
@@ -359,15 +634,34 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
     sizes = _sizes(qkv, heads, window)
     tiles = _query_tiles(segments, sizes["G"], t, window, qkv.device)
     launch(
-        _attention_kernel, (len(tiles) * sizes["K"],), qkv,
-        qkv, out, lse, tiles, qkv.stride(0), qkv.stride(1), softmax_scale(E), window or 0,
-        **sizes, ROWS=t.rows, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+        _attention_kernel,
+        (len(tiles) * sizes["K"],),
+        qkv,
+        qkv,
+        out,
+        lse,
+        tiles,
+        qkv.stride(0),
+        qkv.stride(1),
+        softmax_scale(E),
+        window or 0,
+        **sizes,
+        ROWS=t.rows,
+        KEYS=t.keys,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
     return out, lse
 
 
 def pair_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, segments: Tensor, window: int | None
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> Tensor:
     """The gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
     grad, qkv, out, lse = unit_stride(grad), unit_stride(qkv), out.contiguous(), lse.contiguous()
@@ -378,16 +672,42 @@ def pair_attention_backward(
     numbers = (*qkv.stride()[:2], *grad.stride()[:2], softmax_scale(qkv.shape[2]), window or 0)
     tiles = _query_tiles(segments, sizes["G"], t.dq, window, qkv.device)
     launch(
-        _attention_dq_kernel, (len(tiles) * sizes["K"],), qkv,
-        grad, qkv, out, lse, delta, dqkv, tiles, *numbers,
-        **sizes, ROWS=t.dq.rows, KEYS=t.dq.keys, num_warps=t.dq.warps, num_stages=t.dq.stages,
-    )  # fmt: skip
+        _attention_dq_kernel,
+        (len(tiles) * sizes["K"],),
+        qkv,
+        grad,
+        qkv,
+        out,
+        lse,
+        delta,
+        dqkv,
+        tiles,
+        *numbers,
+        **sizes,
+        ROWS=t.dq.rows,
+        KEYS=t.dq.keys,
+        num_warps=t.dq.warps,
+        num_stages=t.dq.stages,
+    )
     tiles, readers = _key_tiles(segments, t.dkv, window, qkv.device)
     launch(
-        _attention_dkv_kernel, (len(tiles) * sizes["K"],), qkv,
-        grad, qkv, lse, delta, dqkv, tiles, readers, *numbers,
-        **sizes, ROWS=t.dkv.rows, KEYS=t.dkv.keys, num_warps=t.dkv.warps, num_stages=t.dkv.stages,
-    )  # fmt: skip
+        _attention_dkv_kernel,
+        (len(tiles) * sizes["K"],),
+        qkv,
+        grad,
+        qkv,
+        lse,
+        delta,
+        dqkv,
+        tiles,
+        readers,
+        *numbers,
+        **sizes,
+        ROWS=t.dkv.rows,
+        KEYS=t.dkv.keys,
+        num_warps=t.dkv.warps,
+        num_stages=t.dkv.stages,
+    )
     return dqkv
 
 
@@ -400,18 +720,27 @@ def _sizes(qkv: Tensor, heads: int, window: int | None) -> dict[str, int]:
     K = (qkv.shape[1] - heads) // 2
     E = qkv.shape[2]
     return {
-        "WINDOW": window is not None, "K": K, "G": heads // K, "E": E, "BLOCK_E": max(16, triton.next_power_of_2(E)),
-    }  # fmt: skip
+        "WINDOW": window is not None,
+        "K": K,
+        "G": heads // K,
+        "E": E,
+        "BLOCK_E": max(16, triton.next_power_of_2(E)),
+    }
 
 
-def _query_tiles(segments: Tensor, group: int, t: Tiles, window: int | None, device: torch.device) -> Tensor:
+def _query_tiles(
+    segments: Tensor, group: int, t: Tiles, window: int | None, device: torch.device
+) -> Tensor:
     return work.derived(
-        segments, ("query tiles", group, t.rows, window, device),
+        segments,
+        ("query tiles", group, t.rows, window, device),
         lambda rows: work.on_device(work.query_tiles(rows, group, t.rows, window), device),
-    )  # fmt: skip
+    )
 
 
-def _key_tiles(segments: Tensor, t: Tiles, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def _key_tiles(
+    segments: Tensor, t: Tiles, window: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     def make(rows: list[work.Segment]) -> tuple[Tensor, Tensor]:
         tiles, readers = work.key_tiles(rows, t.keys, window)
         return work.on_device(tiles, device), work.on_device(readers, device)

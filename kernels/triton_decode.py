@@ -1,32 +1,37 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: generation. Attention over a paged key/value cache, and the choice of the next token.
 
-**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j over the positions up to
-query i's own; with a window, the last `window` of them. q (N, H, E): the new tokens of R rows, row after row; keys and
-values (pages, 16, K, E); rows (R, 2) int64, a row's new tokens and those before them; pages (R, P) int32: position j of
-a row lies in slot j % 16 of page pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the
-result is rounded once.
+**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j over
+the positions up to query i's own; with a window, the last `window` of them. q (N, H, E): the new
+tokens of R rows, row after row; keys and values (pages, 16, K, E); rows (R, 2) int64, a row's new
+tokens and those before them; pages (R, P) int32: position j of a row lies in slot j % 16 of page
+pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the result is
+rounded once.
 
-The rows of a query tile are tokens x the H/K heads that share a key head, so that one read of a key serves them all;
-in decoding that read is nearly all the work. Positions are looked up in the page table as they are needed, and no slot
-is read but those that some query of the tile sees.
+The rows of a query tile are tokens x the H/K heads that share a key head, so that one read of a key
+serves them all; in decoding that read is nearly all the work. Positions are looked up in the page
+table as they are needed, and no slot is read but those that some query of the tile sees.
 
-One body runs in three ways. Prompts: a program takes one tile of a row's queries through all keys that it sees.
-Decoding many rows: the same with a tile of one token. Decoding few rows would leave most of a GPU idle, so a row's keys
-are cut into runs of whole tiles, a program each ("flash decoding"). Run s leaves its sum of p v, its largest score m_s
-(to base 2) and its sum l_s of p in float32, and with M = max_s m_s a second kernel makes of them
+One body runs in three ways. Prompts: a program takes one tile of a row's queries through all keys
+that it sees. Decoding many rows: the same with a tile of one token. Decoding few rows would leave
+most of a GPU idle, so a row's keys are cut into runs of whole tiles, a program each ("flash
+decoding"). Run s leaves its sum of p v, its largest score m_s (to base 2) and its sum l_s of p in
+float32, and with M = max_s m_s a second kernel makes of them
 
     o = sum_s 2^(m_s - M) o_s / sum_s 2^(m_s - M) l_s.
 
-No atomics, and every sum has one order: repeatable bit for bit. Grids depend on shapes and on `most`, not on what is on
-the device: nothing is read back, and a step of decoding can be captured in a CUDA graph.
+No atomics, and every sum has one order: repeatable bit for bit. Grids depend on shapes and on
+`most`, not on what is on the device: nothing is read back, and a step of decoding can be captured
+in a CUDA graph.
 
-**sample.** p_v = exp((z_v - max z) / temperature), but 0 where that is below min_p. With c_v the sum of p up to v, the
-token is the first with c_v > uniform * c_V; its log-prob is log(p_v / c_V). One program a row reads the logits twice,
-for the maximum and for the sums of p by blocks, and then the block again in which c passes. Sums within a block are
-float32; over blocks, and in the last step, float64. Rounding at a block's end must not choose what has p = 0: only
-blocks and tokens with some probability are candidates, and where c passes at none of them it is the last. temperature
-0 takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are PyTorch's, before the kernel.
+**sample.** p_v = exp((z_v - max z) / temperature), but 0 where that is below min_p. With c_v the
+sum of p up to v, the token is the first with c_v > uniform * c_V; its log-prob is log(p_v / c_V).
+One program a row reads the logits twice, for the maximum and for the sums of p by blocks, and then
+the block again in which c passes. Sums within a block are float32; over blocks, and in the last
+step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens with
+some probability are candidates, and where c passes at none of them it is the last. temperature 0
+takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are PyTorch's, before the
+kernel.
 
 Oracles: `ldalign.kernels.reference.paged_attention` and `sample`.
 """
@@ -40,29 +45,43 @@ import triton.language as tl
 from torch import Tensor
 
 from ldalign.kernels.reference import cut, penalised
-from ldalign.kernels.triton_attention import LOG2_E, Tiles, load_rows, sees, softmax_scale, store_rows, tile_product
+from ldalign.kernels.triton_attention import (
+    LOG2_E,
+    Tiles,
+    load_rows,
+    sees,
+    softmax_scale,
+    store_rows,
+    tile_product,
+)
 from ldalign.kernels.triton_common import capability, launch, narrow, unit_stride
 
-SPLITS: int | None = None  # tests set it: so many runs of keys, a power of two, whatever `splits` would say
+# tests set it: so many runs of keys, a power of two, whatever `splits` would say
+SPLITS: int | None = None
 MOST_SPLITS = 64  # the second kernel holds all of them at once
 LEAST_KEYS = 128  # of a run: shorter ones would cost more than they gain
 PROGRAMS = 2  # wanted for each multiprocessor
 BLOCK = 4096  # logits of a row whose probabilities are summed first
 
 
-def tiles(dtype: torch.dtype, E: int, group: int, decoding: bool, capability: tuple[int, int] | None) -> Tiles:
+def tiles(
+    dtype: torch.dtype, E: int, group: int, decoding: bool, capability: tuple[int, int] | None
+) -> Tiles:
     """Chosen so that no register is spilled at E = 64 and 128."""
     if capability is None:  # the interpreter: small, so that small shapes have several
         return Tiles(16, 16, 1, 1)
     if dtype == torch.float32:
         return Tiles(16, 32, 8, 2) if decoding else Tiles(32, 16, 4, 1)
     if decoding:
-        return Tiles(max(16, min(64, triton.next_power_of_2(group))), 64, 4, 3)  # products take 16 rows at least
+        # products take 16 rows at least
+        return Tiles(max(16, min(64, triton.next_power_of_2(group))), 64, 4, 3)
     return Tiles(128 if E <= 64 or capability[0] in (9, 10) else 64, 64, 8, 3)
 
 
 def splits(programs: int, tokens: int, processors: int) -> int:
-    """Into how many runs the at most `tokens` keys of a row are cut, a power of two; uncut they are `programs`."""
+    """Into how many runs the at most `tokens` keys of a row are cut, a power of two; uncut they are
+    `programs`.
+    """
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS * processors, programs))
     able = 1 << max(1, tokens // LEAST_KEYS).bit_length() - 1  # rounded down
     return min(wanted, able, MOST_SPLITS)
@@ -75,16 +94,33 @@ def _processors(device: torch.device) -> int:
     return 132  # an H100 has so many; where there is no GPU to ask
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 @triton.jit
 def _attend(
-    state, q, position, keys, values, table, strides, start, end, last, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    state,
+    q,
+    position,
+    keys,
+    values,
+    table,
+    strides,
+    start,
+    end,
+    last,
+    scale,
+    window,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     KEYS: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys at positions start to end to (sum of p v, largest score, sum of p) of each row."""
+):
+    """Adds the keys at positions start to end to (sum of p v, largest score,
+    sum of p) of each row.
+    """
     total, m, norm = state
     page_stride, slot_stride = strides
     # Beyond the last position that a query of the tile sees, that one again.
@@ -93,13 +129,16 @@ def _attend(
     for at in range(start, end, KEYS):
         places = at + tl.arange(0, KEYS)
         offsets = page.to(tl.int64) * page_stride + held % PAGE * slot_stride
-        # A tile ahead: keys and values are fetched early only where it is known early where they lie.
+        # A tile ahead: keys and values are fetched early only where it is known early where they
+        # lie.
         held = tl.minimum(places + KEYS, last)
         page = tl.load(table + held // PAGE)
         s = tl.full((q.shape[0], KEYS), 0.0, tl.float32)
         s = tile_product(q, tl.trans(load_rows(keys, offsets, E, BLOCK_E)), s)
         if MASKED:
-            s = tl.where(sees(position[:, None] - places[None, :], window, WINDOW), s, float("-inf"))
+            s = tl.where(
+                sees(position[:, None] - places[None, :], window, WINDOW), s, float("-inf")
+            )
         # tl.max passes over NaN, but the sum does not: one NaN score makes the row NaN.
         m_new = tl.maximum(m, tl.max(s, 1))
         base = m_new * scale
@@ -117,12 +156,40 @@ def _attend(
 # Numbers that change from step to step are not specialised on: they must not mean a compilation.
 @triton.jit(do_not_specialize=["N", "row_tiles", "splits", "table_stride", "window"])
 def _paged_attention_kernel(
-    q, keys, values, rows, starts, pages, out, largest, norms,
-    N, row_tiles, splits, q_stride, q_head_stride, page_stride, slot_stride, head_stride, table_stride, scale, window,
-    DECODE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """DECODE: every row has one new token. SPLIT: out, largest and norms hold a part for each run of keys."""
+    q,
+    keys,
+    values,
+    rows,
+    starts,
+    pages,
+    out,
+    largest,
+    norms,
+    N,
+    row_tiles,
+    splits,
+    q_stride,
+    q_head_stride,
+    page_stride,
+    slot_stride,
+    head_stride,
+    table_stride,
+    scale,
+    window,
+    DECODE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """DECODE: every row has one new token. SPLIT: out, largest and norms hold a part for each run
+    of keys.
+    """
     program = tl.program_id(0)
     head = (program % K).to(tl.int64)  # neighbours read the other heads of the same tokens
     program = program // K
@@ -137,7 +204,8 @@ def _paged_attention_kernel(
 
     places = tile_row + tl.arange(0, ROWS)
     inside = places < count
-    places = tl.minimum(places, count - 1)  # beyond the end the last one again: cheaper than a mask, and never stored
+    # beyond the end the last one again: cheaper than a mask, and never stored
+    places = tl.minimum(places, count - 1)
     position = before + places // G
     query_head = head * G + places % G
     if DECODE:
@@ -161,38 +229,104 @@ def _paged_attention_kernel(
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.full((ROWS,), 0.0, tl.float32),
     )
-    if DECODE:  # one position, so that start is the window's own: what is left to mask lies beyond the end
+    # one position, so that start is the window's own: what is left to mask lies beyond the end
+    if DECODE:
         if SPLIT:
             run = tl.cdiv(tl.cdiv(end - start, KEYS), splits) * KEYS
             start += split * run  # may lie beyond the end: a run of no keys
             end = tl.minimum(start + run, end)
         state = _attend(
-            state, q_rows, position, k, v, table, strides, start, end, last, scale, window,
-            True, False, PAGE, E, BLOCK_E, KEYS,
-        )  # fmt: skip
+            state,
+            q_rows,
+            position,
+            k,
+            v,
+            table,
+            strides,
+            start,
+            end,
+            last,
+            scale,
+            window,
+            True,
+            False,
+            PAGE,
+            E,
+            BLOCK_E,
+            KEYS,
+        )
     else:
         # Positions a to b, whole tiles of keys, all queries see: no mask there.
         a = start
         if WINDOW:
             a = start + tl.cdiv(tl.maximum(last - window + 1, 0) - start, KEYS) * KEYS
             state = _attend(
-                state, q_rows, position, k, v, table, strides, start, a, last, scale, window,
-                True, WINDOW, PAGE, E, BLOCK_E, KEYS,
-            )  # fmt: skip
+                state,
+                q_rows,
+                position,
+                k,
+                v,
+                table,
+                strides,
+                start,
+                a,
+                last,
+                scale,
+                window,
+                True,
+                WINDOW,
+                PAGE,
+                E,
+                BLOCK_E,
+                KEYS,
+            )
         b = a + tl.maximum(first + 1 - a, 0) // KEYS * KEYS
         state = _attend(
-            state, q_rows, position, k, v, table, strides, a, b, last, scale, window,
-            False, WINDOW, PAGE, E, BLOCK_E, KEYS,
-        )  # fmt: skip
+            state,
+            q_rows,
+            position,
+            k,
+            v,
+            table,
+            strides,
+            a,
+            b,
+            last,
+            scale,
+            window,
+            False,
+            WINDOW,
+            PAGE,
+            E,
+            BLOCK_E,
+            KEYS,
+        )
         state = _attend(
-            state, q_rows, position, k, v, table, strides, b, end, last, scale, window,
-            True, WINDOW, PAGE, E, BLOCK_E, KEYS,
-        )  # fmt: skip
+            state,
+            q_rows,
+            position,
+            k,
+            v,
+            table,
+            strides,
+            b,
+            end,
+            last,
+            scale,
+            window,
+            True,
+            WINDOW,
+            PAGE,
+            E,
+            BLOCK_E,
+            KEYS,
+        )
     total, m, norm = state
     at = token * (K * G) + query_head
     if SPLIT:
         at += split.to(tl.int64) * N * (K * G)
-        store_rows(out, at * E, total, inside & (norm != 0), E, BLOCK_E)  # nobody reads a run of no keys
+        # nobody reads a run of no keys
+        store_rows(out, at * E, total, inside & (norm != 0), E, BLOCK_E)
         tl.store(largest + at, m * scale, mask=inside)
         tl.store(norms + at, norm, mask=inside)
     else:
@@ -211,13 +345,21 @@ def _merge_splits_kernel(
     norm = tl.load(norms + at)
     share = tl.exp2(m - tl.max(m, 0))
     some = norm != 0  # also where it is NaN
-    o = tl.load(parts + at[:, None] * E + e[None, :], mask=some[:, None] & (e < E)[None, :], other=0.0)
+    o = tl.load(
+        parts + at[:, None] * E + e[None, :], mask=some[:, None] & (e < E)[None, :], other=0.0
+    )
     total = tl.sum(o * share[:, None], 0) / tl.sum(norm * share, 0)
     tl.store(out + row * E + e, narrow(total, out.dtype.element_ty), mask=e < E)
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, most: int, window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    most: int,
+    window: int | None,
 ) -> Tensor:
     """(N, H, E), contiguous. most: the largest number of new tokens of a row."""
     q, rows, pages = unit_stride(q), rows.contiguous(), unit_stride(pages)
@@ -239,25 +381,64 @@ def paged_attention(
     partial = largest = norms = out  # stand-ins, where nothing is split
     if parts > 1:
         partial = torch.empty((parts, N, H, E), dtype=torch.float32, device=q.device)
-        largest, norms = (torch.empty((parts, N, H), dtype=torch.float32, device=q.device) for _ in range(2))
+        largest, norms = (
+            torch.empty((parts, N, H), dtype=torch.float32, device=q.device) for _ in range(2)
+        )
     starts = rows if decoding else rows[:, 0].cumsum(0) - rows[:, 0]  # a row's first token
     block = max(16, triton.next_power_of_2(E))
     launch(
-        _paged_attention_kernel, (programs * parts,), q,
-        q, keys, values, rows, starts, pages, partial, largest, norms,
-        N, row_tiles, parts, *q.stride()[:2], *keys.stride()[:3], pages.stride(0), softmax_scale(E), window or 0,
-        DECODE=decoding, SPLIT=parts > 1, WINDOW=window is not None, PAGE=page, K=K, G=G, E=E, BLOCK_E=block,
-        ROWS=t.rows, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+        _paged_attention_kernel,
+        (programs * parts,),
+        q,
+        q,
+        keys,
+        values,
+        rows,
+        starts,
+        pages,
+        partial,
+        largest,
+        norms,
+        N,
+        row_tiles,
+        parts,
+        *q.stride()[:2],
+        *keys.stride()[:3],
+        pages.stride(0),
+        softmax_scale(E),
+        window or 0,
+        DECODE=decoding,
+        SPLIT=parts > 1,
+        WINDOW=window is not None,
+        PAGE=page,
+        K=K,
+        G=G,
+        E=E,
+        BLOCK_E=block,
+        ROWS=t.rows,
+        KEYS=t.keys,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
     if parts > 1:
         launch(
-            _merge_splits_kernel, (N * H,), q, partial, largest, norms, out, N * H,
-            SPLITS=parts, E=E, BLOCK_E=block, num_warps=1 if parts <= 8 else 4,
-        )  # fmt: skip
+            _merge_splits_kernel,
+            (N * H,),
+            q,
+            partial,
+            largest,
+            norms,
+            out,
+            N * H,
+            SPLITS=parts,
+            E=E,
+            BLOCK_E=block,
+            num_warps=1 if parts <= 8 else 4,
+        )
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ sampler
+# ------------------------------------------------------------------------------------------ sampler
 
 
 @triton.jit
@@ -270,7 +451,9 @@ def _weights(z_row, at, V, m, scale, min_p):
 
 @triton.jit
 def _passing(weights, index, wanted):
-    """The first index with some weight at which the cumulative sum passes `wanted`; if there is none, the last."""
+    """The first index with some weight at which the cumulative sum passes `wanted`; if there is
+    none, the last.
+    """
     passed = (tl.cumsum(weights, 0) > wanted) & (weights > 0)
     last = tl.max(tl.where(weights > 0, index, 0), 0)
     return tl.minimum(tl.min(tl.where(passed, index, 2**30), 0), last)
@@ -278,9 +461,18 @@ def _passing(weights, index, wanted):
 
 @triton.jit
 def _sample_kernel(
-    logits, uniform, ids, logp, V, stride, scale, min_p,
-    GREEDY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    uniform,
+    ids,
+    logp,
+    V,
+    stride,
+    scale,
+    min_p,
+    GREEDY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * stride
     lane = tl.arange(0, BLOCK)
@@ -303,7 +495,8 @@ def _sample_kernel(
     total = tl.sum(wide, 0)
 
     if GREEDY:
-        chosen = tl.min(tl.where(largest == m, where, V - 1), 0)  # the lowest of all places that have it
+        # the lowest of all places that have it
+        chosen = tl.min(tl.where(largest == m, where, V - 1), 0)
         score = m
     else:
         wanted = tl.load(uniform + row) * total
@@ -318,10 +511,18 @@ def _sample_kernel(
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float,
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
     seen: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The next tokens (R,) int64 and their log-probs (R,) float32. logits (R, V) float32 are left as they are."""
+) -> tuple[Tensor, Tensor]:
+    """The next tokens (R,) int64 and their log-probs (R,) float32. logits (R, V) float32 are left
+    as they are.
+    """
     z = penalised(logits, penalty, seen)
     R, V = z.shape
     greedy = temperature == 0
@@ -333,8 +534,20 @@ def sample(
     ids = torch.empty(R, dtype=torch.int64, device=z.device)
     logp = torch.empty(R, dtype=torch.float32, device=z.device)
     launch(
-        _sample_kernel, (R,), z,
-        z, uniform.double().contiguous(), ids, logp, V, z.stride(0), math.log2(math.e) / temperature, min_p,
-        GREEDY=greedy, BLOCKS=triton.next_power_of_2(triton.cdiv(V, BLOCK)), BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+        _sample_kernel,
+        (R,),
+        z,
+        z,
+        uniform.double().contiguous(),
+        ids,
+        logp,
+        V,
+        z.stride(0),
+        math.log2(math.e) / temperature,
+        min_p,
+        GREEDY=greedy,
+        BLOCKS=triton.next_power_of_2(triton.cdiv(V, BLOCK)),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
     return ids, logp

@@ -1,14 +1,17 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: rope, swiglu and weighted_dpo, one read and one write of every element.
 
-rope         y = R(angle) x for the pairs (x[e], x[e + E/2]); backward: dx = R(-angle) dy, the same kernel, `inverse`.
-             x (N, H, E), cos and sin (N, E/2). Nothing of x is kept.
-swiglu       y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s. Keeps gate and up, side by side.
-weighted_dpo Delta = (sums_real - ref_real) - (sums_generated - ref_generated);  l = -log sigmoid(beta Delta);
-             d(w l)/d(sums_real) = -beta w sigmoid(-beta Delta), the opposite for sums_generated. All (P,) float32.
+rope          y = R(angle) x for the pairs (x[e], x[e + E/2]). Backward: dx = R(-angle) dy, the same
+              kernel with `inverse`. x (N, H, E), cos and sin (N, E/2). Nothing of x is kept.
+swiglu        y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s.
+              Keeps gate and up, side by side.
+weighted_dpo  Delta = (sums_real - ref_real) - (sums_generated - ref_generated),
+              l = -log sigmoid(beta Delta),
+              d(w l)/d(sums_real) = -beta w sigmoid(-beta Delta), the opposite for sums_generated.
+              All (P,) float32.
 
-float32, bfloat16 and float16 in and out; the arithmetic is float32, rounded once at the store. Oracles: `rope`,
-`swiglu` and `weighted_dpo_loss` in `ldalign.kernels.reference`.
+float32, bfloat16 and float16 in and out; the arithmetic is float32, rounded once at the store.
+Oracles: `rope`, `swiglu` and `weighted_dpo_loss` in `ldalign.kernels.reference`.
 """
 
 import torch
@@ -27,10 +30,21 @@ DPO_BLOCK = 1024
 # N and P are not specialised on: a new batch size must not mean a new compilation.
 @triton.jit(do_not_specialize=["N"])
 def _rope_kernel(
-    x, cos, sin, y,
-    N, H, turned, half, token_stride, head_stride,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    y,
+    N,
+    H,
+    turned,
+    half,
+    token_stride,
+    head_stride,
+    INVERSE: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     e = tl.arange(0, HALF)
     inside = (tokens < N)[:, None] & (e < half)[None, :]
@@ -48,7 +62,9 @@ def _rope_kernel(
         goal = y + (tokens * H + head)[:, None] * (2 * half) + e[None, :]
         turns = head < turned
         tl.store(goal, narrow(tl.where(turns, a * c - b * s, a), y.dtype.element_ty), mask=mask)
-        tl.store(goal + half, narrow(tl.where(turns, b * c + a * s, b), y.dtype.element_ty), mask=mask)
+        tl.store(
+            goal + half, narrow(tl.where(turns, b * c + a * s, b), y.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -85,20 +101,36 @@ def sigmoid_of_minus(x):
 
 @triton.jit(do_not_specialize=["P"])
 def _weighted_dpo_kernel(
-    real, generated, ref_real, ref_generated, weight,
-    loss, unweighted, chosen, rejected, coefficient,
-    P, beta, BLOCK: tl.constexpr,
-):  # fmt: skip
+    real,
+    generated,
+    ref_real,
+    ref_generated,
+    weight,
+    loss,
+    unweighted,
+    chosen,
+    rejected,
+    coefficient,
+    P,
+    beta,
+    BLOCK: tl.constexpr,
+):
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, P, BLOCK):  # one program, so that the sum has one order
         p = start + tl.arange(0, BLOCK)
         mask = p < P
         w = tl.load(weight + p, mask=mask, other=0.0)
-        c = beta * (tl.load(real + p, mask=mask, other=0.0) - tl.load(ref_real + p, mask=mask, other=0.0))
-        r = beta * (tl.load(generated + p, mask=mask, other=0.0) - tl.load(ref_generated + p, mask=mask, other=0.0))
+        c = beta * (
+            tl.load(real + p, mask=mask, other=0.0) - tl.load(ref_real + p, mask=mask, other=0.0)
+        )
+        r = beta * (
+            tl.load(generated + p, mask=mask, other=0.0)
+            - tl.load(ref_generated + p, mask=mask, other=0.0)
+        )
         x = c - r
         e = tl.exp(-tl.abs(x))
-        # log(1 + e) of a tiny e is 0 in float32. Where 1 + e rounds to u, log(u) e / (u - 1) undoes the rounding.
+        # log(1 + e) of a tiny e is 0 in float32. Where 1 + e rounds to u, log(u) e / (u - 1) undoes
+        # the rounding.
         u = 1 + e
         log1p = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1.0, u - 1))
         value = tl.maximum(-x, 0.0) + log1p  # NaN: e is NaN too
@@ -111,7 +143,8 @@ def _weighted_dpo_kernel(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned forwards or, with `inverse`, back.
+    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned forwards or,
+    with `inverse`, back.
 
     The other heads are copied.
     """
@@ -122,10 +155,25 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tens
     width = triton.next_power_of_2(half)
     tokens = max(1, ROPE_PAIRS // width)
     launch(
-        _rope_kernel, (triton.cdiv(N, tokens), triton.cdiv(H, HEADS)), x,
-        x, cos, sin, y, N, H, heads, half, x.stride(0), x.stride(1),
-        INVERSE=inverse, HEADS=HEADS, TOKENS=tokens, HALF=width, num_warps=4,
-    )  # fmt: skip
+        _rope_kernel,
+        (triton.cdiv(N, tokens), triton.cdiv(H, HEADS)),
+        x,
+        x,
+        cos,
+        sin,
+        y,
+        N,
+        H,
+        heads,
+        half,
+        x.stride(0),
+        x.stride(1),
+        INVERSE=inverse,
+        HEADS=HEADS,
+        TOKENS=tokens,
+        HALF=width,
+        num_warps=4,
+    )
     return y
 
 
@@ -150,12 +198,32 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def weighted_dpo(
-    sums_real: Tensor, sums_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+    sums_real: Tensor,
+    sums_generated: Tensor,
+    ref_real: Tensor,
+    ref_generated: Tensor,
+    weight: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(P,) float32 x 5 -> (loss () = sum of w l, l, chosen, rejected, d loss / d sums_real), the last four (P,)."""
-    inputs = [x.float().contiguous() for x in (sums_real, sums_generated, ref_real, ref_generated, weight)]
+    """(P,) float32 x 5 -> (loss () = sum of w l, l, chosen, rejected, d loss / d sums_real), the
+    last four (P,).
+    """
+    inputs = [
+        x.float().contiguous() for x in (sums_real, sums_generated, ref_real, ref_generated, weight)
+    ]
     loss = torch.empty((), dtype=torch.float32, device=weight.device)
     outputs = [torch.empty_like(inputs[0]) for _ in range(4)]
-    launch(_weighted_dpo_kernel, (1,), loss, *inputs, loss, *outputs, len(weight), beta, BLOCK=DPO_BLOCK, num_warps=4)
+    launch(
+        _weighted_dpo_kernel,
+        (1,),
+        loss,
+        *inputs,
+        loss,
+        *outputs,
+        len(weight),
+        beta,
+        BLOCK=DPO_BLOCK,
+        num_warps=4,
+    )
     unweighted, chosen, rejected, coefficient = outputs
     return loss, unweighted, chosen, rejected, coefficient

@@ -1,23 +1,28 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton: the head. Log-probs without logits in memory, and losses whose gradients are made in the same pass.
+"""Triton: the head. Log-probs without logits in memory, and losses whose gradients are made in the
+same pass.
 
-z = h W^T,  lse = log sum_v exp z[v],  logp = z[target] - lse,  d logp / d z[v] = [v = target] - exp(z[v] - lse).
+    z = h W^T,  lse = log sum_v exp z[v],
+    logp = z[target] - lse,  d logp / d z[v] = [v = target] - exp(z[v] - lse).
 
-hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums and log-probs float32.
+hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums and
+log-probs float32.
 
-Forward alone (`linear_logprob`): one kernel multiplies a tile of rows by one slab of the vocabulary and keeps of it the
-largest logit, the sum of exponentials and the target's logit; a second merges the slabs in order. Logits exist only in
-registers. Slabs have a fixed size, so they fill a GPU when rows are few, and a row's value does not depend on the rows
-beside it.
+Forward alone (`linear_logprob`): one kernel multiplies a tile of rows by one slab of the vocabulary
+and keeps of it the largest logit, the sum of exponentials and the target's logit; a second merges
+the slabs in order. Logits exist only in registers. Slabs have a fixed size, so they fill a GPU when
+rows are few, and a row's value does not depend on the rows beside it.
 
-With gradients (`pair_loss`, `sft_loss`, `linear_logprob_backward`): rows go in pieces of at most WORKSPACE_BYTES of
-logits. The three products, Z = H W^T, dH = dZ W and dW = dZ^T H, are the vendor library's; between them two passes
-over Z in memory take its row statistics and turn it, in place, into c (onehot - softmax). c is one number a row: the
-upstream gradient, or for pairs -+ scale beta w sigmoid(-beta Delta), known once both responses of a pair are summed.
-So a piece holds whole pairs; a pair longer than the workspace is visited twice. Nothing is read back to the host.
+With gradients (`pair_loss`, `sft_loss`, `linear_logprob_backward`): rows go in pieces of at most
+WORKSPACE_BYTES of logits. The three products, Z = H W^T, dH = dZ W and dW = dZ^T H, are the vendor
+library's; between them two passes over Z in memory take its row statistics and turn it, in place,
+into c (onehot - softmax). c is one number a row: the upstream gradient, or for pairs -+ scale beta
+w sigmoid(-beta Delta), known once both responses of a pair are summed. So a piece holds whole
+pairs; a pair longer than the workspace is visited twice. Nothing is read back to the host.
 
-A target outside [0, V) that is not ignored gives NaN, and no gradient: to look on the host would mean to wait for the
-GPU. Repeatable bit for bit: no atomics, and every sum has one order. Oracle: `ldalign.kernels.reference`.
+A target outside [0, V) that is not ignored gives NaN, and no gradient: to look on the host would
+mean to wait for the GPU. Repeatable bit for bit: no atomics, and every sum has one order. Oracle:
+`ldalign.kernels.reference`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +41,8 @@ from ldalign.kernels.triton_elementwise import sigmoid_of_minus
 WORKSPACE_BYTES = 512 * 2**20  # logits of one piece of rows
 SLAB_BYTES = 16 * 2**20  # of dW in float32 on its way to the sum over pieces
 SLAB_TILES = 4  # tiles of the vocabulary one program of the forward goes through
-GROUP = 8  # row tiles whose programs run side by side: they share W in the second-level cache, and it their H
+# row tiles whose programs run side by side: they share W in the second-level cache, and it their H
+GROUP = 8
 ROW_BLOCK = 8192  # logits of a row whose statistics are taken at a time
 GRADIENT_BLOCK = 4096
 SUM_BLOCK = 1024  # log-probs of a response added at a time
@@ -44,7 +50,9 @@ ADD_BLOCK = 1024  # values of dW added at a time
 
 
 class Tiles(NamedTuple):
-    """Rows, vocabulary entries and widths of the forward's product tiles, and how a program runs them."""
+    """Rows, vocabulary entries and widths of the forward's product tiles, and how a program runs
+    them.
+    """
 
     rows: int
     vocabulary: int
@@ -63,17 +71,33 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
     return Tiles(128, 256, 64, 8, 4)  # two warp groups, a 64 x 256 accumulator each
 
 
-# ------------------------------------------------------------------------------------------------- forward: log-probs
+# ------------------------------------------------------------------------------- forward: log-probs
 
 
-# Numbers that only count rows are not specialised on: a new batch size must not mean a new compilation.
+# Numbers that only count rows are not specialised on: a new batch size must not mean a new
+# compilation.
 @triton.jit(do_not_specialize=["N", "row_tiles", "slabs"])
 def _logprob_slab_kernel(
-    hidden, weight, target, largest, total, picked,
-    N, V, D, hidden_stride, weight_stride, row_tiles, slabs,
-    EVEN: tl.constexpr, SLAB: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    target,
+    largest,
+    total,
+    picked,
+    N,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    row_tiles,
+    slabs,
+    EVEN: tl.constexpr,
+    SLAB: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     program = tl.program_id(0)
     group = program // (GROUP * slabs)
     members = tl.minimum(GROUP, row_tiles - group * GROUP)
@@ -103,24 +127,31 @@ def _logprob_slab_kernel(
                 w = tl.load(w_rows + at, mask=(k < D - at)[None, :], other=0.0)
             if (
                 INTERPRETED
-            ):  # its dot takes bfloat16 for the integers it is stored as; the products are exact either way
+                # its dot takes bfloat16 for the integers it is stored as; the products are exact
+                # either way
+            ):
                 h = h.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
         z = tl.where((cols < V)[None, :], z, float("-inf"))
         z_goal += tl.sum(tl.where(cols[None, :] == goal[:, None], z, 0.0), 1)
-        # tl.max passes over NaN, but the sum of exponentials does not: one NaN logit makes the row NaN.
+        # tl.max passes over NaN, but the sum of exponentials does not: one NaN logit makes the row
+        # NaN.
         m_new = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
         m = m_new
     out = slab.to(tl.int64) * N + rows
     tl.store(largest + out, m, mask=rows < N)
     tl.store(total + out, s, mask=rows < N)
-    tl.store(picked + rows, z_goal, mask=(rows < N) & (goal >= slab * SLAB) & (goal < slab * SLAB + SLAB))
+    tl.store(
+        picked + rows, z_goal, mask=(rows < N) & (goal >= slab * SLAB) & (goal < slab * SLAB + SLAB)
+    )
 
 
 @triton.jit(do_not_specialize=["N", "slabs", "ignore_index"])
-def _merge_slabs_kernel(largest, total, picked, target, logp, lse, N, V, slabs, ignore_index, BLOCK: tl.constexpr):
+def _merge_slabs_kernel(
+    largest, total, picked, target, logp, lse, N, V, slabs, ignore_index, BLOCK: tl.constexpr
+):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < N
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -128,7 +159,9 @@ def _merge_slabs_kernel(largest, total, picked, target, logp, lse, N, V, slabs, 
     for _ in range(slabs):
         m_slab = tl.load(largest + rows, mask=mask, other=0.0)
         m_new = tl.maximum(m, m_slab)
-        s = s * tl.exp(m - m_new) + tl.load(total + rows, mask=mask, other=1.0) * tl.exp(m_slab - m_new)
+        s = s * tl.exp(m - m_new) + tl.load(total + rows, mask=mask, other=1.0) * tl.exp(
+            m_slab - m_new
+        )
         m = m_new
         largest += N
         total += N
@@ -139,7 +172,9 @@ def _merge_slabs_kernel(largest, total, picked, target, logp, lse, N, V, slabs, 
     tl.store(logp + rows, tl.where(goal == ignore_index, 0.0, z_goal - value), mask=mask)
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
     """(logp (N,), lse (N,)) float32; logp is 0 where the target is ignored."""
     hidden, weight, target = unit_stride(hidden), unit_stride(weight), target.contiguous()
     (N, D), V = hidden.shape, len(weight)
@@ -148,20 +183,52 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index:
     largest, total = torch.empty((2, slabs, N), dtype=torch.float32, device=hidden.device)
     picked, logp, lse = torch.empty((3, N), dtype=torch.float32, device=hidden.device)
     launch(
-        _logprob_slab_kernel, (row_tiles * slabs,), hidden,
-        hidden, weight, target, largest, total, picked,
-        N, V, D, hidden.stride(0), weight.stride(0), row_tiles, slabs,
-        EVEN=D % t.width == 0, SLAB=SLAB_TILES * t.vocabulary, GROUP=GROUP,
-        BLOCK_N=t.rows, BLOCK_V=t.vocabulary, BLOCK_D=t.width, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+        _logprob_slab_kernel,
+        (row_tiles * slabs,),
+        hidden,
+        hidden,
+        weight,
+        target,
+        largest,
+        total,
+        picked,
+        N,
+        V,
+        D,
+        hidden.stride(0),
+        weight.stride(0),
+        row_tiles,
+        slabs,
+        EVEN=D % t.width == 0,
+        SLAB=SLAB_TILES * t.vocabulary,
+        GROUP=GROUP,
+        BLOCK_N=t.rows,
+        BLOCK_V=t.vocabulary,
+        BLOCK_D=t.width,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
     launch(
-        _merge_slabs_kernel, (triton.cdiv(N, 128),), hidden,
-        largest, total, picked, target, logp, lse, N, V, slabs, ignore_index, BLOCK=128, num_warps=4,
-    )  # fmt: skip
+        _merge_slabs_kernel,
+        (triton.cdiv(N, 128),),
+        hidden,
+        largest,
+        total,
+        picked,
+        target,
+        logp,
+        lse,
+        N,
+        V,
+        slabs,
+        ignore_index,
+        BLOCK=128,
+        num_warps=4,
+    )
     return logp, lse
 
 
-# ------------------------------------------------------------------------- losses: logits in memory, a piece at a time
+# ------------------------------------------------------ losses: logits in memory, a piece at a time
 
 
 @triton.jit(do_not_specialize_on_alignment=["target", "lse", "logp"])
@@ -171,14 +238,17 @@ def _row_statistics_kernel(logits, target, lse, logp, V, stride, BLOCK: tl.const
     s = tl.full((1,), 0.0, tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        # Up to stride, a multiple of 16, the loads stay whole vectors; what lies beyond V is not logits.
+        # Up to stride, a multiple of 16, the loads stay whole vectors; what lies beyond V is not
+        # logits.
         z = tl.load(logits + row * stride + cols, mask=cols < stride, other=0.0).to(tl.float32)
         z = tl.where(cols < V, z, float("-inf"))[None, :]
         m_new = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
         m = m_new
     goal = tl.load(target + row)
-    z_goal = tl.load(logits + row * stride + goal, mask=(goal >= 0) & (goal < V), other=float("nan")).to(tl.float32)
+    z_goal = tl.load(
+        logits + row * stride + goal, mask=(goal >= 0) & (goal < V), other=float("nan")
+    ).to(tl.float32)
     value = m + tl.log(s)
     one = tl.arange(0, 1)
     tl.store(lse + row + one, value)
@@ -216,9 +286,17 @@ def _fill_run(out, value, first, last, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_pair"])
 def _pair_coefficient_kernel(
-    logp, starts, reference, weight, sums, coefficient,
-    first_pair, beta, scale, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logp,
+    starts,
+    reference,
+    weight,
+    sums,
+    coefficient,
+    first_pair,
+    beta,
+    scale,
+    BLOCK: tl.constexpr,
+):
     """Sums a pair's two runs of log-probs, and writes d loss / d logp for each of its rows."""
     pair = first_pair + tl.program_id(0)
     start = tl.load(starts + 2 * pair)
@@ -236,30 +314,45 @@ def _pair_coefficient_kernel(
 
 
 @triton.jit
-def _accumulate_kernel(product, high, low, out, size, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds a product to a sum kept as the upper 24 bits of a float32: 16 in `high`, 8 in `low`. The last one rounds."""
+def _accumulate_kernel(
+    product, high, low, out, size, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds a product to a sum kept as the upper 24 bits of a float32: 16 in `high`, 8 in `low`. The
+    last one rounds.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     value = tl.load(product + at, mask=mask)
     if not FIRST:
-        bits = (tl.load(high + at, mask=mask).to(tl.int32) << 16) | (tl.load(low + at, mask=mask).to(tl.int32) << 8)
+        bits = (tl.load(high + at, mask=mask).to(tl.int32) << 16) | (
+            tl.load(low + at, mask=mask).to(tl.int32) << 8
+        )
         value += bits.to(tl.float32, bitcast=True)
     if LAST:
-        tl.store(out + at, narrow(value, out.dtype.element_ty), mask=mask)  # out is the memory of high
+        # out is the memory of high
+        tl.store(out + at, narrow(value, out.dtype.element_ty), mask=mask)
     else:
         bits = value.to(tl.int32, bitcast=True)
-        bits = tl.where(value == value, bits + 0x80, bits)  # to nearest; a NaN must not carry into its sign
+        # to nearest; a NaN must not carry into its sign
+        bits = tl.where(value == value, bits + 0x80, bits)
         tl.store(high + at, (bits >> 16).to(tl.int16), mask=mask)
         tl.store(low + at, ((bits >> 8) & 0xFF).to(tl.uint8), mask=mask)
 
 
 def linear_logprob_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dh, dw) under grad (N,). A target outside [0, V), such as an ignored one, adds nothing.
 
-    lse is not read: the logits made again here are rounded to the model's dtype, those of the forward were not, and
-    only with a log-sum-exp of the very same logits do the probabilities add up to one.
+    lse is not read: the logits made again here are rounded to the model's dtype, those of the
+    forward were not, and only with a log-sum-exp of the very same logits do the probabilities add
+    up to one.
     """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     grad = grad.float().contiguous()
@@ -268,7 +361,12 @@ def linear_logprob_backward(
 
 
 def sft_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logp (N,) float32, dh, dw): the gradient of scale * sum_i -logp_i."""
     head = _Head(hidden, weight, target, need_hidden, need_weight)
@@ -278,10 +376,20 @@ def sft_loss(
 
 
 def pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference: Tensor, pair_weight: Tensor,
-    beta: float, scale: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(sums (S,) float32, dh, dw): the gradient of scale * sum_p weight_p * -log sigmoid(beta Delta_p)."""
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: Sequence[int],
+    reference: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sums (S,) float32, dh, dw): the gradient of scale * sum_p weight_p * -log sigmoid(beta
+    Delta_p).
+    """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     sums = torch.zeros(len(lengths), dtype=torch.float32, device=hidden.device)
     coefficient = torch.empty_like(head.logp)
@@ -292,10 +400,21 @@ def pair_loss(
     def coefficients(i: int) -> Tensor:
         pairs = pieces[i].pairs
         launch(
-            _pair_coefficient_kernel, (pairs.stop - pairs.start,), hidden,
-            head.logp, starts, reference, pair_weight, sums, coefficient, pairs.start, beta, scale,
-            BLOCK=SUM_BLOCK, num_warps=4,
-        )  # fmt: skip
+            _pair_coefficient_kernel,
+            (pairs.stop - pairs.start,),
+            hidden,
+            head.logp,
+            starts,
+            reference,
+            pair_weight,
+            sums,
+            coefficient,
+            pairs.start,
+            beta,
+            scale,
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
         return coefficient
 
     head.run((list(piece.rows(head.most)) for piece in pieces), coefficients)
@@ -303,21 +422,33 @@ def pair_loss(
 
 
 class _Head:
-    """Hidden states through the head and back, a group of rows at a time, in one workspace for the logits."""
+    """Hidden states through the head and back, a group of rows at a time, in one workspace for the
+    logits.
+    """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, need_hidden: bool, need_weight: bool) -> None:
-        self.hidden, self.weight, self.target = hidden.contiguous(), weight.contiguous(), target.contiguous()
-        self.logp, self.lse = torch.empty((2, len(target)), dtype=torch.float32, device=hidden.device)
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, need_hidden: bool, need_weight: bool
+    ) -> None:
+        self.hidden, self.weight, self.target = (
+            hidden.contiguous(),
+            weight.contiguous(),
+            target.contiguous(),
+        )
+        self.logp, self.lse = torch.empty(
+            (2, len(target)), dtype=torch.float32, device=hidden.device
+        )
         self.dh = torch.empty_like(self.hidden) if need_hidden else None
         self.dw = torch.empty_like(self.weight) if need_weight else None
-        # A row starts at a multiple of 128 bytes or more, whatever V: vector loads, and a product at full speed.
+        # A row starts at a multiple of 128 bytes or more, whatever V: vector loads, and a product
+        # at full speed.
         self.stride = triton.cdiv(len(weight), 64) * 64
         most = max(1, WORKSPACE_BYTES // (self.stride * hidden.element_size()))
         self.most = most // 128 * 128 or most  # rows of a piece: whole tiles of a product
 
     def run(self, groups: Iterable[list[slice]], coefficients: Callable[[int], Tensor]) -> None:
-        """Visits each group's pieces for log-probs and again for gradients; coefficients(i), called between the two,
-        gives d loss / d logp (N,), valid for group i. A group of one piece keeps its logits and is visited once."""
+        """Visits each group's pieces for log-probs and again for gradients; coefficients(i), called
+        between the two, gives d loss / d logp (N,), valid for group i. A group of one piece keeps
+        its logits and is visited once."""
         groups = list(groups)
         pieces = [piece for group in groups for piece in group]
         longest = max((piece.stop - piece.start for piece in pieces), default=0)
@@ -347,29 +478,46 @@ class _Head:
         logits = self.product(rows, workspace)
         V = len(self.weight)
         launch(
-            _row_statistics_kernel, (len(logits),), logits,
-            logits, self.target[rows], self.lse[rows], self.logp[rows], V, self.stride,
-            BLOCK=_block(self.stride, ROW_BLOCK), num_warps=8,
-        )  # fmt: skip
+            _row_statistics_kernel,
+            (len(logits),),
+            logits,
+            logits,
+            self.target[rows],
+            self.lse[rows],
+            self.logp[rows],
+            V,
+            self.stride,
+            BLOCK=_block(self.stride, ROW_BLOCK),
+            num_warps=8,
+        )
         return logits
 
     def turn_into_gradient(self, rows: slice, workspace: Tensor, coefficient: Tensor) -> None:
         block = _block(self.stride, GRADIENT_BLOCK)
         launch(
-            _logit_gradient_kernel, (rows.stop - rows.start, triton.cdiv(self.stride, block)), workspace,
-            workspace, self.target[rows], self.lse[rows], coefficient[rows], len(self.weight), self.stride,
-            BLOCK=block, num_warps=8,
-        )  # fmt: skip
+            _logit_gradient_kernel,
+            (rows.stop - rows.start, triton.cdiv(self.stride, block)),
+            workspace,
+            workspace,
+            self.target[rows],
+            self.lse[rows],
+            coefficient[rows],
+            len(self.weight),
+            self.stride,
+            BLOCK=block,
+            num_warps=8,
+        )
 
 
 class _WeightGradient:
     """dW = sum over pieces of dZ^T H, written into `out`, rounded once.
 
-    A sum kept in bfloat16 would be rounded at every piece, one in float32 takes 2 GiB at V = 128,256 and D = 4,096. So
-    between pieces it is the upper 24 bits of a float32: 16 of them in out's own memory, 8 beside it. Each addition then
-    costs 2^-17, against 2^-9 of the last rounding (2^-12 in float16). A product of one piece arrives in float32 a slab
-    of the vocabulary at a time, small enough to be added from the second-level cache. Beside the workspace this takes
-    V D bytes and SLAB_BYTES: at that shape, in all, 501 + 501 + 16 MiB.
+    A sum kept in bfloat16 would be rounded at every piece, one in float32 takes 2 GiB at V =
+    128,256 and D = 4,096. So between pieces it is the upper 24 bits of a float32: 16 of them in
+    out's own memory, 8 beside it. Each addition then costs 2^-17, against 2^-9 of the last rounding
+    (2^-12 in float16). A product of one piece arrives in float32 a slab of the vocabulary at a
+    time, small enough to be added from the second-level cache. Beside the workspace this takes V D
+    bytes and SLAB_BYTES: at that shape, in all, 501 + 501 + 16 MiB.
     """
 
     def __init__(self, out: Tensor, pieces: int) -> None:
@@ -399,10 +547,19 @@ class _WeightGradient:
         product = _wide_product(dz[:, rows].T, hidden, self.product[: rows.stop - rows.start])
         out = self.out[rows]
         launch(
-            _accumulate_kernel, (triton.cdiv(out.numel(), ADD_BLOCK),), out,
-            product, out.view(torch.int16), self.low[rows], out, out.numel(),
-            FIRST=self.first, LAST=self.left == 0, BLOCK=ADD_BLOCK, num_warps=4,
-        )  # fmt: skip
+            _accumulate_kernel,
+            (triton.cdiv(out.numel(), ADD_BLOCK),),
+            out,
+            product,
+            out.view(torch.int16),
+            self.low[rows],
+            out,
+            out.numel(),
+            FIRST=self.first,
+            LAST=self.left == 0,
+            BLOCK=ADD_BLOCK,
+            num_warps=4,
+        )
 
 
 def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -413,7 +570,9 @@ def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device; the host does not wait."""
+    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device; the host
+    does not wait.
+    """
     starts = torch.tensor([0, *accumulate(lengths)], pin_memory=device.type == "cuda")
     return starts.to(device, non_blocking=True)
 

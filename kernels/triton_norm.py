@@ -2,12 +2,16 @@
 """Triton: rms_norm, alone or right after the residual addition, forward and backward.
 
 y = x r w with r = 1 / sqrt(mean(x^2) + eps), a scale a row. With g = dy w and n = x r:
-dx = r (g - n mean(g n)),  dw = sum over rows of dy n. With the addition, x = total = a + b, rounded to its dtype, and
-the gradient of total that arrives from later layers joins: da = db = dx + dtotal.
 
-x (N, D), weight (D,) in float32, bfloat16 or float16; the arithmetic is float32, rounded once at the store. Kept: x
-(or total) and r (N,) float32; n is made again in the backward. dw is summed without atomics: each program adds up a
-fixed run of rows, a second kernel adds up the programs in order. Oracle: `ldalign.kernels.reference.rms_norm`.
+    dx = r (g - n mean(g n)),  dw = sum over rows of dy n.
+
+With the addition, x = total = a + b, rounded to its dtype, and the gradient of total that arrives
+from later layers joins: da = db = dx + dtotal.
+
+x (N, D), weight (D,) in float32, bfloat16 or float16; the arithmetic is float32, rounded once at
+the store. Kept: x (or total) and r (N,) float32; n is made again in the backward. dw is summed
+without atomics: each program adds up a fixed run of rows, a second kernel adds up the programs in
+order. Oracle: `ldalign.kernels.reference.rms_norm`.
 """
 
 import torch
@@ -19,27 +23,42 @@ from ldalign.kernels.triton_common import launch, narrow, unit_stride
 
 TILE = 4096  # values a program holds at a time: many short rows, or one long one
 WIDEST = 32_768
-PROGRAMS = 512  # of the backward, so many partial sums of dw: about four for each multiprocessor of a large GPU
+# of the backward, so many partial sums of dw: about four for each multiprocessor of a large GPU
+PROGRAMS = 512
 
 
 # N is not specialised on: a new batch size must not mean a new compilation.
 @triton.jit(do_not_specialize=["N"])
 def _rms_norm_kernel(
-    x, residual, weight, y, total, rstd,
-    N, D, x_stride, residual_stride, eps,
-    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    rstd,
+    N,
+    D,
+    x_stride,
+    residual_stride,
+    eps,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     out = rows[:, None] * D + cols[None, :]
-    value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     if ADD:
         other = residual + rows[:, None] * residual_stride + cols[None, :]
         value += tl.load(other, mask=mask, other=0.0).to(tl.float32)
         rounded = narrow(value, total.dtype.element_ty)
         tl.store(total + out, rounded, mask=mask)
-        value = rounded.to(tl.float32)  # the norm of what is kept, as if the addition were its own operation
+        # the norm of what is kept, as if the addition were its own operation
+        value = rounded.to(tl.float32)
     r = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
     tl.store(y + out, narrow(value * r[:, None] * w[None, :], y.dtype.element_ty), mask=mask)
@@ -48,10 +67,23 @@ def _rms_norm_kernel(
 
 @triton.jit(do_not_specialize=["N", "rows_a_program"])
 def _rms_norm_backward_kernel(
-    dy, dtotal, x, weight, rstd, dx, partial,
-    N, D, rows_a_program, dy_stride, dtotal_stride, x_stride,
-    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dtotal,
+    x,
+    weight,
+    rstd,
+    dx,
+    partial,
+    N,
+    D,
+    rows_a_program,
+    dy_stride,
+    dtotal_stride,
+    x_stride,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * rows_a_program
     cols = tl.arange(0, BLOCK)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -59,8 +91,12 @@ def _rms_norm_backward_kernel(
     for start in range(0, rows_a_program, ROWS):
         rows = first + start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)[None, :]
-        d = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         r = tl.load(rstd + rows, mask=rows < N, other=0.0)
         n = value * r[:, None]
         g = d * w[None, :]
@@ -68,7 +104,9 @@ def _rms_norm_backward_kernel(
         if ADD:
             joins = dtotal + rows[:, None] * dtotal_stride + cols[None, :]
             result += tl.load(joins, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + rows[:, None] * D + cols[None, :], narrow(result, dx.dtype.element_ty), mask=mask)
+        tl.store(
+            dx + rows[:, None] * D + cols[None, :], narrow(result, dx.dtype.element_ty), mask=mask
+        )
         dw += d * n
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + cols, tl.sum(dw, 0), mask=cols < D)
 
@@ -85,15 +123,25 @@ def _sum_rows_kernel(partial, out, P, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 
 
 def _tile(D: int, values: int) -> dict[str, int]:
-    """Rows and columns a program holds, and warps enough for at most so many values a thread (up to 16 warps)."""
+    """Rows and columns a program holds, and warps enough for at most so many values a thread (up to
+    16 warps).
+    """
     if not 0 < D <= WIDEST:
-        raise ValueError(f"rms_norm: width {D}; the Triton kernel holds rows of 1 to {WIDEST} values")
+        raise ValueError(
+            f"rms_norm: width {D}; the Triton kernel holds rows of 1 to {WIDEST} values"
+        )
     block = triton.next_power_of_2(D)
     rows = max(1, TILE // max(block, 64))  # a narrow row must not make a tile of thousands of rows
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // (32 * values)))}
+    return {
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": max(1, min(16, rows * block // (32 * values))),
+    }
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     N, D = x.shape
     tile = _tile(D, values=32)
     x, other = unit_stride(x), unit_stride(x if residual is None else residual)
@@ -101,14 +149,29 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     total = torch.empty_like(y) if residual is not None else y
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     launch(
-        _rms_norm_kernel, (triton.cdiv(N, tile["ROWS"]),), x,
-        x, other, weight.contiguous(), y, total, rstd, N, D, x.stride(0), other.stride(0), eps,
-        ADD=residual is not None, **tile,
-    )  # fmt: skip
+        _rms_norm_kernel,
+        (triton.cdiv(N, tile["ROWS"]),),
+        x,
+        x,
+        other,
+        weight.contiguous(),
+        y,
+        total,
+        rstd,
+        N,
+        D,
+        x.stride(0),
+        other.stride(0),
+        eps,
+        ADD=residual is not None,
+        **tile,
+    )
     return y, total, rstd
 
 
-def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     N, D = x.shape
     tile = _tile(D, values=16)  # beside a row's values each thread keeps its share of w and dw
     dy, x, joins = unit_stride(dy), unit_stride(x), unit_stride(dy if dtotal is None else dtotal)
@@ -119,12 +182,38 @@ def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd
     programs = triton.cdiv(N, run) if run else 0
     partial = torch.empty((programs, D), dtype=torch.float32, device=x.device)
     launch(
-        _rms_norm_backward_kernel, (programs,), x,
-        dy, joins, x, weight, rstd, dx, partial, N, D, run, dy.stride(0), joins.stride(0), x.stride(0),
-        ADD=dtotal is not None, **tile,
-    )  # fmt: skip
+        _rms_norm_backward_kernel,
+        (programs,),
+        x,
+        dy,
+        joins,
+        x,
+        weight,
+        rstd,
+        dx,
+        partial,
+        N,
+        D,
+        run,
+        dy.stride(0),
+        joins.stride(0),
+        x.stride(0),
+        ADD=dtotal is not None,
+        **tile,
+    )
     # without rows a sum over none: zeros
-    launch(_sum_rows_kernel, (triton.cdiv(D, 32),), x, partial, dweight, programs, D, ROWS=128, BLOCK=32, num_warps=4)
+    launch(
+        _sum_rows_kernel,
+        (triton.cdiv(D, 32),),
+        x,
+        partial,
+        dweight,
+        programs,
+        D,
+        ROWS=128,
+        BLOCK=32,
+        num_warps=4,
+    )
     return dx, dweight
 
 
@@ -139,7 +228,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     return _backward(dy, None, x, weight, rstd)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y = norm(total), total = x + residual rounded to the dtype, rstd)."""
     return _forward(x, residual, weight, eps)
 

@@ -1,6 +1,8 @@
-"""LD-Align: align a language model with latent distances (arXiv 2404.06390), from data to an evaluated policy.
+"""LD-Align: align a language model with latent distances (arXiv 2404.06390), from data to an
+evaluated policy.
 
-The public names, each imported from its module when it is first used: `import ldalign` alone loads nothing.
+The public names, each imported from its module when it is first used: `import ldalign` alone loads
+nothing.
 """
 
 import importlib
@@ -40,7 +42,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`ldalign.generate` is the function: importing the module of that name, as ldalign does, must not hide it."""
+    """`ldalign.generate` is the function: importing the module of that name, as ldalign does, must
+    not hide it.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "generate" and isinstance(value, ModuleType)):

@@ -1,9 +1,11 @@
-"""Judge agreement (LD-Align, arXiv 2404.06390, section 5.2): does latent distance say which of two samples is worse?
+"""Judge agreement (LD-Align, arXiv 2404.06390, section 5.2): does latent distance say which of two
+samples is worse?
 
-A policy answers each held-out prompt twice. The guide calls the sample farther from the real response the worse one; a
-judge says which is better. The rate at which they agree is over pairs on which both decide, with Wilson's 95 % interval
-(1927; prompts are independent, one pair each). Chance is 1/2. Beside it, on the same pairs, the rate of a rule that
-needs no guide: the longer sample is the worse one.
+A policy answers each held-out prompt twice. The guide calls the sample farther from the real
+response the worse one; a judge says which is better. The rate at which they agree is over pairs on
+which both decide, with Wilson's 95 % interval (1927; prompts are independent, one pair each).
+Chance is 1/2. Beside it, on the same pairs, the rate of a rule that needs no guide: the longer
+sample is the worse one.
 """
 
 import math
@@ -36,7 +38,8 @@ CHANCE = 0.5
 
 
 def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
-    """Two samples a held-out prompt, in agreement_samples/samples.jsonl; returns its records, two a row in turn.
+    """Two samples a held-out prompt, in agreement_samples/samples.jsonl; returns its records, two a
+    row in turn.
 
     A run that was cut short is gone on with.
     """
@@ -44,38 +47,59 @@ def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
     sampling = sampling_of(ctx.config)
     requests = [
         Request(f"agreement/{row.id}/{n}", pair.prompt, 2 * i + n)
-        for i, (row, pair) in enumerate(zip(rows, pairs, strict=False)) for n in (0, 1)
-    ]  # fmt: skip
+        for i, (row, pair) in enumerate(zip(rows, pairs, strict=False))
+        for n in (0, 1)
+    ]
 
     def record(request: Request, r: Response) -> dict[str, Any]:
         text = text_of(ctx.tokenizer.decode(r.ids), sampling)
-        return {"id": rows[request.index // 2].id, "sample": request.index % 2, "response": text,
-                "finish_reason": r.finish_reason, "n_tokens": len(r.ids)}  # fmt: skip
+        return {
+            "id": rows[request.index // 2].id,
+            "sample": request.index % 2,
+            "response": text,
+            "finish_reason": r.finish_reason,
+            "n_tokens": len(r.ids),
+        }
 
     def make(folder: Path) -> Metrics:
-        decoder = new_decoder(cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True)
-        with Bar("agreement_samples", -(-len(requests) // distributed.world_size()), "samples") as progress:
+        decoder = new_decoder(
+            cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True
+        )
+        with Bar(
+            "agreement_samples", -(-len(requests) // distributed.world_size()), "samples"
+        ) as progress:
             made = make_answers(
-                folder / "samples.jsonl", requests, decoder, new_engine(ctx.config, requests, ctx.tokenizer), record,
+                folder / "samples.jsonl",
+                requests,
+                decoder,
+                new_engine(ctx.config, requests, ctx.tokenizer),
+                record,
                 progress,
-            )  # fmt: skip
+            )
         return {"rows": len(rows), "tokens": sum(r["n_tokens"] for r in made)}
 
     parents: Parents = {
-        "policy": hash_model_folder(policy), "data (held-out rows)": data_hash(rows), "dtype": str(ctx.dtype),
-        **ctx.tokenizer.template_parents, **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
-    }  # fmt: skip
+        "policy": hash_model_folder(policy),
+        "data (held-out rows)": data_hash(rows),
+        "dtype": str(ctx.dtype),
+        **ctx.tokenizer.template_parents,
+        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+    }
     stage(ctx, "agreement_samples", parents, make, resume=True)
     return read_jsonl(ctx.run.path / "agreement_samples/samples.jsonl")
 
 
 def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
-    """How often the guide and the judge agree on the policy's samples, in agreement/, with every pair they saw."""
+    """How often the guide and the judge agree on the policy's samples, in agreement/, with every
+    pair they saw.
+    """
     samples = samples_stage(ctx, policy)
     rows = ctx.heldout.rows[: ctx.config.agreement.rows]
 
     def make(folder: Path) -> Metrics:
-        records = [_pair(one, other) for one, other in zip(samples[0::2], samples[1::2], strict=True)]
+        records = [
+            _pair(one, other) for one, other in zip(samples[0::2], samples[1::2], strict=True)
+        ]
         differ = [i for i, r in enumerate(records) if r["first"] != r["second"]]
         both = [(i, side) for i in differ for side in ("first", "second")]
         texts = [records[i][side] for i, side in both]
@@ -83,12 +107,17 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
             ctx, guide, [rows[i] for i, _ in both], texts, folder / PARTS / "distances"
         ).tolist()
         preferences = open_judge(ctx, policy).prefer(
-            [rows[i] for i in differ], [records[i]["first"] for i in differ], [records[i]["second"] for i in differ],
+            [rows[i] for i in differ],
+            [records[i]["first"] for i in differ],
+            [records[i]["second"] for i in differ],
             folder / PARTS / "judge",
-        )  # fmt: skip
+        )
         for n, i in enumerate(differ):
-            records[i] |= {"first_distance": distances[2 * n], "second_distance": distances[2 * n + 1],
-                           "preference": None if math.isnan(preferences[n]) else preferences[n]}  # fmt: skip
+            records[i] |= {
+                "first_distance": distances[2 * n],
+                "second_distance": distances[2 * n + 1],
+                "preference": None if math.isnan(preferences[n]) else preferences[n],
+            }
         for record in records:
             record["verdict"] = verdict(record)
         if distributed.rank() == 0:
@@ -96,15 +125,20 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
         return summary(records)
 
     samples_file = ctx.run.path / "agreement_samples/samples.jsonl"
-    parents = {"samples": hash_file(samples_file), "guide": guide_hash(guide), **judge_parents(ctx, policy),
-               **ctx.keys("distance")}  # fmt: skip
+    parents = {
+        "samples": hash_file(samples_file),
+        "guide": guide_hash(guide),
+        **judge_parents(ctx, policy),
+        **ctx.keys("distance"),
+    }
     metrics = stage(ctx, "agreement", parents, make, resume=True)
     say(_sentence(metrics))
     return metrics
 
 
 def find_guide(ctx: Context) -> Path:
-    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a GPT-2, maybe).
+    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a
+    GPT-2, maybe).
 
     Raises InputError where there is none.
     """
@@ -112,28 +146,35 @@ def find_guide(ctx: Context) -> Path:
     folder = given if given is not None and is_trained_guide(given) else ctx.run.path / "guide"
     if not is_trained_guide(folder):
         raise InputError(
-            f"{folder}: no trained guide is there; make one with train/guide.py, or give it (guide=FOLDER)"
+            f"{folder}: no trained guide is there; make one with train/guide.py, or give it "
+            "(guide=FOLDER)"
         )
     return folder
 
 
 def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    return {"id": first["id"], "first": first["response"], "second": second["response"],
-            "first_tokens": first["n_tokens"], "second_tokens": second["n_tokens"]}  # fmt: skip
+    return {
+        "id": first["id"],
+        "first": first["response"],
+        "second": second["response"],
+        "first_tokens": first["n_tokens"],
+        "second_tokens": second["n_tokens"],
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """Of one pair: agree, disagree, or why it does not count: identical, none (no verdict), tie (the judge's, or equal
-    distances)."""
+    """Of one pair: agree, disagree, or why it does not count: identical, none (no verdict), tie
+    (the judge's, or equal distances)."""
     if record["first"] == record["second"]:
         return "identical"
     if record["preference"] is None:
         return "none"
     judged = record["preference"] - 0.5
-    nearer = record["second_distance"] - record["first_distance"]  # positive: the first is the nearer, the better one
+    # positive: the first is the nearer, the better one
+    nearer = record["second_distance"] - record["first_distance"]
     if judged == 0 or nearer == 0:
         return "tie"
     return "agree" if (judged > 0) == (nearer > 0) else "disagree"
@@ -141,16 +182,27 @@ def verdict(record: dict[str, Any]) -> str:
 
 def summary(records: Sequence[dict[str, Any]]) -> Metrics:
     """The figures of judged pairs; rates are left out where no pair decides them."""
-    count = {word: sum(r["verdict"] == word for r in records) for word in ("identical", "none", "tie", "agree")}
+    count = {
+        word: sum(r["verdict"] == word for r in records)
+        for word in ("identical", "none", "tie", "agree")
+    }
     decided = [r for r in records if r["verdict"] in ("agree", "disagree")]
-    shorter = [(r["preference"] > 0.5) == (r["first_tokens"] < r["second_tokens"])
-               for r in decided if r["first_tokens"] != r["second_tokens"]]  # fmt: skip
+    shorter = [
+        (r["preference"] > 0.5) == (r["first_tokens"] < r["second_tokens"])
+        for r in decided
+        if r["first_tokens"] != r["second_tokens"]
+    ]
     return {
-        "agreement/prompts": len(records), "agreement/rows": len(decided), "agreement/ties": count["tie"],
-        "agreement/no_verdict": count["none"], "agreement/identical": count["identical"], "agreement/chance": CHANCE,
+        "agreement/prompts": len(records),
+        "agreement/rows": len(decided),
+        "agreement/ties": count["tie"],
+        "agreement/no_verdict": count["none"],
+        "agreement/identical": count["identical"],
+        "agreement/chance": CHANCE,
         **_rate("agreement/", count["agree"], len(decided)),
-        "agreement/length_rows": len(shorter), **_rate("agreement/length_", sum(shorter), len(shorter)),
-    }  # fmt: skip
+        "agreement/length_rows": len(shorter),
+        **_rate("agreement/length_", sum(shorter), len(shorter)),
+    }
 
 
 def _rate(prefix: str, hits: int, count: int) -> Metrics:
@@ -161,7 +213,9 @@ def _rate(prefix: str, hits: int, count: int) -> Metrics:
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share: holds near 0 and 1 and for few trials, unlike share +- 2 errors."""
+    """Wilson's 95 % score interval of a share: holds near 0 and 1 and for few trials, unlike share
+    +- 2 errors.
+    """
     share, z2 = hits / count, NORMAL_95**2 / count
     middle = (share + z2 / 2) / (1 + z2)
     reach = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
@@ -171,12 +225,15 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def _sentence(metrics: Metrics) -> str:
     rest = (
         f"of {metrics['agreement/prompts']:.0f} prompts; {metrics['agreement/ties']:.0f} ties, "
-        f"{metrics['agreement/no_verdict']:.0f} without verdict, {metrics['agreement/identical']:.0f} identical"
+        f"{metrics['agreement/no_verdict']:.0f} without verdict, "
+        f"{metrics['agreement/identical']:.0f} identical"
     )
     if "agreement/rate" not in metrics:
         return f"agreement: no pair was decided, {rest}"
-    rate, low, high, pairs = (metrics[f"agreement/{name}"] for name in ("rate", "low", "high", "rows"))
+    rate, low, high, pairs = (
+        metrics[f"agreement/{name}"] for name in ("rate", "low", "high", "rows")
+    )
     return (
-        f"agreement: {rate:.1%} ({low:.1%} to {high:.1%}; chance {CHANCE:.0%}) on {pairs:.0f} pairs, "
-        f"{rest}; the longer is worse: {metrics.get('agreement/length_rate', math.nan):.1%}"
+        f"agreement: {rate:.1%} ({low:.1%} to {high:.1%}; chance {CHANCE:.0%}) on {pairs:.0f} "
+        f"pairs, {rest}; the longer is worse: {metrics.get('agreement/length_rate', math.nan):.1%}"
     )

@@ -1,6 +1,8 @@
-"""What a run's files say together: pairs joined by row id, rank correlations with intervals, concentration of weights.
+"""What a run's files say together: pairs joined by row id, rank correlations with intervals,
+concentration of weights.
 
-Pure functions over numbers, and one reader of a run folder. No model is loaded. Formulas: docs/report.md.
+Pure functions over numbers, and one reader of a run folder. No model is loaded. Formulas:
+docs/report.md.
 """
 
 import json
@@ -24,7 +26,7 @@ NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors
 FEWEST = 5  # pairs, below which an interval means nothing
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def ranks(values: Array) -> Array:
 def spearman(x: Array, y: Array) -> Estimate | None:
     """Spearman's rank correlation of (N,) and (N,), rows with a NaN left out.
 
-    The interval is Fisher's z with Bonett and Wright's error, sqrt((1 + r^2 / 2) / (n - 3)) (Psychometrika 65, 2000).
-    None where fewer than FEWEST rows are left or one side is constant.
+    The interval is Fisher's z with Bonett and Wright's error, sqrt((1 + r^2 / 2) / (n - 3))
+    (Psychometrika 65, 2000). None where fewer than FEWEST rows are left or one side is constant.
     """
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
@@ -64,7 +66,8 @@ def spearman(x: Array, y: Array) -> Estimate | None:
 def superiority(a: Array, b: Array) -> Estimate | None:
     """Probability that a value of `a` exceeds one of `b`, ties half: the area under the ROC curve.
 
-    The interval is normal with DeLong's error (Biometrics 44, 1988). None where one side has fewer than FEWEST rows.
+    The interval is normal with DeLong's error (Biometrics 44, 1988). None where one side has fewer
+    than FEWEST rows.
     """
     if min(len(a), len(b)) < FEWEST:
         return None
@@ -80,32 +83,44 @@ def concentration(weights: Array) -> Array:
     """Share of the total weight that the k heaviest of N pairs carry, k = 0..N: (N + 1,)."""
     heaviest_first = np.sort(weights)[::-1]
     total = heaviest_first.sum()
-    return np.concatenate([[0.0], heaviest_first.cumsum() / total if total > 0 else np.zeros(len(weights))])
+    return np.concatenate(
+        [[0.0], heaviest_first.cumsum() / total if total > 0 else np.zeros(len(weights))]
+    )
 
 
 def top_share(weights: Array, share: float = 0.1) -> float:
-    """Share of the total weight that the heaviest `share` of the pairs carry (at least one pair)."""
+    """Share of the total weight that the heaviest `share` of the pairs carry
+    (at least one pair).
+    """
     return float(concentration(weights)[math.ceil(share * len(weights))]) if len(weights) else 0.0
 
 
 def mean_relative_gain(scores: Mapping[str, float], base: Mapping[str, float]) -> float | None:
-    """Mean over the scores both have of score / base - 1, as the paper's table has it; None where there is none."""
+    """Mean over the scores both have of score / base - 1, as the paper's table has it; None where
+    there is none.
+    """
     gains = [scores[key] / base[key] - 1 for key in scores if base.get(key)]
     return sum(gains) / len(gains) if gains else None
 
 
-# -------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What a method calls the two responses of a pair: the one the loss makes likelier, and the one against it."""
+    """What a method calls the two responses of a pair: the one the loss makes likelier, and the one
+    against it.
+    """
 
     better: str
     worse: str
 
 
-OWN, GIVEN, RANKED = Sides("real", "generated"), Sides("chosen", "rejected"), Sides("preferred", "rejected")
+OWN, GIVEN, RANKED = (
+    Sides("real", "generated"),
+    Sides("chosen", "rejected"),
+    Sides("preferred", "rejected"),
+)
 
 
 def sides_of(method: Any) -> Sides:
@@ -117,7 +132,8 @@ def sides_of(method: Any) -> Sides:
 class Pairs:
     """One iteration's pairs, in the data's order; arrays are (N,), NaN where the run does not say.
 
-    real and generated are named for LD-Align's and SPIN's: the better and the worse side, whatever `sides` calls them.
+    real and generated are named for LD-Align's and SPIN's: the better and the worse side, whatever
+    `sides` calls them.
     """
 
     iteration: int
@@ -136,12 +152,15 @@ class Pairs:
     reward_real: Array
     reward_generated: Array
     sides: Sides = OWN
-    preference: Array | None = None  # of a judge, for the better of two samples, in [0.5, 1]; NaN: no verdict
+    # of a judge, for the better of two samples, in [0.5, 1]; NaN: no verdict
+    preference: Array | None = None
     data: Sequence[str] = ()  # the data's own responses, where neither side is one
 
     @property
     def nll(self) -> Array:
-        """Of the generated response under the reference, nats per token (max_length may have cut what was scored)."""
+        """Of the generated response under the reference, nats per token (max_length may have cut
+        what was scored).
+        """
         return -self.logp_generated / np.maximum(self.tokens, 1)
 
     @property
@@ -151,7 +170,8 @@ class Pairs:
         return np.array(gaps, dtype=np.float64)
 
 
-# What a distance is laid against: key, the name with its unit, and the values of an iteration's pairs
+# What a distance is laid against: key, the name with its unit, and the values of an iteration's
+# pairs
 MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
     ("tokens", "length of the generated response, tokens", lambda p: p.tokens),
     ("length_gap", "difference in length, characters", lambda p: p.length_gap),
@@ -165,14 +185,20 @@ MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
 
 
 def read_pairs(run: Path, t: int) -> Pairs | None:
-    """Iteration t's pairs joined by row id from the run's finished stages; None where there are none (yet)."""
+    """Iteration t's pairs joined by row id from the run's finished stages; None where there are
+    none (yet).
+    """
     folder, data = run / f"iteration_{t}", run / "data/train.jsonl"
     if not data.is_file():
         return None
     rows = {row["id"]: row for row in read_jsonl(data)}
     if not (folder / "responses/responses.jsonl").is_file():
         return _given_pairs(folder, t, rows)
-    records = [record for record in read_jsonl(folder / "responses/responses.jsonl") if record["id"] in rows]
+    records = [
+        record
+        for record in read_jsonl(folder / "responses/responses.jsonl")
+        if record["id"] in rows
+    ]
     if len({record["id"] for record in records}) < len(records):
         return _ranked_pairs(folder, t, rows, records)
     real = [_response(rows[record["id"]]) for record in records]
@@ -187,13 +213,24 @@ def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> Pairs | None:
     used = [rows[id_] for id_ in scored if "rejected" in rows.get(id_, ())]
     if not used:
         return None
-    records = [{"id": row["id"], "response": row["rejected"][-1]["content"], "n_tokens": math.nan,
-                "finish_reason": "stop"} for row in used]  # fmt: skip
+    records = [
+        {
+            "id": row["id"],
+            "response": row["rejected"][-1]["content"],
+            "n_tokens": math.nan,
+            "finish_reason": "stop",
+        }
+        for row in used
+    ]
     return replace(_join(folder, t, rows, [_response(row) for row in used], records), sides=GIVEN)
 
 
-def _ranked_pairs(folder: Path, t: int, rows: Mapping[str, Any], records: Sequence[Any]) -> Pairs | None:
-    """Of two samples a prompt, the one the judge prefers against the other; None before it has judged."""
+def _ranked_pairs(
+    folder: Path, t: int, rows: Mapping[str, Any], records: Sequence[Any]
+) -> Pairs | None:
+    """Of two samples a prompt, the one the judge prefers against the other; None before it has
+    judged.
+    """
     path = folder / "judged/judged.jsonl"
     if not path.is_file():
         return None
@@ -204,8 +241,13 @@ def _ranked_pairs(folder: Path, t: int, rows: Mapping[str, Any], records: Sequen
     worse = [a if turn else b for a, b, turn in zip(first, second, turned, strict=True)]
     pairs = _join(folder, t, rows, [record["response"] for record in better], worse)
     trained = pairs.trained & (np.abs(preferences - 0.5) > 0)  # False for NaN
-    return replace(pairs, sides=RANKED, preference=np.maximum(preferences, 1 - preferences), trained=trained,
-                   data=[_response(rows[record["id"]]) for record in first])  # fmt: skip
+    return replace(
+        pairs,
+        sides=RANKED,
+        preference=np.maximum(preferences, 1 - preferences),
+        trained=trained,
+        data=[_response(rows[record["id"]]) for record in first],
+    )
 
 
 def _response(row: Mapping[str, Any]) -> str:
@@ -213,8 +255,12 @@ def _response(row: Mapping[str, Any]) -> str:
     return str(messages[-1]["content"])
 
 
-def _join(folder: Path, t: int, rows: Mapping[str, Any], real: list[str], records: Sequence[Any]) -> Pairs:
-    """`real` against the records' responses, with all that the iteration's stages say of them by row id."""
+def _join(
+    folder: Path, t: int, rows: Mapping[str, Any], real: list[str], records: Sequence[Any]
+) -> Pairs:
+    """`real` against the records' responses, with all that the iteration's stages say of them by
+    row id.
+    """
     ids = [record["id"] for record in records]
     used = [rows[id_] for id_ in ids]
     generated = [record["response"] for record in records]
@@ -225,11 +271,22 @@ def _join(folder: Path, t: int, rows: Mapping[str, Any], real: list[str], record
     scored, logps = _reference(folder / "reference", ids)
     differ = np.array([a != b for a, b in zip(real, generated, strict=True)], dtype=bool)
     return Pairs(
-        t, ids, [(row.get("messages") or row["chosen"])[-2]["content"] for row in used], real, generated,
-        np.array([record["n_tokens"] for record in records], dtype=np.float64), finished,
-        differ if scored is None else scored, distances[0], distances[1], logps[0], logps[1],
-        np.array(verdicts, dtype=np.float64), rewards[0], rewards[1],
-    )  # fmt: skip
+        t,
+        ids,
+        [(row.get("messages") or row["chosen"])[-2]["content"] for row in used],
+        real,
+        generated,
+        np.array([record["n_tokens"] for record in records], dtype=np.float64),
+        finished,
+        differ if scored is None else scored,
+        distances[0],
+        distances[1],
+        logps[0],
+        logps[1],
+        np.array(verdicts, dtype=np.float64),
+        rewards[0],
+        rewards[1],
+    )
 
 
 def _verdict(row: Mapping[str, Any], text: str, finished: bool) -> float:
@@ -239,14 +296,21 @@ def _verdict(row: Mapping[str, Any], text: str, finished: bool) -> float:
 
 
 def _columns(path: Path, ids: list[str], *names: str) -> Array:
-    """(names, N) values of a JSON Lines file with ids; NaN where it has no such row, or is not there."""
+    """(names, N) values of a JSON Lines file with ids; NaN where it has no such row, or is not
+    there.
+    """
     found = {record["id"]: record for record in read_jsonl(path)} if path.is_file() else {}
     missing: dict[str, float] = {}
-    return np.array([[found.get(i, missing).get(name, math.nan) for i in ids] for name in names], dtype=np.float64)
+    return np.array(
+        [[found.get(i, missing).get(name, math.nan) for i in ids] for name in names],
+        dtype=np.float64,
+    )
 
 
 def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, Array]:
-    """Which of `ids` were scored (None: nothing was), and their log-probs (2, N): of the real, of the generated."""
+    """Which of `ids` were scored (None: nothing was), and their log-probs (2, N): of the real, of
+    the generated.
+    """
     logps = np.full((2, len(ids)), math.nan)
     if not (folder / "rows.json").is_file():
         return None, logps
@@ -254,13 +318,16 @@ def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, 
     place = {id_: i for i, id_ in enumerate(scored)}
     known = np.array([id_ in place for id_ in ids], dtype=bool)
     if scored:
-        table = load_file(folder / "reference.safetensors")["logps"].astype(np.float64)  # (pairs, 2)
+        # (pairs, 2)
+        table = load_file(folder / "reference.safetensors")["logps"].astype(np.float64)
         logps[:, known] = table[[place[id_] for id_ in ids if id_ in place]].T
     return known, logps
 
 
 def summarise(pairs: Pairs) -> dict[str, Any]:
-    """What table.json keeps of an iteration: rank correlations of distance, and how concentrated the weights are."""
+    """What table.json keeps of an iteration: rank correlations of distance, and how concentrated
+    the weights are.
+    """
     kept = pairs.trained
     distance, weight = pairs.distance[kept], pairs.weight[kept]
     if not len(distance) or not np.isfinite(distance).all():

@@ -1,10 +1,11 @@
 """Answers to many prompts: dealt among the ranks, kept as they come, and gone on with after a stop.
 
-The prompts are cut into chunks, longest prompts first, the same whatever the ranks. A rank takes the next chunk when it
-has room, so one that is slow takes fewer; nobody waits for anybody before the end. Every rank appends to a file of its
-own (`ldalign.parts`); at the end rank 0 merges them by row. A run that was killed leaves those files, and the next one
-makes what is missing: single rows where a row's bits do not depend on its company, else whole chunks, so that the
-answers are those of a run that was not killed.
+The prompts are cut into chunks, longest prompts first, the same whatever the ranks. A rank takes
+the next chunk when it has room, so one that is slow takes fewer; nobody waits for anybody before
+the end. Every rank appends to a file of its own (`ldalign.parts`); at the end rank 0 merges them by
+row. A run that was killed leaves those files, and the next one makes what is missing: single rows
+where a row's bits do not depend on its company, else whole chunks, so that the answers are those of
+a run that was not killed.
 """
 
 import json
@@ -33,11 +34,12 @@ def make_answers(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     chunk_rows: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes `path`, a JSON Lines file of one record a request, in the order of their indices; returns them on rank 0.
+    """Writes `path`, a JSON Lines file of one record a request, in the order of their indices;
+    returns them on rank 0.
 
-    All ranks call it with the same requests, whose indices are 0, 1, ... Files of an earlier call that was cut short,
-    beside `path`, are gone on from: the caller makes sure that they belong to the same requests. chunk_rows: a chunk's
-    rows, CHUNK by default.
+    All ranks call it with the same requests, whose indices are 0, 1, ... Files of an earlier call
+    that was cut short, beside `path`, are gone on from: the caller makes sure that they belong to
+    the same requests. chunk_rows: a chunk's rows, CHUNK by default.
     """
     size = chunk_rows or CHUNK
     done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact, size)))
@@ -64,13 +66,17 @@ def make_answers(
 
 
 def chunks(requests: Sequence[Request], size: int) -> list[list[Request]]:
-    """All requests, `size` at a time, longest prompts first; equal prompts stay together, for they share pages."""
+    """All requests, `size` at a time, longest prompts first; equal prompts stay together, for they
+    share pages.
+    """
     ordered = sorted(requests, key=lambda r: (-len(r.prompt), r.index))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def _claimed(path: Path, chunks: Sequence[Sequence[Request]]) -> Iterator[Sequence[Request]]:
-    """The chunks this rank gets: it asks for the next one when it is done with the last. A file is a claim."""
+    """The chunks this rank gets: it asks for the next one when it is done with the last. A file is
+    a claim.
+    """
     for number, chunk in enumerate(chunks):
         if not chunk:
             continue
@@ -103,7 +109,8 @@ def _merge(path: Path, count: int) -> list[dict[str, Any]]:
         rows = parts.read()
         assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
         records = [rows[i] for i in range(count)]
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))  # at once or not at all
+        # at once or not at all
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     _drop_claims(path)
     parts.remove()
     return records

@@ -1,7 +1,9 @@
-"""Pairs, and how they become batches: row order, micro-batches by token budget, packing without padding.
+"""Pairs, and how they become batches: row order, micro-batches by token budget, packing without
+padding.
 
-The order of the rows is a function of (seed, epoch) over global indices. Ranks and micro-batches only split a global
-batch; the divisor of the loss is fixed for the whole of it, so any split gives the same gradient.
+The order of the rows is a function of (seed, epoch) over global indices. Ranks and micro-batches
+only split a global batch; the divisor of the loss is fixed for the whole of it, so any split gives
+the same gradient.
 """
 
 import heapq
@@ -21,7 +23,9 @@ from ldalign.weights import LanguageModel
 
 @dataclass(frozen=True)
 class Pair:
-    """What training and scoring work on, in token ids. `generated` None: a row for SFT, which has no loser."""
+    """What training and scoring work on, in token ids. `generated` None: a row for SFT, which has
+    no loser.
+    """
 
     id: str
     prompt: list[int]
@@ -44,7 +48,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs packed: sequences [prompt | real | generated] end to end; both responses continue the prompt."""
+    """Pairs packed: sequences [prompt | real | generated] end to end; both responses continue the
+    prompt.
+    """
 
     pairs: Sequence[Pair]
     ids: Tensor  # (N,) int64
@@ -55,11 +61,15 @@ class Batch:
 
     @classmethod
     def pack(cls, pairs: Sequence[Pair], device: torch.device | str = "cpu") -> "Batch":
-        """Packs pairs for one forward. The first token of either response is predicted by the prompt's last."""
+        """Packs pairs for one forward. The first token of either response is predicted by the
+        prompt's last.
+        """
         rows, start = [], 0
         for pair in pairs:
             if not pair.prompt or not all(pair.responses):
-                raise ValueError(f"row {pair.id}: needs at least one prompt token and one token a response")
+                raise ValueError(
+                    f"row {pair.id}: needs at least one prompt token and one token a response"
+                )
             last = start + len(pair.prompt) - 1
             start = last + 1
             for response in pair.responses:
@@ -67,10 +77,14 @@ class Batch:
                 start += len(response)
         return cls(
             pairs=pairs,
-            ids=torch.tensor([t for p in pairs for part in (p.prompt, *p.responses) for t in part], device=device),
+            ids=torch.tensor(
+                [t for p in pairs for part in (p.prompt, *p.responses) for t in part], device=device
+            ),
             layout=Packed([[len(p.prompt), *map(len, p.responses)] for p in pairs], device),
             rows=torch.tensor(rows, device=device),
-            targets=torch.tensor([t for p in pairs for response in p.responses for t in response], device=device),
+            targets=torch.tensor(
+                [t for p in pairs for response in p.responses for t in response], device=device
+            ),
             lengths=[len(response) for p in pairs for response in p.responses],
         )
 
@@ -80,18 +94,26 @@ class Batch:
 
 
 def token_logprobs(model: LanguageModel, batch: Batch) -> Tensor:
-    """(M,) float32 natural-log probabilities of the batch's response tokens. No logits leave the head."""
+    """(M,) float32 natural-log probabilities of the batch's response tokens. No logits leave the
+    head.
+    """
     out = model(
         batch.ids,
         batch.layout,
-        lambda hidden, weight: ops.linear_logprob(hidden.index_select(0, batch.rows), weight, batch.targets),
+        lambda hidden, weight: ops.linear_logprob(
+            hidden.index_select(0, batch.rows), weight, batch.targets
+        ),
     )
     assert isinstance(out, Tensor)
     return out
 
 
-def global_batches(count: int, size: int, epochs: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, row indices) of each optimizer step. The last batch of an epoch holds what is left: no row is skipped."""
+def global_batches(
+    count: int, size: int, epochs: int, seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, row indices) of each optimizer step. The last batch of an epoch holds what is left:
+    no row is skipped.
+    """
     for epoch in range(epochs):
         order = permutation(seed, f"epoch/{epoch}", count)
         for start in range(0, count, size):
@@ -106,8 +128,8 @@ def count_steps(count: int, size: int, epochs: int) -> int:
 def pair_costs(model: LanguageModel, pairs: Sequence[Pair]) -> list[int]:
     """What each pair costs `model`: the multiply-adds of its forward in blocks, attention and head.
 
-    Attention is the quadratic part, a third of all for SmolLM2 at 2,000 tokens; the head runs where a response token is
-    predicted.
+    Attention is the quadratic part, a third of all for SmolLM2 at 2,000 tokens; the head runs where
+    a response token is predicted.
     """
     config = model.config
     if isinstance(config, GPT2Config):
@@ -118,34 +140,45 @@ def pair_costs(model: LanguageModel, pairs: Sequence[Pair]) -> list[int]:
     blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     head = model.output_weight.numel()
     return [
-        pair.tokens * blocks + 2 * width * _keys(pair, window) + head * sum(map(len, pair.responses)) for pair in pairs
+        pair.tokens * blocks
+        + 2 * width * _keys(pair, window)
+        + head * sum(map(len, pair.responses))
+        for pair in pairs
     ]
 
 
 def _keys(pair: Pair, window: int | None) -> int:
-    """How many keys the pair's tokens see, added up: token i of a sequence sees min(i + 1, window)."""
+    """How many keys the pair's tokens see, added up: token i of a sequence sees
+    min(i + 1, window).
+    """
 
     def seen(tokens: int) -> int:
         short = min(tokens, window or tokens)
         return short * (short + 1) // 2 + (tokens - short) * short
 
     prompt = len(pair.prompt)
-    return sum(seen(prompt + len(response)) for response in pair.responses) - (len(pair.responses) - 1) * seen(prompt)
+    return sum(seen(prompt + len(response)) for response in pair.responses) - (
+        len(pair.responses) - 1
+    ) * seen(prompt)
 
 
-def deal(sizes: Sequence[int], ranks: int, budget: int, costs: Sequence[int] | None = None) -> list[list[list[int]]]:
+def deal(
+    sizes: Sequence[int], ranks: int, budget: int, costs: Sequence[int] | None = None
+) -> list[list[list[int]]]:
     """Splits items over ranks and micro-batches: result[rank][micro] lists item indices.
 
-    sizes: what fills a micro-batch, at most `budget` of it (a larger single item gets one of its own); costs: what is
-    balanced, over ranks and over micro-batches; None: the sizes. Every rank has the same number of micro-batches, the
-    fewest that are found to do, as FSDP's collectives need; a rank that runs out has empty ones, at the end.
+    sizes: what fills a micro-batch, at most `budget` of it (a larger single item gets one of its
+    own); costs: what is balanced, over ranks and over micro-batches; None: the sizes. Every rank
+    has the same number of micro-batches, the fewest that are found to do, as FSDP's collectives
+    need; a rank that runs out has empty ones, at the end.
     """
     costs = sizes if costs is None else costs
     order = sorted(range(len(sizes)), key=lambda i: (-costs[i], -sizes[i], i))
     micros = max(1, -(-sum(sizes) // (ranks * budget)))
     while (bins := _fill(order, sizes, costs, ranks * micros, budget)) is None:
         micros += 1 + micros // 20
-    # The k-th micro-batches of all ranks run together: give them bins of like cost, in turns from either end.
+    # The k-th micro-batches of all ranks run together: give them bins of like cost, in turns from
+    # either end.
     bins.sort(key=lambda items: -sum(costs[i] for i in items))
     layers = [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
     layers = [layer[:: 1 if k % 2 == 0 else -1] for k, layer in enumerate(layers) if any(layer)]
@@ -155,7 +188,9 @@ def deal(sizes: Sequence[int], ranks: int, budget: int, costs: Sequence[int] | N
 def _fill(
     order: Sequence[int], sizes: Sequence[int], costs: Sequence[int], bins: int, budget: int
 ) -> list[list[int]] | None:
-    """Puts each item, in this order, into the least loaded bin; None where that has no room for it."""
+    """Puts each item, in this order, into the least loaded bin; None where that
+    has no room for it.
+    """
     filled: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0, 0, k) for k in range(bins)]  # (load, size, bin)
     for i in order:

@@ -1,7 +1,9 @@
-"""The parts of the benchmark definitions that are no template: how rows are brought into shape, and two scores.
+"""The parts of the benchmark definitions that are no template: how rows are brought into shape, and
+two scores.
 
-The YAML files of benchmark_definitions/ name these functions (`!function ldalign.benchmark_rows.NAME`). `rows` is
-anything with `map(function of a row)`: a data set of the hub, or local rows.
+The YAML files of benchmark_definitions/ name these functions (`!function
+ldalign.benchmark_rows.NAME`). `rows` is anything with `map(function of a row)`: a data set of the
+hub, or local rows.
 """
 
 import re
@@ -10,7 +12,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-Result = tuple[float, bool]  # of one choice: its log-prob, natural log; whether it is the greedy continuation
+# of one choice: its log-prob, natural log; whether it is the greedy continuation
+Result = tuple[float, bool]
 
 
 class Mapped(Protocol):
@@ -22,7 +25,9 @@ class Mapped(Protocol):
 
 
 def hellaswag(rows: Mapped) -> Mapped:
-    """`query` and `choices` out of the hub's columns; rows that have them already stay as they are."""
+    """`query` and `choices` out of the hub's columns; rows that have them
+    already stay as they are.
+    """
     return rows.map(_hellaswag)
 
 
@@ -37,7 +42,9 @@ def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_brackets(text: str) -> str:
-    """Without WikiHow's marks: [title] begins a sentence, [step], [substeps] and the like are nothing."""
+    """Without WikiHow's marks: [title] begins a sentence, [step], [substeps] and the like are
+    nothing.
+    """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -60,16 +67,32 @@ def true_probability(row: Mapping[str, Any], results: Sequence[Result]) -> dict[
     return {"acc": float(shares[np.array(row["mc2_targets"]["labels"]) == 1].sum() / shares.sum())}
 
 
-# Space before punctuation, and quotation marks, as the data set's tokeniser left them; in this order.
+# Space before punctuation, and quotation marks, as the data set's tokeniser left them; in this
+# order.
 SPACED = (
-    (" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't"), ("`` ", '"'), ("''", '"'), (" :", ":"), (" ;", ";"),
-    (" !", "!"), (" ?", "?"), (" ,", ","), (" .", "."),
-)  # fmt: skip
+    (" '", "'"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" n't", "n't"),
+    ("`` ", '"'),
+    ("''", '"'),
+    (" :", ":"),
+    (" ;", ";"),
+    (" !", "!"),
+    (" ?", "?"),
+    (" ,", ","),
+    (" .", "."),
+)
 
 
 def mutual(rows: Mapped) -> Mapped:
     """The article and the options as ordinary text."""
-    return rows.map(lambda row: {"article": _joined(row["article"]), "options": [_joined(o) for o in row["options"]]})
+    return rows.map(
+        lambda row: {
+            "article": _joined(row["article"]),
+            "options": [_joined(o) for o in row["options"]],
+        }
+    )
 
 
 def _joined(text: str) -> str:
@@ -79,7 +102,9 @@ def _joined(text: str) -> str:
 
 
 def recall_of_four(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
-    """MuTual's r@1, r@2 and reciprocal rank of the right option, by log-prob; a tie counts against it."""
+    """MuTual's r@1, r@2 and reciprocal rank of the right option, by log-prob; a tie counts against
+    it.
+    """
     logprobs = [logprob for logprob, _ in results]
     right = "ABCD".index(row["answers"])
     rank = sum(logprob >= logprobs[right] for logprob in logprobs)

@@ -1,7 +1,8 @@
-"""The benchmarks: their definitions (benchmark_definitions/*.yaml), their rows, and a harness task made of both.
+"""The benchmarks: their definitions (benchmark_definitions/*.yaml), their rows, and a harness task
+made of both.
 
-A definition is a YAML file as the harness reads them. Its rows come from the hub's data set that it names, or from
-local JSON Lines files. lm-eval is imported when a task is made, not before.
+A definition is a YAML file as the harness reads them. Its rows come from the hub's data set that it
+names, or from local JSON Lines files. lm-eval is imported when a task is made, not before.
 """
 
 import ast
@@ -31,8 +32,8 @@ FEWSHOT_SEED = 1234  # the harness's own
 def no_harness(error: ImportError) -> EnvironmentProblem:
     """What to raise where lm-eval cannot be imported."""
     return EnvironmentProblem(
-        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install 'ldalign[eval]', or, in the "
-        "repository, run them by `make evaluate`"
+        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install "
+        "'ldalign[eval]', or, in the repository, run them by `make evaluate`"
     )
 
 
@@ -43,10 +44,11 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark with its data: where rows come from and how many examples stand in front of each.
+    """One benchmark with its data: where rows come from and how many examples stand in front of
+    each.
 
-    data: folder of local files; None: the hub. shots None: the definition's. Raises InputError for an unknown name and
-    a missing file.
+    data: folder of local files; None: the hub. shots None: the definition's. Raises InputError for
+    an unknown name and a missing file.
     """
 
     name: str
@@ -75,7 +77,9 @@ class Benchmark:
     @property
     def definition_hash(self) -> str:
         """sha256 of the definition, functions by their names."""
-        text = json.dumps(self.definition, sort_keys=True, default=lambda function: function.__qualname__)
+        text = json.dumps(
+            self.definition, sort_keys=True, default=lambda function: function.__qualname__
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -85,19 +89,25 @@ class Benchmark:
 
     @cached_property
     def examples_file(self) -> Path | None:
-        """The local file that examples are drawn from; None: they are the first rows of `file`, or the hub's."""
+        """The local file that examples are drawn from; None: they are the first rows of `file`, or
+        the hub's.
+        """
         return self._local("_train") if self.used_shots else None
 
     def _local(self, suffix: str) -> Path | None:
         if self.data is None:
             return None
         stems = self.definition["metadata"]["files"]
-        paths = [self.data / f"{stem.removesuffix('_test') if suffix else stem}{suffix}.jsonl" for stem in stems]
+        paths = [
+            self.data / f"{stem.removesuffix('_test') if suffix else stem}{suffix}.jsonl"
+            for stem in stems
+        ]
         found = next((path for path in paths if path.is_file()), None)
         if found is None and not suffix:
             raise InputError(
-                f"{paths[0]}: no such file, for benchmark {self.name}; put its rows there (docs/benchmarks.md), leave "
-                f"{self.name} out of benchmarks.tasks, or set benchmarks.data=null for the hub's"
+                f"{paths[0]}: no such file, for benchmark {self.name}; put its rows there "
+                f"(docs/benchmarks.md), leave {self.name} out of benchmarks.tasks, or set "
+                "benchmarks.data=null for the hub's"
             )
         return found
 
@@ -105,13 +115,16 @@ class Benchmark:
     def source(self) -> str:
         """What the rows are, for a manifest: hashes of local files, or the hub's name."""
         if self.file is None:
-            return f"hub: {self.definition['dataset_path']} {self.definition.get('dataset_name') or ''}".strip()
+            return (
+                f"hub: {self.definition['dataset_path']} "
+                f"{self.definition.get('dataset_name') or ''}"
+            ).strip()
         files = [self.file, *([self.examples_file] if self.examples_file else [])]
         return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
     def task(self) -> "ConfigurableTask":
-        """The harness's task with its rows. Raises InputError for a bad row (FILE:LINE), EnvironmentProblem where
-        lm-eval or the hub cannot be had."""
+        """The harness's task with its rows. Raises InputError for a bad row (FILE:LINE),
+        EnvironmentProblem where lm-eval or the hub cannot be had."""
         try:
             from lm_eval.api.task import ConfigurableTask
         except ImportError as error:
@@ -129,8 +142,9 @@ class Benchmark:
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise EnvironmentProblem(
-                f"benchmark {self.name}: its data set {config['dataset_path']} cannot be had from the hub "
-                f"({type(error).__name__}: {first}); without a network give local files: benchmarks.data=FOLDER"
+                f"benchmark {self.name}: its data set {config['dataset_path']} cannot be had from "
+                f"the hub ({type(error).__name__}: {first}); without a network give local files: "
+                "benchmarks.data=FOLDER"
             ) from error
         task.set_fewshot_seed(FEWSHOT_SEED)
         return task
@@ -147,19 +161,23 @@ class Benchmark:
             examples, rows, sampler = rows[:shots], rows[shots:], "first_n"
         if not rows or len(examples) < shots:
             raise InputError(
-                f"{self.examples_file or file}: {len(rows) + len(examples)} rows are too few for {shots} examples and "
-                "one row to score; add rows or lower benchmarks.shots"
+                f"{self.examples_file or file}: {len(rows) + len(examples)} rows are too few for "
+                f"{shots} examples and one row to score; add rows or lower benchmarks.shots"
             )
         for row in [*examples, *rows]:
             check_row(self.definition, row)
         return {
-            "custom_dataset": lambda **_: {"rows": rows, "examples": examples}, "process_docs": None,
-            "training_split": None, "validation_split": None, "test_split": "rows",
-            "fewshot_split": "examples" if shots else None, "fewshot_config": {"sampler": sampler},
-        }  # fmt: skip
+            "custom_dataset": lambda **_: {"rows": rows, "examples": examples},
+            "process_docs": None,
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "rows",
+            "fewshot_split": "examples" if shots else None,
+            "fewshot_config": {"sampler": sampler},
+        }
 
 
-# --------------------------------------------------------------------------------------------------------- definitions
+# -------------------------------------------------------------------------------------- definitions
 
 
 class _Loader(yaml.SafeLoader):
@@ -169,7 +187,9 @@ class _Loader(yaml.SafeLoader):
 def _function(loader: yaml.SafeLoader, node: yaml.Node) -> Callable[..., Any]:
     assert isinstance(node, yaml.ScalarNode)
     module, _, name = str(loader.construct_scalar(node)).rpartition(".")
-    assert module == "ldalign.benchmark_rows", f"{node.start_mark}: not a function of ldalign.benchmark_rows"
+    assert module == "ldalign.benchmark_rows", (
+        f"{node.start_mark}: not a function of ldalign.benchmark_rows"
+    )
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
@@ -183,7 +203,7 @@ def _read_definition(path: Path) -> dict[str, Any]:
     return {**(_read_definition(path.parent / included) if included else {}), **definition}
 
 
-# ---------------------------------------------------------------------------------------------------------- local rows
+# --------------------------------------------------------------------------------------- local rows
 
 
 class LocalRow(dict[str, Any]):
@@ -201,7 +221,9 @@ class Rows(list[LocalRow]):
         return dict.fromkeys(self[0]) if self else {}
 
     def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
-        """The rows with what `function` returns for each put into it; InputError names the row it fails on."""
+        """The rows with what `function` returns for each put into it; InputError names the row it
+        fails on.
+        """
         out = type(self)()
         for row in self:
             new = LocalRow(row)
@@ -223,7 +245,9 @@ def _reason(error: Exception) -> str:
 
 
 def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
-    """The rows of a JSON Lines file, one object a line, processed. Raises InputError (FILE:LINE) for a bad line."""
+    """The rows of a JSON Lines file, one object a line, processed. Raises InputError (FILE:LINE)
+    for a bad line.
+    """
     rows = Rows()
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -231,7 +255,9 @@ def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); write one object a line") from None
+            raise InputError(
+                f"{path}:{number}: not JSON ({error}); write one object a line"
+            ) from None
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: {type(value).__name__} instead of an object")
         rows.append(LocalRow(value))
@@ -243,11 +269,15 @@ def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
 def _compiled(text: str) -> tuple[jinja2.Template, list[str]]:
     """A template, and the columns it needs."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(text), sorted(jinja2.meta.find_undeclared_variables(environment.parse(text)))
+    return environment.from_string(text), sorted(
+        jinja2.meta.find_undeclared_variables(environment.parse(text))
+    )
 
 
 def check_row(definition: dict[str, Any], row: LocalRow) -> None:
-    """InputError where the definition's templates cannot be filled from the row, or name a choice it does not have."""
+    """InputError where the definition's templates cannot be filled from the row, or name a choice
+    it does not have.
+    """
 
     def filled(key: str) -> Any:
         value = definition[key]
@@ -266,11 +296,16 @@ def check_row(definition: dict[str, Any], row: LocalRow) -> None:
         if "doc_to_choice" in definition:
             choices = filled("doc_to_choice")
             choices = ast.literal_eval(choices) if isinstance(choices, str) else choices
-            if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
+            if not (
+                isinstance(choices, list)
+                and choices
+                and all(isinstance(c, str) and c for c in choices)
+            ):
                 raise ValueError("the choices are no list of texts")
             if not 0 <= int(target) < len(choices):
                 raise ValueError(f"the answer {target} is none of {len(choices)} choices")
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, SyntaxError) as error:
         raise InputError(
-            f"{row.where}: not a row of {definition['task']}: {error}; docs/benchmarks.md has the columns"
+            f"{row.where}: not a row of {definition['task']}: {error}; docs/benchmarks.md has the "
+            "columns"
         ) from error

@@ -1,8 +1,8 @@
-"""Benchmarks as stages: every task of a policy is a folder of its own, NAME/benchmarks/TASK, so a finished one is kept
-whatever becomes of the next.
+"""Benchmarks as stages: every task of a policy is a folder of its own, NAME/benchmarks/TASK, so a
+finished one is kept whatever becomes of the next.
 
-A folder holds summary.json (metrics, each with its standard error as METRIC_se), task.json (definition, versions) and
-samples.jsonl (every row: prompt, log-probs or generated text, verdict).
+A folder holds summary.json (metrics, each with its standard error as METRIC_se), task.json
+(definition, versions) and samples.jsonl (every row: prompt, log-probs or generated text, verdict).
 """
 
 import importlib.metadata
@@ -38,7 +38,9 @@ def wanted(config: RunConfig) -> list[Benchmark]:
 
 
 def check_benchmarks(config: RunConfig) -> None:
-    """Everything that can be wrong with them before a run begins: names, files, every row, lm-eval, the hub."""
+    """Everything that can be wrong with them before a run begins: names, files, every row, lm-eval,
+    the hub.
+    """
     found = wanted(config)
     if found:
         harness_version()
@@ -53,7 +55,9 @@ def planned_benchmarks(config: RunConfig, name: str) -> list[str]:
 
 
 def benchmark_stages(ctx: Context, name: str, policy: Path) -> None:
-    """Runs what the config asks for on `policy`, which the run calls `name`. The weights are read once, if at all."""
+    """Runs what the config asks for on `policy`, which the run calls `name`. The weights are read
+    once, if at all.
+    """
     loaded: list[Any] = []
 
     def model() -> Any:
@@ -61,17 +65,24 @@ def benchmark_stages(ctx: Context, name: str, policy: Path) -> None:
 
         if not loaded:
             mistral = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
-            loaded.append(HarnessModel(
-                model=mistral, tokenizer=ctx.tokenizer, micro_tokens=ctx.config.training.micro_tokens,
-                batch_rows=ctx.config.sampling.batch_rows, seed=ctx.config.seed,
-            ))  # fmt: skip
+            loaded.append(
+                HarnessModel(
+                    model=mistral,
+                    tokenizer=ctx.tokenizer,
+                    micro_tokens=ctx.config.training.micro_tokens,
+                    batch_rows=ctx.config.sampling.batch_rows,
+                    seed=ctx.config.seed,
+                )
+            )
         return loaded[0]
 
     for benchmark in wanted(ctx.config):
         _benchmark_stage(ctx, name, policy, benchmark, model)
 
 
-def _benchmark_stage(ctx: Context, name: str, policy: Path, benchmark: Benchmark, model: Callable[[], Any]) -> Metrics:
+def _benchmark_stage(
+    ctx: Context, name: str, policy: Path, benchmark: Benchmark, model: Callable[[], Any]
+) -> Metrics:
     settings, task = ctx.config.benchmarks, benchmark.name
 
     def make(folder: Path) -> Metrics:
@@ -79,52 +90,73 @@ def _benchmark_stage(ctx: Context, name: str, policy: Path, benchmark: Benchmark
         metrics, samples = run_benchmark(model(), benchmark, settings.limit, settings.chat_template)
         if distributed.rank() == 0:
             write_jsonl(folder / "samples.jsonl", samples)
-            write_json(folder / "task.json", {
-                "task": task, "version": benchmark.version, "definition": benchmark.definition_hash,
-                "data": benchmark.source, "lm_eval": harness_version(), "main": about["main"],
-                "chance": about["chance"],
-            })  # fmt: skip
+            write_json(
+                folder / "task.json",
+                {
+                    "task": task,
+                    "version": benchmark.version,
+                    "definition": benchmark.definition_hash,
+                    "data": benchmark.source,
+                    "lm_eval": harness_version(),
+                    "main": about["main"],
+                    "chance": about["chance"],
+                },
+            )
         return metrics
 
     parents: Parents = {
-        "policy": hash_model_folder(policy), "task": f"{task} {benchmark.version}",
-        "definition of the task": benchmark.definition_hash, "benchmarks.data": benchmark.source,
-        "shots": benchmark.used_shots, "benchmarks.limit": "all" if settings.limit is None else settings.limit,
-        "benchmarks.chat_template": settings.chat_template, "dtype": str(ctx.dtype), "lm-eval": harness_version(),
+        "policy": hash_model_folder(policy),
+        "task": f"{task} {benchmark.version}",
+        "definition of the task": benchmark.definition_hash,
+        "benchmarks.data": benchmark.source,
+        "shots": benchmark.used_shots,
+        "benchmarks.limit": "all" if settings.limit is None else settings.limit,
+        "benchmarks.chat_template": settings.chat_template,
+        "dtype": str(ctx.dtype),
+        "lm-eval": harness_version(),
         **(ctx.tokenizer.template_parents if settings.chat_template else {}),
-    }  # fmt: skip
+    }
     return stage(ctx, f"{name}/benchmarks/{task}", parents, make)
 
 
 def run_benchmark(
     model: Any, benchmark: Benchmark, limit: int | None = None, chat_template: bool = False
 ) -> tuple[Metrics, list[Sample]]:
-    """Metrics and samples of one benchmark, the same on every rank; `model` is any model of the harness.
+    """Metrics and samples of one benchmark, the same on every rank; `model` is any model of the
+    harness.
 
-    Metrics: rows, shots, chat_template (0 or 1), version, and every score with its standard error, as lm-eval gives
-    them.
+    Metrics: rows, shots, chat_template (0 or 1), version, and every score with its standard error,
+    as lm-eval gives them.
     """
     from lm_eval.evaluator import evaluate
 
     _quiet()
     task = benchmark.task()
     result = evaluate(
-        model, {"tasks": {benchmark.name: task}, "groups": {}}, limit=limit, bootstrap_iters=1000, log_samples=True,
-        apply_chat_template=chat_template, fewshot_as_multiturn=True,
-    )  # fmt: skip
+        model,
+        {"tasks": {benchmark.name: task}, "groups": {}},
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=True,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=True,
+    )
     assert result is not None  # for the harness, every rank is the first
     scores = result["results"][benchmark.name]
     samples = _samples(result["samples"][benchmark.name])
     metrics: Metrics = {
-        "rows": float(len(samples)), "shots": float(benchmark.used_shots), "chat_template": float(chat_template),
+        "rows": float(len(samples)),
+        "shots": float(benchmark.used_shots),
+        "chat_template": float(chat_template),
         "version": benchmark.version,
-    }  # fmt: skip
+    }
     for key, value in scores.items():
         metric, _, filter_name = key.partition(",")
         if filter_name in FILTERS:
             error = metric.endswith("_stderr")
             named = metric.removesuffix("_stderr") + FILTERS[filter_name] + ("_se" if error else "")
-            metrics[named] = 0.0 if value == "N/A" else float(value)  # of one row there is no standard error
+            # of one row there is no standard error
+            metrics[named] = 0.0 if value == "N/A" else float(value)
     return metrics, samples
 
 
@@ -133,9 +165,14 @@ def _samples(logged: Sequence[Sample]) -> list[Sample]:
     rows: dict[int, Sample] = {}
     for sample in logged:
         arguments, ending = sample["arguments"], FILTERS[sample["filter"]]
-        row = rows.setdefault(sample["doc_id"], {
-            "row": sample["doc_id"], "prompt": arguments[0][0], "target": sample["target"],
-        })  # fmt: skip
+        row = rows.setdefault(
+            sample["doc_id"],
+            {
+                "row": sample["doc_id"],
+                "prompt": arguments[0][0],
+                "target": sample["target"],
+            },
+        )
         if isinstance(arguments[0][1], str):
             row["choices"] = [continuation for _, continuation in arguments]
             row["logprobs"] = [response[0] for response in sample["filtered_resps"]]
@@ -161,19 +198,26 @@ def _quiet() -> None:
 
 
 def say_table(run: Path) -> None:
-    """The scores of all policies of a run folder, with standard errors and how they were measured."""
+    """The scores of all policies of a run folder, with standard errors and how
+    they were measured.
+    """
     lines = []
     for name, summary in benchmark_summaries(run).items():
         policy, _, task = name.partition("/benchmarks/")
         about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
         scores = ", ".join(
             f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
-            for key, value in summary.items() if f"{key}_se" in summary
-        )  # fmt: skip
+            for key, value in summary.items()
+            if f"{key}_se" in summary
+        )
         lines.append(
             f"| {policy} | {task} | {scores} | {summary['rows']:.0f} | {summary['shots']:.0f} | "
-            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | {about['lm_eval']} |"
+            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | "
+            f"{about['lm_eval']} |"
         )
     if lines:
-        head = "| policy | benchmark | score, % +- standard error | rows | shots | chat template | version | lm-eval |"
+        head = (
+            "| policy | benchmark | score, % +- standard error | rows | shots | chat template | "
+            "version | lm-eval |"
+        )
         say("\n".join(["", head, "|---" * 8 + "|", *lines]))

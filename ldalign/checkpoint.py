@@ -1,13 +1,15 @@
-"""Checkpoints inside a training stage: a run that was cut short goes on from one, and ends in the same bits.
+"""Checkpoints inside a training stage: a run that was cut short goes on from one, and ends in the
+same bits.
 
-`checkpoint/step_00000012/` in the stage's temporary folder: a safetensors file from every rank that holds a part of
-the model (its own rows of the master weights and of the optimizer's averages), and manifest.json, which lists size,
-sha256 and rows of each file, the state of the loop, and how much of metrics.jsonl belongs to it. Everything else a step
-depends on (row order, learning rate, dropout, rounding) is a function of the seed and the step. Rows are put together
-by their numbers, so any number of ranks can read what any other number wrote.
+`checkpoint/step_00000012/` in the stage's temporary folder: a safetensors file from every rank that
+holds a part of the model (its own rows of the master weights and of the optimizer's averages), and
+manifest.json, which lists size, sha256 and rows of each file, the state of the loop, and how much
+of metrics.jsonl belongs to it. Everything else a step depends on (row order, learning rate,
+dropout, rounding) is a function of the seed and the step. Rows are put together by their numbers,
+so any number of ranks can read what any other number wrote.
 
-A checkpoint is filled as NAME.partial, read back and compared with memory, synced and renamed by rank 0; only then the
-oldest goes. Weights that are not finite are never written.
+A checkpoint is filled as NAME.partial, read back and compared with memory, synced and renamed by
+rank 0; only then the oldest goes. Weights that are not finite are never written.
 """
 
 import errno
@@ -45,7 +47,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a stage keeps its checkpoints, and how often it makes one. None of it changes the result."""
+    """Where a stage keeps its checkpoints, and how often it makes one. None of it changes the
+    result.
+    """
 
     folder: Path
     minutes: float | None = 10.0  # None: not by time
@@ -54,25 +58,32 @@ class Plan:
 
 
 class Checkpoints:
-    """The checkpoints of one model in training. Every method is called by all ranks, between two steps.
+    """The checkpoints of one model in training. Every method is called by all ranks, between two
+    steps.
 
-    plan None: none are made; requests to stop are honoured all the same. metrics: the stage's metrics.jsonl.
+    plan None: none are made; requests to stop are honoured all the same. metrics: the stage's
+    metrics.jsonl.
     """
 
-    def __init__(self, plan: Plan | None, model: nn.Module, optimizer: Optimizer, metrics: Path | None) -> None:
+    def __init__(
+        self, plan: Plan | None, model: nn.Module, optimizer: Optimizer, metrics: Path | None
+    ) -> None:
         self.plan, self.model, self.optimizer, self.metrics = plan, model, optimizer, metrics
         self.written = time.monotonic()  # the wall clock may be set back
 
     def resume(self) -> State | None:
-        """Loads the newest sound checkpoint into model and optimizer; returns its state, with "step" (steps done).
+        """Loads the newest sound checkpoint into model and optimizer; returns its state, with
+        "step" (steps done).
 
-        None: there is none, and the stage begins. metrics.jsonl is cut to what belongs to it. A damaged checkpoint is
-        set aside with its reason; raises InputError if all are.
+        None: there is none, and the stage begins. metrics.jsonl is cut to what belongs to it. A
+        damaged checkpoint is set aside with its reason; raises InputError if all are.
         """
         if self.plan is None:
             return None
         folder = self.plan.folder
-        names = on_rank0(lambda: sorted(path.name for path in folder.glob("step_*") if _is_whole_name(path.name)))
+        names = on_rank0(
+            lambda: sorted(path.name for path in folder.glob("step_*") if _is_whole_name(path.name))
+        )
         reasons: list[str] = []
         for name in reversed(names):
             path = folder / name
@@ -86,26 +97,39 @@ class Checkpoints:
         aside: bool = on_rank0(lambda: any(folder.glob(f"*{DAMAGED}")))
         if reasons or aside:
             raise InputError(
-                f"{folder}: no checkpoint can be used: {'; '.join(reasons) or 'all are set aside as damaged'}; bring "
-                f"back a copy, or delete {folder} to begin this stage again"
+                f"{folder}: no checkpoint can be used: "
+                f"{'; '.join(reasons) or 'all are set aside as damaged'}; bring back a copy, or "
+                f"delete {folder} to begin this stage again"
             )
         on_rank0(lambda: self._cut_metrics(0))
         return None
 
     def after_step(self, step: int, last: bool, state: State) -> None:
-        """Writes a checkpoint if one is due after `step` steps, or if any rank was asked to stop: then raises Stopped.
+        """Writes a checkpoint if one is due after `step` steps, or if any rank was asked to stop:
+        then raises Stopped.
 
         last: no step follows, so what is due is not written: the result itself will be.
         """
-        due = self.plan is not None and not last and distributed.rank() == 0 and self._due(self.plan, step)
+        due = (
+            self.plan is not None
+            and not last
+            and distributed.rank() == 0
+            and self._due(self.plan, step)
+        )
         mine = interrupt.requested()
-        flags = torch.tensor([due, mine == signal.SIGTERM, mine == signal.SIGINT], dtype=torch.int64)
+        flags = torch.tensor(
+            [due, mine == signal.SIGTERM, mine == signal.SIGINT], dtype=torch.int64
+        )
         due, terminated, interrupted = map(bool, distributed.total(flags).tolist())
         stop = terminated or interrupted
         if self.plan is not None and (due or stop):
             self.write(step, state)
         if stop:
-            kept = f"step {step} is finished" if self.plan is None else f"step {step} is kept in {self.plan.folder}"
+            kept = (
+                (f"step {step} is finished")
+                if self.plan is None
+                else (f"step {step} is kept in {self.plan.folder}")
+            )
             raise Stopped(signal.SIGTERM if terminated else signal.SIGINT, kept)
 
     def _due(self, plan: Plan, step: int) -> bool:
@@ -113,9 +137,11 @@ class Checkpoints:
         return by_time or (plan.steps is not None and step % plan.steps == 0)
 
     def write(self, step: int, state: State) -> None:
-        """Writes the checkpoint of `step` steps done, then lets the oldest go. Raises NumericsError for NaN and Inf.
+        """Writes the checkpoint of `step` steps done, then lets the oldest go. Raises NumericsError
+        for NaN and Inf.
 
-        Raises EnvironmentProblem, on all ranks, where one of them cannot write; the older checkpoints stay.
+        Raises EnvironmentProblem, on all ranks, where one of them cannot write; the older
+        checkpoints stay.
         """
         if self.plan is None:
             return
@@ -126,13 +152,19 @@ class Checkpoints:
         on_rank0(lambda: _empty(filled))
         distributed.reshard(self.model)
         shares = on_all(lambda: self._write_share(filled))
-        on_rank0(lambda: self._finish(path, filled, {**state, "step": step}, [s for s in shares if s], keep))
+        on_rank0(
+            lambda: self._finish(
+                path, filled, {**state, "step": step}, [s for s in shares if s], keep
+            )
+        )
         self.written = time.monotonic()
 
-    # ------------------------------------------------------------------------------------------------------- writing
+    # -------------------------------------------------------------------------------------- writing
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, int]]:
-        """(name, the rows of it that this rank holds, the number of the first) of every weight and average."""
+        """(name, the rows of it that this rank holds, the number of the first) of every weight and
+        average.
+        """
         for name, p in self.model.named_parameters():
             local = p.to_local() if isinstance(p, DTensor) else p
             first = distributed.local_rows(p)[0]
@@ -142,17 +174,23 @@ class Checkpoints:
                     yield f"{kind}/{name}", self.optimizer.state[p][kind], first
 
     def _write_share(self, folder: Path) -> dict[str, Any] | None:
-        """Writes this rank's rows and reads them back; returns the manifest's entry, None where another has the same.
+        """Writes this rank's rows and reads them back; returns the manifest's entry, None where
+        another has the same.
 
-        Of a model that is not sharded, rank 0 has them all; of one with copies (hybrid sharding), the first copy.
+        Of a model that is not sharded, rank 0 has them all; of one with copies (hybrid sharding),
+        the first copy.
         """
-        mesh = next((p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)), None)
+        mesh = next(
+            (p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)), None
+        )
         if distributed.rank() and (mesh is None or (mesh.ndim == 2 and mesh.get_local_rank(0))):
             return None
         held = {name: (local, first) for name, local, first in self._tensors() if len(local)}
         for name, (local, _) in held.items():
             if not bool(local.isfinite().all()):
-                raise NumericsError(f"{folder}: {name} holds NaN or Inf; the checkpoint was not written")
+                raise NumericsError(
+                    f"{folder}: {name} holds NaN or Inf; the checkpoint was not written"
+                )
         path = folder / f"rank_{distributed.rank():05d}.safetensors"
         tensors = {name: local.to("cpu").contiguous() for name, (local, _) in held.items()}
         save_tensors(tensors, path)
@@ -160,11 +198,22 @@ class Checkpoints:
             if any(not _same(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
                 raise OSError(errno.EIO, "what is read back is not what was written", str(path))
         rows = {name: [first, first + len(local)] for name, (local, first) in held.items()}
-        return {"name": path.name, "size": path.stat().st_size, "sha256": hash_file(path), "rows": rows}
+        return {
+            "name": path.name,
+            "size": path.stat().st_size,
+            "sha256": hash_file(path),
+            "rows": rows,
+        }
 
-    def _finish(self, path: Path, filled: Path, state: State, shares: list[dict[str, Any]], keep: int) -> None:
+    def _finish(
+        self, path: Path, filled: Path, state: State, shares: list[dict[str, Any]], keep: int
+    ) -> None:
         with writing(path):
-            manifest: dict[str, Any] = {"state": state, "world_size": distributed.world_size(), "files": shares}
+            manifest: dict[str, Any] = {
+                "state": state,
+                "world_size": distributed.world_size(),
+                "files": shares,
+            }
             if self.metrics is not None:
                 self.metrics.touch()
                 sync(self.metrics)
@@ -182,7 +231,7 @@ class Checkpoints:
             except OSError as error:
                 log.warning("%s: an old checkpoint cannot be deleted (%s)", old, error.strerror)
 
-    # ------------------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
 
     def _problem(self, path: Path) -> str | None:
         """Why the checkpoint `path` cannot be used, of what this rank looks at; None if it can."""
@@ -199,7 +248,10 @@ class Checkpoints:
             part = manifest.get("metrics")
             if self.metrics is not None and part and distributed.rank() == 0:
                 if _hash_beginning(self.metrics, part["size"]) != part["sha256"]:
-                    return f"{self.metrics}: its first {part['size']} bytes are not those of {path.name}"
+                    return (
+                        f"{self.metrics}: its first {part['size']} bytes are not those of "
+                        f"{path.name}"
+                    )
         except FileNotFoundError as error:
             return f"{error.filename}: missing"
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -207,7 +259,9 @@ class Checkpoints:
         return None
 
     def _settle(self, path: Path, names: list[str]) -> None:
-        """Before going on from `path`: newer ones, which are damaged, are set aside, and their metrics lines go."""
+        """Before going on from `path`: newer ones, which are damaged, are set aside, and their
+        metrics lines go.
+        """
         for newer in (path.parent / name for name in names if name > path.name):
             aside = newer.with_name(newer.name + DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
@@ -222,17 +276,24 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, path: Path) -> State:
-        """Weights and averages from any number of files: each tensor's rows are where the manifest says."""
+        """Weights and averages from any number of files: each tensor's rows are where the manifest
+        says.
+        """
         manifest = _read_manifest(path)
         stored = {name for entry in manifest["files"] for name in entry["rows"]}
         for name, p in self.model.named_parameters():
             local = p.to_local() if isinstance(p, DTensor) else p
             for kind in AVERAGES:
                 if f"{kind}/{name}" in stored:
-                    self.optimizer.state[p][kind] = torch.empty_like(local, dtype=self.optimizer.state_dtype)
+                    self.optimizer.state[p][kind] = torch.empty_like(
+                        local, dtype=self.optimizer.state_dtype
+                    )
         with ExitStack() as stack:
             files = [
-                (entry["rows"], stack.enter_context(safe_open(path / entry["name"], framework="pt")))
+                (
+                    entry["rows"],
+                    stack.enter_context(safe_open(path / entry["name"], framework="pt")),
+                )
                 for entry in manifest["files"]
             ]
             for name, local, first in self._tensors():
@@ -241,10 +302,15 @@ class Checkpoints:
                     start, stop = rows.get(name, (0, 0))
                     low, high = max(start, first), min(stop, first + len(local))
                     if low < high:
-                        local[low - first : high - first].copy_(file.get_slice(name)[low - start : high - start])
+                        local[low - first : high - first].copy_(
+                            file.get_slice(name)[low - start : high - start]
+                        )
                         missing -= high - low
                 if missing:
-                    raise InputError(f"{path}: {missing} rows of {name} are missing; delete {path} to use an older one")
+                    raise InputError(
+                        f"{path}: {missing} rows of {name} are missing; delete {path} to use an "
+                        "older one"
+                    )
         state: State = manifest["state"]
         self.optimizer.steps = state["step"]
         log.info("%s: gone on from", path)
@@ -264,7 +330,11 @@ def _empty(folder: Path) -> None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit by bit."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    )
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""What all training scripts do alike: read the settings, open the run folder and the data, then do their stages."""
+"""What all training scripts do alike: read the settings, open the run folder and the data, then do
+their stages.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +24,8 @@ from ldalign.stages import data_stage
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """
-Options: --config FILE.yaml; --help; --dry-run (check everything and estimate memory, disk and time, make nothing);
---debug (the traceback with an error). Keys, with their defaults:
+Options: --config FILE.yaml; --help; --dry-run (check everything and estimate memory, disk and
+time, make nothing); --debug (the traceback with an error). Keys, with their defaults:
 """
 
 
@@ -35,10 +37,12 @@ def run_stages(
     check: Callable[[RunConfig], None] = lambda config: None,
     by_method: bool = False,
 ) -> None:
-    """The body of a script: `work(ctx)` does its stages and returns a closing line, `planned` names them.
+    """The body of a script: `work(ctx)` does its stages and returns a closing line, `planned` names
+    them.
 
-    doc: the script's docstring. check: raises InputError for settings with which the script has nothing to do.
-    by_method: the key `method` says what the script reads, so keys that it does not read are refused.
+    doc: the script's docstring. check: raises InputError for settings with which the script has
+    nothing to do. by_method: the key `method` says what the script reads, so keys that it does not
+    read are refused.
     """
     config = read_config(argv, doc)
     if config is None:
@@ -78,8 +82,12 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
         yield ctx
 
 
-def read_config(argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig) -> RunConfig | None:
-    """The settings that the command line asks for; None where it asks for help, which is printed."""
+def read_config(
+    argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig
+) -> RunConfig | None:
+    """The settings that the command line asks for; None where it asks for help,
+    which is printed.
+    """
     path, overrides, flags = split_argv(argv, FLAGS)
     if "--help" in flags:
         print(doc.strip(), USAGE, describe(cls), sep="\n")
@@ -88,20 +96,24 @@ def read_config(argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig)
 
 
 def check_method_reads(argv: Sequence[str], method: str) -> None:
-    """Raises InputError for keys of the command line that the method does not read; names those of the config file.
+    """Raises InputError for keys of the command line that the method does not read; names those of
+    the config file.
 
-    A file may serve several methods (`method=spin` over it, or as the `base:` of others), so it is not refused; what a
-    base gives is not even named.
+    A file may serve several methods (`method=spin` over it, or as the `base:` of others), so it is
+    not refused; what a base gives is not even named.
     """
     path, overrides, _ = split_argv(argv, FLAGS)
     in_file, on_line = (unread(method, keys) for keys in given_keys(RunConfig, path, overrides))
     if on_line:
         raise InputError(
-            f"{', '.join(on_line)}: method={method} does not read {'this key' if len(on_line) == 1 else 'these keys'}; "
-            "leave out, or give another method (docs/methods.md)"
+            f"{', '.join(on_line)}: method={method} does not read "
+            f"{'this key' if len(on_line) == 1 else 'these keys'}; leave out, or give another "
+            "method (docs/methods.md)"
         )
     if in_file:
-        groups = dict.fromkeys(f"{key.partition('.')[0]}.*" if "." in key else key for key in in_file)
+        groups = dict.fromkeys(
+            f"{key.partition('.')[0]}.*" if "." in key else key for key in in_file
+        )
         say(f"{path}: method={method} does not read {', '.join(groups)}; they change nothing here")
 
 

@@ -1,13 +1,16 @@
-"""Several methods from one start, on the same prompts and the same budget: what `train/compare.py` runs and reports.
+"""Several methods from one start, on the same prompts and the same budget: what `train/compare.py`
+runs and reports.
 
-The start policy is made once. Then every method trains from it, on the same rows with the same number of optimizer
-steps, at each learning rate of one grid (first seed); its best on the validation rows is run with the other seeds and
-reported on the rest of the held-out rows, which no choice has seen. Every training is a run folder of its own, so the
-whole can be stopped and gone on with at any time. What methods have in common (samples, guide, reference) is made once
-a seed and linked into the runs that use it; their manifests prove that it fits.
+The start policy is made once. Then every method trains from it, on the same rows with the same
+number of optimizer steps, at each learning rate of one grid (first seed); its best on the
+validation rows is run with the other seeds and reported on the rest of the held-out rows, which no
+choice has seen. Every training is a run folder of its own, so the whole can be stopped and gone on
+with at any time. What methods have in common (samples, guide, reference) is made once a seed and
+linked into the runs that use it; their manifests prove that it fits.
 
-Differences are paired by prompt: a method's figure for a prompt is the mean over seeds, the standard error is over
-prompts. It holds for these seeds' average; the spread between seeds is beside it.
+Differences are paired by prompt: a method's figure for a prompt is the mean over seeds, the
+standard error is over prompts. It holds for these seeds' average; the spread between seeds is
+beside it.
 """
 
 import os
@@ -51,19 +54,38 @@ class Arm:
 
 def start_config(config: CompareConfig) -> RunConfig:
     """The run that makes the start policy: SFT and its evaluation."""
-    return _plain(config, run=f"{config.run}/{START}", iterations=0, learning_rate=config.compare.learning_rates[0],
-                  continual_sft=replace(config.continual_sft, epochs=0), method="ld_align")  # fmt: skip
+    return _plain(
+        config,
+        run=f"{config.run}/{START}",
+        iterations=0,
+        learning_rate=config.compare.learning_rates[0],
+        continual_sft=replace(config.continual_sft, epochs=0),
+        method="ld_align",
+    )
 
 
-def arm_config(config: CompareConfig, start: Path, arm: Arm, seed: int, learning_rate: float) -> RunConfig:
-    """One training of one method: from the start policy, on the rows that the start's run wrote down."""
+def arm_config(
+    config: CompareConfig, start: Path, arm: Arm, seed: int, learning_rate: float
+) -> RunConfig:
+    """One training of one method: from the start policy, on the rows that the start's run wrote
+    down.
+    """
     data = Path(config.run) / START / "data"
     return _plain(
-        config, run=str(arm_folder(config, arm, seed, learning_rate)), policy=str(start), method=arm.method,
-        weights=arm.weights, seed=seed, learning_rate=learning_rate, data=str(data / "train.jsonl"),
-        heldout=str(data / "heldout.jsonl"), turns="last", sft=replace(config.sft, epochs=0),
-        continual_sft=replace(config.continual_sft, epochs=0), benchmarks=replace(config.benchmarks, tasks=[]),
-    )  # fmt: skip
+        config,
+        run=str(arm_folder(config, arm, seed, learning_rate)),
+        policy=str(start),
+        method=arm.method,
+        weights=arm.weights,
+        seed=seed,
+        learning_rate=learning_rate,
+        data=str(data / "train.jsonl"),
+        heldout=str(data / "heldout.jsonl"),
+        turns="last",
+        sft=replace(config.sft, epochs=0),
+        continual_sft=replace(config.continual_sft, epochs=0),
+        benchmarks=replace(config.benchmarks, tasks=[]),
+    )
 
 
 def arm_folder(config: CompareConfig, arm: Arm, seed: int, learning_rate: float) -> Path:
@@ -77,7 +99,8 @@ def _plain(config: CompareConfig, **changes: Any) -> RunConfig:
 
 
 def share(config: CompareConfig, seed: int, folder: Path) -> None:
-    """Links what other runs of this seed have made into a new run's folder. Rank 0 does it; all ranks call it.
+    """Links what other runs of this seed have made into a new run's folder. Rank 0 does it; all
+    ranks call it.
 
     The new run also gets the start's date, as their prompts must be the same.
     """
@@ -86,9 +109,15 @@ def share(config: CompareConfig, seed: int, folder: Path) -> None:
         make_folder(folder)
         (folder / "lock").touch()
         if not (folder / STARTED).is_file():
-            write_text(folder / STARTED, (Path(config.run) / START / STARTED).read_text(encoding="utf-8"))
+            write_text(
+                folder / STARTED, (Path(config.run) / START / STARTED).read_text(encoding="utf-8")
+            )
         for name in SHARED:
-            made = sorted(path for path in folder.parent.glob(f"*/{name}") if (path / "manifest.json").is_file())
+            made = sorted(
+                path
+                for path in folder.parent.glob(f"*/{name}")
+                if (path / "manifest.json").is_file()
+            )
             if made and not (folder / name).exists():
                 make_folder((folder / name).parent)
                 partial = folder / f"{name}.shared"
@@ -99,11 +128,13 @@ def share(config: CompareConfig, seed: int, folder: Path) -> None:
     on_rank0(link)
 
 
-# ------------------------------------------------------------------------------------------------------ measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, float]]:
-    """Figures of one policy for every held-out row, by id: sampled and greedy (shares right), nll (nats a token)."""
+    """Figures of one policy for every held-out row, by id: sampled and greedy (shares right), nll
+    (nats a token).
+    """
     figures: dict[str, dict[str, float]] = {}
     for r in read_jsonl(folder / "evaluation/answers.jsonl"):
         figures[r["id"]] = {"nll": -r["logp"] / r["n_tokens"]}
@@ -121,7 +152,9 @@ def last_policy(folder: Path, config: CompareConfig) -> Path:
 
 
 def score(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> float:
-    """What a learning rate is chosen by, on the validation rows: sampled accuracy, else greedy; unchecked, -NLL."""
+    """What a learning rate is chosen by, on the validation rows: sampled accuracy, else greedy;
+    unchecked, -NLL.
+    """
     rows = [figures[i] for i in ids]
     for name in FIGURES[:2]:
         if all(name in row for row in rows):
@@ -136,32 +169,53 @@ def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:
 
 
 def summarise(
-    config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float], searched: dict[str, dict[str, float]]
+    config: CompareConfig,
+    arms: Sequence[Arm],
+    chosen: dict[str, float],
+    searched: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """Everything the table shows: each arm's means, and differences from the start and between arms."""
+    """Everything the table shows: each arm's means, and differences from the start and between
+    arms.
+    """
     validation, test = validation_ids(config)
     seeds = config.compare.seeds
-    start = _over_seeds([read_answers(_start_of(config, arms, chosen, seed)) for seed in seeds], test)
+    start = _over_seeds(
+        [read_answers(_start_of(config, arms, chosen, seed)) for seed in seeds], test
+    )
     tables = {
         arm.name: _over_seeds(
-            [read_answers(last_policy(arm_folder(config, arm, seed, chosen[arm.name]), config)) for seed in seeds], test
+            [
+                read_answers(last_policy(arm_folder(config, arm, seed, chosen[arm.name]), config))
+                for seed in seeds
+            ],
+            test,
         )
         for arm in arms
     }
     policies = {name: _row(table, start) for name, table in {START: start, **tables}.items()}
     contrasts = {
         f"{a} - {b}": _row(tables[a], tables[b])["difference"]
-        for n, a in enumerate(tables) for b in list(tables)[:n]
-    }  # fmt: skip
+        for n, a in enumerate(tables)
+        for b in list(tables)[:n]
+    }
     return {
-        "rows": {"validation": len(validation), "test": len(test)}, "seeds": seeds, "learning_rates": chosen,
-        "search": searched, "policies": policies, "contrasts": contrasts, "settings": asdict(config.compare),
-        "steps": config.training.steps, "global_batch": config.global_batch, "max_rows": config.max_rows,
+        "rows": {"validation": len(validation), "test": len(test)},
+        "seeds": seeds,
+        "learning_rates": chosen,
+        "search": searched,
+        "policies": policies,
+        "contrasts": contrasts,
+        "settings": asdict(config.compare),
+        "steps": config.training.steps,
+        "global_batch": config.global_batch,
+        "max_rows": config.max_rows,
         "benchmarks": _benchmarks(config, arms, chosen),
-    }  # fmt: skip
+    }
 
 
-def _benchmarks(config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float]) -> dict[str, dict[str, Any]]:
+def _benchmarks(
+    config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float]
+) -> dict[str, dict[str, Any]]:
     """{policy: {task: its summary}} of the start and of each arm's first seed."""
     seed, last = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
     folders = {START: (Path(config.run) / START, start_name(config))}
@@ -169,15 +223,21 @@ def _benchmarks(config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, fl
     out: dict[str, dict[str, Any]] = {}
     for name, (run, policy) in folders.items():
         found = benchmark_summaries(run).items()
-        out[name] = {key.rpartition("/")[2]: value for key, value in found if key.startswith(f"{policy}/")}
+        out[name] = {
+            key.rpartition("/")[2]: value for key, value in found if key.startswith(f"{policy}/")
+        }
     return {name: tasks for name, tasks in out.items() if tasks}
 
 
-def _start_of(config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float], seed: int) -> Path:
+def _start_of(
+    config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float], seed: int
+) -> Path:
     return arm_folder(config, arms[0], seed, chosen[arms[0].name]) / START
 
 
-def _over_seeds(tables: Sequence[dict[str, dict[str, float]]], ids: Sequence[str]) -> dict[str, np.ndarray]:
+def _over_seeds(
+    tables: Sequence[dict[str, dict[str, float]]], ids: Sequence[str]
+) -> dict[str, np.ndarray]:
     """{figure: (seeds, rows)} of the rows in `ids`, without figures that no row has."""
     out = {}
     for name in FIGURES:
@@ -194,17 +254,20 @@ def _row(table: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str
         out[name] = float(values.mean())
         out[f"{name}_se"] = standard_error(values.mean(0))
         out["difference"][name] = {
-            "mean": float(gaps.mean()), "se": standard_error(gaps.mean(0)),
+            "mean": float(gaps.mean()),
+            "se": standard_error(gaps.mean(0)),
             "by_seed": [float(gap) for gap in gaps.mean(1)],
-        }  # fmt: skip
+        }
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# ------------------------------------------------------------------------------------------- report
 
 
 def write_comparison(config: CompareConfig, summary: dict[str, Any]) -> str:
-    """Writes report/comparison.json, .md and, with matplotlib, .svg and .png; returns the Markdown page."""
+    """Writes report/comparison.json, .md and, with matplotlib, .svg and .png; returns the Markdown
+    page.
+    """
     folder = Path(config.run) / "report"
     text = render(summary)
     if distributed.rank() == 0:
@@ -214,7 +277,9 @@ def write_comparison(config: CompareConfig, summary: dict[str, Any]) -> str:
         try:
             from ldalign.figures import contrasts, write_chart
         except ImportError:
-            return f"{text}\n(no figure: matplotlib is not installed; pip install 'ldalign[report]')"
+            return (
+                f"{text}\n(no figure: matplotlib is not installed; pip install 'ldalign[report]')"
+            )
         write_chart(contrasts(summary), folder)
     return text
 
@@ -226,14 +291,23 @@ def render(summary: dict[str, Any]) -> str:
     titles = {"sampled": "sampled, %", "greedy": "greedy, %", "nll": "NLL, nats/token"}
     seeds, rows = summary["seeds"], summary["rows"]
     lines = [
-        f"**{len(seeds)} seed(s), {rows['test']} held-out rows; learning rates chosen on {rows['validation']} more**",
+        f"**{len(seeds)} seed(s), {rows['test']} held-out rows; learning rates chosen on "
+        f"{rows['validation']} more**",
         "",
-        f"Every method: {summary['max_rows']} prompts, {summary['steps']} optimizer steps of {summary['global_batch']}",
+        f"Every method: {summary['max_rows']} prompts, {summary['steps']} optimizer steps of "
+        f"{summary['global_batch']}",
         "",
-        _line(["method", "learning rate", *(titles[f] for f in figures), *(f"{titles[f]} - start" for f in figures),
-               f"each seed: {titles[figures[0]]} - start"]),
+        _line(
+            [
+                "method",
+                "learning rate",
+                *(titles[f] for f in figures),
+                *(f"{titles[f]} - start" for f in figures),
+                f"each seed: {titles[figures[0]]} - start",
+            ]
+        ),
         _line(["---"] * (3 + 2 * len(figures))),
-    ]  # fmt: skip
+    ]
     for name, row in policies.items():
         cells = [name, f"{summary['learning_rates'][name]:g}" if name != START else ""]
         cells += [_shown(f, row[f], row[f"{f}_se"]) for f in figures]
@@ -242,23 +316,59 @@ def render(summary: dict[str, Any]) -> str:
         else:
             gaps = row["difference"]
             cells += [_shown(f, gaps[f]["mean"], gaps[f]["se"], sign="+") for f in figures]
-            cells.append(", ".join(_shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"]))
+            cells.append(
+                ", ".join(_shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"])
+            )
         lines.append(_line(cells))
-    lines += ["", "**Between methods** (first minus second)", "",
-              _line(["", *(titles[f] for f in figures), f"each seed: {titles[figures[0]]}"]),
-              _line(["---"] * (2 + len(figures)))]  # fmt: skip
+    lines += [
+        "",
+        "**Between methods** (first minus second)",
+        "",
+        _line(["", *(titles[f] for f in figures), f"each seed: {titles[figures[0]]}"]),
+        _line(["---"] * (2 + len(figures))),
+    ]
     for name, gaps in summary["contrasts"].items():
-        by_seed = ", ".join(_shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"])
-        lines.append(_line([name, *(_shown(f, gaps[f]["mean"], gaps[f]["se"], sign="+") for f in figures), by_seed]))
+        by_seed = ", ".join(
+            _shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"]
+        )
+        lines.append(
+            _line(
+                [
+                    name,
+                    *(_shown(f, gaps[f]["mean"], gaps[f]["se"], sign="+") for f in figures),
+                    by_seed,
+                ]
+            )
+        )
     rates = summary["settings"]["learning_rates"]
     what = "-NLL" if figures[0] == "nll" else f"{figures[0]} accuracy, %"
-    lines += ["", f"**The search** (seed {seeds[0]}, validation rows: {what}; the best is taken)", "",
-              _line(["method", *(f"{rate:g}" for rate in rates)]), _line(["---"] * (1 + len(rates)))]  # fmt: skip
+    lines += [
+        "",
+        f"**The search** (seed {seeds[0]}, validation rows: {what}; the best is taken)",
+        "",
+        _line(["method", *(f"{rate:g}" for rate in rates)]),
+        _line(["---"] * (1 + len(rates))),
+    ]
     factor = 1 if figures[0] == "nll" else 100
     for name, found in summary["search"].items():
-        lines.append(_line([name, *(f"{factor * found[f'{rate:g}']:.{1 if factor > 1 else 4}f}" for rate in rates)]))
+        lines.append(
+            _line(
+                [
+                    name,
+                    *(
+                        f"{factor * found[f'{rate:g}']:.{1 if factor > 1 else 4}f}"
+                        for rate in rates
+                    ),
+                ]
+            )
+        )
     lines += _benchmark_lines(summary["benchmarks"], seeds[0])
-    lines += ["", "+- is one standard error over prompts of the seeds' mean; differences are paired by prompt.", ""]
+    lines += [
+        "",
+        "+- is one standard error over prompts of the seeds' mean; differences are paired by "
+        "prompt.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -268,15 +378,28 @@ def _benchmark_lines(found: dict[str, dict[str, Any]], seed: int) -> list[str]:
         return []
     tasks = sorted({task for scores in found.values() for task in scores})
     first = next(iter(found.values()))
-    metrics = {task: next(m for m in LEADING if any(m in scores.get(task, {}) for scores in found.values()))
-               for task in tasks}  # fmt: skip
-    lines = ["", f"**Benchmarks**, % (seed {seed}; +- one standard error over rows)", "",
-             _line(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
-             _line(["---"] * (1 + len(tasks)))]  # fmt: skip
+    metrics = {
+        task: next(
+            m for m in LEADING if any(m in scores.get(task, {}) for scores in found.values())
+        )
+        for task in tasks
+    }
+    lines = [
+        "",
+        f"**Benchmarks**, % (seed {seed}; +- one standard error over rows)",
+        "",
+        _line(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
+        _line(["---"] * (1 + len(tasks))),
+    ]
     for name, scores in found.items():
-        cells = [_shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else "" for t, m in metrics.items()]
+        cells = [
+            _shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else ""
+            for t, m in metrics.items()
+        ]
         lines.append(_line([name, *cells]))
-    shots = ", ".join(f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items()))
+    shots = ", ".join(
+        f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items())
+    )
     return [*lines, "", f"{shots}."]
 
 

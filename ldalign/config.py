@@ -1,8 +1,10 @@
-"""Configuration: frozen dataclasses, filled from a YAML file and `key=value` overrides, checked as a whole.
+"""Configuration: frozen dataclasses, filled from a YAML file and `key=value` overrides, checked as
+a whole.
 
-A config class lists its keys with `setting(default, help, check=...)` and its groups of keys with `group(Class)`;
-annotations are the types. `load_config` reads both sources, refuses what it does not know, and reports every problem
-it finds in one error. Nothing is adjusted in silence. The concrete classes follow the machinery.
+A config class lists its keys with `setting(default, help, check=...)` and its groups of keys with
+`group(Class)`; annotations are the types. `load_config` reads both sources, refuses what it does
+not know, and reports every problem it finds in one error. Nothing is adjusted in silence. The
+concrete classes follow the machinery.
 """
 
 import dataclasses
@@ -24,10 +26,11 @@ from ldalign.errors import InputError
 T = TypeVar("T")
 
 BASE = "base"  # in a file: the config file whose keys hold where this one says nothing
-REQUIRED: Any = object()  # as a setting's default: the key must be given (the class then needs kw_only=True)
+# as a setting's default: the key must be given (the class then needs kw_only=True)
+REQUIRED: Any = object()
 
 
-# ------------------------------------------------------------------------------------------------ declaring settings
+# ------------------------------------------------------------------------------- declaring settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def above_up_to(low: float, high: float) -> Check:
 
 
 def setting(default: Any, help: str, *, check: Check | None = None) -> Any:
-    """A dataclass field for one key. `help` gives meaning, unit and "off" value; `check` is skipped for None.
+    """A dataclass field for one key. `help` gives meaning, unit and "off" value; `check` is skipped
+    for None.
 
     A list given as the default is copied for each config.
     """
@@ -89,26 +93,30 @@ def group(cls: type, help: str = "") -> Any:
     return field(default_factory=cls, metadata={"help": help})
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A value as the user wrote it, and where: "run.yaml:3" or "learning_rate=x" for an override."""
+    """A value as the user wrote it, and where: "run.yaml:3" or
+    "learning_rate=x" for an override.
+    """
 
     node: yaml.Node
     where: str
 
 
 def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Build `cls` from its defaults, then the YAML file at `path`, then `key=value` overrides (a later one wins).
+    """Build `cls` from its defaults, then the YAML file at `path`, then `key=value` overrides (a
+    later one wins).
 
-    A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted (`sft.epochs=2`); a value
-    starting with [ { or a quote is read as YAML, any other is taken as it stands. A config class may define
-    `problems(self) -> list[str]` to check its keys against each other.
+    A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted
+    (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is taken as it
+    stands. A config class may define `problems(self) -> list[str]` to check its keys against each
+    other.
 
-    Raises InputError with all problems found: unknown keys (nearest name given), repeated keys, wrong types, NaN and
-    infinity, values out of bounds, contradictions.
+    Raises InputError with all problems found: unknown keys (nearest name given), repeated keys,
+    wrong types, NaN and infinity, values out of bounds, contradictions.
     """
     problems: list[str] = []
     given: dict[str, _Given] = {}
@@ -119,14 +127,23 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
             _read_override(cls, override, given, problems)
         config = _build(cls, "", given, problems)
     except RecursionError:
-        raise InputError(f"{path or 'key=value'}: nested too deeply, or an alias within itself") from None
+        raise InputError(
+            f"{path or 'key=value'}: nested too deeply, or an alias within itself"
+        ) from None
     if problems or config is None:
-        raise InputError(problems[0] if len(problems) == 1 else f"{len(problems)} problems: " + " | ".join(problems))
+        raise InputError(
+            problems[0]
+            if len(problems) == 1
+            else f"{len(problems)} problems: " + " | ".join(problems)
+        )
     return config
 
 
-def given_keys(cls: type, path: Path | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The dotted keys that the file at `path` gives itself (its `base:` apart), and those that the overrides give.
+def given_keys(
+    cls: type, path: Path | None, overrides: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The dotted keys that the file at `path` gives itself (its `base:` apart), and those that the
+    overrides give.
 
     For what `load_config` has read without complaint.
     """
@@ -136,11 +153,16 @@ def given_keys(cls: type, path: Path | None, overrides: Sequence[str]) -> tuple[
         _read_file(cls, path, in_file, [])
     for override in overrides:
         _read_override(cls, override, on_line, [])
-    return [key for key, value in in_file.items() if value.where.startswith(f"{path}:")], list(on_line)
+    return [key for key, value in in_file.items() if value.where.startswith(f"{path}:")], list(
+        on_line
+    )
 
 
-def split_argv(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[Path | None, list[str], set[str]]:
-    """Split a command line `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags given.
+def split_argv(
+    argv: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[Path | None, list[str], set[str]]:
+    """Split a command line `[--config FILE] [flag ...] [key=value ...]` into config file, overrides
+    and flags given.
 
     `flags` are the flags the command knows, with their dashes. Raises InputError for anything else.
     """
@@ -168,7 +190,11 @@ MAX_BYTES = 10**6  # of a config file
 
 
 def _read_file(
-    cls: type, path: Path, given: dict[str, _Given], problems: list[str], seen: tuple[Path, ...] = ()
+    cls: type,
+    path: Path,
+    given: dict[str, _Given],
+    problems: list[str],
+    seen: tuple[Path, ...] = (),
 ) -> None:
     try:
         with path.open("rb") as file:
@@ -192,16 +218,23 @@ def _read_file(
     if root is None:  # an empty file, or nothing but comments
         return
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not {_kind(root)}")
+        raise InputError(
+            f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not "
+            f"{_kind(root)}"
+        )
     for key_node, node in [pair for pair in root.value if pair[0].value == BASE]:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(node, yaml.ScalarNode) or not node.value:
-            raise InputError(f"{where}: {BASE} must be the name of a config file, not {_kind(node)}")
+            raise InputError(
+                f"{where}: {BASE} must be the name of a config file, not {_kind(node)}"
+            )
         base = path.parent / node.value
         if base.resolve() in (path.resolve(), *seen):
             raise InputError(f"{where}: {BASE}: {base} leads back to itself")
         if not base.is_file():
-            raise InputError(f"{where}: {BASE}: {base}: no such file; the name is relative to this file's folder")
+            raise InputError(
+                f"{where}: {BASE}: {base}: no such file; the name is relative to this file's folder"
+            )
         _read_file(cls, base, given, problems, (path.resolve(), *seen))
     root.value = [pair for pair in root.value if pair[0].value != BASE]
     _flatten(cls, root, "", str(path), given, problems)
@@ -229,7 +262,11 @@ def _read_override(cls: type, override: str, given: dict[str, _Given], problems:
         inner = _group_class(owner, part)
         if inner is None:
             is_key = part in _fields(owner)
-            problem = f"{prefix}{part} is a key, not a group of keys" if is_key else _unknown(owner, prefix, part)
+            problem = (
+                (f"{prefix}{part} is a key, not a group of keys")
+                if is_key
+                else _unknown(owner, prefix, part)
+            )
             problems.append(f"{override}: {problem}")
             return
         owner, prefix = inner, f"{prefix}{part}."
@@ -237,9 +274,16 @@ def _read_override(cls: type, override: str, given: dict[str, _Given], problems:
 
 
 def _flatten(
-    cls: type, mapping: yaml.MappingNode, prefix: str, file: str | None, given: dict[str, _Given], problems: list[str]
+    cls: type,
+    mapping: yaml.MappingNode,
+    prefix: str,
+    file: str | None,
+    given: dict[str, _Given],
+    problems: list[str],
 ) -> None:
-    """Put each key of a YAML mapping into `given` under its dotted name. `file` is None inside an override."""
+    """Put each key of a YAML mapping into `given` under its dotted name. `file` is None inside an
+    override.
+    """
     seen: dict[str, int] = {}
     for key_node, node in mapping.value:
         line = key_node.start_mark.line + 1
@@ -249,7 +293,9 @@ def _flatten(
             continue
         key = key_node.value
         if key in seen:
-            problems.append(f"{where}: {prefix}{key}: given twice (first in line {seen[key]}); keep one")
+            problems.append(
+                f"{where}: {prefix}{key}: given twice (first in line {seen[key]}); keep one"
+            )
             continue
         seen[key] = line
         _place(cls, key, node, prefix, where, file, given, problems)
@@ -265,7 +311,9 @@ def _place(
     given: dict[str, _Given],
     problems: list[str],
 ) -> None:
-    """Put the value given for `key` of `cls` into `given`; a group's value is spread over the group's keys."""
+    """Put the value given for `key` of `cls` into `given`; a group's value is spread over the
+    group's keys.
+    """
     if key not in _fields(cls):
         problems.append(f"{where}: {_unknown(cls, prefix, key)}")
         return
@@ -279,7 +327,10 @@ def _place(
     elif shorthand is not None:
         _place(inner, shorthand, node, f"{prefix}{key}.", where, file, given, problems)
     else:
-        problems.append(f"{where}: {prefix}{key} is a group of keys ({', '.join(_fields(inner))}), not {_kind(node)}")
+        problems.append(
+            f"{where}: {prefix}{key} is a group of keys ({', '.join(_fields(inner))}), not "
+            f"{_kind(node)}"
+        )
 
 
 def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: list[str]) -> T | None:
@@ -318,7 +369,7 @@ def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: lis
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------- types
+# -------------------------------------------------------------------------------------------- types
 
 
 class _Mismatch(Exception):
@@ -390,7 +441,9 @@ def _finite(raw: str, wrong: _Mismatch) -> float:
 def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
     """The first member that fits. None is tried first; text, which fits nearly everything, last."""
     failures: list[tuple[Any, _Mismatch]] = []
-    for member in sorted(members, key=lambda member: (member in (str, Path), member is not types.NoneType)):
+    for member in sorted(
+        members, key=lambda member: (member in (str, Path), member is not types.NoneType)
+    ):
         try:
             return _convert(node, member)
         except _Mismatch as error:
@@ -398,7 +451,9 @@ def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
     meant = [failure for member, failure in failures if member is not types.NoneType]
     if len(meant) == 1:
         raise meant[0]
-    raise _Mismatch(f"{_shown(node)} is not {' or '.join(_type_name(member) for member in members)}")
+    raise _Mismatch(
+        f"{_shown(node)} is not {' or '.join(_type_name(member) for member in members)}"
+    )
 
 
 def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:
@@ -407,7 +462,10 @@ def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:
             if node.value == str(choice):
                 return choice
     names = [str(choice) for choice in choices]
-    raise _Mismatch(f"{_shown(node)} is not one of {', '.join(names)}{_nearest(getattr(node, 'value', ''), names)}")
+    raise _Mismatch(
+        f"{_shown(node)} is not one of "
+        f"{', '.join(names)}{_nearest(getattr(node, 'value', ''), names)}"
+    )
 
 
 def _convert_dataclass(node: yaml.Node, cls: type) -> Any:
@@ -471,9 +529,15 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def _group_class(cls: type, name: str) -> type | None:
-    """The config class of the group `name` of `cls`, or None if that is an ordinary key or unknown."""
+    """The config class of the group `name` of `cls`, or None if that is an
+    ordinary key or unknown.
+    """
     annotation = _types(cls).get(name) if name in _fields(cls) else None
-    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+    return (
+        annotation
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+        else None
+    )
 
 
 def _unknown(cls: type, prefix: str, key: str) -> str:
@@ -485,7 +549,7 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -503,11 +567,15 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(
+        to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+    )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text "None", which here means null, and escapes what is not printable (PyYAML loses a U+0085)."""
+    """Quotes the text "None", which here means null, and escapes what is not printable (PyYAML
+    loses a U+0085).
+    """
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         style = None if text.isprintable() and text not in _NULLS else '"'
@@ -518,7 +586,9 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def describe(cls: type) -> str:
-    """Every key of `cls` with default, type, bound and help, one paragraph a key: the text of `--help`."""
+    """Every key of `cls` with default, type, bound and help, one paragraph a key: the text of
+    `--help`.
+    """
     return "\n".join(_describe_lines(cls, ""))
 
 
@@ -530,13 +600,17 @@ def _describe_lines(cls: type, prefix: str) -> list[str]:
         if inner is not None:
             shorthand = getattr(inner, "SHORTHAND", None)
             short = f"{key}=VALUE is short for {key}.{shorthand}=VALUE" if shorthand else ""
-            help_text = " ".join(part for part in (declared.metadata.get("help", ""), short) if part)
+            help_text = " ".join(
+                part for part in (declared.metadata.get("help", ""), short) if part
+            )
             lines += [f"{key}:  {help_text}".rstrip(), *_describe_lines(inner, f"{key}.")]
             continue
         check: Check | None = declared.metadata.get("check")
         bound = f"; {check.bound}" if check else ""
         lines.append(f"{key}={_default_text(declared)}  ({_type_name(_types(cls)[name])}{bound})")
-        lines += textwrap.wrap(declared.metadata.get("help", ""), 100, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            declared.metadata.get("help", ""), 100, initial_indent="    ", subsequent_indent="    "
+        )
     return lines
 
 

@@ -1,4 +1,6 @@
-"""What every stage of a run starts from: the device, the given policy, its tokenizer, and the rows in token ids."""
+"""What every stage of a run starts from: the device, the given policy, its tokenizer, and the rows
+in token ids.
+"""
 
 import json
 from collections import Counter
@@ -31,7 +33,9 @@ EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage needs: the run's folder and settings, the given policy, its tokenizer, and the rows in ids."""
+    """What every stage needs: the run's folder and settings, the given policy, its tokenizer, and
+    the rows in ids.
+    """
 
     run: RunFolder
     config: RunConfig
@@ -83,7 +87,7 @@ def named_keys(config: RunConfig, *names: str) -> Parents:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- data, policy
+# ------------------------------------------------------------------------------------- data, policy
 
 
 def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -91,7 +95,11 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
@@ -102,7 +110,8 @@ def find_model(config: RunConfig, name: str) -> Path:
 
 
 def open_policy(config: RunConfig) -> Path:
-    """The given policy's model folder, fetched by rank 0 where it is not there yet, all headers of its files checked.
+    """The given policy's model folder, fetched by rank 0 where it is not there yet, all headers of
+    its files checked.
 
     Raises InputError as `check_model` does, and for a GPT-2.
     """
@@ -110,20 +119,24 @@ def open_policy(config: RunConfig) -> Path:
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
         raise InputError(
-            f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder (policy=PATH)"
+            f"{folder}: model_type {kind!r} cannot be a policy; give a mistral or llama folder "
+            "(policy=PATH)"
         )
     check_model(folder)
     return folder
 
 
 def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the config asks; the training rows are the most that any stage uses.
+    """(training rows, held-out rows) as the config asks; the training rows are the most that any
+    stage uses.
 
     counts gets what `read_rows` counts.
     """
     options: Any = {"turns": config.turns, "bad_rows": config.bad_rows, "counts": counts}
     if config.data == EMBEDDED:
-        train_rows, heldout = (_embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items())
+        train_rows, heldout = (
+            _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
+        )
         if config.method == "dpo":
             train_rows = _with_wrong_answers(train_rows)
     else:
@@ -137,40 +150,56 @@ def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[li
         train_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
     # A kind of the user's own has no checker here: such rows are read for their likelihood alone.
     heldout = [r if r.kind in tasks.KINDS else replace(r, kind=None, answer=None) for r in heldout]
-    asked = [config.max_rows, *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs)]
+    asked = [
+        config.max_rows,
+        *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs),
+    ]
     most = None if None in asked else max(n for n in asked if n is not None)
     return train_rows[:most], heldout[: config.evaluation.rows]
 
 
 def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
-    # A system turn of our own, because SmolLM2's template else puts a longer one in front of every prompt.
+    # A system turn of our own, because SmolLM2's template else puts a longer one in front of every
+    # prompt.
     system = {"role": "system", "content": "Be brief."}
     return [
-        Row(r["id"], (system, r["messages"][0]), r["messages"][1]["content"], kind=r["kind"], answer=r["answer"],
-            where=f"embedded:{r['id']}")
+        Row(
+            r["id"],
+            (system, r["messages"][0]),
+            r["messages"][1]["content"],
+            kind=r["kind"],
+            answer=r["answer"],
+            where=f"embedded:{r['id']}",
+        )
         for r in tasks.make_rows(seed, split, count)
-    ]  # fmt: skip
+    ]
 
 
 def _with_wrong_answers(rows: list[Row]) -> list[Row]:
-    """Preference rows of the embedded ones: rejected is the next response to another prompt of the kind, wrong here.
+    """Preference rows of the embedded ones: rejected is the next response to another prompt of the
+    kind, wrong here.
 
     A row for which there is none is left out.
     """
     out = []
     for i, row in enumerate(rows):
         for other in (*rows[i + 1 :], *rows[:i]):
-            if other.kind == row.kind and not tasks.check(str(row.kind), row.answer, other.response):
+            if other.kind == row.kind and not tasks.check(
+                str(row.kind), row.answer, other.response
+            ):
                 out.append(replace(row, rejected=other.response))
                 break
     return out
 
 
-def open_context(run: RunFolder, config: RunConfig, planned: Sequence[str] | None = None) -> Context:
-    """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing is written.
+def open_context(
+    run: RunFolder, config: RunConfig, planned: Sequence[str] | None = None
+) -> Context:
+    """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing
+    is written.
 
-    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit, fewer of them than one
-    global batch, or a guide that is asked for in two ways.
+    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit,
+    fewer of them than one global batch, or a guide that is asked for in two ways.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
@@ -179,23 +208,31 @@ def open_context(run: RunFolder, config: RunConfig, planned: Sequence[str] | Non
     start = open_policy(config)
     tokenizer = load_tokenizer(start, today=run.began)
     ctx = Context(
-        run, config, device, choose_dtype(config, device), start, tokenizer,
-        prepare(train_rows, tokenizer, config.max_length), prepare(heldout_rows, tokenizer, config.max_length),
+        run,
+        config,
+        device,
+        choose_dtype(config, device),
+        start,
+        tokenizer,
+        prepare(train_rows, tokenizer, config.max_length),
+        prepare(heldout_rows, tokenizer, config.max_length),
         counts,
-    )  # fmt: skip
+    )
     _check_enough(ctx, planned)
     distributed.copies(config.training.shard_ranks)
     say(
-        f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, {len(ctx.train.dropped)} rows "
-        f"dropped), {len(ctx.heldout.rows)} held out, {counts['skipped']} bad rows skipped, {counts['repeated']} rows "
-        f"repeat others; {device.type}, {str(ctx.dtype).removeprefix('torch.')}, "
-        f"{distributed.world_size()} rank(s)"
+        f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, "
+        f"{len(ctx.train.dropped)} rows dropped), {len(ctx.heldout.rows)} held out, "
+        f"{counts['skipped']} bad rows skipped, {counts['repeated']} rows repeat others; "
+        f"{device.type}, {str(ctx.dtype).removeprefix('torch.')}, {distributed.world_size()} "
+        "rank(s)"
     )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)
     if unchecked:
         say(
-            f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker (kind and answer): "
-            "accuracy cannot be measured on them, only the likelihood of their responses"
+            f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker "
+            "(kind and answer): accuracy cannot be measured on them, only the likelihood of their "
+            "responses"
         )
     return ctx
 
@@ -207,32 +244,40 @@ def _check_guide(guide: Guide) -> None:
     trained = is_trained_guide(Path(guide.folder).expanduser())
     if trained and guide.retrain:
         raise InputError(
-            f"guide={guide.folder}: is a trained guide, used as it is; guide.retrain=true would train others: give one "
-            "of the two"
+            f"guide={guide.folder}: is a trained guide, used as it is; guide.retrain=true would "
+            "train others: give one of the two"
         )
     if not trained and guide.backbone == "policy":
         raise InputError(
-            f"guide={guide.folder}: is no trained guide, and guide.backbone=policy starts from the policy: give one of "
-            "the two"
+            f"guide={guide.folder}: is no trained guide, and guide.backbone=policy starts from the "
+            "policy: give one of the two"
         )
 
 
 def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
-    """Of the policies that are trained: all that the config asks for, or those among the `planned` stages."""
+    """Of the policies that are trained: all that the config asks for, or those among the `planned`
+    stages.
+    """
     config, rows = ctx.config, len(ctx.train.rows)
-    needs = {"iteration_0": ("global_batch", config.global_batch, len(ctx.used[0]))} if config.iterations else {}
+    needs = (
+        {"iteration_0": ("global_batch", config.global_batch, len(ctx.used[0]))}
+        if config.iterations
+        else {}
+    )
     for name, sft in (("sft", config.sft), ("continual_sft", config.continual_sft)):
         if sft.epochs:
             needs[name] = f"{name}.global_batch", sft.global_batch, min(rows, sft.rows or rows)
     for name, (key, batch, count) in needs.items():
         if count < batch and (planned is None or f"{name}/policy" in planned):
             raise InputError(
-                f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or lower {key}"
+                f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or "
+                f"lower {key}"
             )
 
 
 def prompt_text(row: Row) -> str:
-    """What the guide reads as the prompt: the user's text, or for a longer history every turn with its role.
+    """What the guide reads as the prompt: the user's text, or for a longer history every turn with
+    its role.
 
     The system turn is left out: it is the same for most rows of a data set.
     """

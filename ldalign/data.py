@@ -1,8 +1,9 @@
 """Rows from JSON Lines and parquet files, in every shape people have them (design section 2).
 
-A row becomes a :class:`Row`: the conversation up to a user turn, the response, and for preference data the rejected
-response. Every error names the file and the physical line (in parquet, the row). JSON Lines are read by this module
-line by line, so that nothing is inferred from the first rows and one bad line costs no more memory than its limit.
+A row becomes a :class:`Row`: the conversation up to a user turn, the response, and for preference
+data the rejected response. Every error names the file and the physical line (in parquet, the row).
+JSON Lines are read by this module line by line, so that nothing is inferred from the first rows and
+one bad line costs no more memory than its limit.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a convers
 MAX_SKIPPED = 0.01  # of all rows, with bad_rows="skip"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is read from a folder
 PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))
-SHAPES = "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ prompt)"
+SHAPES = (
+    "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ "
+    "prompt)"
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """One training row.
 
-    id: unique in its list. history: the turns before the response, ending with a user turn. response: the real
-    (chosen) one. rejected: the generated (rejected) one of preference rows. kind, answer: what a checker needs, kept
-    from the file. where: "file:line" it came from.
+    id: unique in its list. history: the turns before the response, ending with a user turn.
+    response: the real (chosen) one. rejected: the generated (rejected) one of preference rows.
+    kind, answer: what a checker needs, kept from the file. where: "file:line" it came from.
     """
 
     id: str
@@ -52,15 +56,20 @@ class Row:
 def read_rows(
     spec: Any, *, turns: str = "last", bad_rows: str = "error", counts: Counter[str] | None = None
 ) -> list[Row]:
-    """All rows of ``spec``: a file, folder or glob, or a list of these or of ``{"path": ..., "weight": n}``.
+    """All rows of ``spec``: a file, folder or glob, or a list of these or of ``{"path": ...,
+    "weight": n}``.
 
-    ``turns``: which assistant turn of ``messages`` is the response: first, last, or all (one row for each). Preference
-    rows have one response, their last turn. A weight of n takes each row n times; of a fraction, that share of the
-    rows, the same ones every time. ``bad_rows="skip"`` leaves bad rows out, up to 1 % of them. ``counts`` gets what was
-    done: skipped (bad rows), repeated (rows with an id, or a whole content, that came before).
-    Raises InputError, as ``file:line: what is wrong``, and EnvironmentProblem if pyarrow is needed and missing.
+    ``turns``: which assistant turn of ``messages`` is the response: first, last, or all (one row
+    for each). Preference rows have one response, their last turn. A weight of n takes each row n
+    times; of a fraction, that share of the rows, the same ones every time. ``bad_rows="skip"``
+    leaves bad rows out, up to 1 % of them. ``counts`` gets what was done: skipped (bad rows),
+    repeated (rows with an id, or a whole content, that came before). Raises InputError, as
+    ``file:line: what is wrong``, and EnvironmentProblem if pyarrow is needed and missing.
     """
-    for name, value, allowed in (("turns", turns, ("first", "last", "all")), ("bad_rows", bad_rows, ("error", "skip"))):
+    for name, value, allowed in (
+        ("turns", turns, ("first", "last", "all")),
+        ("bad_rows", bad_rows, ("error", "skip")),
+    ):
         if value not in allowed:
             raise InputError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
     tally = _Tally(skip=bad_rows == "skip")
@@ -82,14 +91,19 @@ def files_of(spec: Any) -> list[Path]:
 
 
 def data_hash(rows: Iterable[Row]) -> str:
-    """sha256 (hex) over the content of ``rows`` in their order; where they were read from does not count."""
+    """sha256 (hex) over the content of ``rows`` in their order; where they were read from does not
+    count.
+    """
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_canonical([row.id, row.history, row.response, row.rejected, row.kind, row.answer]) + b"\n")
+        digest.update(
+            _canonical([row.id, row.history, row.response, row.rejected, row.kind, row.answer])
+            + b"\n"
+        )
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- which files
+# -------------------------------------------------------------------------------------- which files
 
 
 def _sources(spec: Any) -> list[tuple[str, float]]:
@@ -107,8 +121,15 @@ def _sources(spec: Any) -> list[tuple[str, float]]:
                 raise InputError(f"data: expected the keys path and weight, found {found}")
             path, weight = entry["path"], entry.get("weight", 1.0)
         if not isinstance(path, str | Path) or not str(path):
-            raise InputError(f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of these")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(
+                f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of "
+                "these"
+            )
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not 0 < weight < math.inf
+        ):
             raise InputError(f"data: weight {weight!r} of {path}: expected a positive number")
         sources.append((str(path), float(weight)))
     return sources
@@ -132,11 +153,13 @@ def _files(source: str) -> list[Path]:
     raise InputError(f"{path}: no such file or folder")
 
 
-# ---------------------------------------------------------------------------------------------- records of a file
+# -------------------------------------------------------------------------------- records of a file
 
 
 class _BadRow(ValueError):
-    """What is wrong with one record, and in which column if that is known; the reader adds file and line."""
+    """What is wrong with one record, and in which column if that is known; the reader adds file and
+    line.
+    """
 
     def __init__(self, message: str, column: int | None = None) -> None:
         super().__init__(message)
@@ -145,7 +168,9 @@ class _BadRow(ValueError):
 
 @dataclass
 class _Tally:
-    """Counts bad rows: the first is an error at once, or is skipped until there are too many of them."""
+    """Counts bad rows: the first is an error at once, or is skipped until there are too many of
+    them.
+    """
 
     skip: bool
     good: int = 0
@@ -162,8 +187,8 @@ class _Tally:
         total = self.good + len(self.bad)
         if len(self.bad) > MAX_SKIPPED * total:
             raise InputError(
-                f"{self.bad[0]}; {len(self.bad)} of {total} rows are bad, more than the {MAX_SKIPPED:.0%} that "
-                "bad_rows=skip may leave out"
+                f"{self.bad[0]}; {len(self.bad)} of {total} rows are bad, more than the "
+                f"{MAX_SKIPPED:.0%} that bad_rows=skip may leave out"
             )
         log.warning("skipped %d of %d rows; the first: %s", len(self.bad), total, self.bad[0])
 
@@ -194,9 +219,11 @@ def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a JSON Lines file. Raises InputError naming file, line and column of what is broken.
+    """("file:line", value) of a JSON Lines file. Raises InputError naming file, line and column of
+    what is broken.
 
-    For the small files beside the data (prompts, responses made elsewhere), whose readers check the values.
+    For the small files beside the data (prompts, responses made elsewhere), whose readers check the
+    values.
     """
     try:
         for number, value in _json_records(path):
@@ -205,10 +232,14 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 _json_clean(value)
             except _BadRow as error:
-                raise InputError(f"{path}:{number}: {str(error).removeprefix('answer: ')}") from None
+                raise InputError(
+                    f"{path}:{number}: {str(error).removeprefix('answer: ')}"
+                ) from None
             yield f"{path}:{number}", value
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give a JSON Lines file") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); give a JSON Lines file"
+        ) from None
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -234,9 +265,15 @@ def _json_value(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        return _BadRow("not UTF-8 text, nor a parquet file; expected one JSON object a line", error.start + 1)
+        return _BadRow(
+            "not UTF-8 text, nor a parquet file; expected one JSON object a line", error.start + 1
+        )
     except json.JSONDecodeError as error:
-        hint = "; expected one JSON object a line, not a JSON array" if line.lstrip()[:1] == b"[" else ""
+        hint = (
+            ("; expected one JSON object a line, not a JSON array")
+            if line.lstrip()[:1] == b"["
+            else ""
+        )
         return _BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
     except RecursionError:
         return _BadRow("broken JSON: nested too deeply")
@@ -254,7 +291,9 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise EnvironmentProblem(f"{path}: reading parquet needs pyarrow; pip install ldalign[parquet]") from error
+        raise EnvironmentProblem(
+            f"{path}: reading parquet needs pyarrow; pip install ldalign[parquet]"
+        ) from error
     used = {"id", "messages", "prompt", "response", "completion", "kind", "answer"}
     used.update(key for keys in PAIR_KEYS for key in keys)
     number = 0
@@ -270,14 +309,18 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: broken parquet file after row {number}: {reason}") from error
 
 
-# ---------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
     """The rows of one record; _BadRow if it has none of the known shapes."""
     if not isinstance(record, dict):
         raise _BadRow(f"the row is {_type(record)}; expected an object with {SHAPES}")
-    keep = {"kind": _optional_text(record, "kind"), "answer": _json_clean(record.get("answer")), "where": where}
+    keep = {
+        "kind": _optional_text(record, "kind"),
+        "answer": _json_clean(record.get("answer")),
+        "where": where,
+    }
     given = _given_id(record)
     for winner, loser in PAIR_KEYS:
         if record.get(winner) is not None and record.get(loser) is not None:
@@ -291,7 +334,13 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
             raise _BadRow("messages: no assistant turn")
         if turns == "all":
             return [
-                _row(given and f"{given}/{turn}", messages[:end], messages[end]["content"], None, keep)
+                _row(
+                    given and f"{given}/{turn}",
+                    messages[:end],
+                    messages[end]["content"],
+                    None,
+                    keep,
+                )
                 for turn, end in enumerate(ends)
             ]
         end = ends[0] if turns == "first" else ends[-1]
@@ -300,18 +349,25 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
         if record.get("prompt") is not None and record.get(key) is not None:
             history, response = _side(record[key], key, _prompt(record["prompt"]))
             return [_row(given, history, response, None, keep)]
-    raise _BadRow(f"no known shape: expected {SHAPES}; found {', '.join(map(repr, record)) or 'no keys'}")
+    raise _BadRow(
+        f"no known shape: expected {SHAPES}; found {', '.join(map(repr, record)) or 'no keys'}"
+    )
 
 
 def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message], str, str]:
-    """History, winner and loser. The prompt is given, or is what both conversations (or both texts) begin with."""
+    """History, winner and loser. The prompt is given, or is what both conversations (or both texts)
+    begin with.
+    """
     prompt = _prompt(record["prompt"]) if record.get("prompt") is not None else None
     if prompt is None and isinstance(record[winner], str) and isinstance(record[loser], str):
         return _shared_text(record[winner], record[loser], winner, loser)
     history, response = _side(record[winner], winner, prompt)
     other_history, rejected = _side(record[loser], loser, prompt)
     if history != other_history:
-        raise _BadRow(f"{winner} and {loser} differ before their last turn; expected one prompt and two answers")
+        raise _BadRow(
+            f"{winner} and {loser} differ before their last turn; expected one prompt and two "
+            "answers"
+        )
     return history, response, rejected
 
 
@@ -323,16 +379,24 @@ def _side(value: Any, key: str, prompt: list[Message] | None) -> tuple[list[Mess
         answer = _messages(value, key)
     alone = answer[0]["role"] == "assistant"
     if alone and prompt is None:
-        raise _BadRow(f"{key}: an answer without a prompt; expected the key prompt or a whole conversation")
+        raise _BadRow(
+            f"{key}: an answer without a prompt; expected the key prompt or a whole conversation"
+        )
     messages = [*(prompt or []), *answer] if alone else answer
     _check_turns(messages, key)
     if messages[-1]["role"] != "assistant":
-        raise _BadRow(f"{key}: ends with a turn of the {messages[-1]['role']}; expected the assistant")
+        raise _BadRow(
+            f"{key}: ends with a turn of the {messages[-1]['role']}; expected the assistant"
+        )
     return messages[:-1], messages[-1]["content"]
 
 
-def _shared_text(winner: str, loser: str, winner_key: str, loser_key: str) -> tuple[list[Message], str, str]:
-    """Two texts without a prompt: it is what they share, up to the last white space (TRL's implicit prompt)."""
+def _shared_text(
+    winner: str, loser: str, winner_key: str, loser_key: str
+) -> tuple[list[Message], str, str]:
+    """Two texts without a prompt: it is what they share, up to the last white space (TRL's implicit
+    prompt).
+    """
     shared = 0
     while shared < min(len(winner), len(loser)) and winner[shared] == loser[shared]:
         shared += 1
@@ -369,32 +433,47 @@ def _messages(value: Any, key: str) -> list[Message]:
             raise _BadRow(f"{key}: turn {number} is {_type(message)}; expected {{role, content}}")
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
-            raise _BadRow(f"{key}: turn {number} has role {role!r}; expected system, user or assistant")
+            raise _BadRow(
+                f"{key}: turn {number} has role {role!r}; expected system, user or assistant"
+            )
         content = message.get("content")
         if not isinstance(content, str):
-            raise _BadRow(f"{key}: turn {number} has content of type {_type(content)}; expected text")
+            raise _BadRow(
+                f"{key}: turn {number} has content of type {_type(content)}; expected text"
+            )
         messages.append({"role": role, "content": _text(content, f"{key}: turn {number}")})
     return messages
 
 
 def _check_turns(messages: Sequence[Message], key: str) -> None:
-    """An optional system turn, then user and assistant in turn; every user and assistant turn says something."""
+    """An optional system turn, then user and assistant in turn; every user and assistant turn says
+    something.
+    """
     expected = "user"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if number == 1 and role == "system":
             continue
         if role != expected:
-            raise _BadRow(f"{key}: turn {number} is {role}; expected {expected} (user and assistant alternate)")
+            raise _BadRow(
+                f"{key}: turn {number} is {role}; expected {expected} (user and assistant "
+                "alternate)"
+            )
         if not message["content"].strip():
             raise _BadRow(f"{key}: turn {number} ({role}) is empty")
         expected = "assistant" if role == "user" else "user"
 
 
-# ---------------------------------------------------------------------------------------------- values and ids
+# ----------------------------------------------------------------------------------- values and ids
 
 
-def _row(given: str | None, history: list[Message], response: str, rejected: str | None, keep: dict[str, Any]) -> Row:
+def _row(
+    given: str | None,
+    history: list[Message],
+    response: str,
+    rejected: str | None,
+    keep: dict[str, Any],
+) -> Row:
     name = given or hashlib.sha256(_canonical([history, response, rejected])).hexdigest()[:16]
     return Row(name, tuple(history), response, rejected, **keep)
 
@@ -422,12 +501,16 @@ def _text(value: str, key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRow(f"{key}: holds half of a surrogate pair at character {error.start + 1}") from error
+        raise _BadRow(
+            f"{key}: holds half of a surrogate pair at character {error.start + 1}"
+        ) from error
     return value
 
 
 def _json_clean(value: Any) -> Any:
-    """``value`` if it can be written to a UTF-8 JSON file (parquet may hold dates, bytes and the like)."""
+    """``value`` if it can be written to a UTF-8 JSON file (parquet may hold dates, bytes and the
+    like).
+    """
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -436,7 +519,14 @@ def _json_clean(value: Any) -> Any:
 
 
 def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
@@ -445,16 +535,22 @@ def _canonical(value: Any) -> bytes:
 
 
 def _weighted(rows: list[Row], weight: float, source: str) -> list[Row]:
-    """Each row ``floor(weight)`` times, and the remaining share of rows once more, picked by hash, in file order."""
+    """Each row ``floor(weight)`` times, and the remaining share of rows once more, picked by hash,
+    in file order.
+    """
     if weight == 1:
         return rows
     copies = int(weight)
     count = round((weight - copies) * len(rows))
-    by_hash = sorted(range(len(rows)), key=lambda i: (hashlib.sha256(rows[i].id.encode("utf-8")).digest(), i))
+    by_hash = sorted(
+        range(len(rows)), key=lambda i: (hashlib.sha256(rows[i].id.encode("utf-8")).digest(), i)
+    )
     picked = set(by_hash[:count])
     result = rows * copies + [row for i, row in enumerate(rows) if i in picked]
     if rows and not result:
-        raise InputError(f"data: weight {weight:g} of {source} takes none of its {len(rows)} rows; raise it")
+        raise InputError(
+            f"data: weight {weight:g} of {source} takes none of its {len(rows)} rows; raise it"
+        )
     log.info("%s: weight %g: %d rows become %d", source, weight, len(rows), len(result))
     return result
 
@@ -476,5 +572,9 @@ def _distinct(rows: list[Row]) -> list[Row]:
         result.append(row if name == row.id else replace(row, id=name))
     repeats = len(rows) - len(given)
     if repeats:
-        log.info("%d of %d rows repeat an id or a whole row; each got an id of its own", repeats, len(rows))
+        log.info(
+            "%d of %d rows repeat an id or a whole row; each got an id of its own",
+            repeats,
+            len(rows),
+        )
     return result

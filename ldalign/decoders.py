@@ -1,11 +1,12 @@
 """Running a Mistral on new tokens over a paged cache: the half of generation that computes.
 
-`Decoder.step` takes the new tokens of many rows at once, one for a row in the middle of its response and a run of them
-for a prompt, and gives the next-token logits. Two implementations: `PackedDecoder`, the whole of it in C++ with weights
-laid out for it, on CPUs; `ModuleDecoder`, the very modules that are trained, with attention through the page table,
-anywhere.
+`Decoder.step` takes the new tokens of many rows at once, one for a row in the middle of its
+response and a run of them for a prompt, and gives the next-token logits. Two implementations:
+`PackedDecoder`, the whole of it in C++ with weights laid out for it, on CPUs; `ModuleDecoder`, the
+very modules that are trained, with attention through the page table, anywhere.
 
-Shapes: N new tokens, R rows, P pages a row, D width, H query heads, K key/value heads, E head width, V vocabulary.
+Shapes: N new tokens, R rows, P pages a row, D width, H query heads, K key/value heads, E head
+width, V vocabulary.
 """
 
 from typing import Protocol
@@ -37,10 +38,12 @@ class Decoder(Protocol):
         ...
 
     def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
-        """Logits (len(last), V) float32 after the new tokens numbered `last`; the new keys and values are cached.
+        """Logits (len(last), V) float32 after the new tokens numbered `last`; the new keys and
+        values are cached.
 
-        ids (N,) int64: row after row. rows (R, 2) int64: a row's number of new tokens, and of those in its cache.
-        pages (R, P) int32: its pages, in order. All but `last`, which is on the CPU as well, are on the CPU.
+        ids (N,) int64: row after row. rows (R, 2) int64: a row's number of new tokens, and of those
+        in its cache. pages (R, P) int32: its pages, in order. All but `last`, which is on the CPU
+        as well, are on the CPU.
         """
         ...
 
@@ -56,8 +59,8 @@ def new_decoder(model: Mistral, release: bool = False) -> Decoder:
 class PackedDecoder:
     """Everything in C++ (`csrc/decode.cpp`), from weights packed for few rows.
 
-    A row's result has the same bits whatever rows it is computed with, in float32 and in bfloat16: every sum runs in
-    one fixed order.
+    A row's result has the same bits whatever rows it is computed with, in float32 and in bfloat16:
+    every sum runs in one fixed order.
     """
 
     row_exact = True
@@ -75,7 +78,11 @@ class PackedDecoder:
 
     @torch.no_grad()
     def __init__(self, model: Mistral, release: bool = False) -> None:
-        self.config, self.device, self.dtype = model.config, torch.device("cpu"), model.output_weight.dtype
+        self.config, self.device, self.dtype = (
+            model.config,
+            torch.device("cpu"),
+            model.output_weight.dtype,
+        )
         packed: list[Tensor] = []
         norms: list[Tensor] = []
         for block in model.blocks:
@@ -86,7 +93,10 @@ class PackedDecoder:
                 block.mlp.down_proj,
             ):
                 packed.append(self._take(linear, release))
-            norms += [block.input_layernorm.weight.float(), block.post_attention_layernorm.weight.float()]
+            norms += [
+                block.input_layernorm.weight.float(),
+                block.post_attention_layernorm.weight.float(),
+            ]
         self.packed, self.norms = packed, [*norms, model.model.norm.weight.float()]
         tied = self.config.tie_word_embeddings
         self.embedding = None if tied else model.model.embed_tokens.weight.detach()
@@ -103,7 +113,13 @@ class PackedDecoder:
     def page_bytes(self) -> int:
         c = self.config
         width = -(-c.head_dim // PAGE) * PAGE  # values are padded to whole vectors, 16 wide
-        return c.num_hidden_layers * c.num_key_value_heads * PAGE * (c.head_dim + width) * self.dtype.itemsize
+        return (
+            c.num_hidden_layers
+            * c.num_key_value_heads
+            * PAGE
+            * (c.head_dim + width)
+            * self.dtype.itemsize
+        )
 
     def allocate(self, pages: int, longest: int) -> None:
         c = self.config
@@ -117,9 +133,19 @@ class PackedDecoder:
     def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
         c = self.config
         hidden = cpp.decode_layers(
-            self._embed(ids), self.packed, self.norms, self.keys, self.values, rows, pages, self.cos, self.sin,
-            c.num_attention_heads, c.sliding_window, c.rms_norm_eps,
-        )  # fmt: skip
+            self._embed(ids),
+            self.packed,
+            self.norms,
+            self.keys,
+            self.values,
+            rows,
+            pages,
+            self.cos,
+            self.sin,
+            c.num_attention_heads,
+            c.sliding_window,
+            c.rms_norm_eps,
+        )
         return cpp.packed_linear(hidden[last], self.head, c.vocab_size, wide_out=True)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -130,9 +156,11 @@ class PackedDecoder:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """(N, K) float32 or bfloat16, K even -> (ceil(N / 32), K, 32): panels of 32 rows, 4 bytes of each row by turns.
+    """(N, K) float32 or bfloat16, K even -> (ceil(N / 32), K, 32): panels of 32 rows, 4 bytes of
+    each row by turns.
 
-    So a product reads the weight once, from front to back. The rows of the last panel that are not there are zeros.
+    So a product reads the weight once, from front to back. The rows of the last panel that are not
+    there are zeros.
     """
     if len(weight) % PANEL:
         weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
@@ -143,9 +171,10 @@ def pack_weight(weight: Tensor) -> Tensor:
 class ModuleDecoder:
     """The model's own forward, with a layout that keeps keys and values in pages.
 
-    On a GPU a step in which every row has one new token is a CUDA graph: launching a model's thousand small kernels one
-    by one takes longer than they do. There is one graph for each of a few numbers of rows and pages, captured when
-    first needed; rows and pages that are not there are filled up with a page that nobody reads.
+    On a GPU a step in which every row has one new token is a CUDA graph: launching a model's
+    thousand small kernels one by one takes longer than they do. There is one graph for each of a
+    few numbers of rows and pages, captured when first needed; rows and pages that are not there are
+    filled up with a page that nobody reads.
     """
 
     row_exact = False  # a product's last bits change with its shape
@@ -159,7 +188,14 @@ class ModuleDecoder:
 
     def page_bytes(self) -> int:
         c = self.model.config
-        return 2 * c.num_hidden_layers * PAGE * c.num_key_value_heads * c.head_dim * self.model.output_weight.itemsize
+        return (
+            2
+            * c.num_hidden_layers
+            * PAGE
+            * c.num_key_value_heads
+            * c.head_dim
+            * self.model.output_weight.itemsize
+        )
 
     def allocate(self, pages: int, longest: int) -> None:
         c = self.model.config
@@ -178,7 +214,9 @@ class ModuleDecoder:
             return self._standing[size].run(ids, rows, pages)
         layout = Paged(self.keys, self.values, rows, pages)
         last = last.to(self.device)
-        return self.model(ids.to(self.device), layout, lambda hidden, weight: (hidden[last] @ weight.T).float())
+        return self.model(
+            ids.to(self.device), layout, lambda hidden, weight: (hidden[last] @ weight.T).float()
+        )
 
 
 def bucket(n: int) -> int:
@@ -187,12 +225,16 @@ def bucket(n: int) -> int:
 
 
 class _StandingStep:
-    """One decoding step whose inputs and outputs stay where they are, so that it can be captured and replayed."""
+    """One decoding step whose inputs and outputs stay where they are, so that it can be captured
+    and replayed.
+    """
 
     def __init__(self, decoder: ModuleDecoder, rows: int, width: int) -> None:
         self.model, self.spare, self.rows, self.width = decoder.model, decoder.spare, rows, width
         self.ids = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
-        self.layout = Paged(decoder.keys, decoder.values, *self._filled(torch.empty(0, 2), torch.empty(0, width)))
+        self.layout = Paged(
+            decoder.keys, decoder.values, *self._filled(torch.empty(0, 2), torch.empty(0, width))
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         if decoder.device.type == "cuda":
             stream = torch.cuda.Stream()
@@ -216,7 +258,9 @@ class _StandingStep:
         return self.logits[: len(ids)]
 
     def _filled(self, rows: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """rows and pages with rows that are not there: one new token, nothing before it, in the spare page."""
+        """rows and pages with rows that are not there: one new token, nothing before it, in the
+        spare page.
+        """
         table = torch.full((self.rows, self.width), self.spare, dtype=torch.int32)
         table[: len(pages), : pages.shape[1]] = pages
         counts = torch.tensor([[1, 0]]).repeat(self.rows, 1)
@@ -228,7 +272,8 @@ class _StandingStep:
 
 
 class Paged:
-    """The layout (`ldalign.layout.Layout`) of one step over the pages; see `Decoder.step` for rows and pages.
+    """The layout (`ldalign.layout.Layout`) of one step over the pages; see `Decoder.step` for rows
+    and pages.
 
     keys, values: (L, pages, 16, K, E).
     """
@@ -239,8 +284,13 @@ class Paged:
         first = counts.cumsum(0) - counts
         positions = torch.arange(int(counts.sum())) + (held - first).repeat_interleave(counts)
         row = torch.arange(len(rows)).repeat_interleave(counts)
-        self.slots = (pages[row, positions // PAGE].long() * PAGE + positions % PAGE).to(device)  # (N,)
-        self.positions, self.rows, self.pages = positions.to(device), rows.to(device), pages.to(device)
+        # (N,)
+        self.slots = (pages[row, positions // PAGE].long() * PAGE + positions % PAGE).to(device)
+        self.positions, self.rows, self.pages = (
+            positions.to(device),
+            rows.to(device),
+            pages.to(device),
+        )
         self.longest = int(counts.max())
 
     def copy_(self, other: "Paged") -> None:
@@ -249,10 +299,18 @@ class Paged:
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
     def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
-        """qkv (N, H + 2K, E) of the new tokens -> (N, H, E), over the row's cache and the new tokens before each."""
+        """qkv (N, H + 2K, E) of the new tokens -> (N, H, E), over the row's cache and the new
+        tokens before each.
+        """
         k, v = qkv[:, heads:].chunk(2, 1)
         self.keys[layer].flatten(0, 1)[self.slots] = k
         self.values[layer].flatten(0, 1)[self.slots] = v
         return ops.paged_attention(
-            qkv[:, :heads], self.keys[layer], self.values[layer], self.rows, self.pages, self.longest, window
+            qkv[:, :heads],
+            self.keys[layer],
+            self.values[layer],
+            self.rows,
+            self.pages,
+            self.longest,
+            window,
         )

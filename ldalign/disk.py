@@ -1,8 +1,8 @@
 """The disk that a run still needs, and the refusal to begin one that there is no room for.
 
-Counted: the policies and guides to be written, the checkpoints beside them while they are trained, the texts; less what
-a stage that was cut short has there already. Only the largest share of the checkpoints counts, as those of a stage go
-when it is finished.
+Counted: the policies and guides to be written, the checkpoints beside them while they are trained,
+the texts; less what a stage that was cut short has there already. Only the largest share of the
+checkpoints counts, as those of a stage go when it is finished.
 """
 
 import shutil
@@ -42,9 +42,11 @@ class Disk(NamedTuple):
 
 
 def check_disk(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
-    """What the planned stages need that are not finished. All ranks call it, before a model is loaded.
+    """What the planned stages need that are not finished. All ranks call it, before a model is
+    loaded.
 
-    folder: the run folder, or where it will be made. Raises EnvironmentProblem where the need is more than is free.
+    folder: the run folder, or where it will be made. Raises EnvironmentProblem where the need is
+    more than is free.
     """
     return distributed.on_rank0(lambda: _check(ctx, planned, folder))
 
@@ -60,16 +62,23 @@ def _check(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
     disk = Disk(at_worst(needs), sum(name.endswith("/policy") for name in todo), held, free)
     if disk.needed > free:
         raise EnvironmentProblem(
-            f"{folder}: the run needs about {disk.needed} bytes of disk ({described(disk)}), {free} bytes are free; "
-            f"make room, give another folder (run=NAME), or lower {_what_to_lower(ctx, disk)}"
+            f"{folder}: the run needs about {disk.needed} bytes of disk ({described(disk)}), "
+            f"{free} bytes are free; make room, give another folder (run=NAME), or lower "
+            f"{_what_to_lower(ctx, disk)}"
         )
     return disk
 
 
 def described(disk: Disk) -> str:
     """In words and GiB: the need and what it is made of."""
-    beside = f", checkpoints of {disk.checkpoints / 2**30:.2f} GiB beside them" if disk.checkpoints else ""
-    return f"{disk.needed / 2**30:.2f} GiB at most: {disk.policies} policies and other files{beside}"
+    beside = (
+        (f", checkpoints of {disk.checkpoints / 2**30:.2f} GiB beside them")
+        if disk.checkpoints
+        else ""
+    )
+    return (
+        f"{disk.needed / 2**30:.2f} GiB at most: {disk.policies} policies and other files{beside}"
+    )
 
 
 def at_worst(needs: Sequence[Need]) -> int:
@@ -102,9 +111,14 @@ def _stage(ctx: Context, name: str, parameters: int) -> tuple[Need, int]:
         adamw = training.optimizer == "adamw" or not name.startswith("iteration_")
         averages = parameters * getattr(torch, training.state_dtype).itemsize * (2 if adamw else 1)
         kept = parameters * (2 if ctx.config.policy_dtype == "bfloat16" else 4)
-        kept += sum((ctx.start / file).stat().st_size for file in COPIED_FILES if (ctx.start / file).is_file())
+        kept += sum(
+            (ctx.start / file).stat().st_size
+            for file in COPIED_FILES
+            if (ctx.start / file).is_file()
+        )
     elif step == "guide":
-        weights = 2 * 4 * _tower_parameters(ctx, parameters)  # two towers in float32, trained by AdamW
+        # two towers in float32, trained by AdamW
+        weights = 2 * 4 * _tower_parameters(ctx, parameters)
         kept, averages, steps = weights, 2 * weights, guide_steps(ctx)
     held = _checkpoints(ctx, steps)
     one = weights + averages
@@ -116,7 +130,9 @@ def _stage(ctx: Context, name: str, parameters: int) -> tuple[Need, int]:
 
 
 def _checkpoints(ctx: Context, steps: int) -> int:
-    """The most that lie there at a time in a stage of so many steps: those kept and one being written."""
+    """The most that lie there at a time in a stage of so many steps: those kept and one being
+    written.
+    """
     c = ctx.config.checkpoint
     if c.minutes is not None:  # possibly after every step; none after the last
         made = steps - 1
@@ -132,7 +148,10 @@ def _tower_parameters(ctx: Context, parameters: int) -> int:
         return parameters
     if g.folder is not None:
         return count_parameters(check_model(Path(g.folder).expanduser()))
-    return 12 * g.layers * g.width**2 + (g.vocabulary + max(1024, g.max_tokens + g.latent_tokens)) * g.width
+    return (
+        12 * g.layers * g.width**2
+        + (g.vocabulary + max(1024, g.max_tokens + g.latent_tokens)) * g.width
+    )
 
 
 def _what_to_lower(ctx: Context, disk: Disk) -> str:

@@ -1,7 +1,7 @@
 """Ranks: starting them, FSDP2 wrapping, sums over all of them.
 
-One code path: a run without torchrun is a world of one rank. Where weights are kept in another dtype than they compute
-in, FSDP2's mixed precision casts them as it gathers them.
+One code path: a run without torchrun is a world of one rank. Where weights are kept in another
+dtype than they compute in, FSDP2's mixed precision casts them as it gathers them.
 """
 
 import contextlib
@@ -30,18 +30,26 @@ T = TypeVar("T")
 
 LONGEST_WORK = timedelta(hours=24)  # of one rank while the others wait at a barrier
 # Connections of a host that is gone without a word, as TCP finds out: in 2 minutes.
-KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 120_000}
+KEEPALIVE = {
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 60,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 6,
+    "TCP_USER_TIMEOUT": 120_000,
+}
 
 
 def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     """Joins the process group (torchrun's, or a group of one) and returns this rank's device.
 
-    device: auto (CUDA where there is one), cpu or cuda. Raises EnvironmentProblem for a device that is not there.
+    device: auto (CUDA where there is one), cpu or cuda. Raises EnvironmentProblem for a device that
+    is not there.
 
-    timeout_minutes: how long a rank waits for another inside a step, where all are about as fast. Where one may work
-    alone for hours (`barrier`, `on_rank0`, `on_all`) they meet in a gloo group of their own, with a limit of its own.
-    A rank whose process ends is noticed at once in either, as its connections close; except by NCCL, which waits for
-    the timeout, where no torchrun ends the run before.
+    timeout_minutes: how long a rank waits for another inside a step, where all are about as fast.
+    Where one may work alone for hours (`barrier`, `on_rank0`, `on_all`) they meet in a gloo group
+    of their own, with a limit of its own. A rank whose process ends is noticed at once in either,
+    as its connections close; except by NCCL, which waits for the timeout, where no torchrun ends
+    the run before.
     """
     if device != "cuda":
         keep_freed_memory()
@@ -52,8 +60,8 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise EnvironmentProblem(
-                f"device=cuda: rank {local} of this machine has no GPU ({torch.cuda.device_count()} found); "
-                "use device=cpu or fewer processes"
+                f"device=cuda: rank {local} of this machine has no GPU "
+                f"({torch.cuda.device_count()} found); use device=cpu or fewer processes"
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
@@ -64,8 +72,14 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
             if world_size() > 1:
                 _meeting()
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    return (
+        torch.device(device, torch.cuda.current_device())
+        if device == "cuda"
+        else torch.device("cpu")
+    )
 
 
 @functools.cache
@@ -86,19 +100,26 @@ def _keep_alive() -> None:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                if (
+                    connection.family in (socket.AF_INET, socket.AF_INET6)
+                    and connection.type == socket.SOCK_STREAM
+                ):
                     for option, value in KEEPALIVE.items():
                         level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
                         connection.setsockopt(level, getattr(socket, option), value)
 
 
 def use_onednn_for_float32() -> bool:
-    """Gives float32 products to oneDNN where they stay float32 there; whether it did. MKL is often slower.
+    """Gives float32 products to oneDNN where they stay float32 there; whether it did. MKL is often
+    slower.
 
-    torch offers oneDNN only by asking for "medium" precision, which a CPU without bfloat16 matrix units answers in
-    full float32 and another in bfloat16: a product is made to see which.
+    torch offers oneDNN only by asking for "medium" precision, which a CPU without bfloat16 matrix
+    units answers in full float32 and another in bfloat16: a product is made to see which.
     """
-    a, b = torch.linspace(-1, 1, 256 * 256).view(256, 256), torch.linspace(1, 3, 256 * 256).view(256, 256)
+    a, b = (
+        torch.linspace(-1, 1, 256 * 256).view(256, 256),
+        torch.linspace(1, 3, 256 * 256).view(256, 256),
+    )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     exact = a.double() @ b.double()
@@ -135,9 +156,10 @@ def barrier() -> None:
 def on_rank0(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only and return its result on every rank; must be called by all ranks.
 
-    If it raises, every rank raises: an ldalign error as the same class with the same text, any other as RuntimeError on
-    the other ranks. So no rank is left waiting. The result travels by torch.distributed's object broadcast (between
-    our own processes, never from a file) and should be small.
+    If it raises, every rank raises: an ldalign error as the same class with the same text, any
+    other as RuntimeError on the other ranks. So no rank is left waiting. The result travels by
+    torch.distributed's object broadcast (between our own processes, never from a file) and should
+    be small.
     """
     if world_size() == 1:
         return work()
@@ -149,9 +171,11 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 def on_all(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank and return all results, by rank, on every rank; must be called by all ranks.
+    """Run `work` on every rank and return all results, by rank, on every rank; must be called by
+    all ranks.
 
-    If it raises on one, every rank raises, as with `on_rank0`; so `work` itself may contain no collective operation.
+    If it raises on one, every rank raises, as with `on_rank0`; so `work` itself may contain no
+    collective operation.
     """
     if world_size() == 1:
         return [work()]
@@ -187,10 +211,14 @@ _SHARED_ERRORS: dict[str, type[LdalignError]] = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model in training lies on the ranks. None of it changes the result, only memory and communication."""
+    """How a model in training lies on the ranks. None of it changes the result, only memory and
+    communication.
+    """
 
-    ranks: int | None = None  # ranks that share one copy of the model (the GPUs of a node, say); None: all
-    whole: Literal["nothing", "gradients", "all"] = "gradients"  # what a rank keeps whole until a step's last backward
+    # ranks that share one copy of the model (the GPUs of a node, say); None: all
+    ranks: int | None = None
+    # what a rank keeps whole until a step's last backward
+    whole: Literal["nothing", "gradients", "all"] = "gradients"
 
 
 def shard(
@@ -200,23 +228,32 @@ def shard(
     device: torch.device,
     sharding: Sharding = Sharding(),
 ) -> nn.Module:
-    """FSDP2: each block a group of its own, the rest (embedding, final norm, head) one more. Done once; then a no-op.
+    """FSDP2: each block a group of its own, the rest (embedding, final norm, head) one more. Done
+    once; then a no-op.
 
-    Weights are gathered in `compute_dtype`; the model keeps its own dtype, sharded by rows, and so do its gradients.
-    They are *summed* over ranks, and over micro-batches, in float32: the loss is already divided by the global count,
-    so any split gives the same gradient. A meta-device model is only cut: `weights.load_model` then reads the pieces.
-    A rank alone whose weights have the compute dtype already has nothing to gather, cast or reduce: its model is left
-    as it is. Raises InputError where `sharding.ranks` does not divide the number of ranks.
+    Weights are gathered in `compute_dtype`; the model keeps its own dtype, sharded by rows, and so
+    do its gradients. They are *summed* over ranks, and over micro-batches, in float32: the loss is
+    already divided by the global count, so any split gives the same gradient. A meta-device model
+    is only cut: `weights.load_model` then reads the pieces. A rank alone whose weights have the
+    compute dtype already has nothing to gather, cast or reduce: its model is left as it is. Raises
+    InputError where `sharding.ranks` does not divide the number of ranks.
     """
     several = world_size() > 1
-    if isinstance(model, FSDPModule) or not (several or any(p.dtype != compute_dtype for p in model.parameters())):
+    if isinstance(model, FSDPModule) or not (
+        several or any(p.dtype != compute_dtype for p in model.parameters())
+    ):
         return model
     mesh = _mesh(device.type, copies(sharding.ranks))
     # The rotary tables enter the blocks in float32 and must stay so: inputs are not cast.
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*blocks, model):
-        # The backward begins with the last block and the head, so letting go of these would be for nothing.
-        reshard = several and sharding.whole != "all" and module is not model and module is not blocks[-1]
+        # The backward begins with the last block and the head, so letting go of these would be for
+        # nothing.
+        reshard = (
+            several and sharding.whole != "all" and module is not model and module is not blocks[-1]
+        )
         wrapped = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         wrapped.set_force_sum_reduction_for_comms(True)
         if several:  # alone, a factor would cost one more copy of the gradients
@@ -225,20 +262,28 @@ def shard(
 
 
 def copies(shard_ranks: int | None) -> int:
-    """How many copies of the model all ranks hold together, where each copy lies on `shard_ranks` of them."""
+    """How many copies of the model all ranks hold together, where each copy lies on `shard_ranks`
+    of them.
+    """
     found, rest = divmod(world_size(), shard_ranks or world_size())
     if rest:
-        nearest = max(n for n in range(1, world_size() + 1) if world_size() % n == 0 and n <= (shard_ranks or n))
+        nearest = max(
+            n
+            for n in range(1, world_size() + 1)
+            if world_size() % n == 0 and n <= (shard_ranks or n)
+        )
         raise InputError(
-            f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; the nearest that can: "
-            f"training.shard_ranks={nearest}"
+            f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; the "
+            f"nearest that can: training.shard_ranks={nearest}"
         )
     return found
 
 
 @functools.cache
 def _mesh(device_type: str, copies: int) -> DeviceMesh:
-    """All ranks, (S,), or (copies, S) for hybrid sharding. Cached, as a mesh of two dimensions makes process groups."""
+    """All ranks, (S,), or (copies, S) for hybrid sharding. Cached, as a mesh of two dimensions
+    makes process groups.
+    """
     if copies == 1:
         return init_device_mesh(device_type, (world_size(),))
     shape = (copies, world_size() // copies)
@@ -248,9 +293,10 @@ def _mesh(device_type: str, copies: int) -> DeviceMesh:
 def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) -> None:
     """Before each micro-batch of a global batch: what it may leave out because it is not the last.
 
-    Gradients are reduced over ranks after the last one alone, where a rank has the memory to add them up whole until
-    then (Sharding.whole "gradients", "all"); otherwise each adds to the shards, and the copies are summed at the last.
-    Gathered weights are kept for the next micro-batch with "all", and on a rank alone.
+    Gradients are reduced over ranks after the last one alone, where a rank has the memory to add
+    them up whole until then (Sharding.whole "gradients", "all"); otherwise each adds to the shards,
+    and the copies are summed at the last. Gathered weights are kept for the next micro-batch with
+    "all", and on a rank alone.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -261,7 +307,9 @@ def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) ->
 
 
 def local_rows(p: Tensor) -> tuple[int, int]:
-    """The rows [start, stop) of a parameter that this rank holds: FSDP cuts the first axis, as `torch.chunk` does."""
+    """The rows [start, stop) of a parameter that this rank holds: FSDP cuts the first axis, as
+    `torch.chunk` does.
+    """
     if not isinstance(p, DTensor):
         return 0, len(p)
     rows = -(-len(p) // p.device_mesh.size(-1))
@@ -270,14 +318,17 @@ def local_rows(p: Tensor) -> tuple[int, int]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of gathered weights that a forward without backward may have left: parameters are shards again."""
+    """Lets go of gathered weights that a forward without backward may have left: parameters are
+    shards again.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must call it.
+    """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must
+    call it.
 
     Gathered one at a time, in `dtype`, and by rank 0 alone.
     """
@@ -310,27 +361,37 @@ def total(values: Tensor) -> Tensor:
 
 
 def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
-    """Results of all ranks, (count, ...) float64 on the CPU, by row; each rank gives the rows `mine` it worked on."""
+    """Results of all ranks, (count, ...) float64 on the CPU, by row; each rank gives the rows
+    `mine` it worked on.
+    """
     on_gpu = dist.is_initialized() and dist.get_backend() != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     out = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=device)
-    out[torch.tensor(list(mine), dtype=torch.int64, device=device)] = values.to(device, torch.float64)
+    out[torch.tensor(list(mine), dtype=torch.int64, device=device)] = values.to(
+        device, torch.float64
+    )
     barrier()  # a rank may be slower by more than the timeout
     return total(out).cpu()
 
 
 def clip_grad_norm(model: nn.Module, most: float) -> Tensor:
-    """Scales all gradients so that their global L2 norm is at most `most` (0: no clipping); returns the norm before.
+    """Scales all gradients so that their global L2 norm is at most `most` (0: no clipping); returns
+    the norm before.
 
-    Each rank adds up the squares of its own shards; one number travels. () float32, the same on all ranks.
+    Each rank adds up the squares of its own shards; one number travels. () float32, the same on all
+    ranks.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    # In float32 also where gradients are bfloat16: a norm in their dtype would be off by up to 0.4 %.
-    squares = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32)).double().square().sum()
+    # In float32 also where gradients are bfloat16: a norm in their dtype would be off by up to 0.4
+    # %.
+    squares = (
+        torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32)).double().square().sum()
+    )
     mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
     if mesh is not None and mesh.size(-1) > 1:
-        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))  # the copies of hybrid sharding hold the same
+        # the copies of hybrid sharding hold the same
+        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = squares.sqrt().float()
     if 0 < most < norm < math.inf:
         torch._foreach_mul_(local, most / (norm + 1e-6))

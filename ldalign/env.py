@@ -1,4 +1,5 @@
-"""What this machine has: the tick list that ends `make setup`, and the record each run keeps (environment.json).
+"""What this machine has: the tick list that ends `make setup`, and the record each run keeps
+(environment.json).
 
 Nothing is ticked because a name was found: compilers compile, devices compute.
 """
@@ -20,8 +21,19 @@ from ldalign import errors, ops
 from ldalign.kernels import cpp
 
 TORCH_SUPPORTED = ((2, 11), (2, 14))  # from, below
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "tqdm", "gguf", "triton", "pyarrow",
-            "flash-attn")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "pyyaml",
+    "tqdm",
+    "gguf",
+    "triton",
+    "pyarrow",
+    "flash-attn",
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,17 @@ class Tick:
 def tick_list() -> list[Tick]:
     """Every item, in the order printed."""
     return [
-        _python(), _torch(), _compiler(), _cuda_compiler(), _extension(), _triton(), _flash_attention(), *_gpus(),
-        _parquet(), *_backends(),
-    ]  # fmt: skip
+        _python(),
+        _torch(),
+        _compiler(),
+        _cuda_compiler(),
+        _extension(),
+        _triton(),
+        _flash_attention(),
+        *_gpus(),
+        _parquet(),
+        *_backends(),
+    ]
 
 
 def _python() -> Tick:
@@ -64,17 +84,25 @@ def _compiler() -> Tick:
         compiler = shutil.which(name) if name else None
         if compiler and _compiles([compiler, "-std=c++17"], "a.cpp", "int main() { return 0; }\n"):
             return Tick("C++ compiler", True, f"{_first_line([compiler, '--version'])}")
-    return Tick("C++ compiler", False, "none that compiles C++17 (only needed to build the extension)")
+    return Tick(
+        "C++ compiler", False, "none that compiles C++17 (only needed to build the extension)"
+    )
 
 
 def _cuda_compiler() -> Tick:
     home = os.environ.get("CUDA_HOME")
     compiler = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
     if not compiler:
-        return Tick("CUDA compiler", False, "no nvcc (only needed to build the extension for a GPU)")
-    release = next((word for word in _output([compiler, "--version"]).split() if word.startswith("V1")), "")
+        return Tick(
+            "CUDA compiler", False, "no nvcc (only needed to build the extension for a GPU)"
+        )
+    release = next(
+        (word for word in _output([compiler, "--version"]).split() if word.startswith("V1")), ""
+    )
     if not _compiles([compiler, "-c"], "a.cu", "__global__ void f() {}\n"):
-        return Tick("CUDA compiler", False, f"{compiler} is there but does not compile an empty kernel")
+        return Tick(
+            "CUDA compiler", False, f"{compiler} is there but does not compile an empty kernel"
+        )
     return Tick("CUDA compiler", True, f"nvcc {release}")
 
 
@@ -84,7 +112,11 @@ def _extension() -> Tick:
         return Tick("ldalign._C", False, cpp.why_not())
     info = cpp.build_info()
     threads = "threads" if info["threads"] else "one thread"
-    return Tick("ldalign._C", True, f"{info['isa']} (of {', '.join(info['isas'])}), {threads}, {info['compiler']}")
+    return Tick(
+        "ldalign._C",
+        True,
+        f"{info['isa']} (of {', '.join(info['isas'])}), {threads}, {info['compiler']}",
+    )
 
 
 def _flash_attention() -> Tick:
@@ -93,7 +125,9 @@ def _flash_attention() -> Tick:
 
 
 def _backends() -> list[Tick]:
-    """What runs each operation, by device: one line a device, operations that share a backend together."""
+    """What runs each operation, by device: one line a device, operations that share a backend
+    together.
+    """
     ticks = []
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         users: dict[str, list[str]] = {}
@@ -115,8 +149,14 @@ def _triton() -> Tick:
 
 def _gpus() -> list[Tick]:
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no device"
-        return [Tick("GPU", False, f"{why}; runs go to the CPU, {_cpu_name()}, {_usable_cores()} cores")]
+        why = (
+            ("this torch is built without CUDA")
+            if torch.version.cuda is None
+            else "torch sees no device"
+        )
+        return [
+            Tick("GPU", False, f"{why}; runs go to the CPU, {_cpu_name()}, {_usable_cores()} cores")
+        ]
     ticks = []
     for index in range(torch.cuda.device_count()):
         name = f"GPU {index}"
@@ -154,12 +194,16 @@ def describe_machine() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, "-dirty" added if files differ; None outside a checkout."""
+    """The commit of the checkout this code runs from, "-dirty" added if files differ; None outside
+    a checkout.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # an installed copy may lie inside someone else's repository
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"]).strip()
-    dirty = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]).strip()
+    dirty = _output(
+        ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    ).strip()
     return (commit + ("-dirty" if dirty else "")) or None
 
 
@@ -208,7 +252,9 @@ def _output(command: list[str]) -> str:
 def _run(command: list[str]) -> str | None:
     """The command's standard output, or None if it is missing, fails, or takes over a minute."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -221,7 +267,9 @@ def main(argv: list[str]) -> None:
     print("\n".join(map(str, ticks)))
     missing = [tick.name for tick in ticks if tick.required and not tick.found]
     if missing:
-        raise errors.EnvironmentProblem(f"{', '.join(missing)}: of a version ldalign does not support; see above")
+        raise errors.EnvironmentProblem(
+            f"{', '.join(missing)}: of a version ldalign does not support; see above"
+        )
 
 
 if __name__ == "__main__":

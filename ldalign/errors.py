@@ -1,10 +1,11 @@
 """The errors a user may meet, and the one way every command ends.
 
 A problem a person can solve is raised as one of the three classes below, with a message of the form
-`FILE:LINE: what is wrong; what to do`. `run` turns it into one line on stderr and an exit code; everything else is a
-bug of ours and says so. In a run of several ranks the line begins with the rank that failed. Exit codes: 1 bug, 2
-input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself exits with 1 whatever a worker's code;
-the worker's own is in the summary torchrun prints.)
+`FILE:LINE: what is wrong; what to do`. `run` turns it into one line on stderr and an exit code;
+everything else is a bug of ours and says so. In a run of several ranks the line begins with the
+rank that failed. Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated.
+(torchrun itself exits with 1 whatever a worker's code; the worker's own is in the summary torchrun
+prints.)
 """
 
 import contextlib
@@ -30,13 +31,17 @@ class LdalignError(Exception):
 
 
 class InputError(LdalignError, ValueError):
-    """Something the user gave is wrong: a file, a row, a config key, a model folder. Exit code 2."""
+    """Something the user gave is wrong: a file, a row, a config key, a model
+    folder. Exit code 2.
+    """
 
     exit_code = 2
 
 
 class EnvironmentProblem(LdalignError, RuntimeError):
-    """The machine is in the way: a missing package, a full disk, an absent device, a held lock. Exit code 3."""
+    """The machine is in the way: a missing package, a full disk, an absent device, a held lock.
+    Exit code 3.
+    """
 
     exit_code = 3
 
@@ -52,14 +57,25 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-# What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors among others.
-_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
-_AGAIN = "its own line, or torchrun's summary, says why; run the same command again: what is finished is kept"
-PEERS: list[tuple[str, int]] = []  # (host, process number) of each rank, once `distributed.start` knows them
+# What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors
+# among others.
+_CONNECTION = re.compile(
+    r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken "
+    r"pipe",
+    re.IGNORECASE,
+)
+_AGAIN = (
+    "its own line, or torchrun's summary, says why; run the same command again: what is finished "
+    "is kept"
+)
+# (host, process number) of each rank, once `distributed.start` knows them
+PEERS: list[tuple[str, int]] = []
 
 
 def of_rank(error: BaseException, rank: int) -> BaseException:
-    """`error`, which this rank raises because `rank` did: both would say the same, in that one's name."""
+    """`error`, which this rank raises because `rank` did: both would say the same, in that one's
+    name.
+    """
     error.__dict__["ldalign_rank"] = rank
     return error
 
@@ -75,7 +91,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     _forget_earlier_lines()
     try:
         _run(main, argv, debug)
-    except interrupt.Stopped as stop:  # here, for a signal may also come while another error is dealt with
+    # here, for a signal may also come while another error is dealt with
+    except interrupt.Stopped as stop:
         _exit(str(stop), stop.exit_code, aftermath=True)
     leave(0)
 
@@ -92,17 +109,26 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
             _exit(str(error), error.exit_code, rank=rank, trace=trace)
         if _ranks() > 1 and rank is None and _CONNECTION.search(str(error)):
             line = str(error).strip().splitlines()[0]
-            _exit(f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}", 3, aftermath=True, trace=trace)
-        another = rank is not None and str(rank) != os.environ.get("RANK", "0")  # then the text has the kind already
+            _exit(
+                f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}",
+                3,
+                aftermath=True,
+                trace=trace,
+            )
+        # then the text has the kind already
+        another = rank is not None and str(rank) != os.environ.get("RANK", "0")
         text = str(error) if another else f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
         _exit(f"unexpected {text}{hint}", 1, rank=rank, trace=trace)
 
 
-def _exit(message: str, code: int, *, rank: int | None = None, aftermath: bool = False, trace: str = "") -> NoReturn:
+def _exit(
+    message: str, code: int, *, rank: int | None = None, aftermath: bool = False, trace: str = ""
+) -> NoReturn:
     """Print `ldalign: error: message` as one line, unless another rank has, and exit with `code`.
 
-    rank: that failed, where it is not this one. aftermath: what comes of another's end, if anything was said before.
+    rank: that failed, where it is not this one. aftermath: what comes of another's end, if anything
+    was said before.
     """
     line = " ".join(message.split())
     if _ranks() > 1:
@@ -116,9 +142,9 @@ def _exit(message: str, code: int, *, rank: int | None = None, aftermath: bool =
 def leave(code: int) -> NoReturn:
     """End the process at once, its output written, without Python's own shutdown.
 
-    A thread of the process group lives on after `destroy_process_group`, as FSDP holds the group; one that drops a
-    tensor while the interpreter shuts down ends in C++'s "terminate called without an active exception", and a
-    finished run would exit with -6.
+    A thread of the process group lives on after `destroy_process_group`, as FSDP holds the group;
+    one that drops a tensor while the interpreter shuts down ends in C++'s "terminate called without
+    an active exception", and a finished run would exit with -6.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
@@ -126,12 +152,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-# ------------------------------------------------------------------------------------------------ one rank speaks
+# ---------------------------------------------------------------------------------- one rank speaks
 #
-# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection, does not bury the
-# cause: who is about to say a line makes a file named by it. Under torchrun it lies beside the workers' error files
-# (torchrun removes that folder), else among the temporary files, named also by what all ranks of a run on a host share:
-# the process that started them, and the port they meet at. So every host says it; better twice than never.
+# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection,
+# does not bury the cause: who is about to say a line makes a file named by it. Under torchrun it
+# lies beside the workers' error files (torchrun removes that folder), else among the temporary
+# files, named also by what all ranks of a run on a host share: the process that started them, and
+# the port they meet at. So every host says it; better twice than never.
 
 
 def _ranks() -> int:
@@ -148,7 +175,9 @@ def _lines() -> tuple[Path, str]:
 
 
 def _forget_earlier_lines() -> None:
-    """Removes what this rank left in an earlier run of the same parent, and what any left a day ago."""
+    """Removes what this rank left in an earlier run of the same parent, and what any left a day
+    ago.
+    """
     if _ranks() == 1:
         return
     folder, prefix = _lines()
@@ -165,9 +194,13 @@ def _may_speak(line: str, aftermath: bool) -> bool:
         return True
     folder, prefix = _lines()
     try:
-        if aftermath and any(path.stat().st_uid == os.getuid() for path in folder.glob(f"{prefix}*")):
+        if aftermath and any(
+            path.stat().st_uid == os.getuid() for path in folder.glob(f"{prefix}*")
+        ):
             return False
-        path = folder / f"{prefix}{hashlib.sha256(line.encode('utf-8', 'replace')).hexdigest()[:16]}"
+        path = (
+            folder / f"{prefix}{hashlib.sha256(line.encode('utf-8', 'replace')).hexdigest()[:16]}"
+        )
         with path.open("x") as file:
             file.write(os.environ.get("RANK", "0"))
     except FileExistsError:
@@ -178,10 +211,16 @@ def _may_speak(line: str, aftermath: bool) -> bool:
 
 
 def _ended() -> str:
-    """Which ranks of this host have ended, in words: those that the connection may have broken for."""
+    """Which ranks of this host have ended, in words: those that the connection
+    may have broken for.
+    """
     host, deadline = socket.gethostname(), time.monotonic() + 2
     while time.monotonic() < deadline:
-        ended = [str(rank) for rank, (where, process) in enumerate(PEERS) if where == host and not _lives(process)]
+        ended = [
+            str(rank)
+            for rank, (where, process) in enumerate(PEERS)
+            if where == host and not _lives(process)
+        ]
         if ended:
             return f"rank{'s' * (len(ended) > 1)} {', '.join(ended)}"
         time.sleep(0.05)  # a process closes its connections a moment before it is gone

@@ -1,8 +1,10 @@
-"""`--dry-run`: everything that can be checked before work begins, and rough figures of what is left to do will take.
+"""`--dry-run`: everything that can be checked before work begins, and rough figures of what is left
+to do will take.
 
-Checked: settings, data, template and ids of every row (`open_context`); names and shapes of the policy's and the
-guide's tensors, from their files' headers; the run folder; room on the disk. Estimated: tokens, optimizer steps,
-memory, disk, time, of the stages that are not finished. Nothing is written into the run folder.
+Checked: settings, data, template and ids of every row (`open_context`); names and shapes of the
+policy's and the guide's tensors, from their files' headers; the run folder; room on the disk.
+Estimated: tokens, optimizer steps, memory, disk, time, of the stages that are not finished. Nothing
+is written into the run folder.
 """
 
 import os
@@ -36,8 +38,8 @@ HOLES = 1.15  # the heap that activations of many sizes take, over their sum, as
 def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     """Checks what `open_context` has not checked; returns the page to print.
 
-    Raises InputError for a model, guide or run folder that cannot be used, EnvironmentProblem where the disk has no
-    room.
+    Raises InputError for a model, guide or run folder that cannot be used, EnvironmentProblem where
+    the disk has no room.
     """
     model = check_model(ctx.start)
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
@@ -50,9 +52,17 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
         f"policy: {ctx.start}: {parameters / 1e6:.1f} million weights, all names and shapes right",
         *_data_lines(ctx),
         f"stages: {len(todo)} to be made, {len(planned) - len(todo)} are there",
-        *(f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on" for w in work if w.steps),
+        *(
+            f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on"
+            for w in work
+            if w.steps
+        ),
         *(_memory_lines(ctx, model) if any(w.name.endswith("/policy") for w in work) else []),
-        *(_guide_memory_lines(ctx, model) if "guide" in todo and guide_is_policy(ctx.config.guide) else []),
+        *(
+            _guide_memory_lines(ctx, model)
+            if "guide" in todo and guide_is_policy(ctx.config.guide)
+            else []
+        ),
         _disk_line(ctx, planned),
         _time_line(ctx, model.config, work, parameters),
         "dry run: nothing was made",
@@ -60,33 +70,42 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
-    """The given guide's files, from their headers, where a planned stage needs it. Raises InputError."""
+    """The given guide's files, from their headers, where a planned stage needs it. Raises
+    InputError.
+    """
     guide = config.guide
     if "guide" not in planned or guide.folder is None:
         return
     folder = Path(guide.folder).expanduser()
     if not folder.is_dir():
-        raise InputError(f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py wrote")
+        raise InputError(
+            f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py "
+            "wrote"
+        )
     if is_trained_guide(folder):
         check_trained_guide(folder)
     elif isinstance(check_model(folder), Mistral):
         raise InputError(
-            f"{folder}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote (guide=FOLDER), or "
-            "guide.backbone=policy and no folder"
+            f"{folder}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote "
+            "(guide=FOLDER), or guide.backbone=policy and no folder"
         )
     read_guide_tokenizer(folder)
 
 
 def _existing(run: Path) -> Path:
-    """The run folder, or the nearest folder above it that is there. Raises where a run could not be made."""
+    """The run folder, or the nearest folder above it that is there. Raises where a run could not be
+    made.
+    """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file; give a folder (run=NAME)")
     if run.is_dir() and any(run.iterdir()) and not (run / "lock").exists():
-        raise InputError(f"{run}: holds something that is no run; give a new or empty folder (run=NAME)")
+        raise InputError(
+            f"{run}: holds something that is no run; give a new or empty folder (run=NAME)"
+        )
     if (run / "lock").is_file():
         with RunFolder.lock(run):  # raises where another process has it
             pass
@@ -98,7 +117,7 @@ def _existing(run: Path) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------- estimates
+# ---------------------------------------------------------------------------------------- estimates
 
 
 def _data_lines(ctx: Context) -> list[str]:
@@ -106,53 +125,76 @@ def _data_lines(ctx: Context) -> list[str]:
     for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
         if prepared.rows:
             parts = [
-                f"{what} {np.mean(sizes):.0f} tokens (95 %: {np.percentile(sizes, 95):.0f}, most {max(sizes)})"
-                for what, sizes in (("prompt", [len(p.prompt) for p in prepared.pairs]),
-                                    ("response", [len(p.real) for p in prepared.pairs]))
-            ]  # fmt: skip
+                f"{what} {np.mean(sizes):.0f} tokens (95 %: {np.percentile(sizes, 95):.0f}, most "
+                f"{max(sizes)})"
+                for what, sizes in (
+                    ("prompt", [len(p.prompt) for p in prepared.pairs]),
+                    ("response", [len(p.real) for p in prepared.pairs]),
+                )
+            ]
             lost = f"{len(prepared.dropped)} dropped, {prepared.cut} responses cut"
             lines.append(f"{name} rows: {len(prepared.rows)} ({lost}); {', '.join(parts)}")
     return lines
 
 
 def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains. Steps are taken to be of full micro-batches, half of their tokens responses."""
+    """Peak of one rank while it trains. Steps are taken to be of full micro-batches, half of their
+    tokens responses.
+    """
     t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
     pairs = ctx.used[1] or ctx.train.pairs
     longest = max(len(p.prompt) + 2 * len(p.real) for p in pairs)
-    step = config.global_batch * sum(len(p.prompt) + 2 * len(p.real) for p in pairs) / len(pairs) / ranks
+    step = (
+        config.global_batch
+        * sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
+        / len(pairs)
+        / ranks
+    )
     tokens = int(max(longest, min(t.micro_tokens, step)))
     adamw = t.optimizer == "adamw" or config.sft.epochs or config.continual_sft.epochs
     shape = TrainingShape(
         weight_bytes=getattr(torch, t.master_dtype).itemsize,
-        state_bytes=getattr(torch, t.state_dtype).itemsize * (2 if adamw else 1), compute_bytes=ctx.dtype.itemsize,
-        checkpointing=t.checkpointing, tokens=tokens, responses=sum(2 * len(p.real) for p in pairs) * tokens
-        // sum(len(p.prompt) + 2 * len(p.real) for p in pairs), micros=max(1, round(step / tokens)),
-        ranks=ranks, shards=t.shard_ranks or ranks, whole=t.whole, device=ctx.device.type,
-    )  # fmt: skip
+        state_bytes=getattr(torch, t.state_dtype).itemsize * (2 if adamw else 1),
+        compute_bytes=ctx.dtype.itemsize,
+        checkpointing=t.checkpointing,
+        tokens=tokens,
+        responses=sum(2 * len(p.real) for p in pairs)
+        * tokens
+        // sum(len(p.prompt) + 2 * len(p.real) for p in pairs),
+        micros=max(1, round(step / tokens)),
+        ranks=ranks,
+        shards=t.shard_ranks or ranks,
+        whole=t.whole,
+        device=ctx.device.type,
+    )
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
     return _shown(ctx, "memory", parts, tokens)
 
 
 def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) -> list[str]:
-    """The estimate, and a warning where it is more than there is: on the CPU the machine's ranks share its memory."""
+    """The estimate, and a warning where it is more than there is: on the CPU the machine's ranks
+    share its memory.
+    """
     shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     ranks = 1 if ctx.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed, there = sum(parts.values()), available_bytes(ctx.device)
     lines = [
-        f"{title}: {needed / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown}); {there / 2**30:.1f} available"
+        f"{title}: {needed / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown}); "
+        f"{there / 2**30:.1f} available"
     ]
     if ranks * needed > there:
         lines.append(
-            f"WARNING: {title}: does not fit: {ranks * needed / 2**30:.1f} GiB for {ranks} rank(s), of "
-            f"{there / 2**30:.1f} available; lower training.micro_tokens or max_length, set "
-            "training.checkpointing=full, or use more ranks (GPUs)"
+            f"WARNING: {title}: does not fit: {ranks * needed / 2**30:.1f} GiB for {ranks} "
+            f"rank(s), of {there / 2**30:.1f} available; lower training.micro_tokens or "
+            "max_length, set training.checkpointing=full, or use more ranks (GPUs)"
         )
     return lines
 
 
 def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains a guide of the policy's size: two towers in float32, AdamW."""
+    """Peak of one rank while it trains a guide of the policy's size: two towers
+    in float32, AdamW.
+    """
     g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
     encoded, decoded = guide_tokens(ctx)
     rows, read = max(1, len(pairs)), encoded + decoded
@@ -160,11 +202,20 @@ def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
     tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
     responses = sum(min(len(p.real), g.max_tokens) for p in pairs)
     shape = TrainingShape(
-        weight_bytes=4, state_bytes=8, compute_bytes=4, checkpointing="none", tokens=tokens,
-        responses=2 * responses * tokens // max(1, read), micros=max(1, round(step / tokens)), ranks=ranks,
-        shards=ranks, device=ctx.device.type,
-    )  # fmt: skip
-    return _shown(ctx, "guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens)
+        weight_bytes=4,
+        state_bytes=8,
+        compute_bytes=4,
+        checkpointing="none",
+        tokens=tokens,
+        responses=2 * responses * tokens // max(1, read),
+        micros=max(1, round(step / tokens)),
+        ranks=ranks,
+        shards=ranks,
+        device=ctx.device.type,
+    )
+    return _shown(
+        ctx, "guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +238,8 @@ class TrainingShape:
 def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     """Peak bytes of one rank by part, beside the program itself; they add up.
 
-    The peak is reached at the start of the backward, all activations there, or at its end, all gradients there.
+    The peak is reached at the start of the backward, all activations there, or at its end, all
+    gradients there.
     """
     config, itemsize, tokens = model.config, shape.compute_bytes, shape.tokens
     parameters, block = count_parameters(model), count_parameters(model.blocks[0])
@@ -199,12 +251,14 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     logits = min(ops.workspace_bytes(shape.device), 4 * config.vocab_size * shape.responses)
     # The gradient of the head's weight is made in the forward, beside its hidden states and theirs.
     at_head = head + logits + 2 * itemsize * config.hidden_size * shape.responses
-    # A block's backward: gradients of the feed-forward's inner activations, of the stream and of q, k, v.
+    # A block's backward: gradients of the feed-forward's inner activations, of the stream and of q,
+    # k, v.
     inner = 3 * config.intermediate_size + 4 * config.hidden_size
     at_block = tokens * (again + itemsize * inner)
     gathered = 0.0
     if wrapped:
-        # Several ranks gather a block and the one ahead, out of a buffer of its size; a rank alone keeps its casts.
+        # Several ranks gather a block and the one ahead, out of a buffer of its size; a rank alone
+        # keeps its casts.
         held = parameters if not several or shape.whole == "all" else rest + 4 * block
         gathered = itemsize * min(parameters, held)
     own = parameters * shape.weight_bytes / shape.shards  # gradients as the optimizer sees them
@@ -216,42 +270,62 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     if wrapped:  # the largest group's gradients on their way: as they were made, cast, and reduced
         after += rest * (itemsize + 4) + 4 * rest / shape.shards
     activations = tokens * kept * HOLES
-    if wrapped:  # flat buffers of whole groups do not fit into the places that activations leave, one by one
-        moment = {"gradients": after, "activations": activations, "head and one block": max(at_head, head + at_block)}
+    # flat buffers of whole groups do not fit into the places that activations leave, one by one
+    if wrapped:
+        moment = {
+            "gradients": after,
+            "activations": activations,
+            "head and one block": max(at_head, head + at_block),
+        }
     elif before + activations + max(at_head, head + at_block) >= after + 2 * head + at_block:
-        moment = {"gradients": before, "activations": activations, "head and one block": max(at_head, head + at_block)}
+        moment = {
+            "gradients": before,
+            "activations": activations,
+            "head and one block": max(at_head, head + at_block),
+        }
     else:  # with the embedding's gradient, which is made whole before it is added
         moment = {"gradients": after, "head and one block": 2 * head + at_block}
     return {
         "weights": parameters * shape.weight_bytes / shape.shards,
-        "optimizer": parameters * shape.state_bytes / shape.shards, "weights gathered": gathered, **moment,
-    }  # fmt: skip
+        "optimizer": parameters * shape.state_bytes / shape.shards,
+        "weights gathered": gathered,
+        **moment,
+    }
 
 
 def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
-    """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both together.
+    """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both
+    together.
 
     A rank loads both towers whole before it keeps its part.
     """
     parts = training_memory(model, shape)
-    parts = {name: 2 * size if name in ("weights", "optimizer", "gradients") else size for name, size in parts.items()}
+    parts = {
+        name: 2 * size if name in ("weights", "optimizer", "gradients") else size
+        for name, size in parts.items()
+    }
     whole = {"both towers whole, on loading": 2.0 * shape.weight_bytes * count_parameters(model)}
     return whole if sum(whole.values()) > sum(parts.values()) else parts
 
 
 def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:
-    """Bytes per token of a micro-batch: those kept for the backward; those made again there, a block at a time.
+    """Bytes per token of a micro-batch: those kept for the backward; those made again there, a
+    block at a time.
 
     Counted over the tensors that the blocks save.
     """
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    # Each norm's input and result, the turned q, k, v, attention's result, gate and up, their product; all in the
-    # compute dtype. In float32: a scale for each norm and a log-sum-exp for each head.
-    block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (2 + config.num_attention_heads)
+    # Each norm's input and result, the turned q, k, v, attention's result, gate and up, their
+    # product; all in the compute dtype. In float32: a scale for each norm and a log-sum-exp for
+    # each head.
+    block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (
+        2 + config.num_attention_heads
+    )
     stream = itemsize * width
-    outside = stream + 4 * config.head_dim + 12  # the last norm's input and scale, the rotary tables, the ids
+    # the last norm's input and scale, the rotary tables, the ids
+    outside = stream + 4 * config.head_dim + 12
     if checkpointing == "full":
         return config.num_hidden_layers * stream + outside, block
     again = 3 * itemsize * inner if checkpointing == "selective" else 0  # inside the feed-forward
@@ -259,23 +333,31 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -
 
 
 def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
-    folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))  # it tries the lock
+    # it tries the lock
+    folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))
     disk = check_disk(ctx, planned, folder)
     return f"disk: {described(disk)}; {disk.free / 2**30:.1f} GiB free in {folder}"
 
 
 def _time_line(ctx: Context, config: MistralConfig, work: Sequence[Work], parameters: int) -> str:
-    """From the measured speed of two products: 6 operations a weight and token to train, 2 to score or generate."""
+    """From the measured speed of two products: 6 operations a weight and token to train, 2 to score
+    or generate.
+    """
     wide = _flops(ctx, config, ctx.config.training.micro_tokens)
     narrow = _flops(ctx, config, min(ctx.config.sampling.batch_rows, len(ctx.used[1])))
-    seconds = sum(
-        parameters * ((6 * w.trained + 2 * w.scored) / wide + 2 * w.generated / narrow) for w in work
-    ) / distributed.world_size()  # fmt: skip
+    seconds = (
+        sum(
+            parameters * ((6 * w.trained + 2 * w.scored) / wide + 2 * w.generated / narrow)
+            for w in work
+        )
+        / distributed.world_size()
+    )
     left_out = "loading" if guide_is_policy(ctx.config.guide) else "the guide and loading"
     return (
-        f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a product of "
-        f"{ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and one of a decoding step at "
-        f"{narrow / 1e9:.0f}, as measured now, and sampled responses are as long as the real ones"
+        f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a "
+        f"product of {ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and "
+        f"one of a decoding step at {narrow / 1e9:.0f}, as measured now, and sampled responses are "
+        "as long as the real ones"
     )
 
 

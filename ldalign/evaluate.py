@@ -1,7 +1,8 @@
-"""Held-out evaluation: the likelihood of real responses, and for rows a program can check, accuracy.
+"""Held-out evaluation: the likelihood of real responses, and for rows a program can check,
+accuracy.
 
-Accuracy is measured greedily and on samples (several a prompt); standard errors are over prompts, since samples of one
-prompt are not independent.
+Accuracy is measured greedily and on samples (several a prompt); standard errors are over prompts,
+since samples of one prompt are not independent.
 """
 
 import math
@@ -53,23 +54,33 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     release: bool = False,
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """Metrics over all rows, and a record a row (likelihood, texts, verdicts); on rank 0, other ranks get nothing.
+    """Metrics over all rows, and a record a row (likelihood, texts, verdicts); on rank 0, other
+    ranks get nothing.
 
-    Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also accuracy/greedy and
-    accuracy/sampled with `_se` standard errors, per kind as accuracy/greedy/KIND, and truncated_frac. A row that cannot
-    be checked is answered with `answer_all` alone, and has no samples and an empty `correct`. kept: a folder for what
-    is done, which a later call with the same arguments goes on from. release: the model may lose its weights, so that
-    there is never a second copy of them.
+    Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also
+    accuracy/greedy and accuracy/sampled with `_se` standard errors, per kind as
+    accuracy/greedy/KIND, and truncated_frac. A row that cannot be checked is answered with
+    `answer_all` alone, and has no samples and an empty `correct`. kept: a folder for what is done,
+    which a later call with the same arguments goes on from. release: the model may lose its
+    weights, so that there is never a second copy of them.
     """
     logps = response_logps(model, pairs, settings.micro_tokens, device, path=kept / "logps")[:, 0]
-    metrics = {"rows": float(len(rows)), "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs))}
+    metrics = {
+        "rows": float(len(rows)),
+        "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs)),
+    }
     answered = [i for i, row in enumerate(rows) if settings.answer_all or row.kind is not None]
     checkable = [i for i in answered if rows[i].kind is not None]
     decoder = new_decoder(model, release)
-    # The keys do not name the policy: every policy meets the same random numbers, and differences have less noise.
+    # The keys do not name the policy: every policy meets the same random numbers, and differences
+    # have less noise.
     asked = {
         "greedy": [(f"greedy/{rows[i].id}", pairs[i].prompt) for i in answered],
-        "sampled": [(f"sample/{rows[i].id}/{n}", pairs[i].prompt) for i in checkable for n in range(settings.samples)],
+        "sampled": [
+            (f"sample/{rows[i].id}/{n}", pairs[i].prompt)
+            for i in checkable
+            for n in range(settings.samples)
+        ],
     }
     greedy, sampled = (
         _answers(kept / name, prompts, decoder, tokenizer, settings, name == "greedy", progress)
@@ -79,18 +90,34 @@ def evaluate(
         return {}, []
     samples = iter(sampled)
     records: list[dict[str, object]] = [
-        {"id": row.id, "prompt": row.history[-1]["content"], "real": row.response, "logp": float(logp),
-         "n_tokens": len(pair.real)} for row, pair, logp in zip(rows, pairs, logps, strict=True)
-    ]  # fmt: skip
-    table = torch.zeros(len(rows), 4, dtype=torch.float64)  # greedy right, share of samples right, tokens, cut
+        {
+            "id": row.id,
+            "prompt": row.history[-1]["content"],
+            "real": row.response,
+            "logp": float(logp),
+            "n_tokens": len(pair.real),
+        }
+        for row, pair, logp in zip(rows, pairs, logps, strict=True)
+    ]
+    # greedy right, share of samples right, tokens, cut
+    table = torch.zeros(len(rows), 4, dtype=torch.float64)
     for i, first in zip(answered, greedy, strict=True):
         checked = rows[i].kind is not None
         answers = [first, *(next(samples) for _ in range(settings.samples if checked else 0))]
         texts = [tokenizer.decode(a.ids) for a in answers]
-        right = [_correct(rows[i], text, a) for text, a in zip(texts, answers, strict=True)] if checked else []
-        table[i] = torch.tensor([sum(right[:1]), sum(right[1:]) / max(1, settings.samples),
-                                 sum(len(a.ids) for a in answers),
-                                 sum(a.finish_reason == "length" for a in answers) / len(answers)])  # fmt: skip
+        right = (
+            [_correct(rows[i], text, a) for text, a in zip(texts, answers, strict=True)]
+            if checked
+            else []
+        )
+        table[i] = torch.tensor(
+            [
+                sum(right[:1]),
+                sum(right[1:]) / max(1, settings.samples),
+                sum(len(a.ids) for a in answers),
+                sum(a.finish_reason == "length" for a in answers) / len(answers),
+            ]
+        )
         records[i] |= {"greedy": texts[0], "sampled": texts[1:], "correct": right}
     if checkable:
         kinds = [str(rows[i].kind) for i in checkable]
@@ -98,7 +125,10 @@ def evaluate(
         if settings.samples:
             metrics |= _summary("accuracy/sampled", table[checkable, 1].numpy(), kinds)
     if answered:
-        metrics |= {"tokens_generated": float(table[:, 2].sum()), "truncated_frac": float(table[answered, 3].mean())}
+        metrics |= {
+            "tokens_generated": float(table[:, 2].sum()),
+            "truncated_frac": float(table[answered, 3].mean()),
+        }
     return metrics, records
 
 
@@ -111,18 +141,30 @@ def _answers(
     greedily: bool,
     progress: Callable[[int, int], None],
 ) -> list[Response]:
-    """The responses to (key, prompt)s in their order, on rank 0; [] on the others. The ranks share the work."""
+    """The responses to (key, prompt)s in their order, on rank 0; [] on the others. The ranks share
+    the work.
+    """
     if not prompts:
         return []
     requests = [Request(key, prompt, i) for i, (key, prompt) in enumerate(prompts)]
     sampling = replace(settings.sampling, temperature=0.0) if greedily else settings.sampling
     longest = max(len(prompt) for _, prompt in prompts) + sampling.max_new_tokens
     records = make_answers(
-        path, requests, decoder,
-        lambda decoder: Engine(decoder, sampling, tokenizer.end_ids, settings.seed, longest=longest,
-                               rows=min(settings.batch_rows, len(prompts))),
-        lambda request, response: asdict(response), progress, CHUNK,
-    )  # fmt: skip
+        path,
+        requests,
+        decoder,
+        lambda decoder: Engine(
+            decoder,
+            sampling,
+            tokenizer.end_ids,
+            settings.seed,
+            longest=longest,
+            rows=min(settings.batch_rows, len(prompts)),
+        ),
+        lambda request, response: asdict(response),
+        progress,
+        CHUNK,
+    )
     return [Response(**record) for record in records]
 
 

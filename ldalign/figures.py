@@ -1,8 +1,9 @@
-"""The report's drawings: each function makes one Chart, or says why there is nothing to draw. Needs matplotlib.
+"""The report's drawings: each function makes one Chart, or says why there is nothing to draw. Needs
+matplotlib.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; iterations differ by line style and marker too.
-Backgrounds are transparent. `inline_svg` hands the colours over to the page's CSS, so that one drawing suits a light
-and a dark page.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; iterations differ by line
+style and marker too. Backgrounds are transparent. `inline_svg` hands the colours over to the page's
+CSS, so that one drawing suits a light and a dark page.
 """
 
 import io
@@ -30,14 +31,35 @@ MARKERS = "osD^v<"
 WIDTH = 9.4  # inches: the page's text width
 MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
 STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "ldalign", "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8,
-    "legend.frameon": False, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "figure.constrained_layout.use": True, "axes.facecolor": "none", "figure.facecolor": "none",
-    "axes.formatter.use_mathtext": False, "axes.unicode_minus": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ldalign",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "figure.constrained_layout.use": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -52,7 +74,9 @@ class Chart:
 
 
 def write_chart(chart: Chart, folder: Path) -> str:
-    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page, "" where there is no figure."""
+    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page, "" where
+    there is no figure.
+    """
     if chart.figure is None:
         for suffix in (".svg", ".png"):  # of an earlier report
             (folder / chart.name).with_suffix(suffix).unlink(missing_ok=True)
@@ -68,7 +92,9 @@ def write_chart(chart: Chart, folder: Path) -> str:
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """An SVG file as part of an HTML page: no prolog, ids of its own, a label, colours from the page's CSS."""
+    """An SVG file as part of an HTML page: no prolog, ids of its own, a label, colours from the
+    page's CSS.
+    """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -79,7 +105,10 @@ def inline_svg(svg: str, name: str, title: str) -> str:
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     width = re.search(r'viewBox="0 0 ([\d.]+)', svg)
     assert width
-    label = f'<svg role="img" aria-label="{title}" style="width: 100%; max-width: {float(width[1]) * 4 / 3:.0f}px"'
+    label = (
+        f'<svg role="img" aria-label="{title}" style="width: 100%; max-width: '
+        f'{float(width[1]) * 4 / 3:.0f}px"'
+    )
     return svg.replace("<svg", label, 1).replace("'DejaVu Sans', ", "")
 
 
@@ -87,23 +116,44 @@ def chart(name: str, title: str, draw: Callable[[], tuple[Figure, str] | str]) -
     """`draw` returns the figure and its caption, or the reason why there is none."""
     with matplotlib.rc_context(STYLE):
         drawn = draw()
-    return Chart(name, title, drawn, None) if isinstance(drawn, str) else Chart(name, title, drawn[1], drawn[0])
+    return (
+        Chart(name, title, drawn, None)
+        if isinstance(drawn, str)
+        else Chart(name, title, drawn[1], drawn[0])
+    )
 
 
 def interval(found: Mapping[str, float]) -> str:
     """A rank correlation with its interval."""
-    return f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} pairs)"
+    return (
+        f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} "
+        "pairs)"
+    )
 
 
 def contrasts(summary: Mapping[str, Any]) -> Chart:
-    """Of a comparison of methods (`ldalign.comparison`): every difference with its interval, each seed beside it."""
+    """Of a comparison of methods (`ldalign.comparison`): every difference with its interval, each
+    seed beside it.
+    """
 
     def draw() -> tuple[Figure, str]:
-        rows = {f"{name} - start": row["difference"] for name, row in summary["policies"].items() if row["difference"]}
-        rows = {name: gaps for name, gaps in rows.items() if name != "start - start"} | summary["contrasts"]
-        measures = [(key, factor, label) for key, factor, label in (
-            ("sampled", 100, "sampled accuracy, points"), ("greedy", 100, "greedy accuracy, points"),
-            ("nll", 1, "NLL, nats/token")) if key in next(iter(rows.values()))]  # fmt: skip
+        rows = {
+            f"{name} - start": row["difference"]
+            for name, row in summary["policies"].items()
+            if row["difference"]
+        }
+        rows = {name: gaps for name, gaps in rows.items() if name != "start - start"} | summary[
+            "contrasts"
+        ]
+        measures = [
+            (key, factor, label)
+            for key, factor, label in (
+                ("sampled", 100, "sampled accuracy, points"),
+                ("greedy", 100, "greedy accuracy, points"),
+                ("nll", 1, "NLL, nats/token"),
+            )
+            if key in next(iter(rows.values()))
+        ]
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
         panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
         places = np.arange(len(rows))
@@ -113,25 +163,33 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
             for place, gaps in zip(places, rows.values(), strict=True):
                 seeds = [factor * gap for gap in gaps[key]["by_seed"]]
                 axes.plot(seeds, [place + 0.22] * len(seeds), "|", ms=5, color=INK, alpha=0.6)
-            axes.errorbar(means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n])
+            axes.errorbar(
+                means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n]
+            )
             axes.axvline(0, color=INK, lw=0.8)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(label)
         panels[0].set_yticks(places, list(rows))
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
-        return figure, "Bars: 95 % intervals over prompts. Small strokes: each seed's own difference."
+        return figure, (
+            "Bars: 95 % intervals over prompts. Small strokes: each seed's own difference."
+        )
 
     return chart("comparison", "Differences between methods", draw)
 
 
-# ----------------------------------------------------------------------------------------------------------- held out
+# ----------------------------------------------------------------------------------------- held out
 
 
 def held_out(rows: Rows) -> Chart:
     """Accuracy of every policy with its interval, and the likelihood of the real responses."""
 
     def draw() -> tuple[Figure, str] | str:
-        scores = [key for key in ("accuracy/greedy", "accuracy/sampled") if any(key in row for row in rows)]
+        scores = [
+            key
+            for key in ("accuracy/greedy", "accuracy/sampled")
+            if any(key in row for row in rows)
+        ]
         likely = [row for row in rows if "nll/real" in row]
         if not likely:
             return "no policy was evaluated on held-out rows (evaluation.rows=0, or not yet)."
@@ -142,30 +200,44 @@ def held_out(rows: Rows) -> Chart:
             known = [i for i, row in enumerate(rows) if key in row]
             values = np.array([100 * rows[i][key] for i in known])
             errors = np.array([100 * NORMAL_95 * rows[i].get(f"{key}_se", 0.0) for i in known])
-            axes[0].errorbar(values, places[known] + 0.24 * (n - 0.5), xerr=errors, fmt=MARKERS[n], ms=5, lw=1.4,
-                             color=SERIES[n], label=key.removeprefix("accuracy/"))  # fmt: skip
+            axes[0].errorbar(
+                values,
+                places[known] + 0.24 * (n - 0.5),
+                xerr=errors,
+                fmt=MARKERS[n],
+                ms=5,
+                lw=1.4,
+                color=SERIES[n],
+                label=key.removeprefix("accuracy/"),
+            )
         if scores:
             axes[0].set_xlabel("held-out accuracy, %")
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         known = [i for i, row in enumerate(rows) if "nll/real" in row]
-        axes[-1].plot([rows[i]["nll/real"] for i in known], places[known], "D", ms=5, color=SERIES[2])
+        axes[-1].plot(
+            [rows[i]["nll/real"] for i in known], places[known], "D", ms=5, color=SERIES[2]
+        )
         axes[-1].set_xlabel("NLL of real responses, nats/token")
         axes[-1].xaxis.set_major_locator(MaxNLocator(5))
         axes[0].set_yticks(places, [shown_name(row["policy"]) for row in rows])
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
-        caption = "NLL: how unlikely the data set's own held-out responses are to each policy, lower is better. "
+        caption = (
+            "NLL: how unlikely the data set's own held-out responses are to each policy, lower is "
+            "better. "
+        )
         if scores:
             caption = (
-                "Right is better on the left panel, left is better on the right. Bars: 95 % intervals over prompts. "
-                "All policies met the same prompts and random numbers, so differences between them are surer than the "
-                "bars make them look: the table has them in points. " + caption
+                "Right is better on the left panel, left is better on the right. Bars: 95 % "
+                "intervals over prompts. All policies met the same prompts and random numbers, so "
+                "differences between them are surer than the bars make them look: the table has "
+                "them in points. " + caption
             )
         return figure, caption.strip()
 
     return chart("held_out", "Held-out results by policy", draw)
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
+# ---------------------------------------------------------------------------------------- distances
 
 
 def distances(iterations: Sequence[Pairs]) -> Chart:
@@ -183,28 +255,47 @@ def distances(iterations: Sequence[Pairs]) -> Chart:
             values = p.distance[p.trained]
             shares = np.histogram(values, edges)[0] / len(values)
             label = f"iteration {p.iteration}: {len(values)} pairs, median {np.median(values):.2f}"
-            axes.stairs(100 * shares, edges, color=SERIES[n % 6], ls=DASHES[n % 4], lw=1.6, label=label)
+            axes.stairs(
+                100 * shares, edges, color=SERIES[n % 6], ls=DASHES[n % 4], lw=1.6, label=label
+            )
             axes.stairs(100 * shares, edges, color=SERIES[n % 6], alpha=0.12, fill=True)
             axes.axvline(float(np.median(values)), color=SERIES[n % 6], ls=DASHES[n % 4], lw=1)
         _scale(axes, "x", scale)
-        axes.set(xlabel="latent distance d" + (", logarithmic" if scale == "log" else ""), ylabel="share of pairs, %")
+        axes.set(
+            xlabel="latent distance d" + (", logarithmic" if scale == "log" else ""),
+            ylabel="share of pairs, %",
+        )
         axes.legend()
         zero = sum(int((p.distance[p.trained] == 0).sum()) for p in known)
         caption = (
-            "Distance between the guide's latents of the real and of the generated response, over the pairs trained "
-            "on; vertical lines are medians. It has no unit, and no meaning across guides: only its ratios count. With "
-            "one guide for all iterations, a shrinking distance would mean that the policy's responses come closer to "
-            "the data's. Pairs whose responses are equal are left out of training and of this figure, so those that "
+            "Distance between the guide's latents of the real and of the generated response, over "
+            "the pairs trained on; vertical lines are medians. It has no unit, and no meaning "
+            "across guides: only its ratios count. With one guide for all iterations, a shrinking "
+            "distance would mean that the policy's responses come closer to the data's. Pairs "
+            "whose responses are equal are left out of training and of this figure, so those that "
             "remain are the harder ones."
         )
-        return figure, caption + (f" Not drawn: distances of exactly 0 ({zero})." if zero and scale == "log" else "")
+        return figure, caption + (
+            f" Not drawn: distances of exactly 0 ({zero})." if zero and scale == "log" else ""
+        )
 
     return chart("distances", "Latent distances by iteration", draw)
 
 
-def against(name: str, title: str, iterations: Sequence[Pairs], values: Callable[[Pairs], Array], xlabel: str,
-            found: Mapping[str, Any], key: str, reading: str, absent: str) -> Chart:  # fmt: skip
-    """Distance over another quantity, a panel an iteration. found: table.json's analysis; key: the measure's name."""
+def against(
+    name: str,
+    title: str,
+    iterations: Sequence[Pairs],
+    values: Callable[[Pairs], Array],
+    xlabel: str,
+    found: Mapping[str, Any],
+    key: str,
+    reading: str,
+    absent: str,
+) -> Chart:
+    """Distance over another quantity, a panel an iteration. found: table.json's analysis; key: the
+    measure's name.
+    """
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -213,7 +304,10 @@ def against(name: str, title: str, iterations: Sequence[Pairs], values: Callable
         known = [p for p in known if np.isfinite(values(p)[p.trained]).any()]
         if not known:
             return absent
-        scales = [_choose_scale(np.concatenate([q(p)[p.trained] for p in known])) for q in (values, _distance)]
+        scales = [
+            _choose_scale(np.concatenate([q(p)[p.trained] for p in known]))
+            for q in (values, _distance)
+        ]
         figure = Figure(figsize=(WIDTH, 3.1))
         panels = figure.subplots(1, len(known), sharex=True, sharey=True, squeeze=False)[0]
         cut = False
@@ -221,18 +315,26 @@ def against(name: str, title: str, iterations: Sequence[Pairs], values: Callable
             x, y = values(p)[p.trained], p.distance[p.trained]
             chosen = np.random.default_rng(0).permutation(len(x))[:MOST_POINTS]
             cut |= len(x) > MOST_POINTS
-            axes.plot(x[chosen], y[chosen], MARKERS[n % 6], ms=3.2, mew=0, alpha=0.45, color=SERIES[n % 6])
+            axes.plot(
+                x[chosen], y[chosen], MARKERS[n % 6], ms=3.2, mew=0, alpha=0.45, color=SERIES[n % 6]
+            )
             for side, scale in zip("xy", scales, strict=True):
                 _scale(axes, side, scale)
             axes.set(title=f"iteration {p.iteration}", xlabel=xlabel)
         panels[0].set_ylabel("latent distance d")
         seen = [
-            f"Iteration {p.iteration}: {interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
-            for p in known if key in found[f"iteration_{p.iteration}"].get("spearman", {})
-        ]  # fmt: skip
-        measured = f"{'; '.join(seen)} (Spearman's rank correlation, 95 % interval). " if seen else ""
+            f"Iteration {p.iteration}: "
+            f"{interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
+            for p in known
+            if key in found[f"iteration_{p.iteration}"].get("spearman", {})
+        ]
+        measured = (
+            f"{'; '.join(seen)} (Spearman's rank correlation, 95 % interval). " if seen else ""
+        )
         sampled = (
-            f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of all." if cut else ""
+            f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of all."
+            if cut
+            else ""
         )
         return figure, measured + reading + sampled
 
@@ -248,7 +350,10 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
             return known
         known = [p for p in known if np.isfinite(p.right[p.trained]).any()]
         if not known:
-            return "no training row names a checker (kind and answer), so no answer can be called right or wrong."
+            return (
+                "no training row names a checker (kind and answer), so no answer can be called "
+                "right or wrong."
+            )
         figure = Figure(figsize=(WIDTH, 0.9 + 0.72 * len(known)))
         axes = figure.subplots()
         labels = []
@@ -261,11 +366,19 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
                     continue
                 colour = SERIES[2] if verdict else SERIES[1]
                 axes.boxplot(
-                    values, positions=[place], orientation="horizontal", widths=0.7, whis=(5, 95), patch_artist=True,
-                    showfliers=len(values) <= MOST_POINTS, flierprops={"marker": ".", "ms": 3, "mec": colour},
-                    medianprops={"color": INK, "lw": 1.6}, boxprops={"facecolor": colour + "55", "edgecolor": colour},
-                    whiskerprops={"color": colour}, capprops={"color": colour},
-                )  # fmt: skip
+                    values,
+                    positions=[place],
+                    orientation="horizontal",
+                    widths=0.7,
+                    whis=(5, 95),
+                    patch_artist=True,
+                    showfliers=len(values) <= MOST_POINTS,
+                    flierprops={"marker": ".", "ms": 3, "mec": colour},
+                    medianprops={"color": INK, "lw": 1.6},
+                    boxprops={"facecolor": colour + "55", "edgecolor": colour},
+                    whiskerprops={"color": colour},
+                    capprops={"color": colour},
+                )
         axes.set_yticks(*zip(*labels, strict=True))
         axes.set_ylim(labels[-1][0] + 0.7, -0.7)
         _scale(axes, "x", _choose_scale(np.concatenate([p.distance[p.trained] for p in known])))
@@ -277,18 +390,18 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
             if "wrong_is_farther" in words:
                 share = words["wrong_is_farther"]
                 seen.append(
-                    f"Iteration {p.iteration}: {interval(words['spearman']['wrong'])}, and a wrong answer lies farther "
-                    f"than a right one with probability {share['value']:.2f} "
+                    f"Iteration {p.iteration}: {interval(words['spearman']['wrong'])}, and a wrong "
+                    f"answer lies farther than a right one with probability {share['value']:.2f} "
                     f"({share['low']:.2f} to {share['high']:.2f})"
                 )
             else:
                 seen.append(f"Iteration {p.iteration}: too few of one kind for an interval")
         return figure, (
-            "Boxes: quartiles and median; whiskers: 5th to 95th percentile; dots: pairs beyond; the number of pairs in "
-            "brackets. If the distance knew quality, wrong answers would lie farther from the real response than right "
-            f"ones, and with a probability well above 0.5. {'. '.join(seen)}. Right answers here are worded otherwise "
-            "than the real ones: equal "
-            "responses were left out."
+            "Boxes: quartiles and median; whiskers: 5th to 95th percentile; dots: pairs beyond; "
+            "the number of pairs in brackets. If the distance knew quality, wrong answers would "
+            "lie farther from the real response than right ones, and with a probability well above "
+            f"0.5. {'. '.join(seen)}. Right answers here are worded otherwise than the real ones: "
+            "equal responses were left out."
         )
 
     return chart("distance_verdict", "Distance and the checker's verdict", draw)
@@ -301,40 +414,67 @@ def correlations(found: Mapping[str, Any]) -> Chart:
         by_iteration = {name: a["spearman"] for name, a in found.items() if a.get("spearman")}
         if not by_iteration:
             return "this run has no latent distances, or too few pairs."
-        shown = [(key, label) for key, label, _ in MEASURES if any(key in seen for seen in by_iteration.values())]
+        shown = [
+            (key, label)
+            for key, label, _ in MEASURES
+            if any(key in seen for seen in by_iteration.values())
+        ]
         figure = Figure(figsize=(WIDTH, 0.8 + (0.2 + 0.14 * len(by_iteration)) * len(shown)))
         axes = figure.subplots()
         for n, (name, seen) in enumerate(by_iteration.items()):
             known = [(place, seen[key]) for place, (key, _) in enumerate(shown) if key in seen]
             values = np.array([e["value"] for _, e in known])
             errors = np.abs(np.array([[e["low"], e["high"]] for _, e in known]).T - values)
-            places = np.array([place for place, _ in known]) + 0.5 * (n + 0.5) / len(by_iteration) - 0.25
-            axes.errorbar(values, places, xerr=errors, fmt=MARKERS[n % 6], ms=4.5, lw=1.4, color=SERIES[n % 6],
-                          label=shown_name(name))  # fmt: skip
+            places = (
+                np.array([place for place, _ in known]) + 0.5 * (n + 0.5) / len(by_iteration) - 0.25
+            )
+            axes.errorbar(
+                values,
+                places,
+                xerr=errors,
+                fmt=MARKERS[n % 6],
+                ms=4.5,
+                lw=1.4,
+                color=SERIES[n % 6],
+                label=shown_name(name),
+            )
         axes.axvline(0, color=INK, lw=0.8)
         axes.set_yticks(range(len(shown)), [label for _, label in shown])
-        axes.set(ylim=(len(shown) - 0.5, -0.5), xlim=(-1, 1), xlabel="Spearman's rank correlation with latent distance")
+        axes.set(
+            ylim=(len(shown) - 0.5, -0.5),
+            xlim=(-1, 1),
+            xlabel="Spearman's rank correlation with latent distance",
+        )
         axes.legend(loc="upper left")
         return figure, (
-            "Where an interval crosses 0, the data do not show a relation. A distance that follows length or "
-            "likelihood alone would weight pairs by what those already say. Intervals: 95 %, Fisher's z with Bonett "
-            "and Wright's error; of twenty quantities without any relation, one would miss 0 by chance."
+            "Where an interval crosses 0, the data do not show a relation. A distance that follows "
+            "length or likelihood alone would weight pairs by what those already say. Intervals: "
+            "95 %, Fisher's z with Bonett and Wright's error; of twenty quantities without any "
+            "relation, one would miss 0 by chance."
         )
 
     return chart("correlations", "What the distance goes with", draw)
 
 
-# ------------------------------------------------------------------------------------------------------ guide, weights
+# ----------------------------------------------------------------------------------- guide, weights
 
 
 def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
-    """Each guide's held-out losses with the true latent, another row's, and none. guides: losses by stage name."""
+    """Each guide's held-out losses with the true latent, another row's, and none. guides: losses by
+    stage name.
+    """
 
     def draw() -> tuple[Figure, str] | str:
-        known = {guide_name(name): losses for name, losses in guides.items() if "latent_gain" in losses}
+        known = {
+            guide_name(name): losses for name, losses in guides.items() if "latent_gain" in losses
+        }
         if not known:
             return "this run trained no guide (another method, or a trained one was given)."
-        kinds = [("true", "its own latent"), ("none", "no latent"), ("other", "another row's latent")]
+        kinds = [
+            ("true", "its own latent"),
+            ("none", "no latent"),
+            ("other", "another row's latent"),
+        ]
         figure = Figure(figsize=(WIDTH, 0.8 + 0.9 * len(known)))
         axes = figure.subplots()
         labels = []
@@ -344,22 +484,27 @@ def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
             axes.hlines(places, min(values), values, color=GRID, lw=2)
             axes.scatter(values, places, c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
             for place, value, (_, label) in zip(places, values, kinds, strict=True):
-                axes.annotate(f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center")
+                axes.annotate(
+                    f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center"
+                )
                 labels.append((place, f"{name}: {label}" if len(known) > 1 else label))
         axes.set_yticks(*zip(*labels, strict=True))
-        axes.set(ylim=(labels[-1][0] + 0.6, -0.6), xlabel="held-out reconstruction loss, nats/token")
+        axes.set(
+            ylim=(labels[-1][0] + 0.6, -0.6), xlabel="held-out reconstruction loss, nats/token"
+        )
         axes.margins(x=0.12)
         gains = [
             f"{name[0].upper()}{name[1:]}: latent gain {losses['latent_gain']:+.4f} nats/token"
-            f"{'' if losses['latent_gain'] > 0 else ' (NOT POSITIVE: the distances say nothing)'}, sibling gain "
-            f"{losses.get('sibling_gain', float('nan')):+.4f}"
+            f"{'' if losses['latent_gain'] > 0 else ' (NOT POSITIVE: the distances say nothing)'}"
+            f", sibling gain {losses.get('sibling_gain', float('nan')):+.4f}"
             for name, losses in known.items()
         ]
         return figure, (
-            "How badly the guide's decoder predicts held-out responses, given a latent; left is better. Latent gain: "
-            "the loss with another row's latent minus that with the right one; above 0, the decoder uses the latent. "
-            "Sibling gain: the same with the latent of the row's other response, over rows whose two responses differ; "
-            "it is what a distance between the two rests on, and near 0 the latent does not tell them apart. "
+            "How badly the guide's decoder predicts held-out responses, given a latent; left is "
+            "better. Latent gain: the loss with another row's latent minus that with the right "
+            "one; above 0, the decoder uses the latent. Sibling gain: the same with the latent of "
+            "the row's other response, over rows whose two responses differ; it is what a distance "
+            "between the two rests on, and near 0 the latent does not tell them apart. "
             f"{'. '.join(gains)}. The horizontal axis does not start at 0."
         )
 
@@ -380,38 +525,49 @@ def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
             weight, look = p.weight[p.trained], {"color": SERIES[n % 6], "ls": DASHES[n % 4]}
             left.stairs(100 * np.histogram(weight, edges)[0] / len(weight), edges, lw=1.6, **look)
             share = 100 * np.arange(len(weight) + 1) / len(weight)
-            right.plot(share, 100 * concentration(weight), lw=1.6, label=f"iteration {p.iteration}", **look)
+            right.plot(
+                share, 100 * concentration(weight), lw=1.6, label=f"iteration {p.iteration}", **look
+            )
         left.axvline(1, color=INK, lw=0.8, ls=":")
         _scale(left, "x", scale)
         left.set(xlabel="pair weight s (1: the mean)", ylabel="share of pairs, %", title="weights")
         right.plot([0, 100], [0, 100], color=INK, lw=0.8, ls=":", label="all weights equal")
         right.axvline(10, color=GRID, lw=1)
-        right.set(xlabel="heaviest pairs, % of all", ylabel="share of the pull, %", title="concentration",
-                  xlim=(0, 100), ylim=(0, 101))  # fmt: skip
+        right.set(
+            xlabel="heaviest pairs, % of all",
+            ylabel="share of the pull, %",
+            title="concentration",
+            xlim=(0, 100),
+            ylim=(0, 101),
+        )
         right.legend(loc="lower right")
         seen = [
-            f"Iteration {p.iteration}: effective sample size {a['weight/ess'] * a['pairs']:.0f} of {a['pairs']} pairs "
-            f"({a['weight/ess']:.0%}), the heaviest 10 % carry {a['weight/top10_share']:.0%}"
-            for p in known if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
-        ]  # fmt: skip
+            f"Iteration {p.iteration}: effective sample size {a['weight/ess'] * a['pairs']:.0f} of "
+            f"{a['pairs']} pairs ({a['weight/ess']:.0%}), the heaviest 10 % carry "
+            f"{a['weight/top10_share']:.0%}"
+            for p in known
+            if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
+        ]
         return figure, (
-            "LD-Align's weight is a pair's distance over the mean distance; the pull on the policy at the start of an "
-            f"iteration is in proportion. {'. '.join(seen)}. A small effective sample size means noisier steps than "
-            "the number of pairs suggests."
+            "LD-Align's weight is a pair's distance over the mean distance; the pull on the policy "
+            f"at the start of an iteration is in proportion. {'. '.join(seen)}. A small effective "
+            "sample size means noisier steps than the number of pairs suggests."
         )
 
     return chart("weights", "Pair weights", draw)
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
-    """Loss, rewards, log-probs and accuracies over the steps of all iterations; of SFT, its loss. steps: by iteration's
-    name."""
+    """Loss, rewards, log-probs and accuracies over the steps of all iterations; of SFT, its loss.
+    steps: by iteration's name."""
 
     def draw() -> tuple[Figure, str] | str:
-        known = {name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]}
+        known = {
+            name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]
+        }
         panels = _panels(sides)
         if not known:
             known = {name: rows for name, rows in steps.items() if rows and "nll" in rows[0]}
@@ -420,7 +576,11 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
             return "no iteration has trained yet."
         paired = len(panels) > 1
         figure = Figure(figsize=(WIDTH, 5.4 if paired else 2.6))
-        grid = figure.subplots(2, 2, sharex=True, squeeze=False) if paired else figure.subplots(1, 1, squeeze=False)
+        grid = (
+            figure.subplots(2, 2, sharex=True, squeeze=False)
+            if paired
+            else figure.subplots(1, 1, squeeze=False)
+        )
         begin = 0
         for name, rows in known.items():
             at = begin + np.arange(1, len(rows) + 1)
@@ -428,12 +588,26 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
                 for key, (label, n) in names.items():
                     values = np.array([row.get(key, np.nan) for row in rows])
                     axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
-                    axes.plot(at, _smooth(values), color=SERIES[n], ls=DASHES[n], lw=1.6, label="" if begin else label)
+                    axes.plot(
+                        at,
+                        _smooth(values),
+                        color=SERIES[n],
+                        ls=DASHES[n],
+                        lw=1.6,
+                        label="" if begin else label,
+                    )
                 if begin:
                     axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
                 if len(known) > 1:
-                    axes.annotate(shown_name(name), (begin + 0.5, 1), (4, 1), xycoords=("data", "axes fraction"),
-                                  textcoords="offset points", va="bottom", fontsize=7.5)  # fmt: skip
+                    axes.annotate(
+                        shown_name(name),
+                        (begin + 0.5, 1),
+                        (4, 1),
+                        xycoords=("data", "axes fraction"),
+                        textcoords="offset points",
+                        va="bottom",
+                        fontsize=7.5,
+                    )
             begin += len(rows)
         if paired:
             grid[0, 0].axhline(np.log(2), color=INK, lw=0.8, ls=":", label="ln 2: no preference")
@@ -446,13 +620,19 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
         for axes in grid[-1]:
             axes.set_xlabel("optimizer step" + (", iterations in turn" if len(known) > 1 else ""))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        thin = "Thin: every step, another batch each; thick: a running mean over about a tenth of an iteration."
+        thin = (
+            "Thin: every step, another batch each; thick: a running mean over about a tenth of an "
+            "iteration."
+        )
         if not paired:
-            return figure, f"{thin} How unlikely the responses trained on are to the policy; lower is better."
+            return figure, (
+                f"{thin} How unlikely the responses trained on are to the policy; lower is better."
+            )
         return figure, (
-            f"{thin} A reward is β times what a response has gained in log-prob over the reference; the margin is that "
-            f"of the {sides.better} response minus that of the {sides.worse} one, and is what the loss raises: look at "
-            "it first. With reference: iteration each iteration starts again from 0, as its reference is the policy it "
+            f"{thin} A reward is β times what a response has gained in log-prob over the "
+            f"reference; the margin is that of the {sides.better} response minus that of the "
+            f"{sides.worse} one, and is what the loss raises: look at it first. With reference: "
+            "iteration each iteration starts again from 0, as its reference is the policy it "
             "starts from."
         )
 
@@ -464,13 +644,18 @@ def _panels(sides: Sides) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
     return {
         ("loss, all weights 1", "nats a pair"): {"loss/unweighted": ("loss", 0)},
         ("rewards", "β × nats a response"): {
-            "rewards/margins": ("margin", 0), "rewards/chosen": (sides.better, 2), "rewards/rejected": (sides.worse, 1),
+            "rewards/margins": ("margin", 0),
+            "rewards/chosen": (sides.better, 2),
+            "rewards/rejected": (sides.worse, 1),
         },
         ("log-probs under the policy", "nats a response"): {
-            "logps/chosen": (sides.better, 2), "logps/rejected": (sides.worse, 1),
+            "logps/chosen": (sides.better, 2),
+            "logps/rejected": (sides.worse, 1),
         },
-        ("pairs with a positive margin", "share of the batch"): {"rewards/accuracies": ("accuracy", 0)},
-    }  # fmt: skip
+        ("pairs with a positive margin", "share of the batch"): {
+            "rewards/accuracies": ("accuracy", 0)
+        },
+    }
 
 
 def _smooth(values: Array) -> Array:
@@ -479,10 +664,16 @@ def _smooth(values: Array) -> Array:
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-# ------------------------------------------------------------------------------------------------------------- budget
+# ------------------------------------------------------------------------------------------- budget
 
-STAGE_KINDS = {"policy": "training", "responses": "sampling", "evaluation": "evaluation", "guide": "guide",
-               "reference": "reference", "distances": "distances"}  # fmt: skip
+STAGE_KINDS = {
+    "policy": "training",
+    "responses": "sampling",
+    "evaluation": "evaluation",
+    "guide": "guide",
+    "reference": "reference",
+    "distances": "distances",
+}
 
 
 def budget(seconds: Mapping[str, float]) -> Chart:
@@ -493,10 +684,16 @@ def budget(seconds: Mapping[str, float]) -> Chart:
             return "no stage has finished yet."
         figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(seconds)))
         axes = figure.subplots()
-        kinds = ["evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds]
+        kinds = [
+            "evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds
+        ]
         colours = dict(zip(STAGE_KINDS, SERIES, strict=True))
-        drawn = axes.barh(range(len(seconds)), list(seconds.values()), height=0.7,
-                          color=[colours.get(kind, GRID) for kind in kinds])  # fmt: skip
+        drawn = axes.barh(
+            range(len(seconds)),
+            list(seconds.values()),
+            height=0.7,
+            color=[colours.get(kind, GRID) for kind in kinds],
+        )
         axes.bar_label(drawn, [duration(s) for s in seconds.values()], padding=3, fontsize=8)
         axes.set_yticks(range(len(seconds)), list(seconds))
         axes.set(ylim=(len(seconds) - 0.4, -0.6), xlabel="wall time, s")
@@ -504,14 +701,15 @@ def budget(seconds: Mapping[str, float]) -> Chart:
         axes.margins(x=0.08)
         longest = max(seconds, key=lambda name: seconds[name])
         return figure, (
-            f"In the order of the run; {duration(sum(seconds.values()))} in all, the longest stage is {longest}. "
-            "Stages of a kind share a colour. A stage's time counts its last, whole attempt, not what was cut short."
+            f"In the order of the run; {duration(sum(seconds.values()))} in all, the longest stage "
+            f"is {longest}. Stages of a kind share a colour. A stage's time counts its last, whole "
+            "attempt, not what was cut short."
         )
 
     return chart("budget", "Wall time by stage", draw)
 
 
-# ------------------------------------------------------------------------------------------------------------- shared
+# ------------------------------------------------------------------------------------------- shared
 
 
 def _with_distances(iterations: Sequence[Pairs]) -> list[Pairs] | str:

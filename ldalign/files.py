@@ -1,4 +1,6 @@
-"""Files that are wholly there or not there at all, and errors of the file system that name path and bytes."""
+"""Files that are wholly there or not there at all, and errors of the file system that name path and
+bytes.
+"""
 
 import contextlib
 import errno
@@ -18,15 +20,26 @@ from ldalign.errors import EnvironmentProblem
 PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
 HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
 
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-                   errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+_MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 @contextlib.contextmanager
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn what the file system refuses into an EnvironmentProblem that names the path and what was to be written.
+    """Turn what the file system refuses into an EnvironmentProblem that names the path and what was
+    to be written.
 
-    path: what is written, or the folder of it where the error itself does not say. size: in bytes, where known.
+    path: what is written, or the folder of it where the error itself does not say. size: in bytes,
+    where known.
     """
     try:
         yield
@@ -35,8 +48,8 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
             raise
         where = error.filename or path
         raise EnvironmentProblem(
-            f"{where}: cannot be written: {error.strerror}{_space(error, path, size)}; mend that and run the same "
-            "command again: what is finished is kept"
+            f"{where}: cannot be written: {error.strerror}{_space(error, path, size)}; mend that "
+            "and run the same command again: what is finished is kept"
         ) from error
 
 
@@ -59,9 +72,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are not there; their names are on disk when this returns.
+    """Makes a folder, and those above it that are not there; their names are on disk when this
+    returns.
 
-    Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is one.
+    Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is
+    one.
     """
     if path.is_dir():
         return
@@ -72,7 +87,9 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either wholly there, on disk, or not there at all (or still the old one)."""
+    """Write a text file so that it is either wholly there, on disk, or not there at all (or still
+    the old one).
+    """
     temporary = path.with_name(path.name + PARTIAL)
     with writing(path, len(text)):
         temporary.write_text(text, encoding="utf-8")

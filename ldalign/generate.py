@@ -23,12 +23,14 @@ def generate_ids(
 ) -> list[Response]:
     """Responses in the order of `prompts` (token ids), `batch_rows` at a time.
 
-    keys name the rows' random streams; progress is called with (1, new tokens) as a row is finished; decode is needed
-    for stop strings alone. A model gets a decoder for this call, which on a CPU is a second copy of its weights.
+    keys name the rows' random streams; progress is called with (1, new tokens) as a row is
+    finished; decode is needed for stop strings alone. A model gets a decoder for this call, which
+    on a CPU is a second copy of its weights.
     """
     if not prompts:
         return []
-    # Longest first: memory peaks at once, and the last rows to run are short. Equal prompts stay together, and share.
+    # Longest first: memory peaks at once, and the last rows to run are short. Equal prompts stay
+    # together, and share.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     longest = len(prompts[order[0]]) + sampling.max_new_tokens
     rows = min(batch_rows, len(prompts))
@@ -57,10 +59,13 @@ def generate(
 ) -> list[str]:
     """Texts answering `conversations` (lists of {"role", "content"}, ending with the user's turn).
 
-    temperature 0 is greedy. A text ends before a stop string. The same (seed, index in the list) gives the same text
-    whatever `batch_rows`; see `ldalign.engine` for how far. Raises ValueError for settings out of range.
+    temperature 0 is greedy. A text ends before a stop string. The same (seed, index in the list)
+    gives the same text whatever `batch_rows`; see `ldalign.engine` for how far. Raises ValueError
+    for settings out of range.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop))
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop)
+    )
     prompts = [tokenizer.prompt_ids(c) for c in conversations]
     keys = [str(i) for i in range(len(prompts))]
     responses = generate_ids(

@@ -1,8 +1,10 @@
-"""Is a file whole GGUF? Asked before the gguf package reads it, which believes every count and length it finds.
+"""Is a file whole GGUF? Asked before the gguf package reads it, which believes every count and
+length it finds.
 
-Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little endian: magic, version, number of tensors,
-number of key/value pairs; the pairs (key, type, value); for each tensor name, dimensions, type, offset; then, aligned,
-the tensors' data. Every count here is held against the bytes that are left in the file.
+Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little endian: magic, version,
+number of tensors, number of key/value pairs; the pairs (key, type, value); for each tensor name,
+dimensions, type, offset; then, aligned, the tensors' data. Every count here is held against the
+bytes that are left in the file.
 """
 
 import math
@@ -13,13 +15,15 @@ from typing import BinaryIO
 
 from ldalign.errors import InputError
 
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
+# value type -> bytes
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
 
 
 def check_gguf(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> None:
-    """Raises InputError naming the file and the byte where it is not whole, well-formed GGUF of version 2 or 3.
+    """Raises InputError naming the file and the byte where it is not whole, well-formed GGUF of
+    version 2 or 3.
 
     block_sizes: tensor type -> (elements a block, bytes a block), as the gguf package lists them.
     """
@@ -43,7 +47,8 @@ def check_gguf(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> None:
             ends.append(offset + math.prod(dimensions) // elements * size)
         if scan.file.tell() + max(ends) > scan.size:
             raise scan.broken(
-                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, the file has {scan.size}"
+                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, the file has "
+                f"{scan.size}"
             )
 
 
@@ -54,7 +59,9 @@ class _Scan:
         self.path, self.file, self.size = path, file, path.stat().st_size
 
     def broken(self, what: str) -> InputError:
-        return InputError(f"{self.path}: byte {self.file.tell()}: broken GGUF: {what}; download the file again")
+        return InputError(
+            f"{self.path}: byte {self.file.tell()}: broken GGUF: {what}; download the file again"
+        )
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
@@ -71,7 +78,9 @@ class _Scan:
         """A number of things that each take `least` bytes or more."""
         value = self.number(form)
         if value * least > self.size - self.file.tell():
-            raise self.broken(f"{value} entries cannot be in the {self.size - self.file.tell()} bytes that follow")
+            raise self.broken(
+                f"{value} entries cannot be in the {self.size - self.file.tell()} bytes that follow"
+            )
         return value
 
     def text(self) -> None:
@@ -84,7 +93,8 @@ class _Scan:
             self.text()
         elif kind == ARRAY:
             inner = self.number("<I")
-            if inner not in SCALARS and inner != STRING:  # the gguf package reads no arrays of arrays rightly
+            # the gguf package reads no arrays of arrays rightly
+            if inner not in SCALARS and inner != STRING:
                 raise self.broken(f"array of type {inner}")
             length = self.count("<Q", least=SCALARS.get(inner, 8))
             for _ in range(length if inner == STRING else 0):

@@ -1,8 +1,9 @@
-"""GPT-2, whole (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), tied head.
+"""GPT-2, whole (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), tied
+head.
 
-Usable as a language model (`model(ids)`), and as the encoder and decoder of the guide, which feed embeddings of their
-own (`model.hidden`). Parameter names are Hugging Face's; the four matrices its files keep transposed (`TRANSPOSED`)
-are turned on loading and saving.
+Usable as a language model (`model(ids)`), and as the encoder and decoder of the guide, which feed
+embeddings of their own (`model.hidden`). Parameter names are Hugging Face's; the four matrices its
+files keep transposed (`TRANSPOSED`) are turned on loading and saving.
 
 Shapes: N flat tokens, D width, H heads, E head width, V vocabulary.
 """
@@ -25,7 +26,9 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The architecture, in config.json's own key names. All dropout is off: it is read and ignored, as in scoring."""
+    """The architecture, in config.json's own key names. All dropout is off: it is read and ignored,
+    as in scoring.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -42,10 +45,14 @@ class GPT2Config:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "GPT2Config":
-        """From a parsed config.json. Raises InputError naming `where` and the key for what this code does not do."""
+        """From a parsed config.json. Raises InputError naming `where` and the key for what this
+        code does not do.
+        """
         if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
             kind = raw["activation_function"]
-            raise InputError(f"{where}: activation_function {kind!r} is not supported; GPT-2 uses gelu_new")
+            raise InputError(
+                f"{where}: activation_function {kind!r} is not supported; GPT-2 uses gelu_new"
+            )
         for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if raw.get(key):
                 raise InputError(f"{where}: {key} true is not supported")
@@ -58,19 +65,29 @@ class GPT2Config:
             raise InputError(f"{where}: missing {', '.join(missing)}; a gpt2 config needs them")
         for key, value in known.items():
             if key == "layer_norm_epsilon":
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                if (
+                    isinstance(value, bool)
+                    or not isinstance(value, int | float)
+                    or not 0 < value < 1
+                ):
                     raise InputError(f"{where}: {key} is {value!r}, not a small positive number")
             elif type(value) is not int or not 1 <= value < 2**31:
                 raise InputError(f"{where}: {key} is {value!r}, not a positive integer")
         config = cls(**known)
         if config.n_embd % config.n_head:
-            raise InputError(f"{where}: n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+            raise InputError(
+                f"{where}: n_embd {config.n_embd} must be a multiple of n_head {config.n_head}"
+            )
         return config
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of a model built here."""
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-                "tie_word_embeddings": True} | asdict(self)  # fmt: skip
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+        } | asdict(self)
 
 
 class Attention(nn.Module):
@@ -124,13 +141,20 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and final norm: the part Hugging Face's parameter names call `transformer`."""
+    """Embeddings, blocks and final norm: the part Hugging Face's parameter names call
+    `transformer`.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s for nothing.
-        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
+        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s
+        # for nothing.
+        self.wte = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.n_embd), freeze=False
+        )
+        self.wpe = nn.Embedding.from_pretrained(
+            torch.empty(config.n_positions, config.n_embd), freeze=False
+        )
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -159,9 +183,14 @@ class GPT2(nn.Module):
         return self.transformer.wte.weight
 
     def forward(
-        self, ids: Tensor, layout: Layout | None = None, head: Callable[[Tensor, Tensor], R] | None = None
+        self,
+        ids: Tensor,
+        layout: Layout | None = None,
+        head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head` makes."""
+        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head`
+        makes.
+        """
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
         x = self.hidden(self.embedding(ids.flatten()), layout)
@@ -174,8 +203,8 @@ class GPT2(nn.Module):
         longest = int(layout.positions.max()) + 1 if len(layout.positions) else 0
         if longest > self.config.n_positions:
             raise InputError(
-                f"a sequence of {longest} tokens is longer than GPT-2's {self.config.n_positions} positions; "
-                "shorten the rows (max_length)"
+                f"a sequence of {longest} tokens is longer than GPT-2's {self.config.n_positions} "
+                "positions; shorten the rows (max_length)"
             )
         x = embeddings + self.transformer.wpe(layout.positions)
         for block in self.transformer.h:
@@ -184,7 +213,9 @@ class GPT2(nn.Module):
 
 
 def init_weights(model: GPT2, seed: int) -> None:
-    """GPT-2's own initialisation: N(0, 0.02), the two residual projections divided by sqrt(2 n_layer), biases 0."""
+    """GPT-2's own initialisation: N(0, 0.02), the two residual projections divided by sqrt(2
+    n_layer), biases 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -193,5 +224,9 @@ def init_weights(model: GPT2, seed: int) -> None:
             elif ".ln_" in name:
                 p.fill_(1.0)
             else:
-                std = 0.02 / (2 * model.config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+                std = (
+                    0.02 / (2 * model.config.n_layer) ** 0.5
+                    if name.endswith("c_proj.weight")
+                    else 0.02
+                )
                 p.copy_(torch.randn(p.shape, generator=generator) * std)

@@ -1,4 +1,6 @@
-"""Training the guide on both responses of every pair, and the held-out losses that say what its latent is worth."""
+"""Training the guide on both responses of every pair, and the held-out losses that say what its
+latent is worth.
+"""
 
 import time
 from collections.abc import Sequence
@@ -49,22 +51,29 @@ def train_guide(
     ids: Sequence[str] | None = None,
     checkpoints: Plan | None = None,
 ) -> dict[str, float]:
-    """Minimises -mean log D(y | x, E(x, y)) - mean log D(y' | x, E(x, y')), per response token (paper, section 4.1).
+    """Minimises -mean log D(y | x, E(x, y)) - mean log D(y' | x, E(x, y')), per response token
+    (paper, section 4.1).
 
-    rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out losses (see
-    `heldout_losses`), and tokens: prompt and response of every example trained on, over all epochs. All ranks take
-    part; the guide is sharded on return. With `checkpoints` it goes on from the newest one that is there. ids: of the
-    rows, for errors. Raises NumericsError on a non-finite step, before the weights are touched; EnvironmentProblem
-    where memory does not suffice; Stopped where a signal asked to stop.
+    rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out
+    losses (see `heldout_losses`), and tokens: prompt and response of every example trained on, over
+    all epochs. All ranks take part; the guide is sharded on return. With `checkpoints` it goes on
+    from the newest one that is there. ids: of the rows, for errors. Raises NumericsError on a
+    non-finite step, before the weights are touched; EnvironmentProblem where memory does not
+    suffice; Stopped where a signal asked to stop.
     """
-    heldout = max(2, round(len(rows) * settings.heldout_fraction))  # two, for each to be the other's "another row"
+    # two, for each to be the other's "another row"
+    heldout = max(2, round(len(rows) * settings.heldout_fraction))
     if heldout >= len(rows):
-        raise InputError(f"guide: {len(rows)} rows are too few to hold any out; use at least 3 (max_rows)")
+        raise InputError(
+            f"guide: {len(rows)} rows are too few to hold any out; use at least 3 (max_rows)"
+        )
     order = permutation(seed, "guide/heldout", len(rows))
     unseen, seen = [rows[i] for i in order[:heldout]], [int(i) for i in order[heldout:]]
     distributed.shard(guide, guide.blocks, torch.float32, device)
     guide.train()
-    optimizer = make_optimizer(guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98))
+    optimizer = make_optimizer(
+        guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98)
+    )
     steps = count_steps(len(seen), settings.global_batch, settings.epochs)
     metrics_log = MetricsLog(metrics_path, "guide")
     keeper = Checkpoints(checkpoints, guide, optimizer, metrics_path)
@@ -73,7 +82,9 @@ def train_guide(
     began = time.perf_counter()
     tokens = 0
     with interrupt.held():
-        for step, (epoch, batch) in enumerate(global_batches(len(seen), settings.global_batch, settings.epochs, seed)):
+        for step, (epoch, batch) in enumerate(
+            global_batches(len(seen), settings.global_batch, settings.epochs, seed)
+        ):
             tokens += sum(len(e.prompt) + len(e.response) for i in batch for e in rows[seen[i]])
             if step < state["step"]:
                 continue
@@ -99,7 +110,9 @@ def train_guide(
                 "learning_rate": settings.learning_rate * factor,
             }
             if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
-                text = f"step {step + 1}/{steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s"
+                text = (
+                    f"step {step + 1}/{steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s"
+                )
                 metrics_log.write(record, text)
             keeper.after_step(step + 1, step + 1 == steps, state)
     guide.eval()
@@ -108,28 +121,38 @@ def train_guide(
     metrics_log.write(losses, f"held-out nats/token: {text}")
     if losses["latent_gain"] <= 0:
         say(
-            f"guide: WARNING: latent_gain is {losses['latent_gain']:.4f}, not positive: the decoder ignores the latent "
-            "and distances say nothing; raise guide.epochs, guide.latent_tokens or guide.token_dropout, or add data"
+            f"guide: WARNING: latent_gain is {losses['latent_gain']:.4f}, not positive: the "
+            "decoder ignores the latent and distances say nothing; raise guide.epochs, "
+            "guide.latent_tokens or guide.token_dropout, or add data"
         )
     return losses | {"tokens": tokens}
 
 
-def _too_large(keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int) -> str:
+def _too_large(
+    keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int
+) -> str:
     return (
-        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest row of the step takes "
-        f"{max(sum(_costs(row)) for row, _ in keyed)})"
+        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest "
+        f"row of the step takes {max(sum(_costs(row)) for row, _ in keyed)})"
     )
 
 
 def _accumulate(
-    guide: Guide, keyed: Sequence[tuple[tuple[Example, Example], str]], budget: int, seed: int, device: torch.device
+    guide: Guide,
+    keyed: Sequence[tuple[tuple[Example, Example], str]],
+    budget: int,
+    seed: int,
+    device: torch.device,
 ) -> float:
-    """The gradient of one global batch, split over ranks and micro-batches; returns its loss in nats per token.
+    """The gradient of one global batch, split over ranks and micro-batches; returns its loss in
+    nats per token.
 
     Both examples of a row stay together: the encoder reads their prompt once.
     """
     divisor = sum(len(example.response) for row, _ in keyed for example in row)
-    plan = deal([sum(_costs(row)) for row, _ in keyed], distributed.world_size(), budget)[distributed.rank()]
+    plan = deal([sum(_costs(row)) for row, _ in keyed], distributed.world_size(), budget)[
+        distributed.rank()
+    ]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro in enumerate(plan):
         distributed.last_micro(guide, i == len(plan) - 1)
@@ -137,11 +160,15 @@ def _accumulate(
         kept, hidden = [], []
         for row, key in chosen:
             for side, example in enumerate(row):
-                # Dropout depends on row and side alone, so neither ranks nor micro-batches change it.
+                # Dropout depends on row and side alone, so neither ranks nor micro-batches change
+                # it.
                 draw = uniforms(seed, f"{key}/{side}", 1 + len(example.response))
                 kept.append(draw[0] >= guide.config.latent_dropout)
                 hidden.append(draw[1:] < guide.config.token_dropout)
-        dropout = torch.tensor(kept, device=device), torch.from_numpy(np.concatenate(hidden)).to(device)
+        dropout = (
+            torch.tensor(kept, device=device),
+            torch.from_numpy(np.concatenate(hidden)).to(device),
+        )
         scale = 1.0 / divisor if micro else 0.0
         loss: Tensor = guide([e for row, _ in chosen for e in row], dropout=dropout, scale=scale)
         loss.backward()
@@ -153,12 +180,14 @@ def _accumulate(
 def heldout_losses(
     guide: Guide, rows: Sequence[tuple[Example, Example]], budget: int, device: torch.device
 ) -> dict[str, float]:
-    """Reconstruction losses, nats per response token, of rows the guide has not seen, the decoder reading all tokens.
+    """Reconstruction losses, nats per response token, of rows the guide has not seen, the decoder
+    reading all tokens.
 
-    true: with the row's own latent; other: with another row's (of the same side, real or generated); none: with
-    zeros. latent_gain = other - true. sibling_gain: the same difference with the latent of the row's own other
-    response, over the rows whose two responses differ (0 where none does): what z says beyond the prompt. Needs at
-    least two rows. Every rank computes them all.
+    true: with the row's own latent; other: with another row's (of the same side, real or
+    generated); none: with zeros. latent_gain = other - true. sibling_gain: the same difference with
+    the latent of the row's own other response, over the rows whose two responses differ (0 where
+    none does): what z says beyond the prompt. Needs at least two rows. Every rank computes them
+    all.
     """
     n = len(rows)
     wanted = -(-sum(_costs([e for row in rows for e in row])) // budget)

@@ -1,12 +1,13 @@
-"""Our models under the lm-evaluation-harness (lm-eval): a `TemplateLM` over the training path and our generation.
+"""Our models under the lm-evaluation-harness (lm-eval): a `TemplateLM` over the training path and
+our generation.
 
-Importing this module needs the extra `eval`. `ldalign.benchmarks` runs our benchmarks with it; for any other task of
-the harness, with lm-eval's own options: `python -m ldalign.harness --model ldalign --model_args policy=FOLDER --tasks
-NAME`.
+Importing this module needs the extra `eval`. `ldalign.benchmarks` runs our benchmarks with it; for
+any other task of the harness, with lm-eval's own options: `python -m ldalign.harness --model
+ldalign --model_args policy=FOLDER --tasks NAME`.
 
-Log-probs: a context is computed once for all its continuations, and so is a beginning that many contexts share, such
-as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...] (`ldalign.layout.Packed`). No logits
-are made but the few that `is_greedy` needs.
+Log-probs: a context is computed once for all its continuations, and so is a beginning that many
+contexts share, such as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...]
+(`ldalign.layout.Packed`). No logits are made but the few that `is_greedy` needs.
 """
 
 import itertools
@@ -52,26 +53,42 @@ TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context id
 class HarnessModel(TemplateLM):
     """What the harness asks of a model.
 
-    model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in `dtype` on
-    `device`. micro_tokens: token budget of one forward. batch_rows: responses generated at a time. max_length: longest
-    context and continuation together, beyond which the context loses its beginning; None: the model's.
+    model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in
+    `dtype` on `device`. micro_tokens: token budget of one forward. batch_rows: responses generated
+    at a time. max_length: longest context and continuation together, beyond which the context loses
+    its beginning; None: the model's.
     """
 
     def __init__(
-        self, policy: str | None = None, model: Mistral | None = None, tokenizer: Tokenizer | None = None,
-        dtype: str = "bfloat16", device: str | None = None, micro_tokens: int = 8192, batch_rows: int = 64,
-        max_length: int | None = None, seed: int = 0, **unused: Any,
-    ) -> None:  # fmt: skip
+        self,
+        policy: str | None = None,
+        model: Mistral | None = None,
+        tokenizer: Tokenizer | None = None,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        micro_tokens: int = 8192,
+        batch_rows: int = 64,
+        max_length: int | None = None,
+        seed: int = 0,
+        **unused: Any,
+    ) -> None:
         super().__init__()
         for name in sorted(unused.keys() - {"batch_size", "max_batch_size"}):  # the command line's
-            raise InputError(f"model_args: {name}: unknown; expected policy, dtype, device, micro_tokens, batch_rows, "
-                             "max_length or seed")  # fmt: skip
+            raise InputError(
+                f"model_args: {name}: unknown; expected policy, dtype, device, micro_tokens, "
+                "batch_rows, max_length or seed"
+            )
         if model is None or tokenizer is None:
             if policy is None:
                 raise InputError("model_args: policy=FOLDER is missing")
-            where = distributed.start("cuda" if device and device.startswith("cuda") else device or "auto")
+            where = distributed.start(
+                "cuda" if device and device.startswith("cuda") else device or "auto"
+            )
             folder = resolve_model(policy, Path.home() / ".cache/ldalign")
-            model, tokenizer = cast(Mistral, load_model(folder, getattr(torch, dtype), where)), load_tokenizer(folder)
+            model, tokenizer = (
+                cast(Mistral, load_model(folder, getattr(torch, dtype), where)),
+                load_tokenizer(folder),
+            )
         self.model, self.ids_of = model.eval(), tokenizer
         self.micro_tokens, self.batch_rows, self.seed = micro_tokens, batch_rows, seed
         self.max_length = max_length or model.config.max_position_embeddings
@@ -79,7 +96,7 @@ class HarnessModel(TemplateLM):
         self._decoder: Decoder | None = None
         self._truncated = False
 
-    # ------------------------------------------------------------------------------------------ text and ids
+    # --------------------------------------------------------------------------------- text and ids
 
     @property
     def eot_token_id(self) -> int:
@@ -97,28 +114,42 @@ class HarnessModel(TemplateLM):
         return str(self.ids_of.folder).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, if one is asked for. A name is not: our tokenizers have one template."""
+        """The template's text, if one is asked for. A name is not: our tokenizers have one
+        template.
+        """
         return self.ids_of.template if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without a generation prompt it ends where its last message ends."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; without a generation prompt it ends where its last message
+        ends.
+        """
         text = self.ids_of.render(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text in which the names of special tokens are these tokens, as in a rendered chat.
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text in which the names of special tokens are these tokens, as in a rendered
+        chat.
 
-        add_special_tokens: whether to put the BOS in front; None: where the model wants one and the text has none.
+        add_special_tokens: whether to put the BOS in front; None: where the model wants one and the
+        text has none.
         """
         return self.ids_of.encode_rendered(string, add_special_tokens)
 
-    # ------------------------------------------------------------------------------------------ log-probs
+    # ------------------------------------------------------------------------------------ log-probs
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation, whether it is the greedy one) of texts; a context may be empty."""
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-prob of the continuation, whether it is the greedy one) of texts; a context may be
+        empty.
+        """
         # the harness's own bar for tokenising: as ours, no lines in a file
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
@@ -126,13 +157,17 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation, whether it is the greedy one) of each request, in their order."""
+        """(log-prob of the continuation, whether it is the greedy one) of each request, in their
+        order.
+        """
         scored = [self._cut(context, continuation) for _, context, continuation in requests]
         trees = plan_trees(scored, self.micro_tokens)
         mine: list[int] = []
         values: list[tuple[float, bool]] = []
         plan = deal([tree.tokens for tree in trees], distributed.world_size(), self.micro_tokens)
-        with Bar("log-probs", -(-len(requests) // distributed.world_size()), "requests") as progress:
+        with Bar(
+            "log-probs", -(-len(requests) // distributed.world_size()), "requests"
+        ) as progress:
             for micro in plan[distributed.rank()]:
                 chosen = [trees[t] for t in micro]
                 members = [i for tree in chosen for i in tree.members]
@@ -140,7 +175,9 @@ class HarnessModel(TemplateLM):
                 values += self._score(chosen) if chosen else []
                 progress(len(members), 0)
         logps, is_greedy = (
-            distributed.merge_rows(len(requests), mine, torch.tensor(column, dtype=torch.float64)).tolist()
+            distributed.merge_rows(
+                len(requests), mine, torch.tensor(column, dtype=torch.float64)
+            ).tolist()
             for column in ([logp for logp, _ in values], [flag for _, flag in values])
         )
         results = [(logp, bool(flag)) for logp, flag in zip(logps, is_greedy, strict=True)]
@@ -150,13 +187,18 @@ class HarnessModel(TemplateLM):
         return results
 
     def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
-        """The request without what does not fit: the beginning of the context. The model reads all but the last id."""
+        """The request without what does not fit: the beginning of the context. The model reads all
+        but the last id.
+        """
         if not continuation:
-            raise InputError("benchmarks: a continuation has no tokens; every choice of a row needs some text")
+            raise InputError(
+                "benchmarks: a continuation has no tokens; every choice of a row needs some text"
+            )
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise InputError(
-                f"benchmarks: a continuation has {len(continuation)} tokens; the model reads {self.max_length}"
+                f"benchmarks: a continuation has {len(continuation)} tokens; the model reads "
+                f"{self.max_length}"
             )
         self._tell_truncation(len(context) > room)
         return Scored(tuple(context[-room:]), tuple(continuation))
@@ -164,7 +206,10 @@ class HarnessModel(TemplateLM):
     def _tell_truncation(self, cut: bool) -> None:
         if cut and not self._truncated:
             self._truncated = True
-            say(f"benchmarks: WARNING: contexts beyond {self.max_length} tokens lose their beginning")
+            say(
+                f"benchmarks: WARNING: contexts beyond {self.max_length} tokens lose their "
+                "beginning"
+            )
 
     def _score(self, trees: Sequence["Tree"]) -> list[tuple[float, bool]]:
         """Of the requests in the trees, in their order, by one forward."""
@@ -181,12 +226,18 @@ class HarnessModel(TemplateLM):
         sums = ops.segment_sum(logps, lengths).double().tolist()
         return list(zip(sums, is_greedy, strict=True))
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token once, in windows of the model's length; the first follows the prefix token."""
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, each token once, in windows of the model's length; the first follows the
+        prefix token.
+        """
         windows: list[TokenRequest] = []
         counts = []
         for (text,) in (request.args for request in requests):
-            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            rolling = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+            )
             made = [make_disjoint_window(window) for window in rolling]
             windows += [(cast(Any, None), context, continuation) for context, continuation in made]
             counts.append(len(made))
@@ -196,7 +247,7 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return totals
 
-    # ------------------------------------------------------------------------------------------ generation
+    # ----------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts, each up to the first of its stop strings; greedy unless do_sample is asked for."""
@@ -218,24 +269,34 @@ class HarnessModel(TemplateLM):
         return [texts[i] for i in range(len(requests))]
 
     def _generate(
-        self, chosen: Sequence[int], arguments: Sequence[tuple[str, dict[str, Any]]],
+        self,
+        chosen: Sequence[int],
+        arguments: Sequence[tuple[str, dict[str, Any]]],
         progress: Callable[[int, int], None],
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """The texts of requests that share their settings."""
         sampling = sampling_of(arguments[chosen[0]][1])
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
-            raise InputError(f"benchmarks: {sampling.max_new_tokens} new tokens leave the model, which reads "
-                             f"{self.max_length}, no room for a prompt")  # fmt: skip
+            raise InputError(
+                f"benchmarks: {sampling.max_new_tokens} new tokens leave the model, which reads "
+                f"{self.max_length}, no room for a prompt"
+            )
         prompts = [self.tok_encode(arguments[i][0]) or [self.prefix_token_id] for i in chosen]
         self._tell_truncation(max(map(len, prompts)) > room)
         assert self._decoder is not None
         responses = generate_ids(
-            self._decoder, [prompt[-room:] for prompt in prompts], [f"benchmark/{i}" for i in chosen],
-            self.ids_of.end_ids, sampling, self.seed, self.batch_rows, progress,
+            self._decoder,
+            [prompt[-room:] for prompt in prompts],
+            [f"benchmark/{i}" for i in chosen],
+            self.ids_of.end_ids,
+            sampling,
+            self.seed,
+            self.batch_rows,
+            progress,
             # a stop string may name a special token
             decode=lambda ids: self.ids_of.decode(ids, skip_special_tokens=False),
-        )  # fmt: skip
+        )
         for response in responses:
             text = self.ids_of.decode(response.ids)
             for stop in sampling.stop:
@@ -247,21 +308,28 @@ def sampling_of(kwargs: dict[str, Any]) -> Sampling:
     """A task's generation settings as ours. Raises InputError for one that we do not have."""
     settings = {key: value for key, value in kwargs.items() if value is not None}
     until = settings.pop("until", [])
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's, in its order
+    # the harness's, in its order
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     given = [settings.pop(name) for name in names if name in settings]
     unknown = sorted(settings.keys() - SAMPLING_KWARGS)
     if unknown:
-        raise InputError(f"benchmarks: generation_kwargs: {', '.join(unknown)}: not offered by ldalign's generation")
+        raise InputError(
+            f"benchmarks: generation_kwargs: {', '.join(unknown)}: not offered by ldalign's "
+            "generation"
+        )
     sampled = settings.pop("do_sample", settings.get("temperature", 0.0) > 0)
     if not sampled:
-        settings = {"temperature": 0.0} | {k: v for k, v in settings.items() if k == "repetition_penalty"}
+        settings = {"temperature": 0.0} | {
+            k: v for k, v in settings.items() if k == "repetition_penalty"
+        }
     return Sampling(
         int(given[0]) if given else MAX_GEN_TOKS,
-        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop), **settings,
-    )  # fmt: skip
+        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+        **settings,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @dataclass(frozen=True)
@@ -279,7 +347,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Tree:
-    """Requests whose contexts begin alike: the prefix is computed once, and each request goes on from it."""
+    """Requests whose contexts begin alike: the prefix is computed once, and each request goes on
+    from it.
+    """
 
     prefix: tuple[int, ...]
     members: list[int]  # indices of requests
@@ -297,7 +367,8 @@ class Tree:
 
 
 def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
-    """All requests in trees that save tokens: by equal contexts, or by a shared beginning where that reads fewer.
+    """All requests in trees that save tokens: by equal contexts, or by a shared beginning where
+    that reads fewer.
 
     A tree of several contexts has at most `budget` tokens.
     """
@@ -307,7 +378,8 @@ def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
     run: list[list[int]] = []
     for group in groups:
         longer = _tree(requests, [*run, group])
-        # In a run, a context costs what follows the shared beginning, once for each of its continuations.
+        # In a run, a context costs what follows the shared beginning, once for each of its
+        # continuations.
         own = len(requests[group[0]].context)
         if run and (len(group) * (own - len(longer.prefix)) >= own or longer.tokens > budget):
             trees += _cheaper(requests, run)
@@ -325,13 +397,21 @@ def _cheaper(requests: Sequence[Scored], run: list[list[int]]) -> list[Tree]:
 
 def _tree(requests: Sequence[Scored], groups: Iterable[Sequence[int]]) -> Tree:
     members = [i for group in groups for i in group]
-    first, last = requests[members[0]].context, requests[members[-1]].context  # sorted: these differ first
-    shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    # sorted: these differ first
+    first, last = requests[members[0]].context, requests[members[-1]].context
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
     return Tree(first[:shared], members, [requests[i] for i in members])
 
 
-def flatten(trees: Sequence[Tree]) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
-    """(ids, part lengths for `Packed`, rows that predict, targets, targets a request) of trees laid end to end."""
+def flatten(
+    trees: Sequence[Tree],
+) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
+    """(ids, part lengths for `Packed`, rows that predict, targets, targets a request) of trees laid
+    end to end.
+    """
     ids: list[int] = []
     parts: list[list[int]] = []
     rows: list[int] = []
@@ -354,19 +434,32 @@ def flatten(trees: Sequence[Tree]) -> tuple[list[int], list[list[int]], list[int
     return ids, parts, rows, targets, lengths
 
 
-def greedy(hidden: Tensor, weight: Tensor, targets: Tensor, logps: Tensor, lengths: Sequence[int]) -> list[bool]:
-    """Whether every target of a segment is the likeliest token: hidden (M, D), weight (V, D), targets (M,), logps (M,).
+def greedy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, logps: Tensor, lengths: Sequence[int]
+) -> list[bool]:
+    """Whether every target of a segment is the likeliest token: hidden (M, D), weight (V, D),
+    targets (M,), logps (M,).
 
-    Logits are made for the least likely target of each segment, and for the others only where that passes.
+    Logits are made for the least likely target of each segment, and for the others only where that
+    passes.
     """
     starts = list(itertools.accumulate(lengths, initial=0))
     spans = [range(a, b) for a, b in itertools.pairwise(starts)]
     values = logps.tolist()
     worst = [min(span, key=lambda row: values[row]) for span in spans]
     passed = _likeliest(hidden, weight, targets, worst)
-    rest = [row for span, low, ok in zip(spans, worst, passed, strict=True) if ok for row in span if row != low]
+    rest = [
+        row
+        for span, low, ok in zip(spans, worst, passed, strict=True)
+        if ok
+        for row in span
+        if row != low
+    ]
     others = dict(zip(rest, _likeliest(hidden, weight, targets, rest), strict=True))
-    return [ok and all(others.get(row, True) for row in span) for span, ok in zip(spans, passed, strict=True)]
+    return [
+        ok and all(others.get(row, True) for row in span)
+        for span, ok in zip(spans, passed, strict=True)
+    ]
 
 
 def _likeliest(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Sequence[int]) -> list[bool]:

@@ -1,7 +1,8 @@
 """Requests to stop: SIGTERM (a scheduler, torchrun) and SIGINT (Ctrl-C).
 
-Outside a training step a request ends the command where it stands: everything on disk is whole at any moment. Inside
-`held` it is only noted, so that the step can be finished and a checkpoint written. A second request ends at once.
+Outside a training step a request ends the command where it stands: everything on disk is whole at
+any moment. Inside `held` it is only noted, so that the step can be finished and a checkpoint
+written. A second request ends at once.
 """
 
 import contextlib
@@ -11,14 +12,19 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, and passed on by torchrun
+# Ctrl-C under torchrun comes twice: from the terminal, and passed on by torchrun
+SAME_REQUEST_S = 2.0
 
 
 class Stopped(BaseException):
-    """A signal asked to stop; `number` is the signal's. Not an Exception: nothing may take it for a failure."""
+    """A signal asked to stop; `number` is the signal's. Not an Exception: nothing may take it for a
+    failure.
+    """
 
     def __init__(self, number: int, kept: str = "what is finished is kept") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {kept}; run the same command to go on")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; {kept}; run the same command to go on"
+        )
         self.number = number
 
     @property

@@ -1,9 +1,10 @@
 """Judges: which of two answers to a question is better.
 
-`checker`, the embedded data's program; a language model of ours, the policy being trained or any other folder, asked
-for one letter; or a model behind an OpenAI-compatible endpoint (LLM-as-a-judge, arXiv 2306.05685; as a source of
-pairs: Self-Rewarding Language Models, 2401.10020, and RLAIF, 2309.00267). What a model says depends on which answer it
-reads first, so it is asked in both orders and the two are averaged, as in RLAIF.
+`checker`, the embedded data's program; a language model of ours, the policy being trained or any
+other folder, asked for one letter; or a model behind an OpenAI-compatible endpoint (LLM-as-a-judge,
+arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020, and RLAIF,
+2309.00267). What a model says depends on which answer it reads first, so it is asked in both orders
+and the two are averaged, as in RLAIF.
 """
 
 import importlib.util
@@ -32,8 +33,9 @@ from ldalign.weights import check_model, load_model, read_config
 CHECKER = "checker"
 POLICY = "policy"
 LETTERS = ("A", "B")
-QUESTION = """Two answers to a question are given below. Decide which one is better: more correct, more helpful, \
-closer to what was asked. Neither the length of an answer nor its place in the order counts.
+QUESTION = """Two answers to a question are given below. Decide which one is better: \
+more correct, more helpful, closer to what was asked. Neither the length of an answer nor its \
+place in the order counts.
 
 [Question]
 {question}
@@ -45,7 +47,9 @@ closer to what was asked. Neither the length of an answer nor its place in the o
 {b}
 
 """
-ONE_LETTER = "Reply with one letter and nothing else: A if answer A is better, B if answer B is better."
+ONE_LETTER = (
+    "Reply with one letter and nothing else: A if answer A is better, B if answer B is better."
+)
 
 OR_TIE = ONE_LETTER[:-1] + ", C if they are equally good."
 VERDICT = re.compile(r"\W*(?:answer\W+)?([ABC])\W*", re.IGNORECASE)
@@ -56,66 +60,107 @@ class Judge(Protocol):
     """What decides between two answers."""
 
     def prefer(
-        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+        self,
+        rows: Sequence[Row],
+        first: Sequence[str],
+        second: Sequence[str],
+        path: Path | None = None,
     ) -> list[float]:
-        """For each row, in [0, 1], how surely the first answer is the better one: 0.5 a tie, NaN no verdict.
+        """For each row, in [0, 1], how surely the first answer is the better one: 0.5 a tie, NaN no
+        verdict.
 
-        All ranks call it with the same arguments and get the same result. Of a row its history counts, and what a
-        checker needs. path: as in `parts.table`, for a stage that can be gone on with.
+        All ranks call it with the same arguments and get the same result. Of a row its history
+        counts, and what a checker needs. path: as in `parts.table`, for a stage that can be gone on
+        with.
         """
         ...
 
 
 class Checker:
-    """The program that checks answers of the embedded data: a tie where both are right or both wrong."""
+    """The program that checks answers of the embedded data: a tie where both are right or both
+    wrong.
+    """
 
     def prefer(
-        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+        self,
+        rows: Sequence[Row],
+        first: Sequence[str],
+        second: Sequence[str],
+        path: Path | None = None,
     ) -> list[float]:
         """1, 0 or 0.5; NaN for rows that name no kind of task that is known here."""
         return [
-            0.5 + (tasks.check(str(row.kind), row.answer, a) - tasks.check(str(row.kind), row.answer, b)) / 2
-            if row.kind in tasks.KINDS else math.nan
+            0.5
+            + (
+                tasks.check(str(row.kind), row.answer, a)
+                - tasks.check(str(row.kind), row.answer, b)
+            )
+            / 2
+            if row.kind in tasks.KINDS
+            else math.nan
             for row, a, b in zip(rows, first, second, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 class ModelJudge:
     """A model of ours, asked for one letter through its own chat template; nothing is generated.
 
-    Its preference is the probability of one letter against the other, averaged over both orders of the answers, so
-    prefer(a, b) = 1 - prefer(b, a) and the result repeats. micro_tokens: the token budget of a micro-batch.
+    Its preference is the probability of one letter against the other, averaged over both orders of
+    the answers, so prefer(a, b) = 1 - prefer(b, a) and the result repeats. micro_tokens: the token
+    budget of a micro-batch.
     """
 
-    def __init__(self, model: Mistral, tokenizer: Tokenizer, micro_tokens: int, device: torch.device) -> None:
-        self.model, self.tokenizer, self.micro_tokens, self.device = model, tokenizer, micro_tokens, device
+    def __init__(
+        self, model: Mistral, tokenizer: Tokenizer, micro_tokens: int, device: torch.device
+    ) -> None:
+        self.model, self.tokenizer, self.micro_tokens, self.device = (
+            model,
+            tokenizer,
+            micro_tokens,
+            device,
+        )
         probe: tuple[Message, ...] = ({"role": "user", "content": ONE_LETTER},)
-        # As the template writes them after its header: with SentencePiece a letter may carry a space.
-        self.letters = [tokenizer.pair_ids(Row("letter", probe, letter)).response[0] for letter in LETTERS]
+        # As the template writes them after its header: with SentencePiece a letter may carry a
+        # space.
+        self.letters = [
+            tokenizer.pair_ids(Row("letter", probe, letter)).response[0] for letter in LETTERS
+        ]
         if self.letters[0] == self.letters[1]:
-            raise InputError(f"{tokenizer.folder}: cannot judge: its answers A and B begin with the same token")
+            raise InputError(
+                f"{tokenizer.folder}: cannot judge: its answers A and B begin with the same token"
+            )
 
     def prefer(
-        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+        self,
+        rows: Sequence[Row],
+        first: Sequence[str],
+        second: Sequence[str],
+        path: Path | None = None,
     ) -> list[float]:
         """NaN where a question with its answers is longer than the model's positions."""
         room = self.model.config.max_position_embeddings
         asked: list[Pair] = []  # two a row that fits: its answers in either order
         fits = []
         for row, a, b in zip(rows, first, second, strict=True):
-            # One order of asking whichever answer is called the first: the same batches, the same bits.
-            both = [self._ids(row, x, y) for x, y in ((min(a, b), max(a, b)), (max(a, b), min(a, b)))]
+            # One order of asking whichever answer is called the first: the same batches, the same
+            # bits.
+            both = [
+                self._ids(row, x, y) for x, y in ((min(a, b), max(a, b)), (max(a, b), min(a, b)))
+            ]
             fits.append(max(map(len, both)) < room)
             if fits[-1]:
                 asked += [Pair(row.id, ids, self.letters[:1], self.letters[1:]) for ids in both]
-        logps = response_logps(self.model, asked, self.micro_tokens, self.device, path=path)  # (2 rows that fit, 2)
+        # (2 rows that fit, 2)
+        logps = response_logps(self.model, asked, self.micro_tokens, self.device, path=path)
         says_a = torch.sigmoid(logps[:, 0] - logps[:, 1])
         lesser = iter(((says_a[0::2] + 1 - says_a[1::2]) / 2).tolist())  # that min(a, b) is better
         preferences = [next(lesser) if fit else math.nan for fit in fits]
         return [p if a <= b else 1 - p for p, a, b in zip(preferences, first, second, strict=True)]
 
     def _ids(self, row: Row, a: str, b: str) -> list[int]:
-        return self.tokenizer.prompt_ids([{"role": "user", "content": _question(row, a, b) + ONE_LETTER}])
+        return self.tokenizer.prompt_ids(
+            [{"role": "user", "content": _question(row, a, b) + ONE_LETTER}]
+        )
 
 
 class EndpointJudge:
@@ -128,16 +173,30 @@ class EndpointJudge:
         self.connect = connect
 
     def prefer(
-        self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str], path: Path | None = None
+        self,
+        rows: Sequence[Row],
+        first: Sequence[str],
+        second: Sequence[str],
+        path: Path | None = None,
     ) -> list[float]:
-        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none. The endpoint keeps its own."""
+        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none. The endpoint
+        keeps its own.
+        """
 
         def ask() -> list[float]:
-            both = [_question(row, x, y) + OR_TIE
-                    for row, a, b in zip(rows, first, second, strict=True) for x, y in ((a, b), (b, a))]  # fmt: skip
+            both = [
+                _question(row, x, y) + OR_TIE
+                for row, a, b in zip(rows, first, second, strict=True)
+                for x, y in ((a, b), (b, a))
+            ]
             with Bar("judge", len(both), "questions") as progress:
-                verdicts = [_verdict(text) for text in self.connect().ask(both, lambda n: progress(n, 0))]
-            return [(there + 1 - back) / 2 for there, back in zip(verdicts[0::2], verdicts[1::2], strict=True)]
+                verdicts = [
+                    _verdict(text) for text in self.connect().ask(both, lambda n: progress(n, 0))
+                ]
+            return [
+                (there + 1 - back) / 2
+                for there, back in zip(verdicts[0::2], verdicts[1::2], strict=True)
+            ]
 
         return on_rank0(ask)
 
@@ -147,37 +206,55 @@ def _question(row: Row, a: str, b: str) -> str:
 
 
 def _verdict(answer: str) -> float:
-    """1 for A, 0 for B, 0.5 for C; NaN for anything else. What a model thinks aloud before is not read."""
+    """1 for A, 0 for B, 0.5 for C; NaN for anything else. What a model thinks aloud before is not
+    read.
+    """
     found = VERDICT.fullmatch(answer.rpartition("</think>")[2])
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1].upper()] if found else math.nan
 
 
 def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
-    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call it.
+    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call
+    it.
 
     model: POLICY or CHECKER, whatever the keys say. Raises InputError where it is no judge.
     """
     j = ctx.config.judge
     if model is None and j.endpoint is not None:
         url = j.endpoint
-        return EndpointJudge(lambda: Endpoint(
-            url, j.model, ctx.run.path / ANSWERS, token_cap=j.token_cap, concurrency=j.concurrency,
-            answer_tokens=j.answer_tokens,
-        ))  # fmt: skip
+        return EndpointJudge(
+            lambda: Endpoint(
+                url,
+                j.model,
+                ctx.run.path / ANSWERS,
+                token_cap=j.token_cap,
+                concurrency=j.concurrency,
+                answer_tokens=j.answer_tokens,
+            )
+        )
     if (model or j.model) == CHECKER:
         return Checker()
     folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
-    return ModelJudge(loaded, load_tokenizer(folder, today=ctx.run.began), ctx.config.training.micro_tokens, ctx.device)
+    return ModelJudge(
+        loaded,
+        load_tokenizer(folder, today=ctx.run.began),
+        ctx.config.training.micro_tokens,
+        ctx.device,
+    )
 
 
 def check_judge(config: RunConfig) -> None:
-    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As `open_judge`."""
+    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As
+    `open_judge`.
+    """
     if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
         return
     if config.judge.endpoint is not None:
         if importlib.util.find_spec("openai") is None:
-            raise EnvironmentProblem("judge.endpoint: openai is missing; pip install ldalign[judge]")
+            raise EnvironmentProblem(
+                "judge.endpoint: openai is missing; pip install ldalign[judge]"
+            )
         return
     folder = find_model(config, config.judge.model)
     _check_kind(folder)
@@ -186,7 +263,9 @@ def check_judge(config: RunConfig) -> None:
 
 
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
-    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of `open_judge`."""
+    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of
+    `open_judge`.
+    """
     j = ctx.config.judge
     if model is None and j.endpoint is not None:
         return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
@@ -209,5 +288,6 @@ def _check_kind(folder: Path) -> None:
     kind = read_config(folder).get("model_type")
     if kind not in ("mistral", "llama"):
         raise InputError(
-            f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder (judge.model=PATH)"
+            f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder "
+            "(judge.model=PATH)"
         )

@@ -1,8 +1,9 @@
 """How the tokens of a flat batch see each other.
 
-The models work on flat tokens (N, D) and leave attention to a *layout*, which knows where the sequences begin and end.
-`Packed` serves training, scoring and prefill: sequences end to end, no padding. Generation adds a layout of its own
-over the key/value cache. A model needs of a layout: `positions` (N,) int64, and `attend`.
+The models work on flat tokens (N, D) and leave attention to a *layout*, which knows where the
+sequences begin and end. `Packed` serves training, scoring and prefill: sequences end to end, no
+padding. Generation adds a layout of its own over the key/value cache. A model needs of a layout:
+`positions` (N,) int64, and `attend`.
 """
 
 from collections.abc import Sequence
@@ -27,15 +28,21 @@ class Layout(Protocol):
 class Packed:
     """Causal sequences laid end to end, blind to each other.
 
-    A sequence is given by its length, or by the lengths (prompt, response, response, ...) of its parts: then every
-    response continues the prompt, at the positions after it, and is blind to the other responses. So a pair's prompt
-    is computed once; the result is that of separate sequences [prompt | response].
+    A sequence is given by its length, or by the lengths (prompt, response, response, ...) of its
+    parts: then every response continues the prompt, at the positions after it, and is blind to the
+    other responses. So a pair's prompt is computed once; the result is that of separate sequences
+    [prompt | response].
     """
 
-    def __init__(self, lengths: Sequence[int | Sequence[int]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, lengths: Sequence[int | Sequence[int]], device: torch.device | str = "cpu"
+    ) -> None:
         parts = [(n,) if isinstance(n, int) else tuple(n) for n in lengths]
         if any(n < 1 for sequence in parts for n in sequence):
-            raise ValueError(f"every part of a packed sequence needs at least one token, got lengths {list(lengths)}")
+            raise ValueError(
+                "every part of a packed sequence needs at least one token, got lengths "
+                f"{list(lengths)}"
+            )
         self.lengths = [sum(sequence) for sequence in parts]
         self.segments = _segments(parts)
         begin, end, prefix_begin, prefix_end = self.segments.unbind(1)
@@ -48,7 +55,9 @@ class Packed:
 
 
 def _segments(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """(S, 4) int64: begin, end, prefix_begin, prefix_end of every part, as `ops.pair_attention` wants them."""
+    """(S, 4) int64: begin, end, prefix_begin, prefix_end of every part, as `ops.pair_attention`
+    wants them.
+    """
     rows = []
     begin = 0
     for prompt, *responses in sequences:

@@ -1,8 +1,9 @@
 """Responses made elsewhere (vLLM, an API), as losers of the first iteration: read and checked.
 
-A JSON Lines file, one line a training row: `id` (as in RUN/data/train.jsonl) and `response`; optional `finish_reason`
-("stop", the default, or "length": cut, so without an end token), `token_ids` (of the response; without them the text is
-tokenized) and `prompt_token_ids`, which must be the prompt's as ldalign renders it. The names are vLLM's.
+A JSON Lines file, one line a training row: `id` (as in RUN/data/train.jsonl) and `response`;
+optional `finish_reason` ("stop", the default, or "length": cut, so without an end token),
+`token_ids` (of the response; without them the text is tokenized) and `prompt_token_ids`, which must
+be the prompt's as ldalign renders it. The names are vLLM's.
 """
 
 import logging
@@ -20,12 +21,17 @@ log = logging.getLogger(__name__)
 
 
 def read_losers(
-    path: Path, rows: Sequence[Row], pairs: Sequence[Pair], known: Sequence[Row], tokenizer: Tokenizer, prompts: Path
+    path: Path,
+    rows: Sequence[Row],
+    pairs: Sequence[Pair],
+    known: Sequence[Row],
+    tokenizer: Tokenizer,
+    prompts: Path,
 ) -> list[Response]:
     """A response for each of `rows`, whose prompts are in `pairs`.
 
-    known: all rows of the data, of which `rows` are those used. prompts: where they can be read, for messages. Raises
-    InputError naming file, line and what differs.
+    known: all rows of the data, of which `rows` are those used. prompts: where they can be read,
+    for messages. Raises InputError naming file, line and what differs.
     """
     if not path.exists():
         raise InputError(
@@ -37,56 +43,80 @@ def read_losers(
     for where, value in json_lines(path):
         record = _record(value, where, tokenizer.vocab_size)
         if record["id"] not in ids:
-            raise InputError(f"{where}: id {record['id']!r} is not in the data; the ids are those in {prompts}")
+            raise InputError(
+                f"{where}: id {record['id']!r} is not in the data; the ids are those in {prompts}"
+            )
         if record["id"] in given:
-            raise InputError(f"{where}: id {record['id']!r} was answered before ({given[record['id']][0]})")
+            raise InputError(
+                f"{where}: id {record['id']!r} was answered before ({given[record['id']][0]})"
+            )
         given[record["id"]] = where, record
     absent = [row.id for row in rows if row.id not in given]
     if absent:
         raise InputError(
-            f"{path}: {len(absent)} of {len(rows)} rows have no response, the first: {absent[0]!r}; the prompts are in "
-            f"{prompts}"
+            f"{path}: {len(absent)} of {len(rows)} rows have no response, the first: "
+            f"{absent[0]!r}; the prompts are in {prompts}"
         )
     if not any("prompt_token_ids" in record for _, record in given.values()):
-        log.warning("%s: no prompt_token_ids, so it cannot be checked that the prompts were rendered alike", path)
-    return [_response(*given[row.id], row, pair, tokenizer) for row, pair in zip(rows, pairs, strict=True)]
+        log.warning(
+            "%s: no prompt_token_ids, so it cannot be checked that the prompts were rendered alike",
+            path,
+        )
+    return [
+        _response(*given[row.id], row, pair, tokenizer)
+        for row, pair in zip(rows, pairs, strict=True)
+    ]
 
 
 def _record(value: Any, where: str, vocabulary: int) -> dict[str, Any]:
     record: dict[str, Any] = value if isinstance(value, dict) else {}
-    ids = {key: record[key] for key in ("token_ids", "prompt_token_ids") if record.get(key) is not None}
+    ids = {
+        key: record[key] for key in ("token_ids", "prompt_token_ids") if record.get(key) is not None
+    }
     if (
         not isinstance(record.get("response"), str)
         or not isinstance(record.get("id"), str | int)
         or record.get("finish_reason", "stop") not in ("stop", "length")
-        or not all(isinstance(tokens, list) and all(type(t) is int for t in tokens) for tokens in ids.values())
+        or not all(
+            isinstance(tokens, list) and all(type(t) is int for t in tokens)
+            for tokens in ids.values()
+        )
     ):
         raise InputError(
-            f'{where}: expected {{"id": ..., "response": text}}, and maybe "finish_reason" (stop or length), '
+            f'{where}: expected {{"id": ..., "response": text}}, and maybe "finish_reason" (stop '
+            "or length), "
             '"token_ids" and "prompt_token_ids" (lists of ids)'
         )
     for key, tokens in ids.items():
         odd = next((token for token in tokens if not 0 <= token < vocabulary), None)
         if odd is not None:
-            raise InputError(f"{where}: {key} has {odd}, but the vocabulary has {vocabulary} entries")
+            raise InputError(
+                f"{where}: {key} has {odd}, but the vocabulary has {vocabulary} entries"
+            )
     return {**record, "id": str(record["id"])}
 
 
-def _response(where: str, record: dict[str, Any], row: Row, pair: Pair, tokenizer: Tokenizer) -> Response:
+def _response(
+    where: str, record: dict[str, Any], row: Row, pair: Pair, tokenizer: Tokenizer
+) -> Response:
     theirs = record.get("prompt_token_ids")
     if theirs is not None and theirs != pair.prompt:
-        place = next((i for i, (a, b) in enumerate(zip(theirs, pair.prompt, strict=False)) if a != b), None)
+        place = next(
+            (i for i, (a, b) in enumerate(zip(theirs, pair.prompt, strict=False)) if a != b), None
+        )
         place = min(len(theirs), len(pair.prompt)) if place is None else place
         raise InputError(
             f"{where}: prompt_token_ids differ from ldalign's from token {place} on: theirs "
             f"{tokenizer.decode(theirs[place : place + 8], skip_special_tokens=False)!r}, ours "
-            f"{tokenizer.decode(pair.prompt[place : place + 8], skip_special_tokens=False)!r}; generate with the chat "
-            "template of the policy's folder"
+            f"{tokenizer.decode(pair.prompt[place : place + 8], skip_special_tokens=False)!r}; "
+            "generate with the chat template of the policy's folder"
         )
     reason = record.get("finish_reason", "stop")
     ids = record.get("token_ids")
     if ids is None:
-        whole = list(tokenizer.pair_ids(Row(row.id, row.history, record["response"], where=where)).response)
+        whole = list(
+            tokenizer.pair_ids(Row(row.id, row.history, record["response"], where=where)).response
+        )
         ids = whole if reason == "stop" else tokenizer.encode(record["response"])
     if reason == "stop" and (not ids or ids[-1] not in tokenizer.end_ids):
         ids = [*ids, pair.real[-1] if pair.real[-1] in tokenizer.end_ids else tokenizer.end_ids[0]]

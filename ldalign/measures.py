@@ -1,4 +1,6 @@
-"""What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and benchmarks."""
+"""What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and
+benchmarks.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from ldalign.summaries import Metrics, stage
 
 
 def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
-    """All measurements of `policy`, in folders of NAME. first: the name of the policy its rewards are compared with."""
+    """All measurements of `policy`, in folders of NAME. first: the name of the policy its rewards
+    are compared with.
+    """
     evaluation_stage(ctx, name, policy)
     if ctx.config.reward.model is not None and ctx.heldout.rows:
         reward_stage(ctx, name, first)
@@ -31,7 +35,8 @@ def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
 
 
 def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
-    """Whether what planned stages ask other models for can be had, before anything is computed; all ranks call it.
+    """Whether what planned stages ask other models for can be had, before anything is computed; all
+    ranks call it.
 
     Raises InputError for a folder that is none, EnvironmentProblem for a missing package.
     """
@@ -39,7 +44,9 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
         check_judge(config)
     if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
         if importlib.util.find_spec("transformers") is None:
-            raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]")
+            raise EnvironmentProblem(
+                "reward.model: transformers is missing; pip install ldalign[reward]"
+            )
         check_reward_model(find_model(config, str(config.reward.model)))
 
 
@@ -52,9 +59,11 @@ def measurements(config: RunConfig, name: str) -> list[str]:
 
 
 def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
-    """Rewards of the greedy answers in NAME/evaluation and of the real responses, in NAME/reward/rewards.jsonl.
+    """Rewards of the greedy answers in NAME/evaluation and of the real responses, in
+    NAME/reward/rewards.jsonl.
 
-    The real responses are scored once, with the policy called `first`; the others are also compared with it.
+    The real responses are scored once, with the policy called `first`; the others are also compared
+    with it.
     """
     r = ctx.config.reward
     model = find_model(ctx.config, str(r.model))
@@ -66,7 +75,9 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         questions = [prompt_text(row) for row in ctx.heldout.rows]
         ids = [row.id for row in ctx.heldout.rows]
         answered = [record["greedy"] for record in read_jsonl(answers)]
-        generated = scorer.score(questions, answered, ids, folder / PARTS / "generated").double().numpy()
+        generated = (
+            scorer.score(questions, answered, ids, folder / PARTS / "generated").double().numpy()
+        )
         old = read_jsonl(before) if before else []
         if before:
             real = np.array([record["real"] for record in old])
@@ -74,20 +85,29 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
             responses = [row.response for row in ctx.heldout.rows]
             real = scorer.score(questions, responses, ids, folder / PARTS / "real").double().numpy()
         _write_rewards(folder, ctx.heldout.rows, generated, real)
-        return summary(generated, real, np.array([record["generated"] for record in old]) if old else None)
+        return summary(
+            generated, real, np.array([record["generated"] for record in old]) if old else None
+        )
 
     parents = {
-        "reward.model": hash_model_folder(model), "answers": hash_file(answers), "data": ctx.heldout_hash,
-        **ctx.keys("reward.max_tokens"), **({f"rewards of {first}": hash_file(before)} if before else {}),
-    }  # fmt: skip
+        "reward.model": hash_model_folder(model),
+        "answers": hash_file(answers),
+        "data": ctx.heldout_hash,
+        **ctx.keys("reward.max_tokens"),
+        **({f"rewards of {first}": hash_file(before)} if before else {}),
+    }
     metrics = stage(ctx, f"{name}/reward", parents, make, resume=True)
-    say(f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses {metrics['reward/real']:.3f}, better than "
-        f"these on {metrics['reward/win_rate']:.1%}")  # fmt: skip
+    say(
+        f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses "
+        f"{metrics['reward/real']:.3f}, better than these on {metrics['reward/win_rate']:.1%}"
+    )
     return metrics
 
 
 def pair_rewards_stage(ctx: Context, t: int) -> None:
-    """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are compared with."""
+    """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are
+    compared with.
+    """
     r, (rows, _) = ctx.config.reward, ctx.used
     model = find_model(ctx.config, str(r.model))
     responses = ctx.run.path / RESPONSES.format(t)
@@ -100,31 +120,43 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
             "real": [row.response for row in rows],
         }
         generated, real = (
-            scorer.score(questions, texts, ids, folder / PARTS / side).double().numpy() for side, texts in sides.items()
+            scorer.score(questions, texts, ids, folder / PARTS / side).double().numpy()
+            for side, texts in sides.items()
         )
         _write_rewards(folder, rows, generated, real)
         return {"reward/generated": float(generated.mean()), "reward/real": float(real.mean())}
 
     parents = {
-        "reward.model": hash_model_folder(model), "responses": hash_file(responses), "data": ctx.used_hash,
+        "reward.model": hash_model_folder(model),
+        "responses": hash_file(responses),
+        "data": ctx.used_hash,
         **ctx.keys("reward.max_tokens"),
-    }  # fmt: skip
+    }
     stage(ctx, f"iteration_{t}/pair_rewards", parents, make, resume=True)
 
 
-def _write_rewards(folder: Path, rows: Sequence[Row], generated: np.ndarray, real: np.ndarray) -> None:
+def _write_rewards(
+    folder: Path, rows: Sequence[Row], generated: np.ndarray, real: np.ndarray
+) -> None:
     """rewards.jsonl, a line a row."""
     if distributed.rank() == 0:
         columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
-        write_jsonl(folder / "rewards.jsonl", ({"id": row.id, "generated": g, "real": y} for row, g, y in columns))
+        write_jsonl(
+            folder / "rewards.jsonl",
+            ({"id": row.id, "generated": g, "real": y} for row, g, y in columns),
+        )
 
 
 def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:
-    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are (N,)."""
+    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are
+    (N,).
+    """
     metrics = {
-        "reward/mean": float(generated.mean()), "reward/mean_se": standard_error(generated),
-        "reward/real": float(real.mean()), **_wins("reward/win_rate", generated, real),
-    }  # fmt: skip
+        "reward/mean": float(generated.mean()),
+        "reward/mean_se": standard_error(generated),
+        "reward/real": float(real.mean()),
+        **_wins("reward/win_rate", generated, real),
+    }
     return metrics if first is None else metrics | _wins("reward/win_rate_first", generated, first)
 
 

@@ -1,9 +1,11 @@
-"""Methods are pair sources, nothing else: what differs between them is which pairs they train on, with which weights.
+"""Methods are pair sources, nothing else: what differs between them is which pairs they train on,
+with which weights.
 
-`sft`: real responses, no loser. `spin` (arXiv 2401.01335): (real, generated, 1). `ld_align` (arXiv 2404.06390): (real,
-generated, s) with s the latent distance over its mean. `dpo` (arXiv 2305.18290): (chosen, rejected, 1) of preference
-data. `self_reward` (arXiv 2401.10020) and `rlaif` (arXiv 2309.00267): (better, worse, 1) of two own samples, as the
-policy itself or another judge says. Which stages make them is in `ldalign.sources`; here is what needs no model.
+`sft`: real responses, no loser. `spin` (arXiv 2401.01335): (real, generated, 1). `ld_align` (arXiv
+2404.06390): (real, generated, s) with s the latent distance over its mean. `dpo` (arXiv
+2305.18290): (chosen, rejected, 1) of preference data. `self_reward` (arXiv 2401.10020) and `rlaif`
+(arXiv 2309.00267): (better, worse, 1) of two own samples, as the policy itself or another judge
+says. Which stages make them is in `ldalign.sources`; here is what needs no model.
 """
 
 import logging
@@ -20,7 +22,8 @@ from ldalign.seeds import permutation
 from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-TOO_MANY = 0.01  # share of rows whose prompt alone fills max_length, above which the setting is wrong, not the rows
+# share of rows whose prompt alone fills max_length, above which the setting is wrong, not the rows
+TOO_MANY = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Prepared:
 
 
 def prepare(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Prepared:
-    """Prompt and response ids of every row, at most max_length tokens together; the response is what is cut.
+    """Prompt and response ids of every row, at most max_length tokens together; the response is
+    what is cut.
 
     Raises InputError when more than 1 % of the rows have no room for a response.
     """
@@ -51,13 +55,15 @@ def prepare(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Prepa
         out.pairs.append(Pair(row.id, list(prompt), list(response[:room])))
     if len(out.dropped) > TOO_MANY * len(rows):
         raise InputError(
-            f"max_length={max_length}: the prompt alone fills it in {len(out.dropped)} of {len(rows)} rows (the first: "
-            f"{out.dropped[0]}); raise max_length or drop these rows"
+            f"max_length={max_length}: the prompt alone fills it in {len(out.dropped)} of "
+            f"{len(rows)} rows (the first: {out.dropped[0]}); raise max_length or drop these rows"
         )
     return replace(out, cut=cut)
 
 
-def with_losers(pairs: Sequence[Pair], generated: Sequence[Sequence[int]], max_length: int) -> list[Pair]:
+def with_losers(
+    pairs: Sequence[Pair], generated: Sequence[Sequence[int]], max_length: int
+) -> list[Pair]:
     """The pairs with their sampled losers (token ids, cut to max_length with their prompt)."""
     return [
         replace(pair, generated=list(ids[: max_length - len(pair.prompt)]))
@@ -70,16 +76,22 @@ def usable(pair: Pair) -> bool:
     return pair.generated is None or (pair.real != pair.generated and len(pair.generated) > 0)
 
 
-def rejected_pairs(rows: Sequence[Row], pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int) -> list[Pair]:
-    """The pairs with the rows' own rejected responses, in ids as the chosen ones are. InputError for a row without."""
+def rejected_pairs(
+    rows: Sequence[Row], pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int
+) -> list[Pair]:
+    """The pairs with the rows' own rejected responses, in ids as the chosen ones are. InputError
+    for a row without.
+    """
     losers = []
     for row in rows:
         if row.rejected is None:
             raise InputError(
-                f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows are {{prompt, chosen, "
-                "rejected}} (docs/data.md)"
+                f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows "
+                f"are {{prompt, chosen, rejected}}}} (docs/data.md)"
             )
-        losers.append(tokenizer.pair_ids(replace(row, response=row.rejected, rejected=None)).response)
+        losers.append(
+            tokenizer.pair_ids(replace(row, response=row.rejected, rejected=None)).response
+        )
     return with_losers(pairs, losers, max_length)
 
 
@@ -89,7 +101,8 @@ def ranked_pairs(
     preferences: Sequence[float],
     max_length: int,
 ) -> list[Pair | None]:
-    """Of two samples (token ids) a prompt, the preferred as winner and the other as loser; None for a tie.
+    """Of two samples (token ids) a prompt, the preferred as winner and the other as loser; None for
+    a tie.
 
     preferences: that the first is better, in [0, 1]; 0.5 and NaN (no verdict) are ties.
     """
@@ -105,18 +118,26 @@ def ranked_pairs(
 
 
 WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse")
-NEAREST = 0.1  # of the mean distance: nearer pairs count as this near, so that no inverse weight exceeds 10
+# of the mean distance: nearer pairs count as this near, so that no inverse weight exceeds 10
+NEAREST = 0.1
 
 
 def pair_weights(
-    kind: str, distances: Tensor, pairs: Sequence[Pair], kept: Sequence[bool], seed: int, clip: float | None = None
+    kind: str,
+    distances: Tensor,
+    pairs: Sequence[Pair],
+    kept: Sequence[bool],
+    seed: int,
+    clip: float | None = None,
 ) -> tuple[Tensor, int]:
-    """(N,) float64 weights of pairs with latent distances (N,), and how many of them `clip` lowered.
+    """(N,) float64 weights of pairs with latent distances (N,), and how many of them `clip`
+    lowered.
 
-    latent: s_i = d_i / mean_j d_j (paper 4.2.2), the method's. The others are its controls, all with mean 1 over the
-    kept pairs too: uniform, 1 (SPIN); shuffled, the latent ones dealt out among the kept pairs at random, so that only
-    their distribution is left; length, of |n_i - n'_i| tokens instead of d_i; inverse, of 1 / d_i, so that near pairs
-    pull hard. clip: no weight exceeds it; the rest is left as it is.
+    latent: s_i = d_i / mean_j d_j (paper 4.2.2), the method's. The others are its controls, all
+    with mean 1 over the kept pairs too: uniform, 1 (SPIN); shuffled, the latent ones dealt out
+    among the kept pairs at random, so that only their distribution is left; length, of |n_i - n'_i|
+    tokens instead of d_i; inverse, of 1 / d_i, so that near pairs pull hard. clip: no weight
+    exceeds it; the rest is left as it is.
     """
     keep = torch.tensor(list(kept))
     if kind == "uniform":
@@ -139,10 +160,12 @@ def pair_weights(
 
 
 def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
-    """(N,) float64 weights s_i = d_i / mean_j d_j, the mean over the kept pairs of the whole iteration (paper 4.2.2).
+    """(N,) float64 weights s_i = d_i / mean_j d_j, the mean over the kept pairs of the whole
+    iteration (paper 4.2.2).
 
-    Pairs not kept have weight 0, so the pairs that are trained on have mean weight 1, as SPIN's have. Where all
-    distances are zero, they say nothing, and every kept pair has weight 1 (with a warning).
+    Pairs not kept have weight 0, so the pairs that are trained on have mean weight 1, as SPIN's
+    have. Where all distances are zero, they say nothing, and every kept pair has weight 1 (with a
+    warning).
     """
     keep = torch.tensor(list(kept), dtype=torch.float64)
     distances = distances.double() * keep
@@ -154,5 +177,7 @@ def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
 
 
 def effective_size(weights: Tensor) -> float:
-    """Effective sample size of weights, (sum w)^2 / sum w^2 (Kish 1965), as a share of their number."""
+    """Effective sample size of weights, (sum w)^2 / sum w^2 (Kish 1965), as a share of their
+    number.
+    """
     return float(weights.sum() ** 2 / (weights**2).sum() / len(weights)) if len(weights) else 0.0

@@ -1,7 +1,8 @@
-"""Metrics: sums and counts over pairs and ranks, one JSON line a step, one readable line in the terminal.
+"""Metrics: sums and counts over pairs and ranks, one JSON line a step, one readable line in the
+terminal.
 
-Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are `weight/*`, `len/*`, `time/*` and
-`tokens_per_second`.
+Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are `weight/*`, `len/*`,
+`time/*` and `tokens_per_second`.
 """
 
 import contextlib
@@ -24,9 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Mean:
-    """Means by example: sums and counts are kept on the device, added over ranks, and only then divided.
+    """Means by example: sums and counts are kept on the device, added over ranks, and only then
+    divided.
 
-    While `muted`, what is added is named but counts for nothing: a rank without rows must still know the names.
+    While `muted`, what is added is named but counts for nothing: a rank without rows must still
+    know the names.
     """
 
     def __init__(self) -> None:
@@ -44,7 +47,11 @@ class Mean:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """The means over all ranks. Every rank must call it with the same names."""
         names = sorted(self.sums)
-        table = torch.tensor([[float(self.sums[n]), self.counts[n]] for n in names], dtype=torch.float64, device=device)
+        table = torch.tensor(
+            [[float(self.sums[n]), self.counts[n]] for n in names],
+            dtype=torch.float64,
+            device=device,
+        )
         table = distributed.total(table).cpu().reshape(-1, 2)
         return {n: float(s / c) for n, (s, c) in zip(names, table, strict=True) if c}
 
@@ -64,7 +71,9 @@ class MetricsLog:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, from rank 0 only. A run outlives who reads it: a terminal, a pipe."""
+    """A line for the person at the terminal, from rank 0 only. A run outlives who reads it: a
+    terminal, a pipe.
+    """
     if distributed.rank() == 0:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
@@ -74,14 +83,23 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process so far: the GPU's where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux's VmHWM, in KiB. getrusage would count the parent's memory too, which was shared for a moment.
+    # Linux's VmHWM, in KiB. getrusage would count the parent's memory too, which was shared for a
+    # moment.
     status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan"))
+    lines = (
+        status.read_text(encoding="ascii", errors="replace").splitlines()
+        if status.is_file()
+        else []
+    )
+    return next(
+        (int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan")
+    )
 
 
 class Bar:
-    """A progress bar on rank 0, with new tokens per second where tokens are made: `with Bar(...) as progress`."""
+    """A progress bar on rank 0, with new tokens per second where tokens are made: `with Bar(...) as
+    progress`.
+    """
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
@@ -90,14 +108,19 @@ class Bar:
         self.tokens, self.began = 0, time.perf_counter()
         # disable=None: no bar where the output is a file
         self.tqdm = tqdm(
-            total=self.total, desc=self.name, unit=self.unit, disable=None if distributed.rank() == 0 else True
+            total=self.total,
+            desc=self.name,
+            unit=self.unit,
+            disable=None if distributed.rank() == 0 else True,
         )
         return self.add
 
     def add(self, rows: int, tokens: int) -> None:
         self.tokens += tokens
         if self.tokens:
-            self.tqdm.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.began):.0f} tokens/s", refresh=False)
+            self.tqdm.set_postfix_str(
+                f"{self.tokens / (time.perf_counter() - self.began):.0f} tokens/s", refresh=False
+            )
         with contextlib.suppress(OSError):
             self.tqdm.update(rows)
 
@@ -106,4 +129,7 @@ class Bar:
             self.tqdm.close()
         if self.tokens:
             seconds = time.perf_counter() - self.began
-            say(f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, {self.tokens / seconds:.0f} tokens/s")
+            say(
+                f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, "
+                f"{self.tokens / seconds:.0f} tokens/s"
+            )

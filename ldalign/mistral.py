@@ -1,12 +1,14 @@
 """Mistral, whole: RMSNorm, rotary embedding, grouped-query attention with a sliding window, SwiGLU.
 
-Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope scaling, which is the same network with
-no window. Parameter names and the half-split rotary layout are Hugging Face's, but for two: q, k and v are one
-parameter, and gate and up. Files keep the separate tensors (`Mistral.stored_parts`).
+Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope scaling, which is
+the same network with no window. Parameter names and the half-split rotary layout are Hugging
+Face's, but for two: q, k and v are one parameter, and gate and up. Files keep the separate tensors
+(`Mistral.stored_parts`).
 
 `hidden` is the door for callers that bring their own embeddings, as the guide's towers do.
 
-Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary.
+Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward
+width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -43,13 +45,16 @@ class MistralConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "MistralConfig":
-        """From a parsed config.json. Raises InputError naming `where` and the key for what this code does not do."""
+        """From a parsed config.json. Raises InputError naming `where` and the key for what this
+        code does not do.
+        """
         _refuse_unsupported(raw, where)
         rope = raw.get("rope_parameters") or {}
         llama = raw["model_type"] == "llama"
         heads = _size(raw, "num_attention_heads", where)
         width = _size(raw, "hidden_size", where)
-        # An absent key means what it means to transformers: for Mistral a window of 4096 and 8 key/value heads.
+        # An absent key means what it means to transformers: for Mistral a window of 4096 and 8
+        # key/value heads.
         windowed = not llama and raw.get("sliding_window", 4096) is not None
         one_each = llama or "num_key_value_heads" in raw
         config = cls(
@@ -61,38 +66,58 @@ class MistralConfig:
             num_key_value_heads=_size(raw, "num_key_value_heads", where, heads if one_each else 8),
             head_dim=_size(raw, "head_dim", where, width // heads),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-            rope_theta=_positive(rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", where),
+            rope_theta=_positive(
+                rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", where
+            ),
             sliding_window=_size(raw, "sliding_window", where, 4096) if windowed else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
         )
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
-                f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{config.num_key_value_heads}, and head_dim {config.head_dim} even"
+                f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} "
+                "even"
             )
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """A config.json of this network. It says mistral for a Llama layout too: the same network without a window."""
-        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"} | asdict(self)
+        """A config.json of this network. It says mistral for a Llama layout too: the same network
+        without a window.
+        """
+        return {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+        } | asdict(self)
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        kind = (
+            rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        )
         if kind != "default":
             raise InputError(
-                f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain rotary embeddings"
+                f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain "
+                "rotary embeddings"
             )
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise InputError(f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole heads")
+            raise InputError(
+                f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole "
+                "heads"
+            )
     if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use silu")
+        raise InputError(
+            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use "
+            "silu"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
-            raise InputError(f"{where}: {key} true is not supported; Mistral and Llama have no biases")
+            raise InputError(
+                f"{where}: {key} true is not supported; Mistral and Llama have no biases"
+            )
     if raw.get("quantization_config"):
         raise InputError(f"{where}: quantization_config is set; give the unquantised weights")
 
@@ -104,15 +129,21 @@ def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None)
         raise InputError(f"{where}: key {key!r} is missing; a {raw['model_type']} config needs it")
     if type(value) is not int or not 1 <= value < 2**31:
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive integer; compare with the model's original config"
+            f"{where}: {key} is {value!r}, not a positive integer; compare with the model's "
+            "original config"
         )
     return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < float("inf")
+    ):
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive number; compare with the model's original config"
+            f"{where}: {key} is {value!r}, not a positive number; compare with the model's "
+            "original config"
         )
     return float(value)
 
@@ -140,10 +171,14 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.window = index, config.sliding_window
         self.head_dim, self.heads, self.kv_heads = (
-            config.head_dim, config.num_attention_heads, config.num_key_value_heads,
-        )  # fmt: skip
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
         # One product for all three: the small ones for k and v use a machine badly.
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
@@ -183,7 +218,9 @@ class Block(nn.Module):
         return self._forward(x, cos, sin, layout)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        normed, x = self.post_attention_layernorm.add(self.self_attn(self.input_layernorm(x), cos, sin, layout), x)
+        normed, x = self.post_attention_layernorm.add(
+            self.self_attn(self.input_layernorm(x), cos, sin, layout), x
+        )
         if self.checkpointing == "selective" and torch.is_grad_enabled():
             return x + checkpoint(self.mlp, normed, use_reentrant=False)
         return x + self.mlp(normed)
@@ -194,7 +231,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
-        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s for nothing.
+        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s
+        # for nothing.
         empty = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -202,7 +240,9 @@ class Decoder(nn.Module):
 
 
 class Mistral(nn.Module):
-    """The language model. `model(ids)` gives logits; training passes `head` and never makes them."""
+    """The language model. `model(ids)` gives logits; training passes `head` and
+    never makes them.
+    """
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
@@ -217,9 +257,15 @@ class Mistral(nn.Module):
         return list(self.model.layers)  # type: ignore[arg-type]
 
     def stored_parts(self, name: str) -> dict[str, int]:
-        """The tensors that model files keep for a parameter, one below the other: name -> rows; {} if it is one."""
+        """The tensors that model files keep for a parameter, one below the other: name -> rows; {}
+        if it is one.
+        """
         c = self.config
-        q, kv, wide = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        q, kv, wide = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+            c.intermediate_size,
+        )
         fused = {
             "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
             "gate_up_proj": {"gate_proj": wide, "up_proj": wide},
@@ -235,14 +281,23 @@ class Mistral(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """(V, D): the head's weight, the embedding itself where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def forward(
-        self, ids: Tensor, layout: Layout | None = None, head: Callable[[Tensor, Tensor], R] | None = None
+        self,
+        ids: Tensor,
+        layout: Layout | None = None,
+        head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head` makes.
+        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head`
+        makes.
 
-        head(hidden (N, D), output weight (V, D)) runs inside the forward, where FSDP has gathered the weight.
+        head(hidden (N, D), output weight (V, D)) runs inside the forward, where FSDP has gathered
+        the weight.
         """
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
@@ -252,7 +307,9 @@ class Mistral(nn.Module):
         return (x @ self.output_weight.T).unflatten(0, shape)
 
     def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
-        """Final hidden states (N, D) of token embeddings (N, D), turned by the layout's positions."""
+        """Final hidden states (N, D) of token embeddings (N, D), turned by the
+        layout's positions.
+        """
         cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         x = embeddings
         for block in self.model.layers:
@@ -261,7 +318,9 @@ class Mistral(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, E/2) float32, of the angles position * theta^(-2e/E) (arXiv 2104.09864)."""
+    """cos and sin, each (N, E/2) float32, of the angles position * theta^(-2e/E) (arXiv
+    2104.09864).
+    """
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     # 1 / theta^steps, not theta^-steps: one last bit, times position 2000, turns the angle by 1e-4.
     angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)

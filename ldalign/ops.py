@@ -1,13 +1,16 @@
 """One function per fused operation; each call runs the best implementation there is for its device.
 
-Four backends offer the same raw functions (values and gradients apart): `cpp` (C++, `csrc/`) on the CPU, `triton` and
-`cuda` (CUDA C++; the head and the DPO loss only) on NVIDIA GPUs, and `eager`, plain PyTorch, anywhere. Here they become
-operators of torch (`torch.ops.ldalign`): a schema, a fake for `torch.compile`, and autograd, once for all backends.
+Four backends offer the same raw functions (values and gradients apart): `cpp` (C++, `csrc/`) on the
+CPU, `triton` and `cuda` (CUDA C++; the head and the DPO loss only) on NVIDIA GPUs, and `eager`,
+plain PyTorch, anywhere. Here they become operators of torch (`torch.ops.ldalign`): a schema, a fake
+for `torch.compile`, and autograd, once for all backends.
 
-`LDALIGN_BACKEND` names the wanted one (default auto: the first available of cpp, eager on the CPU and of triton, cuda,
-eager on a GPU). A backend that is not there is an error, never a silent fallback; the choice is logged once per op.
+`LDALIGN_BACKEND` names the wanted one (default auto: the first available of cpp, eager on the CPU
+and of triton, cuda, eager on a GPU). A backend that is not there is an error, never a silent
+fallback; the choice is logged once per op.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H heads, E head width.
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H heads, E head
+width.
 """
 
 import functools
@@ -26,9 +29,23 @@ from ldalign.kernels import flash
 from ldalign.kernels.reference import accumulate_dtype
 
 __all__ = [
-    "adamw_", "add_rms_norm", "choose", "linear_logprob", "paged_attention", "pair_attention", "pair_loss", "rms_norm",
-    "rmsprop_", "rope", "sample", "segment_sum", "sft_loss", "swiglu", "weighted_dpo_loss", "workspace_bytes",
-]  # fmt: skip
+    "adamw_",
+    "add_rms_norm",
+    "choose",
+    "linear_logprob",
+    "paged_attention",
+    "pair_attention",
+    "pair_loss",
+    "rms_norm",
+    "rmsprop_",
+    "rope",
+    "sample",
+    "segment_sum",
+    "sft_loss",
+    "swiglu",
+    "weighted_dpo_loss",
+    "workspace_bytes",
+]
 
 log = logging.getLogger(__name__)
 IGNORE = -100  # the target of a row that counts for nothing
@@ -37,18 +54,31 @@ IGNORE = -100  # the target of a row that counts for nothing
 MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = (
-    "linear_logprob", "pair_loss", "sft_loss", "weighted_dpo", "rms_norm", "add_rms_norm", "rope", "swiglu",
-    "pair_attention", "paged_attention", "sample", "adamw_", "rmsprop_",
-)  # fmt: skip
+    "linear_logprob",
+    "pair_loss",
+    "sft_loss",
+    "weighted_dpo",
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "swiglu",
+    "pair_attention",
+    "paged_attention",
+    "sample",
+    "adamw_",
+    "rmsprop_",
+)
 
 
-# ------------------------------------------------------------------------------------------------------------- backends
+# ----------------------------------------------------------------------------------------- backends
 
 
 def choose(op: str, device: str, wide: bool = False) -> str:
-    """The backend that runs `op` (a raw function's name) on a device type; `wide` for float64 inputs.
+    """The backend that runs `op` (a raw function's name) on a device type; `wide` for float64
+    inputs.
 
-    Raises EnvironmentProblem where LDALIGN_BACKEND names one that is unknown, not built, or not for this device.
+    Raises EnvironmentProblem where LDALIGN_BACKEND names one that is unknown, not built, or not for
+    this device.
     """
     return _choose(os.environ.get("LDALIGN_BACKEND", "auto"), op, device, wide)
 
@@ -56,20 +86,42 @@ def choose(op: str, device: str, wide: bool = False) -> str:
 @functools.cache
 def _choose(wanted: str, op: str, device: str, wide: bool) -> str:
     if wanted not in ("auto", *MODULES):
-        raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted!r} is unknown; choose auto or {', '.join(MODULES)}")
+        raise EnvironmentProblem(
+            f"LDALIGN_BACKEND={wanted!r} is unknown; choose auto or {', '.join(MODULES)}"
+        )
     order = ORDER.get(device, ("eager",))
     if wanted == "auto":
-        able = [b for b in order if _offers(b, op, wide) and (b == "eager" or _module(b).available())]
-        chosen, why = able[0], ", ".join(f"{b}: {_module(b).why_not()}" for b in order[: order.index(able[0])])
+        able = [
+            b for b in order if _offers(b, op, wide) and (b == "eager" or _module(b).available())
+        ]
+        chosen, why = (
+            able[0],
+            ", ".join(f"{b}: {_module(b).why_not()}" for b in order[: order.index(able[0])]),
+        )
     else:
         module = _module(wanted)
         if not module.available():
-            raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted}: not available here: {module.why_not()}")
-        if wanted not in order and wanted != "eager" and not (wanted == "triton" and module.interpreted()):
-            raise EnvironmentProblem(f"LDALIGN_BACKEND={wanted} does not run on device {device}; use auto")
+            raise EnvironmentProblem(
+                f"LDALIGN_BACKEND={wanted}: not available here: {module.why_not()}"
+            )
+        if (
+            wanted not in order
+            and wanted != "eager"
+            and not (wanted == "triton" and module.interpreted())
+        ):
+            raise EnvironmentProblem(
+                f"LDALIGN_BACKEND={wanted} does not run on device {device}; use auto"
+            )
         chosen = wanted if _offers(wanted, op, wide) else "eager"
         why = "" if chosen == wanted else f"{wanted} has no {op}{' in float64' if wide else ''}"
-    log.info("ops: %s on %s: %s (LDALIGN_BACKEND=%s%s)", op, device, chosen, wanted, f"; {why}" if why else "")
+    log.info(
+        "ops: %s on %s: %s (LDALIGN_BACKEND=%s%s)",
+        op,
+        device,
+        chosen,
+        wanted,
+        f"; {why}" if why else "",
+    )
     return chosen
 
 
@@ -92,7 +144,7 @@ def _raw(op: str, x: Tensor) -> Callable[..., Any]:
     return getattr(_module(choose(op, x.device.type, x.dtype == torch.float64)), op)
 
 
-# ------------------------------------------------------------------------------------------------------------ operators
+# ---------------------------------------------------------------------------------------- operators
 
 _operators = library.Library("ldalign", "DEF")
 
@@ -104,7 +156,9 @@ def _operator(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers torch.ops.ldalign.NAME: `run` for real tensors, `fake` for shapes, `setup`, `backward` for autograd."""
+    """Registers torch.ops.ldalign.NAME: `run` for real tensors, `fake` for shapes, `setup`,
+    `backward` for autograd.
+    """
     name = schema.partition("(")[0]
     _operators.define(schema)
     _operators.impl(name, run, "CompositeExplicitAutograd")
@@ -126,21 +180,26 @@ def _wide_like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
 
-# ------------------------------------------------------------------------------------------------------------- the head
+# ----------------------------------------------------------------------------------------- the head
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """log softmax(hidden weight^T)[target]: (N, D), (V, D), (N,) int64 -> (N,) float32 natural-log probabilities.
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE
+) -> Tensor:
+    """log softmax(hidden weight^T)[target]: (N, D), (V, D), (N,) int64 -> (N,) float32 natural-log
+    probabilities.
 
-    0 where the target is `ignore_index`. No (N, V) tensor is held; the log-sum-exp is kept, the logits are made again
-    in the backward. Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit.
-    Oracle: `ldalign.kernels.reference.linear_logprob`.
+    0 where the target is `ignore_index`. No (N, V) tensor is held; the log-sum-exp is kept, the
+    logits are made again in the backward. Raises ValueError where shapes, dtypes or (on the CPU)
+    targets do not fit. Oracle: `ldalign.kernels.reference.linear_logprob`.
     """
     _check_head("linear_logprob", hidden, weight, target)
     return torch.ops.ldalign.linear_logprob(hidden, weight, target, ignore_index)[0]
 
 
-def _run_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+def _run_linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int
+) -> tuple[Tensor, Tensor]:
     _check_targets("linear_logprob", target, len(weight), ignore)
     return _raw("linear_logprob", hidden)(hidden, weight, target, ignore)
 
@@ -153,23 +212,35 @@ def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _backward_linear_logprob(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, target, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    dh, dw = torch.ops.ldalign.linear_logprob_backward(grad, hidden, weight, target, lse, *needs, ctx.ignore)
+    dh, dw = torch.ops.ldalign.linear_logprob_backward(
+        grad, hidden, weight, target, lse, *needs, ctx.ignore
+    )
     return dh if needs[0] else None, dw if needs[1] else None, None, None
 
 
 _operator(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor, Tensor)",
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor, "
+    "Tensor)",
     _run_linear_logprob,
-    lambda hidden, weight, target, ignore: (_wide_like(hidden, len(hidden)), _wide_like(hidden, len(hidden))),
+    lambda hidden, weight, target, ignore: (
+        _wide_like(hidden, len(hidden)),
+        _wide_like(hidden, len(hidden)),
+    ),
     _setup_linear_logprob,
     _backward_linear_logprob,
 )
 
 
 def _run_linear_logprob_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, need_hidden: bool, need_weight: bool,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
     ignore: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     raw = _raw("linear_logprob_backward", hidden)
     grad = grad.masked_fill(target == ignore, 0)
     dh, dw = raw(grad, hidden, weight, target, lse, need_hidden, need_weight)
@@ -177,8 +248,8 @@ def _run_linear_logprob_backward(
 
 
 _operator(
-    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor lse, bool need_hidden, "
-    "bool need_weight, int ignore_index) -> (Tensor, Tensor)",
+    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor lse, "
+    "bool need_hidden, bool need_weight, int ignore_index) -> (Tensor, Tensor)",
     _run_linear_logprob_backward,
     lambda grad, hidden, weight, target, lse, need_hidden, need_weight, ignore: (
         torch.empty_like(hidden) if need_hidden else _none(hidden),
@@ -188,59 +259,109 @@ _operator(
 
 
 def pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: Sequence[int], reference_sums: Tensor, pair_weight: Tensor,
-    beta: float, scale: float = 1.0,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The weighted DPO loss from hidden states, its gradient made in the same pass: three matrix products in all.
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: Sequence[int],
+    reference_sums: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The weighted DPO loss from hidden states, its gradient made in the same pass: three matrix
+    products in all.
 
-    hidden (N, D), weight (V, D), target (N,) int64; lengths: rows of each of the S = 2P responses (real, generated,
-    real, ...), sum N; reference_sums (S,) their log-probs under the reference; pair_weight (P,).
-    -> loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); sums (S,) of log-probs and the per-pair metrics of
-    `weighted_dpo_loss`, both detached. All float32 (float64 in float64).
+    hidden (N, D), weight (V, D), target (N,) int64; lengths: rows of each of the S = 2P responses
+    (real, generated, real, ...), sum N; reference_sums (S,) their log-probs under the reference;
+    pair_weight (P,). -> loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); sums (S,) of
+    log-probs and the per-pair metrics of `weighted_dpo_loss`, both detached. All float32 (float64
+    in float64).
 
-    The logits of whole pairs become their own gradient where they stand (docs/kernels.md), so the backward only scales:
-    it can run once, and costs nothing. Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit.
+    The logits of whole pairs become their own gradient where they stand (docs/kernels.md), so the
+    backward only scales: it can run once, and costs nothing. Raises ValueError where shapes, dtypes
+    or (on the CPU) targets do not fit.
     """
     _check_head("pair_loss", hidden, weight, target)
     if len(lengths) % 2 or sum(lengths) != len(hidden) or min(lengths, default=1) < 0:
         raise ValueError(
-            f"pair_loss: {len(lengths)} lengths with sum {sum(lengths)} do not fit {len(hidden)} rows of hidden; "
-            "expected two non-negative lengths a pair, of sum N"
+            f"pair_loss: {len(lengths)} lengths with sum {sum(lengths)} do not fit {len(hidden)} "
+            "rows of hidden; expected two non-negative lengths a pair, of sum N"
         )
     pairs = len(lengths) // 2
     if reference_sums.shape != (2 * pairs,) or pair_weight.shape != (pairs,):
         raise ValueError(
-            f"pair_loss: reference_sums {tuple(reference_sums.shape)} and pair_weight {tuple(pair_weight.shape)} do "
-            f"not fit {len(lengths)} lengths; expected ({2 * pairs},) and ({pairs},)"
+            f"pair_loss: reference_sums {tuple(reference_sums.shape)} and pair_weight "
+            f"{tuple(pair_weight.shape)} do not fit {len(lengths)} lengths; expected "
+            f"({2 * pairs},) and ({pairs},)"
         )
     wide = accumulate_dtype(hidden.dtype)
     loss, sums, unweighted, chosen, rejected, _, _ = torch.ops.ldalign.pair_loss(
-        hidden, weight, target, list(lengths), reference_sums.to(wide), pair_weight.to(wide), beta, scale,
+        hidden,
+        weight,
+        target,
+        list(lengths),
+        reference_sums.to(wide),
+        pair_weight.to(wide),
+        beta,
+        scale,
         *_needs(hidden, weight),
-    )  # fmt: skip
+    )
     return loss, sums.detach(), _metrics(unweighted, chosen, rejected)
 
 
 def _run_pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: list[int], reference_sums: Tensor, pair_weight: Tensor,
-    beta: float, scale: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: list[int],
+    reference_sums: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
     _check_targets("pair_loss", target, len(weight))
     sums, dh, dw = _raw("pair_loss", hidden)(
-        hidden, weight, target, lengths, reference_sums, pair_weight, beta, scale, need_hidden, need_weight
+        hidden,
+        weight,
+        target,
+        lengths,
+        reference_sums,
+        pair_weight,
+        beta,
+        scale,
+        need_hidden,
+        need_weight,
     )
     gap = sums - reference_sums
     zeros = torch.zeros_like(pair_weight)
     loss, unweighted, chosen, rejected, _ = _raw("weighted_dpo", sums)(
         gap[0::2], gap[1::2], zeros, zeros, pair_weight, beta
     )
-    return loss * scale, sums, unweighted, chosen, rejected, _or_none(dh, hidden), _or_none(dw, weight)
+    return (
+        loss * scale,
+        sums,
+        unweighted,
+        chosen,
+        rejected,
+        _or_none(dh, hidden),
+        _or_none(dw, weight),
+    )
 
 
 def _fake_pair_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, lengths: list[int], reference_sums: Tensor, pair_weight: Tensor,
-    beta: float, scale: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lengths: list[int],
+    reference_sums: Tensor,
+    pair_weight: Tensor,
+    beta: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
     per_pair = [_wide_like(hidden, len(pair_weight)) for _ in range(3)]
     dh = torch.empty_like(hidden) if need_hidden else _none(hidden)
     dw = torch.empty_like(weight) if need_weight else _none(weight)
@@ -248,28 +369,36 @@ def _fake_pair_loss(
 
 
 def _setup_fused_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # else autograd fills zeros of dW's size for an output nobody differentiates
+    # else autograd fills zeros of dW's size for an output nobody differentiates
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-2:])
 
 
-def _backward_pair_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_pair_loss(
+    ctx: Any, grad: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     return (*_scaled(ctx, grad), None, None, None, None, None, None, None, None)
 
 
 def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
-    """The gradients the forward made, times the upstream one: in place, since a second copy of dW can be a GiB."""
+    """The gradients the forward made, times the upstream one: in place, since a second copy of dW
+    can be a GiB.
+    """
     if grad is None:  # only outputs that carry no gradient were used
         return [None, None]
-    made = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
+    made = [
+        g if need else None
+        for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+    ]
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0:
         return made
     return [None if g is None else g.mul_(grad.to(g.dtype)) for g in made]
 
 
 _operator(
-    "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, Tensor pair_weight, "
-    "float beta, float scale, bool need_hidden, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, "
+    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_pair_loss,
     _fake_pair_loss,
     _setup_fused_loss,
@@ -277,19 +406,28 @@ _operator(
 )
 
 
-def sft_loss(hidden: Tensor, weight: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def sft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood from hidden states, in one pass as `pair_loss`.
 
-    -> loss () = scale * -sum logp, and logp (N,), detached; float32 (float64 in float64). Raises ValueError where
-    shapes, dtypes or (on the CPU) targets do not fit.
+    -> loss () = scale * -sum logp, and logp (N,), detached; float32 (float64 in float64). Raises
+    ValueError where shapes, dtypes or (on the CPU) targets do not fit.
     """
     _check_head("sft_loss", hidden, weight, target)
-    loss, logp, _, _ = torch.ops.ldalign.sft_loss(hidden, weight, target, scale, *_needs(hidden, weight))
+    loss, logp, _, _ = torch.ops.ldalign.sft_loss(
+        hidden, weight, target, scale, *_needs(hidden, weight)
+    )
     return loss, logp.detach()
 
 
 def _run_sft_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: float, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_targets("sft_loss", target, len(weight))
     logp, dh, dw = _raw("sft_loss", hidden)(hidden, weight, target, scale, need_hidden, need_weight)
@@ -297,8 +435,8 @@ def _run_sft_loss(
 
 
 _operator(
-    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool "
+    "need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_sft_loss,
     lambda hidden, weight, target, scale, need_hidden, need_weight: (
         _wide_like(hidden),
@@ -326,13 +464,15 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> No
         )
     if hidden.dtype != weight.dtype or target.dtype != torch.int64:
         raise ValueError(
-            f"{name}: hidden is {hidden.dtype}, weight {weight.dtype}, target {target.dtype}; expected one float dtype "
-            "and torch.int64"
+            f"{name}: hidden is {hidden.dtype}, weight {weight.dtype}, target {target.dtype}; "
+            "expected one float dtype and torch.int64"
         )
 
 
 def _check_targets(name: str, target: Tensor, vocabulary: int, ignore: int | None = None) -> None:
-    """On the CPU; on a GPU looking would wait for it, and the kernels stop on a bad target themselves."""
+    """On the CPU; on a GPU looking would wait for it, and the kernels stop on a bad target
+    themselves.
+    """
     if target.device.type != "cpu" or not len(target):
         return
     bad = (target < 0) | (target >= vocabulary)
@@ -340,27 +480,41 @@ def _check_targets(name: str, target: Tensor, vocabulary: int, ignore: int | Non
         bad &= target != ignore
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise ValueError(f"{name}: target {int(target[row])} of row {row} is not in [0, {vocabulary})")
+        raise ValueError(
+            f"{name}: target {int(target[row])} of row {row} is not in [0, {vocabulary})"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- weighted DPO loss
+# -------------------------------------------------------------------------------- weighted DPO loss
 
 
 def weighted_dpo_loss(
-    logp_real: Tensor, logp_generated: Tensor, ref_real: Tensor, ref_generated: Tensor, weight: Tensor, beta: float
+    logp_real: Tensor,
+    logp_generated: Tensor,
+    ref_real: Tensor,
+    ref_generated: Tensor,
+    weight: Tensor,
+    beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over pairs of -weight log sigmoid(beta Delta), LD-Align's loss (arXiv 2404.06390, section 4.2.3).
+    """Sum over pairs of -weight log sigmoid(beta Delta), LD-Align's loss (arXiv 2404.06390, section
+    4.2.3).
 
-    All inputs (P,): summed response log-probs under policy and reference, and the pair weights s. Delta =
-    (logp_real - ref_real) - (logp_generated - ref_generated). The caller divides by the pairs of the *global* batch.
-    -> the loss (), and per-pair metrics (P,), detached: loss (unweighted), rewards/chosen, rewards/rejected,
-    rewards/margins, rewards/accuracies. Raises ValueError where shapes differ. Oracle: the reference's.
+    All inputs (P,): summed response log-probs under policy and reference, and the pair weights s.
+    Delta = (logp_real - ref_real) - (logp_generated - ref_generated). The caller divides by the
+    pairs of the *global* batch. -> the loss (), and per-pair metrics (P,), detached: loss
+    (unweighted), rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies. Raises
+    ValueError where shapes differ. Oracle: the reference's.
     """
     columns = (logp_real, logp_generated, ref_real, ref_generated, weight)
     if any(c.shape != logp_real.shape or c.ndim != 1 for c in columns):
-        raise ValueError(f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; expected five of (P,)")
+        raise ValueError(
+            f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; expected five "
+            "of (P,)"
+        )
     wide = accumulate_dtype(logp_real.dtype)
-    loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(*(c.to(wide) for c in columns), beta)
+    loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(
+        *(c.to(wide) for c in columns), beta
+    )
     return loss, _metrics(unweighted, chosen, rejected)
 
 
@@ -372,7 +526,8 @@ def _metrics(unweighted: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, 
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         # A tie counts one half, so that step 0 reads 0.5 and not 0 or 1 by rounding.
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype),
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype)
+        + 0.5 * (chosen == rejected).to(chosen.dtype),
     }
 
 
@@ -388,8 +543,8 @@ def _backward_weighted_dpo(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor |
 
 
 _operator(
-    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor weight, float beta) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor "
+    "weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda real, *rest: _raw("weighted_dpo", real)(real, *rest),
     lambda real, *rest: (real.new_empty(()), *(torch.empty_like(real) for _ in range(4))),
     _setup_weighted_dpo,
@@ -398,42 +553,57 @@ _operator(
 
 
 def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs: values (N,), lengths of S runs with sum N -> (S,). Log-probs to per-response sums."""
+    """Sums of consecutive runs: values (N,), lengths of S runs with sum N -> (S,). Log-probs to
+    per-response sums.
+    """
     if sum(lengths) != len(values):
-        raise ValueError(f"segment_sum: lengths add up to {sum(lengths)}, but there are {len(values)} values")
-    # One sum a run: a scatter-add would add in an order that depends on the device.
-    # In float64, rounded once: the fused losses sum so too, and step 0 compares their sums with these.
+        raise ValueError(
+            f"segment_sum: lengths add up to {sum(lengths)}, but there are {len(values)} values"
+        )
+    # One sum a run: a scatter-add would add in an order that depends on the device. In float64,
+    # rounded once: the fused losses sum so too, and step 0 compares their sums with these.
     runs = values.double().split(list(lengths))
-    return torch.stack([run.sum() for run in runs]).to(values.dtype) if len(lengths) else values.new_zeros(0)
+    return (
+        torch.stack([run.sum() for run in runs]).to(values.dtype)
+        if len(lengths)
+        else values.new_zeros(0)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ the block
+# ---------------------------------------------------------------------------------------- the block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D). Oracle: the reference's."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D). Oracle:
+    the reference's.
+    """
     _check_norm("rms_norm", x, weight)
     y, _ = torch.ops.ldalign.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
     return y.view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """rms_norm(x + residual) and x + residual itself, one read of each: (..., D) twice, (D,) -> (..., D) twice."""
+    """rms_norm(x + residual) and x + residual itself, one read of each: (..., D) twice, (D,) ->
+    (..., D) twice.
+    """
     _check_norm("add_rms_norm", x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
-            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} differ"
+            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} "
+            f"{residual.dtype} differ"
         )
     D = x.shape[-1]
-    y, total, _ = torch.ops.ldalign.add_rms_norm(x.reshape(-1, D), residual.reshape(-1, D), weight, eps)
+    y, total, _ = torch.ops.ldalign.add_rms_norm(
+        x.reshape(-1, D), residual.reshape(-1, D), weight, eps
+    )
     return y.view(x.shape), total.view(x.shape)
 
 
 def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(
-            f"{name}: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit; "
-            "expected (..., D) and (D,) of one dtype"
+            f"{name}: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} "
+            "do not fit; expected (..., D) and (D,) of one dtype"
         )
 
 
@@ -455,11 +625,15 @@ _operator(
 )
 
 
-def _setup_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_add_rms_norm(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     ctx.save_for_backward(output[1], inputs[2], output[2])
 
 
-def _backward_add_rms_norm(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_add_rms_norm(
+    ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     dx, dweight = torch.ops.ldalign.add_rms_norm_backward(grad, grad_total, *ctx.saved_tensors)
     return dx, dx, dweight, None
 
@@ -467,29 +641,43 @@ def _backward_add_rms_norm(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor
 _operator(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     lambda x, residual, weight, eps: _raw("add_rms_norm", x)(x, residual, weight, eps),
-    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _wide_like(x, len(x))),
+    lambda x, residual, weight, eps: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        _wide_like(x, len(x)),
+    ),
     _setup_add_rms_norm,
     _backward_add_rms_norm,
 )
 _operator(
-    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor scale) "
-    "-> (Tensor, Tensor)",
+    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor "
+    "scale) -> (Tensor, Tensor)",
     lambda grad, grad_total, total, weight, scale: _raw("add_rms_norm_backward", total)(
         grad, grad_total, total, weight, scale
     ),
-    lambda grad, grad_total, total, weight, scale: (total.new_empty(total.shape), torch.empty_like(weight)),
+    lambda grad, grad_total, total, weight, scale: (
+        total.new_empty(total.shape),
+        torch.empty_like(weight),
+    ),
 )
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
-    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the reference's.
+    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the
+    reference's.
 
-    heads: only the first so many heads turn, the others (a joint product's values) are copied; None: all.
+    heads: only the first so many heads turn, the others (a joint product's values) are copied;
+    None: all.
     """
-    if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (len(x), x.shape[2] // 2) or sin.shape != cos.shape:
+    if (
+        x.ndim != 3
+        or x.shape[2] % 2
+        or cos.shape != (len(x), x.shape[2] // 2)
+        or sin.shape != cos.shape
+    ):
         raise ValueError(
-            f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit; expected "
-            "(N, H, E), E even, and twice (N, E/2)"
+            f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not "
+            "fit; expected (N, H, E), E even, and twice (N, E/2)"
         )
     return torch.ops.ldalign.rope(x, cos, sin, False, x.shape[1] if heads is None else heads)
 
@@ -501,7 +689,13 @@ def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_rope(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # A rotation: the gradient is turned back, and nothing of x is kept.
-    return torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads), None, None, None, None
+    return (
+        torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _operator(
@@ -514,12 +708,16 @@ _operator(
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202) of gate_up (..., 2 F), all gates before all ups -> (..., F).
+    """silu(gate) * up (arXiv 2002.05202) of gate_up (..., 2 F), all gates before all ups -> (...,
+    F).
 
     Oracle: the reference's, which takes the two apart.
     """
     if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)}; expected (..., 2 F), gates and ups side by side")
+        raise ValueError(
+            f"swiglu: gate_up {tuple(gate_up.shape)}; expected (..., 2 F), gates and ups side by "
+            "side"
+        )
     return torch.ops.ldalign.swiglu(gate_up)
 
 
@@ -541,22 +739,22 @@ _operator(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
     """Attention over a packed batch: qkv (N, H + 2K, E), H = heads -> (N, H, E).
 
-    segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention`, the oracle, says. Kept
-    for the backward: qkv, the result and a log-sum-exp a head and token; no scores. Raises ValueError where shapes,
-    segments or window do not fit.
+    segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention`, the
+    oracle, says. Kept for the backward: qkv, the result and a log-sum-exp a head and token; no
+    scores. Raises ValueError where shapes, segments or window do not fit.
     """
     N, all_heads = qkv.shape[:2] if qkv.ndim == 3 else (0, 0)
     K = (all_heads - heads) // 2
     if K < 1 or heads + 2 * K != all_heads or heads % K or (window is not None and window < 1):
         raise ValueError(
-            f"pair_attention: qkv {tuple(qkv.shape)}, heads {heads}, window {window}; expected (N, H + 2K, E), H a "
-            "multiple of K, and a window of 1 or more"
+            f"pair_attention: qkv {tuple(qkv.shape)}, heads {heads}, window {window}; expected (N, "
+            "H + 2K, E), H a multiple of K, and a window of 1 or more"
         )
     if not torch.compiler.is_compiling():
         _check_segments(segments, N)
@@ -564,7 +762,9 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
 
 
 def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
-    """The backend of pair attention: flash-attn where it is installed and can do this batch, else the chosen one."""
+    """The backend of pair attention: flash-attn where it is installed and can do this batch, else
+    the chosen one.
+    """
     if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
         if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
             _note_flash()
@@ -584,8 +784,9 @@ def _check_segments(segments: Tensor, tokens: int) -> None:
             prompt = begin
         if begin != done or end <= begin or not prompt <= prefix_begin <= prefix_end <= begin:
             raise ValueError(
-                f"pair_attention: segment {i} is ({begin}, {end}, {prefix_begin}, {prefix_end}); expected one that "
-                f"begins at {done}, with an empty prefix or one inside the prompt before it"
+                f"pair_attention: segment {i} is ({begin}, {end}, {prefix_begin}, {prefix_end}); "
+                f"expected one that begins at {done}, with an empty prefix or one inside the "
+                "prompt before it"
             )
         done = end
     if done != tokens:
@@ -598,11 +799,15 @@ def _setup_pair_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(qkv, *output, segments)
 
 
-def _backward_pair_attention(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_pair_attention(
+    ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
     qkv, out, lse, segments = ctx.saved_tensors
-    dqkv = torch.ops.ldalign.pair_attention_backward(grad, qkv, out, lse, ctx.heads, segments, ctx.window)
+    dqkv = torch.ops.ldalign.pair_attention_backward(
+        grad, qkv, out, lse, ctx.heads, segments, ctx.window
+    )
     return dqkv, None, None, None
 
 
@@ -612,96 +817,145 @@ _operator(
         qkv, heads, segments, window
     ),
     lambda qkv, heads, segments, window: (
-        qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads),
+        qkv.new_empty(len(qkv), heads, qkv.shape[2]),
+        _wide_like(qkv, len(qkv), heads),
     ),
     _setup_pair_attention,
     _backward_pair_attention,
-)  # fmt: skip
+)
 _operator(
-    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor segments, int? window) "
-    "-> Tensor",
-    lambda grad, qkv, out, lse, heads, segments, window: _attention(qkv, segments, window).pair_attention_backward(
-        grad, qkv, out, lse, heads, segments, window
-    ),
+    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor "
+    "segments, int? window) -> Tensor",
+    lambda grad, qkv, out, lse, heads, segments, window: _attention(
+        qkv, segments, window
+    ).pair_attention_backward(grad, qkv, out, lse, heads, segments, window),
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
 
 
-# ------------------------------------------------------------------------------------------------------- the optimizers
+# ----------------------------------------------------------------------------------- the optimizers
 
 
 def adamw_(
-    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decay: float, beta1: float,
-    beta2: float, eps: float, step: int, seed: int,
-) -> None:  # fmt: skip
-    """One step of AdamW on a parameter and its averages, in place. Oracle: `ldalign.kernels.eager.adamw_`."""
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    seed: int,
+) -> None:
+    """One step of AdamW on a parameter and its averages, in place. Oracle:
+    `ldalign.kernels.eager.adamw_`.
+    """
     raw = _raw("adamw_", p)
     raw(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
 
 
 def rmsprop_(
-    p: Tensor, grad: Tensor, square: Tensor, learning_rate: float, decay: float, alpha: float, eps: float, seed: int
+    p: Tensor,
+    grad: Tensor,
+    square: Tensor,
+    learning_rate: float,
+    decay: float,
+    alpha: float,
+    eps: float,
+    seed: int,
 ) -> None:
-    """One step of RMSprop on a parameter and its average, in place. Oracle: `ldalign.kernels.eager.rmsprop_`."""
+    """One step of RMSprop on a parameter and its average, in place. Oracle:
+    `ldalign.kernels.eager.rmsprop_`.
+    """
     _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, most: int, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    most: int,
+    window: int | None = None,
 ) -> Tensor:
-    """Attention of new tokens over a paged cache that holds their keys already: q (N, H, E) -> (N, H, E).
+    """Attention of new tokens over a paged cache that holds their keys already: q (N, H, E) -> (N,
+    H, E).
 
-    keys, values (pages, 16, K, E); rows (R, 2), pages (R, P), window: as `ldalign.kernels.reference.paged_attention`,
-    the oracle, says. most: the largest number of new tokens of a row. No gradients. Raises ValueError where shapes or
-    dtypes do not fit.
+    keys, values (pages, 16, K, E); rows (R, 2), pages (R, P), window: as
+    `ldalign.kernels.reference.paged_attention`, the oracle, says. most: the largest number of new
+    tokens of a row. No gradients. Raises ValueError where shapes or dtypes do not fit.
     """
     H, K = (q.shape[1], keys.shape[2]) if q.ndim == 3 and keys.ndim == 4 else (1, 0)
-    if not K or H % K or keys.shape != values.shape or keys.shape[3] != q.shape[2] or q.dtype != keys.dtype:
+    if (
+        not K
+        or H % K
+        or keys.shape != values.shape
+        or keys.shape[3] != q.shape[2]
+        or q.dtype != keys.dtype
+    ):
         raise ValueError(
-            f"paged_attention: q {tuple(q.shape)} {q.dtype}, keys {tuple(keys.shape)} {keys.dtype} and values "
-            f"{tuple(values.shape)} do not fit; expected (N, H, E) and twice (pages, 16, K, E) of one dtype, H a "
-            "multiple of K"
+            f"paged_attention: q {tuple(q.shape)} {q.dtype}, keys {tuple(keys.shape)} {keys.dtype} "
+            f"and values {tuple(values.shape)} do not fit; expected (N, H, E) and twice (pages, "
+            "16, K, E) of one dtype, H a multiple of K"
         )
     if rows.shape != (len(pages), 2) or pages.ndim != 2 or (window is not None and window < 1):
         raise ValueError(
-            f"paged_attention: rows {tuple(rows.shape)}, pages {tuple(pages.shape)}, window {window}; expected (R, 2), "
-            "(R, P), and a window of 1 or more"
+            f"paged_attention: rows {tuple(rows.shape)}, pages {tuple(pages.shape)}, window "
+            f"{window}; expected (R, 2), (R, P), and a window of 1 or more"
         )
     return torch.ops.ldalign.paged_attention(q, keys, values, rows, pages, most, window)
 
 
 _operator(
-    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor pages, int most, int? window) -> Tensor",
+    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor pages, int most, "
+    "int? window) -> Tensor",
     lambda q, *rest: _raw("paged_attention", q)(q, *rest),
     lambda q, *rest: q.new_empty(q.shape),
 )
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    penalty: float = 1.0, seen: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One token a row: logits (R, V) float32, which may be overwritten -> ids (R,) int64, log-probs (R,) float32.
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token a row: logits (R, V) float32, which may be overwritten -> ids (R,) int64, log-probs
+    (R,) float32.
 
-    uniform (R,) float64 in [0, 1); seen (R, T) int64: the tokens that the penalty counts, -1 for none. What the
-    settings mean: `ldalign.kernels.reference.sample`, the oracle. Raises ValueError where shapes or dtypes do not fit.
+    uniform (R,) float64 in [0, 1); seen (R, T) int64: the tokens that the penalty counts, -1 for
+    none. What the settings mean: `ldalign.kernels.reference.sample`, the oracle. Raises ValueError
+    where shapes or dtypes do not fit.
     """
     if logits.ndim != 2 or logits.dtype != torch.float32 or uniform.shape != logits.shape[:1]:
         raise ValueError(
-            f"sample: logits {tuple(logits.shape)} {logits.dtype} and uniform {tuple(uniform.shape)} do not fit; "
-            "expected (R, V) float32 and (R,)"
+            f"sample: logits {tuple(logits.shape)} {logits.dtype} and uniform "
+            f"{tuple(uniform.shape)} do not fit; expected (R, V) float32 and (R,)"
         )
-    seen = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device) if seen is None else seen
-    ids, logp = torch.ops.ldalign.sample(logits, uniform, temperature, top_k, top_p, min_p, penalty, seen)
+    seen = (
+        torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+        if seen is None
+        else seen
+    )
+    ids, logp = torch.ops.ldalign.sample(
+        logits, uniform, temperature, top_k, top_p, min_p, penalty, seen
+    )
     return ids, logp
 
 
 _operator(
-    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p, float penalty, "
-    "Tensor seen) -> (Tensor, Tensor)",
+    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float "
+    "min_p, float penalty, Tensor seen) -> (Tensor, Tensor)",
     lambda logits, *rest: _raw("sample", logits)(logits, *rest),
     lambda logits, *rest: (
         logits.new_empty(len(logits), dtype=torch.int64),

@@ -11,24 +11,34 @@ from torch.distributed.tensor import DTensor
 from ldalign import ops
 
 Schedule = Literal["constant", "linear", "cosine"]
-AVERAGES = ("mean", "square")  # what an optimizer may keep of a parameter; RMSprop keeps the square alone
+# what an optimizer may keep of a parameter; RMSprop keeps the square alone
+AVERAGES = ("mean", "square")
 ALPHA = 0.99  # RMSprop's share of the old average, torch's default: SPIN and DPO use it
 
 
 class Optimizer(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101), or RMSprop as SPIN and DPO use it (no momentum): one pass over memory a step.
+    """AdamW (arXiv 1711.05101), or RMSprop as SPIN and DPO use it (no momentum): one pass over
+    memory a step.
 
-    Weights and gradients are float32 or bfloat16, the averages of `state_dtype`. bfloat16 values are rounded at random
-    (`ldalign.kernels.eager.adamw_`), with bits that depend on the seed, the step, the parameter's number and the place
-    in the part of it that this rank holds: in bfloat16, and there alone, another number of ranks rounds otherwise.
-    Sharded parameters (DTensor) are updated where they lie.
+    Weights and gradients are float32 or bfloat16, the averages of `state_dtype`. bfloat16 values
+    are rounded at random (`ldalign.kernels.eager.adamw_`), with bits that depend on the seed, the
+    step, the parameter's number and the place in the part of it that this rank holds: in bfloat16,
+    and there alone, another number of ranks rounds otherwise. Sharded parameters (DTensor) are
+    updated where they lie.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], name: Literal["adamw", "rmsprop"], learning_rate: float,
-        betas: tuple[float, float], state_dtype: torch.dtype, seed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        self,
+        groups: list[dict[str, Any]],
+        name: Literal["adamw", "rmsprop"],
+        learning_rate: float,
+        betas: tuple[float, float],
+        state_dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            groups, {"lr": learning_rate, "betas": betas, "eps": 1e-8, "weight_decay": 0.0}
+        )
         self.name, self.state_dtype, self.seed, self.steps = name, state_dtype, seed, 0
 
     @torch.no_grad()
@@ -40,10 +50,14 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 number += 1
                 if p.grad is not None:
-                    seed = (self.seed * 0x9E3779B1 + self.steps * 0x85EBCA77 + number * 0xC2B2AE3D) % 2**32
+                    seed = (
+                        self.seed * 0x9E3779B1 + self.steps * 0x85EBCA77 + number * 0xC2B2AE3D
+                    ) % 2**32
                     self._update(p, _local(p), _local(p.grad), group, seed)
 
-    def _update(self, p: Tensor, weights: Tensor, grad: Tensor, group: dict[str, Any], seed: int) -> None:
+    def _update(
+        self, p: Tensor, weights: Tensor, grad: Tensor, group: dict[str, Any], seed: int
+    ) -> None:
         state = self.state[p]
         for name in AVERAGES if self.name == "adamw" else AVERAGES[1:]:
             if name not in state:
@@ -51,7 +65,19 @@ class Optimizer(torch.optim.Optimizer):
         rate, decay, eps = group["lr"], group["weight_decay"], group["eps"]
         if self.name == "adamw":
             beta1, beta2 = group["betas"]
-            ops.adamw_(weights, grad, state["mean"], state["square"], rate, decay, beta1, beta2, eps, self.steps, seed)
+            ops.adamw_(
+                weights,
+                grad,
+                state["mean"],
+                state["square"],
+                rate,
+                decay,
+                beta1,
+                beta2,
+                eps,
+                self.steps,
+                seed,
+            )
         else:
             ops.rmsprop_(weights, grad, state["square"], rate, decay, ALPHA, eps, seed)
 
@@ -69,23 +95,31 @@ def make_optimizer(
     state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Optimizer:
-    """The optimizer of a model's parameters that have requires_grad; vectors (norms, biases) are never decayed."""
+    """The optimizer of a model's parameters that have requires_grad; vectors (norms, biases) are
+    never decayed.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return Optimizer([g for g in groups if g["params"]], name, learning_rate, betas, state_dtype, seed)
+    return Optimizer(
+        [g for g in groups if g["params"]], name, learning_rate, betas, state_dtype, seed
+    )
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float, schedule: Schedule) -> float:
     """The factor on the peak learning rate at `step` (from 0) of `steps`.
 
-    It climbs linearly over the first warmup_ratio of the steps, reaching 1 at their end and never starting at 0, then
-    stays (constant) or falls to 0 at the end (linear, cosine).
+    It climbs linearly over the first warmup_ratio of the steps, reaching 1 at their end and never
+    starting at 0, then stays (constant) or falls to 0 at the end (linear, cosine).
     """
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+    return {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[schedule]

@@ -1,7 +1,9 @@
-"""Pages of the key/value cache: which row has which. The memory itself is the decoders' (`ldalign.decoders`).
+"""Pages of the key/value cache: which row has which. The memory itself is the decoders'
+(`ldalign.decoders`).
 
-The scheme is PagedAttention's (Kwon et al., arXiv 2309.06180): the cache is cut into pages of 16 tokens, a row's pages
-lie anywhere, and rows whose prompts begin alike share the pages of that beginning.
+The scheme is PagedAttention's (Kwon et al., arXiv 2309.06180): the cache is cut into pages of 16
+tokens, a row's pages lie anywhere, and rows whose prompts begin alike share the pages of that
+beginning.
 """
 
 import numpy as np
@@ -18,7 +20,8 @@ class PagePool:
     """The numbers of free pages, and how many rows have each of the others."""
 
     def __init__(self, pages: int) -> None:
-        self._free = np.arange(pages, dtype=np.int32)[::-1].copy()  # a stack: the last is taken first
+        # a stack: the last is taken first
+        self._free = np.arange(pages, dtype=np.int32)[::-1].copy()
         self._count = pages
         self._users = np.zeros(pages, dtype=np.int32)
 
@@ -28,7 +31,9 @@ class PagePool:
         return self._count
 
     def take(self, count: int) -> np.ndarray:
-        """`count` free pages, now with one user each: (count,) int32. The caller has looked at `free`."""
+        """`count` free pages, now with one user each: (count,) int32. The caller has looked at
+        `free`.
+        """
         assert count <= self._count, f"{count} pages wanted, {self._count} free"
         self._count -= count
         taken = self._free[self._count : self._count + count][::-1].copy()
@@ -49,7 +54,8 @@ class PagePool:
 
 
 class SharedPages:
-    """Full pages of the prompts under way, found by what they hold: rows with a common beginning need it once.
+    """Full pages of the prompts under way, found by what they hold: rows with a common beginning
+    need it once.
 
     A page is told by its tokens and by the page before it, which stands for all that comes before.
     """
@@ -60,7 +66,9 @@ class SharedPages:
         self._computed = np.zeros(pages, dtype=bool)
 
     def find(self, prompt: tuple[int, ...]) -> tuple[list[int], bool]:
-        """The pages that hold the prompt's beginning, short of its last token; and whether all of them are computed."""
+        """The pages that hold the prompt's beginning, short of its last token; and whether all of
+        them are computed.
+        """
         found: list[int] = []
         for i in range((len(prompt) - 1) // PAGE):
             page = self._page.get((found[-1] if found else -1, prompt[i * PAGE : (i + 1) * PAGE]))
@@ -70,7 +78,9 @@ class SharedPages:
         return found, bool(self._computed[found].all())
 
     def add(self, prompt: tuple[int, ...], pages: np.ndarray) -> None:
-        """Makes a new row's full prompt pages known; they are not computed yet, but for those known before."""
+        """Makes a new row's full prompt pages known; they are not computed yet, but for those known
+        before.
+        """
         before = -1
         for i in range(len(prompt) // PAGE):
             key = before, prompt[i * PAGE : (i + 1) * PAGE]
@@ -84,7 +94,9 @@ class SharedPages:
         self._computed[pages] = True
 
     def forget(self, pages: np.ndarray) -> None:
-        """These are free. A page goes no later than those that follow it: whoever has them has it too."""
+        """These are free. A page goes no later than those that follow it: whoever has them has it
+        too.
+        """
         for page in pages.tolist():
             key = self._key.pop(page, None)
             if key is not None:

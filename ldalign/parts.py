@@ -1,12 +1,14 @@
-"""Rows that are done, on disk while their stage is under way: a run that was killed goes on with the rest.
+"""Rows that are done, on disk while their stage is under way: a run that was killed goes on with
+the rest.
 
-Every rank appends to a file of its own, a line [index, record] a row; the next start gathers these files, however many
-ranks wrote them or come after. Where a row's last bits depend on the rows it is computed with, rows are computed in
-chunks that are the same whatever the ranks, and a chunk counts whole or not at all: so what a killed run ends with is
-to the bit what an undisturbed one ends with. A float comes back from its JSON text as it was.
+Every rank appends to a file of its own, a line [index, record] a row; the next start gathers these
+files, however many ranks wrote them or come after. Where a row's last bits depend on the rows it is
+computed with, rows are computed in chunks that are the same whatever the ranks, and a chunk counts
+whole or not at all: so what a killed run ends with is to the bit what an undisturbed one ends with.
+A float comes back from its JSON text as it was.
 
-The caller makes sure that the files belong to the same rows: a stage that can be gone on with is refused where it was
-begun from anything else (`pipeline.run_stage`).
+The caller makes sure that the files belong to the same rows: a stage that can be gone on with is
+refused where it was begun from anything else (`pipeline.run_stage`).
 """
 
 import contextlib
@@ -33,7 +35,8 @@ class Parts:
         self.path = path
 
     def gather(self, chunks: Sequence[Sequence[int]] | None = None) -> dict[int, Any]:
-        """The records that are done, by index; they are in one file afterwards. On rank 0 alone, before any `open`.
+        """The records that are done, by index; they are in one file afterwards. On rank 0 alone,
+        before any `open`.
 
         chunks: those of which only the whole ones count; None: rows count one by one.
         """
@@ -59,7 +62,9 @@ class Parts:
 
     def open(self) -> IO[str]:
         """This rank's own file, to append to."""
-        return self.path.with_name(f"{self.path.name}.rank{distributed.rank()}").open("a", encoding="utf-8")
+        return self.path.with_name(f"{self.path.name}.rank{distributed.rank()}").open(
+            "a", encoding="utf-8"
+        )
 
     def remove(self) -> None:
         """On rank 0 alone, when the records are elsewhere."""
@@ -94,12 +99,13 @@ def table(
     path: Path | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """(N, width) float64 on the CPU, the same on all ranks: what `work` makes of each chunk of row indices, (n, width).
+    """(N, width) float64 on the CPU, the same on all ranks: what `work` makes of each chunk of row
+    indices, (n, width).
 
-    All ranks call it with the same chunks, which hold each of 0 to N - 1 once and do not depend on the ranks, and share
-    them. path: where chunks that are done are kept, and gone on from; None: nowhere.
-    Raises NumericsError on all ranks alike, with refusal(index, value), where a value is not finite; the other chunks
-    are kept.
+    All ranks call it with the same chunks, which hold each of 0 to N - 1 once and do not depend on
+    the ranks, and share them. path: where chunks that are done are kept, and gone on from; None:
+    nowhere. Raises NumericsError on all ranks alike, with refusal(index, value), where a value is
+    not finite; the other chunks are kept.
     """
     parts = None if path is None else Parts(path)
     values: dict[int, list[float]] = {}  # this rank's; rank 0 has those of earlier starts too
@@ -115,7 +121,12 @@ def table(
     with parts.open() if parts else contextlib.nullcontext() as file:
         for chunk in missing[distributed.rank() :: distributed.world_size()]:
             rows = work(chunk).double().tolist()
-            odd = [(i, value) for i, row in zip(chunk, rows, strict=True) for value in row if not math.isfinite(value)]
+            odd = [
+                (i, value)
+                for i, row in zip(chunk, rows, strict=True)
+                for value in row
+                if not math.isfinite(value)
+            ]
             if odd:
                 break
             values.update(zip(chunk, rows, strict=True))

@@ -1,9 +1,9 @@
 """Stages whose output can be trusted, and the run folder they live in.
 
-A stage's folder appears under its own name only when it is whole: it is filled under a temporary name, synced,
-described by a manifest written last, and renamed. The manifest holds the hash of every file and of everything the stage
-was made from (its parents), so running the same command again skips what is done, redoes what was cut short, and
-refuses what was made from something else.
+A stage's folder appears under its own name only when it is whole: it is filled under a temporary
+name, synced, described by a manifest written last, and renamed. The manifest holds the hash of
+every file and of everything the stage was made from (its parents), so running the same command
+again skips what is done, redoes what was cut short, and refuses what was made from something else.
 """
 
 import contextlib
@@ -50,24 +50,36 @@ MODEL_FILES = (
 log = logging.getLogger(__name__)
 
 
-# ----------------------------------------------------------------------------------------------------------- hashing
+# ------------------------------------------------------------------------------------------ hashing
 
 
 def hash_settings(settings: Any) -> str:
-    """sha256 of a config, dict, list or plain value: equal for equal content, whatever the order of dict keys.
+    """sha256 of a config, dict, list or plain value: equal for equal content, whatever the order of
+    dict keys.
 
-    Raises TypeError for what has no canonical text (a set, an arbitrary object) and ValueError for NaN and infinity.
+    Raises TypeError for what has no canonical text (a set, an arbitrary object) and ValueError for
+    NaN and infinity.
     """
-    text = json.dumps(_canonical(settings), sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(
+        _canonical(settings),
+        sort_keys=True,
+        ensure_ascii=True,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _canonical(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _canonical(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _canonical(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError("settings can only be hashed with text as keys")  # JSON would make 1 and "1" the same key
+            # JSON would make 1 and "1" the same key
+            raise TypeError("settings can only be hashed with text as keys")
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_canonical(item) for item in value]
@@ -79,12 +91,15 @@ def _canonical(value: Any) -> Any:
 
 
 def hash_model_folder(folder: Path) -> str:
-    """sha256 over a model folder's weights, configuration, tokenizer and template (see MODEL_FILES), names included.
+    """sha256 over a model folder's weights, configuration, tokenizer and template (see
+    MODEL_FILES), names included.
 
-    Other files in the folder do not count. A file unchanged since this process last read it is not read again.
-    Raises InputError if there are no weights.
+    Other files in the folder do not count. A file unchanged since this process last read it is not
+    read again. Raises InputError if there are no weights.
     """
-    paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    paths = sorted(
+        {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise InputError(f"{folder}: not a model folder: it has no .safetensors file")
     return hash_settings({path.name: _hash_unchanged(path, *_version_of(path)) for path in paths})
@@ -100,19 +115,24 @@ def _hash_unchanged(path: Path, _size: int, _mtime_ns: int) -> str:
     return hash_file(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------- stages
 
 
-def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
-    """Make the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks call this.
+def run_stage(
+    folder: Path, parents: Parents, make: Callable[[Path], None], resume: bool = False
+) -> bool:
+    """Make the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks
+    call this.
 
-    `parents` names everything the output depends on: hashes of data, template, model and settings, or plain values.
-    `make` runs on all ranks and may write files on each of them (different ones). An error in `make` on one rank ends
-    that rank at once, without waiting for the others, which may be inside a collective operation of theirs.
-    resume: `make` can go on from what a run left in the temporary folder when it was cut short.
+    `parents` names everything the output depends on: hashes of data, template, model and settings,
+    or plain values. `make` runs on all ranks and may write files on each of them (different ones).
+    An error in `make` on one rank ends that rank at once, without waiting for the others, which may
+    be inside a collective operation of theirs. resume: `make` can go on from what a run left in the
+    temporary folder when it was cut short.
 
-    Returns True if the stage was made now, False if it was done before. Raises InputError if it was made, or begun,
-    from other parents or if its files are not what the manifest says; EnvironmentProblem if it cannot be written.
+    Returns True if the stage was made now, False if it was done before. Raises InputError if it was
+    made, or begun, from other parents or if its files are not what the manifest says;
+    EnvironmentProblem if it cannot be written.
     """
     parents = dict(parents)
     partial = folder.with_name(folder.name + PARTIAL)
@@ -125,8 +145,12 @@ def run_stage(folder: Path, parents: Parents, make: Callable[[Path], None], resu
     return True
 
 
-def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float], resume: bool) -> bool:
-    """Whether the stage is done; if not, a temporary folder is ready: empty, or what can be gone on from."""
+def _prepare(
+    folder: Path, partial: Path, parents: dict[str, str | int | float], resume: bool
+) -> bool:
+    """Whether the stage is done; if not, a temporary folder is ready: empty, or what can be gone on
+    from.
+    """
     with writing(folder):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             shutil.rmtree(partial, ignore_errors=True)
@@ -145,19 +169,24 @@ def _prepare(folder: Path, partial: Path, parents: dict[str, str | int | float],
         if partial.exists():
             if any((partial / CHECKPOINTS).glob("*")):
                 raise InputError(
-                    f"{partial}: holds checkpoints, but {PARENTS}, which says what they were made from, is gone; "
-                    "bring it back, or delete the folder to begin this stage again"
+                    f"{partial}: holds checkpoints, but {PARENTS}, which says what they were made "
+                    "from, is gone; bring it back, or delete the folder to begin this stage again"
                 )
             log.info("%s: left over from a run that was cut short; made again", partial)
             shutil.rmtree(partial)
         make_folder(partial)
         if resume:
-            write_text(partial / PARENTS, json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n")
+            write_text(
+                partial / PARENTS,
+                json.dumps(parents, indent=1, sort_keys=True, allow_nan=False) + "\n",
+            )
     return False
 
 
 def _holds_work(partial: Path) -> bool:
-    """Whether anything is in it but what a stage has before its first row or step; else it may be begun anew."""
+    """Whether anything is in it but what a stage has before its first row or step; else it may be
+    begun anew.
+    """
     rows = (path for path in partial.rglob("*") if path.is_file() and path.name != PARENTS)
     return any(path.stat().st_size for path in rows) or any((partial / CHECKPOINTS).glob("*"))
 
@@ -168,7 +197,9 @@ def _read_parents(path: Path) -> dict[str, Any]:
         if not isinstance(parents, dict):
             raise ValueError
     except (OSError, ValueError):
-        raise InputError(f"{path}: not readable; delete {path.parent} to begin this stage again") from None
+        raise InputError(
+            f"{path}: not readable; delete {path.parent} to begin this stage again"
+        ) from None
     return parents
 
 
@@ -179,7 +210,9 @@ def _as_read(parents: Parents) -> dict[str, Any]:
 
 
 def stage_parents(folder: Path) -> dict[str, Any]:
-    """What the stage `folder` was made from, or begun from; {} where it is not there. Raises InputError."""
+    """What the stage `folder` was made from, or begun from; {} where it is not there. Raises
+    InputError.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
     if (folder / MANIFEST).is_file():
         parents: dict[str, Any] = _read_manifest(folder)["parents"]
@@ -190,7 +223,8 @@ def stage_parents(folder: Path) -> dict[str, Any]:
 def check_stage(folder: Path, parents: Parents | None = None) -> None:
     """Check a finished stage: its files against its manifest and, if given, its parents.
 
-    Raises InputError naming the damaged file, or each parent that differs with its old and its new value.
+    Raises InputError naming the damaged file, or each parent that differs with its old and its new
+    value.
     """
     manifest = _read_manifest(folder)
     if parents is not None:
@@ -201,7 +235,10 @@ def check_stage(folder: Path, parents: Parents | None = None) -> None:
         if not path.is_file():
             raise InputError(f"{path}: missing, though {MANIFEST} lists it; {again}")
         if path.stat().st_size != expected["size"]:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; {again}")
+            raise InputError(
+                f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; "
+                f"{again}"
+            )
         if hash_file(path) != expected["sha256"]:
             raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
 
@@ -215,8 +252,8 @@ def _compare_parents(path: Path, old: dict[str, Any], new: dict[str, Any]) -> No
     ]
     if differing:
         raise InputError(
-            f"{path}: made from something else: {', '.join(differing)}; "
-            f"use a new run folder (run=NAME), or delete {path.parent} to make it again"
+            f"{path}: made from something else: {', '.join(differing)}; use a new run folder "
+            f"(run=NAME), or delete {path.parent} to make it again"
         )
 
 
@@ -230,12 +267,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             parts = Path(name).parts
             if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in parts:
                 raise ValueError
-            if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:  # of Linux
+            # of Linux
+            if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:
                 raise ValueError
     except FileNotFoundError:
-        raise InputError(f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it") from None
+        raise InputError(
+            f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not a readable manifest; delete {folder} to make it again") from None
+        raise InputError(
+            f"{path}: not a readable manifest; delete {folder} to make it again"
+        ) from None
     return manifest
 
 
@@ -250,12 +292,17 @@ def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) 
         for inner in (path for path in partial.rglob("*") if path.is_dir()):
             sync(inner)
         manifest = {"parents": parents, "files": files}
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        write_text(
+            partial / MANIFEST,
+            json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n",
+        )
         _name(folder, partial)
 
 
 def _name(folder: Path, partial: Path) -> None:
-    """What only an unfinished stage needs goes, now that it has a manifest; then it gets its name."""
+    """What only an unfinished stage needs goes, now that it has a manifest;
+    then it gets its name.
+    """
     for inner in (CHECKPOINTS, PARTS):
         if (partial / inner).exists():
             shutil.rmtree(partial / inner)
@@ -267,9 +314,15 @@ def _name(folder: Path, partial: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     """All files of a stage, sorted. A stage is plain files: a link is an assertion error."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    paths = [path for path in paths if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS, PARTS)]
+    paths = [
+        path
+        for path in paths
+        if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS, PARTS)
+    ]
     for path in paths:
-        assert path.is_file() and not path.is_symlink(), f"{path}: a stage may hold plain files only"
+        assert path.is_file() and not path.is_symlink(), (
+            f"{path}: a stage may hold plain files only"
+        )
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
 
@@ -293,19 +346,21 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
 
 class RunFolder:
-    """The folder of one run: made if absent, locked while in use, holding config.yaml and environment.json.
+    """The folder of one run: made if absent, locked while in use, holding config.yaml and
+    environment.json.
 
-    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing. The lock is the
-    kernel's (flock), so it ends with the process that holds it, however that dies; the file `lock` says whose it is.
-    The other files are written right before the first stage that is made, or at the end where all were made before: a
-    command that is refused leaves them as they are.
+    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing.
+    The lock is the kernel's (flock), so it ends with the process that holds it, however that dies;
+    the file `lock` says whose it is. The other files are written right before the first stage that
+    is made, or at the end where all were made before: a command that is refused leaves them as they
+    are.
 
-    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem if it cannot be
-    written or another live process has it.
+    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem
+    if it cannot be written or another live process has it.
     """
 
     def __init__(self, path: Path, config_yaml: str) -> None:
@@ -319,7 +374,10 @@ class RunFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if error is None:
@@ -329,13 +387,16 @@ class RunFolder:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer has a name.
+            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer
+            # has a name.
             with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
                 self._lock.truncate(0)
                 self._lock.close()
             self._lock = None
 
-    def stage(self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False) -> bool:
+    def stage(
+        self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False
+    ) -> bool:
         """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run."""
 
         def recorded(folder: Path) -> None:
@@ -345,7 +406,9 @@ class RunFolder:
         return run_stage(self.path / name, parents, recorded, resume)
 
     def record(self) -> None:
-        """Writes settings, machine and date down, once; for when nothing can refuse the command any more. All ranks."""
+        """Writes settings, machine and date down, once; for when nothing can refuse the command any
+        more. All ranks.
+        """
         began = self.began
         if not self._recorded:
             on_rank0(lambda: self._write(began))
@@ -353,7 +416,8 @@ class RunFolder:
 
     @functools.cached_property
     def began(self) -> date:
-        """The day this run was begun, for chat templates that ask for the date; today's for a new run. All ranks.
+        """The day this run was begun, for chat templates that ask for the date; today's for a new
+        run. All ranks.
 
         Raises InputError where it cannot be read.
         """
@@ -365,7 +429,10 @@ class RunFolder:
                 raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
             make_folder(self.path)
             if any(self.path.iterdir()) and not (self.path / "lock").exists():
-                raise InputError(f"{self.path}: holds something that is no run; give a new or empty folder (run=NAME)")
+                raise InputError(
+                    f"{self.path}: holds something that is no run; give a new or empty folder "
+                    "(run=NAME)"
+                )
             self._lock = self.lock(self.path)
             self._lock.truncate(0)
             self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
@@ -379,18 +446,23 @@ class RunFolder:
             return date.today()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise InputError(
-                f'{path}: not readable; write the day this run was begun into it again, as {{"date": "YYYY-MM-DD"}}'
+                f"{path}: not readable; write the day this run was begun into it again, as "
+                f'{{"date": "YYYY-MM-DD"}}'
             ) from None
 
     def _write(self, began: date) -> None:
         if not (self.path / STARTED).is_file():  # first: prompts depend on it
             write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
         write_text(self.path / "config.yaml", self._config_yaml)
-        write_text(self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n")
+        write_text(
+            self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n"
+        )
 
     @staticmethod
     def lock(path: Path) -> IO[str]:
-        """The run folder's lock, held until the file is closed. EnvironmentProblem where another process has it."""
+        """The run folder's lock, held until the file is closed. EnvironmentProblem where another
+        process has it.
+        """
         file = (path / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -399,8 +471,13 @@ class RunFolder:
             holder = file.read().strip() or "another process"
             file.close()
             raise EnvironmentProblem(
-                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another folder (run=NAME)"
+                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another "
+                "folder (run=NAME)"
             ) from None
         except OSError as error:  # some network file systems
-            log.warning("%s: this file system has no locks (%s): start no second run here", path, error.strerror)
+            log.warning(
+                "%s: this file system has no locks (%s): start no second run here",
+                path,
+                error.strerror,
+            )
         return file

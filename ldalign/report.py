@@ -1,4 +1,6 @@
-"""table.md and table.json: what every policy of a run reached, and what it took. The page is report_page.py's."""
+"""table.md and table.json: what every policy of a run reached, and what it took. The page is
+report_page.py's.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +23,9 @@ LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible
 
 
 def write_report(run: Path) -> str:
-    """Collects the finished stages of a run folder into report/table.json and report/table.md; returns the latter."""
+    """Collects the finished stages of a run folder into report/table.json and report/table.md;
+    returns the latter.
+    """
     table = collect(run)
     make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
@@ -31,7 +35,9 @@ def write_report(run: Path) -> str:
 
 
 def collect(run: Path) -> Row:
-    """What table.json holds: every number of the finished stages, by policy, and the analysis of every iteration."""
+    """What table.json holds: every number of the finished stages, by policy, and the analysis of
+    every iteration.
+    """
     summaries = read_summaries(run)
     names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
     rows = [row for name in names if (row := _collect(run, summaries, name))]
@@ -45,12 +51,13 @@ def collect(run: Path) -> Row:
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
     agreement = run / "agreement" / SUMMARY
     return {
-        "policies": rows, "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
+        "policies": rows,
+        "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
         "data": summaries.get("data", {}),
         "agreement": _read(agreement) if agreement.is_file() else {},
         "analysis": {f"iteration_{pairs.iteration}": analysis.summarise(pairs) for pairs in joined},
         "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
-    }  # fmt: skip
+    }
 
 
 def read_summaries(run: Path) -> dict[str, Row]:
@@ -67,37 +74,52 @@ def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Row]]:
 def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     """Everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
-    benchmarks = {key.rpartition("/")[2]: value for key, value in summaries.items()
-                  if key.startswith(f"{name}/benchmarks/")}  # fmt: skip
+    benchmarks = {
+        key.rpartition("/")[2]: value
+        for key, value in summaries.items()
+        if key.startswith(f"{name}/benchmarks/")
+    }
     if not (parts["evaluation"] or parts["policy"] or benchmarks):
         return {}
     return {
-        "policy": name, **parts["distances"], **parts["judged"], **parts["evaluation"], **parts["reward"],
+        "policy": name,
+        **parts["distances"],
+        **parts["judged"],
+        **parts["evaluation"],
+        **parts["reward"],
         **{f"guide/{key}": value for key, value in parts["guide"].items()},
         **{f"responses/{key}": value for key, value in parts["responses"].items()},
         **{f"train/{key}": value for key, value in parts["policy"].items()},
         "benchmarks": benchmarks,
         "seconds": sum(part.get("seconds", 0.0) for part in parts.values()),
-    }  # fmt: skip
+    }
 
 
 def leading(benchmark: Row) -> str | None:
-    """The metric that stands for a benchmark in the comparison; None where its summary has none we know."""
+    """The metric that stands for a benchmark in the comparison; None where its summary has none we
+    know.
+    """
     return next((name for name in LEADING if name in benchmark), None)
 
 
 def _scores(row: Row) -> dict[str, float]:
-    """What the mean relative gain is taken over: the benchmarks, or the held-out accuracies where there is none."""
+    """What the mean relative gain is taken over: the benchmarks, or the held-out accuracies where
+    there is none.
+    """
     found = {task: b[name] for task, b in row["benchmarks"].items() if (name := leading(b))}
     return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
 def _difference(run: Path, first: str, name: str) -> Row:
-    """Accuracy minus the first policy's, with the standard error of the paired difference over prompts."""
+    """Accuracy minus the first policy's, with the standard error of the paired difference over
+    prompts.
+    """
     files = [run / policy / "evaluation/answers.jsonl" for policy in (first, name)]
     if first == name or not all(path.is_file() for path in files):
         return {}
-    old, new = ({r["id"]: r["correct"] for r in read_jsonl(path) if "correct" in r} for path in files)
+    old, new = (
+        {r["id"]: r["correct"] for r in read_jsonl(path) if "correct" in r} for path in files
+    )
     if not old or old.keys() != new.keys():
         return {}
     out: Row = {}
@@ -105,11 +127,14 @@ def _difference(run: Path, first: str, name: str) -> Row:
         pairs = [(old[i][pick], new[i][pick]) for i in old if old[i][pick]]
         gaps = np.array([sum(b) / len(b) - sum(a) / len(a) for a, b in pairs])
         if len(gaps):
-            out |= {f"difference/{key}": float(gaps.mean()), f"difference/{key}_se": standard_error(gaps)}
+            out |= {
+                f"difference/{key}": float(gaps.mean()),
+                f"difference/{key}_se": standard_error(gaps),
+            }
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- Markdown
+# ----------------------------------------------------------------------------------------- Markdown
 
 
 def render(table: Row, guide_steps: Mapping[str, Sequence[Row]]) -> str:
@@ -119,40 +144,64 @@ def render(table: Row, guide_steps: Mapping[str, Sequence[Row]]) -> str:
     found = cautions(table, guide_steps)
     parts = [
         "".join(f"Caution: {text}\n\n" for text in found),
-        _table("Held out", rows, [
-            ("greedy accuracy, %", lambda r: _percent(r, "accuracy/greedy", "{:.1f}")),
-            ("sampled accuracy, %", lambda r: _percent(r, "accuracy/sampled", "{:.1f}")),
-            (f"greedy - {first}, points", lambda r: _percent(r, "difference/greedy", "{:+.1f}")),
-            (f"sampled - {first}, points", lambda r: _percent(r, "difference/sampled", "{:+.1f}")),
-            ("answers cut, %", lambda r: _number(r, "truncated_frac", "{:.1f}", 100)),
-            ("NLL of real responses, nats/token", lambda r: _number(r, "nll/real", "{:.4f}")),
-            ("reward of greedy answers", _reward),
-            ("they beat the real ones, %", lambda r: _percent(r, "reward/win_rate", "{:.1f}")),
-            (f"they beat those of {first}, %", lambda r: _percent(r, "reward/win_rate_first", "{:.1f}")),
-        ]),
+        _table(
+            "Held out",
+            rows,
+            [
+                ("greedy accuracy, %", lambda r: _percent(r, "accuracy/greedy", "{:.1f}")),
+                ("sampled accuracy, %", lambda r: _percent(r, "accuracy/sampled", "{:.1f}")),
+                (
+                    f"greedy - {first}, points",
+                    lambda r: _percent(r, "difference/greedy", "{:+.1f}"),
+                ),
+                (
+                    f"sampled - {first}, points",
+                    lambda r: _percent(r, "difference/sampled", "{:+.1f}"),
+                ),
+                ("answers cut, %", lambda r: _number(r, "truncated_frac", "{:.1f}", 100)),
+                ("NLL of real responses, nats/token", lambda r: _number(r, "nll/real", "{:.4f}")),
+                ("reward of greedy answers", _reward),
+                ("they beat the real ones, %", lambda r: _percent(r, "reward/win_rate", "{:.1f}")),
+                (
+                    f"they beat those of {first}, %",
+                    lambda r: _percent(r, "reward/win_rate_first", "{:.1f}"),
+                ),
+            ],
+        ),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
-        _table("Training", rows, [
-            ("latent distance, mean (p10, p50, p90)", _distances),
-            ("latent gain of its own guide", lambda r: _number(r, "guide/latent_gain", "{:+.4f}")),
-            ("weight spread: deviation (min, max)", _spread),
-            ("effective sample size", lambda r: _number(r, "weight/ess", "{:.2f}")),
-            ("reward margin", lambda r: _number(r, "train/rewards/margins", "{:+.3f}")),
-            ("reward accuracy", lambda r: _number(r, "train/rewards/accuracies", "{:.3f}")),
-            ("loss", lambda r: _number(r, "train/loss", "{:.4f}")),
-            ("pairs skipped", lambda r: _number(r, "train/skipped_pairs", "{:.0f}")),
-            ("losers cut, %", lambda r: _number(r, "responses/losers/truncated_frac", "{:.1f}", 100)),
-            ("tokens generated", lambda r: _number(r, "responses/tokens", "{:.0f}")),
-            ("tokens trained", lambda r: _number(r, "train/tokens", "{:.0f}")),
-        ]),
+        _table(
+            "Training",
+            rows,
+            [
+                ("latent distance, mean (p10, p50, p90)", _distances),
+                (
+                    "latent gain of its own guide",
+                    lambda r: _number(r, "guide/latent_gain", "{:+.4f}"),
+                ),
+                ("weight spread: deviation (min, max)", _spread),
+                ("effective sample size", lambda r: _number(r, "weight/ess", "{:.2f}")),
+                ("reward margin", lambda r: _number(r, "train/rewards/margins", "{:+.3f}")),
+                ("reward accuracy", lambda r: _number(r, "train/rewards/accuracies", "{:.3f}")),
+                ("loss", lambda r: _number(r, "train/loss", "{:.4f}")),
+                ("pairs skipped", lambda r: _number(r, "train/skipped_pairs", "{:.0f}")),
+                (
+                    "losers cut, %",
+                    lambda r: _number(r, "responses/losers/truncated_frac", "{:.1f}", 100),
+                ),
+                ("tokens generated", lambda r: _number(r, "responses/tokens", "{:.0f}")),
+                ("tokens trained", lambda r: _number(r, "train/tokens", "{:.0f}")),
+            ],
+        ),
         *(_guide(name, losses) for name, losses in table["guides"].items()),
         _times(table["seconds"], [r["policy"] for r in rows]),
-        "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over prompts, and the "
-        "differences are paired by prompt. NLL: of the data set's own responses. Reward margin, reward accuracy and "
-        "loss: means over the last epoch of training. Weight: distance over its mean; its effective sample size is a "
-        "share of the pairs. Tokens generated: sampled for training. Tokens trained: read in training, a prompt once a "
+        "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over "
+        "prompts, and the differences are paired by prompt. NLL: of the data set's own responses. "
+        "Reward margin, reward accuracy and loss: means over the last epoch of training. Weight: "
+        "distance over its mean; its effective sample size is a share of the pairs. Tokens "
+        "generated: sampled for training. Tokens trained: read in training, a prompt once a "
         "pair.\n",
-    ]  # fmt: skip
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -160,8 +209,14 @@ def _table(title: str, rows: list[Row], columns: list[tuple[str, Callable[[Row],
     """A Markdown table, without the columns that no row has a value for."""
     cells = [(name, [form(r) for r in rows]) for name, form in columns]
     cells = [(name, values) for name, values in cells if any(value != "-" for value in values)]
-    lines = ["| policy | " + " | ".join(name for name, _ in cells) + " |", "|---" * (len(cells) + 1) + "|"]
-    lines += [f"| {r['policy']} | " + " | ".join(values[i] for _, values in cells) + " |" for i, r in enumerate(rows)]
+    lines = [
+        "| policy | " + " | ".join(name for name, _ in cells) + " |",
+        "|---" * (len(cells) + 1) + "|",
+    ]
+    lines += [
+        f"| {r['policy']} | " + " | ".join(values[i] for _, values in cells) + " |"
+        for i, r in enumerate(rows)
+    ]
     return f"**{title}**\n\n" + "\n".join(lines) + "\n" if cells else ""
 
 
@@ -173,7 +228,9 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
 def _benchmark_columns(rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     def column(task: str) -> tuple[str, Callable[[Row], str]]:
         name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
-        return f"{task} {name}, %", lambda r: _percent(r["benchmarks"].get(task, {}), str(name), "{:.1f}")
+        return f"{task} {name}, %", lambda r: _percent(
+            r["benchmarks"].get(task, {}), str(name), "{:.1f}"
+        )
 
     gain = ("mean relative gain, %", lambda r: _number(r, "mean_relative_gain", "{:+.2f}", 100))
     columns = [column(task) for task in tasks_of(rows)]
@@ -193,13 +250,20 @@ def _verdict(row: Row) -> str:
     for key in ("sampled", "greedy"):
         if f"difference/{key}" in row:
             gap, error = row[f"difference/{key}"], row[f"difference/{key}_se"]
-            parts.append(f"{key} accuracy {movement(gap, error)} ({100 * gap:+.1f} +- {100 * error:.1f} points)")
+            parts.append(
+                f"{key} accuracy {movement(gap, error)} ({100 * gap:+.1f} +- {100 * error:.1f} "
+                "points)"
+            )
     return "; ".join(parts)
 
 
 def movement(gap: float, error: float) -> str:
     """What a difference with its standard error amounts to, as a verb."""
-    return ("rose" if gap > 0 else "fell") if abs(gap) > 2 * error else "did not move beyond two standard errors"
+    return (
+        ("rose" if gap > 0 else "fell")
+        if abs(gap) > 2 * error
+        else ("did not move beyond two standard errors")
+    )
 
 
 def _guide(name: str, losses: Row) -> str:
@@ -207,9 +271,10 @@ def _guide(name: str, losses: Row) -> str:
         return ""
     verdict = "" if losses["latent_gain"] > 0 else " (NOT POSITIVE: the distances say nothing)"
     return (
-        f"{guide_name(name).capitalize()}, held-out loss in nats/token: true latent {losses['true']:.4f}, another "
-        f"row's {losses['other']:.4f}, none {losses['none']:.4f}; latent gain {losses['latent_gain']:+.4f}, over the "
-        f"row's other response {losses['sibling_gain']:+.4f}{verdict}.\n"
+        f"{guide_name(name).capitalize()}, held-out loss in nats/token: true latent "
+        f"{losses['true']:.4f}, another row's {losses['other']:.4f}, none {losses['none']:.4f}; "
+        f"latent gain {losses['latent_gain']:+.4f}, over the row's other response "
+        f"{losses['sibling_gain']:+.4f}{verdict}.\n"
     )
 
 
@@ -218,12 +283,17 @@ def _times(seconds: dict[str, float], policies: list[str]) -> str:
     columns = [step for step in STEPS if any(f"{p}/{step}" in seconds for p in policies)]
     if not columns:
         return ""
-    lines = ["| wall time, s | " + " | ".join(columns) + " | all |", "|---" * (len(columns) + 2) + "|"]
+    lines = [
+        "| wall time, s | " + " | ".join(columns) + " | all |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
     for policy in policies:
         own = [seconds.get(f"{policy}/{step}") for step in columns]
         shown = " | ".join("-" if s is None else f"{s:.0f}" for s in own)
         lines.append(f"| {policy} | {shown} | {sum(s for s in own if s is not None):.0f} |")
-    once = "".join(f"{name} {seconds[name]:.0f} s, " for name in ("data", "guide") if name in seconds)
+    once = "".join(
+        f"{name} {seconds[name]:.0f} s, " for name in ("data", "guide") if name in seconds
+    )
     return "\n".join(lines) + f"\n\nOnce a run: {once}everything {sum(seconds.values()):.0f} s.\n"
 
 
@@ -248,19 +318,25 @@ def _percent(row: Row, key: str, form: str) -> str:
 def _reward(row: Row) -> str:
     if "reward/mean" not in row:
         return "-"
-    return f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f} (real {row['reward/real']:+.3f})"
+    return (
+        f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f} (real {row['reward/real']:+.3f})"
+    )
 
 
 def _distances(row: Row) -> str:
     if "distance/mean" not in row:
         return "-"
-    return "{:.3g} ({:.3g}, {:.3g}, {:.3g})".format(*(row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90")))
+    return ("{:.3g} ({:.3g}, {:.3g}, {:.3g})").format(
+        *(row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90"))
+    )
 
 
 def _spread(row: Row) -> str:
     if "weight/std" not in row:
         return "-"
-    return "{:.2f} ({:.2f}, {:.2f})".format(*(row[f"weight/{key}"] for key in ("std", "min", "max")))
+    return ("{:.2f} ({:.2f}, {:.2f})").format(
+        *(row[f"weight/{key}"] for key in ("std", "min", "max"))
+    )
 
 
 def _read(path: Path) -> Row:

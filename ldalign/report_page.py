@@ -1,8 +1,10 @@
-"""report.html: one self-contained page that tells somebody who did not run it what a run did, reached and cost.
+"""report.html: one self-contained page that tells somebody who did not run it what a run did,
+reached and cost.
 
-Derived from the run folder alone, from whatever stages are finished, without loading a model: `train/report.py run=RUN`
-makes it again at any time. The page itself is report_page.html, a jinja2 template with autoescaping (responses are
-data); what it shows beside the figures is put in words by report_parts.py.
+Derived from the run folder alone, from whatever stages are finished, without loading a model:
+`train/report.py run=RUN` makes it again at any time. The page itself is report_page.html, a jinja2
+template with autoescaping (responses are data); what it shows beside the figures is put in words by
+report_parts.py.
 """
 
 import json
@@ -29,7 +31,9 @@ PAGE = "report/report.html"
 
 
 def try_page(run: Path) -> str:
-    """`write_page` at the end of a run: one line, either where the page is or why there is none. Never raises."""
+    """`write_page` at the end of a run: one line, either where the page is or why there is none.
+    Never raises.
+    """
     try:
         return f"The report: {write_page(run)}"
     except EnvironmentProblem as error:
@@ -37,8 +41,8 @@ def try_page(run: Path) -> str:
     except Exception as error:  # the run is done and stays so; the page can be made again
         log.debug("report", exc_info=True)
         return (
-            f"{run / PAGE}: not written: {type(error).__name__}: {error}; everything else is there, and "
-            f"`train/report.py run={run} --debug` tries again"
+            f"{run / PAGE}: not written: {type(error).__name__}: {error}; everything else is "
+            f"there, and `train/report.py run={run} --debug` tries again"
         )
 
 
@@ -57,8 +61,8 @@ def write_page(run: Path) -> Path:
         import matplotlib  # noqa: F401
     except ImportError:
         raise EnvironmentProblem(
-            f"{run / PAGE}: not written, as matplotlib is not installed: pip install 'ldalign[report]', then "
-            f"train/report.py run={run}"
+            f"{run / PAGE}: not written, as matplotlib is not installed: pip install "
+            f"'ldalign[report]', then train/report.py run={run}"
         ) from None
     values = gather(run)
     source = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
@@ -79,7 +83,8 @@ def gather(run: Path) -> dict[str, Any]:
     method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
     return {
-        "title": f"{parts.method_name(config)} on {parts.short_name(config.get('policy', 'a policy'))}",
+        "title": f"{parts.method_name(config)} on "
+        f"{parts.short_name(config.get('policy', 'a policy'))}",
         "meta": parts.origin(run, machine),
         "headline": parts.headline(table, config),
         "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
@@ -101,22 +106,24 @@ def gather(run: Path) -> dict[str, Any]:
         "budget": parts.budget(summaries),
         "command": parts.command(config, machine),
         "reproduce_note": (
-            f"config.yaml is the run folder's own, below. Seed {config.get('seed')}; the same seed, machine and "
-            "versions give the same samples; on another machine the last bits of sums differ, and with them rare "
-            "tokens."
+            f"config.yaml is the run folder's own, below. Seed {config.get('seed')}; the same "
+            "seed, machine and versions give the same samples; on another machine the last bits of "
+            "sums differ, and with them rare tokens."
         ),
         "config": text,
         "environment": json.dumps(machine, indent=1),
-    }  # fmt: skip
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def _charts(
     run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, list[Row]], method: str
 ) -> dict[str, Row]:
-    """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to draw)."""
+    """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to
+    draw).
+    """
     from ldalign import figures
 
     found = table["analysis"]
@@ -125,32 +132,53 @@ def _charts(
         figures.distances(joined),
         figures.correlations(found),
         figures.against(
-            "distance_length", "Distance and length", joined, lambda p: p.tokens, "generated response, tokens", found,
-            "tokens", "A strong relation would mean that the weights mostly follow length.",
-            "the responses' lengths are not known."),
+            "distance_length",
+            "Distance and length",
+            joined,
+            lambda p: p.tokens,
+            "generated response, tokens",
+            found,
+            "tokens",
+            "A strong relation would mean that the weights mostly follow length.",
+            "the responses' lengths are not known.",
+        ),
         figures.against(
-            "distance_nll", "Distance and likelihood", joined, lambda p: p.nll,
-            "NLL of the generated response, nats/token", found, "nll",
-            "NLL is under the reference, the policy that sampled the response: far to the right are responses that the "
-            "policy itself found unlikely.", "no reference log-probs yet."),
+            "distance_nll",
+            "Distance and likelihood",
+            joined,
+            lambda p: p.nll,
+            "NLL of the generated response, nats/token",
+            found,
+            "nll",
+            "NLL is under the reference, the policy that sampled the response: far to the right "
+            "are responses that the policy itself found unlikely.",
+            "no reference log-probs yet.",
+        ),
         figures.verdicts(joined, found),
         figures.against(
-            "distance_reward", "Distance and reward", joined, lambda p: p.reward_real - p.reward_generated,
-            "reward, real - generated", found, "reward_gap",
+            "distance_reward",
+            "Distance and reward",
+            joined,
+            lambda p: p.reward_real - p.reward_generated,
+            "reward, real - generated",
+            found,
+            "reward_gap",
             "If the distance knew what the reward model knows, points would rise to the right.",
-            "no responses were scored by a reward model."),
+            "no responses were scored by a reward model.",
+        ),
         figures.guide(table["guides"]),
         figures.weights(joined, found),
         figures.training(steps, sides_of(method)),
         figures.budget(table["seconds"]),
-    ]  # fmt: skip
+    ]
     folder = run / "report/figures"
     folder.mkdir(parents=True, exist_ok=True)
     return {
         chart.name: {
             "title": chart.title,
             "caption": chart.caption,
-            "svg": Markup(figures.write_chart(chart, folder)),  # ours: drawn from numbers, with no text of a row in it
+            # ours: drawn from numbers, with no text of a row in it
+            "svg": Markup(figures.write_chart(chart, folder)),
         }
         for chart in drawn
     }

@@ -1,6 +1,8 @@
-"""What the report's page says beside its figures: the result in words, the run, tables, samples, budget.
+"""What the report's page says beside its figures: the result in words, the run, tables, samples,
+budget.
 
-Each function turns numbers and files of a run into plain texts for report_page.html, which escapes them.
+Each function turns numbers and files of a run into plain texts for report_page.html, which escapes
+them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,38 +19,74 @@ from ldalign.settings import unread
 from ldalign.summaries import SUMMARY, shown_name
 
 METHODS = {
-    "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's response counts as "
-    "the better of the two, its own as the worse, and no human preference is used. A small conditional autoencoder, "
-    "the guide, was trained on both kinds of responses, and the distance between their latents says how far the "
-    "policy's response is from the data's. The policy was then trained with the DPO loss on these pairs, each "
-    "weighted by its distance over the mean distance; every iteration repeats this from the policy before.",
-    "spin": "SPIN: the policy answered every prompt of the data set by itself; the data's response counts as the "
-    "better of the two, its own as the worse, and no human preference is used. The policy was then trained with the "
-    "DPO loss on these pairs, all with weight 1. Every iteration repeats this from the policy before.",
-    "dpo": "DPO: the policy was trained on given preference pairs, a chosen and a rejected response a prompt. The loss "
-    "raises the log-prob of the chosen over that of the rejected, each measured against the policy it started from. "
-    "All pairs have weight 1.",
-    "sft": "Supervised fine-tuning: the policy was trained to predict the data set's responses. There are no pairs, no "
-    "generated responses and no distances.",
-    "self_reward": "Self-rewarding: the policy gave two answers to every prompt and judged them itself through a "
-    "prompt. The one it preferred is the better side of a pair, the other the worse. The policy was then trained with "
-    "the DPO loss on these pairs, all with weight 1. The data's responses serve for held-out measurements alone.",
-    "rlaif": "AI feedback: the policy gave two answers to every prompt, and the judge that judge.model names decided "
-    "between them. The one it preferred is the better side of a pair, the other the worse. The policy was then trained "
-    "with the DPO loss on these pairs, all with weight 1. The data's responses serve for held-out measurements alone.",
+    "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's "
+    "response counts as the better of the two, its own as the worse, and no human "
+    "preference is used. A small conditional autoencoder, the guide, was trained on "
+    "both kinds of responses, and the distance between their latents says how far the "
+    "policy's response is from the data's. The policy was then trained with the DPO "
+    "loss on these pairs, each weighted by its distance over the mean distance; every "
+    "iteration repeats this from the policy before.",
+    "spin": "SPIN: the policy answered every prompt of the data set by itself; the data's response "
+    "counts as the better of the two, its own as the worse, and no human preference is "
+    "used. The policy was then trained with the DPO loss on these pairs, all with weight "
+    "1. Every iteration repeats this from the policy before.",
+    "dpo": "DPO: the policy was trained on given preference pairs, a chosen and a rejected "
+    "response a prompt. The loss raises the log-prob of the chosen over that of the "
+    "rejected, each measured against the policy it started from. All pairs have weight 1.",
+    "sft": "Supervised fine-tuning: the policy was trained to predict the data set's responses. "
+    "There are no pairs, no generated responses and no distances.",
+    "self_reward": "Self-rewarding: the policy gave two answers to every prompt and judged them "
+    "itself through a prompt. The one it preferred is the better side of a pair, "
+    "the other the worse. The policy was then trained with the DPO loss on these "
+    "pairs, all with weight 1. The data's responses serve for held-out measurements "
+    "alone.",
+    "rlaif": "AI feedback: the policy gave two answers to every prompt, and the judge that "
+    "judge.model names decided between them. The one it preferred is the better side of a "
+    "pair, the other the worse. The policy was then trained with the DPO loss on these "
+    "pairs, all with weight 1. The data's responses serve for held-out measurements "
+    "alone.",
 }
 SETTINGS = (
-    "policy", "data", "method", "weights", "weight_clip", "mix_previous", "judge.model", "iterations", "max_rows",
-    "max_new_tokens", "max_length", "sampling.temperature", "global_batch", "learning_rate", "beta", "reference",
-    "training.epochs", "training.steps", "training.optimizer", "training.schedule", "guide.folder", "guide.backbone",
-    "distance", "guide.retrain", "guide.latent_tokens", "guide.latent_width", "guide.epochs", "sft.epochs",
-    "sft.rows", "continual_sft.epochs", "evaluation.rows", "evaluation.samples", "seed", "dtype",
-)  # fmt: skip
+    "policy",
+    "data",
+    "method",
+    "weights",
+    "weight_clip",
+    "mix_previous",
+    "judge.model",
+    "iterations",
+    "max_rows",
+    "max_new_tokens",
+    "max_length",
+    "sampling.temperature",
+    "global_batch",
+    "learning_rate",
+    "beta",
+    "reference",
+    "training.epochs",
+    "training.steps",
+    "training.optimizer",
+    "training.schedule",
+    "guide.folder",
+    "guide.backbone",
+    "distance",
+    "guide.retrain",
+    "guide.latent_tokens",
+    "guide.latent_width",
+    "guide.epochs",
+    "sft.epochs",
+    "sft.rows",
+    "continual_sft.epochs",
+    "evaluation.rows",
+    "evaluation.samples",
+    "seed",
+    "dtype",
+)
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANSWERS_SHOWN = 4
 
 
-# ----------------------------------------------------------------------------------------------------------- headline
+# ----------------------------------------------------------------------------------------- headline
 
 
 def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
@@ -65,33 +103,40 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
     last = aligned[-1]
     done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
     sentences: list[str] = []
-    names = [(key, name) for key, name in reversed(HELD_OUT) if f"difference/{key.removeprefix('accuracy/')}" in last]
+    names = [
+        (key, name)
+        for key, name in reversed(HELD_OUT)
+        if f"difference/{key.removeprefix('accuracy/')}" in last
+    ]
     for key, name in names:
         short = key.removeprefix("accuracy/")
         gap, error = last[f"difference/{short}"], last[f"difference/{short}_se"]
         sentence = (
             f"{name} on held-out prompts {movement(gap, error)}: from {100 * first[key]:.1f} % to "
-            f"{100 * last[key]:.1f} % ({100 * gap:+.1f} ± {100 * error:.1f} points, paired by prompt)"
+            f"{100 * last[key]:.1f} % ({100 * gap:+.1f} ± {100 * error:.1f} points, paired by "
+            "prompt)"
         )
         sentences.append(f"{done}, {sentence}." if not sentences else f"{sentence.capitalize()}.")
     if "nll/real" in first and "nll/real" in last:
         change = last["nll/real"] / first["nll/real"] - 1
         text = (
-            f"the NLL of held-out real responses went from {first['nll/real']:.4f} to {last['nll/real']:.4f} "
-            f"nats/token ({100 * change:+.1f} %; lower is better)"
+            f"the NLL of held-out real responses went from {first['nll/real']:.4f} to "
+            f"{last['nll/real']:.4f} nats/token ({100 * change:+.1f} %; lower is better)"
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text[0].upper()}{text[1:]}.")
     if last["benchmarks"] and "mean_relative_gain" in last:
         count = last["mean_relative_gain_of"]
         text = (
-            f"mean relative gain over {count} benchmark{'s' * (count > 1)}: {100 * last['mean_relative_gain']:+.2f} %"
+            f"mean relative gain over {count} benchmark{'s' * (count > 1)}: "
+            f"{100 * last['mean_relative_gain']:+.2f} %"
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
     baseline = next((row for row in rows if row["policy"] == "continual_sft"), None)
     measured = [key for key, _ in names if baseline and key in baseline]
     if baseline and measured:
         sentences.append(
-            f"The baseline, {shown_name('continual_sft')} from the same start, reached {_said(baseline, measured[0])}."
+            f"The baseline, {shown_name('continual_sft')} from the same start, reached "
+            f"{_said(baseline, measured[0])}."
         )
     return sentences or [f"{done}, nothing was measured on held-out data."]
 
@@ -102,20 +147,32 @@ def _said(row: Row, key: str) -> str:
     return f"{100 * row[key]:.1f} ± {100 * row[f'{key}_se']:.1f} % {dict(HELD_OUT)[key]}"
 
 
-# ------------------------------------------------------------------------------------------------------- what was run
+# ------------------------------------------------------------------------------------- what was run
 
 
 def method_text(config: Mapping[str, Any]) -> str:
-    """What the method does, for somebody who does not know it; a control in the weights' place is named."""
+    """What the method does, for somebody who does not know it; a control in the weights' place is
+    named.
+    """
     text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
     weights = config.get("weights", "latent")
-    return text if weights == "latent" else f"{text} In this run the weights are a control in their place: {weights}."
+    return (
+        text
+        if weights == "latent"
+        else (f"{text} In this run the weights are a control in their place: {weights}.")
+    )
 
 
 def method_name(config: Mapping[str, Any]) -> str:
     """As the papers write it."""
-    names = {"ld_align": "LD-Align", "spin": "SPIN", "dpo": "DPO", "sft": "SFT", "self_reward": "self-rewarding",
-             "rlaif": "RLAIF"}  # fmt: skip
+    names = {
+        "ld_align": "LD-Align",
+        "spin": "SPIN",
+        "dpo": "DPO",
+        "sft": "SFT",
+        "self_reward": "self-rewarding",
+        "rlaif": "RLAIF",
+    }
     return names.get(str(config.get("method")), str(config.get("method")))
 
 
@@ -129,21 +186,37 @@ def origin(run: Path, machine: Row) -> str:
     times = [path.stat().st_mtime for path in run.rglob(SUMMARY)]
     parts = [f"run folder {run.resolve().name}"]
     if times:
-        first, last = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M") for t in (min(times), max(times)))
-        parts.append(f"stages finished {first} to {last} UTC" if first != last else f"finished {last} UTC")
+        first, last = (
+            datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M")
+            for t in (min(times), max(times))
+        )
+        parts.append(
+            f"stages finished {first} to {last} UTC" if first != last else f"finished {last} UTC"
+        )
     commit = machine.get("git_commit")
-    parts.append(f"ldalign {machine.get('ldalign')}, commit {commit[:12]}" if commit else "ldalign outside a checkout")
+    parts.append(
+        f"ldalign {machine.get('ldalign')}, commit {commit[:12]}"
+        if commit
+        else "ldalign outside a checkout"
+    )
     return " · ".join(parts)
 
 
 def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
-    """The settings that matter, by their keys, and how many rows there were; those that are off are left out."""
+    """The settings that matter, by their keys, and how many rows there were; those that are off are
+    left out.
+    """
     counts = table["data"]
     out: list[tuple[str, Any]] = []
     if counts:
         dropped = f", {counts['rows/dropped']:.0f} dropped" if counts.get("rows/dropped") else ""
-        out.append(("rows", f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} held out"
-                    + dropped))  # fmt: skip
+        out.append(
+            (
+                "rows",
+                f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} "
+                "held out" + dropped,
+            )
+        )
     for key in SETTINGS:
         if unread(str(config.get("method", "ld_align")), [key]):
             continue
@@ -162,7 +235,9 @@ def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
 def machine_line(machine: Row) -> str:
     """Device, ranks and versions in a sentence, of environment.json."""
     packages = machine.get("packages", {})
-    device = "; ".join(machine.get("gpus") or []) or f"{machine.get('cpu')}, {machine.get('cores')} cores, no GPU"
+    device = "; ".join(machine.get("gpus") or []) or (
+        f"{machine.get('cpu')}, {machine.get('cores')} cores, no GPU"
+    )
     ranks = machine.get("world_size", 1)
     return (
         f"On {device}; {ranks} rank{'s' * (ranks != 1)}; torch {packages.get('torch')}, Python "
@@ -172,30 +247,54 @@ def machine_line(machine: Row) -> str:
 
 def command(config: Mapping[str, Any], machine: Row) -> str:
     """How to run the same again, as one types it."""
-    checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if (commit := machine.get("git_commit")) else ""
+    checkout = (
+        (f"git checkout {commit.removesuffix('-dirty')}\n")
+        if (commit := machine.get("git_commit"))
+        else ""
+    )
     ranks = machine.get("world_size", 1)
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
-    return f"{checkout}{start} train/align.py --config config.yaml run={config.get('run', 'runs/this')}-again"
+    return (
+        f"{checkout}{start} train/align.py --config config.yaml "
+        f"run={config.get('run', 'runs/this')}-again"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------ results
 
 
 def results(rows: Sequence[Row]) -> Row:
-    """The table in the paper's form: policies by scores, each with its relative gain over the first policy."""
-    columns = [{"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
-               for key, name in HELD_OUT if any(key in row for row in rows)]  # fmt: skip
+    """The table in the paper's form: policies by scores, each with its relative gain over the first
+    policy.
+    """
+    columns = [
+        {"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
+        for key, name in HELD_OUT
+        if any(key in row for row in rows)
+    ]
     if any("nll/real" in row for row in rows):
-        columns.append({"title": "NLL of real responses", "unit": "nats/token, lower is better",
-                        "get": (None, "nll/real"), "percent": False})  # fmt: skip
+        columns.append(
+            {
+                "title": "NLL of real responses",
+                "unit": "nats/token, lower is better",
+                "get": (None, "nll/real"),
+                "percent": False,
+            }
+        )
     for task in tasks_of(rows):
         seen = next(row["benchmarks"][task] for row in rows if task in row["benchmarks"])
         if metric := leading(seen):
             shots = f", {seen['shots']:.0f}-shot" if "shots" in seen else ""
             template = ", chat template" if seen.get("chat_template") else ""
             count = f", {seen['rows']:.0f} rows" if "rows" in seen else ""
-            columns.append({"title": task, "unit": f"{metric}, %{shots}{template}{count}",
-                            "get": (task, metric), "percent": True})  # fmt: skip
+            columns.append(
+                {
+                    "title": task,
+                    "unit": f"{metric}, %{shots}{template}{count}",
+                    "get": (task, metric),
+                    "percent": True,
+                }
+            )
     lines = []
     for row in rows:
         cells = [_cell(column, row, rows[0]) for column in columns]
@@ -205,14 +304,16 @@ def results(rows: Sequence[Row]) -> Row:
     shown = [{"title": c["title"], "unit": c["unit"]} for c in columns]
     first = f" over {_shown(rows[0])}" if rows else ""
     return {
-        "columns": [*shown, {"title": "mean relative gain", "unit": f"of {over}"}] if columns else [],
+        "columns": [*shown, {"title": "mean relative gain", "unit": f"of {over}"}]
+        if columns
+        else [],
         "rows": lines,
         "note": (
-            "Real responses: the data set's own (of preference data, the chosen ones). "
-            f"±: one standard error over prompts or questions. Below each score: the gain{first} relative to its "
-            "score, as in the paper's table, and for held-out accuracy the difference in points, paired by prompt. A "
-            "gain below two standard errors may be chance. Accuracy: a program checks the answers; one that does not "
-            "end is wrong."
+            "Real responses: the data set's own (of preference data, the chosen ones). ±: one "
+            f"standard error over prompts or questions. Below each score: the gain{first} relative "
+            "to its score, as in the paper's table, and for held-out accuracy the difference in "
+            "points, paired by prompt. A gain below two standard errors may be chance. Accuracy: a "
+            "program checks the answers; one that does not end is wrong."
         ),
     }
 
@@ -222,7 +323,11 @@ def _cell(column: Row, row: Row, first: Row) -> dict[str, str]:
     values, base = ((r if task is None else r["benchmarks"].get(task, {})) for r in (row, first))
     if key not in values:
         return {"value": "–", "below": ""}
-    gain = f"{100 * (values[key] / base[key] - 1):+.1f} %" if row is not first and base.get(key) else ""
+    gain = (
+        (f"{100 * (values[key] / base[key] - 1):+.1f} %")
+        if row is not first and base.get(key)
+        else ""
+    )
     if not column["percent"]:
         return {"value": f"{values[key]:.4f}", "below": gain}
     error = f" ± {100 * values[f'{key}_se']:.1f}" if f"{key}_se" in values else ""
@@ -239,35 +344,53 @@ def _shown(row: Row) -> str:
 def kinds(rows: Sequence[Row]) -> Row:
     """Accuracy by kind of task: (kind, one text a policy)."""
     known = [row for row in rows if "accuracy/greedy" in row]
-    kinds = sorted({key.split("/")[2] for row in known for key in row if key.startswith("accuracy/greedy/")})
+    kinds = sorted(
+        {key.split("/")[2] for row in known for key in row if key.startswith("accuracy/greedy/")}
+    )
 
     def text(row: Row, kind: str) -> str:
         pair = [row.get(f"{key}/{kind}") for key, _ in HELD_OUT]
         return " / ".join("–" if value is None else f"{100 * value:.0f}" for value in pair)
 
-    return {"policies": [_shown(row) for row in known],
-            "rows": [(kind, [text(row, kind) for row in known]) for kind in kinds]}  # fmt: skip
+    return {
+        "policies": [_shown(row) for row in known],
+        "rows": [(kind, [text(row, kind) for row in known]) for kind in kinds],
+    }
 
 
 def rewards(rows: Sequence[Row]) -> Row:
     """The reward model's numbers: their names, and (policy, a text a number)."""
     names = sorted({key for row in rows for key in row if key.startswith("reward/")})
     known = [row for row in rows if any(name in row for name in names)]
-    return {"names": names, "rows": [(_shown(row), [_plain(row.get(name)) for name in names]) for row in known]}
+    return {
+        "names": names,
+        "rows": [(_shown(row), [_plain(row.get(name)) for name in names]) for row in known],
+    }
 
 
 def agreement(found: Row) -> Row:
     """The rate of agreement in words, and every number beside it; {} where it was not measured."""
-    values = {key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"}
+    values = {
+        key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"
+    }
     if not values:
         return {}
     if "rate" not in values:
-        return {"sentence": "No pair was decided: the samples were alike, or the judge or the distances tied.",
-                "numbers": [(key, _plain(value)) for key, value in values.items()]}  # fmt: skip
-    between = f" (95 % {values['low']:.1%} to {values['high']:.1%})" if {"low", "high"} <= values.keys() else ""
+        return {
+            "sentence": "No pair was decided: the samples were alike, or the judge or the "
+            "distances tied.",
+            "numbers": [(key, _plain(value)) for key, value in values.items()],
+        }
+    between = (
+        (f" (95 % {values['low']:.1%} to {values['high']:.1%})")
+        if {"low", "high"} <= values.keys()
+        else ""
+    )
     chance = f"; chance is {values['chance']:.1%}" if "chance" in values else ""
-    return {"sentence": f"The judge agreed in {values['rate']:.1%} of the cases{between}{chance}.",
-            "numbers": [(key, _plain(value)) for key, value in values.items()]}  # fmt: skip
+    return {
+        "sentence": f"The judge agreed in {values['rate']:.1%} of the cases{between}{chance}.",
+        "numbers": [(key, _plain(value)) for key, value in values.items()],
+    }
 
 
 def _plain(value: Any) -> str:
@@ -282,19 +405,22 @@ def fallen(steps: Mapping[str, Sequence[Row]], sides: Sides) -> str:
     name, rows = known[-1]
     tail = rows[-max(1, len(rows) // 4) :]
     real, generated, margin = (
-        float(np.mean([row[f"rewards/{key}"] for row in tail])) for key in ("chosen", "rejected", "margins")
+        float(np.mean([row[f"rewards/{key}"] for row in tail]))
+        for key in ("chosen", "rejected", "margins")
     )
     return (
-        f"Here, over the last quarter of {name.replace('_', ' ')}: reward of the {sides.better} responses {real:+.3f}, "
-        f"of the {sides.worse} ones {generated:+.3f}, margin {margin:+.3f}."
+        f"Here, over the last quarter of {name.replace('_', ' ')}: reward of the {sides.better} "
+        f"responses {real:+.3f}, of the {sides.worse} ones {generated:+.3f}, margin {margin:+.3f}."
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def samples(joined: Sequence[Pairs]) -> Row:
-    """A few training rows with the responses of every iteration, chosen by quantiles of distance."""
+    """A few training rows with the responses of every iteration, chosen by
+    quantiles of distance.
+    """
     if not joined:
         return {"samples": [], "sample_rule": ""}
     first = joined[0]
@@ -303,27 +429,45 @@ def samples(joined: Sequence[Pairs]) -> Row:
     if far:
         order = order[np.argsort(first.distance[order], kind="stable")]
         rule = (
-            f"at the minimum, the quartiles and the maximum of iteration {first.iteration}'s latent distances (of the "
-            "pairs trained on). d: distance; s: weight."
+            f"at the minimum, the quartiles and the maximum of iteration {first.iteration}'s "
+            "latent distances (of the pairs trained on). d: distance; s: weight."
         )
     else:
         order = order if len(order) else np.arange(len(first.ids))
         rule = "the first, the last and three evenly spaced between them, in the data's order."
-    picks = dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in QUANTILES) if len(order) else {}
-    places = [{id_: [i for i in range(len(p.ids)) if p.ids[i] == id_] for id_ in (first.ids[k] for k in picks)}
-              for p in joined]  # fmt: skip
+    picks = (
+        dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in QUANTILES)
+        if len(order)
+        else {}
+    )
+    places = [
+        {
+            id_: [i for i in range(len(p.ids)) if p.ids[i] == id_]
+            for id_ in (first.ids[k] for k in picks)
+        }
+        for p in joined
+    ]
     samples = []
     for i in picks:
         sides = first.sides
-        answers = [{"title": "the data's response" if first.data else sides.better,
-                    "text": (first.data or first.real)[i], "note": ""}]  # fmt: skip
+        answers = [
+            {
+                "title": "the data's response" if first.data else sides.better,
+                "text": (first.data or first.real)[i],
+                "note": "",
+            }
+        ]
         for p, place in zip(joined, places, strict=True):
             of = "" if sides == GIVEN else f", iteration {p.iteration}"
             for k in place[first.ids[i]]:
                 if p.data:
                     answers.append({"title": f"{sides.better}{of}", "text": p.real[k], "note": ""})
-                answers.append({"title": f"{sides.worse}{of}", "text": p.generated[k], "note": _note(p, k)})
-        samples.append({"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers})
+                answers.append(
+                    {"title": f"{sides.worse}{of}", "text": p.generated[k], "note": _note(p, k)}
+                )
+        samples.append(
+            {"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers}
+        )
     return {"samples": samples, "sample_rule": rule}
 
 
@@ -331,7 +475,13 @@ def _note(pairs: Pairs, i: int) -> str:
     parts = []
     if not pairs.trained[i]:
         equal = pairs.generated[i] == pairs.real[i]
-        why = f"equal to the {pairs.sides.better} one: " if equal else "a tie: " if pairs.preference is not None else ""
+        why = (
+            f"equal to the {pairs.sides.better} one: "
+            if equal
+            else "a tie: "
+            if pairs.preference is not None
+            else ""
+        )
         parts.append(f"{why}not trained on")
     elif pairs.preference is not None:
         parts.append(f"the judge preferred the other, p = {pairs.preference[i]:.3f}")
@@ -345,10 +495,14 @@ def _note(pairs: Pairs, i: int) -> str:
 
 
 def answers(run: Path, rows: Sequence[Row]) -> Row:
-    """Held-out prompts whose greedy answer changed between the first policy and the last iteration."""
+    """Held-out prompts whose greedy answer changed between the first policy and
+    the last iteration.
+    """
     files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
     found = {
-        name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r} for name, path in files.items() if path.is_file()
+        name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r}
+        for name, path in files.items()
+        if path.is_file()
     }
     aligned = [name for name in found if name.startswith("iteration_")]
     if not aligned or rows[0]["policy"] not in found:
@@ -360,28 +514,41 @@ def answers(run: Path, rows: Sequence[Row]) -> Row:
     answers = []
     for i in (turned + rest)[:ANSWERS_SHOWN]:
         given = [
-            {"title": _shown({"policy": name}), "text": records[i]["greedy"],
-             "note": ("wrong", "right")[records[i]["correct"][0]] if records[i]["correct"] else ""}
-            for name, records in found.items() if i in records
-        ]  # fmt: skip
-        answers.append({"label": f"row {i}", "prompt": old[i]["prompt"],
-                        "answers": [{"title": "real", "text": old[i]["real"], "note": ""}, *given]})  # fmt: skip
+            {
+                "title": _shown({"policy": name}),
+                "text": records[i]["greedy"],
+                "note": ("wrong", "right")[records[i]["correct"][0]]
+                if records[i]["correct"]
+                else "",
+            }
+            for name, records in found.items()
+            if i in records
+        ]
+        answers.append(
+            {
+                "label": f"row {i}",
+                "prompt": old[i]["prompt"],
+                "answers": [{"title": "real", "text": old[i]["real"], "note": ""}, *given],
+            }
+        )
     rule = (
-        f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to {aligned[-1].replace('_', ' ')}; "
-        f"{sum(new[i]['correct'][0] for i in turned)} became right and "
-        f"{sum(old[i]['correct'][0] for i in turned)} became wrong. Shown: the first {len(answers)} in the file's "
-        "order, those whose verdict changed before others."
+        f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to "
+        f"{aligned[-1].replace('_', ' ')}; {sum(new[i]['correct'][0] for i in turned)} became "
+        f"right and {sum(old[i]['correct'][0] for i in turned)} became wrong. Shown: the first "
+        f"{len(answers)} in the file's order, those whose verdict changed before others."
     )
     return {"answers": answers, "answer_rule": rule}
 
 
-# ------------------------------------------------------------------------------------------------------------- budget
+# ------------------------------------------------------------------------------------------- budget
 
 
 def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
-    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens a second.
+    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens
+    a second.
 
-    A guide's tokens are those of its own tokenizer: they stand in its line, not in the sum of the policy's.
+    A guide's tokens are those of its own tokenizer: they stand in its line, not in the sum of the
+    policy's.
     """
     total = sum(summary["seconds"] for summary in summaries.values())
     if not total:
@@ -390,7 +557,9 @@ def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
     all_made = all_read = 0.0
     for name, summary in summaries.items():
         made = summary.get("tokens_generated", 0) if name.endswith("/evaluation") else 0
-        if name.rpartition("/")[2] in ("responses", "agreement_samples") and not summary.get("losers/given"):
+        if name.rpartition("/")[2] in ("responses", "agreement_samples") and not summary.get(
+            "losers/given"
+        ):
             made = summary.get("tokens", 0)
         read = summary.get("tokens", 0) if name.rpartition("/")[2] in ("policy", "guide") else 0
         all_made, all_read = all_made + made, all_read + (read if name.endswith("/policy") else 0)
@@ -398,7 +567,9 @@ def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
     return [*lines, _budget_line("all", all_made, all_read, total, total)]
 
 
-def _budget_line(name: str, made: float, read: float, seconds: float, total: float) -> tuple[str, ...]:
+def _budget_line(
+    name: str, made: float, read: float, seconds: float, total: float
+) -> tuple[str, ...]:
     tokens = [f"{n:,.0f}" if n else "–" for n in (made, read)]
     rate = f"{(made + read) / seconds:,.0f}" if made + read and seconds and name != "all" else "–"
     return name, *tokens, duration(seconds), f"{seconds / total:.0%}", rate

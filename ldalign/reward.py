@@ -1,7 +1,8 @@
 """A reward model: how good an answer is, as one number a (question, answer) pair.
 
-The layout of OpenAssistant/reward-model-deberta-v3-large-v2: a sequence classifier with one logit over a pair of texts,
-run by transformers (extra `reward`). It reads the raw texts: with a chat template around them its scores are others.
+The layout of OpenAssistant/reward-model-deberta-v3-large-v2: a sequence classifier with one logit
+over a pair of texts, run by transformers (extra `reward`). It reads the raw texts: with a chat
+template around them its scores are others.
 """
 
 import re
@@ -27,15 +28,20 @@ NEEDED = {"*.safetensors*": "weights in safetensors", "tokenizer.json": "tokeniz
 class RewardModel:
     """A folder's classifier and tokenizer, float32, in evaluation mode.
 
-    max_tokens: a pair's tokens; of a longer one the end of the longer text is cut. batch_tokens: of a batch, padding
-    counted. Raises InputError for a folder that is no such model, EnvironmentProblem without transformers, OutOfMemory.
+    max_tokens: a pair's tokens; of a longer one the end of the longer text is cut. batch_tokens: of
+    a batch, padding counted. Raises InputError for a folder that is no such model,
+    EnvironmentProblem without transformers, OutOfMemory.
     """
 
-    def __init__(self, folder: Path, device: torch.device, max_tokens: int = 512, batch_tokens: int = 8192) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, max_tokens: int = 512, batch_tokens: int = 8192
+    ) -> None:
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError:
-            raise EnvironmentProblem("reward.model: transformers is missing; pip install ldalign[reward]") from None
+            raise EnvironmentProblem(
+                "reward.model: transformers is missing; pip install ldalign[reward]"
+            ) from None
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         check_reward_model(folder)
@@ -43,25 +49,35 @@ class RewardModel:
             with naming(lambda: f"{folder}: the reward model's float32 weights on {device}", LOWER):
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
                 self.model, found = AutoModelForSequenceClassification.from_pretrained(
-                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+                    folder,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    **options,
                 )
                 self.model.eval().to(device)
         except OutOfMemory:
             raise
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder}: not a reward model that can be read (safetensors only): {reason}") from None
+            raise InputError(
+                f"{folder}: not a reward model that can be read (safetensors only): {reason}"
+            ) from None
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would draw them at random
             raise InputError(
-                f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}; is it a reward model?"
+                f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}; is it a "
+                "reward model?"
             )
         for name, tensor in self.model.state_dict().items():
             if not tensor.isfinite().all():
-                raise InputError(f"{folder}: tensor {name} holds NaN or Inf; the file is damaged (reward.model)")
+                raise InputError(
+                    f"{folder}: tensor {name} holds NaN or Inf; the file is damaged (reward.model)"
+                )
         if self.model.config.num_labels != 1:
             raise InputError(
-                f"{folder}: has {self.model.config.num_labels} labels; a reward model has one logit (reward.model)"
+                f"{folder}: has {self.model.config.num_labels} labels; a reward model has one "
+                "logit (reward.model)"
             )
 
     @torch.no_grad()
@@ -73,11 +89,13 @@ class RewardModel:
         path: Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
-        """(N,) float32 on the CPU: the reward of each answer. Batches of like length; rows do not see each other.
+        """(N,) float32 on the CPU: the reward of each answer. Batches of like length; rows do not
+        see each other.
 
-        All ranks call it with the same rows and share the work; the batches are the same for any number of them. ids:
-        of the rows, for errors; None: their numbers. path: as in `parts.table`, for a stage that can be gone on with.
-        Raises NumericsError naming a row whose reward is not finite, OutOfMemory.
+        All ranks call it with the same rows and share the work; the batches are the same for any
+        number of them. ids: of the rows, for errors; None: their numbers. path: as in
+        `parts.table`, for a stage that can be gone on with. Raises NumericsError naming a row whose
+        reward is not finite, OutOfMemory.
         """
         rows = [
             self.tokenizer(q, a, truncation=True, max_length=self.max_tokens)
@@ -89,49 +107,65 @@ class RewardModel:
         def rate(batch: Sequence[int]) -> torch.Tensor:
             what = f"rewards of {len(batch)} answers of at most {sizes[batch[0]]} tokens"
             with naming(lambda: what, LOWER):
-                padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(self.device)
+                padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(
+                    self.device
+                )
                 logits: torch.Tensor = self.model(**padded).logits
                 return logits[:, :1].float().cpu()
 
         def refusal(i: int, value: float) -> str:
             return f"row {names[i]}: the reward is {value}; look at its texts and at reward.model"
 
-        return table(_batches(sizes, self.batch_tokens), rate, 1, refusal, path, progress)[:, 0].float()
+        return table(_batches(sizes, self.batch_tokens), rate, 1, refusal, path, progress)[
+            :, 0
+        ].float()
 
 
 def check_reward_model(folder: Path) -> None:
-    """Raises InputError where the folder asks to run code, reaches out of itself, or lacks a whole file.
+    """Raises InputError where the folder asks to run code, reaches out of itself, or lacks a whole
+    file.
 
-    Before transformers reads any of them: it runs no code here, and reads no pickle, but trusts paths. Without
-    tokenizer.json it may make up an empty vocabulary, and every score would be wrong.
+    Before transformers reads any of them: it runs no code here, and reads no pickle, but trusts
+    paths. Without tokenizer.json it may make up an empty vocabulary, and every score would be
+    wrong.
     """
     for pattern, what in NEEDED.items():
         if not any(folder.glob(pattern)):
             raise InputError(
-                f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin and spm.model, which "
-                "are not read here: convert such a model once, by the few lines in docs/judges.md, Rewards"
+                f"{folder}: has no {what} (reward.model); older models come as pytorch_model.bin "
+                "and spm.model, which are not read here: convert such a model once, by the few "
+                "lines in docs/judges.md, Rewards"
             )
     read_config(folder)
     check_files(folder)
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        raise InputError(f"{adapter}: an adapter, whose base model is elsewhere; merge them into one folder")
+        raise InputError(
+            f"{adapter}: an adapter, whose base model is elsewhere; merge them into one folder"
+        )
     settings = read_json(folder / TOKENIZER_CONFIG, missing={})
     if "auto_map" in settings:
-        raise InputError(f"{folder / TOKENIZER_CONFIG}: auto_map asks to run code from the model folder; none is run")
+        raise InputError(
+            f"{folder / TOKENIZER_CONFIG}: auto_map asks to run code from the model folder; none "
+            "is run"
+        )
     for key, value in settings.items():
-        # Older transformers open what these say. The file of special tokens alone is left over in many, and unread.
+        # Older transformers open what these say. The file of special tokens alone is left over in
+        # many, and unread.
         if not key.endswith(("_file", "_files")) or key == "special_tokens_map_file":
             continue
         for name in value if isinstance(value, list) else [value]:
             if name is not None and not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
                 raise InputError(
-                    f"{folder / TOKENIZER_CONFIG}: {key} {name!r} is no plain file name inside the folder; take it out"
+                    f"{folder / TOKENIZER_CONFIG}: {key} {name!r} is no plain file name inside the "
+                    "folder; take it out"
                 )
 
 
 def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Row indices, longest first, so that a batch's first row gives its width: rows x width is at most `most`."""
+    """Row indices, longest first, so that a batch's first row gives its width: rows x width is at
+    most `most`.
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= most:

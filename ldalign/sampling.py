@@ -12,11 +12,12 @@ from ldalign import ops
 class Sampling:
     """Of a model's distribution over the next token, in this order:
 
-    repetition_penalty divides the positive logits of tokens already in prompt or response, and multiplies the negative
-    ones (Keskar et al., arXiv 1909.05858; 1: off). temperature divides the logits (0: greedy, and what follows does
-    not matter). top_k keeps the k most likely tokens (0: off), top_p the fewest that hold this mass (Holtzman et al.,
-    arXiv 1904.09751; 1: off), min_p those at least this share as likely as the most likely one (Nguyen et al., arXiv
-    2407.01082; 0: off). A response ends with an end id, with one of the `stop` strings, or after max_new_tokens.
+    repetition_penalty divides the positive logits of tokens already in prompt or response, and
+    multiplies the negative ones (Keskar et al., arXiv 1909.05858; 1: off). temperature divides the
+    logits (0: greedy, and what follows does not matter). top_k keeps the k most likely tokens (0:
+    off), top_p the fewest that hold this mass (Holtzman et al., arXiv 1904.09751; 1: off), min_p
+    those at least this share as likely as the most likely one (Nguyen et al., arXiv 2407.01082; 0:
+    off). A response ends with an end id, with one of the `stop` strings, or after max_new_tokens.
     """
 
     max_new_tokens: int = 256
@@ -29,23 +30,30 @@ class Sampling:
 
     def __post_init__(self) -> None:
         sound = (
-            self.max_new_tokens >= 1 and 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1
-            and 0 <= self.min_p <= 1 and 0 < self.repetition_penalty < math.inf and all(self.stop)
-        )  # fmt: skip
+            self.max_new_tokens >= 1
+            and 0 <= self.temperature < math.inf
+            and self.top_k >= 0
+            and 0 < self.top_p <= 1
+            and 0 <= self.min_p <= 1
+            and 0 < self.repetition_penalty < math.inf
+            and all(self.stop)
+        )
         if not sound:
             raise ValueError(
-                f"bad sampling settings {self}: max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
-                "0 <= min_p <= 1, repetition_penalty > 0, no empty stop string"
+                f"bad sampling settings {self}: max_new_tokens >= 1, temperature >= 0, top_k >= 0, "
+                "0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0, no empty stop string"
             )
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response. ids hold the end token where the model gave one; a cut response never has one.
+    """One sampled response. ids hold the end token where the model gave one; a cut response never
+    has one.
 
-    logp: natural log, summed over ids, under the distribution sampled from, temperature and cuts included; None for a
-    response made elsewhere. With the default settings and in float32 it equals the training path's
-    to about 1e-4, but not to the bit: the reference pass computes its own, so that step 0 compares like with like.
+    logp: natural log, summed over ids, under the distribution sampled from, temperature and cuts
+    included; None for a response made elsewhere. With the default settings and in float32 it equals
+    the training path's to about 1e-4, but not to the bit: the reference pass computes its own, so
+    that step 0 compares like with like.
     """
 
     ids: list[int]
@@ -53,10 +61,15 @@ class Response:
     logp: float | None
 
 
-def sample(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One token a row: logits (R, V) float32, overwritten, uniform (R,) float64 in [0, 1) -> ids (R,), log-probs (R,).
+def sample(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token a row: logits (R, V) float32, overwritten, uniform (R,) float64 in [0, 1) -> ids
+    (R,), log-probs (R,).
 
     seen (R, T) int64: the tokens a repetition penalty counts, filled up with -1.
     """
     s = sampling
-    return ops.sample(logits, uniform, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, seen)
+    return ops.sample(
+        logits, uniform, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, seen
+    )

@@ -1,4 +1,6 @@
-"""Log-probs of given responses under a model: the reference pass, and the likelihood of real responses."""
+"""Log-probs of given responses under a model: the reference pass, and the likelihood of real
+responses.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,19 +23,28 @@ def response_logps(
     progress: Callable[[int], None] = lambda pairs: None,
     path: Path | None = None,
 ) -> torch.Tensor:
-    """(P, 2) float64: summed natural-log probabilities of each pair's real and generated response (0 where none).
+    """(P, 2) float64: summed natural-log probabilities of each pair's real and generated response
+    (0 where none).
 
-    Every rank scores its share with the whole model, through the path that training uses; the results are the same on
-    all ranks, and for any number of them: the micro-batches are. path: as in `parts.table`, for a stage that can be
-    gone on with. Raises NumericsError naming the pair, OutOfMemory.
+    Every rank scores its share with the whole model, through the path that training uses; the
+    results are the same on all ranks, and for any number of them: the micro-batches are. path: as
+    in `parts.table`, for a stage that can be gone on with. Raises NumericsError naming the pair,
+    OutOfMemory.
     """
 
     def score(micro: Sequence[int]) -> torch.Tensor:
         chosen = [pairs[i] for i in micro]
-        with naming(lambda: _too_large(chosen), "lower training.micro_tokens or max_length, or set dtype=bfloat16"):
+        with naming(
+            lambda: _too_large(chosen),
+            "lower training.micro_tokens or max_length, or set dtype=bfloat16",
+        ):
             batch = Batch.pack(chosen, device)
-            sums = iter(ops.segment_sum(token_logprobs(model, batch), batch.lengths).double().tolist())
-        values = [(next(sums), next(sums) if pair.generated is not None else 0.0) for pair in chosen]
+            sums = iter(
+                ops.segment_sum(token_logprobs(model, batch), batch.lengths).double().tolist()
+            )
+        values = [
+            (next(sums), next(sums) if pair.generated is not None else 0.0) for pair in chosen
+        ]
         return torch.tensor(values, dtype=torch.float64)
 
     (micros,) = deal([pair.tokens for pair in pairs], 1, micro_tokens, pair_costs(model, pairs))
@@ -46,4 +57,7 @@ def _too_large(pairs: Sequence[Pair]) -> str:
 
 
 def _refusal(pair: Pair, value: float) -> str:
-    return f"row {pair.id}: the log-probability of a response is {value}; look at its texts and at the model's weights"
+    return (
+        f"row {pair.id}: the log-probability of a response is {value}; look at its texts and at "
+        "the model's weights"
+    )

@@ -1,4 +1,6 @@
-"""Random numbers as a function of what they are for: a seed and a key (stage, iteration, row), not of rank or time."""
+"""Random numbers as a function of what they are for: a seed and a key (stage, iteration, row), not
+of rank or time.
+"""
 
 import hashlib
 
@@ -11,7 +13,9 @@ def _stream(seed: int, key: str) -> np.random.Generator:
 
 
 def uniforms(seed: int, key: str, count: int) -> np.ndarray:
-    """count float64 numbers in [0, 1): the beginning of the stream of (seed, key), Philox (Salmon et al. 2011)."""
+    """count float64 numbers in [0, 1): the beginning of the stream of (seed, key), Philox (Salmon
+    et al. 2011).
+    """
     return _stream(seed, key).random(count)
 
 

@@ -1,37 +1,56 @@
 """The keys of a run: what `train/*.py` read from `--config FILE.yaml` and `key=value`.
 
-Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 2404.06390, 2401.01335) and marked
-"choice" where neither does; `configs/` holds whole runs.
+Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 2404.06390,
+2401.01335) and marked "choice" where neither does; `configs/` holds whole runs.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_type_hints
 
-from ldalign.config import above_up_to, at_least, between, each, group, non_negative, not_empty, positive, setting
+from ldalign.config import (
+    above_up_to,
+    at_least,
+    between,
+    each,
+    group,
+    non_negative,
+    not_empty,
+    positive,
+    setting,
+)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How responses are sampled for training."""
 
-    temperature: float = setting(1.0, "0 is greedy (choice: SPIN's vLLM scripts)", check=non_negative)
+    temperature: float = setting(
+        1.0, "0 is greedy (choice: SPIN's vLLM scripts)", check=non_negative
+    )
     top_k: int = setting(0, "sample among the k most likely tokens; 0: off", check=non_negative)
     top_p: float = setting(1.0, "sample within this mass; 1: off", check=above_up_to(0, 1))
     min_p: float = setting(
-        0.0, "sample among tokens at least this share as likely as the most likely one; 0: off", check=between(0, 1)
+        0.0,
+        "sample among tokens at least this share as likely as the most likely one; 0: off",
+        check=between(0, 1),
     )
-    repetition_penalty: float = setting(1.0, "divides the logits of tokens already there; 1: off", check=positive)
+    repetition_penalty: float = setting(
+        1.0, "divides the logits of tokens already there; 1: off", check=positive
+    )
     stop: list[str] = setting([], "texts that end a response")
     batch_rows: int = setting(64, "rows generated at a time, on one rank", check=positive)
     cache_gib: float | None = setting(
-        None, "most memory of the key/value cache, on one rank; null: half of what is free", check=positive
+        None,
+        "most memory of the key/value cache, on one rank; null: half of what is free",
+        check=positive,
     )
 
 
 # What a response depends on; the others only move work about.
 SAMPLING_KEYS = tuple(
-    f"sampling.{key}" for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+    f"sampling.{key}"
+    for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 )
 
 
@@ -41,25 +60,34 @@ class Training:
 
     epochs: int = setting(2, "passes over an iteration's pairs (SPIN's paper: 2)", check=positive)
     steps: int | None = setting(
-        None, "optimizer steps an iteration, in place of epochs: rows are passed over as often as it takes; null: off",
+        None,
+        "optimizer steps an iteration, in place of epochs: rows are passed over as often as it "
+        "takes; null: off",
         check=positive,
-    )  # fmt: skip
+    )
     optimizer: Literal["adamw", "rmsprop"] = setting("rmsprop", "SPIN's is rmsprop")
-    schedule: Literal["constant", "linear", "cosine"] = setting("linear", "of the learning rate, after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "linear", "of the learning rate, after warm-up"
+    )
     warmup_ratio: float = setting(0.1, "share of the steps that warm up", check=between(0, 1))
     weight_decay: float = setting(0.0, "of matrices; 0: off", check=non_negative)
     max_grad_norm: float = setting(1.0, "clip the global gradient norm; 0: off", check=non_negative)
     micro_tokens: int = setting(8192, "token budget of one micro-batch on one rank", check=positive)
     shard_ranks: int | None = setting(
-        None, "ranks that share one copy of the model, such as a node's GPUs; null: all", check=positive
+        None,
+        "ranks that share one copy of the model, such as a node's GPUs; null: all",
+        check=positive,
     )
     whole: Literal["nothing", "gradients", "all"] = setting(
-        "gradients", "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. Less is "
-        "less memory and more communication"
-    )  # fmt: skip
+        "gradients",
+        "what a rank keeps whole between the micro-batches of a step; all: gathered weights too. "
+        "Less is less memory and more communication",
+    )
     checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "recompute in the backward: selective, the feed-forwards' inner activations; full, whole blocks (least "
-                "memory, one forward more)")  # fmt: skip
+        "none",
+        "recompute in the backward: selective, the feed-forwards' inner activations; full, whole "
+        "blocks (least memory, one forward more)",
+    )
     master_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of the weights the optimizer changes; bfloat16: rounded at random, less memory"
     )
@@ -82,12 +110,16 @@ class Guide:
 
     SHORTHAND: ClassVar[str] = "folder"
 
-    folder: str | None = setting(None, "GPT-2 model folder to start from, or a trained guide to use as it is; "
-                                 "null: a new one of the sizes below")  # fmt: skip
+    folder: str | None = setting(
+        None,
+        "GPT-2 model folder to start from, or a trained guide to use as it is; null: a new one of "
+        "the sizes below",
+    )
     backbone: Literal["gpt2", "policy"] = setting(
-        "gpt2", "both towers: GPT-2 (the paper's), or the policy's own network with its tokenizer and the weights that "
-        "self-play starts from"
-    )  # fmt: skip
+        "gpt2",
+        "both towers: GPT-2 (the paper's), or the policy's own network with its tokenizer and the "
+        "weights that self-play starts from",
+    )
     layers: int = setting(4, "of each tower, when new (choice)", check=positive)
     width: int = setting(256, "of each tower, when new (choice)", check=positive)
     heads: int = setting(4, "when new (choice)", check=positive)
@@ -99,26 +131,48 @@ class Guide:
     token_dropout: float = setting(
         0.5, "share of response tokens the decoder may not read (choice)", check=between(0, 1)
     )
-    latent_dropout: float = setting(0.1, "share of examples trained without latent (choice)", check=between(0, 1))
-    max_tokens: int = setting(512, "of prompt and response together, in the guide's tokens", check=at_least(8))
+    latent_dropout: float = setting(
+        0.1, "share of examples trained without latent (choice)", check=between(0, 1)
+    )
+    max_tokens: int = setting(
+        512, "of prompt and response together, in the guide's tokens", check=at_least(8)
+    )
     epochs: int = setting(3, "passes over both responses of every row (choice)", check=positive)
     learning_rate: float = setting(
-        1e-3, "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)", check=positive
+        1e-3,
+        "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)",
+        check=positive,
     )
-    global_batch: int = setting(32, "rows (two examples each) an optimizer step (choice)", check=positive)
-    heldout_fraction: float = setting(0.1, "share of the rows kept for the held-out losses", check=above_up_to(0, 0.5))
+    global_batch: int = setting(
+        32, "rows (two examples each) an optimizer step (choice)", check=positive
+    )
+    heldout_fraction: float = setting(
+        0.1, "share of the rows kept for the held-out losses", check=above_up_to(0, 0.5)
+    )
     retrain: bool = setting(
-        False, "train a guide again in every iteration, from the first one's start (the paper's is trained once)"
+        False,
+        "train a guide again in every iteration, from the first one's start (the paper's is "
+        "trained once)",
     )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is kept of a stage in training, so that it can be gone on with after a stop. It changes no result."""
+    """What is kept of a stage in training, so that it can be gone on with after a stop. It changes
+    no result.
+    """
 
-    minutes: float | None = setting(10.0, "one every so many minutes; null: not by time", check=positive)
-    steps: int | None = setting(None, "one every so many optimizer steps; null: not by steps", check=positive)
-    keep: int = setting(2, "the newest ones, each as large as the weights and averages in training", check=at_least(2))
+    minutes: float | None = setting(
+        10.0, "one every so many minutes; null: not by time", check=positive
+    )
+    steps: int | None = setting(
+        None, "one every so many optimizer steps; null: not by steps", check=positive
+    )
+    keep: int = setting(
+        2,
+        "the newest ones, each as large as the weights and averages in training",
+        check=at_least(2),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,61 +180,91 @@ class Evaluation:
     """What is measured after SFT and after every iteration."""
 
     rows: int = setting(200, "held-out rows; 0: no evaluation", check=non_negative)
-    samples: int = setting(4, "sampled answers a prompt, for rows that a program can check", check=non_negative)
+    samples: int = setting(
+        4, "sampled answers a prompt, for rows that a program can check", check=non_negative
+    )
     temperature: float = setting(1.0, "of those samples", check=positive)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Who decides which of two answers is better (docs/judges.md). `judge=NAME` sets `judge.model`."""
+    """Who decides which of two answers is better (docs/judges.md). `judge=NAME` sets
+    `judge.model`.
+    """
 
     SHORTHAND: ClassVar[str] = "model"
 
     model: str = setting(
-        "checker", "checker: the embedded data's own; policy: the policy itself; a model folder or name; with an "
-                   "endpoint, its name for the model")  # fmt: skip
+        "checker",
+        "checker: the embedded data's own; policy: the policy itself; a model folder or name; with "
+        "an endpoint, its name for the model",
+    )
     endpoint: str | None = setting(
-        None, "URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key: OPENAI_API_KEY"
+        None,
+        "URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key: "
+        "OPENAI_API_KEY",
     )
     token_cap: int | None = setting(
-        1_000_000, "most tokens the endpoint may read and write for a run; null: no bound", check=positive
+        1_000_000,
+        "most tokens the endpoint may read and write for a run; null: no bound",
+        check=positive,
     )
-    answer_tokens: int = setting(16, "longest answer of the endpoint; more for a model that thinks", check=positive)
+    answer_tokens: int = setting(
+        16, "longest answer of the endpoint; more for a model that thinks", check=positive
+    )
     concurrency: int = setting(8, "questions to the endpoint at a time", check=positive)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether latent distance and a judge agree on which of two samples is better: `train/judge.py`."""
+    """Whether latent distance and a judge agree on which of two samples is better:
+    `train/judge.py`.
+    """
 
     rows: int | None = setting(None, "first held-out prompts to use; null: all", check=positive)
-    policy: str | None = setting(None, "model folder that answers, such as RUN/iteration_2/policy; null: the start")
+    policy: str | None = setting(
+        None, "model folder that answers, such as RUN/iteration_2/policy; null: the start"
+    )
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What scores every policy's held-out answers (docs/judges.md). `reward=NAME` sets `reward.model`."""
+    """What scores every policy's held-out answers (docs/judges.md). `reward=NAME` sets
+    `reward.model`.
+    """
 
     SHORTHAND: ClassVar[str] = "model"
 
     model: str | None = setting(
-        None, "sequence classifier with one logit, folder or name, such as OpenAssistant/"
-              "reward-model-deberta-v3-large-v2; null: no rewards")  # fmt: skip
-    max_tokens: int = setting(512, "of question and answer together, in its tokens; the longer is cut", check=positive)
-    batch_tokens: int = setting(8192, "tokens scored at a time, on one rank, padding counted", check=positive)
+        None,
+        "sequence classifier with one logit, folder or name, such as OpenAssistant/"
+        "reward-model-deberta-v3-large-v2; null: no rewards",
+    )
+    max_tokens: int = setting(
+        512, "of question and answer together, in its tokens; the longer is cut", check=positive
+    )
+    batch_tokens: int = setting(
+        8192, "tokens scored at a time, on one rank, padding counted", check=positive
+    )
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Public benchmarks (docs/benchmarks.md), of every policy that is evaluated. `benchmarks=[...]` sets the tasks."""
+    """Public benchmarks (docs/benchmarks.md), of every policy that is evaluated. `benchmarks=[...]`
+    sets the tasks.
+    """
 
     SHORTHAND: ClassVar[str] = "tasks"
 
     tasks: list[str] = setting([], "such as [piqa, arc_easy]; []: none")
     data: str | None = setting(None, "folder of local files, TASK.jsonl; null: the hub's data sets")
     limit: int | None = setting(None, "first rows of each task; null: all", check=positive)
-    shots: int | None = setting(None, "examples in front of every row; null: the task's own", check=non_negative)
-    chat_template: bool = setting(False, "put prompts into the chat template (the leaderboards do not)")
+    shots: int | None = setting(
+        None, "examples in front of every row; null: the task's own", check=non_negative
+    )
+    chat_template: bool = setting(
+        False, "put prompts into the chat template (the leaderboards do not)"
+    )
 
 
 @dataclass(frozen=True)
@@ -193,64 +277,100 @@ class RunConfig:
         "model folder, Hugging Face name (org/name), the embedded default, or toy (tiny, random)",
     )
     guide: Guide = group(Guide, "guiding model")
-    data: str | list[str] = setting("embedded", "SFT data: file, folder or glob of JSON Lines or parquet, or a list of "
-                                    "them; embedded: ldalign's own task rows")  # fmt: skip
-    turns: Literal["first", "last", "all"] = setting("last", "which assistant turn is the response (first: SPIN's)")
+    data: str | list[str] = setting(
+        "embedded",
+        "SFT data: file, folder or glob of JSON Lines or parquet, or a list of them; embedded: "
+        "ldalign's own task rows",
+    )
+    turns: Literal["first", "last", "all"] = setting(
+        "last", "which assistant turn is the response (first: SPIN's)"
+    )
     bad_rows: Literal["error", "skip"] = setting(
         "error", "a row that cannot be used; skip: leave it out and count it, up to 1 % of the rows"
     )
-    heldout: str | None = setting(None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)")
-    heldout_fraction: float = setting(0.1, "share of `data` held out where `heldout` is null", check=between(0, 0.5))
+    heldout: str | None = setting(
+        None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)"
+    )
+    heldout_fraction: float = setting(
+        0.1, "share of `data` held out where `heldout` is null", check=between(0, 0.5)
+    )
     responses: str | None = setting(
-        None, "responses to use in the first iteration instead of sampling them: JSON Lines (docs/data.md)"
+        None,
+        "responses to use in the first iteration instead of sampling them: JSON Lines "
+        "(docs/data.md)",
     )
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
     )
     distance: Literal["euclidean", "cosine"] = setting(
-        "euclidean", "of two latents: length of their difference (the paper's), or 1 - cos of their angle"
+        "euclidean",
+        "of two latents: length of their difference (the paper's), or 1 - cos of their angle",
     )
     weights: Literal["latent", "uniform", "shuffled", "length", "inverse"] = setting(
         "latent", "of ld_align's pairs: the method's, or a control in its place (docs/methods.md)"
     )
-    weight_clip: float | None = setting(None, "most that a pair weighs (the mean is 1); null: off", check=positive)
-    mix_previous: bool = setting(False, "spin: from iteration 1 on, train on the previous iteration's pairs too, as "
-                                 "SPIN's scripts do")  # fmt: skip
-    iterations: int = setting(3, "rounds of generate, score, align (the paper's 3)", check=at_least(0))
-    max_rows: int | None = setting(None, "rows of the data an iteration uses; null: all", check=positive)
+    weight_clip: float | None = setting(
+        None, "most that a pair weighs (the mean is 1); null: off", check=positive
+    )
+    mix_previous: bool = setting(
+        False,
+        "spin: from iteration 1 on, train on the previous iteration's pairs too, as SPIN's scripts "
+        "do",
+    )
+    iterations: int = setting(
+        3, "rounds of generate, score, align (the paper's 3)", check=at_least(0)
+    )
+    max_rows: int | None = setting(
+        None, "rows of the data an iteration uses; null: all", check=positive
+    )
     max_new_tokens: int = setting(256, "longest sampled response (choice: SPIN's)", check=positive)
-    max_length: int = setting(1024, "longest prompt and response together; the response is cut", check=at_least(2))
+    max_length: int = setting(
+        1024, "longest prompt and response together; the response is cut", check=at_least(2)
+    )
     global_batch: int = setting(64, "pairs an optimizer step, over all ranks", check=positive)
     learning_rate: float | list[float] = setting(
         5e-7, "peak (the paper gives none: SPIN's); a list: one an iteration", check=each(positive)
     )
     beta: float | list[float] = setting(
-        0.1, "strength of the pull to the reference (the paper gives none: SPIN's); a list: one an iteration",
+        0.1,
+        "strength of the pull to the reference (the paper gives none: SPIN's); a list: one an "
+        "iteration",
         check=each(positive),
-    )  # fmt: skip
+    )
     reference: Literal["iteration", "initial"] = setting(
         "iteration", "reference policy: the iteration's start, or the run's"
     )
     seed: int = setting(0, "of everything random", check=non_negative)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is one")
     timeout_minutes: float = setting(
-        30, "longest that ranks wait for one another inside a step (docs/run-folder.md)", check=positive
+        30,
+        "longest that ranks wait for one another inside a step (docs/run-folder.md)",
+        check=positive,
     )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", "of computing (master weights are float32); auto: bfloat16 where the machine has units for it"
+        "auto",
+        "of computing (master weights are float32); auto: bfloat16 where the machine has units for "
+        "it",
     )
     policy_dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", "of the policies written; float32 keeps small steps that bfloat16 rounds away, in twice the space"
+        "bfloat16",
+        "of the policies written; float32 keeps small steps that bfloat16 rounds away, in twice "
+        "the space",
     )
     report: Literal["page", "table"] = setting(
         "page",
-        "at the end: report.html with its figures (where matplotlib is installed) and table.md, or table.md alone",
+        "at the end: report.html with its figures (where matplotlib is installed) and table.md, or "
+        "table.md alone",
     )
     sampling: Sampling = group(Sampling, "sampling of training responses")
     training: Training = group(Training, "training of the policy")
     sft: Sft = group(Sft, "warm-up of the start policy on the data")
-    continual_sft: Sft = group(Sft, "baseline: more SFT from the same start, in the table beside the iterations")
-    checkpoint: Checkpoint = group(Checkpoint, "checkpoints inside the stages that train; a stop writes one too")
+    continual_sft: Sft = group(
+        Sft, "baseline: more SFT from the same start, in the table beside the iterations"
+    )
+    checkpoint: Checkpoint = group(
+        Checkpoint, "checkpoints inside the stages that train; a stop writes one too"
+    )
     evaluation: Evaluation = group(Evaluation, "held-out evaluation")
     judge: Judge = group(Judge, "which of two answers is better")
     agreement: Agreement = group(Agreement, "agreement of latent distance with the judge")
@@ -269,42 +389,59 @@ class RunConfig:
         for name in ("learning_rate", "beta"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.iterations:
-                found.append(f"{name}: {len(value)} values for iterations={self.iterations}; give one an iteration")
+                found.append(
+                    f"{name}: {len(value)} values for iterations={self.iterations}; give one an "
+                    "iteration"
+                )
         if self.method != "ld_align" and self.weights != "latent":
-            found.append(f"weights={self.weights}: method={self.method} weighs all pairs alike; leave weights out")
+            found.append(
+                f"weights={self.weights}: method={self.method} weighs all pairs alike; leave "
+                "weights out"
+            )
         if self.method != "ld_align" and self.weight_clip is not None:
             found.append(f"weight_clip: method={self.method} weighs all pairs alike; leave it out")
         if self.method != "ld_align" and (self.distance != "euclidean" or self.guide.retrain):
-            found.append(f"distance, guide.retrain: method={self.method} has no guide; leave them out")
+            found.append(
+                f"distance, guide.retrain: method={self.method} has no guide; leave them out"
+            )
         if self.method == "sft" and self.reference != "iteration":
             found.append(f"reference={self.reference}: method=sft has none; leave it out")
         if self.method != "spin" and self.mix_previous:
             found.append(f"mix_previous=true: is for method=spin, not {self.method}")
         if self.method in ("dpo", "sft") and self.iterations > 1:
             found.append(
-                f"iterations={self.iterations}: method={self.method} has the same pairs in each; give iterations=1 and "
-                "training.epochs"
+                f"iterations={self.iterations}: method={self.method} has the same pairs in each; "
+                "give iterations=1 and training.epochs"
             )
         if self.method == "self_reward" and self.judge.model not in ("checker", "policy"):
-            found.append(f"judge.model={self.judge.model}: method=self_reward judges by itself; give method=rlaif")
+            found.append(
+                f"judge.model={self.judge.model}: method=self_reward judges by itself; give "
+                "method=rlaif"
+            )
         if self.responses and self.method not in ("ld_align", "spin"):
-            found.append(f"responses={self.responses}: method={self.method} takes none; leave it out")
+            found.append(
+                f"responses={self.responses}: method={self.method} takes none; leave it out"
+            )
         if self.max_new_tokens >= self.max_length:
             found.append(
-                f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; the nearest: "
-                f"max_length={self.max_new_tokens + 1}"
+                f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; "
+                f"the nearest: max_length={self.max_new_tokens + 1}"
             )
         if self.guide.width % self.guide.heads:
             nearest = self.guide.heads * max(1, round(self.guide.width / self.guide.heads))
             found.append(
-                f"guide.width={self.guide.width} must be a multiple of guide.heads={self.guide.heads}; the nearest: "
-                f"guide.width={nearest}"
+                f"guide.width={self.guide.width} must be a multiple of "
+                f"guide.heads={self.guide.heads}; the nearest: guide.width={nearest}"
             )
         if self.judge.endpoint is not None:
             if not self.judge.endpoint.startswith(("http://", "https://")):
-                found.append(f"judge.endpoint={self.judge.endpoint} must be a URL, http:// or https://")
+                found.append(
+                    f"judge.endpoint={self.judge.endpoint} must be a URL, http:// or https://"
+                )
             if self.judge.model in ("checker", "policy"):
-                found.append(f"judge.model={self.judge.model} must be the endpoint's name for a model")
+                found.append(
+                    f"judge.model={self.judge.model} must be the endpoint's name for a model"
+                )
         return found
 
 
@@ -315,7 +452,15 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "ld_align": ("mix_previous", *_OF_JUDGES),
     "spin": (*_OF_LD_ALIGN, *_OF_JUDGES),
     "dpo": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses"),
-    "sft": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses", "beta", "reference"),
+    "sft": (
+        *_OF_LD_ALIGN,
+        *_OF_JUDGES,
+        *SAMPLING_KEYS,
+        "mix_previous",
+        "responses",
+        "beta",
+        "reference",
+    ),
     "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "responses"),
     "rlaif": (*_OF_LD_ALIGN, "agreement", "mix_previous", "responses"),
 }
@@ -323,10 +468,15 @@ UNREAD: dict[str, tuple[str, ...]] = {
 
 def unread(method: str, keys: Iterable[str]) -> list[str]:
     """Those of the dotted keys that `train/align.py` does not read with this method."""
-    return [key for key in keys if any(key == name or key.startswith(f"{name}.") for name in UNREAD[method])]
+    return [
+        key
+        for key in keys
+        if any(key == name or key.startswith(f"{name}.") for name in UNREAD[method])
+    ]
 
 
-COMPARABLE = ("sft", "spin", "ld_align")  # they share samples and reference; the others train on rows of their own
+# they share samples and reference; the others train on rows of their own
+COMPARABLE = ("sft", "spin", "ld_align")
 
 
 @dataclass(frozen=True)
@@ -334,20 +484,28 @@ class Compare:
     """What is compared, and how learning rates are chosen."""
 
     methods: list[str] = setting(
-        ["sft", "spin", "ld_align/shuffled", "ld_align"], "METHOD or METHOD/WEIGHTS, by the keys of those names",
+        ["sft", "spin", "ld_align/shuffled", "ld_align"],
+        "METHOD or METHOD/WEIGHTS, by the keys of those names",
         check=not_empty,
-    )  # fmt: skip
-    seeds: list[int] = setting(
-        [0, 1, 2], "of sampling, guide and row order; the first one's runs choose the learning rates", check=not_empty
     )
-    learning_rates: list[float] = setting([5e-6, 1.5e-5, 4.5e-5], "tried for every method", check=each(positive))
-    validation_rows: int = setting(80, "held-out rows that learning rates are chosen on; the rest is reported",
-                                   check=positive)  # fmt: skip
+    seeds: list[int] = setting(
+        [0, 1, 2],
+        "of sampling, guide and row order; the first one's runs choose the learning rates",
+        check=not_empty,
+    )
+    learning_rates: list[float] = setting(
+        [5e-6, 1.5e-5, 4.5e-5], "tried for every method", check=each(positive)
+    )
+    validation_rows: int = setting(
+        80, "held-out rows that learning rates are chosen on; the rest is reported", check=positive
+    )
 
 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):
-    """Keys of `train/compare.py`: a run's, and what is compared. method, weights, seed, learning_rate are set by it."""
+    """Keys of `train/compare.py`: a run's, and what is compared. method, weights, seed,
+    learning_rate are set by it.
+    """
 
     compare: Compare = group(Compare, "the comparison")
 
@@ -359,8 +517,8 @@ class CompareConfig(RunConfig):
             method, _, kind = name.partition("/")
             if method not in COMPARABLE or (kind and (method != "ld_align" or kind not in weights)):
                 found.append(
-                    f"compare.methods: {name!r} is not METHOD or ld_align/WEIGHTS, with a method of "
-                    f"{', '.join(COMPARABLE)} and weights of {', '.join(weights)}"
+                    f"compare.methods: {name!r} is not METHOD or ld_align/WEIGHTS, with a method "
+                    f"of {', '.join(COMPARABLE)} and weights of {', '.join(weights)}"
                 )
         for key in ("method", "weights", "weight_clip", "mix_previous", "responses"):
             if getattr(self, key) != getattr(RunConfig, key):
@@ -371,7 +529,8 @@ class CompareConfig(RunConfig):
             found.append("training.steps: must be given, so that all methods have the same budget")
         if self.compare.validation_rows >= self.evaluation.rows:
             found.append(
-                f"compare.validation_rows={self.compare.validation_rows}: leaves none of evaluation.rows="
+                f"compare.validation_rows={self.compare.validation_rows}: leaves none of "
+                "evaluation.rows="
                 f"{self.evaluation.rows} to report"
             )
         return found

@@ -1,7 +1,8 @@
 """Where an iteration's pairs come from, one function a method: the stages it runs, in order.
 
-Each takes the run, the iteration, the policies that the iteration and the run start from, and returns the pairs to
-train on: tokens, weights, the reference's log-probs. The rest of the run is the same for all methods.
+Each takes the run, the iteration, the policies that the iteration and the run start from, and
+returns the pairs to train on: tokens, weights, the reference's log-probs. The rest of the run is
+the same for all methods.
 """
 
 import math
@@ -42,24 +43,32 @@ class Pairs:
 
 
 def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
-    """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section 4)."""
+    """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section
+    4).
+    """
     responses = responses_stage(ctx, t, policy)
     guide = guide_stage(ctx, t if ctx.config.guide.retrain else 0, start)
     pairs, cut = _against_own(ctx, responses)
     pairs = distances_stage(ctx, t, guide, pairs, responses)
     made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
-    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from)
+    return Pairs(
+        reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
+    )
 
 
 def spin(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
-    """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last iteration's losers too."""
+    """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last
+    iteration's losers too.
+    """
     pairs, cut = _against_own(ctx, responses_stage(ctx, t, policy))
     made_from: dict[str, str | int | float] = {"responses": file_hash(ctx, RESPONSES.format(t))}
     if ctx.config.mix_previous and t > 0:
         made_from["previous responses"] = file_hash(ctx, RESPONSES.format(t - 1))
         older, _ = _against_own(ctx, read_responses(ctx, t - 1))
         pairs += [replace(pair, id=f"{pair.id} of iteration {t - 1}") for pair in older]
-    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from)
+    return Pairs(
+        reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
+    )
 
 
 def dpo(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
@@ -80,25 +89,38 @@ def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
 
 
 def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
-    """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv 2309.00267)."""
+    """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv
+    2309.00267).
+    """
     return _of_two_samples(ctx, t, policy, start, None)
 
 
 def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str | None) -> Pairs:
-    """Samples two responses a prompt, has them judged, drops ties, takes the reference of the rest."""
+    """Samples two responses a prompt, has them judged, drops ties, takes the
+    reference of the rest.
+    """
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)
-    samples = [(first.ids, second.ids) for first, second in zip(responses[0::2], responses[1::2], strict=True)]
+    samples = [
+        (first.ids, second.ids)
+        for first, second in zip(responses[0::2], responses[1::2], strict=True)
+    ]
     ranked = ranked_pairs(ctx.used[1], samples, preferences, ctx.config.max_length)
     made_from: Parents = {
-        "responses": file_hash(ctx, RESPONSES.format(t)), "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl")
-    }  # fmt: skip
+        "responses": file_hash(ctx, RESPONSES.format(t)),
+        "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl"),
+    }
     pairs = [pair for pair in ranked if pair is not None]
-    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from)
+    return Pairs(
+        reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from
+    )
 
 
-def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None) -> list[float]:
-    """How surely the first of each prompt's two responses is the better one, in [0, 1]: iteration_t/judged.
+def judged_stage(
+    ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None
+) -> list[float]:
+    """How surely the first of each prompt's two responses is the better one, in [0, 1]:
+    iteration_t/judged.
 
     judge: as in `open_judge`.
     """
@@ -106,15 +128,21 @@ def judged_stage(ctx: Context, t: int, policy: Path, responses: Sequence[Respons
 
     def make(folder: Path) -> Metrics:
         texts = response_texts(ctx, responses)
-        preferences = open_judge(ctx, policy, judge).prefer(rows, texts[0::2], texts[1::2], folder / PARTS / "judge")
+        preferences = open_judge(ctx, policy, judge).prefer(
+            rows, texts[0::2], texts[1::2], folder / PARTS / "judge"
+        )
         if distributed.rank() == 0:
             columns = zip(rows, preferences, strict=True)
-            write_jsonl(folder / JUDGED, ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns))
+            write_jsonl(
+                folder / JUDGED,
+                ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns),
+            )
         sure = [abs(2 * p - 1) for p in preferences if not math.isnan(p)]
         return {
-            "judged/ties": sum(s == 0 for s in sure) / len(rows), "judged/none": 1 - len(sure) / len(rows),
+            "judged/ties": sum(s == 0 for s in sure) / len(rows),
+            "judged/none": 1 - len(sure) / len(rows),
             "judged/sureness": sum(sure) / max(1, len(sure)),
-        }  # fmt: skip
+        }
 
     parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
     stage(ctx, name, parents | dict(judge_parents(ctx, policy, judge)), make, resume=True)
@@ -129,17 +157,28 @@ def _reference(ctx: Context, policy: Path, start: Path) -> Path:
 def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], int]:
     """Real responses against sampled ones, and how many of the latter max_length cut."""
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
-    return pairs, sum(len(r.ids) > len(p.generated or ()) for r, p in zip(responses, pairs, strict=True))
+    return pairs, sum(
+        len(r.ids) > len(p.generated or ()) for r, p in zip(responses, pairs, strict=True)
+    )
 
 
 SOURCES: dict[str, Callable[[Context, int, Path, Path], Pairs]] = {
-    "ld_align": ld_align, "spin": spin, "dpo": dpo, "sft": sft, "self_reward": self_reward, "rlaif": rlaif,
-}  # fmt: skip
+    "ld_align": ld_align,
+    "spin": spin,
+    "dpo": dpo,
+    "sft": sft,
+    "self_reward": self_reward,
+    "rlaif": rlaif,
+}
 
 
 def planned(config: RunConfig) -> list[str]:
     """The stages that make an iteration's pairs, by name, but for the guide."""
     return {
-        "ld_align": ["responses", "distances", "reference"], "spin": ["responses", "reference"], "dpo": ["reference"],
-        "sft": [], "self_reward": ["responses", "judged", "reference"], "rlaif": ["responses", "judged", "reference"],
-    }[config.method]  # fmt: skip
+        "ld_align": ["responses", "distances", "reference"],
+        "spin": ["responses", "reference"],
+        "dpo": ["reference"],
+        "sft": [],
+        "self_reward": ["responses", "judged", "reference"],
+        "rlaif": ["responses", "judged", "reference"],
+    }[config.method]

@@ -1,14 +1,17 @@
-"""Chat templates, rendered where they can do no harm: jinja2's immutable sandbox, and limits on size and time.
+"""Chat templates, rendered where they can do no harm: jinja2's immutable sandbox, and limits on
+size and time.
 
-A chat template is a program from the model folder. The sandbox keeps it away from Python's insides and from files, but
-not from `'a' * 10**9` or from loops in loops in loops. Here every step that can make text or take time spends from a
-budget: a loop's turn, a call, a filter, `+ * ** % ~`, a slice, a list or dict literal, and what is written. The budget
-grows with the conversation and is far above what a template needs; beyond it the template is refused. Why not a process
-with limits of the kernel's: it costs a start of Python for every tokenizer and a round trip for every row, and what
-works for a sample of the rows may be a bomb for another. So the compiler is what is changed: `_Metered` puts the
-meter's filters into the syntax tree, and `_Sandbox` lets only known methods and filters be called, each measured before
-and after. Containers are measured as if written out (`[x, x]` nested 40 times is 2^40 items), at every step, so that no
-value exists that takes long to print, compare or hash.
+A chat template is a program from the model folder. The sandbox keeps it away from Python's insides
+and from files, but not from `'a' * 10**9` or from loops in loops in loops. Here every step that can
+make text or take time spends from a budget: a loop's turn, a call, a filter, `+ * ** % ~`, a slice,
+a list or dict literal, and what is written. The budget grows with the conversation and is far above
+what a template needs; beyond it the template is refused. Why not a process with limits of the
+kernel's: it costs a start of Python for every tokenizer and a round trip for every row, and what
+works for a sample of the rows may be a bomb for another. So the compiler is what is changed:
+`_Metered` puts the meter's filters into the syntax tree, and `_Sandbox` lets only known methods and
+filters be called, each measured before and after. Containers are measured as if written out (`[x,
+x]` nested 40 times is 2^40 items), at every step, so that no value exists that takes long to print,
+compare or hash.
 """
 
 import json
@@ -40,18 +43,21 @@ MAX_BITS = 4096  # of an integer
 MAX_WIDTH = 999  # in a format string
 
 TEXT_METHODS = frozenset(
-    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
-    "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip "
-    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines "
-    "startswith strip swapcase title upper zfill".split()
+    "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
+    "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
+    "isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
+    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+    "zfill".split()
 )
 CONTAINER_METHODS = frozenset("copy count get index items keys values".split())
 FILTERS = frozenset(
-    "abs attr batch capitalize center count d default dictsort e escape first float format groupby indent int items "
-    "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort "
-    "string sum title trim truncate unique upper wordcount".split()
+    "abs attr batch capitalize center count d default dictsort e escape first float format groupby "
+    "indent int items join last length list lower map max min reject rejectattr replace reverse "
+    "round safe select selectattr slice sort string sum title trim truncate unique upper "
+    "wordcount".split()
 )
-LOOKS = frozenset("count first last length".split())  # filters that take no longer for a longer value
+# filters that take no longer for a longer value
+LOOKS = frozenset("count first last length".split())
 
 
 class _Budget:
@@ -65,16 +71,21 @@ class _Budget:
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SecurityError(f"writes, copies or loops more than it may ({self.allowed} characters and steps)")
+            raise SecurityError(
+                f"writes, copies or loops more than it may ({self.allowed} characters and steps)"
+            )
         self.calls += 1
-        if self.calls % 1024 == 0:  # seldom, as the clock may cost a call of the system; few renderings get here
+        # seldom, as the clock may cost a call of the system; few renderings get here
+        if self.calls % 1024 == 0:
             now = time.thread_time()
             self.deadline = self.deadline or now + MAX_SECONDS
             if now > self.deadline:
                 raise SecurityError(f"takes more than {MAX_SECONDS:g} s")
 
     def take(self, value: Any, inside: bool = False) -> Any:
-        """`value`, paid for; an iterator pays item by item. inside: it becomes part of something."""
+        """`value`, paid for; an iterator pays item by item. inside: it becomes
+        part of something.
+        """
         if hasattr(value, "__next__"):
             return self.items(value, 1)
         self.spend(self.size(value, inside)[0])
@@ -87,7 +98,9 @@ class _Budget:
             yield value
 
     def size(self, value: Any, inside: bool = False) -> tuple[int, int]:
-        """Characters and items of `value` written out, about, and its depth; raises where that is too much."""
+        """Characters and items of `value` written out, about, and its depth; raises where that is
+        too much.
+        """
         if isinstance(value, str):  # nearly always
             return 1 + len(value), 0
         total, depth = 0, 0
@@ -110,7 +123,9 @@ class _Budget:
             elif isinstance(item, list | tuple | set | frozenset):
                 stack += [(part, level + 1) for part in item]
             if total > self.left:
-                raise SecurityError(f"makes a value larger than it may ({self.allowed} characters and items)")
+                raise SecurityError(
+                    f"makes a value larger than it may ({self.allowed} characters and items)"
+                )
         return total, depth
 
 
@@ -118,7 +133,8 @@ _BUDGET: ContextVar[_Budget] = ContextVar("_BUDGET")
 
 
 class ChatTemplate:
-    """A compiled template. Raises jinja2's SecurityError for a hostile one; any other exception for a broken one.
+    """A compiled template. Raises jinja2's SecurityError for a hostile one; any other exception for
+    a broken one.
 
     today: the day that strftime_now formats, at 0:00: every rendering says the same.
     """
@@ -130,7 +146,9 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
         """The conversation as the template writes it."""
-        given = sum(len(text) for message in messages for text in message.values()) + 100 * len(messages)
+        given = sum(len(text) for message in messages for text in message.values()) + 100 * len(
+            messages
+        )
         token = _BUDGET.set(_Budget(MAX_SPENT + SPENT_PER_CHARACTER * given))
         try:
             return self._template.render(messages=messages, **variables)
@@ -138,14 +156,17 @@ class ChatTemplate:
             _BUDGET.reset(token)
 
 
-# -------------------------------------------------------------------------------------------------------- the sandbox
+# -------------------------------------------------------------------------------------- the sandbox
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, metered, and with a forbidden attribute an error at once, not an empty text."""
+    """The sandbox of transformers, metered, and with a forbidden attribute an error at once, not an
+    empty text.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
-    text_size = 0  # of the template: what one call of a macro or of a recursive loop may write by itself
+    # of the template: what one call of a macro or of a recursive loop may write by itself
+    text_size = 0
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__} is unsafe")
@@ -197,13 +218,19 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise SecurityError(f"calls the text method {name!r}, which no template needs")
             args = _text_call(budget, owner, name, args)
         elif isinstance(owner, list | tuple | Mapping) and name not in CONTAINER_METHODS:
-            raise SecurityError(f"calls the method {name!r} of a {type(owner).__name__}, which no template needs")
+            raise SecurityError(
+                f"calls the method {name!r} of a {type(owner).__name__}, which no template needs"
+            )
         elif isinstance(owner, int | float | bytes):
-            raise SecurityError(f"calls the method {name!r} of a {type(owner).__name__}, which no template needs")
+            raise SecurityError(
+                f"calls the method {name!r} of a {type(owner).__name__}, which no template needs"
+            )
         return budget.take(super().call(__context, __obj, *args, **kwargs))
 
 
-def _paid(budget: _Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _paid(
+    budget: _Budget, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments, measured; numbers among them are widths or counts, and small."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
@@ -212,7 +239,9 @@ def _paid(budget: _Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 def _text_call(budget: _Budget, text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pays for what a method of `text` will make, which may be far more than it is given; returns its arguments."""
+    """Pays for what a method of `text` will make, which may be far more than it is given; returns
+    its arguments.
+    """
     if name == "replace":
         budget.spend(_replace_size(text, args))
     elif name == "join" and args:
@@ -220,7 +249,9 @@ def _text_call(budget: _Budget, text: str, name: str, args: tuple[Any, ...]) -> 
         budget.spend(len(text) * len(parts) + budget.size(parts)[0])
         args = (parts,)
     elif name == "expandtabs":
-        budget.spend(len(text) + text.count("\t") * (args[0] if args and isinstance(args[0], int) else 8))
+        budget.spend(
+            len(text) + text.count("\t") * (args[0] if args and isinstance(args[0], int) else 8)
+        )
     elif name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int):
         budget.spend(args[0])
     else:
@@ -243,23 +274,31 @@ def _percent_size(budget: _Budget, text: str, values: Any) -> int:
 def _braces_size(budget: _Budget, text: str, values: Any) -> int:
     bare = text.replace("{{", "").replace("}}", "")
     if re.search(r"\{[^{}]*(\{|\d{4})", bare):
-        raise SecurityError(f"formats to a width above {MAX_WIDTH}, or one that is not written in the text")
+        raise SecurityError(
+            f"formats to a width above {MAX_WIDTH}, or one that is not written in the text"
+        )
     return len(text) + bare.count("{") * (MAX_WIDTH + budget.size(values)[0])
 
 
-# --------------------------------------------------------------------------------------------------------- the filters
+# -------------------------------------------------------------------------------------- the filters
 
 
 def _sandbox(text_size: int, today: date) -> _Sandbox:
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
         loader=jinja2.FunctionLoader(_no_files),
-    )  # fmt: skip
+    )
     environment.text_size = text_size
     builtin = {name: function for name, function in environment.filters.items() if name in FILTERS}
     environment.filters = {name: _metered(name, function) for name, function in builtin.items()}
-    environment.filters["tojson"] = jinja2.pass_context(lambda context, *args, **options: _tojson(*args, **options))
-    environment.filters |= {name: jinja2.pass_context(function) for name, function in METERS.items()}
+    environment.filters["tojson"] = jinja2.pass_context(
+        lambda context, *args, **options: _tojson(*args, **options)
+    )
+    environment.filters |= {
+        name: jinja2.pass_context(function) for name, function in METERS.items()
+    }
     del environment.globals["lipsum"]  # random
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_of(today)
@@ -290,10 +329,23 @@ def _paid_filter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A filter's arguments, measured, and what it will make of them paid for."""
     value = args[0]
-    if name not in ("abs", "int", "float", "round", "string", "default", "d", "format", "first", "last", "safe"):
+    if name not in (
+        "abs",
+        "int",
+        "float",
+        "round",
+        "string",
+        "default",
+        "d",
+        "format",
+        "first",
+        "last",
+        "safe",
+    ):
         _paid(budget, args[1:], kwargs)
     if name in LOOKS and isinstance(value, str | list | tuple | Mapping):
-        budget.spend(1)  # or `messages|length` in a loop over messages would take the square of their number
+        # or `messages|length` in a loop over messages would take the square of their number
+        budget.spend(1)
     else:
         args = (budget.take(value), *args[1:])
     options = [*args[1:], *kwargs.values()]
@@ -318,7 +370,11 @@ def _paid_filter(
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """Plain JSON: jinja2's own filter escapes HTML."""
     budget = _BUDGET.get()
@@ -326,7 +382,9 @@ def _tojson(
     between = sum(map(len, map(str, separators))) if isinstance(separators, list | tuple) else 0
     width = indent if isinstance(indent, int) else len(str(indent or ""))
     budget.spend(size * (1 + between + max(0, width) * (depth > 0) * (depth + 1)))
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -339,7 +397,8 @@ def _strftime_of(today: date) -> Callable[[str], str]:
             raise SecurityError("formats the date to a width")
         return today.strftime(pattern)
 
-    return strftime_now  # no functools.partial: a template could read the date out of it, and format that
+    # no functools.partial: a template could read the date out of it, and format that
+    return strftime_now
 
 
 def _no_files(name: str) -> NoReturn:
@@ -347,7 +406,9 @@ def _no_files(name: str) -> NoReturn:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it only groups."""
+    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it
+    only groups.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - the interface of jinja2
 
@@ -356,7 +417,7 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-# ----------------------------------------------------------------------------------------- meters in the syntax tree
+# ------------------------------------------------------------------------ meters in the syntax tree
 
 METERS: dict[str, Callable[..., Any]] = {
     "meter": lambda context, value: _BUDGET.get().take(value),
@@ -368,10 +429,13 @@ METERS: dict[str, Callable[..., Any]] = {
 
 
 class _Metered(NodeTransformer):
-    """Puts the filters above wherever text, containers or loops come about without a call, a filter or `+ * ** %`."""
+    """Puts the filters above wherever text, containers or loops come about without a call, a filter
+    or `+ * ** %`.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        # Counted before the body's own texts are changed; inner loops pay for their own turns once more.
+        # Counted before the body's own texts are changed; inner loops pay for their own turns once
+        # more.
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
         node.iter = _filter(cast(nodes.Expr, node.iter), "meter_loop", nodes.Const(1 + written))
@@ -379,12 +443,16 @@ class _Metered(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
-        node.nodes = [n if isinstance(n, nodes.TemplateData) else _filter(n, "meter_text") for n in node.nodes]
+        node.nodes = [
+            n if isinstance(n, nodes.TemplateData) else _filter(n, "meter_text") for n in node.nodes
+        ]
         return node
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
         self.generic_visit(node)
-        if isinstance(node.target, nodes.NSRef) or any(True for _ in node.target.find_all(nodes.NSRef)):
+        if isinstance(node.target, nodes.NSRef) or any(
+            True for _ in node.target.find_all(nodes.NSRef)
+        ):
             node.node = _filter(cast(nodes.Expr, node.node), "meter_member")
         return node
 

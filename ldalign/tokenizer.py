@@ -1,11 +1,15 @@
-"""Tokenizer, chat template, and the one function that turns a conversation into prompt and response ids.
+"""Tokenizer, chat template, and the one function that turns a conversation into prompt and response
+ids.
 
-``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template (`templates`), with the settings of
-transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two things are stricter:
+``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template (`templates`), with the
+settings of transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two
+things are stricter:
 
-- Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters encoded as text; only
+- Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters
+  encoded as text; only
   the template itself writes control tokens.
-- The ids begin with exactly one BOS whenever the model uses one, also if the template leaves it out (Zephyr's does).
+- The ids begin with exactly one BOS whenever the model uses one, also if the template leaves it out
+  (Zephyr's does).
 """
 
 from __future__ import annotations
@@ -29,7 +33,15 @@ from ldalign.templates import ChatTemplate
 if TYPE_CHECKING:
     from ldalign.data import Message, Row
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 COPIED_FILES = (
     "tokenizer.json",
     "special_tokens_map.json",
@@ -39,9 +51,11 @@ COPIED_FILES = (
     "merges.txt",
 )
 
-TEMPLATE_DATE = "template's date"  # in a stage's manifest, where the chat template asks for the date
+# in a stage's manifest, where the chat template asks for the date
+TEMPLATE_DATE = "template's date"
 
-# Stand-ins put into rendered text: a nonce of this process, which no input can know, between private-use characters.
+# Stand-ins put into rendered text: a nonce of this process, which no input can know, between
+# private-use characters.
 _NONCE = secrets.token_hex(8)
 _CONTROL = f"\ue000{_NONCE}:%d\ue001"  # control token number %d, written by the template
 _QUOTED = f"\ue002{_NONCE}:%d\ue003"  # the same characters inside a message: plain text
@@ -49,11 +63,15 @@ _QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
 
 
 class UnsafeTemplate(InputError):
-    """The chat template does what no chat template needs to: reaches out, or takes too much room or time."""
+    """The chat template does what no chat template needs to: reaches out, or takes too much room or
+    time.
+    """
 
 
 class PairIds(NamedTuple):
-    """Token ids of one row: ``prompt`` ends where generation starts; ``response`` ends with its one end token."""
+    """Token ids of one row: ``prompt`` ends where generation starts; ``response`` ends with its one
+    end token.
+    """
 
     prompt: list[int]
     response: list[int]
@@ -62,24 +80,32 @@ class PairIds(NamedTuple):
 class Tokenizer:
     """The tokenizer and chat template of one model folder; made by :func:`load_tokenizer`.
 
-    folder: Path. bos_id: the BOS that every prompt starts with, None if the model uses none. end_ids: every declared
-    end token (generation_config.json, config.json, tokenizer_config.json, in this order). template: the chat template,
-    "" if there is none. template_hash: its sha256, hex. today: the date for a template that asks for it. vocab_size:
-    highest token id + 1.
+    folder: Path. bos_id: the BOS that every prompt starts with, None if the model uses none.
+    end_ids: every declared end token (generation_config.json, config.json, tokenizer_config.json,
+    in this order). template: the chat template, "" if there is none. template_hash: its sha256,
+    hex. today: the date for a template that asks for it. vocab_size: highest token id + 1.
     """
 
-    def __init__(self, folder: Path, template: str | None = None, today: date | None = None) -> None:
+    def __init__(
+        self, folder: Path, template: str | None = None, today: date | None = None
+    ) -> None:
         self.folder = Path(folder)
         settings = _settings(self.folder)
         self.template = _template(self.folder, settings) if template is None else template
         self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
         self.today = today or date.today()
         self._compiled = _compile(self.template, self.folder, self.today)
-        self._names = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name))) is not None}
+        self._names = {
+            name: text
+            for name in NAMED_TOKENS
+            if (text := _token_text(settings.get(name))) is not None
+        }
 
         description = _tokenizer_json(self.folder, settings)
         self._plain = _backend(description, self.folder)  # decodes
-        self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = 1 + max(
+            self._plain.get_vocab(with_added_tokens=True).values(), default=-1
+        )
         self.bos_id = self._named_id("bos_token")
         self.end_ids = self._declared_ends()
         self._starts_with_bos = self._adds_bos(settings)
@@ -87,7 +113,8 @@ class Tokenizer:
 
         self._control = self._control_tokens(description["added_tokens"])
         self._number = {token: i for i, token in enumerate(self._control)}
-        self._control_pattern = re.compile("|".join(map(re.escape, self._control)) or "(?!)")  # (?!) never matches
+        # (?!) never matches
+        self._control_pattern = re.compile("|".join(map(re.escape, self._control)) or "(?!)")
         self._literal, self._real_id = self._make_literal(description)  # encodes
         self._forbidden = set(self._real_id.values()) - {self._unknown_id()}
         self._generation_prompt_checked = False
@@ -97,21 +124,25 @@ class Tokenizer:
         """What a rendering depends on beside the messages, for a stage's manifest."""
         return {"template": self.template_hash, **_date_parent(self.template, self.today)}
 
-    # ------------------------------------------------------------------------------------------ text and ids
+    # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no BOS or EOS is added, and special tokens' text stays text."""
         ids = self._ids(self._literal, text, add_special_tokens=False)
-        if not self._forbidden.isdisjoint(ids):  # possible for Unigram vocabularies, which hold "</s>" as a piece
+        # possible for Unigram vocabularies, which hold "</s>" as a piece
+        if not self._forbidden.isdisjoint(ids):
             token = self._plain.id_to_token(next(i for i in ids if i in self._forbidden))
-            raise InputError(f"{self.folder}: the tokenizer turns ordinary text into the control token {token!r}")
+            raise InputError(
+                f"{self.folder}: the tokenizer turns ordinary text into the control token {token!r}"
+            )
         return [self._real_id.get(i, i) for i in ids]
 
     def encode_rendered(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Ids of a text in which special tokens are written by name, as a rendered template or a benchmark's prompt.
+        """Ids of a text in which special tokens are written by name, as a rendered template or a
+        benchmark's prompt.
 
-        Only for text that may do so: what a person wrote goes through `encode`. add_bos: put the BOS in front; None:
-        where the model uses one and the text does not begin with it.
+        Only for text that may do so: what a person wrote goes through `encode`. add_bos: put the
+        BOS in front; None: where the model uses one and the text does not begin with it.
         """
         ids = self._ids(self._plain, text, add_special_tokens=False)
         if add_bos is None:
@@ -121,19 +152,25 @@ class Tokenizer:
     def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except BaseException as error:  # of a broken model, e.g. one without the unknown token that it names
+        # of a broken model, e.g. one without the unknown token that it names
+        except BaseException as error:
             raise _library_error(self.folder, error) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
         return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    # ------------------------------------------------------------------------------------------ conversations
+    # -------------------------------------------------------------------------------- conversations
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it; InputError when the template refuses or fails."""
+        """The conversation as the chat template writes it; InputError when the template refuses or
+        fails.
+        """
         if self._compiled is None:
-            raise InputError(f"{self.folder}: has no chat template (chat_template.jinja or tokenizer_config.json)")
+            raise InputError(
+                f"{self.folder}: has no chat template (chat_template.jinja or "
+                "tokenizer_config.json)"
+            )
         try:
             return self._compiled.render(
                 [dict(message) for message in messages],
@@ -145,21 +182,28 @@ class Tokenizer:
         except SecurityError as error:
             raise UnsafeTemplate(f"{self.folder}: chat template: SecurityError: {error}") from error
         except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(f"{self.folder}: chat template: {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"{self.folder}: chat template: {type(error).__name__}: {error}"
+            ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of ``messages`` up to where the assistant's answer begins; one BOS if the model uses one."""
+        """Ids of ``messages`` up to where the assistant's answer begins; one BOS if the model uses
+        one.
+        """
         self._check_generation_prompt()
         return self._chat_ids(messages, add_generation_prompt=True)
 
     def pair_ids(self, row: Row) -> PairIds:
         """Prompt and response ids of ``row`` (design section 2).
 
-        The response is what the whole conversation adds to the prompt, cut right after its first end token.
-        Raises InputError if the prompt's ids are not a prefix of the whole, or the template writes no end token.
+        The response is what the whole conversation adds to the prompt, cut right after its first
+        end token. Raises InputError if the prompt's ids are not a prefix of the whole, or the
+        template writes no end token.
         """
         prompt = self.prompt_ids(row.history)
-        whole = self._chat_ids([*row.history, {"role": "assistant", "content": row.response}], False)
+        whole = self._chat_ids(
+            [*row.history, {"role": "assistant", "content": row.response}], False
+        )
         start = f"{row.where}: " if row.where else ""
         if whole[: len(prompt)] != prompt:
             raise InputError(start + self._difference(prompt, whole))
@@ -169,12 +213,14 @@ class Tokenizer:
                 return PairIds(prompt, response[: position + 1])
         raise InputError(
             f"{start}the chat template of {self.folder} ends an answer without an end token "
-            f"({', '.join(map(self._show, self.end_ids))}); add the id it does write to eos_token_id in "
-            "generation_config.json"
+            f"({', '.join(map(self._show, self.end_ids))}); add the id it does write to "
+            "eos_token_id in generation_config.json"
         )
 
     def _chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Ids of the rendered conversation, in one encoding: what the template writes as control, the rest as text."""
+        """Ids of the rendered conversation, in one encoding: what the template writes as control,
+        the rest as text.
+        """
         text = self.render([self._quote(message) for message in messages], add_generation_prompt)
         text = self._control_pattern.sub(lambda match: _CONTROL % self._number[match[0]], text)
         text = _QUOTED_PATTERN.sub(lambda match: self._control[int(match[1])], text)
@@ -182,7 +228,9 @@ class Tokenizer:
         if self._starts_with_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
-            raise InputError(f"{self.folder}: chat template: begins with two {self._show(self.bos_id)}")
+            raise InputError(
+                f"{self.folder}: chat template: begins with two {self._show(self.bos_id)}"
+            )
         return ids
 
     def _quote(self, message: Message) -> dict[str, str]:
@@ -190,7 +238,9 @@ class Tokenizer:
         for key, value in message.items():
             if not isinstance(value, str):
                 raise InputError(f"message {key!r} is {type(value).__name__}; expected text")
-            quoted[key] = self._control_pattern.sub(lambda match: _QUOTED % self._number[match[0]], value)
+            quoted[key] = self._control_pattern.sub(
+                lambda match: _QUOTED % self._number[match[0]], value
+            )
         return quoted
 
     def _difference(self, prompt: list[int], whole: list[int]) -> str:
@@ -200,20 +250,25 @@ class Tokenizer:
         in_prompt = self._show(prompt[at]) if at < len(prompt) else "nothing"
         in_whole = self._show(whole[at]) if at < len(whole) else "nothing"
         return (
-            f"the prompt's tokens are not how prompt + answer begins: token {at} is {in_prompt} in the prompt, "
-            f"{in_whole} in the whole; does the answer start with white space, or does the chat template rewrite "
-            "earlier turns?"
+            f"the prompt's tokens are not how prompt + answer begins: token {at} is {in_prompt} in "
+            f"the prompt, {in_whole} in the whole; does the answer start with white space, or does "
+            "the chat template rewrite earlier turns?"
         )
 
     def _show(self, token: int) -> str:
         return f"{token} {self._plain.id_to_token(token)!r}"
 
     def _check_generation_prompt(self) -> None:
-        """Once: the template must write the assistant's header as part of the prompt, or the policy has to say it."""
+        """Once: the template must write the assistant's header as part of the prompt, or the policy
+        has to say it.
+        """
         if self._generation_prompt_checked:
             return
         self._generation_prompt_checked = True
-        question, answer = {"role": "user", "content": "Probe?"}, {"role": "assistant", "content": "Ldalignprobe"}
+        question, answer = (
+            {"role": "user", "content": "Probe?"},
+            {"role": "assistant", "content": "Ldalignprobe"},
+        )
         try:
             prompt, whole = self.render([question], True), self.render([question, answer])
         except UnsafeTemplate:
@@ -225,11 +280,12 @@ class Tokenizer:
         lead = whole[len(prompt) :].split(answer["content"])[0]
         if "assistant" in lead.lower() or self._control_pattern.search(lead):
             raise InputError(
-                f"{self.folder}: chat template: has no generation prompt: with add_generation_prompt the prompt must "
-                f"end where the answer begins, but {lead!r} comes between"
+                f"{self.folder}: chat template: has no generation prompt: with "
+                f"add_generation_prompt the prompt must end where the answer begins, but {lead!r} "
+                "comes between"
             )
 
-    # ------------------------------------------------------------------------------------------ set-up
+    # --------------------------------------------------------------------------------------- set-up
 
     def _named_id(self, name: str) -> int | None:
         text = self._names.get(name)
@@ -237,7 +293,9 @@ class Tokenizer:
             return None
         token = self._plain.token_to_id(text)
         if token is None:
-            raise InputError(f"{self.folder}/tokenizer_config.json: {name} {text!r} is not in the vocabulary")
+            raise InputError(
+                f"{self.folder}/tokenizer_config.json: {name} {text!r} is not in the vocabulary"
+            )
         return token
 
     def _declared_ends(self) -> tuple[int, ...]:
@@ -247,20 +305,29 @@ class Tokenizer:
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
-                if type(token) is not int or not 0 <= token < self.vocab_size or self._plain.id_to_token(token) is None:
-                    raise InputError(f"{self.folder}/{name}: eos_token_id {token!r} is not a token of tokenizer.json")
+                if (
+                    type(token) is not int
+                    or not 0 <= token < self.vocab_size
+                    or self._plain.id_to_token(token) is None
+                ):
+                    raise InputError(
+                        f"{self.folder}/{name}: eos_token_id {token!r} is not a token of "
+                        "tokenizer.json"
+                    )
                 ends.append(token)
         eos = self._named_id("eos_token")
         ends += [] if eos is None else [eos]
         if not ends:
             raise InputError(
-                f"{self.folder}: no end token is declared; set eos_token_id in generation_config.json or eos_token in "
-                "tokenizer_config.json"
+                f"{self.folder}: no end token is declared; set eos_token_id in "
+                "generation_config.json or eos_token in tokenizer_config.json"
             )
         return tuple(dict.fromkeys(ends))
 
     def _adds_bos(self, settings: dict[str, Any]) -> bool:
-        """Whether the model wants a BOS before every text: ``add_bos_token``, else what tokenizer.json does."""
+        """Whether the model wants a BOS before every text: ``add_bos_token``, else what
+        tokenizer.json does.
+        """
         if self.bos_id is None:
             return False
         if isinstance(settings.get("add_bos_token"), bool):
@@ -271,22 +338,27 @@ class Tokenizer:
         rows = read_json(self.folder / "config.json", missing={}).get("vocab_size")
         if isinstance(rows, int) and rows < self.vocab_size:
             raise InputError(
-                f"{self.folder}/tokenizer.json: token ids go up to {self.vocab_size - 1}, but config.json has "
-                f"vocab_size {rows}: the embedding has no row for them"
+                f"{self.folder}/tokenizer.json: token ids go up to {self.vocab_size - 1}, but "
+                f"config.json has vocab_size {rows}: the embedding has no row for them"
             )
 
     def _control_tokens(self, added_tokens: list[dict[str, Any]]) -> list[str]:
-        """Added tokens that only the template may write: special ones, end tokens, role headers. Longest first."""
+        """Added tokens that only the template may write: special ones, end tokens, role headers.
+        Longest first.
+        """
         prompt = self._probe_prompt()
         control = []
         for token in added_tokens:
-            is_header = token["content"].strip() and token["content"] in prompt  # Gemma's "\n" is just text
+            # Gemma's "\n" is just text
+            is_header = token["content"].strip() and token["content"] in prompt
             if token["special"] or token["id"] in self.end_ids or is_header:
                 control.append(token["content"])
         return sorted(control, key=len, reverse=True)  # the longest match first, as tokenizers does
 
     def _probe_prompt(self) -> str:
-        """A prompt without any content: it shows the tokens, special or not, that the template uses for roles."""
+        """A prompt without any content: it shows the tokens, special or not, that the template uses
+        for roles.
+        """
         if self._compiled is None:
             return ""
         probe = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
@@ -296,23 +368,34 @@ class Tokenizer:
             except UnsafeTemplate:
                 raise
             except InputError:
-                continue  # some templates take no system turn; if both fail, rendering a row will say why
+                # some templates take no system turn; if both fail, rendering a row will say why
+                continue
         return ""
 
-    def _make_literal(self, description: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A tokenizer that reads control tokens as text and their stand-ins as control; the stand-ins' real ids.
+    def _make_literal(
+        self, description: dict[str, Any]
+    ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer that reads control tokens as text and their stand-ins as control; the
+        stand-ins' real ids.
 
-        One encoding of the whole text keeps everything that depends on neighbours as it was: which segments get a
-        SentencePiece space, and what a token with ``lstrip`` swallows.
+        One encoding of the whole text keeps everything that depends on neighbours as it was: which
+        segments get a SentencePiece space, and what a token with ``lstrip`` swallows.
         """
-        flags = {token["content"]: token for token in description["added_tokens"] if token["content"] in self._control}
+        flags = {
+            token["content"]: token
+            for token in description["added_tokens"]
+            if token["content"] in self._control
+        }
         tokens = [
-            {**token, "special": token["special"] or token["content"] in flags} for token in description["added_tokens"]
+            {**token, "special": token["special"] or token["content"] in flags}
+            for token in description["added_tokens"]
         ]
         literal = _backend({**description, "added_tokens": tokens}, self.folder)
         real_id: dict[int, int] = {}
         for number, text in enumerate(self._control):
-            options = {key: flags[text][key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
+            options = {
+                key: flags[text][key] for key in ("single_word", "lstrip", "rstrip", "normalized")
+            }
             stand_in = _CONTROL % number
             literal.add_tokens([tokenizers.AddedToken(stand_in, special=False, **options)])
             stand_in_id = literal.token_to_id(stand_in)
@@ -327,18 +410,23 @@ class Tokenizer:
         return self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
 
 
-def load_tokenizer(folder: str | Path, template: str | None = None, today: date | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: str | Path, template: str | None = None, today: date | None = None
+) -> Tokenizer:
     """The tokenizer of a model folder.
 
-    ``template``: the text of a chat template to use instead of the folder's (chat_template.jinja, else the
-    chat_template of tokenizer_config.json). ``today``: the date for templates that ask for one, of the run
-    (`RunFolder.began`); None: the clock's. Raises InputError for missing, broken or contradicting files.
+    ``template``: the text of a chat template to use instead of the folder's (chat_template.jinja,
+    else the chat_template of tokenizer_config.json). ``today``: the date for templates that ask for
+    one, of the run (`RunFolder.began`); None: the clock's. Raises InputError for missing, broken or
+    contradicting files.
     """
     return Tokenizer(Path(folder), template, today)
 
 
 def template_date(folder: Path, today: date) -> dict[str, str]:
-    """For a stage's manifest: ``today`` where the chat template of the model folder asks for the date, else {}."""
+    """For a stage's manifest: ``today`` where the chat template of the model folder asks for the
+    date, else {}.
+    """
     return _date_parent(_template(folder, _settings(folder)), today)
 
 
@@ -347,11 +435,14 @@ def _date_parent(template: str, today: date) -> dict[str, str]:
     return {TEMPLATE_DATE: today.isoformat()} if "strftime_now" in template else {}
 
 
-def save_tokenizer_files(source: str | Path, folder: str | Path, template: str | None = None) -> None:
+def save_tokenizer_files(
+    source: str | Path, folder: str | Path, template: str | None = None
+) -> None:
     """Copy what turns text into ids and back from model folder ``source`` into ``folder``.
 
-    The chat template (``template`` if given) is written as chat_template.jinja *and* into tokenizer_config.json:
-    servers old and new find it. generation_config.json names every declared end id, so that all of them stop.
+    The chat template (``template`` if given) is written as chat_template.jinja *and* into
+    tokenizer_config.json: servers old and new find it. generation_config.json names every declared
+    end id, so that all of them stop.
     """
     source, folder = Path(source), Path(folder)
     tokenizer = load_tokenizer(source, template)
@@ -371,7 +462,7 @@ def save_tokenizer_files(source: str | Path, folder: str | Path, template: str |
     _write_json(folder / "generation_config.json", generation)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -388,30 +479,47 @@ def _template(folder: Path, settings: dict[str, Any]) -> str:
     if path.is_file():
         return read_text(path)
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several templates by name: [{"name": "default", "template": ...}, ...]
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    # several templates by name: [{"name": "default", "template": ...}, ...]
+    if isinstance(template, list):
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise InputError(f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected text")
+        raise InputError(
+            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected "
+            "text"
+        )
     return template or ""
 
 
 def _tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json with truncation and padding off and every token declared elsewhere among its added tokens."""
+    """tokenizer.json with truncation and padding off and every token declared elsewhere among its
+    added tokens.
+    """
     path = folder / "tokenizer.json"
     description = read_json(path, most=MAX_TOKENIZER_BYTES)
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
-        raise InputError(f"{path}: is not a tokenizer of the tokenizers library; save the model with transformers")
+        raise InputError(
+            f"{path}: is not a tokenizer of the tokenizers library; save the model with "
+            "transformers"
+        )
     description["truncation"] = description["padding"] = None
     try:
         description["added_tokens"] = _all_added_tokens(description, settings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: an added token (here or in tokenizer_config.json) is malformed: {error}") from error
+        raise InputError(
+            f"{path}: an added token (here or in tokenizer_config.json) is malformed: {error}"
+        ) from error
     return description
 
 
-def _all_added_tokens(description: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _all_added_tokens(
+    description: dict[str, Any], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
     added = {
         token["content"]: _added_token(token["content"], token["id"], token)
         for token in description.get("added_tokens") or []
@@ -434,7 +542,11 @@ def _all_added_tokens(description: dict[str, Any], settings: dict[str, Any]) -> 
 
 def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str, Any]:
     keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {"id": token_id, "content": content, **{key: bool(flags.get(key, False)) for key in keys}}
+    return {
+        "id": token_id,
+        "content": content,
+        **{key: bool(flags.get(key, False)) for key in keys},
+    }
 
 
 def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
@@ -444,12 +556,17 @@ def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
         raise _library_error(folder, error) from error
     for token in description["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
-            raise InputError(f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id {token['id']}")
+            raise InputError(
+                f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id "
+                f"{token['id']}"
+            )
     return backend
 
 
 def _library_error(folder: Path, error: BaseException) -> BaseException:
-    """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions where Rust panics."""
+    """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions
+    where Rust panics.
+    """
     if not is_failure(error):
         return error
     return InputError(f"{folder}/tokenizer.json: {error}; download the model again")

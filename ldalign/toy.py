@@ -1,8 +1,10 @@
-"""A tiny random model folder, made on the spot: `policy=toy`, for runs and tests that need no download.
+"""A tiny random model folder, made on the spot: `policy=toy`, for runs and tests that need no
+download.
 
-A whole model folder in the Hugging Face layout, 0.2 million weights: Mistral with grouped-query attention and a window
-shorter than the texts, a byte-level BPE tokenizer trained on the embedded task rows, ChatML's template. It knows
-nothing; it is there so that every path of the program can be walked in seconds.
+A whole model folder in the Hugging Face layout, 0.2 million weights: Mistral with grouped-query
+attention and a window shorter than the texts, a byte-level BPE tokenizer trained on the embedded
+task rows, ChatML's template. It knows nothing; it is there so that every path of the program can be
+walked in seconds.
 """
 
 import json
@@ -23,7 +25,8 @@ RECIPE = 1  # raise it when the folder changes: it is part of the folder's name 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 512
@@ -51,7 +54,9 @@ CONFIG = {
 
 
 def toy_model(cache: Path) -> Path:
-    """The toy's model folder below `cache`, made if it is not there yet. Raises EnvironmentProblem if it cannot be."""
+    """The toy's model folder below `cache`, made if it is not there yet. Raises EnvironmentProblem
+    if it cannot be.
+    """
     folder = cache / f"{TOY_MODEL}-{RECIPE}"
     if folder.is_dir():  # it gets this name when it is whole
         return folder
@@ -65,20 +70,32 @@ def toy_model(cache: Path) -> Path:
                 if not folder.is_dir():  # else another process was faster with the same result
                     raise
     except OSError as error:
-        raise EnvironmentProblem(f"{folder}: cannot be written ({error.strerror}); set cache=FOLDER") from error
+        raise EnvironmentProblem(
+            f"{folder}: cannot be written ({error.strerror}); set cache=FOLDER"
+        ) from error
     return folder
 
 
 def write_toy_model(folder: Path, seed: int = 0, **config: object) -> Path:
-    """Writes the toy into `folder`, weights in bf16; `config` overrides keys of its config.json. Returns the folder."""
+    """Writes the toy into `folder`, weights in bf16; `config` overrides keys of its config.json.
+    Returns the folder.
+    """
     folder.mkdir(parents=True)
     raw = CONFIG | config
     _train_tokenizer().save(str(folder / "tokenizer.json"))
     names = {"eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
     # the class that takes tokenizer.json as it is
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **names,
+    }
     ids = {key: raw[key] for key in ("eos_token_id", "pad_token_id")}
-    for name, value in (("config", raw), ("tokenizer_config", settings), ("generation_config", ids)):
+    for name, value in (
+        ("config", raw),
+        ("tokenizer_config", settings),
+        ("generation_config", ids),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     save_model(random_mistral(MistralConfig.from_json(raw, "toy"), seed), folder, source=folder)
@@ -91,7 +108,9 @@ def random_mistral(config: MistralConfig, seed: int) -> Mistral:
         model = Mistral(config)
     generator = torch.Generator().manual_seed(seed)
     state = {
-        name: torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, generator=generator) * 0.02
+        name: torch.ones(p.shape)
+        if p.ndim == 1
+        else torch.randn(p.shape, generator=generator) * 0.02
         for name, p in model.named_parameters()
     }
     model.load_state_dict(state, assign=True)
@@ -108,6 +127,10 @@ def _train_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [message["content"] for row in tasks.make_rows(0, "train", 300) for message in row["messages"]]
+    texts = [
+        message["content"]
+        for row in tasks.make_rows(0, "train", 300)
+        for message in row["messages"]
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -1,8 +1,8 @@
 """The training loop, the only one: pairs in, policy weights out.
 
-SFT, SPIN and LD-Align differ in their pairs alone (a missing loser, weights of 1, weights from latent distances). One
-model is held: the reference's log-probs are on the pairs. The loss is a sum divided once, by a count fixed for the
-global batch: pairs, or response tokens for SFT.
+SFT, SPIN and LD-Align differ in their pairs alone (a missing loser, weights of 1, weights from
+latent distances). One model is held: the reference's log-probs are on the pairs. The loss is a sum
+divided once, by a count fixed for the global batch: pairs, or response tokens for SFT.
 """
 
 import json
@@ -28,20 +28,29 @@ from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
 from ldalign.weights import LanguageModel
 
 LN2 = math.log(2.0)
-# How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's log-probs were summed in
-# batches of another shape, and a bf16 product depends on it. A wrong reference misses by far more.
-STEP0_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's
+# log-probs were summed in batches of another shape, and a bf16 product depends on it. A wrong
+# reference misses by far more.
+STEP0_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-6,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-2,
+}
 REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
 LOWER = (  # what helps where memory does not suffice
-    "lower training.micro_tokens or max_length, set training.checkpointing=full, training.whole=nothing or "
-    "training.state_dtype=bfloat16, or use more ranks"
+    "lower training.micro_tokens or max_length, set training.checkpointing=full, "
+    "training.whole=nothing or training.state_dtype=bfloat16, or use more ranks"
 )
-PROBED_TOKENS = 64  # entropy and token accuracy need logits: they are measured on this many tokens a micro-batch
+# entropy and token accuracy need logits: they are measured on this many tokens a micro-batch
+PROBED_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training stage needs to know. Lengths of schedules follow from epochs and the number of pairs."""
+    """What a training stage needs to know. Lengths of schedules follow from epochs and the number
+    of pairs.
+    """
 
     epochs: int
     global_batch: int  # pairs (rows, for SFT) an optimizer step, over all ranks and micro-batches
@@ -56,7 +65,8 @@ class TrainSettings:
     checkpointing: Literal["none", "selective", "full"] = "none"
     state_dtype: torch.dtype = torch.float32  # of the optimizer's averages
     sharding: Sharding = Sharding()
-    steps: int | None = None  # optimizer steps, in place of epochs: pairs are passed over as often as that takes
+    # optimizer steps, in place of epochs: pairs are passed over as often as that takes
+    steps: int | None = None
     max_steps: int | None = None  # stop early; the schedule still spans the whole
 
 
@@ -73,14 +83,17 @@ def train(
     step0_is_reference: bool = True,
     checkpoints: Plan | None = None,
 ) -> dict[str, float]:
-    """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last epoch, averaged.
+    """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last
+    epoch, averaged.
 
     All pairs have a loser, or none has (SFT). The model is sharded over all ranks on return
-    (`distributed.full_state` gathers it). With `checkpoints` it goes on from the newest one that is there.
+    (`distributed.full_state` gathers it). With `checkpoints` it goes on from the newest one that is
+    there.
 
-    Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are touched, and where step 0
-    does not start at ln 2 although policy and reference are the same; EnvironmentProblem where memory does not suffice;
-    Stopped where a signal asked to stop, between two steps.
+    Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are
+    touched, and where step 0 does not start at ln 2 although policy and reference are the same;
+    EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop, between
+    two steps.
     """
     if not pairs:
         raise ValueError("train: no pairs")
@@ -90,9 +103,13 @@ def train(
     distributed.shard(model, model.blocks, compute_dtype, device, settings.sharding)
     model.train()  # no dropout in either architecture: this only marks the state
     optimizer = make_optimizer(
-        model, settings.optimizer, settings.learning_rate, settings.weight_decay, state_dtype=settings.state_dtype,
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        state_dtype=settings.state_dtype,
         seed=seed,
-    )  # fmt: skip
+    )
     in_epoch = count_steps(len(pairs), settings.global_batch, 1)
     steps = settings.steps or settings.epochs * in_epoch
     epochs = -(-steps // in_epoch)
@@ -103,7 +120,9 @@ def train(
     state: State = keeper.resume() or {"step": 0, "tokens": 0, "counted": 0, "sums": {}}
     forget_refused_step(metrics_path)
     with interrupt.held():
-        for step, (epoch, indices) in enumerate(global_batches(len(pairs), settings.global_batch, epochs, seed)):
+        for step, (epoch, indices) in enumerate(
+            global_batches(len(pairs), settings.global_batch, epochs, seed)
+        ):
             if step == stop:
                 break
             if step < state["step"]:
@@ -116,7 +135,9 @@ def train(
                 norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
             if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
                 keeper.write(step, state)
-                refuse_step([pair.id for pair in batch], stage, step, loss, float(norm), metrics_path)
+                refuse_step(
+                    [pair.id for pair in batch], stage, step, loss, float(norm), metrics_path
+                )
             means = mean.reduce(device)
             if step == 0 and preference and step0_is_reference:
                 _check_step0(means["loss/unweighted"], compute_dtype, stage)
@@ -130,11 +151,17 @@ def train(
             tokens = sum(pair.tokens for pair in batch)
             state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
             record = {
-                "global_step": step + 1, "epoch": epoch + (step % in_epoch + 1) / in_epoch,
-                "learning_rate": settings.learning_rate * factor, "loss": loss, "grad_norm": float(norm), **means,
-                "num_tokens": state["tokens"], "tokens_per_second": tokens / seconds, "time/step": seconds,
+                "global_step": step + 1,
+                "epoch": epoch + (step % in_epoch + 1) / in_epoch,
+                "learning_rate": settings.learning_rate * factor,
+                "loss": loss,
+                "grad_norm": float(norm),
+                **means,
+                "num_tokens": state["tokens"],
+                "tokens_per_second": tokens / seconds,
+                "time/step": seconds,
                 "memory/peak_gib": peak_memory_gib(device),
-            }  # fmt: skip
+            }
             metrics_log.write(record, _line(record, stop))
             if epoch == epochs - 1 or settings.max_steps:
                 state["counted"] += 1
@@ -149,8 +176,8 @@ def train(
 def _too_large(batch: Sequence[Pair], settings: TrainSettings, step: int) -> str:
     longest = max(batch, key=lambda pair: pair.tokens)
     return (
-        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest row of the step, "
-        f"{longest.id}, has {longest.tokens})"
+        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest "
+        f"row of the step, {longest.id}, has {longest.tokens})"
     )
 
 
@@ -162,7 +189,9 @@ def accumulate_gradients(
     device: torch.device,
     preference: bool,
 ) -> float:
-    """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss, over all ranks."""
+    """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss,
+    over all ranks.
+    """
     divisor = len(pairs) if preference else sum(len(pair.real) for pair in pairs)
     sizes = [pair.tokens for pair in pairs]
     plan = deal(sizes, distributed.world_size(), settings.micro_tokens, pair_costs(model, pairs))
@@ -182,10 +211,10 @@ def accumulate_gradients(
 def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
     """scale times the summed loss of a micro-batch (), its metrics added to `mean`.
 
-    The head runs inside the model's forward, where FSDP has gathered the output weight, and only where a response token
-    is predicted. logits/chosen and logits/rejected are exact means over response tokens and vocabulary (the mean logit
-    is the hidden state times the mean row of W); entropy and mean_token_accuracy are those of PROBED_TOKENS tokens
-    spread evenly.
+    The head runs inside the model's forward, where FSDP has gathered the output weight, and only
+    where a response token is predicted. logits/chosen and logits/rejected are exact means over
+    response tokens and vocabulary (the mean logit is the hidden state times the mean row of W);
+    entropy and mean_token_accuracy are those of PROBED_TOKENS tokens spread evenly.
     """
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -200,7 +229,9 @@ def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, me
     return out
 
 
-def _sft(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+def _sft(
+    hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+) -> Tensor:
     """Negative log-likelihood of the response tokens."""
     loss, logps = ops.sft_loss(hidden, weight, batch.targets, scale)
     mean.add("nll", -logps)
@@ -208,7 +239,9 @@ def _sft(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float
     return loss
 
 
-def _dpo(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+def _dpo(
+    hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+) -> Tensor:
     """The weighted DPO loss of the batch's pairs."""
 
     def column(values: list[float]) -> Tensor:
@@ -217,7 +250,9 @@ def _dpo(hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float
     pairs = batch.pairs
     reference = column([logp for p in pairs for logp in (p.ref_real, p.ref_generated)])
     weights = column([p.weight for p in pairs])
-    loss, sums, metrics = ops.pair_loss(hidden, weight, batch.targets, batch.lengths, reference, weights, beta, scale)
+    loss, sums, metrics = ops.pair_loss(
+        hidden, weight, batch.targets, batch.lengths, reference, weights, beta, scale
+    )
     mean.add("loss/unweighted", metrics.pop("loss"))
     for name, values in metrics.items():
         mean.add(name, values)
@@ -237,7 +272,9 @@ def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: 
     sides = 1 if batch.pairs[0].generated is None else 2
     for side, name in enumerate(("logits/chosen", "logits/rejected")[:sides]):
         mean.add(name, sums[side::sides].sum(), sum(batch.lengths[side::sides]))
-    picked = torch.linspace(0, len(targets) - 1, min(PROBED_TOKENS, len(targets)), device=targets.device).long()
+    picked = torch.linspace(
+        0, len(targets) - 1, min(PROBED_TOKENS, len(targets)), device=targets.device
+    ).long()
     logp = (hidden[picked] @ weight.T).float().log_softmax(-1)
     mean.add("entropy", -(logp.exp() * logp).sum(-1))
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
@@ -252,20 +289,28 @@ def forget_refused_step(metrics_path: Path | None) -> None:
 def refuse_step(
     rows: Sequence[str], stage: str, step: int, loss: float, norm: float, metrics_path: Path | None
 ) -> NoReturn:
-    """A step's loss or gradient norm, summed over all ranks, is not finite: its row ids go into a file. NumericsError.
+    """A step's loss or gradient norm, summed over all ranks, is not finite: its row ids go into a
+    file. NumericsError.
 
     The same on all ranks; nobody has touched the weights.
     """
     where = ""
     if metrics_path is not None:
         path = metrics_path.with_name(REFUSED)
-        found = {"stage": stage, "step": step + 1, "loss": str(loss), "grad_norm": str(norm), "rows": list(rows)}
+        found = {
+            "stage": stage,
+            "step": step + 1,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "rows": list(rows),
+        }
         text = json.dumps(found, indent=1) + "\n"
         distributed.on_rank0(lambda: write_text(path, text))
         where = f" (all {len(rows)} in {path})"
     raise NumericsError(
-        f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
-        f"Rows of the batch: {', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}{where}. Lower learning_rate or "
+        f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not "
+        "changed. Rows of the batch: "
+        f"{', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}{where}. Lower learning_rate or "
         "look at these rows"
     )
 
@@ -273,16 +318,23 @@ def refuse_step(
 def _check_step0(loss: float, dtype: torch.dtype, stage: str) -> None:
     if abs(loss - LN2) > STEP0_TOLERANCE[dtype]:
         raise NumericsError(
-            f"{stage}: the unweighted loss of step 0 is {loss:.5f}, not ln 2 = {LN2:.5f}: the cached reference "
-            "log-probs are not those of the start policy; delete the reference stage of this iteration and run again"
+            f"{stage}: the unweighted loss of step 0 is {loss:.5f}, not ln 2 = {LN2:.5f}: the "
+            "cached reference log-probs are not those of the start policy; delete the reference "
+            "stage of this iteration and run again"
         )
 
 
 def _line(record: dict[str, float], steps: int) -> str:
     shown: list[tuple[str, Callable[[float], str]]] = [
-        ("loss", "{:.4f}".format), ("nll", "{:.4f}".format), ("rewards/margins", "{:+.4f}".format),
-        ("rewards/accuracies", "{:.2f}".format), ("grad_norm", "{:.2f}".format), ("learning_rate", "{:.1e}".format),
+        ("loss", "{:.4f}".format),
+        ("nll", "{:.4f}".format),
+        ("rewards/margins", "{:+.4f}".format),
+        ("rewards/accuracies", "{:.2f}".format),
+        ("grad_norm", "{:.2f}".format),
+        ("learning_rate", "{:.1e}".format),
         ("tokens_per_second", "{:.0f}".format),
-    ]  # fmt: skip
-    parts = [f"{name.split('/')[-1]} {form(record[name])}" for name, form in shown if name in record]
+    ]
+    parts = [
+        f"{name.split('/')[-1]} {form(record[name])}" for name, form in shown if name in record
+    ]
     return f"step {record['global_step']}/{steps}  " + "  ".join(parts)

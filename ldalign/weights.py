@@ -1,11 +1,13 @@
-"""Model folders in and out: Hugging Face layout, safetensors only, every name, shape and value checked.
+"""Model folders in and out: Hugging Face layout, safetensors only, every name, shape and value
+checked.
 
-Reading: config.json names the architecture; `model.safetensors`, or the shards that `model.safetensors.index.json`
-lists. Writing: bf16 by default, a tied head once, shards of at most 5 GB; what is written loads unchanged in
-transformers and vLLM. No pickle is ever read, and an index can name no file outside its folder.
+Reading: config.json names the architecture; `model.safetensors`, or the shards that
+`model.safetensors.index.json` lists. Writing: bf16 by default, a tied head once, shards of at most
+5 GB; what is written loads unchanged in transformers and vLLM. No pickle is ever read, and an index
+can name no file outside its folder.
 
-Files are read, not mapped: mapped pages would count as a second model in memory, and a file cut short under a mapping
-kills the process.
+Files are read, not mapped: mapped pages would count as a second model in memory, and a file cut
+short under a mapping kills the process.
 """
 
 import json
@@ -28,7 +30,13 @@ from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.memory import naming
 from ldalign.mistral import Mistral, MistralConfig
-from ldalign.modelfiles import MAX_JSON_BYTES, parse_json, read_json, refuse_link_out, refuse_links_out
+from ldalign.modelfiles import (
+    MAX_JSON_BYTES,
+    parse_json,
+    read_json,
+    refuse_link_out,
+    refuse_links_out,
+)
 from ldalign.tokenizer import save_tokenizer_files
 
 LanguageModel = Mistral | GPT2
@@ -39,7 +47,10 @@ MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models ha
 READ_BYTES = 4 * 2**20  # tensors are read, cast and checked in pieces of this size
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What helps where the weights do not fit; training alone spreads them over the ranks.
-LOWER = "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a smaller model"
+LOWER = (
+    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a "
+    "smaller model"
+)
 DTYPE_NAMES = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -61,14 +72,21 @@ class Stored:
 
     def rows(self, start: int, stop: int) -> "Stored":
         """Rows [start, stop) of it."""
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes)
+        return replace(
+            self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes
+        )
 
     def columns(self, start: int, stop: int) -> "Stored":
         """Columns [start, stop) of a whole matrix."""
         if (start, stop) == (0, self.shape[1]):
             return self
         skipped = start * FLOATS[self.dtype].itemsize
-        return replace(self, shape=(self.shape[0], stop - start), offset=self.offset + skipped, pitch=self.row_bytes)
+        return replace(
+            self,
+            shape=(self.shape[0], stop - start),
+            offset=self.offset + skipped,
+            pitch=self.row_bytes,
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -82,13 +100,19 @@ class Stored:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder. Raises InputError when it is missing, broken or asks to run code."""
+    """The parsed config.json of a model folder. Raises InputError when it is missing, broken or
+    asks to run code.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{path}: not found; a model folder needs a config.json (Hugging Face layout)")
+        raise InputError(
+            f"{path}: not found; a model folder needs a config.json (Hugging Face layout)"
+        )
     raw = read_json(path)
     if "auto_map" in raw:
-        raise InputError(f"{path}: auto_map asks to run code from the model folder; ldalign runs none")
+        raise InputError(
+            f"{path}: auto_map asks to run code from the model folder; ldalign runs none"
+        )
     return raw
 
 
@@ -108,7 +132,10 @@ def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
         raise InputError(
             f"{where}: describes a network too large to be built ({' '.join(str(error).split())})"
         ) from None
-    raise InputError(f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 are")
+    raise InputError(
+        f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 "
+        "are"
+    )
 
 
 def load_model(
@@ -119,10 +146,10 @@ def load_model(
 ) -> LanguageModel:
     """The model of a folder, with its weights in `dtype` on `device`, in `eval` mode.
 
-    cut: gets the model without its weights (meta device, `dtype`) and may shard it (`distributed.shard`); then this
-    rank reads its own rows from the files, and nothing else. Peak memory is what this rank holds and a few READ_BYTES.
-    Raises InputError naming the file and the tensor: missing, extra, misshaped, not finite, or stored as a pickle;
-    OutOfMemory.
+    cut: gets the model without its weights (meta device, `dtype`) and may shard it
+    (`distributed.shard`); then this rank reads its own rows from the files, and nothing else. Peak
+    memory is what this rank holds and a few READ_BYTES. Raises InputError naming the file and the
+    tensor: missing, extra, misshaped, not finite, or stored as a pickle; OutOfMemory.
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json")).to(dtype)
@@ -132,7 +159,11 @@ def load_model(
     with naming(lambda: _too_large(model, folder, dtype, device), LOWER):
         # Made before they are filled, so that nothing lies between them.
         local = {name: _empty_share(p, device) for name, p in model.named_parameters()}
-        parts = [part for name, p in model.named_parameters() for part in _parts(model, name, p, local[name], stored)]
+        parts = [
+            part
+            for name, p in model.named_parameters()
+            for part in _parts(model, name, p, local[name], stored)
+        ]
         buffer = _buffer(*(source for _, source in parts))
         # In the order they lie on the disk, which a spinning or networked one rewards.
         for target, source in sorted(parts, key=lambda part: (part[1].path, part[1].offset)):
@@ -142,10 +173,15 @@ def load_model(
     return model.eval()
 
 
-def _too_large(model: LanguageModel, folder: Path, dtype: torch.dtype, device: str | torch.device) -> str:
+def _too_large(
+    model: LanguageModel, folder: Path, dtype: torch.dtype, device: str | torch.device
+) -> str:
     count = count_parameters(model)
     gib = count * dtype.itemsize / 2**30
-    return f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, on {device}"
+    return (
+        f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, on "
+        f"{device}"
+    )
 
 
 def _empty_share(p: Tensor, device: str | torch.device) -> Tensor:
@@ -158,7 +194,9 @@ def _with_share(p: Tensor, local: Tensor) -> Tensor:
     """The parameter, its rows on this rank being `local`."""
     if not isinstance(p, DTensor):
         return local
-    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
 
 
 def _parts(
@@ -180,7 +218,8 @@ def _parts(
 
 
 def check_model(folder: str | Path) -> LanguageModel:
-    """The model of a folder without its weights (meta device), every tensor's name and shape checked in the headers.
+    """The model of a folder without its weights (meta device), every tensor's name and shape
+    checked in the headers.
 
     Raises InputError as `load_model` does, and for any link out of the folder; values are not read.
     """
@@ -191,7 +230,8 @@ def check_model(folder: str | Path) -> LanguageModel:
 
 
 def check_files(folder: Path) -> dict[str, Stored]:
-    """What is checked of any model folder, whatever the network: its tensors by name, from the files' headers.
+    """What is checked of any model folder, whatever the network: its tensors by name, from the
+    files' headers.
 
     Raises InputError: a link out of the folder, and as `stored_tensors`.
     """
@@ -206,9 +246,11 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a model folder: weights in `dtype`, config.json of `source` with that dtype, and its tokenizer files.
+    """Writes a model folder: weights in `dtype`, config.json of `source` with that dtype, and its
+    tokenizer files.
 
-    state: the full tensors by name where the model's own are sharded; `model.state_dict()` by default.
+    state: the full tensors by name where the model's own are sharded; `model.state_dict()` by
+    default.
     """
     folder, source = Path(folder), Path(source)
     where = str(source / "config.json")
@@ -217,15 +259,22 @@ def save_model(
     raw["dtype"] = DTYPE_NAMES[dtype]
     raw["tie_word_embeddings"] = isinstance(model, GPT2) or model.config.tie_word_embeddings
     if build(raw, where).config != model.config:
-        raise InputError(f"{where}: describes another network than the one to be saved; give its own source folder")
+        raise InputError(
+            f"{where}: describes another network than the one to be saved; give its own source "
+            "folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(stored_state(model, state if state is not None else model.state_dict()), folder, dtype)
+    write_weights(
+        stored_state(model, state if state is not None else model.state_dict()), folder, dtype
+    )
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     save_tokenizer_files(source, folder)
 
 
 def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name -> the tensors that model files keep, as views: fused ones in parts, GPT-2's transposed."""
+    """Parameters by name -> the tensors that model files keep, as views: fused ones in parts,
+    GPT-2's transposed.
+    """
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if isinstance(model, GPT2):
@@ -240,10 +289,11 @@ def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str,
 def write_weights(
     state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """state (`stored_state`) as `model.safetensors`, or as shards with an index if larger than `shard_bytes`.
+    """state (`stored_state`) as `model.safetensors`, or as shards with an index if larger than
+    `shard_bytes`.
 
-    Older weights of the same folder go, so that no loader can pick them up. Casts one shard at a time.
-    Raises NumericsError for NaN and Inf, which no loader would take back.
+    Older weights of the same folder go, so that no loader can pick them up. Casts one shard at a
+    time. Raises NumericsError for NaN and Inf, which no loader would take back.
     """
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -254,17 +304,24 @@ def write_weights(
             size = 0
         shards[-1].append(name)
         size, total = size + nbytes, total + nbytes
-    files = [SINGLE] if len(shards) == 1 else [_shard_file(i, len(shards)) for i in range(1, len(shards) + 1)]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [_shard_file(i, len(shards)) for i in range(1, len(shards) + 1)]
+    )
     for file, names in zip(files, shards, strict=True):
         cast = {name: state[name].detach().to("cpu", dtype) for name in names}
         for name, tensor in cast.items():
             if not _finite(tensor):
                 raise NumericsError(
-                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not saved"
+                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not "
+                    "saved"
                 )
         save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        weight_map = {
+            name: file for file, names in zip(files, shards, strict=True) for name in names
+        }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         files.append(INDEX)
@@ -278,52 +335,87 @@ def _shard_file(number: int, count: int) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model folder by name, from the files' own headers; nothing else of the files is read.
+    """All tensors of a model folder by name, from the files' own headers; nothing else of the files
+    is read.
 
-    Raises InputError: no safetensors, a shard missing, damaged or outside the folder, one tensor in two shards, an
-    index that says otherwise than the headers.
+    Raises InputError: no safetensors, a shard missing, damaged or outside the folder, one tensor in
+    two shards, an index that says otherwise than the headers.
     """
     files, weight_map = _weight_files(folder)
     tensors: dict[str, Stored] = {}
     for file in files:
         path = folder / file
         if weight_map is not None and not path.exists():
-            raise InputError(f"{path}: shard not found, but {INDEX} names it; download the model again")
+            raise InputError(
+                f"{path}: shard not found, but {INDEX} names it; download the model again"
+            )
         for name, stored in read_header(path).items():
             if name in tensors:
-                raise InputError(f"{stored.where} is in {tensors[name].path.name} too; one of the shards is stale")
+                raise InputError(
+                    f"{stored.where} is in {tensors[name].path.name} too; one of the shards is "
+                    "stale"
+                )
             tensors[name] = stored
     held = {name: stored.path.name for name, stored in tensors.items()}
     if weight_map is not None and held != weight_map:
-        odd = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
-        raise InputError(f"{folder / INDEX}: disagrees with the shards about {_first(odd)}; download the model again")
+        odd = sorted(
+            name
+            for name in held.keys() | weight_map.keys()
+            if held.get(name) != weight_map.get(name)
+        )
+        raise InputError(
+            f"{folder / INDEX}: disagrees with the shards about {_first(odd)}; download the model "
+            "again"
+        )
     return tensors
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The names of the files that hold the weights, and the index's tensor name -> file name where there is one."""
+    """The names of the files that hold the weights, and the index's tensor name -> file name where
+    there is one.
+    """
     single, index = (folder / SINGLE).is_file(), folder / INDEX
     if not index.is_file():
         if single:
             return [SINGLE], None
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        found = f"only pickles ({_first(pickles, 3)}), which can run code" if pickles else "no weights"
+        pickles = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)
+        )
+        found = (
+            (f"only pickles ({_first(pickles, 3)}), which can run code")
+            if pickles
+            else "no weights"
+        )
         raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
     refuse_link_out(index, folder)
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()) or not weight_map:
-        raise InputError(f"{index}: no weight_map from tensor names to file names; download the file again")
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(f, str) for f in weight_map.values())
+        or not weight_map
+    ):
+        raise InputError(
+            f"{index}: no weight_map from tensor names to file names; download the file again"
+        )
     files = sorted(set(weight_map.values()))
     for file in files:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or len(file.encode()) > 255:  # as long as file systems allow
-            raise InputError(f"{index}: shard {file[:80]!r} is not a plain safetensors file name inside the folder")
+        # as long as file systems allow
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or len(file.encode()) > 255:
+            raise InputError(
+                f"{index}: shard {file[:80]!r} is not a plain safetensors file name inside the "
+                "folder"
+            )
     if single and SINGLE not in files:
-        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+        raise InputError(
+            f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date"
+        )
     return files, weight_map
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file. Raises InputError where the header or the file's size is wrong."""
+    """The tensors of one safetensors file. Raises InputError where the header or the file's size is
+    wrong.
+    """
     refuse_link_out(path, path.parent)
     if not path.is_file():
         raise InputError(f"{path}: not found; download the model again")
@@ -332,61 +424,104 @@ def read_header(path: Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise InputError(
-                f"{path}: not a whole safetensors file: its header should take {length} bytes, the file has {size}; "
-                "download it again"
+                f"{path}: not a whole safetensors file: its header should take {length} bytes, the "
+                f"file has {size}; download it again"
             )
         header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     try:
-        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        expected = (
+            8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        )
         if size != expected:
             raise InputError(f"{path}: {expected} bytes expected, {size} found; download it again")
-        with safe_open(path, framework="pt"):  # the library's own check: gaps, overlaps, sizes against shapes
+        # the library's own check: gaps, overlaps, sizes against shapes
+        with safe_open(path, framework="pt"):
             pass
         return {
-            name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            name: Stored(
+                path,
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
             for name, entry in header.items()
         }
-    except (SafetensorError, OSError, TypeError, KeyError, IndexError, AttributeError, ValueError) as broken:
+    except (
+        SafetensorError,
+        OSError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ValueError,
+    ) as broken:
         if isinstance(broken, InputError):
             raise
-        raise InputError(f"{path}: broken safetensors header ({broken!r}); download it again") from None
+        raise InputError(
+            f"{path}: broken safetensors header ({broken!r}); download it again"
+        ) from None
 
 
 def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
-    """Name as `stored_state` has it -> stored tensor. Raises InputError for what does not fit, before any is read."""
-    wanted = {name: p.shape for name, p in stored_state(model, dict(model.named_parameters())).items()}
+    """Name as `stored_state` has it -> stored tensor. Raises InputError for what does not fit,
+    before any is read.
+    """
+    wanted = {
+        name: p.shape for name, p in stored_state(model, dict(model.named_parameters())).items()
+    }
     stored: dict[str, Stored] = {}
     for theirs, tensor in tensors.items():
         ours = _our_name(model, theirs)
         if ours in stored:
-            raise InputError(f"{tensor.where} is the same weight as {stored[ours].name}; keep one of them")
+            raise InputError(
+                f"{tensor.where} is the same weight as {stored[ours].name}; keep one of them"
+            )
         if ours is not None:
             stored[ours] = tensor
     head = stored.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
     problems = []
-    for word, names in (("missing", wanted.keys() - stored.keys()), ("extra", stored.keys() - wanted.keys())):
+    for word, names in (
+        ("missing", wanted.keys() - stored.keys()),
+        ("extra", stored.keys() - wanted.keys()),
+    ):
         if names:
             problems.append(f"{len(names)} {word} ({_first(sorted(names))})")
-    odd = [t for name, t in stored.items() if name in wanted and (t.shape != wanted[name] or t.dtype not in FLOATS)]
+    odd = [
+        t
+        for name, t in stored.items()
+        if name in wanted and (t.shape != wanted[name] or t.dtype not in FLOATS)
+    ]
     if odd:
         first = [f"{t.name} {t.dtype} {list(t.shape)} in {t.path.name}" for t in odd]
         needs = list(wanted[_our_name(model, odd[0].name) or ""])
-        problems.append(f"{len(odd)} of wrong shape or dtype ({_first(first)}; the first should be a float {needs})")
+        problems.append(
+            f"{len(odd)} of wrong shape or dtype ({_first(first)}; the first should be a float "
+            f"{needs})"
+        )
     if problems:
-        raise InputError(f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right config?")
+        raise InputError(
+            f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right "
+            "config?"
+        )
     # Of several ranks, which all read the same files, one compares.
     if head is not None and distributed.rank() == 0:
-        embedding = stored["transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"]
+        embedding = stored[
+            "transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"
+        ]
         if not _same(head, embedding):
             raise InputError(
-                f"{head.where} differs from {embedding.name}, but config.json ties them; is tie_word_embeddings right?"
+                f"{head.where} differs from {embedding.name}, but config.json ties them; is "
+                "tie_word_embeddings right?"
             )
     return stored
 
 
 def _our_name(model: LanguageModel, name: str) -> str | None:
-    """A tensor's name in a file -> as `stored_state` has it; None for buffers that are no weights."""
+    """A tensor's name in a file -> as `stored_state` has it; None for buffers
+    that are no weights.
+    """
     if not isinstance(model, GPT2):
         return None if name.endswith(".rotary_emb.inv_freq") else name
     if name.endswith((".attn.bias", ".attn.masked_bias")):
@@ -396,17 +531,23 @@ def _our_name(model: LanguageModel, name: str) -> str | None:
 
 
 def _fill(target: Tensor, stored: Stored, buffer: Tensor) -> None:
-    """Reads a tensor into `target` (of its shape; any dtype, strides and device). InputError for NaN and Inf."""
+    """Reads a tensor into `target` (of its shape; any dtype, strides and device). InputError for
+    NaN and Inf.
+    """
     for start, piece in _pieces(stored, buffer):
         part = target[start : start + len(piece)]
         part.copy_(piece)
         if not _finite(part):
             kind = DTYPE_NAMES[part.dtype]
-            raise InputError(f"{stored.where} holds NaN or Inf as {kind}; the file is damaged or the dtype too narrow")
+            raise InputError(
+                f"{stored.where} holds NaN or Inf as {kind}; the file is damaged or the dtype too "
+                "narrow"
+            )
 
 
 def _finite(tensor: Tensor) -> bool:
-    # A finite sum proves finite terms at a fifth of the cost of asking each; an infinite one may be mere overflow.
+    # A finite sum proves finite terms at a fifth of the cost of asking each; an infinite one may be
+    # mere overflow.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -419,12 +560,15 @@ def _same(a: Stored, b: Stored) -> bool:
 
 
 def _buffer(*tensors: Stored) -> Tensor:
-    # One for all tensors: buffers made and freed between the weights leave holes in the heap, half a model of them.
+    # One for all tensors: buffers made and freed between the weights leave holes in the heap, half
+    # a model of them.
     return torch.empty(max(READ_BYTES, *(t.row_bytes for t in tensors)), dtype=torch.uint8)
 
 
 def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first row, some rows) of a stored tensor, each piece overwriting the last one in `buffer`."""
+    """(index of the first row, some rows) of a stored tensor, each piece overwriting the last one
+    in `buffer`.
+    """
     dtype, rest = FLOATS[stored.dtype], stored.shape[1:]
     rows = len(buffer) // stored.row_bytes
     with stored.path.open("rb", buffering=0) as file:
@@ -440,15 +584,20 @@ def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _read(file: FileIO, target: Tensor, stored: Stored) -> None:
     """Fills `target` (n,) uint8 from where the file stands."""
     read = 0
-    while read < len(target):  # one call of the system gives 2 GB at most, and may give less than asked for
+    # one call of the system gives 2 GB at most, and may give less than asked for
+    while read < len(target):
         got = file.readinto(target[read:].numpy().data)
         if not got:
-            raise InputError(f"{stored.where}: the file ends inside it; it was changed while being read")
+            raise InputError(
+                f"{stored.where}: the file ends inside it; it was changed while being read"
+            )
         read += got
 
 
 def _first(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f", ... {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f", ... {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,4 +1,6 @@
-"""What the stages of a run still have to do, in tokens read or made and in steps: what estimates are made of."""
+"""What the stages of a run still have to do, in tokens read or made and in steps: what estimates
+are made of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,17 +25,23 @@ class Work:
 
 
 def to_do(ctx: Context, planned: Sequence[str]) -> list[str]:
-    """Those of the planned stages that are not finished in the run folder; a trained guide that is given is none."""
+    """Those of the planned stages that are not finished in the run folder; a trained guide that is
+    given is none.
+    """
     folder = ctx.config.guide.folder
     given = folder is not None and is_trained_guide(Path(folder).expanduser())
     return [
-        name for name in planned
-        if not (ctx.run.path / name / MANIFEST).is_file() and not (given and name.split("/")[-1] == "guide")
-    ]  # fmt: skip
+        name
+        for name in planned
+        if not (ctx.run.path / name / MANIFEST).is_file()
+        and not (given and name.split("/")[-1] == "guide")
+    ]
 
 
 def stage_work(ctx: Context, name: str) -> Work:
-    """The tokens of one planned stage. Sampled responses are taken to be as long as the real ones."""
+    """The tokens of one planned stage. Sampled responses are taken to be as
+    long as the real ones.
+    """
     config, pairs = ctx.config, ctx.used[1]
     real = sum(len(p.real) for p in pairs)
     both = sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
@@ -44,8 +52,12 @@ def stage_work(ctx: Context, name: str) -> Work:
         tokens = sft.epochs * sum(p.tokens for p in own)
         return Work(name, trained=tokens, steps=count_steps(len(own), sft.global_batch, sft.epochs))
     if step == "policy":
-        steps = config.training.steps or count_steps(len(pairs), config.global_batch, config.training.epochs)
-        return Work(name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps)
+        steps = config.training.steps or count_steps(
+            len(pairs), config.global_batch, config.training.epochs
+        )
+        return Work(
+            name, trained=both * steps * config.global_batch // max(1, len(pairs)), steps=steps
+        )
     if step in ("guide", "distances") and guide_is_policy(config.guide):
         encoded, decoded = guide_tokens(ctx)
         if step == "distances":
@@ -71,7 +83,9 @@ def stage_work(ctx: Context, name: str) -> Work:
     if step == "agreement_samples":
         asked_twice = ctx.heldout.pairs[: config.agreement.rows]
         return Work(
-            name, scored=sum(len(p.prompt) for p in asked_twice), generated=2 * sum(len(p.real) for p in asked_twice)
+            name,
+            scored=sum(len(p.prompt) for p in asked_twice),
+            generated=2 * sum(len(p.real) for p in asked_twice),
         )
     return Work(name)  # another guide is small beside the policy, and its stages are left out
 
@@ -88,8 +102,14 @@ def guide_steps(ctx: Context) -> int:
 
 
 def guide_tokens(ctx: Context) -> tuple[int, int]:
-    """What the guide's encoder and its decoder read of both responses of every row, in the policy's tokens."""
+    """What the guide's encoder and its decoder read of both responses of every row, in the policy's
+    tokens.
+    """
     g = ctx.config.guide
     sizes = [(len(p.prompt), len(p.real)) for p in ctx.used[1]]
-    encoded = sum(min(prompt + 2 * real, 2 * g.max_tokens) + 2 * g.latent_tokens for prompt, real in sizes)
-    return encoded, sum(2 * (min(prompt + real, g.max_tokens) + g.latent_tokens) for prompt, real in sizes)
+    encoded = sum(
+        min(prompt + 2 * real, 2 * g.max_tokens) + 2 * g.latent_tokens for prompt, real in sizes
+    )
+    return encoded, sum(
+        2 * (min(prompt + real, g.max_tokens) + g.latent_tokens) for prompt, real in sizes
+    )

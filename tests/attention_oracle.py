@@ -1,4 +1,6 @@
-"""Pair attention by its definition: a dense mask and a softmax. What every backend's tests compare with."""
+"""Pair attention by its definition: a dense mask and a softmax. What every backend's tests compare
+with.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +12,9 @@ from ldalign.kernels.reference import accumulate_dtype
 
 
 def pack(*pairs: Sequence[int]) -> Tensor:
-    """segments (S, 4) of texts laid end to end, each the lengths (prompt, response, response, ...) of its parts."""
+    """segments (S, 4) of texts laid end to end, each the lengths (prompt, response, response, ...)
+    of its parts.
+    """
     rows, at = [], 0
     for lengths in pairs:
         starts = list(itertools.accumulate(lengths, initial=at))
@@ -33,8 +37,12 @@ def sees(segments: Tensor, window: int | None) -> Tensor:
     return seen
 
 
-def attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """out (N, H, E) in qkv's dtype and log-sum-exps (N, H) wide: products in qkv's dtype, the softmax wide."""
+def attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """out (N, H, E) in qkv's dtype and log-sum-exps (N, H) wide: products in qkv's dtype, the
+    softmax wide.
+    """
     K = (qkv.shape[1] - heads) // 2
     q, k, v = (x.transpose(0, 1) for x in qkv.split([heads, K, K], dim=1))
     k, v = k.repeat_interleave(heads // K, 0), v.repeat_interleave(heads // K, 0)

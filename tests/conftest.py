@@ -1,4 +1,6 @@
-"""Model folders that several test files use: the real default model, and two tiny tokenizers made on the spot."""
+"""Model folders that several test files use: the real default model, and two tiny tokenizers made
+on the spot.
+"""
 
 import functools
 import json
@@ -20,7 +22,8 @@ from ldalign import distributed
 from ldalign.errors import EnvironmentProblem
 from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 
-# Without a GPU, Triton's kernels run in its interpreter. That is settled when triton is first imported, by whomever.
+# Without a GPU, Triton's kernels run in its interpreter. That is settled when triton is first
+# imported, by whomever.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -32,7 +35,11 @@ if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the tests marked long too, which take minutes to an hour")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="the tests marked long too, which take minutes to an hour",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,7 +65,8 @@ ZEPHYR_TEMPLATE = """{% for message in messages %}
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -82,22 +90,32 @@ def smollm2_folder() -> Path:
         pytest.skip(f"the default model needs the network once: {error}")
 
 
-def write_tokenizer_folder(folder: Path, tokenizer: tokenizers.Tokenizer, template: str, **settings: object) -> Path:
+def write_tokenizer_folder(
+    folder: Path, tokenizer: tokenizers.Tokenizer, template: str, **settings: object
+) -> Path:
     """A folder with tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     # the class that takes tokenizer.json as it is
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **settings,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
 
 
 def sentencepiece_tokenizer(prefix: str = "legacy") -> tokenizers.Tokenizer:
-    """A small BPE laid out like Mistral's: byte fallback; ``prefix``: legacy (Prepend), first or always (Metaspace)."""
+    """A small BPE laid out like Mistral's: byte fallback; ``prefix``: legacy (Prepend), first or
+    always (Metaspace).
+    """
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    trained.train_from_iterator(
+        CORPUS * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False)
+    )
     learnt = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -106,14 +124,25 @@ def sentencepiece_tokenizer(prefix: str = "legacy") -> tokenizers.Tokenizer:
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     if prefix == "legacy":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    special = [
+        tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")
+    ]
     tokenizer.add_special_tokens(special)
     return tokenizer
 
@@ -135,27 +164,37 @@ def byte_level_tokenizer() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="session")
 def zephyr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny tokenizer laid out like Mistral's legacy one, with Zephyr's template; the model uses a BOS."""
+    """A tiny tokenizer laid out like Mistral's legacy one, with Zephyr's template; the model uses a
+    BOS.
+    """
     folder = tmp_path_factory.mktemp("zephyr")
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    return write_tokenizer_folder(folder, sentencepiece_tokenizer(), ZEPHYR_TEMPLATE, add_bos_token=True, **names)
+    return write_tokenizer_folder(
+        folder, sentencepiece_tokenizer(), ZEPHYR_TEMPLATE, add_bos_token=True, **names
+    )
 
 
 @pytest.fixture(scope="session")
 def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny byte-level tokenizer with a ChatML template, no BOS."""
     folder = tmp_path_factory.mktemp("chatml")
-    return write_tokenizer_folder(folder, byte_level_tokenizer(), CHATML_TEMPLATE, eos_token="<|im_end|>")
+    return write_tokenizer_folder(
+        folder, byte_level_tokenizer(), CHATML_TEMPLATE, eos_token="<|im_end|>"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ a whole toy run
+# ---------------------------------------------------------------------------------- a whole toy run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_script(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """A training script by path, as a person types it: one thread, one rank or several under torchrun."""
-    return subprocess.run(script_command(*arguments, ranks=ranks), capture_output=True, text=True, env=one_thread())
+    """A training script by path, as a person types it: one thread, one rank or several under
+    torchrun.
+    """
+    return subprocess.run(
+        script_command(*arguments, ranks=ranks), capture_output=True, text=True, env=one_thread()
+    )
 
 
 def script_command(*arguments: object, ranks: int = 1) -> list[str]:
@@ -166,9 +205,15 @@ def script_command(*arguments: object, ranks: int = 1) -> list[str]:
 
 
 def one_thread() -> dict[str, str]:
-    # PYTHONPATH: `make test` keeps a script's own folder off the import path, and some run files of this folder.
+    # PYTHONPATH: `make test` keeps a script's own folder off the import path, and some run files of
+    # this folder.
     here = str(Path(__file__).parent)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": here}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONPATH": here,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -178,17 +223,28 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path) -> Path:
-    """The run folder of `train/align.py --config configs/toy.yaml`, made once; tests must not change it."""
+    """The run folder of `train/align.py --config configs/toy.yaml`, made once; tests must not
+    change it.
+    """
     folder = tmp_path_factory.mktemp("runs") / "toy"
     config = ROOT / "configs/toy.yaml"
-    done = run_script(ROOT / "train/align.py", "--config", config, f"run={folder}", f"cache={toy_cache}", "--debug")
+    done = run_script(
+        ROOT / "train/align.py",
+        "--config",
+        config,
+        f"run={folder}",
+        f"cache={toy_cache}",
+        "--debug",
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture
 def in_process() -> Iterator[None]:
-    """For tests that call a script's main(): one thread as in `run_script`, and the process group is left behind."""
+    """For tests that call a script's main(): one thread as in `run_script`, and the process group
+    is left behind.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -196,7 +252,7 @@ def in_process() -> Iterator[None]:
     distributed.stop()
 
 
-# ------------------------------------------------------------------------------------------------ runs that fail
+# ----------------------------------------------------------------------------------- runs that fail
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +269,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Driver]:
 def undisturbed(
     driver: faults.Driver, tmp_path_factory: pytest.TempPathFactory, toy_cache: Path
 ) -> Callable[[int], tuple[dict[str, Any], int]]:
-    """Of a number of ranks: what an undisturbed small run leaves, and how many write points rank 0 has in it."""
+    """Of a number of ranks: what an undisturbed small run leaves, and how many write points rank 0
+    has in it.
+    """
 
     @functools.cache
     def made(ranks: int) -> tuple[dict[str, Any], int]:

@@ -1,7 +1,8 @@
-"""Runs that are killed, stopped or denied a write, and the question whether the result is the same all the same.
+"""Runs that are killed, stopped or denied a write, and the question whether the result is the same
+all the same.
 
-`Driver` is a process that has imported everything and forks once a trial, so that a trial takes a second, not ten. Its
-file layer is failing_files.c. Run as a script this file is that process.
+`Driver` is a process that has imported everything and forks once a trial, so that a trial takes a
+second, not ten. Its file layer is failing_files.c. Run as a script this file is that process.
 """
 
 import ctypes
@@ -22,20 +23,36 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMIT_S, LATE = 60, 999
 MODES = {"count": 0, "kill": 1, "torn": 2, "full": 3, "broken": 4, "stop": 5}
-# The toy run with all its stages and two iterations, on as little as shows everything: a checkpoint after every step.
+# The toy run with all its stages and two iterations, on as little as shows everything: a checkpoint
+# after every step.
 SMALL = (
-    "--config", str(ROOT / "configs/toy.yaml"), "max_rows=12", "sft.rows=12", "sft.epochs=2", "sft.global_batch=5",
-    "continual_sft.epochs=0", "global_batch=5", "max_new_tokens=6", "evaluation.rows=2", "evaluation.samples=1",
-    "guide.global_batch=4", "guide.vocabulary=300", "guide.heldout_fraction=0.2", "checkpoint.steps=1",
-)  # fmt: skip
+    "--config",
+    str(ROOT / "configs/toy.yaml"),
+    "max_rows=12",
+    "sft.rows=12",
+    "sft.epochs=2",
+    "sft.global_batch=5",
+    "continual_sft.epochs=0",
+    "global_batch=5",
+    "max_new_tokens=6",
+    "evaluation.rows=2",
+    "evaluation.samples=1",
+    "guide.global_batch=4",
+    "guide.vocabulary=300",
+    "guide.heldout_fraction=0.2",
+    "checkpoint.steps=1",
+)
 # What differs between two runs by nature: times, and memory.
 TIMES = {"seconds", "eval_seconds", "time/step", "tokens_per_second", "memory/peak_gib"}
-EACH_START = {"config.yaml", "environment.json", "lock", "started.json"}  # of each start, or of the day
+# of each start, or of the day
+EACH_START = {"config.yaml", "environment.json", "lock", "started.json"}
 
 
 @dataclass
 class Trial:
-    """How one forked run ended: per rank its exit code (negative: a signal) and its write points; what all said."""
+    """How one forked run ended: per rank its exit code (negative: a signal) and its write points;
+    what all said.
+    """
 
     codes: list[int]
     points: list[int]
@@ -51,29 +68,54 @@ class Driver:
     trials: int = field(default=0)
 
     def run(self, run: Path, *arguments: str, ranks: int = 1, **fault: Any) -> Trial:
-        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or signal, or clock.
+        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or
+        signal, or clock.
 
-        signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after` seconds later.
-        clock: seconds by which the time of day is wrong. unread: what is said goes into a pipe that nobody reads.
+        signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after`
+        seconds later. clock: seconds by which the time of day is wrong. unread: what is said goes
+        into a pipe that nobody reads.
         """
-        return self.call("ldalign.train.align", run, *SMALL, f"run={run}", *arguments, ranks=ranks, **fault)
+        return self.call(
+            "ldalign.train.align", run, *SMALL, f"run={run}", *arguments, ranks=ranks, **fault
+        )
 
-    def call(self, module: str, folder: Path, *arguments: str, ranks: int = 1, **fault: Any) -> Trial:
+    def call(
+        self, module: str, folder: Path, *arguments: str, ranks: int = 1, **fault: Any
+    ) -> Trial:
         """`main(arguments)` of a module, forked once a rank, as a command."""
         self.trials += 1
         said = self.folder / f"said_{self.trials}.txt"
-        order = {"module": module, "argv": arguments, "under": str(folder), "ranks": ranks, "said": str(said)}
+        order = {
+            "module": module,
+            "argv": arguments,
+            "under": str(folder),
+            "ranks": ranks,
+            "said": str(said),
+        }
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({**order, **fault}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
-        return Trial(answer["codes"], answer["points"], said.read_text(encoding="utf-8", errors="replace"))
+        return Trial(
+            answer["codes"], answer["points"], said.read_text(encoding="utf-8", errors="replace")
+        )
 
 
 def build_failing_files(folder: Path) -> Path:
-    """Compiles failing_files.c into `folder`; raises CalledProcessError or FileNotFoundError without a compiler."""
+    """Compiles failing_files.c into `folder`; raises CalledProcessError or FileNotFoundError
+    without a compiler.
+    """
     library = folder / "failing_files.so"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(HERE / "failing_files.c"), "-ldl"]
+    command = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-o",
+        str(library),
+        str(HERE / "failing_files.c"),
+        "-ldl",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return library
 
@@ -84,14 +126,19 @@ def start_driver(folder: Path) -> Driver:
     variables = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     variables["PYTHONPATH"] = str(HERE)
     process = subprocess.Popen(
-        [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, __file__, str(library)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, **variables},
-    )  # fmt: skip
+    )
     return Driver(process, folder)
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything a run leaves, by file: what must be equal to the bit between an undisturbed run and any other."""
+    """Everything a run leaves, by file: what must be equal to the bit between an undisturbed run
+    and any other.
+    """
     left: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
@@ -99,7 +146,10 @@ def outcome(run: Path) -> dict[str, Any]:
             continue
         if path.name in ("metrics.jsonl", "summary.json", "manifest.json"):
             text = path.read_text(encoding="utf-8")
-            records = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+            records = [
+                json.loads(part)
+                for part in (text.splitlines() if path.suffix == ".jsonl" else [text])
+            ]
             left[str(name)] = [_timeless(record) for record in records]
         else:
             left[str(name)] = path.read_bytes()
@@ -135,7 +185,7 @@ def peak() -> int:
     return 1024 * int(found[1])
 
 
-# ------------------------------------------------------------------------------------------------- the driver's side
+# -------------------------------------------------------------------------------- the driver's side
 
 
 def _serve(library: Path) -> None:
@@ -148,7 +198,8 @@ def _serve(library: Path) -> None:
         children: list[int] = []
         pipes: list[int] = []
         port = _free_port()
-        for rank in reversed(range(order["ranks"])):  # rank 0 last, so that it knows the others' numbers
+        # rank 0 last, so that it knows the others' numbers
+        for rank in reversed(range(order["ranks"])):
             reader, writer = os.pipe()
             child = os.fork()
             if not child:
@@ -174,7 +225,13 @@ def _free_port() -> int:
 
 
 def _trial(
-    order: dict[str, Any], rank: int, port: int, layer: Any, writer: int, errors: Any, others: list[int]
+    order: dict[str, Any],
+    rank: int,
+    port: int,
+    layer: Any,
+    writer: int,
+    errors: Any,
+    others: list[int],
 ) -> None:
     said = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if order.get("unread"):
@@ -183,8 +240,13 @@ def _trial(
     for descriptor in (1, 2):
         os.dup2(said, descriptor)
     if order["ranks"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(order["ranks"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     if rank == 0 and "signal" in order and "after" not in order:
         sys.stderr = _Watched(order, [os.getpid(), *others])  # type: ignore[assignment]
     leave = errors.leave
@@ -203,7 +265,9 @@ def _trial(
 
 
 class _Watched:
-    """stderr of rank 0, which sends the signal right after a line was said: at the same place every time."""
+    """stderr of rank 0, which sends the signal right after a line was said: at the same place every
+    time.
+    """
 
     def __init__(self, order: dict[str, Any], ranks: list[int]) -> None:
         self.stream, self.order, self.ranks = sys.stderr, order, ranks
@@ -224,17 +288,22 @@ class _Watched:
 def _send_after(order: dict[str, Any], children: list[int]) -> None:
     """Sends the signal some time after a line was said, to all ranks."""
     said, deadline = Path(order["said"]), time.monotonic() + 300
-    while time.monotonic() < deadline and not (said.exists() and order["on_line"] in said.read_text(errors="replace")):
+    while time.monotonic() < deadline and not (
+        said.exists() and order["on_line"] in said.read_text(errors="replace")
+    ):
         if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
         time.sleep(0.002)
     time.sleep(order["after"])
     for child in children:
-        os.kill(child, order["signal"])  # one that has ended is still there: nobody has waited for it
+        # one that has ended is still there: nobody has waited for it
+        os.kill(child, order["signal"])
 
 
 def _wait(children: list[int]) -> list[int]:
-    """The exit codes, by rank. Ranks that outlive the first dead one by LIMIT_S are killed: their code is LATE."""
+    """The exit codes, by rank. Ranks that outlive the first dead one by LIMIT_S are killed: their
+    code is LATE.
+    """
     codes: dict[int, int] = {}
     deadline = None
     while len(codes) < len(children):

@@ -1,4 +1,6 @@
-"""What tests/test_faults_training.py has several ranks do: `main([what, folder, ...])`, run by faults.Driver."""
+"""What tests/test_faults_training.py has several ranks do: `main([what, folder, ...])`, run by
+faults.Driver.
+"""
 
 import math
 import os
@@ -24,7 +26,9 @@ from ldalign.training import TrainSettings, train
 
 CPU = torch.device("cpu")
 # 11 pairs in steps of 4, 4 and 3, three times: 9 steps.
-SETTINGS = TrainSettings(epochs=3, global_batch=4, micro_tokens=45, learning_rate=1e-3, optimizer="adamw")
+SETTINGS = TrainSettings(
+    epochs=3, global_batch=4, micro_tokens=45, learning_rate=1e-3, optimizer="adamw"
+)
 STEPS = 9
 
 
@@ -32,26 +36,41 @@ def pairs() -> list[Pair]:
     """Pairs whose references are those of tiny.mistral()."""
     plain = tiny.pairs(11, weights=[0.5 + 0.1 * i for i in range(11)])
     table = response_logps(tiny.mistral(), plain, 10_000, CPU).tolist()
-    return [replace(p, ref_real=real, ref_generated=gen) for p, (real, gen) in zip(plain, table, strict=True)]
+    return [
+        replace(p, ref_real=real, ref_generated=gen)
+        for p, (real, gen) in zip(plain, table, strict=True)
+    ]
 
 
-def trained(folder: Path, chosen: list[Pair] | None = None, **settings: Any) -> tuple[dict[str, Tensor], Any]:
-    """Trains tiny.mistral() with a checkpoint after every step; (its weights, on rank 0; the summary)."""
+def trained(
+    folder: Path, chosen: list[Pair] | None = None, **settings: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Trains tiny.mistral() with a checkpoint after every step; (its weights, on rank 0; the
+    summary).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny.mistral()
     summary = train(
-        model, chosen or pairs(), replace(SETTINGS, **settings), compute_dtype=torch.float32, device=CPU, seed=0,
-        stage="policy", metrics_path=folder / "metrics.jsonl", checkpoints=Plan(folder / "checkpoint", steps=1),
-    )  # fmt: skip
+        model,
+        chosen or pairs(),
+        replace(SETTINGS, **settings),
+        compute_dtype=torch.float32,
+        device=CPU,
+        seed=0,
+        stage="policy",
+        metrics_path=folder / "metrics.jsonl",
+        checkpoints=Plan(folder / "checkpoint", steps=1),
+    )
     return distributed.full_state(model, torch.float32), summary
 
 
 def main(argv: list[str]) -> None:
-    """Trains into FOLDER, and then: resume FOLDER STEP MICRO: is asked to stop after STEP (0: is not).
+    """Trains into FOLDER, and then: resume FOLDER STEP MICRO: is asked to stop after STEP (0: is
+    not).
 
-    explode FOLDER: an infinite gradient on the last rank. raise FOLDER: an error in a forward of the last rank's. alone
-    FOLDER: no training, but an error of the last rank's in work that every rank does. nan FOLDER: no training, but a
-    distance that is NaN.
+    explode FOLDER: an infinite gradient on the last rank. raise FOLDER: an error in a forward of
+    the last rank's. alone FOLDER: no training, but an error of the last rank's in work that every
+    rank does. nan FOLDER: no training, but a distance that is NaN.
     """
     what, folder = argv[0], Path(argv[1])
     distributed.start("cpu")

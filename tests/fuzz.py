@@ -1,12 +1,15 @@
-"""`make fuzz`: readers against damaged and hostile files. Every outcome must be success or an ldalign error.
+"""`make fuzz`: readers against damaged and hostile files. Every outcome must be success or an
+ldalign error.
 
-    python tests/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...] [--jobs N] [--keep FOLDER]
+    python tests/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...] [--jobs N]
+    [--keep FOLDER]
 
-Each reader gets a real input, changed at random (bytes, JSON values, lines; templates also from a small grammar), until
-`count` inputs or `minutes` are over. Inputs are read in child processes, one a core, many inputs each. A crash, more
-than 10 s of processor time or 60 s in all, 512 MB more of memory, or any exception that is not an ldalign error is a
-failure: the input is kept in FOLDER for a look, and the run goes on with the next. An input is a function of (seed,
-reader, number). Exit code 1 where anything failed.
+Each reader gets a real input, changed at random (bytes, JSON values, lines; templates also from a
+small grammar), until `count` inputs or `minutes` are over. Inputs are read in child processes, one
+a core, many inputs each. A crash, more than 10 s of processor time or 60 s in all, 512 MB more of
+memory, or any exception that is not an ldalign error is a failure: the input is kept in FOLDER for
+a look, and the run goes on with the next. An input is a function of (seed, reader, number). Exit
+code 1 where anything failed.
 """
 
 import argparse
@@ -36,9 +39,32 @@ from faults import forget_peak, peak
 CPU_SECONDS, SECONDS, MEMORY = 10, 60, 512 * 2**20
 FORK = multiprocessing.get_context("fork")
 # What the readers below import.
-USED = ("pyarrow.parquet", "test_pretrained", "test_weights", "ldalign.data", "ldalign.losers", "ldalign.pretrained",
-        "ldalign.settings", "ldalign.weights")  # fmt: skip
-INTEGERS = [0, 1, -1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 10**30, -(2**63)]
+USED = (
+    "pyarrow.parquet",
+    "test_pretrained",
+    "test_weights",
+    "ldalign.data",
+    "ldalign.losers",
+    "ldalign.pretrained",
+    "ldalign.settings",
+    "ldalign.weights",
+)
+INTEGERS = [
+    0,
+    1,
+    -1,
+    7,
+    255,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    10**30,
+    -(2**63),
+]
 VALUES: list[Any] = [
     None,
     True,
@@ -101,7 +127,7 @@ SNIPPETS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------- mutations
+# ---------------------------------------------------------------------------------------- mutations
 
 
 def change_bytes(data: bytes, draw: random.Random) -> bytes:
@@ -173,7 +199,9 @@ def change_document(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_header(data: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with its JSON header changed, and the length before it made right again."""
+    """A safetensors file with its JSON header changed, and the length before it
+    made right again.
+    """
     length = int.from_bytes(data[:8], "little")
     header = change_document(data[8 : 8 + length], draw)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
@@ -273,7 +301,9 @@ def expression(draw: random.Random, depth: int = 0) -> str:
 
 
 def statement(draw: random.Random, depth: int = 0) -> str:
-    inner = "".join(statement(draw, depth + 1) for _ in range(draw.randrange(3))) if depth < 5 else "x"
+    inner = (
+        "".join(statement(draw, depth + 1) for _ in range(draw.randrange(3))) if depth < 5 else "x"
+    )
     e, operator = expression(draw), draw.choice(OPERATORS[:5])
     return draw.choice(
         (
@@ -287,7 +317,8 @@ def statement(draw: random.Random, depth: int = 0) -> str:
             f"{{% if {e} %}}{inner}{{% endif %}}",
             f"{{% set m %}}{inner}{{% endset %}}",
             f"{{% macro f(m) %}}{inner}{{{{ f(m) }}}}{{% endmacro %}}{{{{ f({e}) }}}}",
-            f"{{% for i in range(99999) %}}{inner}{{% set ns.x = ns.x {operator} {e} %}}{{% endfor %}}",
+            f"{{% for i in range(99999) %}}{inner}{{% set ns.x = ns.x {operator} {e} %}}{{% endfor "
+            f"%}}",
             f"{{% filter upper %}}{inner}{{% endfilter %}}",
             f"{{% include {e} %}}",
             "text\n",
@@ -299,16 +330,20 @@ def change_template(data: bytes, draw: random.Random) -> bytes:
     """A template with bytes changed, or with statements of the grammar in it."""
     if draw.random() < 0.4:
         return change_bytes(data, draw)
-    new = "{% set ns = namespace(x='a') %}{% set m = messages[0] %}" + "".join(statement(draw) for _ in range(3))
+    new = ("{% set ns = namespace(x='a') %}{% set m = messages[0] %}") + "".join(
+        statement(draw) for _ in range(3)
+    )
     return new.encode() + (data if draw.random() < 0.5 else b"")
 
 
-# --------------------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------ readers
 
 
 @dataclass
 class Reader:
-    """make(folder) writes a sound input and returns the files to change; read(folder, draw) reads it."""
+    """make(folder) writes a sound input and returns the files to change; read(folder, draw) reads
+    it.
+    """
 
     make: Callable[[Path], list[Path]]
     read: Callable[[Path, random.Random], Any]
@@ -320,7 +355,11 @@ class Reader:
 ROWS = [
     {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "r"}]},
     {"prompt": "q", "response": "r", "id": 3, "kind": "dates", "answer": {"day": 3}},
-    {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]},
+    {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": "a",
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
     {"chosen": "Hi there. Yes", "rejected": "Hi there. No"},
 ]
 
@@ -336,7 +375,9 @@ def make_parquet(folder: Path) -> list[Path]:
     import pyarrow.parquet
 
     path = folder / "rows.parquet"
-    table = pyarrow.table({"messages": [ROWS[0]["messages"]] * 20, "id": [str(i) for i in range(20)]})
+    table = pyarrow.table(
+        {"messages": [ROWS[0]["messages"]] * 20, "id": [str(i) for i in range(20)]}
+    )
     pyarrow.parquet.write_table(table, path)
     return [path]
 
@@ -344,7 +385,9 @@ def make_parquet(folder: Path) -> list[Path]:
 def read_data(folder: Path, draw: random.Random) -> None:
     from ldalign.data import read_rows
 
-    read_rows(folder, turns=draw.choice(("first", "last", "all")), bad_rows=draw.choice(("error", "skip")))
+    read_rows(
+        folder, turns=draw.choice(("first", "last", "all")), bad_rows=draw.choice(("error", "skip"))
+    )
 
 
 def make_model(folder: Path) -> list[Path]:
@@ -378,10 +421,14 @@ def read_gguf(folder: Path, draw: random.Random) -> None:
 def make_tokenizer(folder: Path) -> list[Path]:
     from conftest import CHATML_TEMPLATE, byte_level_tokenizer, write_tokenizer_folder
 
-    write_tokenizer_folder(folder, byte_level_tokenizer(), CHATML_TEMPLATE, eos_token="<|im_end|>", add_bos_token=False)
+    write_tokenizer_folder(
+        folder, byte_level_tokenizer(), CHATML_TEMPLATE, eos_token="<|im_end|>", add_bos_token=False
+    )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 600}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<|im_end|>"}})
+    )
     return sorted(folder.glob("*.json"))
 
 
@@ -395,7 +442,9 @@ def read_tokenizer(folder: Path, draw: random.Random) -> None:
     from ldalign.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    tokenizer.pair_ids(Row("1", ({"role": "user", "content": "What? </s>"},), "That <|im_end|>.", where="x:1"))
+    tokenizer.pair_ids(
+        Row("1", ({"role": "user", "content": "What? </s>"},), "That <|im_end|>.", where="x:1")
+    )
 
 
 def make_config(folder: Path) -> list[Path]:
@@ -408,7 +457,9 @@ def read_config(folder: Path, draw: random.Random) -> None:
     from ldalign.config import load_config, to_yaml
     from ldalign.settings import RunConfig
 
-    override = change_bytes(draw.choice((b"beta=0.1", b"data=[a, b]", b"guide.width=64", b"sampling.stop=['x']")), draw)
+    override = change_bytes(
+        draw.choice((b"beta=0.1", b"data=[a, b]", b"guide.width=64", b"sampling.stop=['x']")), draw
+    )
     overrides = [override.decode("utf-8", "surrogateescape")][: draw.randrange(2)]
     to_yaml(load_config(RunConfig, folder / "run.yaml", overrides))
 
@@ -431,10 +482,14 @@ def read_losers(folder: Path, draw: random.Random) -> None:
         with tempfile.TemporaryDirectory() as other:
             make_tokenizer(Path(other))
             state["tokenizer"] = load_tokenizer(other)
-        state["rows"] = [Row(str(i), ({"role": "user", "content": "q"},), "r", where=f"x:{i}") for i in range(4)]
+        state["rows"] = [
+            Row(str(i), ({"role": "user", "content": "q"},), "r", where=f"x:{i}") for i in range(4)
+        ]
         state["pairs"] = methods.prepare(state["rows"], state["tokenizer"], 100).pairs
     rows, pairs, tokenizer = state["rows"], state["pairs"], state["tokenizer"]
-    losers.read_losers(folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl")
+    losers.read_losers(
+        folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl"
+    )
 
 
 def make_stage(folder: Path) -> list[Path]:
@@ -460,22 +515,31 @@ READERS = {
     "safetensors": Reader(make_model, read_model, (change_bytes, change_header, change_document)),
     "gguf": Reader(make_gguf, read_gguf),
     "template": Reader(make_template, read_tokenizer, (change_template,)),
-    "tokenizer": Reader(make_tokenizer, read_tokenizer, (change_bytes, change_document, change_document)),
+    "tokenizer": Reader(
+        make_tokenizer, read_tokenizer, (change_bytes, change_document, change_document)
+    ),
     "config": Reader(make_config, read_config, sound=False),
     "losers": Reader(make_losers, read_losers, (change_bytes, change_lines), sound=False),
     "manifest": Reader(make_stage, read_stage, (change_bytes, change_document)),
 }
 
 
-# ------------------------------------------------------------------------------------------------------ one process
+# -------------------------------------------------------------------------------------- one process
 
 
 def examine(
-    name: str, seed: int, numbers: Iterable[int], folder: Path, keep: Path, until: float, tell: Callable[..., None]
+    name: str,
+    seed: int,
+    numbers: Iterable[int],
+    folder: Path,
+    keep: Path,
+    until: float,
+    tell: Callable[..., None],
 ) -> None:
     """Reads inputs of a reader in `folder`, until all `numbers` are done or the time is `until`.
 
-    tell(number, "begins", file) comes before each, and tell(number, "read", "refused" or "failed", file) after it.
+    tell(number, "begins", file) comes before each, and tell(number, "read", "refused" or "failed",
+    file) after it.
     """
     from ldalign.errors import LdalignError
 
@@ -527,13 +591,17 @@ def save(keep: Path, name: str, number: int, file: str, content: bytes, why: str
     (keep / f"{name}-{number}.txt").write_text(why)
 
 
-# ------------------------------------------------------------------------------------------------------ the parent
+# --------------------------------------------------------------------------------------- the parent
 
 
 class Worker:
-    """A process that examines inputs, watched: one that dies or hangs is counted and kept, and another goes on."""
+    """A process that examines inputs, watched: one that dies or hangs is counted and kept, and
+    another goes on.
+    """
 
-    def __init__(self, name: str, seed: int, numbers: range, folder: Path, keep: Path, until: float) -> None:
+    def __init__(
+        self, name: str, seed: int, numbers: range, folder: Path, keep: Path, until: float
+    ) -> None:
         self.name, self.seed, self.keep, self.until, self.folder = name, seed, keep, until, folder
         self.seen: Counter[str] = Counter()
         self._start(numbers)
@@ -552,7 +620,15 @@ class Worker:
         os.dup2(os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         faulthandler.enable()
         folder = self.folder / "input"
-        examine(self.name, self.seed, self.numbers, folder, self.keep, self.until, lambda *told: pipe.send(told))
+        examine(
+            self.name,
+            self.seed,
+            self.numbers,
+            folder,
+            self.keep,
+            self.until,
+            lambda *told: pipe.send(told),
+        )
 
     def listen(self) -> bool:
         """Takes in what the process has told; whether there is more to come."""
@@ -588,19 +664,31 @@ class Worker:
 
 
 def fuzz(name: str, count: int, minutes: float, seed: int, keep: Path, jobs: int) -> dict[str, Any]:
-    """Reads `count` inputs in `jobs` processes, or as many as the time allows; what came of them."""
+    """Reads `count` inputs in `jobs` processes, or as many as the time allows;
+    what came of them.
+    """
     began = time.time()
     memory = Path("/dev/shm")  # opening a file costs more than reading it on many a disk
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as temporary:
+    with tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) else None
+    ) as temporary:
         every = [(range(k, count, jobs), Path(temporary) / str(k)) for k in range(min(jobs, count))]
-        workers = [Worker(name, seed, numbers, folder, keep, began + 60 * minutes) for numbers, folder in every]
+        workers = [
+            Worker(name, seed, numbers, folder, keep, began + 60 * minutes)
+            for numbers, folder in every
+        ]
         going = workers
         while going:
             wait([worker.pipe for worker in going], timeout=0.5)
             going = [worker for worker in going if worker.listen()]
     seen = sum((worker.seen for worker in workers), Counter())
     counts = {word: seen[word] for word in ("read", "refused", "failed")}
-    return {"reader": name, "inputs": sum(counts.values()), **counts, "seconds": round(time.time() - began)}
+    return {
+        "reader": name,
+        "inputs": sum(counts.values()),
+        **counts,
+        "seconds": round(time.time() - began),
+    }
 
 
 def main() -> None:
@@ -610,15 +698,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", nargs="*", default=list(READERS), choices=list(READERS))
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes (default: one a core)",
     )
-    parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="where inputs that fail are kept")
+    parser.add_argument(
+        "--keep", type=Path, default=Path("runs/fuzz"), help="where inputs that fail are kept"
+    )
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     for module in USED:  # once, for all processes
         importlib.import_module(module)
-    print("| reader | inputs | read | refused | failed | seconds |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| reader | inputs | read | refused | failed | seconds |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     failed = 0
     for name in args.reader:
         result = fuzz(name, args.count, args.minutes, args.seed, args.keep, args.jobs)

@@ -1,7 +1,8 @@
-"""The block's and the head's operations as test cases: any backend's raw functions against the reference.
+"""The block's and the head's operations as test cases: any backend's raw functions against the
+reference.
 
-float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running the reference in
-that dtype, three times for gradients; float64 itself must agree to rounding.
+float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running
+the reference in that dtype, three times for gradients; float64 itself must agree to rounding.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from ldalign.kernels import reference
 
 @dataclass
 class Case:
-    """An op: float64 inputs; how many of its results are values (gradients follow); which input is a plain weight."""
+    """An op: float64 inputs; how many of its results are values (gradients follow); which input is
+    a plain weight.
+    """
 
     ours: Callable[..., Any]
     eager: Callable[..., Any]
@@ -35,7 +38,12 @@ class Case:
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) * scale
+    return (
+        torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+        )
+        * scale
+    )
 
 
 def uneven(*shape: int, seed: int = 0) -> Tensor:
@@ -73,14 +81,25 @@ class Cases:
             logits = (h @ w.T).to(reference.accumulate_dtype(h.dtype))
             return [reference.linear_logprob(h, w, target.to(h.device)), logits.logsumexp(1)]
 
-        return Case(lambda h, w: self.raw.linear_logprob(h, w, target.to(h.device)), eager, head_inputs(N, D, V), 2)
+        return Case(
+            lambda h, w: self.raw.linear_logprob(h, w, target.to(h.device)),
+            eager,
+            head_inputs(N, D, V),
+            2,
+        )
 
     def backward(self, N: int, D: int, V: int) -> Case:
         target = targets(N, V)
 
         def ours(h: Tensor, w: Tensor, grad: Tensor) -> Any:
             return self.raw.linear_logprob_backward(
-                grad, h, w, target.to(h.device), self.raw.linear_logprob(h, w, target.to(h.device))[1], True, True
+                grad,
+                h,
+                w,
+                target.to(h.device),
+                self.raw.linear_logprob(h, w, target.to(h.device))[1],
+                True,
+                True,
             )
 
         def eager(h: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
@@ -98,7 +117,10 @@ class Cases:
             return [logp.detach(), *gradients(-scale * logp.sum(), torch.ones(()), h, w)]
 
         return Case(
-            lambda h, w: self.raw.sft_loss(h, w, target.to(h.device), scale, True, True), eager, head_inputs(N, D, V), 1
+            lambda h, w: self.raw.sft_loss(h, w, target.to(h.device), scale, True, True),
+            eager,
+            head_inputs(N, D, V),
+            1,
         )
 
     def pair(self, lengths: list[int], D: int, V: int) -> Case:
@@ -114,11 +136,15 @@ class Cases:
             return [sums.detach(), *gradients(scale * loss, torch.ones(()), h, w)]
 
         def ours(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> Any:
-            return self.raw.pair_loss(h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True)
+            return self.raw.pair_loss(
+                h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True
+            )
 
         # near the policy's own sums, else every coefficient is 0 or 1
         at = head_inputs(N, D, V)
-        sums = torch.stack([run.sum() for run in reference.linear_logprob(*at, target).split(lengths)])
+        sums = torch.stack(
+            [run.sum() for run in reference.linear_logprob(*at, target).split(lengths)]
+        )
         weight = normal(S // 2, seed=7).abs() + 0.2
         return Case(ours, eager, [*at, sums + normal(S, scale=2), weight], 1, weight=3, wide=(2, 3))
 
@@ -130,7 +156,14 @@ class Cases:
             return [loss.detach(), *per_pair, *gradients(loss, torch.ones(()), real)]
 
         inputs = [*(normal(P, seed=i, scale=20) for i in range(4)), normal(P, seed=5).abs() + 0.2]
-        return Case(lambda *x: self.raw.weighted_dpo(*x, 0.3), eager, inputs, 4, weight=4, wide=(0, 1, 2, 3, 4))
+        return Case(
+            lambda *x: self.raw.weighted_dpo(*x, 0.3),
+            eager,
+            inputs,
+            4,
+            weight=4,
+            wide=(0, 1, 2, 3, 4),
+        )
 
     def norm(self, N: int, D: int) -> Case:
         def ours(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
@@ -140,30 +173,51 @@ class Cases:
         def eager(x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
             x, w = leaf(x, w)
             y = reference.rms_norm(x, w, 1e-3)
-            rstd = (x.detach().to(reference.accumulate_dtype(x.dtype)).pow(2).mean(-1) + 1e-3).rsqrt()
+            rstd = (
+                x.detach().to(reference.accumulate_dtype(x.dtype)).pow(2).mean(-1) + 1e-3
+            ).rsqrt()
             return [y.detach(), rstd, *gradients(y, dy, x, w)]
 
-        return Case(ours, eager, [normal(N, D), normal(D, seed=1), uneven(N, D, seed=2)], 2, weight=1)
+        return Case(
+            ours, eager, [normal(N, D), normal(D, seed=1), uneven(N, D, seed=2)], 2, weight=1
+        )
 
     def add_norm(self, N: int, D: int) -> Case:
-        def ours(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
+        def ours(
+            x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor
+        ) -> list[Tensor]:
             y, total, rstd = self.raw.add_rms_norm(x, residual, w, 1e-3)
             return [y, total, *self.raw.add_rms_norm_backward(dy, dtotal, total, w, rstd)]
 
-        def eager(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor) -> list[Tensor]:
+        def eager(
+            x: Tensor, residual: Tensor, w: Tensor, dy: Tensor, dtotal: Tensor
+        ) -> list[Tensor]:
             x, w = leaf(x, w)
             total = x + residual
             y = reference.rms_norm(total, w, 1e-3)
-            return [y.detach(), total.detach(), *torch.autograd.grad([y, total], [x, w], [dy, dtotal])]
+            return [
+                y.detach(),
+                total.detach(),
+                *torch.autograd.grad([y, total], [x, w], [dy, dtotal]),
+            ]
 
-        rows = [normal(N, D), normal(N, D, seed=1), normal(D, seed=5), uneven(N, D, seed=2), uneven(N, D, seed=3)]
+        rows = [
+            normal(N, D),
+            normal(N, D, seed=1),
+            normal(D, seed=5),
+            uneven(N, D, seed=2),
+            uneven(N, D, seed=3),
+        ]
         return Case(ours, eager, rows, 2, weight=2)
 
     def rope(self, N: int, H: int, E: int, turned: int | None = None) -> Case:
         angles = normal(N, E // 2, seed=1, scale=5)
 
         def ours(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-            return [self.raw.rope(x, cos, sin, False, turned or H), self.raw.rope(dy, cos, sin, True, turned or H)]
+            return [
+                self.raw.rope(x, cos, sin, False, turned or H),
+                self.raw.rope(dy, cos, sin, True, turned or H),
+            ]
 
         def eager(x: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
             (x,) = leaf(x)
@@ -183,7 +237,13 @@ class Cases:
             y = reference.swiglu(gate, up)
             return [y.detach(), *gradients(y, dy, gate, up)]
 
-        return Case(ours, eager, [normal(N, D, scale=2), normal(N, D, seed=1), uneven(N, D, seed=2)], 1, weight=1)
+        return Case(
+            ours,
+            eager,
+            [normal(N, D, scale=2), normal(N, D, seed=1), uneven(N, D, seed=2)],
+            1,
+            weight=1,
+        )
 
 
 def check(case: Case, ours: list[Tensor], inputs: list[Tensor]) -> None:
@@ -197,6 +257,9 @@ def check(case: Case, ours: list[Tensor], inputs: list[Tensor]) -> None:
         if a.dtype == torch.float64:
             assert error <= 1e-12 * (1 + e.norm()), f"{what}: {error:.1e}"
         else:
-            # Eager may happen to be exact; a value of several float32 operations cannot promise that.
+            # Eager may happen to be exact; a value of several float32 operations cannot promise
+            # that.
             floor = (4 if a.dtype == torch.float32 else 1) * torch.finfo(a.dtype).eps * e.norm()
-            assert error <= max((2 if i < case.values else 3) * allowed, floor), f"{what}: {error:.1e}, {allowed:.1e}"
+            assert error <= max((2 if i < case.values else 3) * allowed, floor), (
+                f"{what}: {error:.1e}, {allowed:.1e}"
+            )

@@ -17,7 +17,9 @@ class Killed(Exception):
 
 
 class Appends:
-    """Counts the rows that are added to files of parts, and kills the writer after so many writes of them."""
+    """Counts the rows that are added to files of parts, and kills the writer after so many writes
+    of them.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = self.writes = 0
@@ -50,7 +52,9 @@ class Appends:
 
 def contents(stage: Path) -> dict[str, Any]:
     """Every file of a stage, but for its wall time."""
-    found: dict[str, Any] = {str(p.relative_to(stage)): p.read_bytes() for p in stage.rglob("*") if p.is_file()}
+    found: dict[str, Any] = {
+        str(p.relative_to(stage)): p.read_bytes() for p in stage.rglob("*") if p.is_file()
+    }
     summary = json.loads(found["summary.json"])
     del summary["seconds"]
     found["summary.json"] = summary
@@ -58,11 +62,14 @@ def contents(stage: Path) -> dict[str, Any]:
     return found
 
 
-def check_resume(make: Make, stage: str, run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after its first, a middle and its last write but one, by a rank that is gone afterwards.
+def check_resume(
+    make: Make, stage: str, run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its first, a middle and its last write but one, by a rank that is gone
+    afterwards.
 
-    run: a folder of this name with all that the stage reads. Nothing that was written is computed again, and the stage
-    ends with the bytes of an undisturbed one.
+    run: a folder of this name with all that the stage reads. Nothing that was written is computed
+    again, and the stage ends with the bytes of an undisturbed one.
     """
     appends = Appends(monkeypatch)
     rows, writes = appends.during(make, run("whole"))

@@ -1,4 +1,6 @@
-"""Judge agreement: its figures by hand, and train/judge.py on a whole toy run's policy and guide."""
+"""Judge agreement: its figures by hand, and train/judge.py on a whole toy run's
+policy and guide.
+"""
 
 import json
 import math
@@ -17,10 +19,20 @@ from ldalign.settings import RunConfig
 from ldalign.train.judge import main, planned
 
 
-def pair(first: float, second: float, preference: float | None, tokens: tuple[int, int] = (5, 9)) -> dict[str, Any]:
+def pair(
+    first: float, second: float, preference: float | None, tokens: tuple[int, int] = (5, 9)
+) -> dict[str, Any]:
     """Distances of the two samples, and how surely a judge prefers the first."""
-    record = {"id": "r", "first": "one", "second": "two", "first_distance": first, "second_distance": second,
-              "preference": preference, "first_tokens": tokens[0], "second_tokens": tokens[1]}  # fmt: skip
+    record = {
+        "id": "r",
+        "first": "one",
+        "second": "two",
+        "first_distance": first,
+        "second_distance": second,
+        "preference": preference,
+        "first_tokens": tokens[0],
+        "second_tokens": tokens[1],
+    }
     return record | {"verdict": verdict(record)}
 
 
@@ -36,12 +48,22 @@ def test_verdicts() -> None:
 def test_summary() -> None:
     """Three of four decided pairs agree; by length, where it differs, one of three."""
     same = {"first": "x", "second": "x", "verdict": "identical"}
-    s = summary([
-        pair(1, 2, 1.0), pair(1, 2, 0.8, (9, 5)), pair(3, 2, 0.0, (5, 9)), pair(1, 2, 0.0, (7, 7)), pair(1, 2, 0.5),
-        pair(1, 2, None), same, same,
-    ])  # fmt: skip
-    assert {k: s[f"agreement/{k}"] for k in ("prompts", "rows", "ties", "no_verdict", "identical", "length_rows")} == {
-        "prompts": 8, "rows": 4, "ties": 1, "no_verdict": 1, "identical": 2, "length_rows": 3}  # fmt: skip
+    s = summary(
+        [
+            pair(1, 2, 1.0),
+            pair(1, 2, 0.8, (9, 5)),
+            pair(3, 2, 0.0, (5, 9)),
+            pair(1, 2, 0.0, (7, 7)),
+            pair(1, 2, 0.5),
+            pair(1, 2, None),
+            same,
+            same,
+        ]
+    )
+    assert {
+        k: s[f"agreement/{k}"]
+        for k in ("prompts", "rows", "ties", "no_verdict", "identical", "length_rows")
+    } == {"prompts": 8, "rows": 4, "ties": 1, "no_verdict": 1, "identical": 2, "length_rows": 3}
     assert s["agreement/rate"] == 0.75 and s["agreement/chance"] == 0.5
     assert (s["agreement/low"], s["agreement/high"]) == wilson(3, 4)
     assert s["agreement/length_rate"] == pytest.approx(1 / 3)
@@ -49,7 +71,9 @@ def test_summary() -> None:
 
 
 def test_wilson() -> None:
-    """The interval's ends are the shares that lie 1.96 of their own standard errors away from what was seen."""
+    """The interval's ends are the shares that lie 1.96 of their own standard errors away from what
+    was seen.
+    """
     for hits, count in ((3, 4), (60, 100), (0, 7), (7, 7)):
         low, high = wilson(hits, count)
         assert 0 <= low <= hits / count <= high <= 1
@@ -60,13 +84,27 @@ def test_wilson() -> None:
 
 
 def arguments(toy_run: Path, toy_cache: Path, run: Path, *more: str) -> list[str]:
-    return ["--config", str(ROOT / "configs/toy.yaml"), f"policy={toy_run / 'iteration_0/policy'}", "sft.epochs=0",
-            "continual_sft.epochs=0", "max_rows=16", f"guide={toy_run / 'guide'}", f"run={run}", f"cache={toy_cache}",
-            "evaluation.rows=12", "agreement.rows=10", "max_new_tokens=8", *more]  # fmt: skip
+    return [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"policy={toy_run / 'iteration_0/policy'}",
+        "sft.epochs=0",
+        "continual_sft.epochs=0",
+        "max_rows=16",
+        f"guide={toy_run / 'guide'}",
+        f"run={run}",
+        f"cache={toy_cache}",
+        "evaluation.rows=12",
+        "agreement.rows=10",
+        "max_new_tokens=8",
+        *more,
+    ]
 
 
 def test_the_script(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: None) -> None:
-    """The policy judges itself; distances are the guide's; a second start does nothing, another judge is refused."""
+    """The policy judges itself; distances are the guide's; a second start does nothing, another
+    judge is refused.
+    """
     given = arguments(toy_run, toy_cache, tmp_path / "run", "judge=policy")
     main(given)
     folder = tmp_path / "run/agreement"
@@ -77,10 +115,14 @@ def test_the_script(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: 
     for side in ("first", "second"):
         questions, real = ([rows[r["id"]][at]["content"] for r in records] for at in (1, 2))
         expected = guide.distance(questions, real, [r[side] for r in records])
-        assert [r[f"{side}_distance"] for r in records] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert [r[f"{side}_distance"] for r in records] == pytest.approx(
+            expected.tolist(), rel=1e-4
+        )
     assert all(r["verdict"] == verdict(r) for r in records)
     figures = json.loads((folder / "summary.json").read_text())
-    assert {**figures, **summary(records)} == figures and figures["agreement/rows"] + figures["agreement/ties"] > 0
+    assert {**figures, **summary(records)} == figures and figures["agreement/rows"] + figures[
+        "agreement/ties"
+    ] > 0
     assert "agreement/rate" in (tmp_path / "run/metrics.jsonl").read_text()
     before = (folder / "manifest.json").stat().st_mtime_ns
     main(given)
@@ -89,7 +131,9 @@ def test_the_script(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: 
         main([*given, "judge=checker"])
 
 
-def test_what_is_missing_is_named(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: None) -> None:
+def test_what_is_missing_is_named(
+    toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: None
+) -> None:
     given = arguments(toy_run, toy_cache, tmp_path / "run")
     with pytest.raises(InputError, match="no trained guide is there"):
         main([*given, f"guide={tmp_path}"])

@@ -1,4 +1,6 @@
-"""Rank correlations, intervals and weights against hand-made numbers; the join of a run's files by row id."""
+"""Rank correlations, intervals and weights against hand-made numbers; the join of a run's files by
+row id.
+"""
 
 import json
 import math
@@ -48,7 +50,9 @@ def test_spearman_against_brute_force_with_ties() -> None:
 
     a, b = slow_ranks(x) - slow_ranks(x).mean(), slow_ranks(y) - slow_ranks(y).mean()
     found = spearman(x, y)
-    assert found and found.value == pytest.approx((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()))
+    assert found and found.value == pytest.approx(
+        (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())
+    )
 
 
 def test_spearman_says_nothing_without_numbers() -> None:
@@ -57,11 +61,18 @@ def test_spearman_says_nothing_without_numbers() -> None:
     nan = math.nan
     assert spearman(array(1, 2, 3, 4, 5, 6), array(1, nan, nan, 4, 5, 6)) is None
     found = spearman(array(1, 2, 3, 4, 5, 6), array(2, 4, 6, 8, 10, nan))
-    assert found and found.n == 5 and found.value == pytest.approx(1) and 0.99 < found.low <= found.high <= 1
+    assert (
+        found
+        and found.n == 5
+        and found.value == pytest.approx(1)
+        and 0.99 < found.low <= found.high <= 1
+    )
 
 
 def test_the_interval_covers() -> None:
-    """95 % intervals of 400 samples of correlated normals hold the true rank correlation about 95 times in 100."""
+    """95 % intervals of 400 samples of correlated normals hold the true rank correlation about 95
+    times in 100.
+    """
     rng, rho = np.random.default_rng(0), 0.5
     true = 6 / math.pi * math.asin(rho / 2)
     hits = 0
@@ -105,10 +116,12 @@ def test_mean_relative_gain_is_the_papers(name: str, gain: float) -> None:
     base, scores = (dict(zip("abcdefg", SCORES[n], strict=True)) for n in ("sft", name))
     found = mean_relative_gain(scores, base)
     assert found is not None and round(100 * found, 2) == gain
-    assert mean_relative_gain(scores, {}) is None and mean_relative_gain({"a": 1}, {"a": 0.0}) is None
+    assert (
+        mean_relative_gain(scores, {}) is None and mean_relative_gain({"a": 1}, {"a": 0.0}) is None
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the join
+# ----------------------------------------------------------------------------------------- the join
 
 
 def lines(path: Path, *records: object) -> None:
@@ -121,11 +134,19 @@ def run(tmp_path: Path) -> Path:
     """Three pairs whose files hold them in different orders; c's responses are equal."""
 
     def row(id_: str, real: str, **more: str) -> dict[str, object]:
-        messages = [{"role": "user", "content": f"ask {id_}"}, {"role": "assistant", "content": real}]
+        messages = [
+            {"role": "user", "content": f"ask {id_}"},
+            {"role": "assistant", "content": real},
+        ]
         return {"id": id_, "messages": messages, **more}
 
-    lines(tmp_path / "data/train.jsonl", row("a", "Answer: 2", kind="arithmetic", answer="2"), row("b", "yes"),
-          row("c", "same"), row("unused", "x"))  # fmt: skip
+    lines(
+        tmp_path / "data/train.jsonl",
+        row("a", "Answer: 2", kind="arithmetic", answer="2"),
+        row("b", "yes"),
+        row("c", "same"),
+        row("unused", "x"),
+    )
     folder = tmp_path / "iteration_0"
     lines(
         folder / "responses/responses.jsonl",
@@ -135,11 +156,17 @@ def run(tmp_path: Path) -> Path:
     )
     lines(
         folder / "distances/distances.jsonl",
-        *({"id": i, "distance": d, "weight": w} for i, d, w in (("a", 1.5, 0.5), ("b", 4.5, 1.5), ("c", 0, 0))),
+        *(
+            {"id": i, "distance": d, "weight": w}
+            for i, d, w in (("a", 1.5, 0.5), ("b", 4.5, 1.5), ("c", 0, 0))
+        ),
     )
     (folder / "reference").mkdir()
     (folder / "reference/rows.json").write_text('["b", "a"]')
-    save_file({"logps": np.array([[-1.0, -10.0], [-2.0, -8.0]])}, folder / "reference/reference.safetensors")
+    save_file(
+        {"logps": np.array([[-1.0, -10.0], [-2.0, -8.0]])},
+        folder / "reference/reference.safetensors",
+    )
     lines(folder / "pair_rewards/rewards.jsonl", {"id": "b", "generated": 0.25, "real": 1.0})
     return tmp_path
 
@@ -157,14 +184,19 @@ def joined(run: Path) -> Pairs:
 def test_rows_are_joined_by_id(run: Path) -> None:
     pairs, nan = joined(run), math.nan
     assert pairs.ids == ["c", "a", "b"] and pairs.prompts == ["ask c", "ask a", "ask b"]
-    assert pairs.real == ["same", "Answer: 2", "yes"] and pairs.generated == ["same", "Answer: 2", "no, never"]
+    assert pairs.real == ["same", "Answer: 2", "yes"] and pairs.generated == [
+        "same",
+        "Answer: 2",
+        "no, never",
+    ]
     same(pairs.tokens, 2, 4, 5)
     same(pairs.trained, False, True, True)  # what the reference stage scored
     same(pairs.distance, 0, 1.5, 4.5)
     same(pairs.weight, 0, 0.5, 1.5)
     same(pairs.logp_real, nan, -2, -1)
     same(pairs.nll, nan, 2, 2)
-    same(pairs.right, nan, 0, nan)  # no checker for b and c; a was cut, and what does not end is no answer
+    # no checker for b and c; a was cut, and what does not end is no answer
+    same(pairs.right, nan, 0, nan)
     same(pairs.reward_real - pairs.reward_generated, nan, nan, 0.75)
     same(pairs.length_gap, 0, 0, 6)
 
@@ -180,7 +212,11 @@ def test_what_is_not_there_yet_is_nan(run: Path) -> None:
     for name in ("distances", "reference", "pair_rewards"):
         (run / "iteration_0" / name).rename(run / f"away-{name}")
     pairs = joined(run)
-    assert np.isnan(pairs.distance).all() and np.isnan(pairs.nll).all() and np.isnan(pairs.reward_real).all()
+    assert (
+        np.isnan(pairs.distance).all()
+        and np.isnan(pairs.nll).all()
+        and np.isnan(pairs.reward_real).all()
+    )
     same(pairs.trained, False, False, True)  # by the texts
     assert summarise(pairs) == {"pairs": 1}
     assert read_pairs(run, 1) is None

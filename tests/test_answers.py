@@ -1,4 +1,6 @@
-"""Answers to many prompts: killed anywhere, gone on with, merged by row; and losers that were made elsewhere."""
+"""Answers to many prompts: killed anywhere, gone on with, merged by row; and losers that were made
+elsewhere.
+"""
 
 import json
 import logging
@@ -23,8 +25,9 @@ from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model
 
 KINDS = [
-    pytest.param("packed", marks=pytest.mark.skipif(not cpp.available(), reason="no C++ backend")), "modules",
-]  # fmt: skip
+    pytest.param("packed", marks=pytest.mark.skipif(not cpp.available(), reason="no C++ backend")),
+    "modules",
+]
 COUNT = 23
 
 
@@ -51,7 +54,9 @@ def record(request: Request, response: Response) -> dict[str, Any]:
 
 def make(path: Path, kind: str, kill_after: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """The records, and how many answers were made for them in this call."""
-    decoder: Decoder = PackedDecoder(tiny.mistral()) if kind == "packed" else ModuleDecoder(tiny.mistral())
+    decoder: Decoder = (
+        PackedDecoder(tiny.mistral()) if kind == "packed" else ModuleDecoder(tiny.mistral())
+    )
     made = 0
 
     def counted(request: Request, response: Response) -> dict[str, Any]:
@@ -75,14 +80,17 @@ def test_merged_answers_are_not_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_after", [0, 1, 7, 13, 22])
 def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: int) -> None:
-    """To the bit what it would have been; and no finished chunk (row, where rows stand alone) is made again."""
+    """To the bit what it would have been; and no finished chunk (row, where rows stand alone) is
+    made again.
+    """
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     assert [r["key"] for r in whole] == [f"row{i}" for i in range(COUNT)]
     path = tmp_path / "cut.jsonl"
     with pytest.raises(Killed):
         make(path, kind, killed_after)
     part = path.with_name("cut.jsonl.rank0")
-    part.write_bytes(part.read_bytes() + b'[3, {"key": "row3", "ids": [1')  # and its last line is torn
+    # and its last line is torn
+    part.write_bytes(part.read_bytes() + b'[3, {"key": "row3", "ids": [1')
     again, made = make(path, kind)
     assert again == whole
     done = killed_after if kind == "packed" else killed_after // 5 * 5
@@ -92,7 +100,9 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_take_chunks_and_take_over(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_take_chunks_and_take_over(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another rank has claimed two chunks and died in the second; its file counts all the same."""
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     path = tmp_path / "out.jsonl"
@@ -121,7 +131,7 @@ def test_chunks_hold_everything_once(count: int) -> None:
     assert lengths == sorted(lengths, reverse=True) and all(0 < len(chunk) <= 5 for chunk in cut)
 
 
-# --------------------------------------------------------------------------------------------------------------- losers
+# ------------------------------------------------------------------------------------------- losers
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +144,9 @@ Reader = Callable[..., list[Response]]
 
 @pytest.fixture
 def read(tokenizer: Tokenizer, tmp_path: Path) -> Reader:
-    rows = [Row(f"r{i}", ({"role": "user", "content": f"Say {i}."},), f"It is {i}.") for i in range(3)]
+    rows = [
+        Row(f"r{i}", ({"role": "user", "content": f"Say {i}."},), f"It is {i}.") for i in range(3)
+    ]
     pairs = [Pair(row.id, *map(list, tokenizer.pair_ids(row))) for row in rows]
 
     def read(*lines: Any) -> list[Response]:
@@ -152,12 +164,19 @@ def test_losers_in_ids_and_in_text(read: Reader, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("No. It is 5.")
     unused = {"id": "r2", "response": "x"}
     given = {"id": "r0", "response": "No. It is 5.", "token_ids": ids, "prompt_token_ids": prompt}
-    first, second = read({"id": "r1", "response": "cut of", "finish_reason": "length"}, "", unused, given)
-    assert first == Response([*ids, first.ids[-1]], "stop", None) and first.ids[-1] in tokenizer.end_ids
+    first, second = read(
+        {"id": "r1", "response": "cut of", "finish_reason": "length"}, "", unused, given
+    )
+    assert (
+        first == Response([*ids, first.ids[-1]], "stop", None)
+        and first.ids[-1] in tokenizer.end_ids
+    )
     assert second == Response(tokenizer.encode("cut of"), "length", None)
     (text, _) = read({"id": "r0", "response": "No. It is 5."}, {"id": "r1", "response": "a"})
     assert text.ids == first.ids  # the template's own end
-    (kept, _) = read({"id": "r0", "response": "a", "token_ids": [*ids, end]}, {"id": "r1", "response": "a"})
+    (kept, _) = read(
+        {"id": "r0", "response": "a", "token_ids": [*ids, end]}, {"id": "r1", "response": "a"}
+    )
     assert kept.ids == [*ids, end]
 
 
@@ -171,11 +190,19 @@ def test_losers_in_ids_and_in_text(read: Reader, tokenizer: Tokenizer) -> None:
         ([{"id": "r9", "response": "a"}], "losers.jsonl:1: id 'r9' is not in the data"),
         ([{"id": "r0", "response": "a"}] * 2, "losers.jsonl:2: id 'r0' was answered before"),
         ([{"id": "r1", "response": "a"}], "1 of 2 rows have no response, the first: 'r0'"),
-        ([{"id": "r0", "response": "a", "token_ids": [10**6]}, {"id": "r1", "response": "a"}], "the vocabulary has"),
-        ([{"id": "r0", "response": "a", "prompt_token_ids": [1, 2]}, {"id": "r1", "response": "a"}],
-         "losers.jsonl:1: prompt_token_ids differ from ldalign's from token"),
+        (
+            [{"id": "r0", "response": "a", "token_ids": [10**6]}, {"id": "r1", "response": "a"}],
+            "the vocabulary has",
+        ),
+        (
+            [
+                {"id": "r0", "response": "a", "prompt_token_ids": [1, 2]},
+                {"id": "r1", "response": "a"},
+            ],
+            "losers.jsonl:1: prompt_token_ids differ from ldalign's from token",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_losers(read: Reader, lines: list[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(*lines)
@@ -184,7 +211,10 @@ def test_bad_losers(read: Reader, lines: list[Any], message: str) -> None:
 def test_a_prompt_cut_short_is_another_prompt(read: Reader, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "Say 0."}])
     with pytest.raises(InputError, match=f"from token {len(prompt) - 1} on"):
-        read({"id": "r0", "response": "a", "prompt_token_ids": prompt[:-1]}, {"id": "r1", "response": "a"})
+        read(
+            {"id": "r0", "response": "a", "prompt_token_ids": prompt[:-1]},
+            {"id": "r1", "response": "a"},
+        )
 
 
 def test_unchecked_prompts_are_said(read: Reader, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,5 +225,11 @@ def test_unchecked_prompts_are_said(read: Reader, caplog: pytest.LogCaptureFixtu
 
 def test_absent_losers_say_where_the_prompts_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     row = Row("a", ({"role": "user", "content": "x"},), "y")
-    with pytest.raises(InputError, match=r"nothing.jsonl: not there yet; answer the prompts in .*train.jsonl"):
-        read_losers(tmp_path / "nothing.jsonl", [row], [], [row], tokenizer, tmp_path / "train.jsonl")
+    with pytest.raises(
+        InputError,
+        match=r"nothing.jsonl: not there yet; answer the prompts in "
+        r".*train.jsonl",
+    ):
+        read_losers(
+            tmp_path / "nothing.jsonl", [row], [], [row], tokenizer, tmp_path / "train.jsonl"
+        )

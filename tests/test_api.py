@@ -12,7 +12,10 @@ from ldalign.toy import write_toy_model
 
 
 def test_import_alone_loads_nothing() -> None:
-    code = "import ldalign, sys; print([m for m in sys.modules if m == 'torch' or m.startswith('ldalign.')])"
+    code = (
+        "import ldalign, sys; print([m for m in sys.modules if m == 'torch' or "
+        "m.startswith('ldalign.')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -66,7 +69,9 @@ def test_ops() -> None:
 
 
 def test_generate_stays_the_function() -> None:
-    """The module of the same name is imported by half of the program; the public name must not turn into it."""
+    """The module of the same name is imported by half of the program; the public name must not turn
+    into it.
+    """
     import ldalign.stages
 
     assert callable(ldalign.generate) and set(ldalign.__all__) <= set(dir(ldalign))

@@ -1,4 +1,6 @@
-"""Row order, micro-batches and packing: every row once, whatever the split, and no label off by one."""
+"""Row order, micro-batches and packing: every row once, whatever the split, and no label off by
+one.
+"""
 
 import random
 import time
@@ -11,7 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs, token_logprobs
+from ldalign.batches import (
+    Batch,
+    Pair,
+    count_steps,
+    deal,
+    global_batches,
+    pair_costs,
+    token_logprobs,
+)
 from ldalign.toy import random_mistral
 
 
@@ -46,7 +56,9 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_deal(costs: list[int], ranks: int, budget: int) -> None:
     plan = deal(costs, ranks, budget)
     assert len(plan) == ranks
-    assert sorted(i for micros in plan for micro in micros for i in micro) == list(range(len(costs)))
+    assert sorted(i for micros in plan for micro in micros for i in micro) == list(
+        range(len(costs))
+    )
     assert len({len(micros) for micros in plan}) == 1 and len(plan[0]) >= 1
     for micros in plan:
         for micro in micros:
@@ -69,7 +81,9 @@ def test_deal_every_size(count: int) -> None:
 
 
 def test_deal_balances_ranks_and_micro_batches() -> None:
-    """All micro-batches cost about the same, those that run together nearly exactly; none is left over."""
+    """All micro-batches cost about the same, those that run together nearly exactly; none is left
+    over.
+    """
     draw = random.Random(0)
     costs = [draw.randint(50, 900) for _ in range(64)]
     for ranks, budget in ((1, 4096), (2, 4096), (4, 2048), (8, 8192)):
@@ -81,7 +95,9 @@ def test_deal_balances_ranks_and_micro_batches() -> None:
 
 
 def test_deal_balances_costs_within_sizes() -> None:
-    """What fills a micro-batch is not what it costs: four short items cost as much as one long one."""
+    """What fills a micro-batch is not what it costs: four short items cost as
+    much as one long one.
+    """
     sizes, costs = [8, 2, 2, 2, 2], [16, 4, 4, 4, 4]
     assert sorted(sorted(micros[0]) for micros in deal(sizes, 2, 8, costs)) == [[0], [1, 2, 3, 4]]
     dear = deal([4, 4, 4], 2, 8, [9, 1, 1])
@@ -105,7 +121,10 @@ def test_pair_costs_count_every_product(pair: Pair, window: int | None) -> None:
     config = replace(tiny.MISTRAL, sliding_window=window)
     model = random_mistral(config, 0)
     prompt = len(pair.prompt)
-    positions = [*range(prompt), *(prompt + i for response in pair.responses for i in range(len(response)))]
+    positions = [
+        *range(prompt),
+        *(prompt + i for response in pair.responses for i in range(len(response))),
+    ]
     keys = sum(min(position + 1, window or 10**9) for position in positions)
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
@@ -114,7 +133,9 @@ def test_pair_costs_count_every_product(pair: Pair, window: int | None) -> None:
 
 
 def test_pack_by_hand() -> None:
-    """Prompt (7, 8), response (9, 10, 2): token 9 is predicted at 8, 10 at 9, 2 at 10, and nothing at 2."""
+    """Prompt (7, 8), response (9, 10, 2): token 9 is predicted at 8, 10 at 9, 2 at 10, and nothing
+    at 2.
+    """
     batch = Batch.pack([Pair("a", [7, 8], [9, 10, 2])])
     assert batch.ids.tolist() == [7, 8, 9, 10, 2]
     assert batch.rows.tolist() == [1, 2, 3]
@@ -141,7 +162,9 @@ def test_pack_refuses_an_empty_side(pair: Pair) -> None:
 
 
 def test_token_logprobs_of_a_three_token_example_by_hand() -> None:
-    """A bigram model: the hidden state of a token is its one-hot, so the log-prob of t after s is a table's entry."""
+    """A bigram model: the hidden state of a token is its one-hot, so the log-prob of t after s is a
+    table's entry.
+    """
     table = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.6, 0.3, 0.1]]).log()
 
     def bigram(ids: torch.Tensor, layout: object, head: object) -> torch.Tensor:
@@ -154,8 +177,12 @@ def test_token_logprobs_of_a_three_token_example_by_hand() -> None:
 
 @pytest.mark.parametrize("model", [tiny.mistral(), tiny.gpt2()], ids=["mistral", "gpt2"])
 def test_packed_equals_one_by_one(model: torch.nn.Module) -> None:
-    """Sequences of one pack, and the two responses of a pair, do not see each other, and come back in their order."""
+    """Sequences of one pack, and the two responses of a pair, do not see each other, and come back
+    in their order.
+    """
     pairs = tiny.pairs(7)
     packed = token_logprobs(model, Batch.pack(pairs))  # type: ignore[arg-type]
-    alone = torch.cat([tiny.logps(model, p.prompt, response) for p in pairs for response in p.responses])
+    alone = torch.cat(
+        [tiny.logps(model, p.prompt, response) for p in pairs for response in p.responses]
+    )
     assert (packed - alone).abs().max() < 1e-4 and packed.std() > 0.1

@@ -1,4 +1,6 @@
-"""The comparison of methods: what is shared, how learning rates are chosen, and the arithmetic of its differences."""
+"""The comparison of methods: what is shared, how learning rates are chosen, and the arithmetic of
+its differences.
+"""
 
 import json
 import math
@@ -17,10 +19,17 @@ from ldalign.settings import CompareConfig
 from ldalign.train import compare
 
 OPTIONS = [
-    "iterations=1", "training.steps=2", "compare.seeds=[0, 1]", "compare.learning_rates=[1e-3, 4e-3]",
-    "compare.methods=[sft, spin, ld_align/uniform]", "compare.validation_rows=8", "max_rows=16", "global_batch=8",
-    "evaluation.samples=1", "max_new_tokens=8",
-]  # fmt: skip
+    "iterations=1",
+    "training.steps=2",
+    "compare.seeds=[0, 1]",
+    "compare.learning_rates=[1e-3, 4e-3]",
+    "compare.methods=[sft, spin, ld_align/uniform]",
+    "compare.validation_rows=8",
+    "max_rows=16",
+    "global_batch=8",
+    "evaluation.samples=1",
+    "max_new_tokens=8",
+]
 
 
 def config_of(*overrides: str) -> CompareConfig:
@@ -48,9 +57,17 @@ def test_what_cannot_be_compared_is_refused(override: str, message: str) -> None
 def test_a_comparison_and_its_resumption(
     tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three methods, two rates, two seeds: 9 trainings from one start; the second call makes none of them again."""
+    """Three methods, two rates, two seeds: 9 trainings from one start; the second call makes none
+    of them again.
+    """
     run = tmp_path / "run"
-    arguments = ["--config", str(ROOT / "configs/toy.yaml"), *OPTIONS, f"run={run}", f"cache={toy_cache}"]
+    arguments = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        *OPTIONS,
+        f"run={run}",
+        f"cache={toy_cache}",
+    ]
     compare.main(arguments)
     made = sorted(path.parent.parent.name for path in run.glob("seed_*/*/iteration_0/policy"))
     assert len(made) == 9
@@ -64,15 +81,26 @@ def test_a_comparison_and_its_resumption(
         assert len(folders) > 1 and len({path.stat().st_ino for path in folders}) == 1
     # Weights of 1 are SPIN: the same answers, to the last bit of their likelihood.
     if rates["spin"] == rates["ld_align/uniform"]:
-        one, two = (read_jsonl(arm_folder(config, arm, 1, rates[arm.name]) / "iteration_0/evaluation/answers.jsonl")
-                    for arm in arms[1:])  # fmt: skip
+        one, two = (
+            read_jsonl(
+                arm_folder(config, arm, 1, rates[arm.name]) / "iteration_0/evaluation/answers.jsonl"
+            )
+            for arm in arms[1:]
+        )
         assert one == two
-    # The figures, from the answers: rows that no choice has seen, and differences from the start's own answers.
+    # The figures, from the answers: rows that no choice has seen, and differences from the start's
+    # own answers.
     validation, test = comparison.validation_ids(config)
     assert len(validation) == 8 and len(test) == 18 and not set(validation) & set(test)
     for arm in arms:
-        tables = [comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / "iteration_0") for s in (0, 1)]
-        starts = [comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / START) for s in (0, 1)]
+        tables = [
+            comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / "iteration_0")
+            for s in (0, 1)
+        ]
+        starts = [
+            comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / START)
+            for s in (0, 1)
+        ]
         nll = np.mean([[t[i]["nll"] for i in test] for t in tables])
         gap = nll - np.mean([[t[i]["nll"] for i in test] for t in starts])
         assert summary["policies"][arm.name]["nll"] == pytest.approx(nll)
@@ -80,7 +108,10 @@ def test_a_comparison_and_its_resumption(
     text = (run / "report/comparison.md").read_text()
     assert "| spin - sft |" in text and "| ld_align/uniform |" in text
     assert (run / "report/comparison.svg").stat().st_size > 5000
-    before = {path: path.stat().st_mtime_ns for path in run.glob("seed_*/*/iteration_0/policy/model.safetensors")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.glob("seed_*/*/iteration_0/policy/model.safetensors")
+    }
     capfd.readouterr()
     compare.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -88,16 +119,23 @@ def test_a_comparison_and_its_resumption(
 
 
 def test_rates_are_scored_on_validation_rows_alone() -> None:
-    figures = {"a": {"nll": 1.0, "sampled": 1.0}, "b": {"nll": 3.0, "sampled": 0.0}, "c": {"nll": 9.0, "sampled": 0.0}}
+    figures = {
+        "a": {"nll": 1.0, "sampled": 1.0},
+        "b": {"nll": 3.0, "sampled": 0.0},
+        "c": {"nll": 9.0, "sampled": 0.0},
+    }
     assert comparison.score(figures, ["a", "b"]) == 0.5
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
     assert comparison.score(unchecked, ["a", "b"]) == -2.0
-    greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}  # evaluation.samples=0
+    # evaluation.samples=0
+    greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
     assert comparison.score(greedy, ["a"]) == 1.0
 
 
 def test_differences_are_paired_by_prompt() -> None:
-    """Two seeds, three rows: gaps of 1, 2, 3 and 3, 2, 1 have the same mean on every row, so no error over rows."""
+    """Two seeds, three rows: gaps of 1, 2, 3 and 3, 2, 1 have the same mean on every row, so no
+    error over rows.
+    """
     start = {"nll": np.array([[0.0, 10.0, 20.0]] * 2)}
     table = {"nll": np.array([[1.0, 12.0, 23.0], [3.0, 12.0, 21.0]])}
     row = comparison._row(table, start)

@@ -48,7 +48,11 @@ class Toy:
     bare: Bare = c.group(Bare)
 
     def problems(self) -> list[str]:
-        return ["greedy: contradicts top_p below 1; drop one"] if self.greedy and self.top_p < 1 else []
+        return (
+            ["greedy: contradicts top_p below 1; drop one"]
+            if self.greedy and self.top_p < 1
+            else []
+        )
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Toy:
@@ -69,7 +73,10 @@ def test_defaults_and_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_file_then_overrides(tmp_path: Path) -> None:
-    text = "learning_rate: 1e-4\nseed: 7\nguide:\n  epochs: 5\n  folder: a\nbetas: [0.8, 1]\ncache: /x\ngreedy: yes\n"
+    text = (
+        "learning_rate: 1e-4\nseed: 7\nguide:\n  epochs: 5\n  folder: a\nbetas: [0.8, 1]\ncache: "
+        "/x\ngreedy: yes\n"
+    )
     config = load(tmp_path, text, "seed=8", "guide.epochs=6", "seed=9", "max_rows=10")
     assert config == Toy(
         learning_rate=1e-4,
@@ -107,12 +114,17 @@ def test_shorthand_of_a_group(tmp_path: Path) -> None:
 
 def test_union_of_text_list_and_parts() -> None:
     assert c.load_config(Toy, None, ["data=[a, b]"]).data == ["a", "b"]
-    assert c.load_config(Toy, None, ["data=[{path: a, weight: 2}, {path: b}]"]).data == [Part("a", 2.0), Part("b")]
+    assert c.load_config(Toy, None, ["data=[{path: a, weight: 2}, {path: b}]"]).data == [
+        Part("a", 2.0),
+        Part("b"),
+    ]
     assert "data" in refusal("data=[{path: a, wieght: 2}]")
 
 
 def test_unknown_keys_name_the_nearest() -> None:
-    assert "learning_rte=1: learning_rte: unknown key; did you mean learning_rate?" in refusal("learning_rte=1")
+    assert ("learning_rte=1: learning_rte: unknown key; did you mean learning_rate?") in refusal(
+        "learning_rte=1"
+    )
     assert "guide.epoch: unknown key; did you mean guide.epochs?" in refusal("guide.epoch=1")
     assert "giude: unknown key; did you mean guide?" in refusal("giude.epochs=1")
     assert "seed is a key, not a group of keys" in refusal("seed.x=1")
@@ -176,7 +188,11 @@ def test_contradictions_are_checked_on_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a: [\n", ":2: not valid YAML"), ("- a\n", ":1: a config must be"), ("? [a]\n: b\n", ":1: a key must be plain")],
+    [
+        ("a: [\n", ":2: not valid YAML"),
+        ("- a\n", ":1: a config must be"),
+        ("? [a]\n: b\n", ":1: a key must be plain"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(InputError, match="toy.yaml" + expected):
@@ -208,7 +224,9 @@ def test_required_keys() -> None:
     assert "policy=REQUIRED" in c.describe(Strict)
 
 
-TEXT = st.sampled_from(["None", "null", "~", "yes", "1e-4", "[", "a: b", "\x85", "\u2028x", " x\n\t"]) | st.text(
+TEXT = st.sampled_from(
+    ["None", "null", "~", "yes", "1e-4", "[", "a: b", "\x85", "\u2028x", " x\n\t"]
+) | st.text(
     st.characters(codec="utf-8", exclude_characters="\x00", exclude_categories=("Cs",)), max_size=20
 )
 
@@ -222,7 +240,9 @@ TEXT = st.sampled_from(["None", "null", "~", "yes", "1e-4", "[", "a: b", "\x85",
     data=TEXT | st.lists(TEXT) | st.lists(st.builds(Part, TEXT.filter(len)), min_size=1),
     folder=st.none() | TEXT,
 )
-def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, folder: str | None, **keys: Any) -> None:
+def test_yaml_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, folder: str | None, **keys: Any
+) -> None:
     config = Toy(**keys, guide=Guide(folder=folder))
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_bytes(c.to_yaml(config).encode())
@@ -251,7 +271,11 @@ def test_describe_names_every_key() -> None:
 
 def test_split_argv() -> None:
     argv = ["--config", "a.yaml", "seed=1", "--dry-run", "x=--y"]
-    assert c.split_argv(argv, ["--dry-run", "--help"]) == (Path("a.yaml"), ["seed=1", "x=--y"], {"--dry-run"})
+    assert c.split_argv(argv, ["--dry-run", "--help"]) == (
+        Path("a.yaml"),
+        ["seed=1", "x=--y"],
+        {"--dry-run"},
+    )
     assert c.split_argv(["--config=b.yaml"]) == (Path("b.yaml"), [], set())
     with pytest.raises(InputError, match="--dry-rum: unknown option; did you mean --dry-run"):
         c.split_argv(["--dry-rum"], ["--dry-run"])
@@ -259,7 +283,7 @@ def test_split_argv() -> None:
         c.split_argv(["--config"])
 
 
-# ------------------------------------------------------------------------------------------------ base
+# --------------------------------------------------------------------------------------------- base
 
 
 def write(path: Path, text: str) -> Path:
@@ -271,7 +295,9 @@ def test_a_base_holds_where_the_file_says_nothing(tmp_path: Path) -> None:
     """Three files deep, groups key by key; the command line wins over all."""
     write(tmp_path / "a.yaml", "seed: 1\nbeta: 0.5\ntraining: {epochs: 7, optimizer: adamw}\n")
     (tmp_path / "deeper").mkdir()
-    write(tmp_path / "deeper/b.yaml", "base: ../a.yaml\nseed: 2\nmax_rows: 9\ntraining: {epochs: 8}\n")
+    write(
+        tmp_path / "deeper/b.yaml", "base: ../a.yaml\nseed: 2\nmax_rows: 9\ntraining: {epochs: 8}\n"
+    )
     path = write(tmp_path / "c.yaml", "base: deeper/b.yaml\nmax_rows: null\n")
     config = c.load_config(RunConfig, path, ["beta=0.25"])
     assert (config.seed, config.beta, config.max_rows) == (2, 0.25, None)

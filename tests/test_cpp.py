@@ -1,10 +1,11 @@
 """The C++ kernels against the reference, on every instruction set that was built and runs here.
 
-float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at most twice that of
-eager PyTorch running the reference in that dtype, three times for gradients. The same comparison must fail for results
-zeroed, rolled by a row, or made without their weights.
+float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at
+most twice that of eager PyTorch running the reference in that dtype, three times for gradients. The
+same comparison must fail for results zeroed, rolled by a row, or made without their weights.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -38,11 +39,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 13 rows of 601 float32 logits (6 float64, 26 of 16 bits), so that small shapes have several."""
+    """Pieces of 13 rows of 601 float32 logits (6 float64, 26 of 16 bits), so that small shapes have
+    several.
+    """
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 13 * 601 * 4)
 
 
-# ------------------------------------------------------------------------------------------- ops, and what they compute
+# ----------------------------------------------------------------------- ops, and what they compute
 
 
 OPS = Cases(cpp)
@@ -60,7 +63,11 @@ def attention_case(parts: list[Any], H: int, K: int, E: int, window: int | None)
     def eager_(qkv: Tensor, dy: Tensor) -> list[Tensor]:
         (qkv,) = leaf(qkv)
         out = reference.pair_attention(qkv, H, segments, window)
-        return [out.detach(), eager.pair_attention(qkv.detach(), H, segments, window)[1], *gradients(out, dy, qkv)]
+        return [
+            out.detach(),
+            eager.pair_attention(qkv.detach(), H, segments, window)[1],
+            *gradients(out, dy, qkv),
+        ]
 
     qkv = torch.cat([normal(N, H, E, scale=2), normal(N, 2 * K, E, seed=1)], 1)
     return Case(ours, eager_, [qkv, uneven(N, H, E, seed=2)], 2)
@@ -78,7 +85,8 @@ CASES = {
     "sft, 24 pieces": lambda: OPS.sft(620, 13, 601),  # 48 in float32
     "sft, one row": lambda: OPS.sft(1, 8, 33),
     "pair": lambda: OPS.pair([4, 4, 4, 4], 32, 128),
-    # several pairs in a piece, an empty response, a pair of 30 rows that no piece holds, and one after it
+    # several pairs in a piece, an empty response, a pair of 30 rows that no piece holds, and one
+    # after it
     "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
     "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
     "dpo": lambda: OPS.dpo(8),
@@ -103,7 +111,7 @@ CASES = {
 RAGGED = [name for name in CASES if "ragged" in name]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,9 +124,15 @@ def test_op_against_reference(name: str, dtype: torch.dtype, isa: None, small: N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padded_pieces(dtype: torch.dtype, isa: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 75 and 149 rows are multiplied as 80 and 152, and the padding counts for nothing."""
+    """Pieces of 75 and 149 rows are multiplied as 80 and 152, and the padding
+    counts for nothing.
+    """
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 80 * 601 * dtype.itemsize)
-    for case in (OPS.sft(150, 13, 601), OPS.backward(79, 13, 601), OPS.pair([40, 35, 30, 44], 13, 601)):
+    for case in (
+        OPS.sft(150, 13, 601),
+        OPS.backward(79, 13, 601),
+        OPS.pair([40, 35, 30, 44], 13, 601),
+    ):
         inputs = case.rounded(dtype)
         check(case, case.run(inputs), inputs)
 
@@ -133,7 +147,9 @@ def test_vocabularies(V: int, dtype: torch.dtype, isa: None) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_comparison_can_fail(name: str, small: None) -> None:
-    """Zeros, results a row off, two rows swapped, results without the weight: the comparison sees each of them."""
+    """Zeros, results a row off, two rows swapped, results without the weight: the comparison sees
+    each of them.
+    """
     case = CASES[name]()
     inputs = case.rounded(torch.bfloat16)
     right = case.run(inputs)
@@ -162,7 +178,9 @@ def test_comparison_can_fail(name: str, small: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RAGGED)
 def test_strides_repeats_and_inputs(name: str, dtype: torch.dtype, small: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to an input."""
+    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
+    an input.
+    """
     case = CASES[name]()
     inputs = case.rounded(dtype)
     inputs[-1] = inputs[-1].flatten()[:1].expand_as(inputs[-1])  # often the upstream gradient
@@ -181,11 +199,15 @@ def test_strides_repeats_and_inputs(name: str, dtype: torch.dtype, small: None) 
 
 
 @pytest.mark.parametrize(
-    "name", ["norm, ragged", "add and norm, ragged", "rope, ragged", "swiglu, ragged", "attention, tiles"]
+    "name",
+    ["norm, ragged", "add and norm, ragged", "rope, ragged", "swiglu, ragged", "attention, tiles"],
 )
 def test_same_bits_for_any_number_of_threads(name: str) -> None:
     case = CASES[name]()
-    inputs = [x.repeat(30, *(1,) * (x.ndim - 1)) if len(x) in (37, 137) else x for x in case.rounded(torch.bfloat16)]
+    inputs = [
+        x.repeat(30, *(1,) * (x.ndim - 1)) if len(x) in (37, 137) else x
+        for x in case.rounded(torch.bfloat16)
+    ]
     threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 5):
@@ -198,26 +220,32 @@ def test_same_bits_for_any_number_of_threads(name: str) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_nan_stays(name: str, isa: None, small: None) -> None:
-    """NaN in row 2 of the first input: its row of every result of N rows has NaN, and no later row has."""
+    """NaN in row 2 of the first input: its row of every result of N rows has NaN, and no later row
+    has.
+    """
     for dtype in (torch.float64, torch.float32, *HALVES):
         case = CASES[name]()
         inputs = case.rounded(dtype)
         inputs[0][2] = torch.nan
         results = case.run(inputs)
-        if name.startswith("attention"):  # row 2 is of the first pair's prompt, of 13 tokens with its responses
+        # row 2 is of the first pair's prompt, of 13 tokens with its responses
+        if name.startswith("attention"):
             assert all(x[2].isnan().any() and x[13:].isfinite().all() for x in results)
         elif name.startswith("pair"):  # rows 2 to 6 are response 1
             assert results[0].isnan().tolist() == [False, True, *[False] * 8]
             assert results[1][:7].isnan().all() and results[1][7:].isfinite().all()
         else:
             per_row = [x for x in results if len(x.shape) and len(x) == len(inputs[0])]
-            reached = {"rope": 1, "dpo": 2}.get(name.split(",")[0])  # the other results are of other inputs
-            assert per_row and all(x[2].isnan().any() and x[3:].isfinite().all() for x in per_row[:reached])
+            # the other results are of other inputs
+            reached = {"rope": 1, "dpo": 2}.get(name.split(",")[0])
+            assert per_row and all(
+                x[2].isnan().any() and x[3:].isfinite().all() for x in per_row[:reached]
+            )
         if name.split(",")[0] in ("backward", "sft", "pair", "norm", "add and norm"):
             assert results[-1].isnan().any(), "the weight's gradient"
 
 
-# ------------------------------------------------------------------------------------------------------------- the head
+# ----------------------------------------------------------------------------------------- the head
 
 
 @pytest.mark.parametrize("share", [0, 0.4, 1], ids=["none", "some", "all"])
@@ -244,7 +272,9 @@ def test_ignored_rows(share: float, ignore_index: int, isa: None, small: None) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_logits(dtype: torch.dtype, isa: None, small: None) -> None:
-    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not -inf."""
+    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not
+    -inf.
+    """
     h = torch.tensor([[1e4], [-1e4]] * 60).to(dtype)
     w = torch.tensor([[1.0], [-1.0], *[[0.5]] * 599]).to(dtype)
     size = float(h[0, 0])  # 1e4 in that dtype
@@ -252,11 +282,15 @@ def test_huge_logits(dtype: torch.dtype, isa: None, small: None) -> None:
     assert logp.tolist() == [0.0, -2 * size] * 60
     assert dh is not None and dh.flatten().tolist() == [0.0, -0.125] * 60
     assert dw is not None and (dw[2:] == 0).all()
-    assert dw[:2].flatten().tolist() == pytest.approx([3.75 * size, -3.75 * size], rel=torch.finfo(dtype).eps)
+    assert dw[:2].flatten().tolist() == pytest.approx(
+        [3.75 * size, -3.75 * size], rel=torch.finfo(dtype).eps
+    )
 
 
 def test_infinite_logits(isa: None) -> None:
-    """A logit of -inf is a word with no chance; where all are, or one is +inf, there is no log-softmax: NaN."""
+    """A logit of -inf is a word with no chance; where all are, or one is +inf, there is no
+    log-softmax: NaN.
+    """
     for logits, expected in (
         ([0.0, -torch.inf, 0.0], -0.6931472),
         ([-torch.inf] * 3, torch.nan),
@@ -276,13 +310,17 @@ def test_one_side_frozen(small: None) -> None:
         target = targets(N, 601)
         if name.startswith("backward"):
             lse = cpp.linear_logprob(inputs[0], inputs[1], target)[1]
-            run = lambda *needs: cpp.linear_logprob_backward(inputs[2], *inputs[:2], target, lse, *needs)  # noqa: B023,E731
+            given = (inputs[2], *inputs[:2], target, lse)
+            run = functools.partial(cpp.linear_logprob_backward, *given)
         elif name.startswith("sft"):
-            run = lambda *needs: cpp.sft_loss(*inputs, target, 0.7, *needs)[1:]  # noqa: B023,E731
+            run = functools.partial(cpp.sft_loss, *inputs, target, 0.7)
         else:
             lengths = [2, 5, 1, 4, 3, 0, 17, 13, 6, 4]
-            run = lambda *needs: cpp.pair_loss(*inputs[:2], target, lengths, *inputs[2:], 0.3, 0.7, *needs)[1:]  # noqa: B023,E731
-        only_hidden, only_weight, neither = run(True, False), run(False, True), run(False, False)
+            given = (*inputs[:2], target, lengths, *inputs[2:], 0.3, 0.7)
+            run = functools.partial(cpp.pair_loss, *given)
+        only_hidden, only_weight, neither = (
+            run(*needs)[-2:] for needs in ((True, False), (False, True), (False, False))
+        )
         assert torch.equal(only_hidden[0], dh) and only_hidden[1] is None
         assert torch.equal(only_weight[1], dw) and only_weight[0] is None
         assert neither == (None, None)
@@ -303,26 +341,38 @@ def test_no_rows(small: None) -> None:
         dh, dw = gradients_of
         assert dh is not None and dh.shape == (0, 3)
         assert dw is not None and dw.shape[-1] == 3 and not dw.any()
-    sums = cpp.pair_loss(h, w, none, [0, 0], torch.zeros(2), torch.ones(1), 0.1, 1.0, False, False)[0]
+    sums = cpp.pair_loss(h, w, none, [0, 0], torch.zeros(2), torch.ones(1), 0.1, 1.0, False, False)[
+        0
+    ]
     assert sums.tolist() == [0, 0]
     assert cpp.weighted_dpo(*[wide] * 5, 0.1)[0].item() == 0
     assert cpp.rms_norm(h, w[0], 1e-3)[0].shape == (0, 3)
-    assert cpp.rope(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False, 3).shape == (0, 3, 2)
+    assert cpp.rope(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False, 3).shape == (
+        0,
+        3,
+        2,
+    )
     both = h.new_zeros(0, 6)
     assert cpp.swiglu(both).shape == (0, 3) and cpp.swiglu_backward(h, both).shape == (0, 6)
-    assert cpp.pair_attention(h.view(0, 3, 2), 1, torch.zeros(0, 4, dtype=torch.int64), None)[0].shape == (0, 1, 2)
+    assert cpp.pair_attention(h.view(0, 3, 2), 1, torch.zeros(0, 4, dtype=torch.int64), None)[
+        0
+    ].shape == (0, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------- arithmetic of the vectors
+# ------------------------------------------------------------------------ arithmetic of the vectors
 
 
 def test_exponential(isa: None) -> None:
-    """Over its whole range, through silu: 4 units in the last place; 0 and infinity where they belong; NaN stays."""
+    """Over its whole range, through silu: 4 units in the last place; 0 and infinity where they
+    belong; NaN stays.
+    """
     x = torch.cat([torch.linspace(-100, 100, 200_003), torch.linspace(-1, 1, 10_001)])
     silu = cpp.swiglu(torch.stack([x, torch.ones_like(x)]).flatten()).double()
     exact = x.double() * torch.sigmoid(x.double())
     seen = exact.abs() > 1e-35  # below it e^-x overflows in float32
-    assert ((silu - exact).abs()[seen] <= 4 * torch.finfo(torch.float32).eps * exact.abs()[seen]).all()
+    assert (
+        (silu - exact).abs()[seen] <= 4 * torch.finfo(torch.float32).eps * exact.abs()[seen]
+    ).all()
     assert (silu[~seen].abs() <= 1e-34).all()
     ends = torch.tensor([1e4, -1e4, torch.inf, torch.nan])
     silu = cpp.swiglu(torch.cat([ends, torch.ones(4)]))
@@ -331,24 +381,29 @@ def test_exponential(isa: None) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_16_bit_conversions(dtype: torch.dtype, isa: None) -> None:
-    """Every 16-bit pattern is read exactly, and sums are rounded as torch rounds them, from tiny to infinite."""
+    """Every 16-bit pattern is read exactly, and sums are rounded as torch rounds them, from tiny to
+    infinite.
+    """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     weight = torch.ones(2**16)
 
     def added(x: Tensor, y: Tensor) -> Tensor:
         return cpp.add_rms_norm(x, y, weight, 1.0)[1]
 
-    torch.testing.assert_close(added(every, torch.zeros_like(every)), every, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        added(every, torch.zeros_like(every)), every, rtol=0, atol=0, equal_nan=True
+    )
     for seed in range(4):
         other = every[:, torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))]
         expected = (every.float() + other.float()).to(dtype)
         torch.testing.assert_close(added(every, other), expected, rtol=0, atol=0, equal_nan=True)
-    near = every * torch.tensor(1.0078125, dtype=dtype)  # close in size, so that the sum needs rounding
+    # close in size, so that the sum needs rounding
+    near = every * torch.tensor(1.0078125, dtype=dtype)
     expected = (every.float() + near.float()).to(dtype)
     torch.testing.assert_close(added(every, near), expected, rtol=0, atol=0, equal_nan=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 H, W, T, F = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
 QKV, SEGMENTS = torch.ones(4, 3, 3), torch.tensor([[0, 4, 0, 0]])
@@ -356,43 +411,124 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: cpp.linear_logprob(H[0], W, T), r"hidden has shape \[3\], expected \(N, D\)"),
     (lambda: cpp.linear_logprob(H.int(), W, T), "hidden is Int, expected float32"),
     (lambda: cpp.linear_logprob(H.bfloat16(), W, T), "weight is Float, expected BFloat16"),
-    (lambda: cpp.linear_logprob(H, W[:, :2], T), r"weight has shape \[5, 2\], expected \(V, D\) = \[5, 3\]"),
+    (
+        lambda: cpp.linear_logprob(H, W[:, :2], T),
+        r"weight has shape \[5, 2\], expected \(V, D\) = "
+        r"\[5, 3\]",
+    ),
     (lambda: cpp.linear_logprob(H, W, T[:3]), r"target has shape \[3\], expected \(N,\) = \[4\]"),
     (lambda: cpp.linear_logprob(H, W, T.int()), "target is Int, expected Long"),
-    (lambda: cpp.linear_logprob(H, W, T + torch.tensor([0, 0, 5, 9])), r"target\[2\] is 5, expected 0 to 4"),
-    (lambda: cpp.linear_logprob(H, W, T - torch.tensor([0, 1, 0, 0])), r"target\[1\] is -1, expected 0 to 4"),
+    (
+        lambda: cpp.linear_logprob(H, W, T + torch.tensor([0, 0, 5, 9])),
+        r"target\[2\] is 5, "
+        r"expected 0 to 4",
+    ),
+    (
+        lambda: cpp.linear_logprob(H, W, T - torch.tensor([0, 1, 0, 0])),
+        r"target\[1\] is -1, "
+        r"expected 0 to 4",
+    ),
     (lambda: cpp.sft_loss(H, W, T - 100, 1.0, True, True), r"target\[0\] is -100, expected 0 to 4"),
-    (lambda: cpp.linear_logprob_backward(F[:3], H, W, T, F, True, True), r"grad has shape \[3\], expected \(N,\)"),
-    (lambda: cpp.linear_logprob_backward(F, H, W, T, F.double(), True, True), "lse is Double, expected Float"),
+    (
+        lambda: cpp.linear_logprob_backward(F[:3], H, W, T, F, True, True),
+        r"grad has shape \[3\], "
+        r"expected \(N,\)",
+    ),
+    (
+        lambda: cpp.linear_logprob_backward(F, H, W, T, F.double(), True, True),
+        "lse is Double, expected Float",
+    ),
     (lambda: cpp.linear_logprob_backward(F + 1, H, W, T - 1, F, True, True), r"target\[0\] is -1"),
-    (lambda: cpp.pair_loss(H, W, T, [1, 2, 1], F, F, 0.1, 1.0, True, True), "lengths has 3 entries"),
-    (lambda: cpp.pair_loss(H, W, T, [1, 2], F, F, 0.1, 1.0, True, True), "lengths add up to 3, but hidden has 4 rows"),
-    (lambda: cpp.pair_loss(H, W, T, [5, -1], F, F, 0.1, 1.0, True, True), "lengths has -1, expected 0 or more"),
-    (lambda: cpp.pair_loss(H, W, T, [1, 3], F, F[:1], 0.1, 1.0, True, True), r"reference has shape \[4\], expected"),
-    (lambda: cpp.pair_loss(H, W, T, [1, 3], F[:2], F, 0.1, 1.0, True, True), r"pair_weight has shape \[4\], expected"),
-    (lambda: cpp.weighted_dpo(F, F, F[:2], F, F, 0.1), "ref_real is Float of shape .2., expected Float of shape .4."),
+    (
+        lambda: cpp.pair_loss(H, W, T, [1, 2, 1], F, F, 0.1, 1.0, True, True),
+        "lengths has 3 entries",
+    ),
+    (
+        lambda: cpp.pair_loss(H, W, T, [1, 2], F, F, 0.1, 1.0, True, True),
+        "lengths add up to 3, but hidden has 4 rows",
+    ),
+    (
+        lambda: cpp.pair_loss(H, W, T, [5, -1], F, F, 0.1, 1.0, True, True),
+        "lengths has -1, expected 0 or more",
+    ),
+    (
+        lambda: cpp.pair_loss(H, W, T, [1, 3], F, F[:1], 0.1, 1.0, True, True),
+        r"reference has "
+        r"shape \[4\], "
+        r"expected",
+    ),
+    (
+        lambda: cpp.pair_loss(H, W, T, [1, 3], F[:2], F, 0.1, 1.0, True, True),
+        r"pair_weight has "
+        r"shape \[4\], "
+        r"expected",
+    ),
+    (
+        lambda: cpp.weighted_dpo(F, F, F[:2], F, F, 0.1),
+        "ref_real is Float of shape .2., expected Float of shape .4.",
+    ),
     (lambda: cpp.weighted_dpo(*[F.bfloat16()] * 5, 0.1), "sums_real is BFloat16, expected Float"),
     (lambda: cpp.rms_norm(H, W, 1e-3), r"weight has shape \[5, 3\], expected \(D,\)"),
     (lambda: cpp.rms_norm(H, F, 1e-3), r"weight has shape \[4\], expected \(D,\) = \[3\]"),
-    (lambda: cpp.rms_norm_backward(H[:2], H, W[0], F), "dy is Float of shape .2, 3., expected .* like x"),
-    (lambda: cpp.rms_norm_backward(H, H, W[0], F[:2]), r"rstd has shape \[2\], expected \(N,\) = \[4\]"),
-    (lambda: cpp.add_rms_norm(H, H.double(), W[0], 1e-3), "residual is Double .*, expected Float .* like x"),
-    (lambda: cpp.add_rms_norm_backward(H, W, H, W[0], F), "dtotal is Float of shape .5, 3., expected .* like total"),
+    (
+        lambda: cpp.rms_norm_backward(H[:2], H, W[0], F),
+        "dy is Float of shape .2, 3., expected .* like x",
+    ),
+    (
+        lambda: cpp.rms_norm_backward(H, H, W[0], F[:2]),
+        r"rstd has shape \[2\], expected \(N,\) = "
+        r"\[4\]",
+    ),
+    (
+        lambda: cpp.add_rms_norm(H, H.double(), W[0], 1e-3),
+        "residual is Double .*, expected Float .* like x",
+    ),
+    (
+        lambda: cpp.add_rms_norm_backward(H, W, H, W[0], F),
+        "dtotal is Float of shape .5, 3., expected .* like total",
+    ),
     (lambda: cpp.rope(H, F, F, False, 1), r"x has shape \[4, 3\], expected \(N, H, E\)"),
     (lambda: cpp.rope(H[:, None], F, F, False, 1), "x has head width 3, expected an even one"),
-    (lambda: cpp.rope(torch.ones(4, 1, 2), H, H, False, 1), r"cos has shape \[4, 3\], expected \(N, E/2\) = \[4, 1\]"),
-    (lambda: cpp.rope(torch.ones(4, 1, 2), F[:, None], F[:, None], False, 2), "heads is 2, expected 0 to 1"),
+    (
+        lambda: cpp.rope(torch.ones(4, 1, 2), H, H, False, 1),
+        r"cos has shape \[4, 3\], expected "
+        r"\(N, E/2\) = \[4, 1\]",
+    ),
+    (
+        lambda: cpp.rope(torch.ones(4, 1, 2), F[:, None], F[:, None], False, 2),
+        "heads is 2, expected 0 to 1",
+    ),
     (lambda: cpp.swiglu(H), "gate_up has width 3, expected an even one"),
     (lambda: cpp.swiglu_backward(H.half(), torch.cat([H, H], 1)), "dy is Half, expected Float"),
-    (lambda: cpp.swiglu_backward(H[:2], torch.cat([H, H], 1)), r"dy has shape \[2, 3\], expected half of gate_up's"),
-    (lambda: cpp.pair_attention(H[:, None], 1, SEGMENTS, None), "qkv has 1 heads and heads is 1, expected heads"),
+    (
+        lambda: cpp.swiglu_backward(H[:2], torch.cat([H, H], 1)),
+        r"dy has shape \[2, 3\], expected "
+        r"half of gate_up's",
+    ),
+    (
+        lambda: cpp.pair_attention(H[:, None], 1, SEGMENTS, None),
+        "qkv has 1 heads and heads is 1, expected heads",
+    ),
     (lambda: cpp.pair_attention(QKV, 1, SEGMENTS, 0), "window is 0, expected 1 or more"),
-    (lambda: cpp.pair_attention(QKV, 1, SEGMENTS[:, :3], None), r"segments has shape \[1, 3\], expected \(S, 4\)"),
-    (lambda: cpp.pair_attention(QKV, 1, SEGMENTS - 1, None), "segment 0 is .* expected to begin at 0"),
-    (lambda: cpp.pair_attention(QKV[:2], 1, SEGMENTS, None), "segments end at 4, but qkv has 2 rows"),
-    (lambda: cpp.pair_attention_backward(H, QKV, QKV[:, :1], H, 1, SEGMENTS, None), "grad is Float of shape .4, 3., "),
+    (
+        lambda: cpp.pair_attention(QKV, 1, SEGMENTS[:, :3], None),
+        r"segments has shape \[1, 3\], "
+        r"expected \(S, 4\)",
+    ),
+    (
+        lambda: cpp.pair_attention(QKV, 1, SEGMENTS - 1, None),
+        "segment 0 is .* expected to begin at 0",
+    ),
+    (
+        lambda: cpp.pair_attention(QKV[:2], 1, SEGMENTS, None),
+        "segments end at 4, but qkv has 2 rows",
+    ),
+    (
+        lambda: cpp.pair_attention_backward(H, QKV, QKV[:, :1], H, 1, SEGMENTS, None),
+        "grad is Float of shape .4, 3., ",
+    ),
     (lambda: cpp.set_isa("avx9"), "'avx9' does not run here; choose one of default"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
@@ -405,6 +541,10 @@ def test_refusals(call: Callable[[], Any], message: str) -> None:
 def test_instruction_set_from_the_environment(wanted: str) -> None:
     code = "from ldalign.kernels import cpp; print(cpp.why_not() or cpp.build_info()['isa'])"
     environment = {**os.environ, "LDALIGN_ISA": wanted}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("default" if wanted == "default" else "LDALIGN_ISA='avx9' does not run here")
+    assert done.stdout.startswith(
+        "default" if wanted == "default" else "LDALIGN_ISA='avx9' does not run here"
+    )

@@ -1,4 +1,6 @@
-"""Every input shape, every kind of bad row with its place, ids, weights; then arbitrary bytes and conversations."""
+"""Every input shape, every kind of bad row with its place, ids, weights; then arbitrary bytes and
+conversations.
+"""
 
 import json
 import sys
@@ -25,7 +27,9 @@ def s(content):
 
 def write(path, *records):
     """JSON Lines; bytes are written as they are."""
-    lines = [r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode() for r in records]
+    lines = [
+        r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode() for r in records
+    ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
 
@@ -33,7 +37,7 @@ def write(path, *records):
 GOOD = {"messages": [u("q"), a("r")]}
 
 
-# ---------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @pytest.mark.parametrize(
@@ -47,13 +51,21 @@ GOOD = {"messages": [u("q"), a("r")]}
         ({"prompt": [s("s"), u("q")], "completion": [a("r")]}, [s("s"), u("q")], "r", None),
         ({"real": [u("q"), a("r")], "generated": [u("q"), a("g")]}, [u("q")], "r", "g"),
         (
-            {"real": [u("q"), a("x"), u("p"), a("r")], "generated": [u("q"), a("x"), u("p"), a("g")]},
+            {
+                "real": [u("q"), a("x"), u("p"), a("r")],
+                "generated": [u("q"), a("x"), u("p"), a("g")],
+            },
             [u("q"), a("x"), u("p")],
             "r",
             "g",
         ),
         ({"prompt": "q", "chosen": "r", "rejected": "g"}, [u("q")], "r", "g"),
-        ({"prompt": [s("s"), u("q")], "chosen": [a("r")], "rejected": [a("g")]}, [s("s"), u("q")], "r", "g"),
+        (
+            {"prompt": [s("s"), u("q")], "chosen": [a("r")], "rejected": [a("g")]},
+            [s("s"), u("q")],
+            "r",
+            "g",
+        ),
         ({"chosen": [u("q"), a("r")], "rejected": [u("q"), a("g")]}, [u("q")], "r", "g"),
         (
             {
@@ -69,9 +81,19 @@ GOOD = {"messages": [u("q"), a("r")]}
             "g",
         ),  # UltraFeedback binarized
         ({"prompt": [u("q")], "chosen": "r", "rejected": [u("q"), a("g")]}, [u("q")], "r", "g"),
-        ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, [u("The sky is")], "blue.", "black."),
+        (
+            {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+            [u("The sky is")],
+            "blue.",
+            "black.",
+        ),
         ({"prompt": "q", "chosen": "same", "rejected": "same"}, [u("q")], "same", "same"),
-        ({"messages": [{**u("q"), "name": "x"}, a("r")], "real": None, "generated": None}, [u("q")], "r", None),
+        (
+            {"messages": [{**u("q"), "name": "x"}, a("r")], "real": None, "generated": None},
+            [u("q")],
+            "r",
+            None,
+        ),
     ],
 )
 def test_shapes(tmp_path, record, history, response, rejected):
@@ -93,11 +115,13 @@ def test_turns(tmp_path):
 
 
 def test_kind_and_answer_are_kept(tmp_path):
-    (row,) = read_rows(write(tmp_path / "x", {**GOOD, "kind": "dates", "answer": {"day": 3}, "other": 1}))
+    (row,) = read_rows(
+        write(tmp_path / "x", {**GOOD, "kind": "dates", "answer": {"day": 3}, "other": 1})
+    )
     assert (row.kind, row.answer) == ("dates", {"day": 3})
 
 
-# ---------------------------------------------------------------------------------------------- bad rows
+# ----------------------------------------------------------------------------------------- bad rows
 
 
 @pytest.mark.parametrize(
@@ -110,13 +134,19 @@ def test_kind_and_answer_are_kept(tmp_path):
         (b'{"prompt": "q\\u0000", "response": "r"}', ":2: prompt: holds a NUL"),
         (b'{"prompt": "q\0", "response": "r"}', r":2:\d+: broken JSON: Invalid control character"),
         (b'{"prompt": "q", "response": "\\ud800"}', ":2: response: holds half of a surrogate pair"),
-        (b'{"prompt": "q", "response": "r", "id": "\\udfff"}', ":2: id: holds half of a surrogate pair"),
+        (
+            b'{"prompt": "q", "response": "r", "id": "\\udfff"}',
+            ":2: id: holds half of a surrogate pair",
+        ),
         (b'{"prompt": "q", "response": "r", "answer": "\\udfff"}', ":2: answer: cannot be kept"),
         (b'{"prompt": "q", "response": "r", "answer": NaN}', ":2: broken JSON: NaN"),
         (b"[" * 10_000, ":2: broken JSON: nested too deeply"),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, ":2: broken JSON: nested too deeply"),
         (b"1" * 10_000, ":2: broken JSON: Exceeds the limit"),
-        (b'{"prompt": "' + b"x" * MAX_ROW_BYTES + b'"}', ":2: the line is longer than 8388608 bytes"),
+        (
+            b'{"prompt": "' + b"x" * MAX_ROW_BYTES + b'"}',
+            ":2: the line is longer than 8388608 bytes",
+        ),
         (b"[]", ":2: the row is a list"),
         (b"null", ":2: the row is null"),
         (b"3", ":2: the row is a number"),
@@ -127,26 +157,60 @@ def test_kind_and_answer_are_kept(tmp_path):
         ({"messages": {}}, ":2: messages: is an object"),
         ({"messages": []}, ":2: messages: is empty"),
         ({"messages": ["q"]}, ":2: messages: turn 1 is text"),
-        ({"messages": [u("q"), {"role": "tool", "content": "x"}]}, ":2: messages: turn 2 has role 'tool'"),
-        ({"messages": [u("q"), {"role": ["x"], "content": "x"}]}, r":2: messages: turn 2 has role \['x'\]"),
-        ({"messages": [u("q"), {"from": "gpt", "value": "x"}]}, ":2: messages: turn 2 has role None"),
+        (
+            {"messages": [u("q"), {"role": "tool", "content": "x"}]},
+            ":2: messages: turn 2 has role 'tool'",
+        ),
+        (
+            {"messages": [u("q"), {"role": ["x"], "content": "x"}]},
+            r":2: messages: turn 2 has role "
+            r"\['x'\]",
+        ),
+        (
+            {"messages": [u("q"), {"from": "gpt", "value": "x"}]},
+            ":2: messages: turn 2 has role None",
+        ),
         ({"messages": [u("q"), a(None)]}, ":2: messages: turn 2 has content of type null"),
-        ({"messages": [u([{"type": "text"}]), a("r")]}, ":2: messages: turn 1 has content of type a list"),
+        (
+            {"messages": [u([{"type": "text"}]), a("r")]},
+            ":2: messages: turn 1 has content of type a list",
+        ),
         ({"messages": [u("q")]}, ":2: messages: no assistant turn"),
-        ({"messages": [u("q"), a("x"), a("r")]}, ":2: messages: turn 3 is assistant; expected user"),
-        ({"messages": [u("q"), u("q"), a("r")]}, ":2: messages: turn 2 is user; expected assistant"),
-        ({"messages": [a("hello"), u("q"), a("r")]}, ":2: messages: turn 1 is assistant; expected user"),
-        ({"messages": [u("q"), s("late"), a("r")]}, ":2: messages: turn 2 is system; expected assistant"),
+        (
+            {"messages": [u("q"), a("x"), a("r")]},
+            ":2: messages: turn 3 is assistant; expected user",
+        ),
+        (
+            {"messages": [u("q"), u("q"), a("r")]},
+            ":2: messages: turn 2 is user; expected assistant",
+        ),
+        (
+            {"messages": [a("hello"), u("q"), a("r")]},
+            ":2: messages: turn 1 is assistant; expected user",
+        ),
+        (
+            {"messages": [u("q"), s("late"), a("r")]},
+            ":2: messages: turn 2 is system; expected assistant",
+        ),
         ({"messages": [u("q"), a(" \n")]}, r":2: messages: turn 2 \(assistant\) is empty"),
         ({"messages": [u(""), a("r")]}, r":2: messages: turn 1 \(user\) is empty"),
         ({"prompt": "q", "response": ""}, ":2: response: turn 2 .*empty"),
         ({"prompt": "q", "response": 3}, ":2: response: is a number"),
         ({"prompt": 3, "response": "r"}, ":2: prompt: is a number"),
-        ({"prompt": [u("q"), a("x")], "response": "r"}, ":2: prompt: ends with a turn of the assistant"),
+        (
+            {"prompt": [u("q"), a("x")], "response": "r"},
+            ":2: prompt: ends with a turn of the assistant",
+        ),
         ({"prompt": "q", "chosen": "r", "rejected": " "}, ":2: rejected: turn 2 .*empty"),
-        ({"prompt": "q", "chosen": [u("q")], "rejected": "g"}, ":2: chosen: ends with a turn of the user"),
+        (
+            {"prompt": "q", "chosen": [u("q")], "rejected": "g"},
+            ":2: chosen: ends with a turn of the user",
+        ),
         ({"chosen": [a("r")], "rejected": [a("g")]}, ":2: chosen: an answer without a prompt"),
-        ({"chosen": [u("q"), a("r")], "rejected": [u("p"), a("g")]}, ":2: chosen and rejected differ before"),
+        (
+            {"chosen": [u("q"), a("r")], "rejected": [u("p"), a("g")]},
+            ":2: chosen and rejected differ before",
+        ),
         ({"real": "abc", "generated": "xyz"}, ":2: real and generated share no prompt"),
         ({**GOOD, "id": [1]}, r":2: id: is \[1\]"),
         ({**GOOD, "id": ""}, ":2: id: is ''"),
@@ -164,7 +228,9 @@ def test_skip_up_to_one_percent(tmp_path, caplog):
     rows = [{"prompt": str(i), "response": "r"} for i in range(198)]
     path = write(tmp_path / "x", b"{", *rows, b"x" * (3 * MAX_ROW_BYTES))  # 2 of 200
     caplog.set_level("WARNING")
-    assert [row.where for row in read_rows(path, bad_rows="skip")] == [f"{path}:{i}" for i in range(2, 200)]
+    assert [row.where for row in read_rows(path, bad_rows="skip")] == [
+        f"{path}:{i}" for i in range(2, 200)
+    ]
     assert f"skipped 2 of 200 rows; the first: {path}:1:2: broken JSON" in caplog.text
     path = write(tmp_path / "x", b"{", *rows, b"[]", b"[]")
     with pytest.raises(InputError, match=r"x:1:2: broken JSON.*; 3 of 201 rows are bad"):
@@ -175,7 +241,12 @@ def test_skip_up_to_one_percent(tmp_path, caplog):
 
 def test_bom_crlf_blank_lines(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode() + b"\r\n \t\r\n\n" + json.dumps(GOOD).encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf\r\n"
+        + json.dumps(GOOD).encode()
+        + b"\r\n \t\r\n\n"
+        + json.dumps(GOOD).encode()
+    )
     assert [row.where for row in read_rows(path)] == [f"{path}:2", f"{path}:5"]
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n{\r\n")
     with pytest.raises(InputError, match=r":3:2: broken JSON"):
@@ -188,11 +259,14 @@ def test_line_separators_inside_a_text_do_not_split_it(tmp_path):
     assert (row.history[0]["content"], row.response) == (text, text)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_file_folder_glob_list(tmp_path):
-    one, two = write(tmp_path / "b.jsonl", GOOD), write(tmp_path / "a.json", {"prompt": "2", "response": "r"})
+    one, two = (
+        write(tmp_path / "b.jsonl", GOOD),
+        write(tmp_path / "a.json", {"prompt": "2", "response": "r"}),
+    )
     write(tmp_path / ".hidden", GOOD)
     (tmp_path / "README.md").write_text("# not data")
     names = [f"{two}:1", f"{one}:1"]
@@ -202,7 +276,9 @@ def test_file_folder_glob_list(tmp_path):
     assert [row.where for row in read_rows([{"path": str(tmp_path)}])] == names
 
 
-@pytest.mark.parametrize("spec", ["nowhere", "*.nothing", "empty", "empty.jsonl", "blank.jsonl", [], [3], "", None])
+@pytest.mark.parametrize(
+    "spec", ["nowhere", "*.nothing", "empty", "empty.jsonl", "blank.jsonl", [], [3], "", None]
+)
 def test_nothing_to_read_is_an_input_error(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -214,7 +290,10 @@ def test_nothing_to_read_is_an_input_error(tmp_path, monkeypatch, spec):
 
 @pytest.mark.parametrize(
     "entry",
-    [{"path": "x", "weight": value} for value in (0, -1, True, "2", float("nan"), float("inf"), None)]
+    [
+        {"path": "x", "weight": value}
+        for value in (0, -1, True, "2", float("nan"), float("inf"), None)
+    ]
     + [{"file": "x"}, {"path": "x", "wieght": 1}, {}],
 )
 def test_bad_weighted_entry(tmp_path, monkeypatch, entry):
@@ -233,7 +312,9 @@ def test_bad_options(tmp_path):
 
 
 def test_weights(tmp_path):
-    path = write(tmp_path / "x", *({"prompt": str(i), "response": "r", "id": str(i)} for i in range(10)))
+    path = write(
+        tmp_path / "x", *({"prompt": str(i), "response": "r", "id": str(i)} for i in range(10))
+    )
     other = write(tmp_path / "y", {**GOOD, "id": "z"})
     rows = read_rows([{"path": str(path), "weight": 2.5}, str(other)])
     assert len(rows) == 26 and len({row.id for row in rows}) == 26
@@ -247,7 +328,7 @@ def test_weights(tmp_path):
         read_rows([{"path": path, "weight": 0.01}])
 
 
-# ---------------------------------------------------------------------------------------------- ids and hashes
+# ----------------------------------------------------------------------------------- ids and hashes
 
 
 def test_ids_are_distinct_and_stable(tmp_path):
@@ -255,7 +336,8 @@ def test_ids_are_distinct_and_stable(tmp_path):
     records = [GOOD, {**GOOD, "id": "k"}, GOOD, other, {**GOOD, "id": "k#2"}, GOOD]
     rows = read_rows(write(tmp_path / "x", *records))
     base = rows[0].id
-    assert [row.id for row in rows] == [base, "k", f"{base}#2", "k#3", "k#2", f"{base}#3"]  # a given id is never taken
+    # a given id is never taken
+    assert [row.id for row in rows] == [base, "k", f"{base}#2", "k#3", "k#2", f"{base}#3"]
     again = read_rows(write(tmp_path / "elsewhere", b"", *records))
     assert [row.id for row in again] == [row.id for row in rows]
     assert data_hash(again) == data_hash(rows)
@@ -278,7 +360,7 @@ def test_data_hash_sees_content_and_order():
     assert data_hash([row]) == data_hash([Row("i", (u("q"),), "r", "g", "kind", [1], "elsewhere")])
 
 
-# ---------------------------------------------------------------------------------------------- parquet
+# ------------------------------------------------------------------------------------------ parquet
 
 
 def parquet(path, columns):
@@ -290,9 +372,13 @@ def parquet(path, columns):
 
 def test_parquet_is_told_by_content(tmp_path):
     chats = [[u(f"q{i}"), a(f"r{i}")] for i in range(1000)]  # more than one batch
-    path = parquet(tmp_path / "no_suffix", {"prompt": [c[0]["content"] for c in chats], "messages": chats})
+    path = parquet(
+        tmp_path / "no_suffix", {"prompt": [c[0]["content"] for c in chats], "messages": chats}
+    )
     rows = read_rows(path)
-    assert [(row.history, row.response) for row in rows] == [((c[0],), c[1]["content"]) for c in chats]
+    assert [(row.history, row.response) for row in rows] == [
+        ((c[0],), c[1]["content"]) for c in chats
+    ]
     assert rows[999].where == f"{path}:1000"
     lines = write(tmp_path / "x.parquet", *({"messages": chat} for chat in chats))
     assert data_hash(read_rows(lines)) == data_hash(rows)
@@ -301,7 +387,13 @@ def test_parquet_is_told_by_content(tmp_path):
 def test_parquet_nulls_and_bad_rows(tmp_path):
     path = parquet(
         tmp_path / "x",
-        {"prompt": ["q", "q"], "chosen": [None, "r"], "rejected": [None, "g"], "response": ["r", None], "when": [1, 2]},
+        {
+            "prompt": ["q", "q"],
+            "chosen": [None, "r"],
+            "rejected": [None, "g"],
+            "response": ["r", None],
+            "when": [1, 2],
+        },
     )
     assert [row.rejected for row in read_rows(path)] == [None, "g"]
     with pytest.raises(InputError, match="x:1: messages: is a number"):
@@ -327,15 +419,23 @@ def test_missing_pyarrow_names_the_extra(tmp_path, monkeypatch):
         read_rows(tmp_path / "x")
 
 
-# ---------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1
+).filter(str.strip)
 TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
-MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+MANY = settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 
 
 @MANY
-@given(st.lists(TURNS, min_size=1, max_size=4), st.booleans(), st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r\n \r\n"]))
+@given(
+    st.lists(TURNS, min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r\n \r\n"]),
+)
 def test_any_conversation_comes_back(tmp_path, chats, ascii_only, newline):
     lines = []
     for chat in chats:
@@ -344,24 +444,44 @@ def test_any_conversation_comes_back(tmp_path, chats, ascii_only, newline):
     path = tmp_path / "x"
     path.write_bytes(b"\xef\xbb\xbf" + newline.join(lines))
     rows = read_rows(path, turns="all")
-    assert [(row.history[-1]["content"], row.response) for row in rows] == [pair for chat in chats for pair in chat]
+    assert [(row.history[-1]["content"], row.response) for row in rows] == [
+        pair for chat in chats for pair in chat
+    ]
     assert len({row.id for row in rows}) == len(rows)
 
 
-KEYS = ["messages", "prompt", "chosen", "rejected", "real", "generated", "response", "id", "role", "content"]
+KEYS = [
+    "messages",
+    "prompt",
+    "chosen",
+    "rejected",
+    "real",
+    "generated",
+    "response",
+    "id",
+    "role",
+    "content",
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(KEYS), inner)
-        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": inner})
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]), "content": inner}
+        )
     ),
     max_leaves=12,
 )
 
 
 @MANY
-@given(st.lists(st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()), max_size=5), st.booleans())
+@given(
+    st.lists(
+        st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()), max_size=5
+    ),
+    st.booleans(),
+)
 def test_any_bytes_give_rows_or_an_input_error(tmp_path, lines, skip):
     path = tmp_path / "x"
     path.write_bytes(b"\n".join(lines))

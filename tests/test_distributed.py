@@ -1,4 +1,6 @@
-"""Several gloo ranks on one machine give what one rank gives. The ranks run this very file, under torchrun."""
+"""Several gloo ranks on one machine give what one rank gives. The ranks run this very file, under
+torchrun.
+"""
 
 import json
 import os
@@ -26,17 +28,28 @@ from ldalign.training import TrainSettings, accumulate_gradients, train
 from ldalign.weights import load_model, stored_state, write_weights
 
 CPU = torch.device("cpu")
-# 5 pairs, then 2: on 4 ranks the last step leaves two of them without a pair. Micro-batches of one or two pairs.
-SETTINGS = TrainSettings(epochs=25, global_batch=5, micro_tokens=45, learning_rate=1e-3, optimizer="adamw")
-# What must not change the trajectory either, by number of ranks: steps to compare, and settings. The vocabulary of 61
-# is no multiple of 2 or 4.
+# 5 pairs, then 2: on 4 ranks the last step leaves two of them without a pair. Micro-batches of one
+# or two pairs.
+SETTINGS = TrainSettings(
+    epochs=25, global_batch=5, micro_tokens=45, learning_rate=1e-3, optimizer="adamw"
+)
+# What must not change the trajectory either, by number of ranks: steps to compare, and settings.
+# The vocabulary of 61 is no multiple of 2 or 4.
 VARIANTS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
     1: {"checkpointing": (50, {"checkpointing": "full"})},
-    2: {"checkpointing": (10, {"checkpointing": "selective"}), "whole": (10, {"sharding": Sharding(whole="all")}),
-        "copies": (10, {"sharding": Sharding(ranks=1, whole="nothing")})},
-    4: {"hybrid": (50, {"sharding": Sharding(ranks=2)}),
-        "hybrid, nothing whole": (10, {"sharding": Sharding(ranks=2, whole="nothing"), "micro_tokens": 1})},
-}  # fmt: skip
+    2: {
+        "checkpointing": (10, {"checkpointing": "selective"}),
+        "whole": (10, {"sharding": Sharding(whole="all")}),
+        "copies": (10, {"sharding": Sharding(ranks=1, whole="nothing")}),
+    },
+    4: {
+        "hybrid": (50, {"sharding": Sharding(ranks=2)}),
+        "hybrid, nothing whole": (
+            10,
+            {"sharding": Sharding(ranks=2, whole="nothing"), "micro_tokens": 1},
+        ),
+    },
+}
 CASES = [
     (ranks, name)
     for ranks, variants in VARIANTS.items()
@@ -48,17 +61,25 @@ CASES = [
 def training_pairs() -> list[Pair]:
     pairs = tiny.pairs(7, weights=[0.3, 1.7, 0.0, 2.2, 0.8, 1.0, 0.5])
     table = response_logps(tiny.mistral(), pairs, 10_000, CPU).tolist()
-    return [replace(p, ref_real=real, ref_generated=gen) for p, (real, gen) in zip(pairs, table, strict=True)]
+    return [
+        replace(p, ref_real=real, ref_generated=gen)
+        for p, (real, gen) in zip(pairs, table, strict=True)
+    ]
 
 
 def work(folder: Path) -> dict[str, Any]:
-    """What every rank does; rank 0's findings go to `folder`, the other ranks' results are compared with its own."""
+    """What every rank does; rank 0's findings go to `folder`, the other ranks' results are compared
+    with its own.
+    """
     device = distributed.start("cpu")
     rank, world = distributed.rank(), distributed.world_size()
     pairs = training_pairs()
     found: dict[str, Any] = {"world": world}
 
-    for name, sharding in {"plain": Sharding(), "copies of two": Sharding(ranks=min(2, world))}.items():
+    for name, sharding in {
+        "plain": Sharding(),
+        "copies of two": Sharding(ranks=min(2, world)),
+    }.items():
         found[f"{name} norms"] = norms(pairs, sharding, device)
     if world > 1:
         found["calls"] = {
@@ -69,9 +90,15 @@ def work(folder: Path) -> dict[str, Any]:
     for name, (steps, changes) in {"plain": (50, {}), **VARIANTS[world]}.items():
         model = tiny.mistral()
         train(
-            model, pairs, replace(SETTINGS, **changes, max_steps=steps), compute_dtype=torch.float32, device=device,
-            seed=0, stage="policy", metrics_path=folder / f"{name}.jsonl",
-        )  # fmt: skip
+            model,
+            pairs,
+            replace(SETTINGS, **changes, max_steps=steps),
+            compute_dtype=torch.float32,
+            device=device,
+            seed=0,
+            stage="policy",
+            metrics_path=folder / f"{name}.jsonl",
+        )
         state = distributed.full_state(model, torch.float32)
         assert bool(state) == (rank == 0)
         if world > 1:
@@ -85,9 +112,12 @@ def work(folder: Path) -> dict[str, Any]:
 
     save_tiny(folder / "model", rank)
     loaded = load_model(
-        folder / "model", torch.float32,
-        cut=lambda m: distributed.shard(m, m.blocks, torch.float32, device, Sharding(ranks=min(2, world))),
-    )  # fmt: skip
+        folder / "model",
+        torch.float32,
+        cut=lambda m: distributed.shard(
+            m, m.blocks, torch.float32, device, Sharding(ranks=min(2, world))
+        ),
+    )
     found["loaded norms"] = norms(pairs, Sharding(ranks=min(2, world)), device, loaded)
 
     mine = list(range(rank, 8, world))
@@ -95,7 +125,8 @@ def work(folder: Path) -> dict[str, Any]:
     found["logps"] = response_logps(tiny.mistral(), pairs, 45, device).tolist()
 
     last = Mean()
-    last.muted = rank == world - 1 and world > 1  # a rank without rows: named, not counted, not even its NaN
+    # a rank without rows: named, not counted, not even its NaN
+    last.muted = rank == world - 1 and world > 1
     last.add("x", torch.tensor([1.0, 3.0]) if not last.muted else torch.tensor([float("nan")]))
     last.muted = False
     last.add("y", torch.tensor(10.0 * (rank + 1)), count=rank + 1)
@@ -116,16 +147,30 @@ def save_tiny(folder: Path, rank: int) -> None:
     distributed.barrier()
 
 
-def norms(pairs: list[Pair], sharding: Sharding, device: torch.device, model: Mistral | None = None) -> dict[str, Any]:
-    """Of one global batch: loss, metrics, the gradient norm before and after clipping, and the plain norm's formula."""
+def norms(
+    pairs: list[Pair], sharding: Sharding, device: torch.device, model: Mistral | None = None
+) -> dict[str, Any]:
+    """Of one global batch: loss, metrics, the gradient norm before and after clipping, and the
+    plain norm's formula.
+    """
     mean, model = Mean(), model or tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
-    loss = accumulate_gradients(model, pairs, replace(SETTINGS, sharding=sharding), mean, device, True)
-    grads = [p.grad.full_tensor() if distributed.world_size() > 1 else p.grad for p in model.parameters()]  # type: ignore
+    loss = accumulate_gradients(
+        model, pairs, replace(SETTINGS, sharding=sharding), mean, device, True
+    )
+    grads = [
+        p.grad.full_tensor() if distributed.world_size() > 1 else p.grad for p in model.parameters()
+    ]  # type: ignore
     plain = sum(float(g.double().square().sum()) for g in grads) ** 0.5
     norm = float(distributed.clip_grad_norm(model, 0.5))
     after = float(distributed.clip_grad_norm(model, 0.0))
-    return {"loss": loss, "plain": plain, "norm": norm, "after": after, "means": mean.reduce(device)}
+    return {
+        "loss": loss,
+        "plain": plain,
+        "norm": norm,
+        "after": after,
+        "means": mean.reduce(device),
+    }
 
 
 class Collectives(TorchDispatchMode):
@@ -142,7 +187,9 @@ class Collectives(TorchDispatchMode):
 
 
 def calls(pairs: list[Pair], sharding: Sharding, device: torch.device) -> dict[str, int]:
-    """How often one global batch of several micro-batches gathers, scatters and sums; and its micro-batches."""
+    """How often one global batch of several micro-batches gathers, scatters and sums; and its
+    micro-batches.
+    """
     model = tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
     settings = replace(SETTINGS, micro_tokens=20, sharding=sharding)
@@ -172,11 +219,15 @@ Results = dict[int, tuple[Path, dict[str, Any]]]
 
 @pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_same_trajectory_as_one_rank(results: Results, ranks: int, name: str) -> None:
-    """50 steps: losses within 1e-4, mean drift within 1e-5; every metric by example; no line written twice."""
+    """50 steps: losses within 1e-4, mean drift within 1e-5; every metric by example; no line
+    written twice.
+    """
     one, many = steps(results[1][0]), steps(results[ranks][0], name)
     count = {**VARIANTS[ranks], "plain": (50, {})}[name][0]
     assert results[ranks][1]["world"] == ranks and len(one) == 50 and len(many) == count
-    gap = torch.tensor([a["loss"] - b["loss"] for a, b in zip(one, many, strict=False)], dtype=torch.float64)
+    gap = torch.tensor(
+        [a["loss"] - b["loss"] for a, b in zip(one, many, strict=False)], dtype=torch.float64
+    )
     assert gap.abs().max() < 1e-4 and gap.mean().abs() < 1e-5
     assert one[-1]["loss"] < 0.8 * one[1]["loss"]
     free = {"tokens_per_second", "time/step", "memory/peak_gib", "entropy", "mean_token_accuracy"}
@@ -186,7 +237,9 @@ def test_same_trajectory_as_one_rank(results: Results, ranks: int, name: str) ->
         assert many[0][key] == pytest.approx(one[0][key], rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize(("ranks", "name"), [case for case in CASES if VARIANTS[case[0]].get(case[1], (50,))[0] == 50])
+@pytest.mark.parametrize(
+    ("ranks", "name"), [case for case in CASES if VARIANTS[case[0]].get(case[1], (50,))[0] == 50]
+)
 def test_same_policy_as_one_rank(results: Results, ranks: int, name: str) -> None:
     one = load_file(results[1][0] / "plain.safetensors")
     many = load_file(results[ranks][0] / f"{name}.safetensors")
@@ -205,14 +258,18 @@ def test_gradient_norm_is_global(results: Results, ranks: int, name: str) -> Non
     assert many["norm"] == pytest.approx(one["norm"], rel=1e-4) == many["plain"]
     assert many["after"] == pytest.approx(0.5, rel=1e-4)
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
-    assert many["means"]["rewards/margins"] == pytest.approx(one["means"]["rewards/margins"], rel=1e-3, abs=1e-5)
+    assert many["means"]["rewards/margins"] == pytest.approx(
+        one["means"]["rewards/margins"], rel=1e-3, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_nothing_is_gathered_or_reduced_for_nothing(results: Results, ranks: int) -> None:
-    """Two blocks and the rest: three groups. Only the first block is let go of between forward and backward.
+    """Two blocks and the rest: three groups. Only the first block is let go of between forward and
+    backward.
 
-    Two copies of the model: on 2 ranks each is whole, so that nothing is gathered and nothing scattered.
+    Two copies of the model: on 2 ranks each is whole, so that nothing is gathered and nothing
+    scattered.
     """
     calls = results[ranks][1]["calls"]
     micro = calls["all"]["micro"]
@@ -220,13 +277,18 @@ def test_nothing_is_gathered_or_reduced_for_nothing(results: Results, ranks: int
     gathers = {"nothing": 4 * micro, "gradients": 4 * micro, "all": 3}
     scatters = {"nothing": 3 * micro, "gradients": 3, "all": 3}
     for whole, counts in calls.items():
-        assert counts["allreduce_"] == 3 + 1, whole  # each group's sum over the copies; and the loss
+        # each group's sum over the copies; and the loss
+        assert counts["allreduce_"] == 3 + 1, whole
         assert counts.get("_allgather_base_", 0) == (gathers[whole] if ranks == 4 else 0), whole
-        assert counts.get("_reduce_scatter_base_", 0) == (scatters[whole] if ranks == 4 else 0), whole
+        assert counts.get("_reduce_scatter_base_", 0) == (scatters[whole] if ranks == 4 else 0), (
+            whole
+        )
 
 
 def test_a_rank_runs_out_of_pairs(results: Results) -> None:
-    """The case is there: with 4 ranks and a last batch of 2, two ranks have an empty micro-batch."""
+    """The case is there: with 4 ranks and a last batch of 2, two ranks have an
+    empty micro-batch.
+    """
     plan = deal([pair.tokens for pair in training_pairs()[:2]], 4, SETTINGS.micro_tokens)
     assert [len(micros[0]) for micros in plan] == [1, 1, 0, 0]
     one, many = steps(results[1][0])[1], steps(results[4][0])[1]
@@ -255,11 +317,17 @@ def test_a_rank_alone_pays_nothing(in_process: None) -> None:
         assert isinstance(model, FSDPModule) == wrapped
 
 
-@pytest.mark.parametrize(("world", "ranks", "copies"), [(8, None, 1), (8, 8, 1), (8, 2, 4), (6, 3, 2), (1, None, 1)])
-def test_copies(world: int, ranks: int | None, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("world", "ranks", "copies"), [(8, None, 1), (8, 8, 1), (8, 2, 4), (6, 3, 2), (1, None, 1)]
+)
+def test_copies(
+    world: int, ranks: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     assert distributed.copies(ranks) == copies
-    with pytest.raises(InputError, match=f"training.shard_ranks=5: {world} ranks cannot be split so"):
+    with pytest.raises(
+        InputError, match=f"training.shard_ranks=5: {world} ranks cannot be split so"
+    ):
         distributed.copies(5)
 
 

@@ -1,4 +1,6 @@
-"""Continuous batching: decoders against the whole forward, rows against rows alone, memory against its budget."""
+"""Continuous batching: decoders against the whole forward, rows against rows alone, memory against
+its budget.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,15 @@ from op_cases import normal
 from torch import Tensor
 
 from ldalign import memory
-from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder, Paged, bucket, new_decoder, pack_weight
+from ldalign.decoders import (
+    Decoder,
+    ModuleDecoder,
+    PackedDecoder,
+    Paged,
+    bucket,
+    new_decoder,
+    pack_weight,
+)
 from ldalign.engine import Engine, Request
 from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.kernels import cpp, eager, reference
@@ -44,7 +54,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def decoder_of(kind: str, model: Mistral) -> Decoder:
-    return PackedDecoder(model) if kind == "packed" else ModuleDecoder(model, graphs=kind == "standing")
+    return (
+        PackedDecoder(model)
+        if kind == "packed"
+        else ModuleDecoder(model, graphs=kind == "standing")
+    )
 
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Mistral:
@@ -58,10 +72,13 @@ def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Mistral:
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "window": {}, "no window": {"sliding_window": None}, "wide heads": {"head_dim": 20, "sliding_window": 17},
+    "window": {},
+    "no window": {"sliding_window": None},
+    "wide heads": {"head_dim": 20, "sliding_window": 17},
     "groups of three": {"num_attention_heads": 6, "hidden_size": 90, "intermediate_size": 70},
-    "tied": {"tie_word_embeddings": True}, "heads of 64": {"head_dim": 64, "sliding_window": 40},
-}  # fmt: skip
+    "tied": {"tie_word_embeddings": True},
+    "heads of 64": {"head_dim": 64, "sliding_window": 40},
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,12 +120,17 @@ def requests_of(prompts: Sequence[Sequence[int]]) -> list[Request]:
 @pytest.mark.skipif(not ISAS, reason="no C++ backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_company(isa: None, dtype: torch.dtype) -> None:
-    """Log-probs to the last bit: alone, in any batch, with prompts computed whole or a few tokens a step."""
+    """Log-probs to the last bit: alone, in any batch, with prompts computed whole or a few tokens a
+    step.
+    """
     decoder = PackedDecoder(model_of(dtype))
     assert decoder.row_exact
     requests = requests_of(tiny.prompts(9, longest=40))
     results = [
-        run(Engine(decoder, Sampling(20), [2, 5], 0, longest=60, rows=rows, step_tokens=step), requests)
+        run(
+            Engine(decoder, Sampling(20), [2, 5], 0, longest=60, rows=rows, step_tokens=step),
+            requests,
+        )
         for rows, step in ((9, 512), (1, 512), (4, 7), (9, 1))
     ]
     assert results[1:] == results[:-1]
@@ -138,17 +160,27 @@ class Spy:
 
 
 def test_a_finished_row_makes_room_at_once(kind: str) -> None:
-    """Rows of very different lengths: no place is empty while somebody waits, no step is longer than allowed."""
+    """Rows of very different lengths: no place is empty while somebody waits, no step is longer
+    than allowed.
+    """
     spy = Spy(decoder_of(kind, model_of()))
     requests = requests_of(tiny.prompts(20, longest=30))
-    done = run(Engine(spy, Sampling(25), list(range(3, 12)), 0, longest=60, rows=4, step_tokens=10), requests)
+    done = run(
+        Engine(spy, Sampling(25), list(range(3, 12)), 0, longest=60, rows=4, step_tokens=10),
+        requests,
+    )
     assert len({len(r.ids) for r in done}) > 4
     assert all(sum(step) <= 10 for step in spy.steps)
-    # One row's tokens are prompt and response but for the last: nothing is computed twice, and nothing else.
-    assert sum(map(sum, spy.steps)) == sum(len(q.prompt) + len(r.ids) - 1 for q, r in zip(requests, done, strict=True))
+    # One row's tokens are prompt and response but for the last: nothing is computed twice, and
+    # nothing else.
+    assert sum(map(sum, spy.steps)) == sum(
+        len(q.prompt) + len(r.ids) - 1 for q, r in zip(requests, done, strict=True)
+    )
     busy = sum(len(step) for step in spy.steps) / len(spy.steps)
     assert busy > 2.5
-    single = Engine(decoder_of(kind, model_of()), Sampling(25), list(range(3, 12)), 0, longest=60, rows=1)
+    single = Engine(
+        decoder_of(kind, model_of()), Sampling(25), list(range(3, 12)), 0, longest=60, rows=1
+    )
     alone = [run(single, [replace(q, index=0)])[0] for q in requests]
     assert [r.ids for r in alone] == [r.ids for r in done]
 
@@ -164,11 +196,15 @@ def test_samples_of_a_prompt_share_its_pages(kind: str) -> None:
     assert engine.pool.free == spy.pages  # all given back
     single = Engine(decoder_of(kind, model_of()), Sampling(10), [], 0, longest=80, rows=1)
     alone = [run(single, [replace(q, index=0)])[0] for q in requests]
-    assert [r.ids for r in alone] == [r.ids for r in shared] and len({tuple(r.ids) for r in shared}) > 3
+    assert [r.ids for r in alone] == [r.ids for r in shared] and len(
+        {tuple(r.ids) for r in shared}
+    ) > 3
 
 
 def test_a_common_beginning_is_computed_once(kind: str) -> None:
-    """Forty tokens alike, two full pages; one prompt is that beginning alone, one leaves it in the second page."""
+    """Forty tokens alike, two full pages; one prompt is that beginning alone, one leaves it in the
+    second page.
+    """
     draw = np.random.default_rng(3)
     system = draw.integers(3, 61, 40).tolist()
     prompts = [system + draw.integers(3, 61, n).tolist() for n in (5, 30, 1)]
@@ -177,7 +213,8 @@ def test_a_common_beginning_is_computed_once(kind: str) -> None:
     requests = requests_of(prompts)
     engine = Engine(spy, Sampling(10), [], 0, longest=90, rows=6)
     shared = run(engine, requests)
-    saved = 2 * 32 + 32 + 16 + 16  # the one of 32 tokens needs its last one computed, and with it the whole page
+    # the one of 32 tokens needs its last one computed, and with it the whole page
+    saved = 2 * 32 + 32 + 16 + 16
     assert sum(map(sum, spy.steps)) == sum(map(len, prompts)) - saved + 6 * 9
     assert engine.pool.free == spy.pages and not engine.shared._page and not engine.shared._key
     single = Engine(decoder_of(kind, model_of()), Sampling(10), [], 0, longest=90, rows=1)
@@ -194,14 +231,22 @@ def test_memory_stays_in_its_budget(kind: str) -> None:
     assert spy.pages * spy.page_bytes() <= 2 * each + 100
     assert [r.ids for r in run(tight, requests)] == [r.ids for r in free]
     assert max(len(step) for step in spy.steps) < 10
-    with pytest.raises(InputError, match=r"may take 0 MiB, but one row of 50 tokens needs .* raise sampling.cache_gib"):
+    with pytest.raises(
+        InputError,
+        match=r"may take 0 MiB, but one row of 50 tokens needs .* "
+        r"raise sampling.cache_gib",
+    ):
         Engine(decoder, Sampling(30), [2], 0, longest=50, rows=10, cache_bytes=each - 1)
 
 
 class Poor(Spy):
-    """A decoder whose machine has memory for so many pages and, after its third step, for steps of so many tokens."""
+    """A decoder whose machine has memory for so many pages and, after its third step, for steps of
+    so many tokens.
+    """
 
-    def __init__(self, decoder: Decoder, most_pages: int, most_tokens: int, error: Exception) -> None:
+    def __init__(
+        self, decoder: Decoder, most_pages: int, most_tokens: int, error: Exception
+    ) -> None:
         super().__init__(decoder)
         self.most_pages, self.most_tokens, self.error = most_pages, most_tokens, error
 
@@ -218,15 +263,23 @@ class Poor(Spy):
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
 ]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
-def test_out_of_memory_halves_the_batch(kind: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    """failures.md G6: fewer rows at a time, the same text; said once for the cache and once for the steps."""
+def test_out_of_memory_halves_the_batch(
+    kind: str, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """failures.md G6: fewer rows at a time, the same text; said once for the cache and once for the
+    steps.
+    """
     requests = requests_of(tiny.prompts(10, longest=20))
-    free = run(Engine(decoder_of(kind, model_of()), Sampling(30), [2], 0, longest=50, rows=10), requests)
+    free = run(
+        Engine(decoder_of(kind, model_of()), Sampling(30), [2], 0, longest=50, rows=10), requests
+    )
     each = pages_for(50)
     poor = Poor(decoder_of(kind, model_of()), 6 * each, 2, error)
     engine = Engine(poor, Sampling(30), [2], 0, longest=50, rows=10)
@@ -234,13 +287,37 @@ def test_out_of_memory_halves_the_batch(kind: str, error: Exception, caplog: pyt
     assert [r.ids for r in run(engine, requests)] == [r.ids for r in free]
     assert max(map(sum, poor.steps[3:])) <= 2 < max(map(sum, poor.steps[:3]))
     told = [record.message for record in caplog.records if "no memory" in record.message]
-    assert len(told) == 2 and "cache of 10 rows; going on with 5" in told[0] and "smaller" in told[1]
-    with pytest.raises(EnvironmentProblem, match=r"cache of one row of 50 tokens .*: out of memory; lower max"):
-        Engine(Poor(decoder_of(kind, model_of()), each - 1, 2, error), Sampling(30), [2], 0, longest=50, rows=10)
+    assert (
+        len(told) == 2 and ("cache of 10 rows; going on with 5") in told[0] and "smaller" in told[1]
+    )
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"cache of one row of 50 tokens .*: out of "
+        r"memory; lower max",
+    ):
+        Engine(
+            Poor(decoder_of(kind, model_of()), each - 1, 2, error),
+            Sampling(30),
+            [2],
+            0,
+            longest=50,
+            rows=10,
+        )
     with pytest.raises(EnvironmentProblem, match="a step of one token: out of memory"):
-        run(Engine(Poor(decoder_of(kind, model_of()), 999, 0, error), Sampling(30), [2], 0, longest=50), requests)
+        run(
+            Engine(
+                Poor(decoder_of(kind, model_of()), 999, 0, error), Sampling(30), [2], 0, longest=50
+            ),
+            requests,
+        )
     with pytest.raises(RuntimeError, match="a bug"):  # what is not memory is not held back
-        Engine(Poor(decoder_of(kind, model_of()), 1, 2, RuntimeError("a bug")), Sampling(30), [2], 0, longest=50)
+        Engine(
+            Poor(decoder_of(kind, model_of()), 1, 2, RuntimeError("a bug")),
+            Sampling(30),
+            [2],
+            0,
+            longest=50,
+        )
 
 
 def test_a_prompt_that_fills_the_context(kind: str) -> None:
@@ -248,7 +325,9 @@ def test_a_prompt_that_fills_the_context(kind: str) -> None:
     (cut,) = run(engine, requests_of([[5] * 15]))
     assert len(cut.ids) == 5 and cut.finish_reason == "length"
     for prompt in ([5] * 20, []):
-        with pytest.raises(InputError, match=f"the prompt of 'row0' has {len(prompt)} tokens; expected 1 to 19"):
+        with pytest.raises(
+            InputError, match=f"the prompt of 'row0' has {len(prompt)} tokens; expected 1 to 19"
+        ):
             run(engine, requests_of([prompt]))
 
 
@@ -265,20 +344,26 @@ def test_stop_strings_and_the_stream_of_tokens(kind: str) -> None:
         for request, token in zip(chosen, ids, strict=True):
             streamed.setdefault(request.key, []).append(token)
 
-    engine = Engine(decoder, Sampling(20, stop=(stop, "never said")), [], 0, longest=40, decode=text)
+    engine = Engine(
+        decoder, Sampling(20, stop=(stop, "never said")), [], 0, longest=40, decode=text
+    )
     stopped = {request.index: response for request, response in engine.run(requests, note)}
     for i, whole in enumerate(free):
         place = text(whole.ids).find(stop)
         assert stopped[i].ids == (whole.ids if place < 0 else whole.ids[: place + 3])
         assert stopped[i].finish_reason == ("length" if place < 0 else "stop")
         assert streamed[f"row{i}"] == stopped[i].ids
-    assert stopped[0].finish_reason == "stop" and any(r.finish_reason == "length" for r in stopped.values())
+    assert stopped[0].finish_reason == "stop" and any(
+        r.finish_reason == "length" for r in stopped.values()
+    )
 
 
 def test_penalty_counts_prompt_and_response(kind: str) -> None:
     """So strong a penalty that greedy decoding never repeats a token, nor one of the prompt."""
     decoder, requests = decoder_of(kind, model_of()), requests_of(tiny.prompts(6))
-    done = run(Engine(decoder, Sampling(15, 0.0, repetition_penalty=1e6), [], 0, longest=40), requests)
+    done = run(
+        Engine(decoder, Sampling(15, 0.0, repetition_penalty=1e6), [], 0, longest=40), requests
+    )
     for request, response in zip(requests, done, strict=True):
         texts = [*set(request.prompt), *response.ids]
         assert len(set(texts)) == len(texts)
@@ -292,11 +377,13 @@ def test_release_takes_the_weights() -> None:
     model = model_of()
     kept = run(Engine(new_decoder(model), Sampling(5), [], 0, longest=20), requests_of([[4, 5]]))
     decoder = new_decoder(model, release=True)
-    assert sum(p.numel() for p in model.parameters()) < 2500 + model.model.embed_tokens.weight.numel()
+    assert (
+        sum(p.numel() for p in model.parameters()) < 2500 + model.model.embed_tokens.weight.numel()
+    )
     assert run(Engine(decoder, Sampling(5), [], 0, longest=20), requests_of([[4, 5]])) == kept
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +391,9 @@ def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < available_bytes(torch.device("cpu")) <= total
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("2500000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000000\nactive_file 100000\ninactive_file 400000\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 2000000\nactive_file 100000\ninactive_file 400000\n"
+    )
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     assert available_bytes(torch.device("cpu")) == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")
@@ -346,10 +435,13 @@ def test_page_pool() -> None:
 @pytest.mark.skipif(not ISAS, reason="no C++ backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "K", "N"), [(1, 64, 96), (5, 32, 61), (12, 34, 33), (13, 128, 200), (40, 6, 1), (3, 2, 1000)]
+    ("rows", "K", "N"),
+    [(1, 64, 96), (5, 32, 61), (12, 34, 33), (13, 128, 200), (40, 6, 1), (3, 2, 1000)],
 )
 def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int) -> None:
-    """At most twice eager's error against float64; zeros where nothing is; the same row alone has the same bits."""
+    """At most twice eager's error against float64; zeros where nothing is; the same row alone has
+    the same bits.
+    """
     x, weight = normal(rows, K).to(dtype), normal(N, K, seed=1).to(dtype)
     packed = pack_weight(weight)
     assert packed.shape == (-(-N // 32), K, 32)
@@ -360,8 +452,13 @@ def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int)
         assert ours.dtype == (torch.float32 if wide else dtype)
         floor = 4 * torch.finfo(ours.dtype).eps * exact.norm()
         assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + floor
-        assert all(torch.equal(cpp.packed_linear(x[i : i + 1], packed, N, wide)[0], ours[i]) for i in range(rows))
-    assert (cpp.packed_linear(x.roll(1, 1), packed, N, True).double() - exact).norm() > 0.1 * exact.norm()
+        assert all(
+            torch.equal(cpp.packed_linear(x[i : i + 1], packed, N, wide)[0], ours[i])
+            for i in range(rows)
+        )
+    assert (
+        cpp.packed_linear(x.roll(1, 1), packed, N, True).double() - exact
+    ).norm() > 0.1 * exact.norm()
     with pytest.raises(ValueError, match="packed_linear: packed has shape"):
         cpp.packed_linear(x, packed, N + 32, False)
 

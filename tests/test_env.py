@@ -23,8 +23,12 @@ def test_what_is_here_is_ticked() -> None:
 
 
 @pytest.mark.parametrize("body", [None, "exit 1", "echo release 13.0 V13.0; exit 0"])
-def test_compilers_are_tried_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None) -> None:
-    """None on the path; one that fails; and, the control, one that works as far as its exit status tells."""
+def test_compilers_are_tried_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None
+) -> None:
+    """None on the path; one that fails; and, the control, one that works as far as its exit status
+    tells.
+    """
     for name in ("c++", "nvcc") if body else ():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -38,7 +42,12 @@ def test_compilers_are_tried_not_found(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_unsupported_torch_is_not_ticked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")  # trying compilers takes time
-    for version, fits in [("2.10.1", False), ("2.11.0+cu128", True), ("2.13.0+cpu", True), ("2.14.0", False)]:
+    for version, fits in [
+        ("2.10.1", False),
+        ("2.11.0+cu128", True),
+        ("2.13.0+cpu", True),
+        ("2.14.0", False),
+    ]:
         monkeypatch.setattr(torch, "__version__", version)
         assert ticks()["torch"].found == fits, version
 
@@ -54,4 +63,7 @@ def test_command() -> None:
     result = subprocess.run([sys.executable, "-m", "ldalign.env"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[x] Python") and "[x] torch" in result.stdout
-    assert subprocess.run([sys.executable, "-m", "ldalign.env", "x"], capture_output=True).returncode == 2
+    assert (
+        subprocess.run([sys.executable, "-m", "ldalign.env", "x"], capture_output=True).returncode
+        == 2
+    )

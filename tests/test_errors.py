@@ -28,9 +28,16 @@ errors.run(main)
 
 
 def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
+    }
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *argv], capture_output=True, text=True, env={**environment, **variables}
+        [sys.executable, "-c", SCRIPT, *argv],
+        capture_output=True,
+        text=True,
+        env={**environment, **variables},
     )
 
 
@@ -44,8 +51,8 @@ def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (
             "KeyError",
             1,
-            "ldalign: error: unexpected KeyError: 'data.jsonl:7: bad row;\\nmend it' "
-            "(run again with --debug for the traceback)\n",
+            "ldalign: error: unexpected KeyError: 'data.jsonl:7: bad row;\\nmend it' (run again "
+            "with --debug for the traceback)\n",
         ),
     ],
 )
@@ -70,15 +77,24 @@ def test_no_shutdown_spoils_the_exit_code(kind: str, code: int, tmp_path: Path) 
     """What a process group's thread may do while Python shuts down: abort the process."""
     script = tmp_path / "script.py"
     script.write_text(f"import atexit, os\natexit.register(os.abort)\n{SCRIPT}")
-    assert subprocess.run([sys.executable, str(script), kind], capture_output=True).returncode == code
+    assert (
+        subprocess.run([sys.executable, str(script), kind], capture_output=True).returncode == code
+    )
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "another"])
 def test_of_several_ranks_one_speaks(launcher: str, tmp_path: Path) -> None:
-    """Whichever it is, with its number; another error is another line; the same in the next run of the same parent."""
+    """Whichever it is, with its number; another error is another line; the same in the next run of
+    the same parent.
+    """
 
     def of_rank(rank: int, kind: str) -> str:
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "TMPDIR": str(tmp_path), "MASTER_PORT": "29500"}
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "TMPDIR": str(tmp_path),
+            "MASTER_PORT": "29500",
+        }
         if launcher == "torchrun":
             (tmp_path / str(rank)).mkdir(exist_ok=True)
             variables["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / str(rank) / "error.json")
@@ -93,15 +109,23 @@ def test_of_several_ranks_one_speaks(launcher: str, tmp_path: Path) -> None:
 
 def test_a_rank_ends_for_another_is_said_where_nobody_spoke(tmp_path: Path) -> None:
     variables = {"WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
-    assert command("KeyboardInterrupt", RANK="1", **variables).stderr == "ldalign: error: rank 1: interrupted\n"
+    assert command("KeyboardInterrupt", RANK="1", **variables).stderr == (
+        "ldalign: error: rank 1: interrupted\n"
+    )
     assert command("KeyboardInterrupt", RANK="0", **variables).stderr == ""
 
 
-def test_what_another_user_left_silences_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_user_left_silences_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    assert [errors._may_speak("x", aftermath) for aftermath in (False, False, True)] == [True, False, False]
+    assert [errors._may_speak("x", aftermath) for aftermath in (False, False, True)] == [
+        True,
+        False,
+        False,
+    ]
     user = os.getuid()
     (left,) = tmp_path.iterdir()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
@@ -112,7 +136,14 @@ def test_what_another_user_left_silences_nobody(tmp_path: Path, monkeypatch: pyt
 def test_torchrun_prints_it_once(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     result = subprocess.run([*launcher, str(script), "InputError"], capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("data.jsonl:7: bad row; mend it") == 1

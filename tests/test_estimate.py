@@ -9,12 +9,22 @@ from conftest import ROOT, run_script
 
 from ldalign.toy import write_toy_model
 
-SIZES = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "head_dim": 64,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": None}  # fmt: skip
+SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+}
 SAME = dict.fromkeys(("weights", "states", "compute"), "float32")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc"
+)
 @pytest.mark.parametrize(
     "case",
     [

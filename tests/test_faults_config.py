@@ -1,4 +1,6 @@
-"""The matrix's C rows: settings and run folders that cannot work; and that all checks come before any weights."""
+"""The matrix's C rows: settings and run folders that cannot work; and that all checks come before
+any weights.
+"""
 
 import json
 import os
@@ -23,7 +25,10 @@ from ldalign.train import align
     ("override", "message"),
     [
         ("learning_rat=1", "learning_rat: unknown key; did you mean learning_rate?"),
-        ("sampling.temprature=1", "sampling.temprature: unknown key; did you mean sampling.temperature?"),
+        (
+            "sampling.temprature=1",
+            "sampling.temprature: unknown key; did you mean sampling.temperature?",
+        ),
         ("learning_rate=fast", "learning_rate: 'fast' is not a number"),
         ("learning_rate=-1", "learning_rate: -1.0 must be greater than 0"),
         ("learning_rate=nan", "learning_rate: "),
@@ -32,7 +37,8 @@ from ldalign.train import align
         ("beta=inf", "beta: "),
         (
             "method=ldalign",
-            "method: 'ldalign' is not one of ld_align, spin, dpo, sft, self_reward, rlaif; did you mean",
+            "method: 'ldalign' is not one of ld_align, spin, dpo, sft, self_reward, rlaif; did you "
+            "mean",
         ),
         ("bad_rows=ignore", "bad_rows: 'ignore' is not one of error, skip"),
         ("iterations=two", "iterations: 'two' is not an integer"),
@@ -52,10 +58,18 @@ def test_C1_wrong_key_or_value(override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: &a [*a]\n", "data: " + "[" * 5000, "data: &d [*d]\n", "beta: !!python/object/apply:os.system [x]\n",
-     'run: "\\UFFFFFFFF"\n', "x" * 1_100_000, "\0", "- 1\n"],
+    [
+        "a: &a [*a]\n",
+        "data: " + "[" * 5000,
+        "data: &d [*d]\n",
+        "beta: !!python/object/apply:os.system [x]\n",
+        'run: "\\UFFFFFFFF"\n',
+        "x" * 1_100_000,
+        "\0",
+        "- 1\n",
+    ],
     ids=["alias", "brackets", "alias of a key", "object", "escape", "large", "NUL", "list"],
-)  # fmt: skip
+)
 def test_C1_hostile_yaml(text: str, tmp_path: Path) -> None:
     """The config file nests without end, asks for Python objects, or is no config at all.
 
@@ -84,14 +98,17 @@ def test_C2_contradictions_name_the_nearest_valid_value(overrides: list[str], me
 
 
 def test_C2_what_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks cannot be split as shard_ranks says (a global batch needs no divisor: ragged ones are trained on).
+    """The ranks cannot be split as shard_ranks says (a global batch needs no divisor: ragged ones
+    are trained on).
 
     Expected: one line with the nearest number that can.
     """
     monkeypatch.setattr("ldalign.distributed.world_size", lambda: 8)
     from ldalign import distributed
 
-    with pytest.raises(InputError, match="training.shard_ranks=3: 8 ranks .*training.shard_ranks=2"):
+    with pytest.raises(
+        InputError, match="training.shard_ranks=3: 8 ranks .*training.shard_ranks=2"
+    ):
         distributed.copies(3)
 
 
@@ -104,8 +121,16 @@ def test_C3_run_folder_that_cannot_be(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("")
-    path = {"file": "file", "below a file": "file/run", "other things": "home", "name too long": "x" * 300}[kind]
-    with pytest.raises((InputError, EnvironmentProblem), match=path), RunFolder(tmp_path / path, "seed: 1\n"):
+    path = {
+        "file": "file",
+        "below a file": "file/run",
+        "other things": "home",
+        "name too long": "x" * 300,
+    }[kind]
+    with (
+        pytest.raises((InputError, EnvironmentProblem), match=path),
+        RunFolder(tmp_path / path, "seed: 1\n"),
+    ):
         pass
     assert (tmp_path / "file").read_text() == "" and len(list((tmp_path / "home").iterdir())) == 1
 
@@ -115,20 +140,26 @@ def test_C3_read_only() -> None:
 
     Expected: one line, exit code 3.
     """
-    root = os.geteuid() == 0  # may write anywhere: as somebody else for a moment, in a folder that all may look into
+    # may write anywhere: as somebody else for a moment, in a folder that all may look into
+    root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as above:
         os.chmod(above, 0o555)
         try:
             if root:
                 os.seteuid(65534)
-            with pytest.raises(EnvironmentProblem, match="cannot be written"), RunFolder(Path(above) / "run", ""):
+            with (
+                pytest.raises(EnvironmentProblem, match="cannot be written"),
+                RunFolder(Path(above) / "run", ""),
+            ):
                 pass
         finally:
             if root:
                 os.seteuid(0)
 
 
-def test_C3_another_run_lives_there(tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None) -> None:
+def test_C3_another_run_lives_there(
+    tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
+) -> None:
     """The run folder holds a run with other settings.
 
     Expected: one line with the key, its old and its new value.
@@ -136,7 +167,12 @@ def test_C3_another_run_lives_there(tmp_path: Path, toy_run: Path, toy_cache: Pa
     import shutil
 
     shutil.copytree(toy_run, tmp_path / "run")
-    argv = ["--config", str(ROOT / "configs/toy.yaml"), f"run={tmp_path / 'run'}", f"cache={toy_cache}"]
+    argv = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={tmp_path / 'run'}",
+        f"cache={toy_cache}",
+    ]
     with pytest.raises(InputError, match="sft.learning_rate was 0.003, now 0.001"):
         align.main([*argv, "sft.learning_rate=1e-3"])
 
@@ -154,10 +190,15 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
     input()
 """
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         match = rf"in use by host \S+ pid {holder.pid};"
-        with pytest.raises(EnvironmentProblem, match=match), pipeline.RunFolder(tmp_path / "run", ""):
+        with (
+            pytest.raises(EnvironmentProblem, match=match),
+            pipeline.RunFolder(tmp_path / "run", ""),
+        ):
             pass
         with pytest.raises(EnvironmentProblem, match=match):
             estimate.dry_run(open_toy(tmp_path), [])
@@ -165,20 +206,38 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
 
 
 def test_exit_code_and_one_line(tmp_path: Path) -> None:
-    """The command line, in a process of its own: exit code 2, one line, no run folder left behind."""
-    done = run_script(ROOT / "train/align.py", "policy=toy", f"data={tmp_path}/none.jsonl", f"run={tmp_path / 'run'}",
-                      f"cache={tmp_path / 'cache'}", "--dry-run")  # fmt: skip
+    """The command line, in a process of its own: exit code 2, one line, no run
+    folder left behind.
+    """
+    done = run_script(
+        ROOT / "train/align.py",
+        "policy=toy",
+        f"data={tmp_path}/none.jsonl",
+        f"run={tmp_path / 'run'}",
+        f"cache={tmp_path / 'cache'}",
+        "--dry-run",
+    )
     assert done.returncode == 2
-    assert done.stderr.strip().split("\n")[-1].startswith("ldalign: error: ") and "none.jsonl: no such" in done.stderr
+    assert (
+        done.stderr.strip().split("\n")[-1].startswith("ldalign: error: ")
+        and "none.jsonl: no such" in done.stderr
+    )
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("fault", ["data", "template", "shard", "guide"])
 def test_faults_are_found_before_any_weights(
-    fault: str, dry: list[str], tmp_path: Path, toy_cache: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    dry: list[str],
+    tmp_path: Path,
+    toy_cache: Path,
+    in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bad data, template, shards or guide end a run, and a dry run, before any weights are read or a stage is made."""
+    """Bad data, template, shards or guide end a run, and a dry run, before any weights are read or
+    a stage is made.
+    """
 
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
@@ -196,21 +255,36 @@ def test_faults_are_found_before_any_weights(
     else:
         (tmp_path / "guide").mkdir()
         options.append(f"guide={tmp_path / 'guide'}")
-    config = ["--config", str(ROOT / "configs/toy.yaml"), f"run={tmp_path / 'run'}", f"cache={toy_cache}"]
-    with pytest.raises(InputError, match="rows.jsonl:1:2|SecurityError|bytes expected|guide/config.json"):
+    config = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={tmp_path / 'run'}",
+        f"cache={toy_cache}",
+    ]
+    with pytest.raises(
+        InputError, match="rows.jsonl:1:2|SecurityError|bytes expected|guide/config.json"
+    ):
         align.main([*config, *options, *dry])
     assert not list((tmp_path / "run").glob("*/manifest.json"))
 
 
 def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:
-    """--dry-run in the folder of a run whose data file was changed says so, as the run itself would."""
+    """--dry-run in the folder of a run whose data file was changed says so, as the run itself
+    would.
+    """
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"Say {i}.", "response": f"{i}"}) + "\n" for i in range(200)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"Say {i}.", "response": f"{i}"}) + "\n" for i in range(200))
+    )
     with RunFolder(Path(config_of(tmp_path).run), "") as run:
         ctx = open_toy(tmp_path, f"data={rows}")
         assert run.path == ctx.run.path
         stages.data_stage(ctx)
     estimate.dry_run(open_toy(tmp_path, f"data={rows}"), [])
     rows.write_text(rows.read_text().replace("Say 1", "Tell 1"))
-    with pytest.raises(InputError, match=r"rows\.jsonl: changed since this run began: sha256 was \w{64}, now \w{64};"):
+    with pytest.raises(
+        InputError,
+        match=r"rows\.jsonl: changed since this run began: sha256 was "
+        r"\w{64}, now \w{64};",
+    ):
         estimate.dry_run(open_toy(tmp_path, f"data={rows}"), [])

@@ -1,4 +1,6 @@
-"""The matrix's D rows: data files that are broken, odd or change; and that nothing of it gets past the readers."""
+"""The matrix's D rows: data files that are broken, odd or change; and that nothing of it gets past
+the readers.
+"""
 
 import json
 import time
@@ -77,7 +79,11 @@ def test_D3_odd_turns(turns: list[dict[str, str]], message: str, tmp_path: Path)
 
     Expected: one line with file and line.
     """
-    refusal(write(tmp_path / "rows.jsonl", GOOD, {"messages": turns}), rf"rows\.jsonl:2: messages: {message}")
+    refusal(
+        write(tmp_path / "rows.jsonl", GOOD, {"messages": turns}),
+        r"rows\.jsonl:2: "
+        rf"messages: {message}",
+    )
 
 
 def test_D3_bad_rows_skip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +124,10 @@ def test_D4_bom_crlf_blank_lines(tmp_path: Path) -> None:
     [
         (b'{"prompt": "\xff"}', ":2:13: not UTF-8"),
         (b'{"prompt": "q", "response": "\\ud800"}', ":2: response: holds half of a surrogate pair"),
-        (b'{"prompt": "q", "response": "r", "id": "\\udfff"}', ":2: id: holds half of a surrogate pair"),
+        (
+            b'{"prompt": "q", "response": "r", "id": "\\udfff"}',
+            ":2: id: holds half of a surrogate pair",
+        ),
         (b'{"prompt": "q\\u0000", "response": "r"}', ":2: prompt: holds a NUL"),
         (b'{"prompt": "q\0", "response": "r"}', r":2:\d+: broken JSON: Invalid control character"),
         (b'{"prompt": "' + b"x" * 10 * 2**20 + b'"}', ":2: the line is longer than 8388608 bytes"),
@@ -131,7 +140,8 @@ def test_D4_bom_crlf_blank_lines(tmp_path: Path) -> None:
 def test_D5_hostile_bytes(line: bytes, message: str, tmp_path: Path) -> None:
     """Invalid UTF-8, half a surrogate pair, NUL, a row of 10 MB, 10,000 nested brackets.
 
-    Expected: one line with file and line; memory bounded. The same for prompts and responses made elsewhere.
+    Expected: one line with file and line; memory bounded. The same for prompts and responses made
+    elsewhere.
     """
     path = write(tmp_path / "rows.jsonl", GOOD, line, GOOD)
     before = forget_peak()
@@ -157,7 +167,9 @@ def test_D5_hostile_bytes(line: bytes, message: str, tmp_path: Path) -> None:
         ({"response": "x", "id": [1]}, "expected"),
     ],
 )
-def test_D5_hostile_losers(record: dict[str, Any], message: str, tmp_path: Path, chatml_folder: Path) -> None:
+def test_D5_hostile_losers(
+    record: dict[str, Any], message: str, tmp_path: Path, chatml_folder: Path
+) -> None:
     """Responses made elsewhere with half a surrogate pair, impossible token ids, wrong types.
 
     Expected: one line with file and line.
@@ -192,7 +204,9 @@ def test_D6_fewer_rows_than_one_batch(tmp_path: Path, monkeypatch: pytest.Monkey
     """
     monkeypatch.setattr("ldalign.weights._fill", None)
     path = rows_file(tmp_path / "rows.jsonl", 12)
-    with pytest.raises(InputError, match="11 usable rows are fewer than one batch of global_batch=16"):
+    with pytest.raises(
+        InputError, match="11 usable rows are fewer than one batch of global_batch=16"
+    ):
         open_toy(tmp_path, f"data={path}", "sft.epochs=0", "continual_sft.epochs=0")
 
 
@@ -206,7 +220,11 @@ def test_D7_broken_parquet(tmp_path: Path) -> None:
     for size in (4, 5, 100, len(whole) - 9, len(whole) - 1):
         path.write_bytes(whole[:size])
         refusal(path, r"rows\.parquet: broken parquet file")
-    refusal(parquet(tmp_path / "x.parquet", {"messages": [3]}), r"x\.parquet:1: messages: is a number")
+    refusal(
+        parquet(tmp_path / "x.parquet", {"messages": [3]}),
+        r"x\.parquet:1: messages: is a "
+        r"number",
+    )
     (tmp_path / "y.parquet").write_bytes(b"\x89PNG\r\n\x1a\n")
     refusal(tmp_path / "y.parquet", r"y\.parquet:1:1: not UTF-8 text, nor a parquet file")
 
@@ -229,7 +247,12 @@ def test_D8_repeated_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     Expected: each has an id of its own; they are counted in the summary.
     """
     path = rows_file(tmp_path / "rows.jsonl", 20)
-    path.write_text(path.read_text() * 2 + json.dumps({**GOOD, "id": "x"}) + "\n" + json.dumps({**GOOD, "id": "x"}))
+    path.write_text(
+        path.read_text() * 2
+        + json.dumps({**GOOD, "id": "x"})
+        + "\n"
+        + json.dumps({**GOOD, "id": "x"})
+    )
     ctx = open_toy(tmp_path, f"data={path}", "evaluation.rows=0", "sft.rows=null", "max_rows=null")
     assert len({row.id for row in ctx.train.rows}) == 42 and ctx.counts["repeated"] == 21
     assert "21 rows repeat others" in capfd.readouterr().err
@@ -265,7 +288,8 @@ def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
 
 
 def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
-    """The loser equals the winner, at once or only after both are cut; or the model said nothing at all.
+    """The loser equals the winner, at once or only after both are cut; or the model said nothing at
+    all.
 
     Expected: such pairs are not trained on (`losers/identical_frac` counts them).
     """
@@ -280,7 +304,8 @@ def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
 def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:
     """A data file is changed between a run's start and its resume.
 
-    Expected: one line with the file, its old and its new hash; nothing is made. Unused changes do not matter.
+    Expected: one line with the file, its old and its new hash; nothing is made. Unused changes do
+    not matter.
     """
     path = rows_file(tmp_path / "rows.jsonl", 200)
     options = [
@@ -302,7 +327,10 @@ def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:
         stages.data_stage(ctx)
     path.write_text(text.replace('"Say 3."', '"Tell 3."'))
     ctx = open_toy(tmp_path, *options)
-    message = rf"rows\.jsonl: changed since this run began: sha256 was {old}, now {pipeline.hash_file(path)};"
+    message = (
+        rf"rows\.jsonl: changed since this run began: sha256 was {old}, now "
+        rf"{pipeline.hash_file(path)};"
+    )
     with ctx.run, pytest.raises(InputError, match=message):
         stages.data_stage(ctx)
     distributed.stop()

@@ -1,7 +1,9 @@
-"""Whole runs, killed, stopped and denied writes: what is left after the same command is what an undisturbed run leaves.
+"""Whole runs, killed, stopped and denied writes: what is left after the same command is what an
+undisturbed run leaves.
 
-Named by the rows of the fault matrix (docs/reliability.md). All on the small run of faults.py: every stage, two
-iterations, a checkpoint after every step. "The same" is every file of the run folder to the bit, but for times.
+Named by the rows of the fault matrix (docs/reliability.md). All on the small run of faults.py:
+every stage, two iterations, a checkpoint after every step. "The same" is every file of the run
+folder to the bit, but for times.
 """
 
 import os
@@ -18,7 +20,9 @@ from faults import Driver, Trial, differing, outcome
 
 Undisturbed = Callable[[int], tuple[dict[str, Any], int]]
 POLICY = "iteration_1/policy"
-PARTS = 16  # of the tests at every write point, so that several processes share them, and a part can be had alone
+# of the tests at every write point, so that several processes share them, and a part can be had
+# alone
+PARTS = 16
 
 
 @pytest.fixture
@@ -31,8 +35,12 @@ def run(driver: Driver, toy_cache: Path, tmp_path: Path) -> Callable[..., Trial]
     return trial
 
 
-def finish(run: Callable[..., Trial], folder: Path, expected: dict[str, Any], ranks: int = 1) -> str:
-    """The same command again, to its end: the result must be the undisturbed one. Returns what it said."""
+def finish(
+    run: Callable[..., Trial], folder: Path, expected: dict[str, Any], ranks: int = 1
+) -> str:
+    """The same command again, to its end: the result must be the undisturbed one. Returns what it
+    said.
+    """
     trial = run(folder=folder, ranks=ranks)
     assert trial.codes == [0] * ranks, trial.said
     assert differing(outcome(folder), expected) == []
@@ -44,15 +52,25 @@ def spread(count: int, points: int) -> list[int]:
     return sorted({round((i + 0.5) * points / count) for i in range(count)})
 
 
-# --------------------------------------------------------------------------------------------------------------- T1
+# ----------------------------------------------------------------------------------------------- T1
 
 
-def kill_until_done(run: Callable[..., Trial], folder: Path, kills: int, seed: int, ranks: int = 1) -> int:
-    """Starts the run, kills it after a random time, starts it again, ...; after `kills` of them it may end."""
+def kill_until_done(
+    run: Callable[..., Trial], folder: Path, kills: int, seed: int, ranks: int = 1
+) -> int:
+    """Starts the run, kills it after a random time, starts it again, ...; after `kills` of them it
+    may end.
+    """
     draw, killed = random.Random(seed), 0
     while killed < kills:
         seconds = draw.uniform(0.3, 2.5)
-        trial = run(folder=folder, ranks=ranks, signal=signal.SIGKILL, after=seconds, on_line="training rows")
+        trial = run(
+            folder=folder,
+            ranks=ranks,
+            signal=signal.SIGKILL,
+            after=seconds,
+            on_line="training rows",
+        )
         if trial.codes == [0] * ranks:
             break
         assert -signal.SIGKILL in trial.codes, trial.said
@@ -60,7 +78,9 @@ def kill_until_done(run: Callable[..., Trial], folder: Path, kills: int, seed: i
     return killed
 
 
-def test_T1_sigkill_at_random_moments(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T1_sigkill_at_random_moments(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGKILL at 3 random moments of a whole run, which is started again after each.
 
     Expected: files bit-identical to an undisturbed run's.
@@ -86,22 +106,34 @@ def test_T1_sigkill_at_random_moments_long(
         number += 1
 
 
-# --------------------------------------------------------------------------------------------------------------- T2
+# ----------------------------------------------------------------------------------------------- T2
 
 
 def killed_at(
-    run: Callable[..., Trial], folder: Path, point: int, mode: str, expected: dict[str, Any], ranks: int = 1
+    run: Callable[..., Trial],
+    folder: Path,
+    point: int,
+    mode: str,
+    expected: dict[str, Any],
+    ranks: int = 1,
 ) -> None:
     trial = run(folder=folder, ranks=ranks, at=point, mode=mode)
     assert trial.codes[0] == -signal.SIGKILL, trial.said
-    named = [p.parent for p in folder.rglob("summary.json") if ".partial" not in str(p.relative_to(folder))]
+    named = [
+        p.parent
+        for p in folder.rglob("summary.json")
+        if ".partial" not in str(p.relative_to(folder))
+    ]
     assert all((stage / "manifest.json").is_file() for stage in named)
     finish(run, folder, expected, ranks)
     shutil.rmtree(folder)
 
 
-def test_T2_sigkill_at_write_points(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """SIGKILL right before one write, sync or rename, and in the middle of another, far apart in the run.
+def test_T2_sigkill_at_write_points(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """SIGKILL right before one write, sync or rename, and in the middle of another, far apart in
+    the run.
 
     Expected: no half folder is used; files bit-identical after the same command.
     """
@@ -131,9 +163,11 @@ def test_T2_sigkill_at_every_write_point(
 def test_T2_writes_of_another_rank(
     run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str
 ) -> None:
-    """2 ranks; rank 1 is killed right before, or in the middle of, each of its writes, or is denied it.
+    """2 ranks; rank 1 is killed right before, or in the middle of, each of its writes, or is denied
+    it.
 
-    Expected: both end within 60 s (denied: exit 3, path named); files bit-identical after the same command.
+    Expected: both end within 60 s (denied: exit 3, path named); files bit-identical after the same
+    command.
     """
     expected = undisturbed(2)[0]
     points = run(ranks=2, rank=1).points[1]
@@ -149,7 +183,7 @@ def test_T2_writes_of_another_rank(
         shutil.rmtree(tmp_path / "run")
 
 
-# --------------------------------------------------------------------------------------------------------------- T3
+# ----------------------------------------------------------------------------------------------- T3
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -158,18 +192,25 @@ def test_T3_stopped_in_training(
 ) -> None:
     """SIGTERM, and Ctrl-C, in the alignment stage, with no checkpoint due.
 
-    Expected: the step is finished, a checkpoint written, exit 143 and 130; files bit-identical after the same command.
+    Expected: the step is finished, a checkpoint written, exit 143 and 130; files bit-identical
+    after the same command.
     """
     trial = run("checkpoint.steps=null", signal=number, on_line=f"{POLICY}: step 1/")
     assert trial.codes == [code], trial.said
-    assert re.search(r"ldalign: error: stopped by SIG\w+; step 1 is kept in .*/checkpoint; run the same", trial.said)
+    assert re.search(
+        r"ldalign: error: stopped by SIG\w+; step 1 is kept in .*/checkpoint; run "
+        r"the same",
+        trial.said,
+    )
     kept = tmp_path / f"run/{POLICY}.partial/checkpoint"
     assert [path.name for path in kept.iterdir()] == ["step_00000001"]
     said = finish(run, tmp_path / "run", undisturbed(1)[0])
     assert f"{POLICY}: step 1/" not in said and f"{POLICY}: step 2/" in said
 
 
-def test_T3_stopped_elsewhere(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T3_stopped_elsewhere(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGTERM between two stages that train, on both of two ranks.
 
     Expected: exit 143 at once, files bit-identical after the same command.
@@ -179,14 +220,18 @@ def test_T3_stopped_elsewhere(run: Callable[..., Trial], undisturbed: Undisturbe
     finish(run, tmp_path / "run", undisturbed(2)[0], ranks=2)
 
 
-def stopped_at(run: Callable[..., Trial], folder: Path, point: int, expected: dict[str, Any]) -> None:
+def stopped_at(
+    run: Callable[..., Trial], folder: Path, point: int, expected: dict[str, Any]
+) -> None:
     trial = run("checkpoint.steps=null", folder=folder, at=point, mode="stop")
     assert trial.codes == [143], trial.said
     finish(run, folder, expected)
     shutil.rmtree(folder)
 
 
-def test_T3_stopped_at_write_points(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T3_stopped_at_write_points(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGTERM at 2 writes of the run's first half.
 
     Expected: exit 143, files bit-identical after the same command.
@@ -212,14 +257,16 @@ def test_T3_stopped_at_every_write_point(
         stopped_at(run, tmp_path / "run", point, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------- T4
+# ----------------------------------------------------------------------------------------------- T4
 
 
-def test_T4_one_rank_killed(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T4_one_rank_killed(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGKILL of rank 1 of 2 in the alignment stage.
 
-    Expected: rank 0 ends by itself within 60 s, with a line that names rank 1; files bit-identical after the same
-    command.
+    Expected: rank 0 ends by itself within 60 s, with a line that names rank 1; files bit-identical
+    after the same command.
     """
     trial = run(ranks=2, signal=signal.SIGKILL, rank=1, on_line=f"{POLICY}: step 1/")
     assert trial.codes == [3, -signal.SIGKILL], trial.said
@@ -227,10 +274,12 @@ def test_T4_one_rank_killed(run: Callable[..., Trial], undisturbed: Undisturbed,
     finish(run, tmp_path / "run", undisturbed(2)[0], ranks=2)
 
 
-# --------------------------------------------------------------------------------------------------------------- T6
+# ----------------------------------------------------------------------------------------------- T6
 
 
-def denied_at(run: Callable[..., Trial], folder: Path, point: int, mode: str, expected: dict[str, Any]) -> None:
+def denied_at(
+    run: Callable[..., Trial], folder: Path, point: int, mode: str, expected: dict[str, Any]
+) -> None:
     trial = run(folder=folder, at=point, mode=mode)
     if trial.codes != [0]:  # deleting an old checkpoint, say, need not succeed
         assert trial.codes == [3], trial.said
@@ -241,10 +290,13 @@ def denied_at(run: Callable[..., Trial], folder: Path, point: int, mode: str, ex
     shutil.rmtree(folder)
 
 
-def test_T6_no_write_possible(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T6_no_write_possible(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """ENOSPC from one write on, and EIO at one write, at one place of the run each.
 
-    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the same command.
+    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the
+    same command.
     """
     expected, points = undisturbed(1)
     for number, point in enumerate(spread(2, points)):
@@ -259,24 +311,29 @@ def test_T6_no_write_possible_anywhere(
 ) -> None:
     """ENOSPC from every write on, and EIO at every write.
 
-    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the same command.
+    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the
+    same command.
     """
     expected, points = undisturbed(1)
     for point in range(part, points, PARTS):
         denied_at(run, tmp_path / "run", point, mode, expected)
 
 
-# -------------------------------------------------------------------------------------------------------- T11, T12
+# ----------------------------------------------------------------------------------------- T11, T12
 
 
-def stopped_after(run: Callable[..., Trial], folder: Path, stage: str, expected: dict[str, Any]) -> None:
+def stopped_after(
+    run: Callable[..., Trial], folder: Path, stage: str, expected: dict[str, Any]
+) -> None:
     trial = run(folder=folder, signal=signal.SIGKILL, on_line=f"{stage}: done")
     assert trial.codes == [-signal.SIGKILL], trial.said
     assert f"{stage}: already done" in finish(run, folder, expected)
     shutil.rmtree(folder)
 
 
-def test_T11_stopped_at_a_stage_border(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T11_stopped_at_a_stage_border(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGKILL right after a stage of iteration 1 was done.
 
     Expected: finished stages are not redone; files bit-identical after the same command.
@@ -285,19 +342,25 @@ def test_T11_stopped_at_a_stage_border(run: Callable[..., Trial], undisturbed: U
 
 
 @pytest.mark.long
-def test_T11_stopped_at_every_stage_border(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_T11_stopped_at_every_stage_border(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """SIGKILL right after every stage.
 
     Expected: finished stages are not redone; files bit-identical after the same command.
     """
     expected = undisturbed(1)[0]
-    for stage in sorted(name.removesuffix("/manifest.json") for name in expected if name.endswith("/manifest.json")):
+    for stage in sorted(
+        name.removesuffix("/manifest.json") for name in expected if name.endswith("/manifest.json")
+    ):
         stopped_after(run, tmp_path / "run", stage, expected)
 
 
-def test_T12_moved_and_the_clock_set_back(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """A run killed in training is moved to another folder, its files dated 2033, the lock by another host. Then the
-    clock is set back by ten years.
+def test_T12_moved_and_the_clock_set_back(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """A run killed in training is moved to another folder, its files dated 2033, the lock by
+    another host. Then the clock is set back by ten years.
 
     Expected: it is gone on with; files bit-identical.
     """
@@ -313,8 +376,11 @@ def test_T12_moved_and_the_clock_set_back(run: Callable[..., Trial], undisturbed
     assert differing(outcome(moved), undisturbed(1)[0]) == []
 
 
-def test_T12_nobody_reads_what_is_said(run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Metrics go to a file and to the terminal: the latter, a pipe here, has gone before the run begins.
+def test_T12_nobody_reads_what_is_said(
+    run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Metrics go to a file and to the terminal: the latter, a pipe here, has gone before the run
+    begins.
 
     Expected: training goes on to the end, exit 0; files bit-identical.
     """

@@ -70,14 +70,21 @@ def test_M1_truncated_at_64_points(share: float, tmp_path: Path) -> None:
         with_header(
             json.dumps({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}).encode(), data=bytes(12)
         ),  # overlap
-        with_header(json.dumps({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}).encode(), data=bytes(12)),  # hole
-        with_header(json.dumps({"a": entry([3], [0, 8])}).encode(), data=bytes(8)),  # shape against bytes
-        with_header(json.dumps({"a": entry([2**40, 2**40], [0, 8])}).encode(), data=bytes(8)),  # overflow
+        with_header(
+            json.dumps({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}).encode(), data=bytes(12)
+        ),  # hole
+        # shape against bytes
+        with_header(json.dumps({"a": entry([3], [0, 8])}).encode(), data=bytes(8)),
+        # overflow
+        with_header(json.dumps({"a": entry([2**40, 2**40], [0, 8])}).encode(), data=bytes(8)),
         with_header(json.dumps({"a": entry([-2], [0, 8])}).encode(), data=bytes(8)),
         with_header(json.dumps({"a": entry([2], [8, 0])}).encode(), data=bytes(8)),
         with_header(json.dumps({"a": entry([2], [0, 8], "F99")}).encode(), data=bytes(8)),
-        with_header(b'{"a":%b,"a":%b}' % ((json.dumps(entry([2], [0, 8])).encode(),) * 2), data=bytes(8)),  # duplicate
-        with_header(json.dumps({"a": entry([2], [0, 8])}).encode(), data=bytes(9)),  # a byte too many
+        with_header(
+            b'{"a":%b,"a":%b}' % ((json.dumps(entry([2], [0, 8])).encode(),) * 2), data=bytes(8)
+        ),  # duplicate
+        # a byte too many
+        with_header(json.dumps({"a": entry([2], [0, 8])}).encode(), data=bytes(9)),
         b"",
         b"\x80\x04pickle!",
     ],
@@ -123,11 +130,15 @@ def test_M3_tensors_missing_and_extra(tmp_path: Path) -> None:
             tensors[f"model.layers.{i + 2}.mlp.up_proj.weight"] = torch.ones(1)
 
     edit(tmp_path, change)
-    message = refusal(tmp_path, f"2 missing ({EMBEDDING}, {Q1})", "7 extra (model.layers.2.mlp.up_proj.weight, ")
+    message = refusal(
+        tmp_path, f"2 missing ({EMBEDDING}, {Q1})", "7 extra (model.layers.2.mlp.up_proj.weight, "
+    )
     assert "... 2 more" in message, "five names, then the count"
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(15, 16), torch.ones(16, 16, 1), torch.tensor(1.0), torch.ones(0, 16)])
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(15, 16), torch.ones(16, 16, 1), torch.tensor(1.0), torch.ones(0, 16)]
+)
 def test_M3_tensor_of_wrong_shape(tensor: Tensor, tmp_path: Path) -> None:
     """A tensor has another shape than config.json says.
 
@@ -181,11 +192,15 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def watched() -> None:
-    """From here on OPENED gets the real path of every file Python opens (an audit hook cannot be removed)."""
+    """From here on OPENED gets the real path of every file Python opens (an audit hook cannot be
+    removed).
+    """
     sys.addaudithook(watch)
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "single link", "linked index", "folder link"])
+@pytest.mark.parametrize(
+    "kind", ["parent", "absolute", "link", "single link", "linked index", "folder link"]
+)
 def test_M4_nothing_outside_the_folder_is_opened(
     kind: str, tmp_path: Path, watched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,22 +220,31 @@ def test_M4_nothing_outside_the_folder_is_opened(
     else:
         name = sorted(p.name for p in folder.glob("model-*.safetensors"))[0]
         (folder / name).rename(outside / name)
-        wrong = {"parent": f"../outside/{name}", "absolute": str(outside / name), "folder link": f"sub/{name}"}.get(
-            kind
-        )
+        wrong = {
+            "parent": f"../outside/{name}",
+            "absolute": str(outside / name),
+            "folder link": f"sub/{name}",
+        }.get(kind)
         if kind == "link":
             (folder / name).symlink_to(outside / name)
         elif kind == "folder link":
             (folder / "sub").symlink_to(outside)
         if wrong:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            edit_json(folder / INDEX, weight_map={k: wrong if v == name else v for k, v in weight_map.items()})
+            edit_json(
+                folder / INDEX,
+                weight_map={k: wrong if v == name else v for k, v in weight_map.items()},
+            )
     library = weights.safe_open  # opens files behind the hook's back
-    monkeypatch.setattr(weights, "safe_open", lambda path, **k: watch("open", (str(path),)) or library(path, **k))
+    monkeypatch.setattr(
+        weights, "safe_open", lambda path, **k: watch("open", (str(path),)) or library(path, **k)
+    )
     OPENED.clear()
     refusal(
         folder,
-        "not a plain safetensors file name" if kind in ("parent", "absolute", "folder link") else "is a link out",
+        "not a plain safetensors file name"
+        if kind in ("parent", "absolute", "folder link")
+        else "is a link out",
     )
     assert os.path.realpath(folder / "config.json") in OPENED, "the watch itself works"
     assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
@@ -255,7 +279,9 @@ def test_M5_only_pickles(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("raw", [MISTRAL | {"tie_word_embeddings": True}, GPT2_], ids=["mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "raw", [MISTRAL | {"tie_word_embeddings": True}, GPT2_], ids=["mistral", "gpt2"]
+)
 def test_M6_tied_head_that_differs(raw: dict[str, Any], tmp_path: Path) -> None:
     """config.json ties the head, the file holds another one (or a copy, which is fine).
 
@@ -266,7 +292,11 @@ def test_M6_tied_head_that_differs(raw: dict[str, Any], tmp_path: Path) -> None:
     edit(tmp_path, lambda t: t.update({HEAD: t[embedding].clone()}))
     load_model(tmp_path, torch.float32)
     edit(tmp_path, lambda t: t[HEAD][-1, -1].add_(1e-6))
-    refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {HEAD} differs from {embedding}", "tie_word_embeddings")
+    refusal(
+        tmp_path,
+        f"{tmp_path / SINGLE}: tensor {HEAD} differs from {embedding}",
+        "tie_word_embeddings",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -329,13 +359,20 @@ def test_M11_prompt_is_no_prefix(chatml_folder):
 
     Expected: one line with the row and the first token that differs.
     """
-    template = "{{ messages | length }}" + CHATML_TEMPLATE  # "1" before the prompt, "2" before the whole
+    # "1" before the prompt, "2" before the whole
+    template = "{{ messages | length }}" + CHATML_TEMPLATE
     tokenizer = load_tokenizer(chatml_folder, template=template)
-    with pytest.raises(InputError, match=r"data.jsonl:3: .* token 0 is \d+ '1' in the prompt, \d+ '2' in the whole"):
+    with pytest.raises(
+        InputError,
+        match=r"data.jsonl:3: .* token 0 is \d+ '1' in the prompt, \d+ "
+        r"'2' in the whole",
+    ):
         tokenizer.pair_ids(as_row(CONVERSATIONS[0], where="data.jsonl:3"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "vocab.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "vocab.json"]
+)
 def test_M4_a_small_file_that_is_a_link_out(name: str, tmp_path: Path, watched: None) -> None:
     """config.json, a tokenizer file or the template is a link to a file outside the folder.
 
@@ -343,7 +380,9 @@ def test_M4_a_small_file_that_is_a_link_out(name: str, tmp_path: Path, watched: 
     """
     folder, outside = toy.write_toy_model(tmp_path / "model"), tmp_path / "outside"
     outside.mkdir()
-    (outside / name).write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"{}")
+    (outside / name).write_bytes(
+        (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+    )
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(outside / name)
     OPENED.clear()
@@ -353,7 +392,9 @@ def test_M4_a_small_file_that_is_a_link_out(name: str, tmp_path: Path, watched: 
     assert not [path for path in OPENED if path.startswith(os.path.realpath(outside))]
 
 
-@pytest.mark.parametrize("name", ["latent.safetensors", "tokenizer.json", "guide.json", "merges.txt", "encoder"])
+@pytest.mark.parametrize(
+    "name", ["latent.safetensors", "tokenizer.json", "guide.json", "merges.txt", "encoder"]
+)
 def test_M4_a_link_out_of_a_guide(name: str, toy_run: Path, tmp_path: Path, watched: None) -> None:
     """A file, or a tower's folder, of a trained guide is a link out of it.
 
@@ -387,10 +428,13 @@ def test_M4_a_link_out_of_a_guide(name: str, toy_run: Path, tmp_path: Path, watc
         ("snapshots/c0", "secret", False),
     ],
 )
-def test_M4_only_a_hubs_blobs_may_be_linked_to(folder: str, target: str, inside: bool, tmp_path: Path) -> None:
+def test_M4_only_a_hubs_blobs_may_be_linked_to(
+    folder: str, target: str, inside: bool, tmp_path: Path
+) -> None:
     """A file in a folder named `snapshots` links to what lies beside it.
 
-    Expected: followed to a blob of the same model, in the layout of a hub's cache, and nowhere else.
+    Expected: followed to a blob of the same model, in the layout of a hub's cache, and nowhere
+    else.
     """
     for path in (tmp_path / folder, (tmp_path / target).parent):
         path.mkdir(parents=True, exist_ok=True)
@@ -455,11 +499,20 @@ def settings(**changes: Any) -> Callable[[Path], None]:
 Spoil = Callable[[Path], Any]
 BROKEN: dict[str, tuple[Spoil, str]] = {
     "only pickles": (only_pickles, "only pickles (pytorch_model.bin), which can run code"),
-    "auto_map": (lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "x.Evil"}), "auto_map asks to run code"),
-    "index out": (index_out, "shard '../x.safetensors' is not a plain safetensors file name inside the folder"),
+    "auto_map": (
+        lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "x.Evil"}),
+        "auto_map asks to run code",
+    ),
+    "index out": (
+        index_out,
+        "shard '../x.safetensors' is not a plain safetensors file name inside the folder",
+    ),
     "link out": (link_out, "tokenizer.json: is a link out of the model folder"),
     "cut": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-9]), "bytes expected"),
-    "header": (lambda f: (f / SINGLE).write_bytes(with_header(b"{}", 2**63)), "not a whole safetensors file"),
+    "header": (
+        lambda f: (f / SINGLE).write_bytes(with_header(b"{}", 2**63)),
+        "not a whole safetensors file",
+    ),
 }
 OF_OURS: dict[str, tuple[Spoil, str]] = BROKEN | {
     "template": (
@@ -469,18 +522,32 @@ OF_OURS: dict[str, tuple[Spoil, str]] = BROKEN | {
 }
 OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = BROKEN | {
     "only pickles": (only_pickles, "has no weights in safetensors"),
-    "code": (settings(auto_map={"AutoTokenizer": "x.Evil"}), "tokenizer_config.json: auto_map asks to run code"),
-    "vocabulary out": (settings(vocab_file="/etc/passwd"), "vocab_file '/etc/passwd' is no plain file name"),
-    "tokenizers out": (settings(fast_tokenizer_files=["../x"]), "fast_tokenizer_files '../x' is no plain file name"),
-    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: an adapter"),
+    "code": (
+        settings(auto_map={"AutoTokenizer": "x.Evil"}),
+        "tokenizer_config.json: auto_map asks to run code",
+    ),
+    "vocabulary out": (
+        settings(vocab_file="/etc/passwd"),
+        "vocab_file '/etc/passwd' is no plain file name",
+    ),
+    "tokenizers out": (
+        settings(fast_tokenizer_files=["../x"]),
+        "fast_tokenizer_files '../x' is no plain file name",
+    ),
+    "adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "adapter_config.json: an adapter",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", OF_TRANSFORMERS)
 def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
-    """A reward model's folder with only pickles, code to run, paths out of it, an adapter, or broken headers.
+    """A reward model's folder with only pickles, code to run, paths out of it, an adapter, or
+    broken headers.
 
-    Expected: one line with the file, before anything is computed and before transformers sees the folder.
+    Expected: one line with the file, before anything is computed and before transformers sees the
+    folder.
     """
     folder = toy.write_toy_model(tmp_path / "model")
     check_reward_model(folder)
@@ -494,7 +561,8 @@ def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", OF_OURS)
 def test_M5_judges_folder(tmp_path: Path, fault: str) -> None:
-    """A judge's folder with only pickles, code to run, paths out of it, broken headers, or a template that reaches out.
+    """A judge's folder with only pickles, code to run, paths out of it, broken headers, or a
+    template that reaches out.
 
     Expected: one line with the file, before anything is computed.
     """
@@ -519,7 +587,8 @@ class Evil:
 
 
 def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> None:
-    """Pickles lie in a model folder, a guide folder and a run folder, under every name that others read.
+    """Pickles lie in a model folder, a guide folder and a run folder, under every name that others
+    read.
 
     Expected: everything loads as if they were not there; none is executed.
     """
@@ -527,7 +596,14 @@ def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> Non
     trained = shutil.copytree(toy_run / "guide", tmp_path / "guide")
     run = shutil.copytree(toy_run / "sft", tmp_path / "run/sft")
     folders = [model, trained, trained / "encoder", trained / "decoder", run, run / "policy"]
-    names = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "x.pkl", "model.ckpt")
+    names = (
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "x.pkl",
+        "model.ckpt",
+    )
     evil = pickle.dumps(Evil(tmp_path / "ran"))
     for folder in folders:
         for name in names:
@@ -552,7 +628,9 @@ def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> Non
         ({"vocab_size": 41}, EMBEDDING),
     ],
 )
-def test_M6_config_contradicts_the_weights(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_M6_config_contradicts_the_weights(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     """config.json has another width, depth or vocabulary than the weights, or an absurd one.
 
     Expected: one line with the first tensor that does not fit, or the key.
@@ -600,10 +678,14 @@ def test_M9_template_reaches_out(template: str, chatml_folder: Path) -> None:
         "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% "
+        "endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% "
+        "endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% "
+        "endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% "
+        "endfor %}",
         "{{ 'a'.ljust(10**9) }}",
         "{{ 'a'|center(10**9) }}",
         "{{ ('a' * 1000).replace('', 'b' * 100000) }}",
@@ -635,23 +717,34 @@ def test_M10_the_budget_grows_with_the_conversation() -> None:
     Expected: it is rendered, as jinja2 alone renders it.
     """
     chat = messages([("user", "word " * 200_000), ("assistant", "x")])
-    template = "{% for m in messages %}{{ m.content.split('</a>')[-1]|trim ~ '!' + m.role }}{% endfor %}{{ loop }}"
+    template = (
+        "{% for m in messages %}{{ m.content.split('</a>')[-1]|trim ~ '!' + m.role }}{% endfor "
+        "%}{{ loop }}"
+    )
     text = ChatTemplate(template, date.today()).render(chat)
     assert text == ("word " * 200_000).strip() + "!userx!assistant"
 
 
-METERED = """{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}{{ loop.index }}
+METERED = """{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}{{
+    loop.index }}
 {{ loop.length }}{{- loop.revindex }}{{ loop.previtem.role if loop.previtem is defined else '-' }}
 {{ loop.cycle('a', 'b') }}
 {% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ ns.last }}
-{% macro f(x, y=2) %}[{{ x }}{{ y }}{{ varargs }}{{ caller() if caller }}]{% endmacro %}{{ f(1) }}{{ f('a', 3, 4) }}
-{% call f(5) %}inner{% endcall %}{{ messages|map(attribute='role')|join(', ')|upper }}{{ (messages|last).content[:2] }}
+{% macro f(x, y=2) %}[{{ x }}{{ y }}{{ varargs }}{{ caller() if caller }}]{% endmacro %}{{ f(1)
+    }}{{ f('a', 3, 4) }}
+{% call f(5) %}inner{% endcall %}{{ messages|map(attribute='role')|join(', ')|upper }}{{
+    (messages|last).content[:2] }}
 {{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ '%05.1f %s'|format(2.25, 'x') }}
-{{ '{0:>5}|{a}'.format('q', a=1) }}{% for a in [1, [2, [3]]] recursive %}{% if a is iterable %}<{{ loop(a) }}>
-{% else %}{{ a }}{% endif %}{% else %}none{% endfor %}{% for x in range(3) if x != 1 %}{{ x }}{% endfor %}
-{% for k, v in {'a': 1}.items() %}{{ k ~ v }}{% endfor %}{% for x in nothing %}{% else %}empty{% endfor %}
-{% set x %}{{ 1 }}{{ none }}{{ true }}{{ nothing }}{% endset %}{{ x|indent(2) }}{{ [3, 1, 2]|sort }}{{ (1, 'a') }}
-{{ 7 // 2 }}{{ 2 ** 3 }}{{ 7 % 4 }}{{ [1] + [2] }}{{ 'ab' * 2 }}{{ messages|groupby('role')|length }}"""
+{{ '{0:>5}|{a}'.format('q', a=1) }}{% for a in [1, [2, [3]]] recursive %}{% if a is iterable
+    %}<{{ loop(a) }}>
+{% else %}{{ a }}{% endif %}{% else %}none{% endfor %}{% for x in range(3) if x != 1 %}{{ x }}{%
+    endfor %}
+{% for k, v in {'a': 1}.items() %}{{ k ~ v }}{% endfor %}{% for x in nothing %}{% else %}empty{%
+    endfor %}
+{% set x %}{{ 1 }}{{ none }}{{ true }}{{ nothing }}{% endset %}{{ x|indent(2) }}{{ [3, 1, 2]|sort
+    }}{{ (1, 'a') }}
+{{ 7 // 2 }}{{ 2 ** 3 }}{{ 7 % 4 }}{{ [1] + [2] }}{{ 'ab' * 2 }}{{
+    messages|groupby('role')|length }}"""
 
 
 def test_M10_the_meters_change_nothing_else() -> None:
@@ -668,12 +761,15 @@ def test_M10_the_meters_change_nothing_else() -> None:
 
 # Templates as models in use have them, in what they do: of Mistral v0.3, of Llama 3.1, of Qwen3.
 IN_USE = {
-    "tools of the last user": """{%- if messages[0]['role'] == 'system' %}{%- set first = messages[0]['content'] %}
+    "tools of the last "
+    "user": """{%- if messages[0]['role'] == 'system' %}{%- set first = messages[0]['content'] %}
 {%- set turns = messages[1:] %}{%- else %}{%- set turns = messages %}{%- endif %}
 {%- if not tools is defined %}{%- set tools = none %}{%- endif %}
-{%- set asked = turns | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(place=0) %}
+{%- set asked = turns | selectattr('role', 'equalto', 'user') | list %}{%- set ns =
+    namespace(place=0) %}
 {%- for turn in turns %}
-    {%- if not (turn.role in ['tool', 'results'] or (turn.tool_calls is defined and turn.tool_calls is not none)) %}
+    {%- if not (turn.role in ['tool', 'results'] or (turn.tool_calls is defined and
+    turn.tool_calls is not none)) %}
         {%- if (turn['role'] == 'user') != (ns.place % 2 == 0) %}
             {{- raise_exception('users and assistants take turns') }}
         {%- endif %}{%- set ns.place = ns.place + 1 %}{%- endif %}{%- endfor %}
@@ -681,32 +777,39 @@ IN_USE = {
 {%- for turn in turns %}
     {%- if turn['role'] == 'user' %}
         {%- if tools is not none and turn == asked[-1] %}{{- '[TOOLS] [' }}
-            {%- for tool in tools %}{{- tool.function | tojson }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+            {%- for tool in tools %}{{- tool.function | tojson }}{%- if not loop.last %}{{- ', '
+    }}{%- endif %}
             {%- endfor %}{{- '][/TOOLS]' }}{%- endif %}
-        {%- if loop.last and first is defined %}{{- '[INST] ' + first + '\n\n' + turn['content'] + '[/INST]' }}
+        {%- if loop.last and first is defined %}{{- '[INST] ' + first + '\n\n' + turn['content']
+    + '[/INST]' }}
         {%- else %}{{- '[INST] ' + turn['content'] + '[/INST]' }}{%- endif %}
     {%- elif turn['role'] == 'assistant' %}{{- ' ' + turn['content']|trim + eos_token }}
     {%- else %}{{- raise_exception('no such role: ' + turn['role']) }}{%- endif %}{%- endfor %}""",
     "date and headers": """{{- bos_token }}
 {%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
 {%- if not tools_first is defined %}{%- set tools_first = true %}{%- endif %}
-{%- if not date is defined %}{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}
+{%- if not date is defined %}{%- if strftime_now is defined %}{%- set date =
+    strftime_now('%d %b %Y') %}
 {%- else %}{%- set date = '1 Jan 2024' %}{%- endif %}{%- endif %}
 {%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}
     {%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}
-{{- '<|head|>system<|body|>\n\n' }}{%- if builtin is defined or tools is not none %}{{- 'with tools\n' }}{%- endif %}
-{%- if builtin is defined %}{{- builtin | reject('equalto', 'code') | list | join(', ') }}{%- endif %}
+{{- '<|head|>system<|body|>\n\n' }}{%- if builtin is defined or tools is not none %}{{-
+    'with tools\n' }}{%- endif %}
+{%- if builtin is defined %}{{- builtin | reject('equalto', 'code') | list | join(', ') }}{%-
+    endif %}
 {{- 'Today: ' + date + '\n\n' }}{{- system }}{{- '<|end|>' }}
 {%- if tools_first and not tools is none %}
     {%- for t in tools %}{{- t | tojson(indent=4) }}{{- '\n\n' }}{%- endfor %}{%- endif %}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
         {{- '<|head|>' + message['role'] + '<|body|>\n\n' + message['content'] | trim + '<|end|>' }}
-    {%- elif message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
+    {%- elif message.content is mapping or message.content is iterable %}{{- message.content |
+    tojson }}
     {%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|head|>assistant<|body|>\n\n' }}{%- endif %}""",
     "thoughts": """{%- if tools %}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content +
+    '<|im_end|>\n' }}{%- endif %}
 {%- set ns = namespace(searching=true, last=messages|length - 1) %}
 {%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
     {%- if ns.searching and message.role == 'user' and message.content is string
@@ -720,34 +823,41 @@ IN_USE = {
     {%- elif message.role == 'assistant' %}{%- set thought = '' %}
         {%- if message.reasoning_content is string %}{%- set thought = message.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set thought =
+    content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
         {%- if loop.index0 > ns.last and (loop.last or thought) %}
-            {{- '<|im_start|>' + message.role + '\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + thought.strip('\n') +
+    '\n</think>\n\n' }}
             {{- content.lstrip('\n') }}
         {%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}
-        {%- if message.tool_calls %}{%- for call in message.tool_calls %}{{- call.arguments | tojson }}{%- endfor %}
+        {%- if message.tool_calls %}{%- for call in message.tool_calls %}{{- call.arguments |
+    tojson }}{%- endfor %}
         {%- endif %}{{- '<|im_end|>\n' }}
     {%- elif message.role == 'tool' %}
-        {%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}{%- endif %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user'
+    }}{%- endif %}
         {{- '\n<found>\n' + content + '\n</found>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{-
+    '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}""",
 }
 SHORT = {
     "tools of the last user": "<s>[INST] q[/INST] a</s>[INST] s\n\nr[/INST]",
-    "date and headers": "<s><|head|>system<|body|>\n\nToday: DATE\n\ns<|end|><|head|>user<|body|>\n\nq<|end|>"
+    "date and headers": "<s><|head|>system<|body|>\n\nToday: "
+    "DATE\n\ns<|end|><|head|>user<|body|>\n\nq<|end|>"
     "<|head|>assistant<|body|>\n\n<think>\nhm\n</think>\n\na<|end|><|head|>user<|body|>\n\nr<|end|>"
     "<|head|>assistant<|body|>\n\n",
-    "thoughts": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-    "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n",
+    "thoughts": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+    "<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n",
 }
 
 
 @pytest.mark.parametrize("name", IN_USE)
 def test_M10_templates_in_use_stay_within_the_limits(name: str, zephyr_folder: Path) -> None:
-    """Templates that do what Mistral's, Llama's and Qwen's do; conversations of 4 turns, and of 400 long ones.
+    """Templates that do what Mistral's, Llama's and Qwen's do; conversations of 4 turns, and of 400
+    long ones.
 
     Expected: rendered as jinja2 alone renders them; one BOS where the template writes it.
     """
@@ -760,8 +870,12 @@ def test_M10_templates_in_use_stay_within_the_limits(name: str, zephyr_folder: P
     assert tokenizer.render(messages(turns), True).replace(today, "DATE") == SHORT[name]
     assert tokenizer.prompt_ids(messages(turns)).count(tokenizer.bos_id) == 1
 
-    long = messages([("system", "s"), *[("user", "word " * 400), ("assistant", answer * 100)] * 200])
+    long = messages(
+        [("system", "s"), *[("user", "word " * 400), ("assistant", answer * 100)] * 200]
+    )
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     plain.globals |= {"strftime_now": time.strftime, "raise_exception": str}
-    expected = plain.from_string(IN_USE[name]).render(messages=long, tools=None, bos_token="<s>", eos_token="</s>")
+    expected = plain.from_string(IN_USE[name]).render(
+        messages=long, tools=None, bos_token="<s>", eos_token="</s>"
+    )
     assert tokenizer.render(long) == expected

@@ -1,4 +1,6 @@
-"""The matrix's rows on the run folder as a whole: its date, what a refused command leaves of it, room on the disk."""
+"""The matrix's rows on the run folder as a whole: its date, what a refused command leaves of it,
+room on the disk.
+"""
 
 import json
 import shutil
@@ -23,9 +25,18 @@ SetDay = Callable[[int, int, int], None]
 def arguments(run: Path, *more: str) -> list[str]:
     """Few rows and short answers, by the model beside the run folder."""
     return [
-        "--config", str(ROOT / "configs/toy.yaml"), f"run={run}", f"cache={run.parent}", f"policy={run.parent}/model",
-        "max_rows=4", "max_new_tokens=3", "sft.epochs=0", "evaluation.rows=0", "report=table", *more,
-    ]  # fmt: skip
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={run}",
+        f"cache={run.parent}",
+        f"policy={run.parent}/model",
+        "max_rows=4",
+        "max_new_tokens=3",
+        "sft.epochs=0",
+        "evaluation.rows=0",
+        "report=table",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -42,7 +53,9 @@ def set_day(monkeypatch: pytest.MonkeyPatch) -> SetDay:
 
 @pytest.fixture
 def begun(tmp_path: Path, set_day: SetDay, in_process: None) -> Path:
-    """A run folder with rows and responses, begun on 30 January 2026 by a model whose template writes the date."""
+    """A run folder with rows and responses, begun on 30 January 2026 by a model whose template
+    writes the date.
+    """
     model = toy.write_toy_model(tmp_path / "model")
     (model / "chat_template.jinja").write_text(DATED)
     set_day(2026, 1, 30)
@@ -53,15 +66,19 @@ def begun(tmp_path: Path, set_day: SetDay, in_process: None) -> Path:
 def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
     """(time of change, content) of every file but the lock."""
     files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
-    return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    return {
+        str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files
+    }
 
 
 def test_T12_prompts_keep_the_day_the_run_began(
     begun: Path, set_day: SetDay, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A chat template writes today's date (strftime_now), and the run is gone on with on another day.
+    """A chat template writes today's date (strftime_now), and the run is gone on with on another
+    day.
 
-    Expected: the same prompts, nothing is made again; a new run has its own day. A lost or other date is refused.
+    Expected: the same prompts, nothing is made again; a new run has its own day. A lost or other
+    date is refused.
     """
     assert json.loads((begun / "started.json").read_text()) == {"date": "2026-01-30"}
     manifest = json.loads((begun / "iteration_0/responses/manifest.json").read_text())
@@ -73,7 +90,9 @@ def test_T12_prompts_keep_the_day_the_run_began(
     assert (state_of(begun / "iteration_0"), state_of(begun / "data")) == before
     model = f"policy={begun.parent}/model"
     for run, day in ((begun, "30 Jan 2026"), (begun.with_name("new"), "01 Feb 2026")):
-        assert f"Today is {day}." in open_toy(begun.parent, model, f"run={run}").tokenizer.render(HELLO)
+        assert f"Today is {day}." in open_toy(begun.parent, model, f"run={run}").tokenizer.render(
+            HELLO
+        )
 
     (begun / "started.json").write_text("{")
     with pytest.raises(InputError, match=r"started\.json: not readable; write the day"):
@@ -118,7 +137,8 @@ def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) 
     ids=["settings", "data", "model", "lock"],
 )
 def test_C3_a_refused_command_changes_nothing(begun: Path, change: str, message: str) -> None:
-    """A command with other settings, data or model than the run's, or while another process holds the lock.
+    """A command with other settings, data or model than the run's, or while another process holds
+    the lock.
 
     Expected: config.yaml and environment.json stay, like every other file.
     """
@@ -134,7 +154,7 @@ def test_C3_a_refused_command_changes_nothing(begun: Path, change: str, message:
     assert "beta: 0.2" in (begun / "config.yaml").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------ disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 def limit_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -146,7 +166,8 @@ def test_T6_no_room_is_said_before_anything_is_made(
 ) -> None:
     """The disk has less room than the run needs.
 
-    Expected: exit 3 before any weights are read: folder, bytes needed and free, what to lower. One byte more is enough.
+    Expected: exit 3 before any weights are read: folder, bytes needed and free, what to lower. One
+    byte more is enough.
     """
 
     def no_weights(*_: object, **__: object) -> None:
@@ -154,7 +175,13 @@ def test_T6_no_room_is_said_before_anything_is_made(
 
     monkeypatch.setattr(weights, "_fill", no_weights)
     run = tmp_path / "run"
-    argv = ["--config", str(ROOT / "configs/toy.yaml"), f"run={run}", f"cache={toy_cache}", "checkpoint.keep=4"]
+    argv = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={run}",
+        f"cache={toy_cache}",
+        "checkpoint.keep=4",
+    ]
     limit_disk(monkeypatch, 1000)
     with pytest.raises(EnvironmentProblem) as caught:
         align.main(argv)
@@ -170,7 +197,9 @@ def test_T6_no_room_is_said_before_anything_is_made(
     limit_disk(monkeypatch, needed)
     assert disk.check_disk(ctx, names, run).needed == needed
     limit_disk(monkeypatch, needed - 1)
-    with pytest.raises(EnvironmentProblem, match=f"about {needed} bytes of disk .*, {needed - 1} bytes are free"):
+    with pytest.raises(
+        EnvironmentProblem, match=f"about {needed} bytes of disk .*, {needed - 1} bytes are free"
+    ):
         disk.check_disk(ctx, names, run)
 
 
@@ -185,12 +214,17 @@ def test_the_worst_moment_is_counted() -> None:
 @pytest.mark.parametrize(
     ("keys", "most"),
     [
-        ("checkpoint.minutes=null", 0), ("checkpoint.steps=3", 3), ("checkpoint.keep=9", 7),
-        ("checkpoint.minutes=null checkpoint.steps=4", 1), ("checkpoint.minutes=null checkpoint.steps=8", 0),
+        ("checkpoint.minutes=null", 0),
+        ("checkpoint.steps=3", 3),
+        ("checkpoint.keep=9", 7),
+        ("checkpoint.minutes=null checkpoint.steps=4", 1),
+        ("checkpoint.minutes=null checkpoint.steps=8", 0),
     ],
-)  # fmt: skip
+)
 def test_no_more_checkpoints_are_counted_than_can_be(keys: str, most: int, toy_cache: Path) -> None:
-    """Of a stage of 8 steps: those kept and one more, none after the last step; by time, they may follow any step."""
+    """Of a stage of 8 steps: those kept and one more, none after the last step; by time, they may
+    follow any step.
+    """
     ctx = open_toy(toy_cache, *keys.split())
     assert disk._checkpoints(ctx, 8) == most and disk._checkpoints(ctx, 0) == 0
 
@@ -211,7 +245,8 @@ def test_what_is_there_is_not_needed(tmp_path: Path) -> None:
     (tmp_path / "run/sft/policy").mkdir()
     (tmp_path / "run/sft/policy/manifest.json").touch()
     weights_of = weights.count_parameters(weights.check_model(ctx.start))
-    assert whole - needed() == pytest.approx(4 * weights_of, rel=0.1)  # a policy in float32, with its tokenizer
+    # a policy in float32, with its tokenizer
+    assert whole - needed() == pytest.approx(4 * weights_of, rel=0.1)
 
 
 @pytest.fixture
@@ -223,7 +258,9 @@ def largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
         function = getattr(owner, name)
 
         def watched(*args: object) -> object:
-            sizes.append(sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()))
+            sizes.append(
+                sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+            )
             return function(*args)
 
         monkeypatch.setattr(owner, name, watched)
@@ -237,10 +274,27 @@ def largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
 def test_the_estimate_is_close(
     options: str, tmp_path: Path, toy_cache: Path, in_process: None, largest: list[int]
 ) -> None:
-    """To what lies in the run folder at the worst moment of a small SFT: two checkpoints and a third, or none."""
-    argv = ["sft.rows=16", "sft.global_batch=4", "sft.epochs=1", "evaluation.rows=0", "report=table", options]
+    """To what lies in the run folder at the worst moment of a small SFT: two checkpoints and a
+    third, or none.
+    """
+    argv = [
+        "sft.rows=16",
+        "sft.global_batch=4",
+        "sft.epochs=1",
+        "evaluation.rows=0",
+        "report=table",
+        options,
+    ]
     ctx = open_toy(toy_cache, *argv)
     estimated = disk.check_disk(ctx, ["sft/policy"], tmp_path).needed
     distributed.stop()
-    sft.main(["--config", str(ROOT / "configs/toy.yaml"), f"run={tmp_path / 'run'}", f"cache={toy_cache}", *argv])
+    sft.main(
+        [
+            "--config",
+            str(ROOT / "configs/toy.yaml"),
+            f"run={tmp_path / 'run'}",
+            f"cache={toy_cache}",
+            *argv,
+        ]
+    )
     assert estimated == pytest.approx(max(largest), rel=0.1)

@@ -1,7 +1,8 @@
 """Pair attention by flash-attn: which calls are made and how they are merged.
 
-flash-attn needs a GPU, so its two low-level functions are played here in plain PyTorch, with the parameters and the
-conduct of flash-attn 2.8 that the calls rely on; the last test runs the real ones where they are.
+flash-attn needs a GPU, so its two low-level functions are played here in plain PyTorch, with the
+parameters and the conduct of flash-attn 2.8 that the calls rely on; the last test runs the real
+ones where they are.
 """
 
 import sys
@@ -17,23 +18,42 @@ from ldalign.kernels import flash
 
 
 class FakeFlashAttention:
-    """flash_attn.flash_attn_interface, played: varlen forward and backward with their real parameters."""
+    """flash_attn.flash_attn_interface, played: varlen forward and backward with their real
+    parameters.
+    """
 
     def __init__(self) -> None:
         self.causal: list[bool] = []
 
     def _flash_attn_varlen_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
-        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Tensor | None = None,
-        leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None, zero_tensors: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        return_softmax: bool = False,
+        block_table: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        zero_tensors: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert dropout_p == softcap == 0 and (causal or window_size_right == -1)
         self.causal.append(causal)
         out = torch.full_like(q, float("nan")).contiguous()
         lse = q.new_full((q.shape[1], len(q)), float("nan"))
-        for own, keys in self._entries(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        for own, keys in self._entries(
+            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        ):
             scores = self._scores(q[own], k[keys], softmax_scale, causal, window_size_left)
             values = v[keys].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], 0)
             # without keys: out 0, lse +infinity
@@ -42,29 +62,62 @@ class FakeFlashAttention:
         return out, lse, q.new_empty(0), q.new_empty(2)
 
     def _flash_attn_varlen_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-        dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
-        window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-        deterministic: bool, rng_state: Tensor | None = None, zero_tensors: bool = False,
-    ) -> Tensor:  # fmt: skip
-        assert dropout_p == softcap == 0 and alibi_slopes is None and (causal or window_size_right == -1)
-        assert deterministic and softmax_lse.is_contiguous() and softmax_lse.shape == (q.shape[1], len(q))
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        deterministic: bool,
+        rng_state: Tensor | None = None,
+        zero_tensors: bool = False,
+    ) -> Tensor:
+        assert (
+            dropout_p == softcap == 0
+            and alibi_slopes is None
+            and (causal or window_size_right == -1)
+        )
+        assert (
+            deterministic
+            and softmax_lse.is_contiguous()
+            and softmax_lse.shape == (q.shape[1], len(q))
+        )
         self.causal.append(causal)
         delta = (dout * out).sum(-1).T
         group = q.shape[1] // k.shape[1]
-        for own, keys in self._entries(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        for own, keys in self._entries(
+            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        ):
             scores = self._scores(q[own], k[keys], softmax_scale, causal, window_size_left)
             p = (scores - softmax_lse[:, own, None]).exp()  # (H, queries, keys)
             g, k_, v_ = (x.transpose(0, 1) for x in (dout[own], k[keys], v[keys]))
             ds = p * (g @ v_.repeat_interleave(group, 0).mT - delta[:, own, None]) * softmax_scale
             dq[own] = (ds @ k_.repeat_interleave(group, 0)).transpose(0, 1)
-            dk[keys] = (ds.mT @ q[own].transpose(0, 1)).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+            dk[keys] = (
+                (ds.mT @ q[own].transpose(0, 1)).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+            )
             dv[keys] = (p.mT @ g).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
         return delta
 
     @staticmethod
-    def _entries(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> list[tuple[slice, slice]]:
+    def _entries(
+        q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+    ) -> list[tuple[slice, slice]]:
         """The batch: entry i has queries cu_q[i] to cu_q[i + 1] - 1, and keys likewise."""
         assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.shape == cu_k.shape
         runs = [[slice(a, b) for a, b in pairwise(cu.tolist())] for cu in (cu_q, cu_k)]
@@ -96,10 +149,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
 PAIRS = pack((7, 5, 9), (18, 1, 17), (1, 1, 1))
 CASES = {
     "pairs": (PAIRS, None),
-    "one, two and three responses, and none": (pack((5, 3), (17, 6, 2), (19,), (4, 1, 9, 5), (1,)), None),
+    "one, two and three responses, and none": (
+        pack((5, 3), (17, 6, 2), (19,), (4, 1, 9, 5), (1,)),
+        None,
+    ),
     "plain sequences in a window": (pack((30,), (1,), (4,)), 5),
     "window as long as the longest text": (PAIRS, 35),
-    "a response away from its prompt": (torch.tensor([(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9)]), None),
+    "a response away from its prompt": (
+        torch.tensor([(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9)]),
+        None,
+    ),
     "a prompt's last tokens": (torch.tensor([(0, 9, 0, 0), (9, 13, 6, 9), (13, 20, 6, 9)]), None),
     "one-token texts": (pack((1,), (1,), (1, 1)), None),
 }
@@ -111,26 +170,33 @@ def test_merged_calls_are_pair_attention(name: str, fake: FakeFlashAttention) ->
     assert flash.supports(segments, window, torch.bfloat16, 16)
     heads, N = 6, int(segments[-1, 1])
     make = torch.Generator().manual_seed(N)
-    qkv = torch.randn(N, 2 * (heads + 4), 16, generator=make, dtype=torch.float64)[:, : heads + 4]  # strided rows
+    # strided rows
+    qkv = torch.randn(N, 2 * (heads + 4), 16, generator=make, dtype=torch.float64)[:, : heads + 4]
     grad = torch.randn(N, heads, 16, generator=make, dtype=torch.float64)
     out, lse = flash.pair_attention(qkv, heads, segments, window)
     for ours, exact in zip((out, lse), attention(qkv, heads, segments, window), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
     dqkv = flash.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
-    torch.testing.assert_close(dqkv, gradient(grad, qkv, heads, segments, window), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        dqkv, gradient(grad, qkv, heads, segments, window), rtol=1e-11, atol=1e-11
+    )
     assert dqkv.is_contiguous() and lse.is_contiguous()
     assert fake.causal == ([True, False] if (segments[:, 3] > segments[:, 2]).any() else [True]) * 2
 
 
 def test_the_second_call_matters(fake: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, or weighed with the wrong sign, the comparison above fails."""
-    qkv = torch.randn(int(PAIRS[-1, 1]), 4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    qkv = torch.randn(
+        int(PAIRS[-1, 1]), 4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     exact, _ = attention(qkv, 2, PAIRS, None)
     monkeypatch.setattr(torch, "sigmoid", lambda x: 1 / (1 + x.exp()))
     assert (flash.pair_attention(qkv, 2, PAIRS, None)[0] - exact).norm() > 0.1 * exact.norm()
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake)  # type: ignore[arg-type]
-    alone, _ = flash.pair_attention(qkv, 2, pack(*((n,) for n in (PAIRS[:, 1] - PAIRS[:, 0]).tolist())), None)
+    alone, _ = flash.pair_attention(
+        qkv, 2, pack(*((n,) for n in (PAIRS[:, 1] - PAIRS[:, 0]).tolist())), None
+    )
     assert (alone - exact).norm() > 0.1 * exact.norm()
 
 
@@ -148,12 +214,18 @@ UNSUPPORTED = {
     "a head width flash-attn has no kernel for": (PAIRS, None, torch.float16, 20),
     "a wider head": (PAIRS, None, torch.float16, 264),
     "responses in another order than their prompts": (
-        torch.tensor([(0, 3, 0, 0), (3, 6, 3, 3), (6, 8, 3, 6), (8, 9, 0, 3)]), None, torch.bfloat16, 64,
+        torch.tensor([(0, 3, 0, 0), (3, 6, 3, 3), (6, 8, 3, 6), (8, 9, 0, 3)]),
+        None,
+        torch.bfloat16,
+        64,
     ),
     "a response that continues another's text": (
-        torch.tensor([(0, 3, 0, 0), (3, 6, 0, 3), (6, 8, 0, 6)]), None, torch.bfloat16, 64,
+        torch.tensor([(0, 3, 0, 0), (3, 6, 0, 3), (6, 8, 0, 6)]),
+        None,
+        torch.bfloat16,
+        64,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -183,7 +255,9 @@ def test_why_not_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_the_real_flash_attention() -> None:
-    """In bfloat16 no more than twice the error of eager PyTorch, three times for gradients; the same bits twice."""
+    """In bfloat16 no more than twice the error of eager PyTorch, three times for gradients; the
+    same bits twice.
+    """
     if not flash.available():
         pytest.skip(flash.why_not())
     segments, heads = pack((500, 700, 431), (130, 64, 129), (1000, 1, 257), (1,)), 12
@@ -192,9 +266,13 @@ def test_the_real_flash_attention() -> None:
     qkv = torch.randn(N, heads + 8, 64, generator=make).to("cuda", torch.bfloat16)
     grad = torch.randn(N, heads, 64, generator=make).to("cuda", torch.bfloat16)
     out, lse = flash.pair_attention(qkv, heads, segments, None)
-    dqkv, again = (flash.pair_attention_backward(grad, qkv, out, lse, heads, segments, None) for _ in range(2))
+    dqkv, again = (
+        flash.pair_attention_backward(grad, qkv, out, lse, heads, segments, None) for _ in range(2)
+    )
     assert torch.equal(dqkv, again)
-    exact, eager = ((*attention(x, heads, segments, None), gradient(grad.to(x.dtype), x, heads, segments, None))
-                    for x in (qkv.double(), qkv))  # fmt: skip
+    exact, eager = (
+        (*attention(x, heads, segments, None), gradient(grad.to(x.dtype), x, heads, segments, None))
+        for x in (qkv.double(), qkv)
+    )
     for ours, theirs, e, times in zip((out, lse, dqkv), eager, exact, (2, 2, 3), strict=True):
         assert (ours.double() - e).norm() <= times * (theirs.double() - e).norm()

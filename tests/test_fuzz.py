@@ -1,4 +1,6 @@
-"""A short sample of `make fuzz`: what it mutates is read or refused, and the fuzzer sees what it should."""
+"""A short sample of `make fuzz`: what it mutates is read or refused, and the fuzzer sees what it
+should.
+"""
 
 import json
 import random
@@ -13,18 +15,36 @@ from conftest import one_thread
 from faults import forget_peak, peak
 
 # What each reader costs decides how many inputs: the whole sample is a few seconds.
-SAMPLE = {"jsonl": 150, "parquet": 60, "safetensors": 40, "gguf": 8, "template": 40, "tokenizer": 20, "config": 40,
-          "losers": 60, "manifest": 60}  # fmt: skip
+SAMPLE = {
+    "jsonl": 150,
+    "parquet": 60,
+    "safetensors": 40,
+    "gguf": 8,
+    "template": 40,
+    "tokenizer": 20,
+    "config": 40,
+    "losers": 60,
+    "manifest": 60,
+}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_every_reader(name: str, tmp_path: Path) -> None:
     (tmp_path / "input").mkdir()
     words: Counter[str] = Counter()
-    fuzz.examine(name, 7, range(SAMPLE[name]), tmp_path / "input", tmp_path, float("inf"),
-                 lambda number, word, file: words.update([word]))  # fmt: skip
+    fuzz.examine(
+        name,
+        7,
+        range(SAMPLE[name]),
+        tmp_path / "input",
+        tmp_path,
+        float("inf"),
+        lambda number, word, file: words.update([word]),
+    )
     assert words["failed"] == 0, [path.read_text() for path in tmp_path.glob("*.txt")]
-    assert words["begins"] == words["read"] + words["refused"] == SAMPLE[name] and words["refused"] > 0
+    assert (
+        words["begins"] == words["read"] + words["refused"] == SAMPLE[name] and words["refused"] > 0
+    )
 
 
 def test_an_input_is_a_function_of_seed_reader_and_number() -> None:
@@ -61,18 +81,34 @@ print(json.dumps(fuzz.fuzz("jsonl", 15, 1, 1, Path(sys.argv[1]), 2)))
 
 
 def test_the_fuzzer_finds_what_it_should(tmp_path: Path) -> None:
-    """A reader that raises, crashes, hangs, exits or takes memory at certain inputs: each is counted once, and kept."""
-    done = subprocess.run([sys.executable, "-c", PLANTED, str(tmp_path)], capture_output=True, text=True,
-                          env=one_thread())  # fmt: skip
+    """A reader that raises, crashes, hangs, exits or takes memory at certain inputs: each is
+    counted once, and kept.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PLANTED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=one_thread(),
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert {key: result[key] for key in ("inputs", "read", "refused", "failed")} == {
-        "inputs": 15, "read": 6, "refused": 4, "failed": 5,
-    }  # fmt: skip
+        "inputs": 15,
+        "read": 6,
+        "refused": 4,
+        "failed": 5,
+    }
     why = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    expected = {"jsonl-3": "KeyError: 'x'", "jsonl-5": "ended with -6", "jsonl-8": "no end after 2 s",
-                "jsonl-9": "ended with 0", "jsonl-12": "MB more memory"}  # fmt: skip
-    assert why.keys() == expected.keys() and all(text in why[name] for name, text in expected.items())
+    expected = {
+        "jsonl-3": "KeyError: 'x'",
+        "jsonl-5": "ended with -6",
+        "jsonl-8": "no end after 2 s",
+        "jsonl-9": "ended with 0",
+        "jsonl-12": "MB more memory",
+    }
+    assert why.keys() == expected.keys() and all(
+        text in why[name] for name, text in expected.items()
+    )
     assert all((tmp_path / f"{name}-rows.jsonl").read_bytes() == name.encode() for name in expected)
 
 

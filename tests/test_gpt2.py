@@ -1,4 +1,6 @@
-"""The hand-written GPT-2 against transformers: tiny ones in every form of file, and once at its full 124M size."""
+"""The hand-written GPT-2 against transformers: tiny ones in every form of file, and once at its
+full 124M size.
+"""
 
 import json
 from pathlib import Path
@@ -15,18 +17,30 @@ from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config, init_weights
 from ldalign.layout import Packed
 from ldalign.weights import load_model
 
-TINY: dict[str, Any] = {"vocab_size": 101, "n_positions": 48, "n_embd": 32, "n_layer": 3, "n_head": 4}
+TINY: dict[str, Any] = {
+    "vocab_size": 101,
+    "n_positions": 48,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+}
 LENGTH = 29
 
 
 def random_peer(seed: int = 0, **changes: Any) -> Any:
     """A transformers model whose weights, biases among them, make logits of several units."""
     config = transformers.GPT2Config(**{**TINY, "bos_token_id": 0, "eos_token_id": 0, **changes})
-    peer = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").float().eval()
+    peer = (
+        transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager")
+        .float()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in peer.named_parameters():
-            scale = {"wte": 0.5, "wpe": 0.5}.get(name.split(".")[1], p.shape[0] ** -0.5 if p.ndim == 2 else 0.3)
+            scale = {"wte": 0.5, "wpe": 0.5}.get(
+                name.split(".")[1], p.shape[0] ** -0.5 if p.ndim == 2 else 0.3
+            )
             noise = torch.randn(p.shape, generator=generator).mul_(scale)
             p.copy_(1 + noise if ".ln_" in name and name.endswith("weight") else noise)
     return peer
@@ -50,7 +64,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 def test_logits_equal_transformers(form: str, changes: dict[str, Any], tmp_path: Path) -> None:
     peer = random_peer(**changes)
     peer.save_pretrained(tmp_path, max_shard_size="20KB" if form == "sharded" else "5GB")
-    if form == "GPT2Model with buffers":  # as the `gpt2` repository has it: no prefix, the causal masks stored
+    # as the `gpt2` repository has it: no prefix, the causal masks stored
+    if form == "GPT2Model with buffers":
         stored = load_file(tmp_path / "model.safetensors")
         stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
         for i in range(TINY["n_layer"]):
@@ -91,10 +106,16 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     peer = random_peer()
     peer.save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32)
-    ids, upstream = tokens(2, LENGTH), torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(5))
+    ids, upstream = (
+        tokens(2, LENGTH),
+        torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(5)),
+    )
     model(ids).backward(upstream)
     peer(ids).logits.backward(upstream)
-    theirs = {name: p.grad.T if name.endswith(TRANSPOSED) else p.grad for name, p in peer.named_parameters()}
+    theirs = {
+        name: p.grad.T if name.endswith(TRANSPOSED) else p.grad
+        for name, p in peer.named_parameters()
+    }
     for name, p in model.named_parameters():
         expected = theirs[name]
         assert expected.norm() > 1e-3, name
@@ -116,7 +137,9 @@ def test_packed_equals_batched_equals_one_by_one(tiny: GPT2) -> None:
     rows = [tokens(n, seed=n) for n in lengths]
     with torch.no_grad():
         alone = [tiny(row[None])[0] for row in rows]
-        packed = tiny(torch.cat(rows), Packed(lengths), lambda hidden, weight: hidden @ weight.T).split(lengths)
+        packed = tiny(
+            torch.cat(rows), Packed(lengths), lambda hidden, weight: hidden @ weight.T
+        ).split(lengths)
         batch = tiny(torch.stack([rows[1].flip(0), rows[1]]))
     for one, row in zip(alone, packed, strict=True):
         torch.testing.assert_close(row, one, rtol=0, atol=2e-5)
@@ -134,8 +157,13 @@ def test_hidden_takes_embeddings_of_the_callers_own(tiny: GPT2) -> None:
 def test_checkpointing_changes_no_gradient(tiny: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = type(tiny.blocks[0])._forward
-    monkeypatch.setattr(type(tiny.blocks[0]), "_forward", lambda *a: calls.append(1) or original(*a))
-    ids, upstream = tokens(2, LENGTH), torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(
+        type(tiny.blocks[0]), "_forward", lambda *a: calls.append(1) or original(*a)
+    )
+    ids, upstream = (
+        tokens(2, LENGTH),
+        torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(3)),
+    )
     gradients, forwards = [], []
     for on in (False, True):
         for block in tiny.blocks:
@@ -155,7 +183,9 @@ def test_longer_than_the_positions_is_refused(tiny: GPT2) -> None:
 
 
 def test_init_weights() -> None:
-    """GPT-2's deviations, the same values for the same seed, and a model nearly uniform over its vocabulary."""
+    """GPT-2's deviations, the same values for the same seed, and a model nearly uniform over its
+    vocabulary.
+    """
     models = []
     for seed in (7, 7, 8):
         models.append(GPT2(GPT2Config(**{**TINY, "n_embd": 128})))
@@ -168,12 +198,14 @@ def test_init_weights() -> None:
             assert abs(p.std() / expected - 1) < 0.05, name
             assert not torch.equal(p, other[name]), name
         else:
-            assert torch.equal(p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)), name
+            assert torch.equal(
+                p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)
+            ), name
     logp = models[0](tokens(1, 20)).log_softmax(-1)
     assert abs(logp.mean() + torch.tensor(101.0).log()) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 
 def test_config_survives_its_json() -> None:

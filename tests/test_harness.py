@@ -41,7 +41,11 @@ REQUESTS = [
     ("Über naïve café", " 10 °C <|im_end|> and on"),
     (LONG, " the end"),
     (LONG, " another end that is longer than the first"),
-    *((f"{SHARED}Question: what is {i}?\nAnswer:", f" it is {j}") for i in range(6) for j in range(3)),
+    *(
+        (f"{SHARED}Question: what is {i}?\nAnswer:", f" it is {j}")
+        for i in range(6)
+        for j in range(3)
+    ),
     ("The quick brown fox", " sleeps"),  # once more
 ]
 
@@ -85,11 +89,15 @@ def one_thread() -> Iterator[None]:
 
 
 def instances(kind: str, arguments: list[Any]) -> list[Any]:
-    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)
+    ]
 
 
 def test_loglikelihoods(ours: HarnessModel, theirs: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    """Shared, empty and cut contexts, continuations of one token and of many, some of them greedy."""
+    """Shared, empty and cut contexts, continuations of one token and of many,
+    some of them greedy.
+    """
     requests = instances("loglikelihood", REQUESTS)
     got, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
     assert [flag for _, flag in got] == [flag for _, flag in expected]
@@ -99,7 +107,9 @@ def test_loglikelihoods(ours: HarnessModel, theirs: Any, capfd: pytest.CaptureFi
 
 
 def test_greedy_continuations_are_told(ours: HarnessModel, theirs: Any) -> None:
-    """In token ids: what the model would say, the same with its last or its first id changed, and one id of it."""
+    """In token ids: what the model would say, the same with its last or its first id changed, and
+    one id of it.
+    """
     prompts = [ours.tok_encode(text) for text in ("The quick", "Say two", "fox")]
     made = generate_ids(ours.model, prompts, ["a", "b", "c"], [], Sampling(5, temperature=0.0), 0)
     requests = []
@@ -150,7 +160,9 @@ def test_two_ranks_have_what_one_has(folder: Path, tmp_path: Path) -> None:
     assert first == second
     lm = HarnessModel(policy=str(folder), dtype="float32", device="cpu")
     kwargs = {"max_gen_toks": 6, "until": []}
-    assert first[1] == lm.generate_until(instances("generate_until", [(text, kwargs) for text in CONTEXTS]))
+    assert first[1] == lm.generate_until(
+        instances("generate_until", [(text, kwargs) for text in CONTEXTS])
+    )
     for (value, flag), (mine, my_flag) in zip(
         first[0], lm.loglikelihood(instances("loglikelihood", REQUESTS)), strict=True
     ):
@@ -165,14 +177,22 @@ def test_rolling(ours: HarnessModel, theirs: Any) -> None:
 
 
 def test_generation(ours: HarnessModel, theirs: Any) -> None:
-    """Equal texts, also where a stop string spans tokens: it is cut out of what is generated without one."""
-    free = ours.generate_until(instances("generate_until", [(c, {"max_gen_toks": 16}) for c in CONTEXTS]))
+    """Equal texts, also where a stop string spans tokens: it is cut out of what is generated
+    without one.
+    """
+    free = ours.generate_until(
+        instances("generate_until", [(c, {"max_gen_toks": 16}) for c in CONTEXTS])
+    )
     assert all(free)
     stops = [text[3:6] for text in free]
     for until in ([], *([stop] for stop in stops), stops):
         kwargs = {"until": until, "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
-        got = ours.generate_until(instances("generate_until", [(c, dict(kwargs)) for c in CONTEXTS]))
-        requests = instances("generate_until", [(c, {**kwargs, "until": list(until)}) for c in CONTEXTS])  # it adds one
+        got = ours.generate_until(
+            instances("generate_until", [(c, dict(kwargs)) for c in CONTEXTS])
+        )
+        requests = instances(
+            "generate_until", [(c, {**kwargs, "until": list(until)}) for c in CONTEXTS]
+        )  # it adds one
         assert got == theirs.generate_until(requests, disable_tqdm=True)
         assert all(stop not in text for stop in until for text in got)
     assert any(len(ours.ids_of.encode(stop)) > 1 for stop in stops)
@@ -182,13 +202,18 @@ def test_texts_become_ids_as_theirs(ours: HarnessModel, theirs: Any) -> None:
     texts = ["plain", " space", "<|im_start|>user\nHi<|im_end|>\n", "Über\n\nnaïve"]
     for text in texts:
         assert ours.tok_encode(text) == theirs.tok_encode(text)
-    assert ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id
+    assert (
+        ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id
+    )
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     for prompt in (True, False):
         messages = history[:1] if prompt else history
         rendered = ours.apply_chat_template(messages, add_generation_prompt=prompt)
         assert rendered == theirs.apply_chat_template(messages, add_generation_prompt=prompt)
-    assert ours.chat_template(True) == theirs.tokenizer.chat_template and ours.chat_template(False) is None
+    assert (
+        ours.chat_template(True) == theirs.tokenizer.chat_template
+        and ours.chat_template(False) is None
+    )
 
 
 def test_one_bos(zephyr_folder: Path) -> None:
@@ -201,7 +226,9 @@ def test_one_bos(zephyr_folder: Path) -> None:
 
 
 def test_contexts_are_computed_once() -> None:
-    """Four choices of one context, and a long beginning that many contexts share; what is alone stays alone."""
+    """Four choices of one context, and a long beginning that many contexts share; what is alone
+    stays alone.
+    """
     context = tuple(range(50))
     (tree,) = plan_trees([Scored(context, (n, 1)) for n in range(4)], 1000)
     assert tree.tokens == 50 + 4
@@ -224,12 +251,22 @@ def test_finished_requests_go_to_the_cache(ours: HarnessModel) -> None:
     ours.set_cache_hook(Hook(None))
     results = ours.loglikelihood(instances("loglikelihood", REQUESTS[:3]))
     ours.set_cache_hook(CacheHook(None))
-    assert sorted((req, res) for _, req, res in seen) == sorted(zip(REQUESTS[:3], results, strict=True))
+    assert sorted((req, res) for _, req, res in seen) == sorted(
+        zip(REQUESTS[:3], results, strict=True)
+    )
 
 
 def test_generation_settings() -> None:
     assert sampling_of({"until": "x", "temperature": 0.7, "do_sample": False}).temperature == 0
-    made = sampling_of({"until": ["", "x"], "temperature": 0.7, "do_sample": True, "top_p": 0.9, "max_new_tokens": 9})
+    made = sampling_of(
+        {
+            "until": ["", "x"],
+            "temperature": 0.7,
+            "do_sample": True,
+            "top_p": 0.9,
+            "max_new_tokens": 9,
+        }
+    )
     assert (made.temperature, made.top_p, made.max_new_tokens, made.stop) == (0.7, 0.9, 9, ("x",))
     assert sampling_of({}).max_new_tokens == 256
     with pytest.raises(InputError, match="num_beams: not offered"):
@@ -248,7 +285,9 @@ def test_bad_arguments(ours: HarnessModel) -> None:
 def test_registered(folder: Path) -> None:
     from lm_eval.api.registry import get_model
 
-    lm = get_model("ldalign").create_from_arg_string(f"policy={folder},dtype=float32", {"device": "cpu"})
+    lm = get_model("ldalign").create_from_arg_string(
+        f"policy={folder},dtype=float32", {"device": "cpu"}
+    )
     assert lm.loglikelihood(instances("loglikelihood", [("a", " b")]))[0][0] < 0
 
 

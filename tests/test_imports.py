@@ -1,4 +1,6 @@
-"""Who may import whom, read from the syntax trees: arrows point one way, and the product stands on its own."""
+"""Who may import whom, read from the syntax trees: arrows point one way, and the product stands on
+its own.
+"""
 
 import ast
 from pathlib import Path
@@ -8,12 +10,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalign.train"}
 
-# The modules of ldalign from the ground up: each may import from the lines before its own, never from its own line or
-# a later one. `errors` before the rest, so that anyone may. A new module needs a place here.
+# The modules of ldalign from the ground up: each may import from the lines before its own, never
+# from its own line or a later one. `errors` before the rest, so that anyone may. A new module needs
+# a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("interrupt",),
     ("errors",),
-    ("config", "files", "tasks", "memory", "seeds", "pages", "kernels", "benchmark_rows", "templates", "modelfiles"),
+    (
+        "config",
+        "files",
+        "tasks",
+        "memory",
+        "seeds",
+        "pages",
+        "kernels",
+        "benchmark_rows",
+        "templates",
+        "modelfiles",
+    ),
     ("gguf_check",),
     ("ops", "distributed", "tokenizer", "settings"),
     ("metrics", "env", "optim", "sampling", "benchmark_tasks", "parts"),
@@ -43,7 +57,16 @@ SELF_CONTAINED = {
     "distributed": {"memory"},
     "optim": {"kernels", "ops"},
 }
-FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "datasets"}
+FOREIGN = {
+    "transformers",
+    "trl",
+    "accelerate",
+    "lightning",
+    "pytorch_lightning",
+    "peft",
+    "deepspeed",
+    "datasets",
+}
 # What a module may import inside a function, for an extra; never at its top.
 LAZY = {"reward": {"transformers"}}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -54,7 +77,9 @@ def sources() -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """The name in LAYERS: "" for ldalign itself, "kernels" and "train" for anything in those folders."""
+    """The name in LAYERS: "" for ldalign itself, "kernels" and "train" for anything in those
+    folders.
+    """
     folder = path.relative_to(ROOT).parts[0]
     if folder != "ldalign":
         return folder
@@ -62,7 +87,8 @@ def module_name(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: str) -> set[str]:
-    """Full names of all imported modules and of all names imported from modules, wherever in the file.
+    """Full names of all imported modules and of all names imported from modules, wherever in the
+    file.
 
     Imports under `if TYPE_CHECKING:` are left out: they never happen.
     """
@@ -80,7 +106,9 @@ def imports(tree: ast.AST, package: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
+            base = ".".join(
+                part for part in (package if node.level else "", node.module or "") if part
+            )
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
@@ -105,14 +133,18 @@ def test_arrows(path: Path) -> None:
     if name:  # ldalign/__init__.py names the public things of any module
         assert name in LAYER, f"{path.name}: give it a place in LAYERS, above all it imports"
         own = {name} if name in ("kernels", "train") else set()
-        upward = {target for target in targets - own - {"", "_C"} if LAYER.get(target, 99) >= LAYER[name]}
+        upward = {
+            target for target in targets - own - {"", "_C"} if LAYER.get(target, 99) >= LAYER[name]
+        }
         assert not upward, f"{name} may not import {sorted(upward)}: arrows point one way"
     if name in SELF_CONTAINED:
         assert targets <= SELF_CONTAINED[name] | {"errors"}
     if name != "train":
         assert "train" not in targets, "nothing imports train"
     roots = {imported.split(".")[0] for imported in names}
-    assert not roots & {"tests", "bench", "train", "kernels"}, "import ldalign.kernels; nothing imports tests or bench"
+    assert not roots & {"tests", "bench", "train", "kernels"}, (
+        "import ldalign.kernels; nothing imports tests or bench"
+    )
 
 
 def test_each_module_has_one_place() -> None:
@@ -123,28 +155,54 @@ def test_each_module_has_one_place() -> None:
 def test_no_foreign_trainer_and_no_pickle(path: Path) -> None:
     tree, names = parsed(path)
     roots = {name.split(".")[0] for name in names}
-    assert not roots & FOREIGN - LAZY.get(module_name(path), set()), "a peer is a test dependency, never a runtime one"
-    top = imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []), "")
-    assert not {name.split(".")[0] for name in top} & FOREIGN, "import an extra inside the function that needs it"
+    assert not roots & FOREIGN - LAZY.get(module_name(path), set()), (
+        "a peer is a test dependency, never a runtime one"
+    )
+    top = imports(
+        ast.Module(
+            [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
+        ),
+        "",
+    )
+    assert not {name.split(".")[0] for name in top} & FOREIGN, (
+        "import an extra inside the function that needs it"
+    )
     assert not roots & PICKLES, "no pickle is ever read"
-    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+    loads = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+    ]
     assert not loads and "torch.load" not in names, "torch.load reads pickles; use safetensors"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_private_names_across_modules(path: Path) -> None:
     tree, names = parsed(path)
-    private = {name for name in names if name.startswith("ldalign.") and name.split(".")[-1].startswith("_")}
+    private = {
+        name
+        for name in names
+        if name.startswith("ldalign.") and name.split(".")[-1].startswith("_")
+    }
     assert not private - {"ldalign._C"}, f"private to another module: {sorted(private)}"
     modules = {name.split(".")[-1] for name in names if name.startswith("ldalign.")}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in modules
+        ):
             is_private = node.attr.startswith("_") and not node.attr.startswith("__")
-            assert not is_private, f"line {node.lineno}: {ast.unparse(node)} is private to another module"
+            assert not is_private, (
+                f"line {node.lineno}: {ast.unparse(node)} is private to another module"
+            )
 
 
 def test_these_tests_can_fail() -> None:
-    text = "from .mistral import Block\nimport transformers.models\ndef f():\n    from ldalign import train\n"
+    text = (
+        "from .mistral import Block\nimport transformers.models\ndef f():\n    from ldalign import "
+        "train\n"
+    )
     tree = ast.parse(text + "if TYPE_CHECKING:\n    import ldalign.data\n")
     names = imports(tree, "ldalign")
     assert names == {"ldalign.mistral.Block", "transformers.models", "ldalign.train"}

@@ -33,7 +33,13 @@ from ldalign.weights import load_model
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     return [
-        Row(r["id"], (r["messages"][0],), r["messages"][1]["content"], kind=r["kind"], answer=r["answer"])
+        Row(
+            r["id"],
+            (r["messages"][0],),
+            r["messages"][1]["content"],
+            kind=r["kind"],
+            answer=r["answer"],
+        )
         for r in tasks.make_rows(0, "heldout", 7)
     ]
 
@@ -54,13 +60,19 @@ def test_checker(rows: list[Row]) -> None:
     wrong = ["I do not know."] * len(rows)
     assert Checker().prefer(rows, right, wrong) == [1.0] * len(rows)
     assert Checker().prefer(rows, wrong, right) == [0.0] * len(rows)
-    assert Checker().prefer(rows, right, right) == Checker().prefer(rows, wrong, wrong) == [0.5] * len(rows)
+    assert (
+        Checker().prefer(rows, right, right)
+        == Checker().prefer(rows, wrong, wrong)
+        == [0.5] * len(rows)
+    )
     (verdict,) = Checker().prefer([Row("x", rows[0].history, "y")], ["y"], ["z"])
     assert math.isnan(verdict)
 
 
 def test_a_model_is_asked_in_both_orders(rows: list[Row], judge: ModelJudge) -> None:
-    """Against whole logits of one prompt at a time: the share of one letter among the two, averaged over the orders."""
+    """Against whole logits of one prompt at a time: the share of one letter among the two, averaged
+    over the orders.
+    """
     first, second = [row.response for row in rows], [f"{n} is it." for n in range(len(rows))]
     a, b = (judge.tokenizer.encode(letter)[0] for letter in "AB")
 
@@ -70,7 +82,10 @@ def test_a_model_is_asked_in_both_orders(rows: list[Row], judge: ModelJudge) -> 
         scores = [float(tiny.logps(judge.model, ids, [letter]).detach()) for letter in (a, b)]
         return math.exp(scores[0]) / (math.exp(scores[0]) + math.exp(scores[1]))
 
-    expected = [(says_a(r, x, y) + 1 - says_a(r, y, x)) / 2 for r, x, y in zip(rows, first, second, strict=True)]
+    expected = [
+        (says_a(r, x, y) + 1 - says_a(r, y, x)) / 2
+        for r, x, y in zip(rows, first, second, strict=True)
+    ]
     got = judge.prefer(rows, first, second)
     assert got == pytest.approx(expected, abs=1e-5)
     assert max(abs(p - 0.5) for p in got) > 0.02, "a judge that prefers nothing tests nothing"
@@ -92,13 +107,16 @@ def test_no_verdict_on_what_a_model_cannot_read(rows: list[Row], judge: ModelJud
     assert judge.prefer([], [], []) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- endpoint
+# ----------------------------------------------------------------------------------------- endpoint
 
-Reply = tuple[int, dict[str, Any] | str]  # a status with an error object, or 200 and the model's text
+# a status with an error object, or 200 and the model's text
+Reply = tuple[int, dict[str, Any] | str]
 
 
 class Server:
-    """An OpenAI-compatible server on this machine: POST /v1/chat/completions. `reply` answers each question."""
+    """An OpenAI-compatible server on this machine: POST /v1/chat/completions. `reply` answers each
+    question.
+    """
 
     def __init__(self) -> None:
         self.reply: Callable[[str, dict[str, Any]], Reply] = lambda question, body: (200, "A")
@@ -116,9 +134,23 @@ class Server:
                 status, said = server.reply(question, body)
                 answer: dict[str, Any] = {"error": said}
                 if status == 200:
-                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-                    answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "big", "choices": [choice],
-                              "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}  # fmt: skip
+                    choice = {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": said},
+                    }
+                    answer = {
+                        "id": "1",
+                        "object": "chat.completion",
+                        "created": 0,
+                        "model": "big",
+                        "choices": [choice],
+                        "usage": {
+                            "prompt_tokens": 90,
+                            "completion_tokens": 10,
+                            "total_tokens": 100,
+                        },
+                    }
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -140,33 +172,49 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     yield server
     server.http.shutdown()
     server.http.server_close()
 
 
-def connect(server: Server, folder: Path, token_cap: int | None = None, concurrency: int = 4) -> Endpoint:
+def connect(
+    server: Server, folder: Path, token_cap: int | None = None, concurrency: int = 4
+) -> Endpoint:
     answers = folder / "judge.jsonl"
-    return Endpoint(server.url, "big", answers, token_cap=token_cap, concurrency=concurrency, answer_tokens=16)
+    return Endpoint(
+        server.url, "big", answers, token_cap=token_cap, concurrency=concurrency, answer_tokens=16
+    )
 
 
 def verdicts(server: Server, folder: Path, first: list[str], second: list[str]) -> list[float]:
-    rows = [Row(str(n), ({"role": "user", "content": f"question {n}"},), "") for n in range(len(first))]
+    rows = [
+        Row(str(n), ({"role": "user", "content": f"question {n}"},), "") for n in range(len(first))
+    ]
     return EndpointJudge(lambda: connect(server, folder)).prefer(rows, first, second)
 
 
 def test_an_endpoint_is_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
-    """It likes "good" wherever it stands; a judge that always says A, or C, says that it is a tie."""
+    """It likes "good" wherever it stands; a judge that always says A, or C,
+    says that it is a tie.
+    """
 
     def reply(question: str, body: dict[str, Any]) -> Reply:
         assert body["temperature"] == 0 and body["max_tokens"] == 16
         a, b = (question.index(f"[Answer {letter}]") for letter in "AB")
-        return 200, "A" if "good" in question[a:b] else " b." if "good" in question[b:] else "Answer: A"
+        return 200, "A" if "good" in question[a:b] else " b." if "good" in question[
+            b:
+        ] else "Answer: A"
 
     server.reply = reply
-    assert verdicts(server, tmp_path, ["good", "bad", "same"], ["bad", "good", "like"]) == [1.0, 0.0, 0.5]
+    assert verdicts(server, tmp_path, ["good", "bad", "same"], ["bad", "good", "like"]) == [
+        1.0,
+        0.0,
+        0.5,
+    ]
     assert len(server.asked) == 6 == len(set(server.asked)) and server.keys == {"Bearer sk-secret"}
     server.reply = lambda question, body: (200, "<think>A? B?</think> C")
     assert verdicts(server, tmp_path, ["x"], ["y"]) == [0.5]
@@ -180,15 +228,30 @@ def test_what_fails_for_a_time_is_repeated(server: Server, tmp_path: Path) -> No
 
     def reply(question: str, body: dict[str, Any]) -> Reply:
         tries.append(1)
-        return (429, {"message": "slow down"}) if len(tries) == 1 else (500, {}) if len(tries) == 2 else (200, "B")
+        return (
+            (429, {"message": "slow down"})
+            if len(tries) == 1
+            else (500, {})
+            if len(tries) == 2
+            else (200, "B")
+        )
 
     server.reply = reply
     assert connect(server, tmp_path).ask(["q"]) == ["B"] and len(tries) == 3
 
 
-def test_what_fails_for_good_says_so(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.reply = lambda question, body: (401, {"message": "Incorrect API key provided: sk-secret"})
-    with pytest.raises(EnvironmentProblem, match=r"refuses the key \(401\); set OPENAI_API_KEY") as refused:
+def test_what_fails_for_good_says_so(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.reply = lambda question, body: (
+        401,
+        {"message": "Incorrect API key provided: sk-secret"},
+    )
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"refuses the key \(401\); set "
+        r"OPENAI_API_KEY",
+    ) as refused:
         connect(server, tmp_path).ask(["q"])
     assert "sk-secret" not in str(refused.value)
     server.reply = lambda question, body: (404, {"message": "no model big for key sk-secret"})
@@ -199,7 +262,14 @@ def test_what_fails_for_good_says_so(server: Server, tmp_path: Path, monkeypatch
     server.reply = lambda question, body: (503, {"message": "busy"})
     with pytest.raises(EnvironmentProblem, match="does not answer after 1 more tries"):
         connect(server, tmp_path).ask(["q"])
-    nobody = Endpoint("http://127.0.0.1:9/v1", "big", tmp_path / "x", token_cap=None, concurrency=1, answer_tokens=1)
+    nobody = Endpoint(
+        "http://127.0.0.1:9/v1",
+        "big",
+        tmp_path / "x",
+        token_cap=None,
+        concurrency=1,
+        answer_tokens=1,
+    )
     with pytest.raises(EnvironmentProblem, match="127.0.0.1:9/v1: cannot be reached"):
         nobody.ask(["q"])
 
@@ -207,7 +277,11 @@ def test_what_fails_for_good_says_so(server: Server, tmp_path: Path, monkeypatch
 def test_the_cap_keeps_what_is_paid_for(server: Server, tmp_path: Path) -> None:
     """100 tokens an answer: the fourth question is not asked, the next start goes on with it."""
     questions = [f"q{n}" for n in range(6)]
-    with pytest.raises(InputError, match=r"judge.token_cap=300: reached, with 3 answers in .*judge.jsonl"):
+    with pytest.raises(
+        InputError,
+        match=r"judge.token_cap=300: reached, with 3 answers in "
+        r".*judge.jsonl",
+    ):
         connect(server, tmp_path, token_cap=300, concurrency=1).ask(questions)
     assert len(server.asked) == 3
     with pytest.raises(InputError, match="judge.token_cap=300"):
@@ -238,7 +312,11 @@ def test_models_that_refuse_a_parameter_are_asked_without(server: Server, tmp_pa
     def reply(question: str, body: dict[str, Any]) -> Reply:
         for name in ("max_tokens", "temperature"):
             if name in body:
-                return 400, {"message": f"Unsupported: {name}", "param": name, "code": "unsupported_parameter"}
+                return 400, {
+                    "message": f"Unsupported: {name}",
+                    "param": name,
+                    "code": "unsupported_parameter",
+                }
         return 200, "A"
 
     server.reply = reply
@@ -248,18 +326,37 @@ def test_models_that_refuse_a_parameter_are_asked_without(server: Server, tmp_pa
         connect(server, tmp_path).ask(["r"])
 
 
-def test_a_run_of_rlaif_asks_an_endpoint(server: Server, tmp_path: Path, toy_cache: Path, in_process: None) -> None:
-    """From samples to policy: the endpoint likes the shorter answer, so the winners are. Asked once."""
+def test_a_run_of_rlaif_asks_an_endpoint(
+    server: Server, tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """From samples to policy: the endpoint likes the shorter answer, so the winners are. Asked
+    once.
+    """
 
     def reply(question: str, body: dict[str, Any]) -> Reply:
-        a, b = (part.strip() for part in re.split(r"\[Answer [AB]\]\n", question.rpartition("\nReply with")[0])[1:])
+        a, b = (
+            part.strip()
+            for part in re.split(r"\[Answer [AB]\]\n", question.rpartition("\nReply with")[0])[1:]
+        )
         return 200, "C" if len(a) == len(b) else "A" if len(a) < len(b) else "B"
 
     server.reply = reply
     run = tmp_path / "run"
-    arguments = ["--config", str(ROOT / "configs/toy.yaml"), f"run={run}", f"cache={toy_cache}", "method=rlaif",
-                 "judge=big", f"judge.endpoint={server.url}", "iterations=1", "max_rows=16", "sft.epochs=0",
-                 "continual_sft.epochs=0", "evaluation.rows=0", "report=table"]  # fmt: skip
+    arguments = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={run}",
+        f"cache={toy_cache}",
+        "method=rlaif",
+        "judge=big",
+        f"judge.endpoint={server.url}",
+        "iterations=1",
+        "max_rows=16",
+        "sft.epochs=0",
+        "continual_sft.epochs=0",
+        "evaluation.rows=0",
+        "report=table",
+    ]
     main(arguments)
     samples = read_jsonl(run / "iteration_0/responses/responses.jsonl")
     judged = read_jsonl(run / "iteration_0/judged/judged.jsonl")
@@ -280,7 +377,10 @@ def test_settings_of_an_endpoint() -> None:
     assert load_config(RunConfig, overrides=["judge=policy"]).judge.model == "policy"
     for keys, message in (
         (["judge.endpoint=localhost:8000", "judge=big"], "must be a URL"),
-        (["judge.endpoint=http://localhost:8000/v1"], "judge.model=checker must be the endpoint's name"),
+        (
+            ["judge.endpoint=http://localhost:8000/v1"],
+            "judge.model=checker must be the endpoint's name",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             load_config(RunConfig, overrides=keys)

@@ -43,12 +43,16 @@ def test_prepare_cuts_the_response_and_its_end_token(chatml_folder: Path) -> Non
     tokenizer = load_tokenizer(chatml_folder)
     (pair,) = prepare([row(0)], tokenizer, 10_000).pairs
     cut = prepare([row(0)], tokenizer, len(pair.prompt) + 2)
-    assert cut.cut == 1 and cut.pairs[0].prompt == pair.prompt and cut.pairs[0].real == pair.real[:2]
+    assert (
+        cut.cut == 1 and cut.pairs[0].prompt == pair.prompt and cut.pairs[0].real == pair.real[:2]
+    )
     assert not set(cut.pairs[0].real) & set(tokenizer.end_ids)
 
 
 def test_prepare_drops_rows_without_room_by_id(chatml_folder: Path) -> None:
-    """One long prompt in 200 rows is dropped; three are too many, and the message names the first."""
+    """One long prompt in 200 rows is dropped; three are too many, and the
+    message names the first.
+    """
     tokenizer = load_tokenizer(chatml_folder)
     rows = [row(i) for i in range(200)]
     room = len(prepare(rows[:1], tokenizer, 10_000).pairs[0].prompt) + 5
@@ -74,7 +78,9 @@ def test_with_losers_and_usable() -> None:
 
 def test_distance_weights_have_mean_one_over_the_kept() -> None:
     weights = distance_weights(torch.tensor([1.0, 3.0, 100.0, 0.0]), [True, True, False, True])
-    assert weights.tolist() == pytest.approx([0.75, 2.25, 0.0, 0.0]) and weights.dtype == torch.float64
+    assert (
+        weights.tolist() == pytest.approx([0.75, 2.25, 0.0, 0.0]) and weights.dtype == torch.float64
+    )
     assert weights.sum() == pytest.approx(3)
 
 
@@ -95,9 +101,12 @@ def test_effective_size() -> None:
     assert effective_size(torch.tensor([])) == 0.0
 
 
-# ---------------------------------------------------------------------------------------------- controls of the weights
+# -------------------------------------------------------------------------- controls of the weights
 
-PAIRS = [Pair(f"row{i}", [1], [2] * n, [3] * m) for i, (n, m) in enumerate([(4, 1), (2, 2), (5, 6), (1, 1), (3, 9)])]
+PAIRS = [
+    Pair(f"row{i}", [1], [2] * n, [3] * m)
+    for i, (n, m) in enumerate([(4, 1), (2, 2), (5, 6), (1, 1), (3, 9)])
+]
 KEPT = [True, True, True, False, True]
 DISTANCES = torch.tensor([1.0, 4.0, 0.01, 7.0, 2.99])
 
@@ -113,7 +122,9 @@ def test_every_kind_of_weight_has_mean_one_over_the_kept(kind: str) -> None:
 
 
 def test_the_kinds_of_weights_by_hand() -> None:
-    """Kept distances 1, 4, 0.01, 2.99 have mean 2; length differences are 3, 0, 1, 6, with mean 2.5."""
+    """Kept distances 1, 4, 0.01, 2.99 have mean 2; length differences are 3, 0, 1, 6, with mean
+    2.5.
+    """
     assert weigh("latent") == pytest.approx([0.5, 2.0, 0.005, 0, 1.495])
     assert weigh("uniform") == [1, 1, 1, 0, 1]
     assert weigh("length") == pytest.approx([1.2, 0, 0.4, 0, 2.4])
@@ -125,7 +136,10 @@ def test_the_kinds_of_weights_by_hand() -> None:
 
 def test_shuffled_weights_are_the_latent_ones_elsewhere() -> None:
     orders = {tuple(weigh("shuffled", seed)) for seed in range(8)}
-    assert all(sorted(order) == sorted(weigh("latent")) and order[3] == 0 for order in orders) and len(orders) > 3
+    assert (
+        all(sorted(order) == sorted(weigh("latent")) and order[3] == 0 for order in orders)
+        and len(orders) > 3
+    )
     assert weigh("shuffled", 3) == weigh("shuffled", 3)
 
 
@@ -138,12 +152,15 @@ def test_the_key_offers_all_kinds() -> None:
     assert typing.get_args(typing.get_type_hints(RunConfig)["weights"]) == WEIGHTS
 
 
-# -------------------------------------------------------------------------------------------- preference data, samples
+# ------------------------------------------------------------------------- preference data, samples
 
 
 def test_rejected_responses_get_ids_as_chosen_ones_do(chatml_folder: Path) -> None:
     tokenizer = load_tokenizer(chatml_folder)
-    rows = [replace(row(0, response="It is said."), rejected="No."), replace(row(1, response="No."), rejected="Maybe.")]
+    rows = [
+        replace(row(0, response="It is said."), rejected="No."),
+        replace(row(1, response="No."), rejected="Maybe."),
+    ]
     pairs = rejected_pairs(rows, prepare(rows, tokenizer, 1000).pairs, tokenizer, 1000)
     assert pairs[0].generated == pairs[1].real and usable(pairs[0])
     with pytest.raises(InputError, match="row2: has no rejected response, which method=dpo needs"):
@@ -151,9 +168,13 @@ def test_rejected_responses_get_ids_as_chosen_ones_do(chatml_folder: Path) -> No
 
 
 def test_samples_are_ranked_and_ties_are_none() -> None:
-    """Preference for the first: 0.9 yes, 0.2 no, 0.5 and NaN say nothing; both sides are cut to max_length."""
+    """Preference for the first: 0.9 yes, 0.2 no, 0.5 and NaN say nothing; both sides are cut to
+    max_length.
+    """
     pairs = [Pair(f"row{i}", [1], [2]) for i in range(4)]
     samples = [([5, 5, 5], [6, 6])] * 4
     ranked = ranked_pairs(pairs, samples, [0.9, 0.2, 0.5, float("nan")], max_length=3)
     assert ranked[2:] == [None, None]
-    assert ranked[0] == Pair("row0", [1], [5, 5], [6, 6]) and ranked[1] == Pair("row1", [1], [6, 6], [5, 5])
+    assert ranked[0] == Pair("row0", [1], [5, 5], [6, 6]) and ranked[1] == Pair(
+        "row1", [1], [6, 6], [5, 5]
+    )

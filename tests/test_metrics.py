@@ -34,7 +34,9 @@ def test_nothing_added() -> None:
 
 
 def test_sums_keep_small_terms() -> None:
-    """A million float32 tenths: summed in float32 one by one they would be off in the fourth digit."""
+    """A million float32 tenths: summed in float32 one by one they would be off
+    in the fourth digit.
+    """
     mean = Mean()
     mean.add("a", torch.tensor([1e8]))
     for _ in range(100):

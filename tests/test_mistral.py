@@ -1,4 +1,6 @@
-"""The hand-written Mistral against transformers, on random weights large enough for every part to matter."""
+"""The hand-written Mistral against transformers, on random weights large enough for every part to
+matter.
+"""
 
 import json
 from pathlib import Path
@@ -30,15 +32,23 @@ TINY: dict[str, Any] = {
 }
 WINDOW, LENGTH = 5, 37
 TEXT = (
-    "The tide tables on the harbour wall gave two high waters for the ninth of March: 04:52 and 17:16. Marta read them "
-    "twice, multiplied 3.7 by 12, and wrote the answer (44.4) under the list of names: Aino, Bjørn, Chidi, Dana. "
+    "The tide tables on the harbour wall gave two high waters for the ninth of March: 04:52 and "
+    "17:16. Marta read them "
+    "twice, multiplied 3.7 by 12, and wrote the answer (44.4) under the list of names: Aino, "
+    "Bjørn, Chidi, Dana. "
     'def f(x): return {"depth": x ** 2}'
 )
 
 
 def random_peer(config: Any, seed: int = 0) -> Any:
-    """A transformers model in float32 whose weights make logits of several units and sharp attention."""
-    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    """A transformers model in float32 whose weights make logits of several units and sharp
+    attention.
+    """
+    peer = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        .float()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in peer.parameters():
@@ -49,7 +59,9 @@ def random_peer(config: Any, seed: int = 0) -> Any:
 
 def mistral_config(**changes: Any) -> transformers.MistralConfig:
     rope = {"rope_type": "default", "rope_theta": 50_000.0}
-    return transformers.MistralConfig(**{**TINY, "sliding_window": WINDOW, "rope_parameters": rope, **changes})
+    return transformers.MistralConfig(
+        **{**TINY, "sliding_window": WINDOW, "rope_parameters": rope, **changes}
+    )
 
 
 def llama_config(**changes: Any) -> transformers.LlamaConfig:
@@ -61,7 +73,9 @@ def llama_config(**changes: Any) -> transformers.LlamaConfig:
 CONFIGS = {
     "window": mistral_config(),
     "no window, tied": mistral_config(sliding_window=None, tie_word_embeddings=True),
-    "window longer than the text, one key head": mistral_config(sliding_window=LENGTH + 1, num_key_value_heads=1),
+    "window longer than the text, one key head": mistral_config(
+        sliding_window=LENGTH + 1, num_key_value_heads=1
+    ),
     "llama, a key head each": llama_config(num_key_value_heads=4, head_dim=None),
     "llama, tied": llama_config(tie_word_embeddings=True),
 }
@@ -126,7 +140,9 @@ def test_bf16_is_no_worse_than_transformers(tmp_path: Path) -> None:
         exact = load_model(tmp_path, torch.float64)(ids)
         ours = (load_model(tmp_path, torch.bfloat16)(ids) - exact).norm()
         theirs = (peer(ids).logits - exact).norm()
-    assert ours <= 2 * theirs, f"relative error {ours / exact.norm():.4f}, of transformers {theirs / exact.norm():.4f}"
+    assert ours <= 2 * theirs, (
+        f"relative error {ours / exact.norm():.4f}, of transformers {theirs / exact.norm():.4f}"
+    )
     assert theirs < 0.1 * exact.norm(), "the yardstick itself is off"
 
 
@@ -135,12 +151,18 @@ def exact_llama_norm(self: Any, x: Tensor) -> Tensor:
     return reference.rms_norm(x, self.weight, self.variance_epsilon)
 
 
-def test_smollm2_logits_equal_transformers(smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On logits up to 40 float32 rounding alone is near 1e-4, so float64 judges too: same function, error no larger."""
+def test_smollm2_logits_equal_transformers(
+    smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On logits up to 40 float32 rounding alone is near 1e-4, so float64 judges too: same function,
+    error no larger.
+    """
     ids = torch.tensor([load_tokenizer(smollm2_folder).encode(TEXT)])
     assert ids.shape[1] > 80
     with torch.no_grad():
-        peer = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+        peer = transformers.AutoModelForCausalLM.from_pretrained(
+            smollm2_folder, dtype=torch.float32
+        ).eval()
         theirs = peer(ids).logits
         norm = type(peer.model.norm)
         monkeypatch.setattr(norm, "forward", exact_llama_norm)
@@ -157,7 +179,8 @@ def test_smollm2_logits_equal_transformers(smollm2_folder: Path, monkeypatch: py
 
 def test_no_token_sees_the_future_or_past_the_window(windowed: Mistral) -> None:
     ids = tokens(1, LENGTH)
-    t, reach = 4, TINY["num_hidden_layers"] * (WINDOW - 1)  # each layer carries a token's effect window - 1 further
+    # each layer carries a token's effect window - 1 further
+    t, reach = 4, TINY["num_hidden_layers"] * (WINDOW - 1)
     changed = ids.clone()
     changed[0, t] = (ids[0, t] + 1) % 101
     with torch.no_grad():
@@ -170,7 +193,9 @@ def test_packed_equals_batched_equals_one_by_one(windowed: Mistral) -> None:
     rows = [tokens(n, seed=n) for n in lengths]
     with torch.no_grad():
         alone = [windowed(row[None])[0] for row in rows]
-        packed = windowed(torch.cat(rows), Packed(lengths), lambda hidden, weight: hidden @ weight.T).split(lengths)
+        packed = windowed(
+            torch.cat(rows), Packed(lengths), lambda hidden, weight: hidden @ weight.T
+        ).split(lengths)
         batch = windowed(torch.stack([rows[2], rows[2].flip(0)]))
     for one, row in zip(alone, packed, strict=True):
         torch.testing.assert_close(row, one, rtol=0, atol=2e-5)
@@ -181,17 +206,27 @@ def test_head_gets_final_states_and_output_weight(windowed: Mistral) -> None:
     ids = tokens(6)
     layout = Packed([4, 2])
     got: list[Tensor] = []
-    assert windowed(ids, layout, lambda hidden, weight: got.extend((hidden, weight)) or "made") == "made"
+    assert (
+        windowed(ids, layout, lambda hidden, weight: got.extend((hidden, weight)) or "made")
+        == "made"
+    )
     hidden, weight = got
     assert hidden.shape == (6, TINY["hidden_size"])
     assert weight is windowed.output_weight is windowed.lm_head.weight
 
 
-def test_checkpointing_changes_no_gradient(windowed: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_changes_no_gradient(
+    windowed: Mistral, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     original = type(windowed.blocks[0])._forward
-    monkeypatch.setattr(type(windowed.blocks[0]), "_forward", lambda *a: calls.append(1) or original(*a))
-    ids, upstream = tokens(2, LENGTH), torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(
+        type(windowed.blocks[0]), "_forward", lambda *a: calls.append(1) or original(*a)
+    )
+    ids, upstream = (
+        tokens(2, LENGTH),
+        torch.randn(2, LENGTH, 101, generator=torch.Generator().manual_seed(3)),
+    )
     gradients, forwards = [], []
     for on in (False, True):
         for block in windowed.blocks:
@@ -216,23 +251,30 @@ def test_rope_tables_are_the_angles_of_the_paper() -> None:
     torch.testing.assert_close(cos[:3].double(), angles[:3].cos(), rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 
 def read(**changes: Any) -> MistralConfig:
     raw = {**TINY, "model_type": "mistral", "rope_theta": 1e4, "sliding_window": 7, **changes}
-    return MistralConfig.from_json({key: value for key, value in raw.items() if value != "absent"}, "config.json")
+    return MistralConfig.from_json(
+        {key: value for key, value in raw.items() if value != "absent"}, "config.json"
+    )
 
 
 def test_absent_keys_mean_what_transformers_takes_them_to_mean() -> None:
     """Checked against the peer's own defaults, for the keys old configs leave out."""
-    peer = transformers.MistralConfig(**{k: v for k, v in TINY.items() if k not in ("head_dim", "num_key_value_heads")})
-    config = read(sliding_window="absent", head_dim="absent", num_key_value_heads=None, rope_theta="absent")
+    peer = transformers.MistralConfig(
+        **{k: v for k, v in TINY.items() if k not in ("head_dim", "num_key_value_heads")}
+    )
+    config = read(
+        sliding_window="absent", head_dim="absent", num_key_value_heads=None, rope_theta="absent"
+    )
     assert config.sliding_window == peer.sliding_window == 4096
     assert config.head_dim == peer.head_dim == 12
     assert config.rope_theta == peer.rope_parameters["rope_theta"] == 10_000.0
     assert config.num_key_value_heads == 4
-    with pytest.raises(InputError, match="multiple of num_key_value_heads 8"):  # the peer's default, for 4 heads
+    # the peer's default, for 4 heads
+    with pytest.raises(InputError, match="multiple of num_key_value_heads 8"):
         read(num_key_value_heads="absent")
     llama = read(model_type="llama", num_key_value_heads="absent")
     assert (llama.num_key_value_heads, llama.sliding_window) == (4, None)
@@ -242,15 +284,24 @@ def test_absent_keys_mean_what_transformers_takes_them_to_mean() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope scaling 'linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling: rope scaling 'linear'",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: rope scaling 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_parameters: rope scaling 'yarn'",
+        ),
         (
             {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "dynamic"}},
             "rope_parameters: rope scaling 'dynamic'",
         ),
         ({"rope_scaling": "linear"}, "rope scaling 'linear'"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+            "partial_rotary_factor",
+        ),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),

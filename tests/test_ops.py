@@ -1,7 +1,9 @@
-"""The ops against the reference, through autograd, on every backend a CPU has; and packing against one by one.
+"""The ops against the reference, through autograd, on every backend a CPU has; and packing against
+one by one.
 
-float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at most twice that of
-eager PyTorch running the reference in that dtype, three times for gradients. Upstream gradients are random and uneven.
+float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at
+most twice that of eager PyTorch running the reference in that dtype, three times for gradients.
+Upstream gradients are random and uneven.
 """
 
 import logging
@@ -23,7 +25,12 @@ Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) * scale
+    return (
+        torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+        )
+        * scale
+    )
 
 
 def targets(N: int, V: int) -> Tensor:
@@ -33,11 +40,17 @@ def targets(N: int, V: int) -> Tensor:
 def head_case(N: int, D: int, V: int) -> Case:
     target = targets(N, V)
     inputs = [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
-    return lambda h, w: ops.linear_logprob(h, w, target), lambda h, w: reference.linear_logprob(h, w, target), inputs
+    return (
+        lambda h, w: ops.linear_logprob(h, w, target),
+        lambda h, w: reference.linear_logprob(h, w, target),
+        inputs,
+    )
 
 
 def pair_case(lengths: list[int], D: int, V: int) -> Case:
-    """Weights of 0 to 2 and references near the log-probs, so that coefficients differ from pair to pair."""
+    """Weights of 0 to 2 and references near the log-probs, so that coefficients differ from pair to
+    pair.
+    """
     N, P = sum(lengths), len(lengths) // 2
     target, weight = targets(N, V), normal(P, seed=2).abs()
     near = normal(2 * P, seed=3, scale=2) - torch.tensor(lengths) * math.log(V)
@@ -49,7 +62,12 @@ def pair_case(lengths: list[int], D: int, V: int) -> Case:
         logp = reference.linear_logprob(h, w, target)
         sums = ops.segment_sum(logp, lengths) - near.to(logp.dtype)
         zero = sums.new_zeros(P)
-        return 0.5 * reference.weighted_dpo_loss(sums[0::2], sums[1::2], zero, zero, weight.to(logp.dtype), 0.3)[0]
+        return (
+            0.5
+            * reference.weighted_dpo_loss(
+                sums[0::2], sums[1::2], zero, zero, weight.to(logp.dtype), 0.3
+            )[0]
+        )
 
     return ours, plain, [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
 
@@ -57,8 +75,11 @@ def pair_case(lengths: list[int], D: int, V: int) -> Case:
 def sft_case(N: int, D: int, V: int) -> Case:
     target = targets(N, V)
     inputs = [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
-    return (lambda h, w: ops.sft_loss(h, w, target, 0.1)[0],
-            lambda h, w: -0.1 * reference.linear_logprob(h, w, target).sum(), inputs)  # fmt: skip
+    return (
+        lambda h, w: ops.sft_loss(h, w, target, 0.1)[0],
+        lambda h, w: -0.1 * reference.linear_logprob(h, w, target).sum(),
+        inputs,
+    )
 
 
 def dpo_case(P: int) -> Case:
@@ -78,12 +99,20 @@ def add_norm_case(*shape: int) -> Case:
     def plain(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return reference.rms_norm(x + residual, w, 1e-3), x + residual
 
-    return (lambda *x: torch.cat(ops.add_rms_norm(*x, 1e-3)), lambda *x: torch.cat(plain(*x)), inputs)
+    return (
+        lambda *x: torch.cat(ops.add_rms_norm(*x, 1e-3)),
+        lambda *x: torch.cat(plain(*x)),
+        inputs,
+    )
 
 
 def norm_case(*shape: int) -> Case:
     inputs = [normal(*shape), normal(shape[-1], seed=1)]
-    return lambda x, w: ops.rms_norm(x, w, 1e-3), lambda x, w: reference.rms_norm(x, w, 1e-3), inputs
+    return (
+        lambda x, w: ops.rms_norm(x, w, 1e-3),
+        lambda x, w: reference.rms_norm(x, w, 1e-3),
+        inputs,
+    )
 
 
 def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
@@ -108,8 +137,11 @@ def attention_case(parts: Parts, H: int, K: int, E: int, window: int | None) -> 
     layout = Packed(parts)
     N = sum(layout.lengths)
     inputs = [torch.cat([normal(N, H, E, scale=2), normal(N, 2 * K, E, seed=1)], 1)]
-    return (lambda x: ops.pair_attention(x, H, layout.segments, window),
-            lambda x: reference.pair_attention(x, H, layout.segments, window), inputs)  # fmt: skip
+    return (
+        lambda x: ops.pair_attention(x, H, layout.segments, window),
+        lambda x: reference.pair_attention(x, H, layout.segments, window),
+        inputs,
+    )
 
 
 CASES = {
@@ -161,17 +193,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 5 * 4 * 101 + 3)
 
 
-def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
-    """The value and the gradient of every input, under a random upstream gradient unless one is given."""
+def run(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None
+) -> list[Tensor]:
+    """The value and the gradient of every input, under a random upstream gradient unless one is
+    given.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     if upstream is None:
-        upstream = normal(*out.shape, seed=9) * torch.linspace(0.1, 2, out.numel(), dtype=torch.float64).view(out.shape)
+        upstream = normal(*out.shape, seed=9) * torch.linspace(
+            0.1, 2, out.numel(), dtype=torch.float64
+        ).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
 def check(
-    function: Callable[..., Tensor], eager: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+    function: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
 ) -> None:
     inputs = [x.to(dtype) for x in inputs]
     exact = run(eager, [x.double() for x in inputs])
@@ -183,9 +224,16 @@ def check(
         if dtype == torch.float64:
             assert error <= 1e-12 * (1 + e.norm()), f"{what}: {error:.1e}"
         else:
-            # Eager may happen to be exact, as with a window of one, where q and k have no gradient at all.
-            floor = (4 if dtype == torch.float32 else 1) * torch.finfo(a.dtype).eps * max(x.norm() for x in exact)
-            assert error <= max((3 if i else 2) * allowed, floor), f"{what}: {error:.1e} against {allowed:.1e}"
+            # Eager may happen to be exact, as with a window of one, where q and k have no gradient
+            # at all.
+            floor = (
+                (4 if dtype == torch.float32 else 1)
+                * torch.finfo(a.dtype).eps
+                * max(x.norm() for x in exact)
+            )
+            assert error <= max((3 if i else 2) * allowed, floor), (
+                f"{what}: {error:.1e} against {allowed:.1e}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -208,7 +256,10 @@ def test_head_in_pieces_against_reference(dtype: torch.dtype, small_pieces: None
 )
 def test_gradcheck(name: str) -> None:
     function, _, inputs = CASES[name]
-    inputs = [x[:6].clone().requires_grad_() if x.shape[0] == 37 else x.clone().requires_grad_() for x in inputs]
+    inputs = [
+        x[:6].clone().requires_grad_() if x.shape[0] == 37 else x.clone().requires_grad_()
+        for x in inputs
+    ]
     if name == "head, ragged":
         target = targets(37, 101)[:6]
         function = lambda h, w: ops.linear_logprob(h, w, target)  # noqa: E731
@@ -217,7 +268,9 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "vocabulary" not in name])
 def test_strides_repeats_and_inputs(name: str, small_pieces: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to an input."""
+    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
+    an input.
+    """
     function, _, inputs = CASES[name]
     inputs = [x.float() for x in inputs]
     kept = [x.clone() for x in inputs]
@@ -236,7 +289,7 @@ def test_strides_repeats_and_inputs(name: str, small_pieces: None) -> None:
         assert torch.equal(function(*inputs), first[0])
 
 
-# ---------------------------------------------------------------------------------------------- linear_logprob
+# ----------------------------------------------------------------------------------- linear_logprob
 
 
 class Largest(TorchDispatchMode):
@@ -256,7 +309,10 @@ class Largest(TorchDispatchMode):
 def test_head_makes_no_logits_of_all_rows(small_pieces: None) -> None:
     N, D, V = 200, 4, 101
     with Largest() as seen:
-        run(lambda h, w: ops.linear_logprob(h, w, targets(N, V)), [normal(N, D).float(), normal(V, D).float()])
+        run(
+            lambda h, w: ops.linear_logprob(h, w, targets(N, V)),
+            [normal(N, D).float(), normal(V, D).float()],
+        )
     assert seen.elements <= max(N * D, V * D, 5 * V)
     with Largest() as seen:
         reference.linear_logprob(normal(N, D), normal(V, D), targets(N, V))
@@ -265,7 +321,9 @@ def test_head_makes_no_logits_of_all_rows(small_pieces: None) -> None:
 
 @pytest.mark.parametrize("name", ["pairs", "sft"])
 def test_backward_of_a_fused_loss_makes_nothing(name: str) -> None:
-    """Both gradients are there after the forward: not even zeros of their size are made in the backward."""
+    """Both gradients are there after the forward: not even zeros of their size are made in the
+    backward.
+    """
     function, _, inputs = CASES[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
     loss = function(*leaves)
@@ -286,7 +344,9 @@ def test_head_with_one_side_frozen(which: int, small_pieces: None) -> None:
 
 
 def test_head_of_huge_logits(small_pieces: None) -> None:
-    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not -inf."""
+    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not
+    -inf.
+    """
     hidden = torch.tensor([[1e4], [-1e4]] * 6, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], *[[0.5]] * 99], requires_grad=True)
     logp = ops.linear_logprob(hidden, weight, torch.zeros(12, dtype=torch.int64))
@@ -314,14 +374,16 @@ def test_segment_sum() -> None:
         ops.segment_sum(values, [2, 2])
 
 
-# ---------------------------------------------------------------------------------------------- the fused losses
+# --------------------------------------------------------------------------------- the fused losses
 
 
 def test_dpo_metrics_are_the_references() -> None:
     arguments = [normal(7, seed=i) for i in range(4)]
     arguments[0][2:4] = arguments[1][2:4] = arguments[2][2:4] = arguments[3][2:4] = 0  # ties
     loss, metrics = ops.weighted_dpo_loss(*arguments, normal(7, seed=5).abs(), 0.2)
-    expected, expected_metrics = reference.weighted_dpo_loss(*arguments, normal(7, seed=5).abs(), 0.2)
+    expected, expected_metrics = reference.weighted_dpo_loss(
+        *arguments, normal(7, seed=5).abs(), 0.2
+    )
     torch.testing.assert_close((loss, metrics), (expected, expected_metrics))
     assert not any(value.requires_grad for value in metrics.values())
 
@@ -334,10 +396,16 @@ def test_pair_loss_gives_sums_and_metrics(small_pieces: None) -> None:
     loss, sums, metrics = ops.pair_loss(hidden, weight, target, lengths, near, s, 0.3, 0.25)
     expected = ops.segment_sum(reference.linear_logprob(hidden, weight, target), lengths)
     torch.testing.assert_close(sums, expected.detach())
-    plain, expected_metrics = reference.weighted_dpo_loss(sums[0::2], sums[1::2], near[0::2], near[1::2], s, 0.3)
+    plain, expected_metrics = reference.weighted_dpo_loss(
+        sums[0::2], sums[1::2], near[0::2], near[1::2], s, 0.3
+    )
     torch.testing.assert_close(loss.detach(), 0.25 * plain)
     torch.testing.assert_close(metrics, expected_metrics)
-    assert loss.requires_grad and not sums.requires_grad and not any(v.requires_grad for v in metrics.values())
+    assert (
+        loss.requires_grad
+        and not sums.requires_grad
+        and not any(v.requires_grad for v in metrics.values())
+    )
 
 
 def test_sft_loss_gives_log_probs() -> None:
@@ -377,7 +445,11 @@ def test_ignored_targets_count_for_nothing(small_pieces: None) -> None:
         kept[ignored] = 0
         upstream = normal(12, seed=4)
         ours = run(lambda h, w, t=given: ops.linear_logprob(h, w, t), [hidden, weight], upstream)
-        plain = run(lambda h, w, k=kept: reference.linear_logprob(h, w, target) * k, [hidden, weight], upstream)
+        plain = run(
+            lambda h, w, k=kept: reference.linear_logprob(h, w, target) * k,
+            [hidden, weight],
+            upstream,
+        )
         torch.testing.assert_close(ours, plain)
     inside = ops.linear_logprob(hidden, weight, target, ignore_index=int(target[0]))
     assert all((inside == 0) == (target == target[0]))
@@ -387,8 +459,11 @@ def test_nothing_at_all() -> None:
     hidden, weight = torch.ones(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     empty = torch.zeros(0)
-    for loss in (ops.linear_logprob(hidden, weight, none).sum(), ops.sft_loss(hidden, weight, none)[0],
-                 ops.pair_loss(hidden, weight, none, [], empty, empty, 0.1)[0]):  # fmt: skip
+    for loss in (
+        ops.linear_logprob(hidden, weight, none).sum(),
+        ops.sft_loss(hidden, weight, none)[0],
+        ops.pair_loss(hidden, weight, none, [], empty, empty, 0.1)[0],
+    ):
         gradients = torch.autograd.grad(loss, (hidden, weight))
         assert loss == 0 and gradients[0].shape == (0, 4) and not gradients[1].any()
     for out in (
@@ -403,8 +478,11 @@ def test_nothing_at_all() -> None:
 @pytest.mark.parametrize("bad", [-1, 33, 10**12])
 def test_targets_out_of_range_are_named(bad: int) -> None:
     hidden, weight, target = torch.ones(4, 3), torch.ones(33, 3), torch.tensor([1, 2, bad, bad])
-    for call in (lambda: ops.linear_logprob(hidden, weight, target), lambda: ops.sft_loss(hidden, weight, target),
-                 lambda: ops.pair_loss(hidden, weight, target, [2, 2], torch.ones(2), torch.ones(1), 0.1)):  # fmt: skip
+    for call in (
+        lambda: ops.linear_logprob(hidden, weight, target),
+        lambda: ops.sft_loss(hidden, weight, target),
+        lambda: ops.pair_loss(hidden, weight, target, [2, 2], torch.ones(2), torch.ones(1), 0.1),
+    ):
         with pytest.raises(ValueError, match=rf"target {bad} of row 2 is not in \[0, 33\)"):
             call()
 
@@ -416,16 +494,27 @@ def test_mixed_dtypes_and_shapes_are_refused() -> None:
     for match, call in {
         "hidden is torch.float32, weight torch.bfloat16": lambda: ops.linear_logprob(h, half, t),
         "target torch.int32": lambda: ops.sft_loss(h, w, t.int()),
-        "3 lengths with sum 4": lambda: ops.pair_loss(h, w, t, [1, 1, 2], torch.ones(3), torch.ones(1), 0.1),
-        "2 lengths with sum 3": lambda: ops.pair_loss(h, w, t, [1, 2], torch.ones(2), torch.ones(1), 0.1),
-        r"pair_weight \(2,\)": lambda: ops.pair_loss(h, w, t, [2, 2], torch.ones(2), torch.ones(2), 0.1),
+        "3 lengths with sum 4": lambda: ops.pair_loss(
+            h, w, t, [1, 1, 2], torch.ones(3), torch.ones(1), 0.1
+        ),
+        "2 lengths with sum 3": lambda: ops.pair_loss(
+            h, w, t, [1, 2], torch.ones(2), torch.ones(1), 0.1
+        ),
+        r"pair_weight \(2,\)": lambda: ops.pair_loss(
+            h, w, t, [2, 2], torch.ones(2), torch.ones(2), 0.1
+        ),
         "rms_norm: x": lambda: ops.rms_norm(h, half[0], 1e-5),
         "add_rms_norm: x": lambda: ops.add_rms_norm(h, h[:2], w[0], 1e-5),
         "swiglu: gate_up": lambda: ops.swiglu(h),
-        "pair_attention: qkv": lambda: ops.pair_attention(torch.ones(4, 5, 2), 2, Packed([4]).segments),
+        "pair_attention: qkv": lambda: ops.pair_attention(
+            torch.ones(4, 5, 2), 2, Packed([4]).segments
+        ),
         "window 0": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, Packed([4]).segments, 0),
-        "segments end at 4": lambda: ops.pair_attention(torch.ones(5, 3, 2), 1, Packed([4]).segments),
-        r"segment 1 is \(2, 4, 1, 3\)": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, past_its_prompt),
+        "segments end at 4": lambda: ops.pair_attention(
+            torch.ones(5, 3, 2), 1, Packed([4]).segments
+        ),
+        r"segment 1 is \(2, 4, 1, "
+        r"3\)": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, past_its_prompt),
         "rope: x": lambda: ops.rope(torch.ones(2, 1, 6), torch.ones(2, 2), torch.ones(2, 2)),
         "expected five of": lambda: ops.weighted_dpo_loss(*[torch.ones(2)] * 4, torch.ones(3), 0.1),
     }.items():
@@ -442,12 +531,14 @@ def test_nan_comes_out_as_nan(name: str) -> None:
         assert function(*given).isnan().any()
 
 
-# ---------------------------------------------------------------------------------------------- torch.compile
+# ------------------------------------------------------------------------------------ torch.compile
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_opcheck(name: str) -> None:
-    """Schema and fake of the operators a case calls; the compiled block below covers autograd and tracing."""
+    """Schema and fake of the operators a case calls; the compiled block below covers autograd and
+    tracing.
+    """
     function, _, inputs = CASES[name]
     with Operators() as seen:
         run(function, [x.float() for x in inputs])
@@ -465,7 +556,9 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "ldalign":
-            self.calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
+            self.calls.append(
+                (func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args))
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -480,7 +573,13 @@ def test_compiled_block_is_the_plain_one() -> None:
         turned = ops.rope(normed.view(5, 2, 4), cos, sin)
         seen = ops.pair_attention(torch.cat((turned, turned), 1), 2, segments).flatten(1)
         return ops.pair_loss(
-            ops.swiglu(torch.cat((seen, total), -1)), table, target, [3, 2], torch.ones(2), torch.ones(1), 0.1
+            ops.swiglu(torch.cat((seen, total), -1)),
+            table,
+            target,
+            [3, 2],
+            torch.ones(2),
+            torch.ones(1),
+            0.1,
         )[0]
 
     inputs = [normal(5, 8).float(), normal(8, seed=1).float(), normal(33, 8, seed=2).float()]
@@ -489,12 +588,14 @@ def test_compiled_block_is_the_plain_one() -> None:
         torch.testing.assert_close(a, b)
 
 
-# ---------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_shared_prompts_are_separate_sequences(window: int | None) -> None:
-    """[prompt | a | b] is [prompt | a] and [prompt | b], and the gradient of the prompt is the sum of both."""
+    """[prompt | a | b] is [prompt | a] and [prompt | b], and the gradient of the prompt is the sum
+    of both.
+    """
     parts: list[int | tuple[int, ...]] = [(6, 3, 9), 5, (1, 4, 4), (2, 7), (8, 1, 2, 5)]
     packed = Packed(parts)
     shared: list[Tensor] = []  # for every separate sequence, where its tokens lie in the flat batch
@@ -503,11 +604,15 @@ def test_shared_prompts_are_separate_sequences(window: int | None) -> None:
         prompt, *responses = (sequence,) if isinstance(sequence, int) else sequence
         at = start + prompt
         for n in responses or [0]:
-            shared.append(torch.cat([torch.arange(start, start + prompt), torch.arange(at, at + n)]))
+            shared.append(
+                torch.cat([torch.arange(start, start + prompt), torch.arange(at, at + n)])
+            )
             at += n
         start = at
     first = [i for i, rows in enumerate(shared) if i == 0 or shared[i - 1][0] != rows[0]]
-    assert [packed.positions[rows].tolist() for rows in shared] == [list(range(len(rows))) for rows in shared]
+    assert [packed.positions[rows].tolist() for rows in shared] == [
+        list(range(len(rows))) for rows in shared
+    ]
 
     def alone(qkv: Tensor) -> Tensor:
         out = torch.zeros_like(qkv[:, :4])
@@ -533,12 +638,14 @@ def test_packed_positions_and_refusals() -> None:
             Packed(lengths)
 
 
-# ---------------------------------------------------------------------------------------------- backends
+# ----------------------------------------------------------------------------------------- backends
 
 
 def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDALIGN_BACKEND", "cuda-fast")
-    with pytest.raises(EnvironmentProblem, match="'cuda-fast' is unknown; choose auto or cpp, triton, cuda, eager"):
+    with pytest.raises(
+        EnvironmentProblem, match="'cuda-fast' is unknown; choose auto or cpp, triton, cuda, eager"
+    ):
         ops.swiglu(torch.ones(2))
 
 
@@ -547,16 +654,23 @@ def test_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpp, "why_not", lambda: "the extension is not built")
     monkeypatch.setenv("LDALIGN_BACKEND", "cpp")
     ops._choose.cache_clear()
-    with pytest.raises(EnvironmentProblem, match="LDALIGN_BACKEND=cpp: not available here: the extension is not built"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match="LDALIGN_BACKEND=cpp: not available here: the extension is not built",
+    ):
         ops.swiglu(torch.ones(2))
     monkeypatch.setenv("LDALIGN_BACKEND", "auto")
     assert ops.choose("swiglu", "cpu") == "eager"
     ops._choose.cache_clear()
 
 
-def test_choice_is_logged_once(backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_is_logged_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     ops._choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="ldalign.ops"):
         for _ in range(2):
             ops.swiglu(torch.ones(2))
-    assert [r.getMessage() for r in caplog.records] == [f"ops: swiglu on cpu: {backend} (LDALIGN_BACKEND={backend})"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"ops: swiglu on cpu: {backend} (LDALIGN_BACKEND={backend})"
+    ]

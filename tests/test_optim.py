@@ -18,7 +18,9 @@ def test_warm_up_then_decay_by_hand() -> None:
     assert factors(6, 0.34, "constant") == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
     assert factors(6, 0.3, "linear") == pytest.approx([1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4])
     assert factors(4, 0.0, "linear") == pytest.approx([1, 3 / 4, 1 / 2, 1 / 4])
-    assert factors(5, 0.2, "cosine") == pytest.approx([1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+    assert factors(5, 0.2, "cosine") == pytest.approx(
+        [1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -38,7 +40,9 @@ def test_only_matrices_are_decayed() -> None:
 
 
 def test_the_optimizers_are_the_named_ones() -> None:
-    """One step from a gradient of 4, by the papers' formulas: AdamW moves by lr, RMSprop by lr / sqrt(1 - alpha)."""
+    """One step from a gradient of 4, by the papers' formulas: AdamW moves by lr, RMSprop by lr /
+    sqrt(1 - alpha).
+    """
     for name, expected in (("adamw", 0.1), ("rmsprop", 0.1 / 0.01**0.5)):
         model = torch.nn.Linear(1, 1, bias=False)
         before = model.weight.item()
@@ -48,7 +52,9 @@ def test_the_optimizers_are_the_named_ones() -> None:
         assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
-def both_steps(dtype: torch.dtype, state: torch.dtype, name: str, steps: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+def both_steps(
+    dtype: torch.dtype, state: torch.dtype, name: str, steps: int = 3
+) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and averages after some steps: of the C++ kernel, and of plain PyTorch."""
     results = []
     for module in (cpp, eager):
@@ -73,7 +79,9 @@ needs_cpp = pytest.mark.skipif(not cpp.available(), reason=f"no C++ backend: {cp
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_is_the_formula(dtype: torch.dtype, state: torch.dtype, name: str) -> None:
-    """The same random bits: a bfloat16 value may differ only where float32 rounding tips the balance."""
+    """The same random bits: a bfloat16 value may differ only where float32 rounding tips the
+    balance.
+    """
     for ours, theirs in zip(*both_steps(dtype, state, name), strict=True):
         if ours.dtype == dtype == state == torch.float32:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -98,7 +106,9 @@ def test_float32_steps_are_torchs(name: str) -> None:
     torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"])
+@pytest.mark.parametrize(
+    "module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"]
+)
 def test_small_steps_add_up_in_bfloat16(module: ModuleType) -> None:
     """2,000 steps of 1/2000: rounded to nearest none of them would move a weight of 1 at all."""
     p = torch.ones(4000, dtype=torch.bfloat16)
@@ -109,8 +119,12 @@ def test_small_steps_add_up_in_bfloat16(module: ModuleType) -> None:
     assert square.float().mean().item() == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"])
+@pytest.mark.parametrize(
+    "module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"]
+)
 def test_infinite_and_nan_stay(module: ModuleType) -> None:
     p = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=torch.bfloat16)
-    module.adamw_(p, torch.ones_like(p), torch.zeros(4), torch.zeros(4), 0.1, 0.0, 0.9, 0.999, 1e-8, 1, 5)
+    module.adamw_(
+        p, torch.ones_like(p), torch.zeros(4), torch.zeros(4), 0.1, 0.0, 0.9, 0.999, 1e-8, 1, 5
+    )
     assert p[:2].isinf().all() and p[2].isnan() and p[3] < 1

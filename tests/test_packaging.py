@@ -14,7 +14,9 @@ import pytest
 from ldalign.kernels import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT_FOLDERS = [name for name in ("train", "bench", "bench/peers", "kernels") if any((ROOT / name).glob("*.py"))]
+SCRIPT_FOLDERS = [
+    name for name in ("train", "bench", "bench/peers", "kernels") if any((ROOT / name).glob("*.py"))
+]
 
 
 def python(code: str, cwd: Path) -> str:
@@ -23,7 +25,9 @@ def python(code: str, cwd: Path) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize(("package", "folder"), [("", "ldalign"), (".kernels", "kernels"), (".train", "train")])
+@pytest.mark.parametrize(
+    ("package", "folder"), [("", "ldalign"), (".kernels", "kernels"), (".train", "train")]
+)
 def test_packages_import_from_anywhere(tmp_path: Path, package: str, folder: str) -> None:
     where = python(f"import ldalign{package} as package; print(package.__file__)", tmp_path)
     assert Path(where).parent == ROOT / folder
@@ -49,23 +53,44 @@ def copy_sources(folder: Path) -> Path:
 def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Puts a wheel beside the folder of sources."""
     folder = source.parent
-    build = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    return subprocess.run(build, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
+    return subprocess.run(
+        build, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_wheel_without_a_compiler_puts_only_ldalign_at_the_top(tmp_path: Path) -> None:
     run = build_wheel(copy_sources(tmp_path), CXX="no-such-compiler", LDALIGN_BUILD="1")
     assert run.returncode == 0, run.stderr
-    assert "the extension is not built: there is no C++ compiler (no-such-compiler)" in run.stdout + run.stderr
+    assert (
+        "the extension is not built: there is no C++ compiler (no-such-compiler)"
+    ) in run.stdout + run.stderr
     (wheel,) = tmp_path.glob("ldalign-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ldalign"}
     for path in ("ldalign/errors.py", "ldalign/kernels/__init__.py", "ldalign/train/__init__.py"):
         assert path in names
-    for folder, package in (("ldalign", "ldalign"), ("kernels", "ldalign/kernels"), ("train", "ldalign/train")):
+    for folder, package in (
+        ("ldalign", "ldalign"),
+        ("kernels", "ldalign/kernels"),
+        ("train", "ldalign/train"),
+    ):
         modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert modules <= set(names), f"missing from the wheel: {modules - set(names)}"
-    definitions = {f"ldalign/benchmark_definitions/{p.name}" for p in (ROOT / "ldalign").glob("*/*.yaml")}
+    definitions = {
+        f"ldalign/benchmark_definitions/{p.name}" for p in (ROOT / "ldalign").glob("*/*.yaml")
+    }
     assert definitions and definitions <= set(names)
     assert "ldalign/report_page.html" in names
 
@@ -82,10 +107,13 @@ def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
 def test_no_script_hides_a_standard_module(folder: str) -> None:
-    """A script launched by path has its folder first on the import path: train/profile.py would break cProfile."""
+    """A script launched by path has its folder first on the import path: train/profile.py would
+    break cProfile.
+    """
     names = {path.stem for path in (ROOT / folder).glob("*.py")}
     assert not names & set(sys.stdlib_module_names)
-    python("import cProfile", ROOT / folder)  # -c puts the working directory first, as a script does
+    # -c puts the working directory first, as a script does
+    python("import cProfile", ROOT / folder)
 
 
 def test_tests_are_no_package() -> None:

@@ -41,15 +41,22 @@ def test_floats_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "parts/x"
     first = table(CHUNKS, thirds, 2, refusal, path)
     assert torch.equal(first, thirds(range(5)))
-    assert torch.equal(table(CHUNKS, lambda chunk: pytest.fail("done before"), 2, refusal, path), first)
+    assert torch.equal(
+        table(CHUNKS, lambda chunk: pytest.fail("done before"), 2, refusal, path), first
+    )
     narrow = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        assert torch.equal(table([range(64)], lambda chunk: narrow, 1, refusal, path.with_name("y")).float(), narrow)
+        assert torch.equal(
+            table([range(64)], lambda chunk: narrow, 1, refusal, path.with_name("y")).float(),
+            narrow,
+        )
     assert table([], thirds, 2, refusal).shape == (0, 2)
 
 
 def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Of two ranks' files; one ends in half a chunk and a torn line. Other chunks than before ask for other rows."""
+    """Of two ranks' files; one ends in half a chunk and a torn line. Other chunks than before ask
+    for other rows.
+    """
     path = tmp_path / "parts/x"
     path.parent.mkdir()
     path.with_name("x.rank0").write_text("[4, [1.0]]\n[0, [2.0]]\n[3, [5.0]]\n[2, [6.")
@@ -62,7 +69,9 @@ def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
 
     assert table(CHUNKS, work, 1, refusal, path)[:, 0].tolist() == [2.0, 3.0, 0.0, 0.0, 1.0]
     assert asked == [[3, 2]]
-    assert Parts(path).gather().keys() == set(range(5)) and Parts(path).gather([[0], [7, 1]]).keys() == {0}
+    assert Parts(path).gather().keys() == set(range(5)) and Parts(path).gather(
+        [[0], [7, 1]]
+    ).keys() == {0}
 
 
 def test_values_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_values_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     assert Parts(path).read() == {4: [4.0], 0: [0.0]}
 
 
-# --------------------------------------------------------------------------------------------------------- the stages
+# --------------------------------------------------------------------------------------- the stages
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +95,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_toy_model(folder / "policy")
     words = [f"It is {i}." for i in range(20)]
-    new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)).save(folder / "guide")
+    new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)).save(
+        folder / "guide"
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def opened_once(models: Path) -> context.Context:
-    config = load_config(RunConfig, ROOT / "configs/toy.yaml", [
-        f"policy={models / 'policy'}", f"guide={models / 'guide'}", "max_rows=16", "sft.epochs=0", "dtype=float32",
-        "continual_sft.epochs=0", "evaluation.rows=6", "evaluation.samples=2", "agreement.rows=6", "judge=policy",
-        "max_new_tokens=6", "training.micro_tokens=300", "device=cpu",
-    ])  # fmt: skip
+    config = load_config(
+        RunConfig,
+        ROOT / "configs/toy.yaml",
+        [
+            f"policy={models / 'policy'}",
+            f"guide={models / 'guide'}",
+            "max_rows=16",
+            "sft.epochs=0",
+            "dtype=float32",
+            "continual_sft.epochs=0",
+            "evaluation.rows=6",
+            "evaluation.samples=2",
+            "agreement.rows=6",
+            "judge=policy",
+            "max_new_tokens=6",
+            "training.micro_tokens=300",
+            "device=cpu",
+        ],
+    )
     ctx = context.open_context(RunFolder(models / "run", to_yaml(config)), config)
     distributed.stop()
     return ctx
@@ -110,7 +135,9 @@ def opened(opened_once: context.Context, in_process: None) -> Callable[..., cont
         if not (run / "iteration_0").exists():
             (run / "iteration_0/responses").mkdir(parents=True)
             write_jsonl(run / stages.RESPONSES.format(0), [1])  # its hash alone is read
-        return replace(opened_once, run=RunFolder(run, ""), config=replace(opened_once.config, **changes))
+        return replace(
+            opened_once, run=RunFolder(run, ""), config=replace(opened_once.config, **changes)
+        )
 
     return open_run
 
@@ -118,7 +145,9 @@ def opened(opened_once: context.Context, in_process: None) -> Callable[..., cont
 def sampled(ctx: context.Context) -> list[Response]:
     """Two responses a row: those of the two rows after it."""
     real = [pair.real for pair in ctx.used[1]]
-    return [Response(real[(i + n) % len(real)], "stop", 0.0) for i in range(len(real)) for n in (1, 2)]
+    return [
+        Response(real[(i + n) % len(real)], "stop", 0.0) for i in range(len(real)) for n in (1, 2)
+    ]
 
 
 def reference(ctx: context.Context, models: Path) -> Any:
@@ -145,14 +174,21 @@ def agreed(ctx: context.Context, models: Path) -> Any:
 
 
 STAGES = {
-    "iteration_0/reference": reference, "iteration_0/distances": distances, "iteration_0/judged": judged,
-    "start/evaluation": evaluation, "agreement": agreed,
-}  # fmt: skip
+    "iteration_0/reference": reference,
+    "iteration_0/distances": distances,
+    "iteration_0/judged": judged,
+    "start/evaluation": evaluation,
+    "agreement": agreed,
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_is_gone_on_with(
-    stage: str, opened: Callable[..., context.Context], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def make(run: Path) -> None:
         STAGES[stage](opened(run), models)
@@ -161,7 +197,10 @@ def test_a_killed_stage_is_gone_on_with(
 
 
 def test_what_was_begun_from_other_settings_is_refused(
-    opened: Callable[..., context.Context], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the key's name; what moves work about alone may change."""
 
@@ -172,18 +211,29 @@ def test_what_was_begun_from_other_settings_is_refused(
         patch.setattr(stages, "pair_weights", fail)
         with pytest.raises(KeyError):
             distances(opened(tmp_path / "run"), models)
-    assert Parts(tmp_path / "run/iteration_0/distances.partial/parts/distances").read().keys() == set(range(16))
-    with pytest.raises(InputError, match="parents.json: made from something else: distance was 'euclidean', now 'cos"):
+    assert Parts(
+        tmp_path / "run/iteration_0/distances.partial/parts/distances"
+    ).read().keys() == set(range(16))
+    with pytest.raises(
+        InputError,
+        match="parents.json: made from something else: distance was 'euclidean', now 'cos",
+    ):
         distances(opened(tmp_path / "run", distance="cosine"), models)
     monkeypatch.setattr(parts, "append", fail)
     training = replace(opened(tmp_path / "run").config.training, micro_tokens=1000)
     distances(opened(tmp_path / "run", training=training), models)
     assert sorted(p.name for p in (tmp_path / "run/iteration_0/distances").iterdir()) == [
-        "distances.jsonl", "manifest.json", "summary.json"]  # fmt: skip
+        "distances.jsonl",
+        "manifest.json",
+        "summary.json",
+    ]
 
 
 def test_a_distance_that_is_nan_names_the_rows_id(
-    opened: Callable[..., context.Context], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ctx = opened(tmp_path / "run")
     plain, wanted = Guide.encode, ctx.used[0][3]
@@ -199,7 +249,10 @@ def test_a_distance_that_is_nan_names_the_rows_id(
 
 
 def test_a_log_prob_that_is_nan_names_the_rows_id(
-    opened: Callable[..., context.Context], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ctx = opened(tmp_path / "run")
     plain = ops.segment_sum
@@ -207,9 +260,13 @@ def test_a_log_prob_that_is_nan_names_the_rows_id(
     pairs[5] = replace(pairs[5], id="this one", real=[7] * 40)
 
     def spoil(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        return plain(values, lengths) * torch.tensor([math.inf if n == 40 else 1.0 for n in lengths])
+        return plain(values, lengths) * torch.tensor(
+            [math.inf if n == 40 else 1.0 for n in lengths]
+        )
 
     monkeypatch.setattr(ops, "segment_sum", spoil)
-    with pytest.raises(NumericsError, match="^row this one: the log-probability of a response is -inf"):
+    with pytest.raises(
+        NumericsError, match="^row this one: the log-probability of a response is -inf"
+    ):
         stages.reference_stage(ctx, 0, models / "policy", pairs, {})
     assert json.loads((tmp_path / "run/iteration_0/reference.partial/parents.json").read_text())

@@ -1,4 +1,6 @@
-"""Stages and run folders: what is finished stays, what is not is redone, what changed is refused."""
+"""Stages and run folders: what is finished stays, what is not is redone, what
+changed is refused.
+"""
 
 import json
 import os
@@ -41,7 +43,8 @@ def test_stage_is_made_once(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"inner/a.txt", "b.bin"}
     assert manifest["files"]["b.bin"] == {
         "size": 1000,
-        "sha256": "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53",  # sha256sum of 1000 zero bytes
+        # sha256sum of 1000 zero bytes
+        "sha256": "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53",
     }
     assert not pipeline.run_stage(stage, dict(reversed(PARENTS.items())), must_not_run)
     assert [path.name for path in stage.parent.iterdir()] == ["policy"]
@@ -79,7 +82,9 @@ pipeline.run_stage(Path({str(stage)!r}), {PARENTS!r}, make)
     assert (tmp_path / "guide.partial" / "half").exists()  # so the kill did come in the middle
     whole = moment == "rename"  # it has its manifest, and lacks the name alone
     assert pipeline.run_stage(stage, PARENTS, must_not_run if whole else writer()) != whole
-    assert [path.name for path in tmp_path.iterdir()] == ["guide"] and (stage / "half").exists() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["guide"] and (
+        stage / "half"
+    ).exists() == whole
     pipeline.check_stage(stage, PARENTS)
 
 
@@ -96,7 +101,9 @@ def test_a_begun_stage_is_not_gone_on_with_under_other_parents(tmp_path: Path) -
     with pytest.raises(ValueError, match="boom"):
         pipeline.run_stage(stage, PARENTS, fails, resume=True)
     (tmp_path / "guide.partial/.tmpX1").write_text("half a file of safetensors")
-    with pytest.raises(InputError, match="guide.partial/parents.json: made from .*: beta was 0.1, now 0.2"):
+    with pytest.raises(
+        InputError, match="guide.partial/parents.json: made from .*: beta was 0.1, now 0.2"
+    ):
         pipeline.run_stage(stage, {**PARENTS, "beta": 0.2}, must_not_run, resume=True)
     assert pipeline.run_stage(stage, PARENTS, goes_on, resume=True)
     assert sorted(path.name for path in stage.iterdir()) == ["manifest.json", "rows"]
@@ -131,11 +138,23 @@ def flip(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda stage: flip(stage / "b.bin"), r"guide/b.bin: damaged"),
-        (lambda stage: (stage / "b.bin").write_bytes(b"\x00" * 999), r"guide/b.bin: 999 bytes, but .* says 1000"),
+        (
+            lambda stage: (stage / "b.bin").write_bytes(b"\x00" * 999),
+            r"guide/b.bin: 999 bytes, "
+            r"but .* says 1000",
+        ),
         (lambda stage: (stage / "inner" / "a.txt").unlink(), r"guide/inner/a.txt: missing"),
         (lambda stage: (stage / "manifest.json").unlink(), r"guide: has no manifest.json"),
-        (lambda stage: (stage / "manifest.json").write_text(""), r"guide/manifest.json: not a readable manifest"),
-        (lambda stage: (stage / "manifest.json").write_text("[1]"), r"guide/manifest.json: not a readable manifest"),
+        (
+            lambda stage: (stage / "manifest.json").write_text(""),
+            r"guide/manifest.json: not a "
+            r"readable manifest",
+        ),
+        (
+            lambda stage: (stage / "manifest.json").write_text("[1]"),
+            r"guide/manifest.json: not a "
+            r"readable manifest",
+        ),
     ],
 )
 def test_damage_is_noticed(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -149,7 +168,9 @@ def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
     pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
     entry = {"size": 0, "sha256": ""}
     for name in ("../secret", "/etc/passwd"):
-        (tmp_path / "guide" / "manifest.json").write_text(json.dumps({"parents": PARENTS, "files": {name: entry}}))
+        (tmp_path / "guide" / "manifest.json").write_text(
+            json.dumps({"parents": PARENTS, "files": {name: entry}})
+        )
         with pytest.raises(InputError, match="not a readable manifest"):
             pipeline.check_stage(tmp_path / "guide")
 
@@ -205,7 +226,8 @@ def test_hash_model_folder(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("x")
     seen.append(hashed())
     (tmp_path / "model.safetensors").write_bytes(b"12345679")
-    os.utime(tmp_path / "model.safetensors", ns=(1, 1))  # a coarse clock could give the rewrite the old time
+    # a coarse clock could give the rewrite the old time
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     seen.append(hashed())
     (tmp_path / "chat_template.jinja").rename(tmp_path / "chat_template.json")
     seen.append(hashed())
@@ -247,7 +269,9 @@ def test_names_of_new_folders_are_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
         files.make_folder(tmp_path / "a/file/c")
 
 
-def test_a_stage_in_new_folders_has_their_names_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_in_new_folders_has_their_names_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: set[int] = set()
     fsync = os.fsync
 
@@ -257,17 +281,28 @@ def test_a_stage_in_new_folders_has_their_names_on_disk(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", watched)
     pipeline.run_stage(tmp_path / "run/iteration_0/policy", PARENTS, writer())
-    for folder in (tmp_path, tmp_path / "run", tmp_path / "run/iteration_0", tmp_path / "run/iteration_0/policy"):
+    for folder in (
+        tmp_path,
+        tmp_path / "run",
+        tmp_path / "run/iteration_0",
+        tmp_path / "run/iteration_0/policy",
+    ):
         assert folder.stat().st_ino in synced, folder
 
 
 def test_run_folder_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: is a file"), pipeline.RunFolder(tmp_path / "file", ""):
+    with (
+        pytest.raises(InputError, match="file: is a file"),
+        pipeline.RunFolder(tmp_path / "file", ""),
+    ):
         pass
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="holds something that is no run"), pipeline.RunFolder(tmp_path / "home", ""):
+    with (
+        pytest.raises(InputError, match="holds something that is no run"),
+        pipeline.RunFolder(tmp_path / "home", ""),
+    ):
         pass
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
@@ -281,7 +316,9 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
     print("ready", flush=True)
     time.sleep(20)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         with (
             pytest.raises(EnvironmentProblem, match=rf"in use by host \S+ pid {holder.pid};"),
@@ -289,7 +326,8 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
         ):
             pass
         holder.kill()
-    with pipeline.RunFolder(tmp_path / "run", ""):  # the text in the file is stale now, and does not matter
+    # the text in the file is stale now, and does not matter
+    with pipeline.RunFolder(tmp_path / "run", ""):
         pass
 
 
@@ -338,7 +376,11 @@ leave(0)
 def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
     start = time.monotonic()
     ranks = [
-        subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in (0, 1)
     ]
     outputs = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
@@ -346,7 +388,9 @@ def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     first, again, changed, damaged = outputs[0]
     assert (first, again) == ("first True", "again False")
-    assert changed.startswith("changed InputError /run/guide/manifest.json: made from something else: data was 'a'")
+    assert changed.startswith(
+        "changed InputError /run/guide/manifest.json: made from something else: data was 'a'"
+    )
     assert damaged.startswith("damaged InputError /run/guide/part1: damaged")
     manifest = json.loads((tmp_path / "run" / "guide" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"part0", "part1"}

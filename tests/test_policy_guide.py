@@ -1,4 +1,6 @@
-"""A guide whose towers are the policy's own network: its distances, its folder, its training, whole runs with it."""
+"""A guide whose towers are the policy's own network: its distances, its folder, its training, whole
+runs with it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +46,7 @@ def guide(policy: Path) -> Guide:
     return policy_guide(CONFIG, 0, policy).eval()
 
 
-# ---------------------------------------------------------------------------------------------------- distances
+# ---------------------------------------------------------------------------------------- distances
 
 
 def plain_latent(folder: Path, ids: Sequence[int]) -> Tensor:
@@ -54,14 +56,18 @@ def plain_latent(folder: Path, ids: Sequence[int]) -> Tensor:
     own = {name: p.double() for name, p in load_file(folder / "latent.safetensors").items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[f"{name}.weight"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[f"{name}.weight"]
+        )
 
     x = torch.cat([w["model.embed_tokens.weight"][torch.tensor(ids)], own["queries"]])
     n, width = len(x), c["head_dim"]
     gap = torch.arange(n)[:, None] - torch.arange(n)
     seen = (gap >= 0) & (gap < c["sliding_window"])
     steps = torch.arange(0, width, 2, dtype=torch.float64) / width
-    angles = torch.cat([torch.arange(n, dtype=torch.float64)[:, None] / c["rope_theta"] ** steps] * 2, dim=1)
+    angles = torch.cat(
+        [torch.arange(n, dtype=torch.float64)[:, None] / c["rope_theta"] ** steps] * 2, dim=1
+    )
 
     def turned(x: Tensor) -> Tensor:  # (heads, n, width)
         a, b = x.chunk(2, -1)
@@ -71,21 +77,31 @@ def plain_latent(folder: Path, ids: Sequence[int]) -> Tensor:
         at = f"model.layers.{i}"
         h = norm(x, f"{at}.input_layernorm")
         q, k, v = (
-            (h @ w[f"{at}.self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, width)).transpose(0, 1) for p in "qkv"
+            (h @ w[f"{at}.self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, width)).transpose(0, 1)
+            for p in "qkv"
         )
         groups = c["num_attention_heads"] // c["num_key_value_heads"]
         k, v = (t.repeat_interleave(groups, 0) for t in (turned(k), v))
         scores = (turned(q) @ k.transpose(1, 2) / width**0.5).masked_fill(~seen, -torch.inf)
-        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ w[f"{at}.self_attn.o_proj.weight"].T
+        x = (
+            x
+            + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+            @ w[f"{at}.self_attn.o_proj.weight"].T
+        )
         h = norm(x, f"{at}.post_attention_layernorm")
         gate, up = (h @ w[f"{at}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
         x = x + (gate * gate.sigmoid() * up) @ w[f"{at}.mlp.down_proj.weight"].T
-    z = norm(x, "model.norm")[-len(own["queries"]) :] @ own["to_latent.weight"].T + own["to_latent.bias"]
+    z = (
+        norm(x, "model.norm")[-len(own["queries"]) :] @ own["to_latent.weight"].T
+        + own["to_latent.bias"]
+    )
     return z.flatten()
 
 
 def test_distances_are_those_of_a_plain_loop(guide: Guide, tmp_path: Path) -> None:
-    """Packed, with shared prompts, in float32: as one example at a time in float64. And the same after loading."""
+    """Packed, with shared prompts, in float32: as one example at a time in float64. And the same
+    after loading.
+    """
     guide.save(tmp_path)
     latents = []
     for prompt, *responses in zip(PROMPTS, REAL, GENERATED, strict=True):
@@ -108,7 +124,9 @@ def test_it_starts_from_the_policy(guide: Guide, policy: Path, tmp_path: Path) -
     for tower, part in ((guide.encoder, "encoder"), (guide.decoder, "decoder")):
         assert all(torch.equal(p, start[name]) for name, p in tower.state_dict().items())
         saved = load_model(tmp_path / part, torch.float32).state_dict()
-        assert saved.keys() == start.keys() and all(torch.equal(p, start[name]) for name, p in saved.items())
+        assert saved.keys() == start.keys() and all(
+            torch.equal(p, start[name]) for name, p in saved.items()
+        )
     assert json.loads((tmp_path / "guide.json").read_text())["end_token"] == "<|im_end|>"
     response = load_guide(tmp_path).example("x", "a<|im_end|>b").response
     assert response[-1] == 2 and response.count(2) == 1 and len(response) > 4
@@ -129,7 +147,7 @@ def test_refusals(policy: Path, toy_cache: Path, tmp_path: Path) -> None:
             open_toy(toy_cache, f"guide={folder}", more)
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_training_lowers_the_loss(policy: Path, in_process: None) -> None:
@@ -148,25 +166,40 @@ def test_training_lowers_the_loss(policy: Path, in_process: None) -> None:
 def test_gradient_reaches_every_part(policy: Path) -> None:
     guide = policy_guide(CONFIG, 0, policy)
     examples = [guide.example(x, y) for x, y in zip(PROMPTS, REAL, strict=True)]
-    hidden = torch.arange(sum(len(e.response) for e in examples)) % 2 == 0  # a hidden token is a row of zeros
+    # a hidden token is a row of zeros
+    hidden = torch.arange(sum(len(e.response) for e in examples)) % 2 == 0
     guide(examples, dropout=(torch.ones(3, dtype=torch.bool), hidden)).sum().backward()
     for name, p in guide.named_parameters():
         if name != "encoder.lm_head.weight":  # the encoder predicts nothing
-            assert p.grad is not None and bool(p.grad.isfinite().all()) and float(p.grad.abs().max()) > 1e-9, name
+            assert (
+                p.grad is not None
+                and bool(p.grad.isfinite().all())
+                and float(p.grad.abs().max()) > 1e-9
+            ), name
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def open_toy(cache: Path, *overrides: str) -> context.Context:
-    config = load_config(RunConfig, CONFIG_FILE, [f"cache={cache}", f"run={cache / 'run'}", *overrides])
+    config = load_config(
+        RunConfig, CONFIG_FILE, [f"cache={cache}", f"run={cache / 'run'}", *overrides]
+    )
     return context.open_context(RunFolder(Path(config.run), to_yaml(config)), config)
 
 
 SMALL = (
-    "guide.backbone=policy", "guide.retrain=true", "guide.global_batch=8", "distance=cosine", "max_rows=24",
-    "max_new_tokens=8", "global_batch=8", "sft.epochs=0", "continual_sft.epochs=0", "evaluation.rows=0",
-)  # fmt: skip
+    "guide.backbone=policy",
+    "guide.retrain=true",
+    "guide.global_batch=8",
+    "distance=cosine",
+    "max_rows=24",
+    "max_new_tokens=8",
+    "global_batch=8",
+    "sft.epochs=0",
+    "continual_sft.epochs=0",
+    "evaluation.rows=0",
+)
 
 
 def parents(run: Path, stage: str) -> dict[str, Any]:
@@ -174,8 +207,12 @@ def parents(run: Path, stage: str) -> dict[str, Any]:
     return found
 
 
-def test_a_run_that_retrains_a_guide_of_the_policys_kind(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
-    """On two ranks and on one, with the same distances; every iteration has its own guide, each from the start."""
+def test_a_run_that_retrains_a_guide_of_the_policys_kind(
+    tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """On two ranks and on one, with the same distances; every iteration has its own guide, each
+    from the start.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     plan = ["--config", str(CONFIG_FILE), f"cache={toy_cache}", *SMALL]
     done = run_script(ROOT / "train/align.py", *plan, f"run={two}", "--debug", ranks=2)
@@ -183,22 +220,46 @@ def test_a_run_that_retrains_a_guide_of_the_policys_kind(tmp_path: Path, toy_cac
     align.main([*plan, f"run={one}"])
     for run in (one, two):
         assert stage_names(run) == [
-            "data", "iteration_0/responses", "guide", "iteration_0/distances", "iteration_0/reference",
-            "iteration_0/policy", "iteration_1/responses", "iteration_1/guide", "iteration_1/distances",
-            "iteration_1/reference", "iteration_1/policy",
-        ]  # fmt: skip
+            "data",
+            "iteration_0/responses",
+            "guide",
+            "iteration_0/distances",
+            "iteration_0/reference",
+            "iteration_0/policy",
+            "iteration_1/responses",
+            "iteration_1/guide",
+            "iteration_1/distances",
+            "iteration_1/reference",
+            "iteration_1/policy",
+        ]
     for t in (0, 1):
-        distances = [[r["distance"] for r in read_jsonl(run / f"iteration_{t}/distances/distances.jsonl")]
-                     for run in (one, two)]  # fmt: skip
-        assert max(distances[0]) > 0 and (t or distances[1] == pytest.approx(distances[0], rel=5e-2, abs=1e-6))
+        distances = [
+            [r["distance"] for r in read_jsonl(run / f"iteration_{t}/distances/distances.jsonl")]
+            for run in (one, two)
+        ]
+        assert max(distances[0]) > 0 and (
+            t or distances[1] == pytest.approx(distances[0], rel=5e-2, abs=1e-6)
+        )
     start = hash_model_folder(toy_cache / "toy-1")
     for name in ("guide", "iteration_1/guide"):
         made = parents(one, name)
-        assert made["policy"] == start and made["guide.backbone"] == "policy" and "guide.latent_width" in made
-        assert not {"pretrained", "guide.width", "guide.vocabulary", "guide.retrain", "guide.folder"} & made.keys()
-        assert json.loads((one / name / "encoder/config.json").read_text())["model_type"] == "mistral"
+        assert (
+            made["policy"] == start
+            and made["guide.backbone"] == "policy"
+            and "guide.latent_width" in made
+        )
+        assert (
+            not {"pretrained", "guide.width", "guide.vocabulary", "guide.retrain", "guide.folder"}
+            & made.keys()
+        )
+        assert (
+            json.loads((one / name / "encoder/config.json").read_text())["model_type"] == "mistral"
+        )
     assert parents(one, "guide")["responses"] != parents(one, "iteration_1/guide")["responses"]
-    assert parents(one, "iteration_0/distances")["guide"] != parents(one, "iteration_1/distances")["guide"]
+    assert (
+        parents(one, "iteration_0/distances")["guide"]
+        != parents(one, "iteration_1/distances")["guide"]
+    )
     assert "latent gain of its own guide" in (one / "report/table.md").read_text()
     with pytest.raises(InputError, match=r"distance was 'cosine', now 'euclidean'"):
         align.main([*plan, f"run={one}", "distance=euclidean"])
@@ -210,6 +271,10 @@ def test_plan_and_dry_run_count_it(toy_cache: Path) -> None:
     assert [name for name in planned if name.endswith("guide")] == ["guide", "iteration_1/guide"]
     assert planned.index("iteration_1/guide") == planned.index("iteration_1/distances") - 1
     text = estimate.dry_run(ctx, planned)
-    assert "guide memory:" in text and "iteration_1/guide: 2 optimizer steps" in text and "min without loading" in text
+    assert (
+        "guide memory:" in text
+        and ("iteration_1/guide: 2 optimizer steps") in text
+        and "min without loading" in text
+    )
     small = open_toy(toy_cache)
     assert "guide memory:" not in estimate.dry_run(small, align.planned(small.config))

@@ -20,16 +20,27 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 SMALL = [name for name in CONFIGS if name.startswith(("smollm2", "own-data"))]
 LARGE = [name for name in CONFIGS if name.startswith("zephyr")]
 MISTRAL_7B = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def seven_billion(tmp_path_factory: pytest.TempPathFactory, zephyr_folder: Path) -> Path:
-    """A model folder in Mistral-7B's shapes whose 14 GB take no room: the file is a hole behind its header."""
+    """A model folder in Mistral-7B's shapes whose 14 GB take no room: the file is a hole behind its
+    header.
+    """
     folder = Path(shutil.copytree(zephyr_folder, tmp_path_factory.mktemp("large") / "zephyr"))
     (folder / "config.json").write_text(json.dumps(MISTRAL_7B))
     with torch.device("meta"):
@@ -56,48 +67,99 @@ def rows(tmp_path: Path) -> Path:
     with path.open("w") as file:
         for i in range(1000):
             ask = [{"role": "user", "content": f"Count to {i}."}]
-            file.write(json.dumps({
-                "prompt": f"Count to {i}.", "chosen": [*ask, {"role": "assistant", "content": f"1, 2, ..., {i}"}],
-                "rejected": [*ask, {"role": "assistant", "content": "No."}],
-            }) + "\n")  # fmt: skip
+            file.write(
+                json.dumps(
+                    {
+                        "prompt": f"Count to {i}.",
+                        "chosen": [*ask, {"role": "assistant", "content": f"1, 2, ..., {i}"}],
+                        "rejected": [*ask, {"role": "assistant", "content": "No."}],
+                    }
+                )
+                + "\n"
+            )
     return path
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_dry_run_of_a_7b_preset(
-    name: str, seven_billion: Path, rows: Path, tmp_path: Path, in_process: None, capfd: pytest.CaptureFixture[str],
+    name: str,
+    seven_billion: Path,
+    rows: Path,
+    tmp_path: Path,
+    in_process: None,
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """All but the paths as in the file; a tiny random guide, as no GPT-2 is at hand, and small timing probes."""
+) -> None:
+    """All but the paths as in the file; a tiny random guide, as no GPT-2 is at hand, and small
+    timing probes.
+    """
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10**12))
-    align.main(["--config", str(ROOT / f"configs/{name}.yaml"), f"policy={seven_billion}", f"data={rows}",
-                *(["guide.folder=null"] if name == "zephyr-7b-ld-align" else []), "training.micro_tokens=64",
-                "sampling.batch_rows=8", f"run={tmp_path / 'run'}", "--dry-run"])  # fmt: skip
+    align.main(
+        [
+            "--config",
+            str(ROOT / f"configs/{name}.yaml"),
+            f"policy={seven_billion}",
+            f"data={rows}",
+            *(["guide.folder=null"] if name == "zephyr-7b-ld-align" else []),
+            "training.micro_tokens=64",
+            "sampling.batch_rows=8",
+            f"run={tmp_path / 'run'}",
+            "--dry-run",
+        ]
+    )
     said = capfd.readouterr().err
-    assert "7241.7 million weights, all names and shapes right" in said and "dry run: nothing was made" in said
+    assert (
+        "7241.7 million weights, all names and shapes right"
+    ) in said and "dry run: nothing was made" in said
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_dry_run_of_a_small_preset(
-    name: str, smollm2_folder: Path, rows: Path, tmp_path: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+    name: str,
+    smollm2_folder: Path,
+    rows: Path,
+    tmp_path: Path,
+    in_process: None,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     own = [f"data={rows}"] if name.startswith("own-data") else []
-    align.main(["--config", str(ROOT / f"configs/{name}.yaml"), *own, f"run={tmp_path / 'run'}", "--dry-run",
-                f"cache={smollm2_folder.parent}"])  # fmt: skip
+    align.main(
+        [
+            "--config",
+            str(ROOT / f"configs/{name}.yaml"),
+            *own,
+            f"run={tmp_path / 'run'}",
+            "--dry-run",
+            f"cache={smollm2_folder.parent}",
+        ]
+    )
     said = capfd.readouterr().err
     assert "134.5 million weights" in said and "dry run: nothing was made" in said
 
 
 @pytest.mark.parametrize(("name", "steps"), [("compare-smollm2", 125), ("compare-own-data", 60)])
 def test_dry_run_of_a_comparison(
-    name: str, steps: int, smollm2_folder: Path, rows: Path, tmp_path: Path, in_process: None,
+    name: str,
+    steps: int,
+    smollm2_folder: Path,
+    rows: Path,
+    tmp_path: Path,
+    in_process: None,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     own = [f"data={rows}", "benchmarks.tasks=[]"] if name == "compare-own-data" else []
-    compare.main(["--config", str(ROOT / f"configs/{name}.yaml"), *own, f"run={tmp_path / 'run'}", "--dry-run",
-                  f"cache={smollm2_folder.parent}"])  # fmt: skip
+    compare.main(
+        [
+            "--config",
+            str(ROOT / f"configs/{name}.yaml"),
+            *own,
+            f"run={tmp_path / 'run'}",
+            "--dry-run",
+            f"cache={smollm2_folder.parent}",
+        ]
+    )
     assert f"sft/policy: {steps} optimizer steps" in capfd.readouterr().err
 
 
@@ -108,14 +170,26 @@ def test_every_config_is_tried() -> None:
 
 
 def test_the_papers_numbers_stand_in_the_presets() -> None:
-    """methods.md: 50,000 prompts, 3 iterations; DPO 2e-7 and SFT 1e-5 for 2 epochs in batches of 64; SPIN's scripts."""
+    """methods.md: 50,000 prompts, 3 iterations; DPO 2e-7 and SFT 1e-5 for 2 epochs in batches of
+    64; SPIN's scripts.
+    """
 
     def read(name: str) -> RunConfig:
         return load_config(RunConfig, ROOT / f"configs/zephyr-7b-{name}.yaml")
 
     ours, spin, dpo, sft = map(read, ("ld-align", "spin", "dpo", "sft"))
-    assert (ours.method, ours.iterations, ours.max_rows, ours.reference) == ("ld_align", 3, 50_000, "iteration")
-    assert (spin.method, spin.iterations, spin.training.epochs, spin.mix_previous) == ("spin", 4, 6, True)
+    assert (ours.method, ours.iterations, ours.max_rows, ours.reference) == (
+        "ld_align",
+        3,
+        50_000,
+        "iteration",
+    )
+    assert (spin.method, spin.iterations, spin.training.epochs, spin.mix_previous) == (
+        "spin",
+        4,
+        6,
+        True,
+    )
     assert spin.learning_rate == [5e-7, 5e-7, 1e-7, 1e-7] and spin.beta == [0.1, 0.1, 0.1, 5.0]
     assert (spin.training.optimizer, spin.training.schedule, spin.seed, spin.max_length) == (
         "rmsprop",
@@ -128,20 +202,34 @@ def test_the_papers_numbers_stand_in_the_presets() -> None:
     assert {c.global_batch for c in (ours, spin, dpo, sft)} == {64}
 
 
-# What a preset may mark as the paper's (arXiv 2404.06390): key -> value, by the method's name in the file's.
+# What a preset may mark as the paper's (arXiv 2404.06390): key -> value, by the method's name in
+# the file's.
 PAPER = {
     "ld-align": {
-        "policy": "alignment-handbook/zephyr-7b-sft-full", "data": "data/ultrachat_200k/data/train_sft-*.parquet",
-        "max_rows": "50000", "iterations": "3", "method": "ld_align", "reference": "iteration",
+        "policy": "alignment-handbook/zephyr-7b-sft-full",
+        "data": "data/ultrachat_200k/data/train_sft-*.parquet",
+        "max_rows": "50000",
+        "iterations": "3",
+        "method": "ld_align",
+        "reference": "iteration",
         "guide.folder": "models/gpt2",
     },
     "spin": {"method": "spin"},
     "dpo": {
-        "method": "dpo", "data": "data/ultrafeedback/data/train_prefs-*.parquet", "global_batch": "64",
-        "learning_rate": "2.0e-7", "beta": "0.1", "training.epochs": "2",
+        "method": "dpo",
+        "data": "data/ultrafeedback/data/train_prefs-*.parquet",
+        "global_batch": "64",
+        "learning_rate": "2.0e-7",
+        "beta": "0.1",
+        "training.epochs": "2",
     },
-    "sft": {"method": "sft", "global_batch": "64", "learning_rate": "1.0e-5", "training.epochs": "2"},
-}  # fmt: skip
+    "sft": {
+        "method": "sft",
+        "global_batch": "64",
+        "learning_rate": "1.0e-5",
+        "training.epochs": "2",
+    },
+}
 MARKED = [name for name in CONFIGS if name.startswith(("zephyr-7b", "smollm2-135m"))]
 
 
@@ -169,6 +257,8 @@ def test_every_line_says_whose_it_is(name: str) -> None:
 
 
 def test_a_comparison_is_read() -> None:
-    assert isinstance(read_config(["--config", str(ROOT / "configs/compare-smollm2.yaml")], "", CompareConfig),
-                      CompareConfig)  # fmt: skip
+    assert isinstance(
+        read_config(["--config", str(ROOT / "configs/compare-smollm2.yaml")], "", CompareConfig),
+        CompareConfig,
+    )
     distributed.stop()

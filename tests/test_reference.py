@@ -1,6 +1,8 @@
-"""The reference maths against independent oracles: Python loops, complex numbers, formulas and numbers worked by hand.
+"""The reference maths against independent oracles: Python loops, complex numbers, formulas and
+numbers worked by hand.
 
-All in float64 unless the dtype is the point. Upstream gradients are random and uneven, weights are never ones.
+All in float64 unless the dtype is the point. Upstream gradients are random and uneven, weights are
+never ones.
 """
 
 import cmath
@@ -15,8 +17,12 @@ from ldalign.kernels import reference
 from ldalign.layout import Packed
 
 
-def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+def normal(
+    *shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    values = torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+    )
     return (values * scale).to(dtype)
 
 
@@ -25,9 +31,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------- linear_logprob
+# ----------------------------------------------------------------------------------- linear_logprob
 
-HEAD_SHAPES = [(8, 16, 32), (7, 13, 101), (1, 5, 3), (3, 4, 49_152)]  # (N, D, V): aligned, ragged, one row, vocabulary
+# (N, D, V): aligned, ragged, one row, vocabulary
+HEAD_SHAPES = [(8, 16, 32), (7, 13, 101), (1, 5, 3), (3, 4, 49_152)]
 
 
 @pytest.mark.parametrize("shape", HEAD_SHAPES)
@@ -38,7 +45,9 @@ def test_linear_logprob_is_the_log_of_a_share(shape: tuple[int, int, int]) -> No
     logp = reference.linear_logprob(hidden, weight, target)
     for n in range(N):
         scores = [math.exp(z) for z in (weight @ hidden[n]).tolist()]
-        assert logp[n].item() == pytest.approx(math.log(scores[target[n]] / math.fsum(scores)), abs=1e-11)
+        assert logp[n].item() == pytest.approx(
+            math.log(scores[target[n]] / math.fsum(scores)), abs=1e-11
+        )
 
 
 def test_linear_logprob_gradient_is_onehot_minus_softmax() -> None:
@@ -46,10 +55,14 @@ def test_linear_logprob_gradient_is_onehot_minus_softmax() -> None:
     target, upstream = torch.tensor([0, 8, 3, 3, 1]), normal(5, seed=3)
     reference.linear_logprob(hidden, weight, target).backward(upstream)
     z = (hidden @ weight.T).detach()
-    dz = upstream[:, None] * (torch.eye(9, dtype=torch.float64)[target] - z.exp() / z.exp().sum(1, keepdim=True))
+    dz = upstream[:, None] * (
+        torch.eye(9, dtype=torch.float64)[target] - z.exp() / z.exp().sum(1, keepdim=True)
+    )
     close(hidden.grad, dz @ weight.detach())
     close(weight.grad, dz.T @ hidden.detach())
-    assert torch.autograd.gradcheck(lambda h, w: reference.linear_logprob(h, w, target), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: reference.linear_logprob(h, w, target), (hidden, weight)
+    )
 
 
 def test_linear_logprob_of_huge_logits() -> None:
@@ -62,8 +75,13 @@ def test_linear_logprob_of_huge_logits() -> None:
 
 
 def test_linear_logprob_of_bf16_is_summed_in_float32() -> None:
-    """Over 4,096 tokens the log-sum-exp's own error is far below one bf16 rounding of the logits."""
-    hidden, weight = normal(6, 16, dtype=torch.bfloat16), normal(4096, 16, seed=1, dtype=torch.bfloat16)
+    """Over 4,096 tokens the log-sum-exp's own error is far below one bf16
+    rounding of the logits.
+    """
+    hidden, weight = (
+        normal(6, 16, dtype=torch.bfloat16),
+        normal(4096, 16, seed=1, dtype=torch.bfloat16),
+    )
     target = torch.arange(6)
     logp = reference.linear_logprob(hidden, weight, target)
     assert logp.dtype == torch.float32
@@ -72,11 +90,12 @@ def test_linear_logprob_of_bf16_is_summed_in_float32() -> None:
     close(logp.double(), expected, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- weighted_dpo_loss
+# -------------------------------------------------------------------------------- weighted_dpo_loss
 
 
 def test_dpo_worked_by_hand() -> None:
-    """beta 0.5. Pair 1: chosen 0.5 (-1 + 3) = 1, rejected 0.5 (-4 + 2) = -1, margin 2. Pair 2: 0 and 0.5, margin -0.5.
+    """beta 0.5. Pair 1: chosen 0.5 (-1 + 3) = 1, rejected 0.5 (-4 + 2) = -1, margin 2. Pair 2: 0
+    and 0.5, margin -0.5.
 
     Loss: 3 ln(1 + e^-2) + 0.25 ln(1 + e^0.5) = 3 x 0.126928 + 0.25 x 0.974077 = 0.624303.
     """
@@ -112,11 +131,15 @@ def test_dpo_gradient_formula() -> None:
     close(inputs[1].grad, -expected)
     assert not any(value.requires_grad for value in metrics.values())
     check = [x.detach().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda *x: reference.weighted_dpo_loss(*x, weight, beta)[0], check)
+    assert torch.autograd.gradcheck(
+        lambda *x: reference.weighted_dpo_loss(*x, weight, beta)[0], check
+    )
 
 
 def test_dpo_at_the_start_and_at_the_ends() -> None:
-    """Policy = reference: loss ln 2, accuracy one half. Margins of +-1e4: loss 0 and 1e4, finite gradients."""
+    """Policy = reference: loss ln 2, accuracy one half. Margins of +-1e4: loss 0 and 1e4, finite
+    gradients.
+    """
     logp = torch.tensor([-7.0, -7.0])
     loss, metrics = reference.weighted_dpo_loss(logp, logp, logp, logp, torch.ones(2), 0.1)
     assert loss.item() == pytest.approx(2 * math.log(2))
@@ -128,7 +151,7 @@ def test_dpo_at_the_start_and_at_the_ends() -> None:
     assert real.grad.tolist() == [0.0, -1.0]
 
 
-# ---------------------------------------------------------------------------------------------- rms_norm, rope, swiglu
+# --------------------------------------------------------------------------- rms_norm, rope, swiglu
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (2, 3, 7), (1, 1)])
@@ -137,7 +160,9 @@ def test_rms_norm_against_a_loop(shape: tuple[int, ...]) -> None:
     y = reference.rms_norm(x, weight, eps).flatten(0, -2)
     for row, out in zip(x.flatten(0, -2).tolist(), y.tolist(), strict=True):
         rms = math.sqrt(sum(v * v for v in row) / len(row) + eps)
-        assert out == pytest.approx([v / rms * w for v, w in zip(row, weight.tolist(), strict=True)], abs=1e-12)
+        assert out == pytest.approx(
+            [v / rms * w for v, w in zip(row, weight.tolist(), strict=True)], abs=1e-12
+        )
     assert torch.autograd.gradcheck(
         lambda a, b: reference.rms_norm(a, b, eps), (x.requires_grad_(), weight.requires_grad_())
     )
@@ -147,7 +172,11 @@ def test_rms_norm_of_extremes() -> None:
     weight = torch.tensor([0.5, -2.0])
     assert reference.rms_norm(torch.zeros(1, 2), weight, 1e-6).tolist() == [[0.0, 0.0]]
     big = torch.full((1, 2), 1e4, dtype=torch.float16)  # its square is beyond float16
-    close(reference.rms_norm(big, weight.half(), 1e-6), torch.tensor([[0.5, -2.0]], dtype=torch.float16), 1e-3)
+    close(
+        reference.rms_norm(big, weight.half(), 1e-6),
+        torch.tensor([[0.5, -2.0]], dtype=torch.float16),
+        1e-3,
+    )
 
 
 def test_rope_is_a_product_of_complex_numbers() -> None:
@@ -157,11 +186,15 @@ def test_rope_is_a_product_of_complex_numbers() -> None:
     for n in range(N):
         for h in range(H):
             for e in range(E // 2):
-                turned = complex(x[n, h, e], x[n, h, e + E // 2]) * cmath.exp(1j * angles[n, e].item())
+                turned = complex(x[n, h, e], x[n, h, e + E // 2]) * cmath.exp(
+                    1j * angles[n, e].item()
+                )
                 assert (y[n, h, e].item(), y[n, h, e + E // 2].item()) == pytest.approx(
                     (turned.real, turned.imag), abs=1e-12
                 )
-    assert torch.autograd.gradcheck(lambda a: reference.rope(a, angles.cos(), angles.sin()), (x.requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda a: reference.rope(a, angles.cos(), angles.sin()), (x.requires_grad_(),)
+    )
 
 
 def test_rope_products_depend_on_distance_alone() -> None:
@@ -169,7 +202,10 @@ def test_rope_products_depend_on_distance_alone() -> None:
     theta = torch.tensor([1.0, 0.3, 0.1, 0.02], dtype=torch.float64)
 
     def score(i: int, j: int) -> float:
-        a, b = (reference.rope(x, (p * theta)[None].cos(), (p * theta)[None].sin()) for x, p in ((q, i), (k, j)))
+        a, b = (
+            reference.rope(x, (p * theta)[None].cos(), (p * theta)[None].sin())
+            for x, p in ((q, i), (k, j))
+        )
         return (a * b).sum().item()
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-10)
@@ -177,7 +213,9 @@ def test_rope_products_depend_on_distance_alone() -> None:
 
 
 def test_rope_keeps_the_wider_dtype() -> None:
-    """float64 states are not rounded to the float32 tables; bf16 states are turned in float32 and rounded once."""
+    """float64 states are not rounded to the float32 tables; bf16 states are turned in float32 and
+    rounded once.
+    """
     angles = normal(4, 3, scale=3).float()
     cos, sin = angles.cos(), angles.sin()
     x = normal(4, 2, 6)
@@ -185,13 +223,17 @@ def test_rope_keeps_the_wider_dtype() -> None:
     assert y.dtype == torch.float64
     close(y, reference.rope(x, cos.double(), sin.double()))
     half = x.bfloat16()
-    assert torch.equal(reference.rope(half, cos, sin), reference.rope(half.float(), cos, sin).bfloat16())
+    assert torch.equal(
+        reference.rope(half, cos, sin), reference.rope(half.float(), cos, sin).bfloat16()
+    )
 
 
 def test_swiglu() -> None:
     gate, up = normal(3, 5).requires_grad_(), normal(3, 5, seed=1).requires_grad_()
     y = reference.swiglu(gate, up)
-    for g, u, out in zip(gate.flatten().tolist(), up.flatten().tolist(), y.flatten().tolist(), strict=True):
+    for g, u, out in zip(
+        gate.flatten().tolist(), up.flatten().tolist(), y.flatten().tolist(), strict=True
+    ):
         assert out == pytest.approx(g / (1 + math.exp(-g)) * u, abs=1e-12)
     assert torch.autograd.gradcheck(reference.swiglu, (gate, up))
     ends = torch.tensor([1e4, -1e4], requires_grad=True)
@@ -202,7 +244,7 @@ def test_swiglu() -> None:
     assert reference.swiglu(ends.bfloat16(), ends.bfloat16()).dtype == torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 PARTS = [(4, 3, 2), 5, (1, 1, 6, 2)]  # prompt and responses of each sequence
@@ -227,9 +269,12 @@ def attention_by_hand(qkv: Tensor, H: int, parts: list[Any], window: int | None)
                 seen = tokens[max(0, position - window + 1) if window else 0 : position + 1]
                 for h in range(H):
                     shared = H + h // (H // K)  # query heads 0 .. H/K - 1 share key head 0
-                    shares = [math.exp(torch.dot(qkv[token, h], qkv[j, shared]).item() / 2) for j in seen]  # sqrt(4)
+                    shares = [
+                        math.exp(torch.dot(qkv[token, h], qkv[j, shared]).item() / 2) for j in seen
+                    ]  # sqrt(4)
                     out[token, h] = sum(
-                        share / math.fsum(shares) * qkv[j, shared + K] for share, j in zip(shares, seen, strict=True)
+                        share / math.fsum(shares) * qkv[j, shared + K]
+                        for share, j in zip(shares, seen, strict=True)
                     )
         start = after
     return out
@@ -248,7 +293,9 @@ def test_attention_against_a_loop(heads: tuple[int, int], window: int | None) ->
 def test_attention_gradient(window: int | None) -> None:
     layout = Packed([(2, 2, 1), 3])
     inputs = qkv_of(8, 4, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: reference.pair_attention(x, 4, layout.segments, window), inputs)
+    assert torch.autograd.gradcheck(
+        lambda x: reference.pair_attention(x, 4, layout.segments, window), inputs
+    )
 
 
 def test_attention_of_one_token_and_of_huge_scores() -> None:
@@ -259,7 +306,11 @@ def test_attention_of_one_token_and_of_huge_scores() -> None:
     v = torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1).expand(3, 1, 4)
     out = reference.pair_attention(torch.cat([q, k, v], 1), 1, Packed([3]).segments)
     assert out[:, 0, 0].tolist() == [1.0, 1.0, 3.0]
-    assert reference.pair_attention(q[:0].expand(0, 3, 4), 1, Packed([]).segments).shape == (0, 1, 4)
+    assert reference.pair_attention(q[:0].expand(0, 3, 4), 1, Packed([]).segments).shape == (
+        0,
+        1,
+        4,
+    )
 
 
 def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
@@ -267,7 +318,10 @@ def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
     hidden, weight, target = normal(5, 4), normal(9, 4, seed=1), torch.tensor([0, 8, 3, 3, 1])
     angles = normal(5, 2)
     calls = [
-        (lambda x: reference.pair_attention(x, 4, Packed([(2, 2, 1)]).segments), (torch.cat([q[0], k[0], v[0]], 1),)),
+        (
+            lambda x: reference.pair_attention(x, 4, Packed([(2, 2, 1)]).segments),
+            (torch.cat([q[0], k[0], v[0]], 1),),
+        ),
         (reference.linear_logprob, (hidden, weight, target)),
         (reference.rope, (q[0], angles.cos(), angles.sin())),
         (reference.swiglu, (q, q + 1)),
@@ -277,5 +331,6 @@ def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
         first = function(*arguments)
         assert torch.equal(first, function(*arguments)), function
         assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True)), function
-        spread = [torch.stack([a, a], -1)[..., 0] for a in arguments]  # the same numbers, every stride doubled
+        # the same numbers, every stride doubled
+        spread = [torch.stack([a, a], -1)[..., 0] for a in arguments]
         torch.testing.assert_close(function(*spread), first, rtol=1e-12, atol=1e-12)

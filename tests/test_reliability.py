@@ -1,4 +1,6 @@
-"""The page of the fault matrix: every test that it names is there, and every test named by an id says what it does."""
+"""The page of the fault matrix: every test that it names is there, and every test named by an id
+says what it does.
+"""
 
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import reliability
 RESULTS = """<testsuites><testsuite>
 <testcase classname="tests.test_methods" name="test_equal_distances_weigh_one"/>
 <testcase classname="tests.test_faults_kill" name="test_T2_sigkill_at_every_write_point[kill]"/>
-<testcase classname="tests.test_faults_kill" name="test_T2_sigkill_at_every_write_point[torn]"><failure/></testcase>
+<testcase classname="tests.test_faults_kill" name="test_T2_sigkill_at_every_write_point[torn]">
+<failure/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -16,10 +19,14 @@ def test_named_tests_exist() -> None:
     for proofs in reliability.ELSEWHERE.values():
         for name in proofs:
             file, test = name.split("::")
-            assert f"def {test}(" in (reliability.ROOT / "tests" / file).read_text(encoding="utf-8"), name
+            assert f"def {test}(" in (reliability.ROOT / "tests" / file).read_text(
+                encoding="utf-8"
+            ), name
 
 
-@pytest.mark.parametrize("path", sorted(reliability.ROOT.glob("tests/test_faults_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(reliability.ROOT.glob("tests/test_faults_*.py")), ids=lambda path: path.name
+)
 def test_every_row_says_what_is_done_and_expected(path: Path) -> None:
     rows = reliability.described(path)
     assert rows and all(done and expected for _, done, expected in rows.values())

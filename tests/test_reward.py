@@ -1,4 +1,6 @@
-"""Rewards: a tiny random DeBERTa against transformers row by row, and the stage beside each evaluation."""
+"""Rewards: a tiny random DeBERTa against transformers row by row, and the stage beside each
+evaluation.
+"""
 
 import json
 import re
@@ -40,22 +42,36 @@ WORDS = "what is the sum of two and one three four five more it a an answer righ
 
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout of OpenAssistant's model: DebertaV2ForSequenceClassification, one logit, [CLS] q [SEP] a [SEP]."""
+    """The layout of OpenAssistant's model: DebertaV2ForSequenceClassification, one logit, [CLS] q
+    [SEP] a [SEP].
+    """
     folder = tmp_path_factory.mktemp("reward") / "deberta"
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in special}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     torch.manual_seed(0)
     config = DebertaV2Config(
-        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=1,
-        initializer_range=0.5, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
-        max_position_embeddings=64, type_vocab_size=0, pooler_hidden_size=16,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=1,
+        initializer_range=0.5,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=64,
+        type_vocab_size=0,
+        pooler_hidden_size=16,
+    )
     DebertaV2ForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -72,19 +88,27 @@ def test_scores_equal_one_row_at_a_time(deberta: Path) -> None:
     alone = []
     for q, a in zip(questions, answers, strict=True):
         with torch.no_grad():
-            alone.append(model(**tokenizer(q, a, return_tensors="pt", truncation=True, max_length=40)).logits[0, 0])
+            alone.append(
+                model(
+                    **tokenizer(q, a, return_tensors="pt", truncation=True, max_length=40)
+                ).logits[0, 0]
+            )
     expected = torch.stack(alone)
     assert expected.std() > 0.05, "a model that scores all alike tests nothing"
     for batch_tokens in (1, 100, 8192):
-        got = RewardModel(deberta, torch.device("cpu"), max_tokens=40, batch_tokens=batch_tokens).score(
-            questions, answers
-        )
+        got = RewardModel(
+            deberta, torch.device("cpu"), max_tokens=40, batch_tokens=batch_tokens
+        ).score(questions, answers)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(RewardModel(deberta, torch.device("cpu")).score(answers, questions), expected, atol=1e-2)
+    assert not torch.allclose(
+        RewardModel(deberta, torch.device("cpu")).score(answers, questions), expected, atol=1e-2
+    )
     assert RewardModel(deberta, torch.device("cpu")).score([], []).shape == (0,)
 
 
-def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_reward_model(
+    deberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((deberta / name).read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is not read
@@ -112,14 +136,24 @@ def test_what_is_no_reward_model(deberta: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_conversion_in_the_docs(deberta: Path, tmp_path: Path) -> None:
-    """Of a folder with a pickle of weights: the same scores. Without tokenizer.json the folder is refused."""
+    """Of a folder with a pickle of weights: the same scores. Without tokenizer.json the folder is
+    refused.
+    """
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (old / name).write_bytes((deberta / name).read_bytes())
-    torch.save(DebertaV2ForSequenceClassification.from_pretrained(deberta).state_dict(), old / "pytorch_model.bin")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/judges.md").read_text(), flags=re.DOTALL)
-    for name, folder in (("OpenAssistant/reward-model-deberta-v3-large-v2", old), ("models/reward-deberta", new)):
+    torch.save(
+        DebertaV2ForSequenceClassification.from_pretrained(deberta).state_dict(),
+        old / "pytorch_model.bin",
+    )
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/judges.md").read_text(), flags=re.DOTALL
+    )
+    for name, folder in (
+        ("OpenAssistant/reward-model-deberta-v3-large-v2", old),
+        ("models/reward-deberta", new),
+    ):
         assert code.count(f'"{name}"') == 1
         code = code.replace(name, str(folder))
     exec(code, {})
@@ -136,7 +170,9 @@ def test_weights_that_are_missing_or_not_finite(deberta: Path, tmp_path: Path) -
     folder = shutil.copytree(deberta, tmp_path / "model")
     whole = load_file(folder / "model.safetensors")
     save_file(
-        {n: t for n, t in whole.items() if n != "classifier.weight"}, folder / "model.safetensors", {"format": "pt"}
+        {n: t for n, t in whole.items() if n != "classifier.weight"},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(InputError, match=r"1 tensors are missing, the first: classifier.weight"):
         RewardModel(folder, torch.device("cpu"))
@@ -154,7 +190,10 @@ def test_no_memory(deberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = RewardModel(deberta, torch.device("cpu"))
     monkeypatch.setattr(model.model, "forward", fail)
-    message = r"rewards of 2 answers of at most \d+ tokens: out of memory; lower reward.batch_tokens"
+    message = (
+        r"rewards of 2 answers of at most \d+ tokens: out of memory; lower "
+        r"reward.batch_tokens"
+    )
     with pytest.raises(OutOfMemory, match=message):
         model.score(["what", "is"], ["it", "a"])
     monkeypatch.setattr(DebertaV2ForSequenceClassification, "to", fail)
@@ -166,10 +205,19 @@ def test_a_killed_stage_is_gone_on_with(
     deberta: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rewards of both sides of an iteration's pairs."""
-    config = load_config(RunConfig, ROOT / "configs/toy.yaml", [
-        f"policy={write_toy_model(tmp_path / 'model')}", "max_rows=16", "sft.epochs=0", "continual_sft.epochs=0",
-        f"reward={deberta}", "reward.batch_tokens=100", "device=cpu",
-    ])  # fmt: skip
+    config = load_config(
+        RunConfig,
+        ROOT / "configs/toy.yaml",
+        [
+            f"policy={write_toy_model(tmp_path / 'model')}",
+            "max_rows=16",
+            "sft.epochs=0",
+            "continual_sft.epochs=0",
+            f"reward={deberta}",
+            "reward.batch_tokens=100",
+            "device=cpu",
+        ],
+    )
     ctx = open_context(RunFolder(tmp_path / "run", ""), config)
     responses = [{"response": text} for text in texts(16, 4)]
 
@@ -188,11 +236,17 @@ def test_summary() -> None:
     s = summary(np.array([1.0, 2.0, 0.0, 0.0]), np.array([0.0, 2.0, 1.0, 3.0]), np.zeros(4))
     assert s["reward/mean"] == 0.75 and s["reward/real"] == 1.5 and s["reward/win_rate"] == 1.5 / 4
     assert s["reward/win_rate_se"] == pytest.approx(np.std([1, 0.5, 0, 0], ddof=1) / 2)
-    assert s["reward/win_rate_first"] == 0.75 and "reward/win_rate_first" not in summary(np.zeros(2), np.ones(2))
+    assert s["reward/win_rate_first"] == 0.75 and "reward/win_rate_first" not in summary(
+        np.zeros(2), np.ones(2)
+    )
 
 
-def test_stages(deberta: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without a checker are answered too; real responses are scored once; a second policy meets the first."""
+def test_stages(
+    deberta: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without a checker are answered too; real responses are scored once; a second policy
+    meets the first.
+    """
     rows = [
         {"id": str(n), "prompt": q, "response": a}
         for n, (q, a) in enumerate(zip(texts(5, 2), texts(5, 3), strict=True))
@@ -200,15 +254,28 @@ def test_stages(deberta: Path, tmp_path: Path, in_process: None, monkeypatch: py
     rows[0] |= {"kind": "counting", "answer": "3"}
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policies = [write_toy_model(tmp_path / name) for name in ("one", "two")]
-    config = load_config(RunConfig, ROOT / "configs/toy.yaml", [
-        f"policy={policies[0]}", f"run={tmp_path / 'run'}", f"heldout={tmp_path / 'heldout.jsonl'}", "max_rows=16",
-        "sft.epochs=0", "continual_sft.epochs=0", "max_new_tokens=4", f"reward={deberta}", "device=cpu",
-    ])  # fmt: skip
+    config = load_config(
+        RunConfig,
+        ROOT / "configs/toy.yaml",
+        [
+            f"policy={policies[0]}",
+            f"run={tmp_path / 'run'}",
+            f"heldout={tmp_path / 'heldout.jsonl'}",
+            "max_rows=16",
+            "sft.epochs=0",
+            "continual_sft.epochs=0",
+            "max_new_tokens=4",
+            f"reward={deberta}",
+            "device=cpu",
+        ],
+    )
     assert measurements(config, "sft") == ["sft/evaluation", "sft/reward"]
     scored: list[int] = []
     score = measures.RewardModel.score
 
-    def counted(self: RewardModel, questions: list[str], answers: list[str], *rest: Any) -> torch.Tensor:
+    def counted(
+        self: RewardModel, questions: list[str], answers: list[str], *rest: Any
+    ) -> torch.Tensor:
         scored.append(len(answers))
         return score(self, questions, answers, *rest)
 
@@ -223,10 +290,14 @@ def test_stages(deberta: Path, tmp_path: Path, in_process: None, monkeypatch: py
     assert [(len(a["sampled"]), len(a["correct"])) for a in answers] == [(2, 3)] + [(0, 0)] * 4
     model = RewardModel(deberta, torch.device("cpu"))
     expected = model.score([row["prompt"] for row in rows], [a["greedy"] for a in answers])
-    first, second = (read_jsonl(tmp_path / f"run/{name}/reward/rewards.jsonl") for name in ("start", "iteration_0"))
+    first, second = (
+        read_jsonl(tmp_path / f"run/{name}/reward/rewards.jsonl")
+        for name in ("start", "iteration_0")
+    )
     assert [r["generated"] for r in first] == pytest.approx(expected.tolist(), abs=1e-5)
     assert [r["real"] for r in first] == [r["real"] for r in second]
     figures = json.loads((tmp_path / "run/iteration_0/reward/summary.json").read_text())
     assert figures["reward/win_rate_first"] == 0.5, "the same weights: all ties"
-    assert stage_names(tmp_path / "run") == [f"{name}/{step}" for name in ("start", "iteration_0")
-                                             for step in ("evaluation", "reward")]  # fmt: skip
+    assert stage_names(tmp_path / "run") == [
+        f"{name}/{step}" for name in ("start", "iteration_0") for step in ("evaluation", "reward")
+    ]

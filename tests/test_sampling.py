@@ -1,4 +1,6 @@
-"""The sampler: C++ and eager against the reference in float64, and the reference against transformers' own cuts."""
+"""The sampler: C++ and eager against the reference in float64, and the reference against
+transformers' own cuts.
+"""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,10 +16,19 @@ NONE = torch.empty(0, 0, dtype=torch.int64)
 ISAS = cpp.build_info()["isas"] if cpp.available() else []
 # temperature, top_k, top_p, min_p, penalty
 SETTINGS = [
-    (0.0, 0, 1.0, 0.0, 1.0), (1.0, 0, 1.0, 0.0, 1.0), (0.6, 0, 1.0, 0.0, 1.0), (1.7, 20, 1.0, 0.0, 1.0),
-    (1.0, 1, 1.0, 0.0, 1.0), (1.0, 0, 0.3, 0.0, 1.0), (1.4, 0, 0.97, 0.0, 1.0), (0.8, 40, 0.9, 0.0, 1.0),
-    (1.0, 0, 1.0, 0.05, 1.0), (1.0, 0, 1.0, 0.0, 1.3), (1.2, 50, 0.95, 0.02, 0.8), (0.0, 0, 1.0, 0.0, 1.5),
-]  # fmt: skip
+    (0.0, 0, 1.0, 0.0, 1.0),
+    (1.0, 0, 1.0, 0.0, 1.0),
+    (0.6, 0, 1.0, 0.0, 1.0),
+    (1.7, 20, 1.0, 0.0, 1.0),
+    (1.0, 1, 1.0, 0.0, 1.0),
+    (1.0, 0, 0.3, 0.0, 1.0),
+    (1.4, 0, 0.97, 0.0, 1.0),
+    (0.8, 40, 0.9, 0.0, 1.0),
+    (1.0, 0, 1.0, 0.05, 1.0),
+    (1.0, 0, 1.0, 0.0, 1.3),
+    (1.2, 50, 0.95, 0.02, 0.8),
+    (0.0, 0, 1.0, 0.0, 1.5),
+]
 
 
 @pytest.fixture(params=["eager", *ISAS])
@@ -47,7 +58,9 @@ def test_like_the_reference(backend: ModuleType, settings: Any, rows: int, vocab
     wanted, logp = reference.sample(logits.double(), uniform, *settings, seen)
     ids, got = backend.sample(logits.clone(), uniform, *settings, seen)
     assert ids.dtype == torch.int64 and got.dtype == torch.float32
-    near = [i for i in range(rows) if boundary(logits[i], settings, seen[i], float(uniform[i])) < 1e-6]
+    near = [
+        i for i in range(rows) if boundary(logits[i], settings, seen[i], float(uniform[i])) < 1e-6
+    ]
     assert len(near) <= rows // 5
     for i in set(range(rows)) - set(near):
         assert ids[i] == wanted[i]
@@ -68,7 +81,9 @@ def test_a_row_does_not_depend_on_its_company(backend: ModuleType) -> None:
     for settings in SETTINGS:
         whole = backend.sample(logits.clone(), uniform, *settings, seen)
         for i in range(12):
-            alone = backend.sample(logits[i : i + 1].clone(), uniform[i : i + 1], *settings, seen[i : i + 1])
+            alone = backend.sample(
+                logits[i : i + 1].clone(), uniform[i : i + 1], *settings, seen[i : i + 1]
+            )
             assert alone[0] == whole[0][i] and alone[1] == whole[1][i]
 
 
@@ -79,9 +94,12 @@ def test_cuts_are_those_of_transformers() -> None:
     seen = seen.clamp(0)
     theirs = logits.double()
     for step in (
-        processors.RepetitionPenaltyLogitsProcessor(1.4), processors.TemperatureLogitsWarper(0.9),
-        processors.TopKLogitsWarper(60), processors.TopPLogitsWarper(0.85), processors.MinPLogitsWarper(0.03),
-    ):  # fmt: skip
+        processors.RepetitionPenaltyLogitsProcessor(1.4),
+        processors.TemperatureLogitsWarper(0.9),
+        processors.TopKLogitsWarper(60),
+        processors.TopPLogitsWarper(0.85),
+        processors.MinPLogitsWarper(0.03),
+    ):
         theirs = step(seen, theirs)
     ours = reference.kept(reference.penalised(logits.double(), 1.4, seen) / 0.9, 60, 0.85, 0.03)
     assert torch.allclose(ours, theirs.softmax(-1), atol=1e-9)
@@ -89,7 +107,9 @@ def test_cuts_are_those_of_transformers() -> None:
 
 
 def test_equal_logits(backend: ModuleType) -> None:
-    """Ties: greedy takes the first; all that equal the k-th stay; of equals, top_p keeps the lower ids."""
+    """Ties: greedy takes the first; all that equal the k-th stay; of equals, top_p keeps the lower
+    ids.
+    """
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
 
     def drawn(*settings: float) -> set[int]:

@@ -1,4 +1,6 @@
-"""What stages share: data as the config asks, parents, files of several ranks, and what --dry-run says."""
+"""What stages share: data as the config asks, parents, files of several ranks, and what --dry-run
+says.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,9 @@ from ldalign.train.align import planned
 
 
 def config_of(cache: Path, *overrides: str) -> RunConfig:
-    return load_config(RunConfig, ROOT / "configs/toy.yaml", [f"cache={cache}", f"run={cache / 'run'}", *overrides])
+    return load_config(
+        RunConfig, ROOT / "configs/toy.yaml", [f"cache={cache}", f"run={cache / 'run'}", *overrides]
+    )
 
 
 def open_toy(cache: Path, *overrides: str) -> context.Context:
@@ -29,12 +33,14 @@ def open_toy(cache: Path, *overrides: str) -> context.Context:
 
 
 def rows_file(path: Path, count: int, **more: str) -> Path:
-    lines = [json.dumps({"prompt": f"Say {i}.", "response": f"{i}", **more}) + "\n" for i in range(count)]
+    lines = [
+        json.dumps({"prompt": f"Say {i}.", "response": f"{i}", **more}) + "\n" for i in range(count)
+    ]
     path.write_text("".join(lines))
     return path
 
 
-# ------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 def test_data_is_split_without_overlap_and_by_seed(tmp_path: Path) -> None:
@@ -68,11 +74,20 @@ def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
-    """A prompt that fills max_length costs the row; a sampled response too long for it loses its end."""
+    """A prompt that fills max_length costs the row; a sampled response too long for it loses its
+    end.
+    """
     path = rows_file(tmp_path / "rows.jsonl", 200)
     long = {"id": "long", "prompt": "Say it again. " * 100, "response": "no"}
     path.write_text(path.read_text() + json.dumps(long) + "\n")
-    ctx = open_toy(tmp_path, f"data={path}", "heldout_fraction=0", "max_rows=4", "sft.rows=null", "global_batch=2")
+    ctx = open_toy(
+        tmp_path,
+        f"data={path}",
+        "heldout_fraction=0",
+        "max_rows=4",
+        "sft.rows=null",
+        "global_batch=2",
+    )
     assert ctx.train.dropped == ["long"]
     room = ctx.config.max_length - len(ctx.train.pairs[0].prompt)
     losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
@@ -84,7 +99,10 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
         against, cut = sources._against_own(ctx, losers)
         pairs = stages.reference_stage(ctx, 0, ctx.start, against, {}, cut)
         assert len(pairs[0].generated or ()) == room
-        assert json.loads((run.path / "iteration_0/reference/summary.json").read_text())["losers/cut"] == 1
+        assert (
+            json.loads((run.path / "iteration_0/reference/summary.json").read_text())["losers/cut"]
+            == 1
+        )
     distributed.stop()
 
 
@@ -99,7 +117,9 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
         (["policy=nowhere"], "no such folder"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_weights(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_work_is_refused_before_any_weights(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         open_toy(tmp_path, *overrides)
 
@@ -111,12 +131,15 @@ def test_a_gpt2_is_no_policy(tmp_path: Path) -> None:
         open_toy(tmp_path, f"policy={tmp_path / 'gpt2'}")
 
 
-# ------------------------------------------------------------------------------------------------ parents and files
+# -------------------------------------------------------------------------------- parents and files
 
 
 def test_named_keys() -> None:
     config = RunConfig()
-    assert context.named_keys(config, "beta", "sampling.top_p") == {"beta": 0.1, "sampling.top_p": 1.0}
+    assert context.named_keys(config, "beta", "sampling.top_p") == {
+        "beta": 0.1,
+        "sampling.top_p": 1.0,
+    }
     spread = context.named_keys(config, "guide")
     assert spread["guide.folder"] == "null" and spread["guide.latent_width"] == 256
     assert len(spread) == len(dataclasses.fields(config.guide))
@@ -124,17 +147,60 @@ def test_named_keys() -> None:
 
 PARENTS = {
     "data": {"data (training rows)", "data (held-out rows)", "turns", "max_length"},
-    "sft/policy": {"policy", "data", "template", "sft.epochs", "sft.learning_rate", "max_length", "seed", "dtype"},
-    "iteration_1/responses": {"policy", "data", "template", "iteration", "max_new_tokens", "sampling.top_p", "seed"},
-    "guide": {"data", "responses", "guide.backbone", "guide.epochs", "guide.token_dropout", "seed", "pretrained"},
+    "sft/policy": {
+        "policy",
+        "data",
+        "template",
+        "sft.epochs",
+        "sft.learning_rate",
+        "max_length",
+        "seed",
+        "dtype",
+    },
+    "iteration_1/responses": {
+        "policy",
+        "data",
+        "template",
+        "iteration",
+        "max_new_tokens",
+        "sampling.top_p",
+        "seed",
+    },
+    "guide": {
+        "data",
+        "responses",
+        "guide.backbone",
+        "guide.epochs",
+        "guide.token_dropout",
+        "seed",
+        "pretrained",
+    },
     "iteration_0/distances": {"guide", "responses", "data", "max_length", "distance"},
     "iteration_0/reference": {"policy", "responses", "data", "template", "max_length", "dtype"},
     "iteration_0/policy": {
-        "policy", "reference", "responses", "weights", "method", "beta", "learning_rate", "global_batch", "seed",
-        "training.epochs", "training.optimizer", "training.schedule", "policy_dtype", "dtype",
+        "policy",
+        "reference",
+        "responses",
+        "weights",
+        "method",
+        "beta",
+        "learning_rate",
+        "global_batch",
+        "seed",
+        "training.epochs",
+        "training.optimizer",
+        "training.schedule",
+        "policy_dtype",
+        "dtype",
     },
-    "iteration_0/evaluation": {"policy", "data (held-out rows)", "max_new_tokens", "evaluation.samples", "template"},
-}  # fmt: skip
+    "iteration_0/evaluation": {
+        "policy",
+        "data (held-out rows)",
+        "max_new_tokens",
+        "evaluation.samples",
+        "template",
+    },
+}
 
 
 @pytest.mark.parametrize("stage", PARENTS)
@@ -146,7 +212,9 @@ def test_a_stage_names_what_it_depends_on(toy_run: Path, stage: str) -> None:
 
 
 def test_iterations_follow_each_other(toy_run: Path) -> None:
-    """The second iteration samples from, and is measured against, the first one's policy, not the start."""
+    """The second iteration samples from, and is measured against, the first one's policy, not the
+    start.
+    """
 
     def parent(stage: str) -> str:
         return str(json.loads((toy_run / stage / "manifest.json").read_text())["parents"]["policy"])
@@ -156,8 +224,12 @@ def test_iterations_follow_each_other(toy_run: Path) -> None:
     first = hash_model_folder(toy_run / "iteration_0/policy")
     start = hash_model_folder(toy_run / "sft/policy")
     assert first != start
-    assert {parent(f"iteration_1/{stage}") for stage in ("responses", "reference", "policy")} == {first}
-    assert {parent(f"iteration_0/{stage}") for stage in ("responses", "reference", "policy")} == {start}
+    assert {parent(f"iteration_1/{stage}") for stage in ("responses", "reference", "policy")} == {
+        first
+    }
+    assert {parent(f"iteration_0/{stage}") for stage in ("responses", "reference", "policy")} == {
+        start
+    }
     assert parent("continual_sft/policy") == start
 
 
@@ -181,8 +253,16 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
-    names = ["data", "sft/policy", "iteration_0/responses", "guide", "iteration_0/distances", "iteration_2/policy",
-             "iteration_10/policy", "continual_sft/policy"]  # fmt: skip
+    names = [
+        "data",
+        "sft/policy",
+        "iteration_0/responses",
+        "guide",
+        "iteration_0/distances",
+        "iteration_2/policy",
+        "iteration_10/policy",
+        "continual_sft/policy",
+    ]
     for name in reversed(names):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "summary.json").write_text("{}")
@@ -203,14 +283,18 @@ def test_prompt_text() -> None:
     assert context.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
 
 
-# ------------------------------------------------------------------------------------------------ dry run
+# ------------------------------------------------------------------------------------------ dry run
 
 
 def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
     ctx = open_toy(tmp_path)
     text = estimate.dry_run(ctx, planned(ctx.config))
-    assert "0.2 million weights" in text and "training rows: 64 (0 dropped, 0 responses cut)" in text
-    assert "sft/policy: 8 optimizer steps" in text and "iteration_1/policy: 3 optimizer steps" in text
+    assert (
+        "0.2 million weights" in text and ("training rows: 64 (0 dropped, 0 responses cut)") in text
+    )
+    assert (
+        "sft/policy: 8 optimizer steps"
+    ) in text and "iteration_1/policy: 3 optimizer steps" in text
     for word in ("memory:", "disk:", "time, rough"):
         assert word in text
     assert not (tmp_path / "run").exists()
@@ -236,7 +320,9 @@ def test_dry_run_compares_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "WARNING" not in estimate.dry_run(ctx, planned(ctx.config))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     text = estimate.dry_run(ctx, planned(ctx.config))
-    assert "WARNING: memory: does not fit: 1." in text and "4 rank(s), of 1.0 available; lower training.micro" in text
+    assert (
+        "WARNING: memory: does not fit: 1."
+    ) in text and "4 rank(s), of 1.0 available; lower training.micro" in text
 
 
 def test_dry_run_reads_headers(tmp_path: Path) -> None:
@@ -249,7 +335,10 @@ def test_dry_run_reads_headers(tmp_path: Path) -> None:
 
 def test_dry_run_looks_at_the_guide(tmp_path: Path, toy_run: Path) -> None:
     estimate.dry_run(open_toy(tmp_path, f"guide={toy_run / 'guide'}"), ["guide"])
-    for folder, message in ((tmp_path / "none", "no such folder"), (toy_run / "sft/policy", "is no gpt2")):
+    for folder, message in (
+        (tmp_path / "none", "no such folder"),
+        (toy_run / "sft/policy", "is no gpt2"),
+    ):
         with pytest.raises(InputError, match=message):
             estimate.dry_run(open_toy(tmp_path, f"guide={folder}"), ["guide"])
 
@@ -258,7 +347,11 @@ def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ctx = open_toy(tmp_path)
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(EnvironmentProblem, match=r"the run needs about \d+ bytes of disk .*, 1000 bytes are free"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"the run needs about \d+ bytes of disk .*, 1000 "
+        r"bytes are free",
+    ):
         estimate.dry_run(ctx, planned(ctx.config))
     (tmp_path / "run").write_text("a file")
     with pytest.raises(InputError, match="is a file"):

@@ -1,4 +1,6 @@
-"""The embedded data set: the same rows everywhere, splits that share nothing, a checker that is not talked round."""
+"""The embedded data set: the same rows everywhere, splits that share nothing, a checker that is not
+talked round.
+"""
 
 import datetime
 import hashlib
@@ -35,7 +37,9 @@ def of_kind(kind):
     ],
 )
 def test_rows_are_pinned(split, digest):
-    """A change here changes every result measured on this data: make it on purpose, and say so in the records."""
+    """A change here changes every result measured on this data: make it on purpose, and say so in
+    the records.
+    """
     text = json.dumps(make_rows(0, split, 260), sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest() == digest
 
@@ -47,7 +51,10 @@ def test_a_row_keeps_its_id_whatever_the_count():
 
 
 def test_seed_and_split_change_the_rows():
-    prompts = [tuple(row["messages"][0]["content"] for row in make_rows(seed, "train", 50)) for seed in (0, 1)]
+    prompts = [
+        tuple(row["messages"][0]["content"] for row in make_rows(seed, "train", 50))
+        for seed in (0, 1)
+    ]
     assert prompts[0] != prompts[1]
 
 
@@ -57,7 +64,10 @@ def test_row_shape_balance_and_distinct_prompts(rows):
     for row in rows:
         assert list(row) == ["id", "messages", "kind", "answer"] and isinstance(row["answer"], str)
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
-        assert all(m["content"] == m["content"].strip() and "{" not in m["content"][1:] for m in row["messages"])
+        assert all(
+            m["content"] == m["content"].strip() and "{" not in m["content"][1:]
+            for m in row["messages"]
+        )
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
     sizes = Counter(row["kind"] for row in rows)
     assert set(sizes) == set(KINDS) and max(sizes.values()) - min(sizes.values()) <= 1
@@ -66,11 +76,17 @@ def test_row_shape_balance_and_distinct_prompts(rows):
 
 def test_heldout_shares_no_prompt_task_wording_or_person_with_train():
     for seed in (0, 1):  # whatever the seeds
-        train, heldout = list(tasks.tasks(0, "train", 4000)), list(tasks.tasks(seed, "heldout", 600))
+        train, heldout = (
+            list(tasks.tasks(0, "train", 4000)),
+            list(tasks.tasks(seed, "heldout", 600)),
+        )
         assert not {t.prompt for t in train} & {t.prompt for t in heldout}
         assert not {(t.kind, t.params) for t in train} & {(t.kind, t.params) for t in heldout}
     for kind in KINDS:
-        assert len(set(tasks.WORDINGS[kind, "train"])) == 8 and len(set(tasks.WORDINGS[kind, "heldout"])) == 4
+        assert (
+            len(set(tasks.WORDINGS[kind, "train"])) == 8
+            and len(set(tasks.WORDINGS[kind, "heldout"])) == 4
+        )
         assert not set(tasks.WORDINGS[kind, "train"]) & set(tasks.WORDINGS[kind, "heldout"])
     assert not set(tasks.PEOPLE["train"]) & set(tasks.PEOPLE["heldout"])
 
@@ -119,19 +135,37 @@ def numbers(text):
 
 
 def weekday(name):
-    return next(day for day in (datetime.date(2024, 1, d) for d in range(1, 8)) if f"{day:%A}" == name)
+    return next(
+        day for day in (datetime.date(2024, 1, d) for d in range(1, 8)) if f"{day:%A}" == name
+    )
 
 
 def solve(task):
-    """The answer worked out from the prompt's own text (from the parameters where wordings differ too much)."""
+    """The answer worked out from the prompt's own text (from the parameters where wordings differ
+    too much).
+    """
     if task.kind == "arithmetic":
         a, b, c = numbers(task.prompt)
         return f"{a + b - c} {re.search('|'.join(tasks.GOODS), task.prompt)[0]}"
     if task.kind == "units":
         big, small, a, b = task.params
         seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
-        mm = {"inches": 1, "feet": 12, "yards": 36, "centimetres": 1, "metres": 100, "kilometres": 100_000}
-        parts = {"grams": 1, "kilograms": 1000, "millilitres": 1, "litres": 1000, "single eggs": 1, "dozens": 12}
+        mm = {
+            "inches": 1,
+            "feet": 12,
+            "yards": 36,
+            "centimetres": 1,
+            "metres": 100,
+            "kilometres": 100_000,
+        }
+        parts = {
+            "grams": 1,
+            "kilograms": 1000,
+            "millilitres": 1,
+            "litres": 1000,
+            "single eggs": 1,
+            "dozens": 12,
+        }
         size = seconds | mm | parts
         return f"{a * size[big] // size[small] + b} {small}"
     if task.kind == "dates":
@@ -144,24 +178,37 @@ def solve(task):
         h, m, passed = int(h), int(m), {f"{unit}s": int(length)}
         return f"{datetime.datetime(2024, 1, 1, h, m) + datetime.timedelta(**passed):%H:%M}"
     if task.kind == "sorting":
-        items = re.findall(r"\d+", task.prompt) or re.search(r"\w+(, \w+){2}", task.prompt)[0].split(", ")
+        items = re.findall(r"\d+", task.prompt) or re.search(r"\w+(, \w+){2}", task.prompt)[
+            0
+        ].split(", ")
         items.sort(key=lambda item: (len(item), item) if item.isdigit() else item)
-        return ", ".join(items[::-1] if "reverse" in task.prompt or "largest to" in task.prompt else items)
+        return ", ".join(
+            items[::-1] if "reverse" in task.prompt or "largest to" in task.prompt else items
+        )
     if task.kind == "counting":
         return len(re.search(r"\w+(, \w+){2,}", task.prompt)[0].split(", "))
     if task.kind == "extraction":
-        patterns = {"price": r"\$\d+", "order number": r"\b[A-Z]{2}\d{3}\b", "day of delivery": "|".join(tasks.DAYS)}
+        patterns = {
+            "price": r"\$\d+",
+            "order number": r"\b[A-Z]{2}\d{3}\b",
+            "day of delivery": "|".join(tasks.DAYS),
+        }
         wanted = max(patterns, key=task.prompt.rfind)  # the question comes last
         (found,) = re.findall(patterns[wanted], task.prompt)
         return found
     if task.kind == "logic":
         relation, *clues, _ = task.params
-        (order,) = [o for o in itertools.permutations({p for clue in clues for p in clue})
-                    if all(o.index(x) < o.index(y) for x, y in clues)]  # fmt: skip
+        (order,) = [
+            o
+            for o in itertools.permutations({p for clue in clues for p in clue})
+            if all(o.index(x) < o.index(y) for x, y in clues)
+        ]
         most = next(most for rel, most, _ in tasks.SCALES if rel == relation)
         return order[0 if most in task.prompt else -1]
     record = dict(zip(("age", "city"), task.params, strict=True))
-    (name,) = [p for split in tasks.PEOPLE.values() for p in split if re.search(rf"\b{p}\b", task.prompt)]
+    (name,) = [
+        p for split in tasks.PEOPLE.values() for p in split if re.search(rf"\b{p}\b", task.prompt)
+    ]
     assert all(str(value) in task.prompt for value in record.values())
     return json.dumps({"name": name} | record)
 
@@ -200,16 +247,28 @@ def test_every_response_passes_its_own_check(row_set):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_answers_fail(kind):
-    """Another row's answer under this row's right working, and this answer with one character changed."""
+    """Another row's answer under this row's right working, and this answer with one character
+    changed.
+    """
     rows = of_kind(kind)
     rng = random.Random(kind)
     for task, other in itertools.pairwise(rows):
         if other.answer != task.answer:
-            assert not check(kind, task.answer, task.response.removesuffix(task.answer) + other.answer)
+            assert not check(
+                kind, task.answer, task.response.removesuffix(task.answer) + other.answer
+            )
         at = rng.choice([i for i, letter in enumerate(task.answer) if letter.isalnum()])
         old = task.answer[at]
-        new = rng.choice([letter for letter in ("123456789" if old.isdigit() else "bcdfgkmz") if letter != old.lower()])
-        changed = task.response.removesuffix(task.answer) + task.answer[:at] + new + task.answer[at + 1 :]
+        new = rng.choice(
+            [
+                letter
+                for letter in ("123456789" if old.isdigit() else "bcdfgkmz")
+                if letter != old.lower()
+            ]
+        )
+        changed = (
+            task.response.removesuffix(task.answer) + task.answer[:at] + new + task.answer[at + 1 :]
+        )
         assert not check(kind, task.answer, changed), changed
 
 
@@ -232,7 +291,12 @@ def test_no_answer_two_answers_and_babble_fail(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_case_space_and_closing_punctuation_do_not_matter(kind):
     for task in of_kind(kind)[:60]:
-        for same in (task.response.upper(), task.response + ".", f"  {task.response} \n", task.response.lower() + "!"):
+        for same in (
+            task.response.upper(),
+            task.response + ".",
+            f"  {task.response} \n",
+            task.response.lower() + "!",
+        ):
             assert check(kind, task.answer, same), same
 
 
@@ -240,7 +304,8 @@ def test_case_space_and_closing_punctuation_do_not_matter(kind):
     ("kind", "answer", "response", "right"),
     [
         ("arithmetic", "76 pens", "Answer: 76", True),
-        ("arithmetic", "76 pens", "6 x 7 = 41, nonsense. Answer: 76 pens", True),  # only the final answer counts
+        # only the final answer counts
+        ("arithmetic", "76 pens", "6 x 7 = 41, nonsense. Answer: 76 pens", True),
         ("arithmetic", "76 pens", "**Final answer:** **76 pens**", True),
         ("arithmetic", "76 pens", "Answer: 76. So the answer is 76 pens.", True),
         ("arithmetic", "76 pens", "76 pens", False),  # no answer named
@@ -299,7 +364,10 @@ def test_lists_are_equal_only_in_the_same_order(items, data):
 
 @given(kind=st.sampled_from(KINDS), response=st.text() | st.text().map("Answer: ".__add__))
 def test_any_text_gets_a_verdict(kind, response):
-    assert check(kind, "no such answer 1", response) is False or "no such answer 1" in response.casefold()
+    assert (
+        check(kind, "no such answer 1", response) is False
+        or "no such answer 1" in response.casefold()
+    )
 
 
 # --- the command ---
@@ -309,7 +377,9 @@ def test_command_writes_both_files(tmp_path, capsys):
     tasks.main([str(tmp_path / "new" / "data"), "--train", "30", "--heldout", "20", "--seed", "3"])
     for split, count in (("train", 30), ("heldout", 20)):
         lines = (tmp_path / "new" / "data" / f"{split}.jsonl").read_bytes().decode().split("\n")
-        assert [json.loads(line) for line in lines[:-1]] == make_rows(3, split, count) and lines[-1] == ""
+        assert [json.loads(line) for line in lines[:-1]] == make_rows(3, split, count) and lines[
+            -1
+        ] == ""
     assert "30 rows" in capsys.readouterr().out
 
 

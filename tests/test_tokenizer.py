@@ -1,4 +1,6 @@
-"""Chat templates and ids against transformers; control tokens in messages; hostile and broken model folders."""
+"""Chat templates and ids against transformers; control tokens in messages; hostile and broken model
+folders.
+"""
 
 import json
 import shutil
@@ -16,13 +18,20 @@ from ldalign.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
 
 CONVERSATIONS = [
     [("user", "What is 12 + 30?"), ("assistant", "12 + 30 = 42")],
-    [("system", "Brief."), ("user", "Größe?\n\n ok"), ("assistant", "naïve 🙂\n"), ("user", "x"), ("assistant", "y")],
+    [
+        ("system", "Brief."),
+        ("user", "Größe?\n\n ok"),
+        ("assistant", "naïve 🙂\n"),
+        ("user", "x"),
+        ("assistant", "y"),
+    ],
     [("user", "tabs\tand\nlines "), ("assistant", "The <|user|> is <b>here</b>\n\n\nend ")],
     [("user", " "), ("assistant", "a")],
 ]
 LLAMA2_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + "
+    "eos_token }}{% endif %}"
     "{% endfor %}"
 )
 
@@ -43,14 +52,22 @@ def transformers_tokenizer(folder):
 
 
 def check_against_transformers(folder: Path, turns) -> None:
-    """Prompt and response ids are those of apply_chat_template, after the one BOS the model may want."""
+    """Prompt and response ids are those of apply_chat_template, after the one BOS the model may
+    want.
+    """
     ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
     pair = ours.pair_ids(as_row(turns))
     chat = messages(turns)
-    prompt = theirs.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
+    prompt = theirs.apply_chat_template(
+        chat[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     whole = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
-    if ours.bos_id is not None and ours.prompt_ids(chat[:-1])[0] == ours.bos_id and prompt[0] != ours.bos_id:
+    if (
+        ours.bos_id is not None
+        and ours.prompt_ids(chat[:-1])[0] == ours.bos_id
+        and prompt[0] != ours.bos_id
+    ):
         prompt, whole = [ours.bos_id, *prompt], [ours.bos_id, *whole]
     assert pair.prompt == prompt
     assert pair.prompt + pair.response == whole[: len(prompt) + len(pair.response)]
@@ -81,11 +98,16 @@ def test_ids_equal_transformers_metaspace(tmp_path, prefix):
 def test_zephyr_text_and_one_bos(zephyr_folder):
     tokenizer = load_tokenizer(zephyr_folder)
     chat = messages(CONVERSATIONS[0])
-    assert tokenizer.render(chat[:1], add_generation_prompt=True) == "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n"
-    assert tokenizer.render(chat) == "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n12 + 30 = 42</s>\n"
+    assert tokenizer.render(chat[:1], add_generation_prompt=True) == (
+        "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n"
+    )
+    assert tokenizer.render(chat) == (
+        "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n12 + 30 = 42</s>\n"
+    )
     prompt = tokenizer.prompt_ids(chat[:1])
     assert prompt.count(tokenizer.bos_id) == 1
-    # Zephyr's template writes no BOS; its models are trained and served on the rendered text *with* it
+    # Zephyr's template writes no BOS; its models are trained and served on the rendered text *with*
+    # it
     theirs = transformers_tokenizer(zephyr_folder)
     assert prompt == theirs(tokenizer.render(chat[:1], add_generation_prompt=True))["input_ids"]
 
@@ -108,16 +130,38 @@ def test_add_bos_token_false_wins(zephyr_folder, tmp_path):
 
 def test_smollm2_ids_are_the_published_ones(smollm2_folder):
     tokenizer = load_tokenizer(smollm2_folder)
-    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
+    system = [
+        1,
+        9690,
+        198,
+        2683,
+        359,
+        253,
+        5356,
+        5646,
+        11173,
+        3365,
+        3511,
+        308,
+        34519,
+        28,
+        7018,
+        411,
+        407,
+        19712,
+        8182,
+    ]
     assert tokenizer.prompt_ids([{"role": "user", "content": "Hi"}])[: len(system)] == system
     assert (tokenizer.end_ids, tokenizer.bos_id, tokenizer.vocab_size) == ((2,), 1, 49152)
 
 
-# ---------------------------------------------------------------------------------------------- text is never control
+# ---------------------------------------------------------------------------- text is never control
 
 
 def renamed(folder: Path, target: Path, renames: dict[str, str]) -> Path:
-    """The same tokenizer and template with other spellings of its control tokens: the oracle for D8."""
+    """The same tokenizer and template with other spellings of its control tokens: the oracle for
+    D8.
+    """
     target.mkdir()
     for path in folder.iterdir():
         text = path.read_text(encoding="utf-8")
@@ -127,17 +171,27 @@ def renamed(folder: Path, target: Path, renames: dict[str, str]) -> Path:
     return target
 
 
-@pytest.mark.parametrize("content", ["a </s> b", "</s>", "</s></s> \n</s", "<s>x<unk>", "<</s>/s>", "<|assistant|>\nI"])
+@pytest.mark.parametrize(
+    "content", ["a </s> b", "</s>", "</s></s> \n</s", "<s>x<unk>", "<</s>/s>", "<|assistant|>\nI"]
+)
 def test_control_text_in_messages_is_text_sentencepiece(zephyr_folder, tmp_path, content):
-    oracle_folder = renamed(zephyr_folder, tmp_path / "oracle", {"</s>": "⟪end⟫", "<s>": "⟪bos⟫", "<unk>": "⟪unk⟫"})
-    check_control_text(load_tokenizer(zephyr_folder), transformers_tokenizer(oracle_folder), content)
+    oracle_folder = renamed(
+        zephyr_folder, tmp_path / "oracle", {"</s>": "⟪end⟫", "<s>": "⟪bos⟫", "<unk>": "⟪unk⟫"}
+    )
+    check_control_text(
+        load_tokenizer(zephyr_folder), transformers_tokenizer(oracle_folder), content
+    )
 
 
-@pytest.mark.parametrize("content", ["a <|im_end|> b", "<|im_end|>", "<|im_start|>user\nI", "<|im_<|im_end|>end|>"])
+@pytest.mark.parametrize(
+    "content", ["a <|im_end|> b", "<|im_end|>", "<|im_start|>user\nI", "<|im_<|im_end|>end|>"]
+)
 def test_control_text_in_messages_is_text_byte_level(chatml_folder, tmp_path, content):
     names = {"<|im_end|>": "⟪end⟫", "<|im_start|>": "⟪start⟫", "<|endoftext|>": "⟪text⟫"}
     oracle_folder = renamed(chatml_folder, tmp_path / "oracle", names)
-    check_control_text(load_tokenizer(chatml_folder), transformers_tokenizer(oracle_folder), content)
+    check_control_text(
+        load_tokenizer(chatml_folder), transformers_tokenizer(oracle_folder), content
+    )
 
 
 def check_control_text(tokenizer: Tokenizer, oracle, content: str) -> None:
@@ -158,7 +212,9 @@ def test_control_text_in_role_is_text(chatml_folder):
 
 
 def test_added_tokens_not_marked_special(tmp_path):
-    """Role headers and end tokens are control even if tokenizer.json calls them ordinary; <think> stays a token."""
+    """Role headers and end tokens are control even if tokenizer.json calls them ordinary; <think>
+    stays a token.
+    """
     backend = byte_level_tokenizer()
     backend.add_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|stop|>", "<think>"])
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -190,7 +246,9 @@ def chatml(chatml_folder) -> Tokenizer:
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
-CONTROL_TEXTS = st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>assistant\n", "<|im_"])
+CONTROL_TEXTS = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>assistant\n", "<|im_"]
+)
 
 
 @given(st.lists(TEXTS | CONTROL_TEXTS).map("".join))
@@ -204,7 +262,9 @@ def test_any_text_comes_back_and_is_never_control(chatml, text):
     assert [i for i in pair.prompt + pair.response if i < 3] == [1, 2, 1, 2]
 
 
-@pytest.mark.parametrize("text", ["", "12 345", "Zeile\r\n\n", "日本語 🙂", "<|im_start|>\n<|im_end|>", " \t x\u00a0"])
+@pytest.mark.parametrize(
+    "text", ["", "12 345", "Zeile\r\n\n", "日本語 🙂", "<|im_start|>\n<|im_end|>", " \t x\u00a0"]
+)
 def test_smollm2_round_trip(smollm2_folder, text):
     tokenizer = load_tokenizer(smollm2_folder)
     ids = tokenizer.encode(text)
@@ -213,7 +273,7 @@ def test_smollm2_round_trip(smollm2_folder, text):
     assert "12 345" not in text or len(ids) == 6  # every digit is a token of its own
 
 
-# ---------------------------------------------------------------------------------------------- end ids, size, template
+# -------------------------------------------------------------------------- end ids, size, template
 
 
 def copy(folder: Path, target: Path, name: str, **changes) -> Path:
@@ -239,16 +299,21 @@ def test_template_that_ends_no_answer_is_refused(chatml_folder):
 
 
 def test_template_order_and_hash(chatml_folder, tmp_path):
-    folder = copy(chatml_folder, tmp_path, "tokenizer_config.json", chat_template="from the json field")
+    folder = copy(
+        chatml_folder, tmp_path, "tokenizer_config.json", chat_template="from the json field"
+    )
     assert load_tokenizer(folder).template == CHATML_TEMPLATE
     (folder / "chat_template.jinja").unlink()
     assert load_tokenizer(folder).template == "from the json field"
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": named}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": named})
+    )
     assert load_tokenizer(folder).template == "d"
     mine = load_tokenizer(folder, template="mine")
     assert mine.template == "mine"
-    assert mine.template_hash == "3fd30542fe3f61b14bd4a4b2dc0b6fb30fa6f63ebce52dd1778aaa8c4dc02cff"  # sha256 of "mine"
+    # sha256 of "mine"
+    assert mine.template_hash == "3fd30542fe3f61b14bd4a4b2dc0b6fb30fa6f63ebce52dd1778aaa8c4dc02cff"
 
 
 def test_folder_without_template_encodes_but_does_not_render(chatml_folder, tmp_path):
@@ -279,9 +344,14 @@ def test_broken_template_is_an_input_error(chatml_folder):
 
 
 def test_template_extras(chatml_folder):
-    template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m | tojson }}"
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m "
+        "| tojson }}"
+    )
     template += "{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
-    text = load_tokenizer(chatml_folder, template=template).render(messages([("user", "<é>"), ("assistant", "x")]))
+    text = load_tokenizer(chatml_folder, template=template).render(
+        messages([("user", "<é>"), ("assistant", "x")])
+    )
     assert text == '{"role": "user", "content": "<é>"}4'
 
 
@@ -294,7 +364,11 @@ def test_template_extras(chatml_folder):
         ("tokenizer.json", '{"model": {"type": "?"}}', "tokenizer.json: "),
         ("tokenizer.json", '{"model": {}, "added_tokens": [3]}', "malformed"),
         ("tokenizer_config.json", "[]", "expected a JSON object"),
-        ("tokenizer_config.json", '{"eos_token": "</nowhere>"}', "eos_token '</nowhere>' is not in the vocabulary"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "</nowhere>"}',
+            "eos_token '</nowhere>' is not in the vocabulary",
+        ),
     ],
 )
 def test_broken_folder_is_an_input_error(chatml_folder, tmp_path, name, text, message):
@@ -315,20 +389,32 @@ def test_truncation_and_padding_of_tokenizer_json_are_ignored(chatml_folder, tmp
     assert load_tokenizer(folder).encode(text) == load_tokenizer(chatml_folder).encode(text)
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 
 
 def test_saved_files_keep_ids_template_and_ends(zephyr_folder, tmp_path):
-    source = copy(zephyr_folder, tmp_path, "generation_config.json", eos_token_id=[2, 5], temperature=0.7)
+    source = copy(
+        zephyr_folder, tmp_path, "generation_config.json", eos_token_id=[2, 5], temperature=0.7
+    )
     config = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": "evil.py"}}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": "evil.py"}})
+    )
     save_tokenizer_files(source, tmp_path / "out")
     before, after = load_tokenizer(source), load_tokenizer(tmp_path / "out")
     row = as_row(CONVERSATIONS[1])
     assert after.pair_ids(row) == before.pair_ids(row)
-    assert (after.end_ids, after.bos_id, after.template_hash) == (before.end_ids, before.bos_id, before.template_hash)
+    assert (after.end_ids, after.bos_id, after.template_hash) == (
+        before.end_ids,
+        before.bos_id,
+        before.template_hash,
+    )
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert settings["chat_template"] == ZEPHYR_TEMPLATE == (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert (
+        settings["chat_template"]
+        == ZEPHYR_TEMPLATE
+        == (tmp_path / "out" / "chat_template.jinja").read_text()
+    )
     assert "auto_map" not in settings
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [2, 5], "temperature": 0.7}
@@ -337,4 +423,6 @@ def test_saved_files_keep_ids_template_and_ends(zephyr_folder, tmp_path):
 def test_saved_template_is_the_one_in_use(chatml_folder, tmp_path):
     save_tokenizer_files(chatml_folder, tmp_path / "out", template="mine")
     assert load_tokenizer(tmp_path / "out").template == "mine"
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "eos_token_id": 2
+    }

@@ -1,4 +1,6 @@
-"""The training step against a plain eager loop, its independence of the split, its refusals and its metrics."""
+"""The training step against a plain eager loop, its independence of the split, its refusals and its
+metrics.
+"""
 
 import json
 import math
@@ -20,7 +22,9 @@ from ldalign.scoring import response_logps
 from ldalign.training import TrainSettings, accumulate_gradients, train
 
 CPU = torch.device("cpu")
-SETTINGS = TrainSettings(epochs=1, global_batch=8, micro_tokens=60, learning_rate=1e-3, optimizer="adamw")
+SETTINGS = TrainSettings(
+    epochs=1, global_batch=8, micro_tokens=60, learning_rate=1e-3, optimizer="adamw"
+)
 WEIGHTS = [0.3, 1.7, 0.0, 2.2, 0.8, 1.0, 0.5, 1.5]
 
 
@@ -33,7 +37,10 @@ def one_rank(in_process: None) -> Iterator[None]:
 def with_reference(pairs: Sequence[Pair], model: torch.nn.Module | None = None) -> list[Pair]:
     """The pairs with the log-probs that `model` (tiny.mistral()) gives them as their reference."""
     table = response_logps(model or tiny.mistral(), pairs, 10_000, CPU).tolist()  # type: ignore[arg-type]
-    return [replace(p, ref_real=real, ref_generated=gen) for p, (real, gen) in zip(pairs, table, strict=True)]
+    return [
+        replace(p, ref_real=real, ref_generated=gen)
+        for p, (real, gen) in zip(pairs, table, strict=True)
+    ]
 
 
 def as_sft(pairs: Sequence[Pair]) -> list[Pair]:
@@ -82,7 +89,10 @@ def eager(pairs: Sequence[Pair], beta: float) -> tuple[float, dict[str, Tensor]]
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Largest relative norm of the difference over all parameters."""
     assert ours.keys() == theirs.keys()
-    return max(float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm()) for n in theirs)
+    return max(
+        float((ours[n].double() - theirs[n].double()).norm() / theirs[n].double().norm())
+        for n in theirs
+    )
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -105,7 +115,8 @@ def test_micro_batches_do_not_change_the_gradient(kind: str) -> None:
     for loss, grads, metrics in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert difference(grads, results[0][1]) < 1e-5
-        probed = {"entropy", "mean_token_accuracy"}  # on tokens spread over each micro-batch: another sample
+        # on tokens spread over each micro-batch: another sample
+        probed = {"entropy", "mean_token_accuracy"}
         for name in metrics.keys() - probed:
             assert metrics[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
 
@@ -119,7 +130,9 @@ def test_checkpointing_changes_nothing(checkpointing: str) -> None:
 
 
 def test_weights_scale_each_pairs_gradient() -> None:
-    """The gradient of a weighted batch is the weighted sum of its pairs' own, over the number of pairs."""
+    """The gradient of a weighted batch is the weighted sum of its pairs' own, over the number of
+    pairs.
+    """
     pairs = tiny.pairs(3, weights=[0.5, 0.0, 2.0])
     _, whole, _ = gradient(pairs)
     alone = [gradient([replace(pair, weight=1.0)])[1] for pair in pairs]
@@ -135,7 +148,9 @@ def test_log_probs_are_summed_not_averaged() -> None:
     metrics = gradient([long])[2]
     expected = tiny.logps(tiny.mistral(), long.prompt, long.real).sum().item()
     assert metrics["logps/chosen"] == pytest.approx(expected, rel=1e-4)
-    assert metrics["rewards/chosen"] == pytest.approx(SETTINGS.beta * (expected - long.ref_real), rel=1e-3)
+    assert metrics["rewards/chosen"] == pytest.approx(
+        SETTINGS.beta * (expected - long.ref_real), rel=1e-3
+    )
 
 
 def test_all_weights_one_is_spin_bit_for_bit() -> None:
@@ -148,7 +163,9 @@ def test_all_weights_one_is_spin_bit_for_bit() -> None:
         train(model, pairs, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t")
         ends.append(distributed.full_state(model, torch.float32))
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
-    assert not torch.equal(ends[0]["model.norm.weight"], tiny.mistral().state_dict()["model.norm.weight"])
+    assert not torch.equal(
+        ends[0]["model.norm.weight"], tiny.mistral().state_dict()["model.norm.weight"]
+    )
 
 
 def run(
@@ -157,7 +174,14 @@ def run(
     model = tiny.mistral()
     chosen = replace(SETTINGS, **settings)
     out = train(
-        model, pairs, chosen, compute_dtype=torch.float32, device=CPU, seed=0, stage="policy", metrics_path=path
+        model,
+        pairs,
+        chosen,
+        compute_dtype=torch.float32,
+        device=CPU,
+        seed=0,
+        stage="policy",
+        metrics_path=path,
     )
     records = [json.loads(line) for line in path.read_text().splitlines()] if path else []
     return records, out
@@ -170,12 +194,25 @@ def test_step_0_must_start_at_ln_2() -> None:
     with pytest.raises(NumericsError, match="ln 2"):
         run(wrong)
     model = tiny.mistral()
-    train(model, wrong, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t", step0_is_reference=False)
+    train(
+        model,
+        wrong,
+        SETTINGS,
+        compute_dtype=torch.float32,
+        device=CPU,
+        seed=0,
+        stage="t",
+        step0_is_reference=False,
+    )
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_leaves_the_weights_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A NaN loss, and a finite loss whose gradient is infinite; the message names rows of the batch."""
+def test_a_non_finite_step_leaves_the_weights_alone(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN loss, and a finite loss whose gradient is infinite; the message names rows of the
+    batch.
+    """
     pairs = with_reference(tiny.pairs(8))
     if where == "loss":
         pairs[3] = replace(pairs[3], ref_real=math.nan)
@@ -199,7 +236,9 @@ def test_a_non_finite_step_leaves_the_weights_alone(where: str, monkeypatch: pyt
 def test_both_optimizers_lower_both_losses(optimizer: str, kind: str, tmp_path: Path) -> None:
     pairs = with_reference(tiny.pairs(16))
     pairs = as_sft(pairs) if kind == "sft" else pairs
-    records, last = run(pairs, tmp_path / "m.jsonl", optimizer=optimizer, epochs=6, beta=0.3, warmup_ratio=0.0)
+    records, last = run(
+        pairs, tmp_path / "m.jsonl", optimizer=optimizer, epochs=6, beta=0.3, warmup_ratio=0.0
+    )
     losses = [r["loss"] for r in records]
     assert len(losses) == 12 and sum(losses[-2:]) < 0.93 * sum(losses[:2])
     assert last["steps"] == 12 and last["loss"] == pytest.approx(sum(losses[-2:]) / 2)
@@ -209,21 +248,32 @@ def test_both_optimizers_lower_both_losses(optimizer: str, kind: str, tmp_path: 
 
 
 def test_metrics_have_trl_names_and_means_over_examples(tmp_path: Path) -> None:
-    """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are those of its own 8 pairs."""
+    """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are those of its own 8
+    pairs.
+    """
     pairs = with_reference(tiny.pairs(11, weights=[*WEIGHTS, 1.0, 2.0, 0.0]))
     records, _ = run(pairs, tmp_path / "m.jsonl")
     assert [r["global_step"] for r in records] == [1, 2]
     assert [r["epoch"] for r in records] == [0.5, 1.0]
-    trl = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected logits/chosen"
-    trl += " logits/rejected loss grad_norm learning_rate epoch num_tokens entropy mean_token_accuracy"
+    trl = (
+        "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen "
+        "logps/rejected logits/chosen"
+    )
+    trl += (
+        " logits/rejected loss grad_norm learning_rate epoch num_tokens entropy mean_token_accuracy"
+    )
     assert set(trl.split()) <= records[0].keys()
     assert records[0]["loss/unweighted"] == pytest.approx(math.log(2), abs=1e-5)
     (_, first), (_, second) = global_batches(11, 8, 1, seed=0)
     for record, rows in ((records[0], first), (records[1], second)):
         chosen = [pairs[i] for i in rows]
         assert record["weight/mean"] == pytest.approx(sum(p.weight for p in chosen) / len(chosen))
-        assert record["len/rejected"] == pytest.approx(sum(len(p.generated or ()) for p in chosen) / len(chosen))
-        assert record["logps/ref_chosen"] == pytest.approx(sum(p.ref_real for p in chosen) / len(chosen), rel=1e-5)
+        assert record["len/rejected"] == pytest.approx(
+            sum(len(p.generated or ()) for p in chosen) / len(chosen)
+        )
+        assert record["logps/ref_chosen"] == pytest.approx(
+            sum(p.ref_real for p in chosen) / len(chosen), rel=1e-5
+        )
     assert records[0]["logps/chosen"] == pytest.approx(records[0]["logps/ref_chosen"], rel=1e-4)
     assert records[0]["loss"] == pytest.approx(math.log(2) * records[0]["weight/mean"], abs=1e-4)
     assert records[1]["num_tokens"] == sum(p.tokens for p in pairs)
@@ -247,9 +297,13 @@ def test_sft_metrics_and_divisor(tmp_path: Path) -> None:
 
 
 def test_steps_in_place_of_epochs(tmp_path: Path) -> None:
-    """Nine steps of three pairs over five: they are passed over as often as that takes, and the schedule spans nine."""
+    """Nine steps of three pairs over five: they are passed over as often as that takes, and the
+    schedule spans nine.
+    """
     pairs = with_reference(tiny.pairs(5))
-    records, last = run(pairs, tmp_path / "a.jsonl", epochs=1, steps=9, global_batch=3, schedule="linear")
+    records, last = run(
+        pairs, tmp_path / "a.jsonl", epochs=1, steps=9, global_batch=3, schedule="linear"
+    )
     assert [r["global_step"] for r in records] == list(range(1, 10)) and last["steps"] == 9
     assert [r["epoch"] for r in records] == [0.5 * n for n in range(1, 10)]
     assert records[-1]["learning_rate"] < records[1]["learning_rate"] / 6
@@ -259,13 +313,19 @@ def test_learning_rate_and_max_steps(tmp_path: Path) -> None:
     """The schedule spans all epochs even where max_steps ends the run early."""
     pairs = with_reference(tiny.pairs(16))
     whole, _ = run(pairs, tmp_path / "a.jsonl", epochs=5, warmup_ratio=0.2, schedule="linear")
-    assert [r["learning_rate"] * 1e3 for r in whole] == pytest.approx([0.5, 1, 1, *(n / 8 for n in range(7, 0, -1))])
-    some, last = run(pairs, tmp_path / "b.jsonl", epochs=5, warmup_ratio=0.2, schedule="linear", max_steps=4)
+    assert [r["learning_rate"] * 1e3 for r in whole] == pytest.approx(
+        [0.5, 1, 1, *(n / 8 for n in range(7, 0, -1))]
+    )
+    some, last = run(
+        pairs, tmp_path / "b.jsonl", epochs=5, warmup_ratio=0.2, schedule="linear", max_steps=4
+    )
     assert [r["loss"] for r in some] == [r["loss"] for r in whole[:4]] and last["steps"] == 4
 
 
 def test_clipping(tmp_path: Path) -> None:
-    """grad_norm is the norm before clipping; AdamW hides the scale, RMSprop's first step does not care either: SGD."""
+    """grad_norm is the norm before clipping; AdamW hides the scale, RMSprop's first step does not
+    care either: SGD.
+    """
     pairs = tiny.pairs(8)
     _, grads, _ = gradient(pairs)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
@@ -282,7 +342,9 @@ def test_trajectory_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
     pairs = with_reference(tiny.pairs(40, weights=[0.1 * (i % 20) for i in range(40)]))
     losses = []
     for n, micro_tokens in enumerate((1, 10_000)):
-        records, _ = run(pairs, tmp_path / f"{n}.jsonl", epochs=10, micro_tokens=micro_tokens, learning_rate=1e-3)
+        records, _ = run(
+            pairs, tmp_path / f"{n}.jsonl", epochs=10, micro_tokens=micro_tokens, learning_rate=1e-3
+        )
         losses.append(torch.tensor([r["loss"] for r in records], dtype=torch.float64))
     gap = losses[0] - losses[1]
     assert len(gap) == 50 and gap.abs().max() < 1e-4 and gap.mean().abs() < 1e-5

@@ -1,8 +1,10 @@
-"""The Triton kernels against the reference, in Triton's interpreter here and natively where a CUDA device is.
+"""The Triton kernels against the reference, in Triton's interpreter here and natively where a CUDA
+device is.
 
-float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running the reference in
-that dtype, three times for gradients. The same comparison must fail for results zeroed, rolled by a row, or made
-without their weights. The compiler's side is in test_triton_compile.py.
+float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running
+the reference in that dtype, three times for gradients. The same comparison must fail for results
+zeroed, rolled by a row, or made without their weights. The compiler's side is in
+test_triton_compile.py.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,9 @@ DTYPES = [torch.float32, *HALVES]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks, pieces and runs so small that small shapes have several of each: 13 rows of 601 logits in float32."""
+    """Blocks, pieces and runs so small that small shapes have several of each: 13 rows of 601
+    logits in float32.
+    """
     monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 13 * 640 * 4)
     monkeypatch.setattr(triton_head, "SLAB_BYTES", 250 * 4 * 45)
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 256)
@@ -36,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_norm, "TILE", 256)
 
 
-# ------------------------------------------------------------------------------------------- ops, and what they compute
+# ----------------------------------------------------------------------- ops, and what they compute
 
 
 OPS = Cases(gpu)
@@ -44,7 +48,8 @@ OPS = Cases(gpu)
 
 CASES = {
     "forward": lambda: OPS.forward(32, 64, 256),
-    "forward, ragged": lambda: OPS.forward(37, 45, 601),  # three tiles of rows, two slabs, two steps of the width
+    # three tiles of rows, two slabs, two steps of the width
+    "forward, ragged": lambda: OPS.forward(37, 45, 601),
     "forward, one row": lambda: OPS.forward(1, 8, 33),
     "backward": lambda: OPS.backward(16, 32, 128),
     "backward, ragged": lambda: OPS.backward(37, 45, 601),
@@ -53,7 +58,8 @@ CASES = {
     "sft, ragged": lambda: OPS.sft(37, 45, 601),
     "sft, one row": lambda: OPS.sft(1, 8, 33),
     "pair": lambda: OPS.pair([4, 4, 4, 4], 32, 128),
-    # two pairs in a piece, an empty response, a pair of 30 rows for which a piece is too short, and one after it
+    # two pairs in a piece, an empty response, a pair of 30 rows for which a piece is too short, and
+    # one after it
     "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
     "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
     "dpo": lambda: OPS.dpo(8),
@@ -78,7 +84,7 @@ def placed(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [x.to(device) for x in case.rounded(dtype)]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 def test_backend_runs_here() -> None:
@@ -95,7 +101,9 @@ def test_op_against_reference(name: str, dtype: torch.dtype, device: str, small:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_comparison_can_fail(name: str, device: str, small: None) -> None:
-    """Zeros, results a row off, and results without the weight: the comparison must see each of them."""
+    """Zeros, results a row off, and results without the weight: the comparison must see each of
+    them.
+    """
     case = CASES[name]()
     inputs = placed(case, torch.bfloat16, device)
     right = list(case.ours(*inputs))
@@ -116,7 +124,9 @@ def test_comparison_can_fail(name: str, device: str, small: None) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_strides_repeats_and_inputs(name: str, device: str, small: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to an input."""
+    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
+    an input.
+    """
     case = CASES[name]()
     inputs = placed(case, torch.float32, device)
     inputs[-1] = inputs[-1].flatten()[:1].expand_as(inputs[-1])  # often the upstream gradient
@@ -166,7 +176,7 @@ def test_no_rows(name: str, device: str) -> None:
     check(case, list(case.ours(*inputs)), inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------- the head
+# ----------------------------------------------------------------------------------------- the head
 
 
 @pytest.mark.parametrize("V", [32_000, 49_152, 50_257, 128_256])
@@ -193,8 +203,12 @@ def test_ignored_rows(ignored: str, device: str, small: None) -> None:
     if index < 0:
         grad = normal(37).float().to(device)
         kept = targets(37, 601).to(device)
-        without = gpu.linear_logprob_backward(grad.masked_fill(out.to(device), 0), h, w, kept, lse, True, True)
-        for a, b in zip(gpu.linear_logprob_backward(grad, h, w, target, lse, True, True), without, strict=True):
+        without = gpu.linear_logprob_backward(
+            grad.masked_fill(out.to(device), 0), h, w, kept, lse, True, True
+        )
+        for a, b in zip(
+            gpu.linear_logprob_backward(grad, h, w, target, lse, True, True), without, strict=True
+        ):
             assert torch.equal(a, b)
 
 
@@ -202,7 +216,10 @@ def test_a_target_outside_the_vocabulary_gives_nan(device: str) -> None:
     h, w = (x.float().to(device) for x in head_inputs(4, 8, 33))
     for bad in (-1, 33, 2**40):
         target = torch.tensor([3, bad, 5, 32], device=device)
-        for logp in (gpu.linear_logprob(h, w, target)[0], gpu.sft_loss(h, w, target, 1.0, True, True)[0]):
+        for logp in (
+            gpu.linear_logprob(h, w, target)[0],
+            gpu.sft_loss(h, w, target, 1.0, True, True)[0],
+        ):
             assert logp.isnan().tolist() == [False, True, False, False]
 
 
@@ -233,12 +250,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(device: str) -> None:
 def test_pieces_change_nothing_but_rounding(
     name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One piece, several, one row at a time: dW stays within one rounding to its dtype, however many pieces."""
+    """One piece, several, one row at a time: dW stays within one rounding to its dtype, however
+    many pieces.
+    """
     D, V = 20, 150
     makers = {
-        "backward": lambda: OPS.backward(13, D, V), "sft": lambda: OPS.sft(13, D, V),
+        "backward": lambda: OPS.backward(13, D, V),
+        "sft": lambda: OPS.sft(13, D, V),
         "pair": lambda: OPS.pair([2, 1, 3, 4, 0, 3], D, V),
-    }  # fmt: skip
+    }
     case = makers[name]()
     inputs = placed(case, dtype, device)
     monkeypatch.setattr(triton_head, "SLAB_BYTES", 70 * 4 * D)  # three slabs, the last a short one
@@ -256,7 +276,9 @@ def test_pieces_change_nothing_but_rounding(
 
 @pytest.mark.parametrize("which", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("op", ["pair_loss", "sft_loss", "linear_logprob_backward"])
-def test_only_what_is_needed(op: str, which: tuple[bool, bool], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_needed(
+    op: str, which: tuple[bool, bool], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 5 * 192 * 4)
     lengths, N, D, V = [2, 1, 7, 4], 14, 20, 150
     h, w, ref, weight = placed(OPS.pair(lengths, D, V), torch.float32, device)
@@ -264,16 +286,25 @@ def test_only_what_is_needed(op: str, which: tuple[bool, bool], device: str, mon
     arguments: dict[str, tuple[Any, ...]] = {
         "pair_loss": (h, w, t, lengths, ref, weight, 0.3, 0.7),
         "sft_loss": (h, w, t, 0.7),
-        "linear_logprob_backward": (normal(N).float().to(device), h, w, t, gpu.linear_logprob(h, w, t)[1]),
+        "linear_logprob_backward": (
+            normal(N).float().to(device),
+            h,
+            w,
+            t,
+            gpu.linear_logprob(h, w, t)[1],
+        ),
     }
     both = getattr(gpu, op)(*arguments[op], True, True)
     some = getattr(gpu, op)(*arguments[op], *which)
-    expected = [*both[:-2], *(x if need else None for x, need in zip(both[-2:], which, strict=True))]
+    expected = [
+        *both[:-2],
+        *(x if need else None for x, need in zip(both[-2:], which, strict=True)),
+    ]
     for a, b in zip(some, expected, strict=True):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-# ------------------------------------------------------------------------------------------------ memory and the host
+# ------------------------------------------------------------------------------ memory and the host
 
 
 class Allocations(TorchDispatchMode):
@@ -285,7 +316,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(name in str(func) for name in ("empty", "new_empty", "full", "zeros", "clone", "_to_copy")):
+        if any(
+            name in str(func)
+            for name in ("empty", "new_empty", "full", "zeros", "clone", "_to_copy")
+        ):
             size = out.numel() * out.element_size()
             self.bytes, self.largest = self.bytes + size, max(self.largest, size)
         return out
@@ -308,7 +342,9 @@ def on_meta(op: str, N: int, D: int, V: int, dtype: torch.dtype) -> Allocations:
 
 @pytest.mark.parametrize(("D", "V"), [(4096, 128_256), (4096, 32_000), (576, 49_152)])
 def test_memory_at_production_shapes(D: int, V: int) -> None:
-    """At most 1 GiB beside the gradients for the loss; for log-probs alone a few numbers a row and slab."""
+    """At most 1 GiB beside the gradients for the loss; for log-probs alone a few numbers a row and
+    slab.
+    """
     N = 8192
     made = on_meta("pair_loss", N, D, V, torch.bfloat16)
     gradients = 2 * (N * D + V * D)

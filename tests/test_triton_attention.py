@@ -1,8 +1,9 @@
-"""Triton's pair attention against its definition, in Triton's interpreter here and natively where a CUDA device is.
+"""Triton's pair attention against its definition, in Triton's interpreter here and natively where a
+CUDA device is.
 
-float64 judges, as in test_triton.py: on the same rounded inputs the error is at most twice that of eager PyTorch in
-that dtype, three times for gradients, for each of out, lse, dq, dk and dv. The same comparison must fail for wrong
-windows, prefixes and rows.
+float64 judges, as in test_triton.py: on the same rounded inputs the error is at most twice that of
+eager PyTorch in that dtype, three times for gradients, for each of out, lse, dq, dk and dv. The
+same comparison must fail for wrong windows, prefixes and rows.
 """
 
 import gc
@@ -47,20 +48,28 @@ class Case(NamedTuple):
 
 PAIRS = pack((7, 5, 3), (18, 1, 17), (1, 1, 1))
 MIXED = pack((5, 3), (6, 2, 7), (9,), (3, 1, 2, 5), (1,))  # one, two and three responses, and none
-# A response away from its prompt, one that continues a part of it, and one that continues another response
-ANY_PREFIX = torch.tensor([(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9), (20, 31, 2, 7), (31, 50, 9, 20)])
+# A response away from its prompt, one that continues a part of it, and one that continues another
+# response
+ANY_PREFIX = torch.tensor(
+    [(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9), (20, 31, 2, 7), (31, 50, 9, 20)]
+)
 CASES = {
     "pairs": Case(PAIRS, K=2, E=32),
     "pairs, groups of three": Case(PAIRS, G=3),
     "mixed": Case(MIXED, K=2, G=4),
-    "plain": Case(pack((19,), (1,), (16,)), G=3, E=20),  # no prefixes; a head width that is no power of two
+    # no prefixes; a head width that is no power of two
+    "plain": Case(pack((19,), (1,), (16,)), G=3, E=20),
     "window of one": Case(PAIRS, window=1),
-    "window within the prompt": Case(pack((20, 18, 3), (3, 14)), window=6, G=3),  # some see some of it, some nothing
+    # some see some of it, some nothing
+    "window within the prompt": Case(pack((20, 18, 3), (3, 14)), window=6, G=3),
     "window of the prompt": Case(pack((20, 18, 3), (3, 14)), window=20),
     "window over several tiles": Case(pack((40, 30)), window=35),
     "window beyond the text": Case(PAIRS, window=1000),
     "any prefix": Case(
-        torch.tensor([(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9), (20, 31, 2, 7), (31, 50, 9, 20)]), G=2
+        torch.tensor(
+            [(0, 9, 0, 0), (9, 13, 9, 9), (13, 20, 0, 9), (20, 31, 2, 7), (31, 50, 9, 20)]
+        ),
+        G=2,
     ),
     "huge scores": Case(PAIRS, scale=50.0),
 }
@@ -76,7 +85,11 @@ def run(case: Case, qkv: Tensor, grad: Tensor) -> list[Tensor]:
 
 def by_definition(case: Case, qkv: Tensor, grad: Tensor) -> list[Tensor]:
     out, lse = attention(qkv, case.heads, case.segments, case.window)
-    return [out, lse, *parts(gradient(grad, qkv, case.heads, case.segments, case.window), case.heads)]
+    return [
+        out,
+        lse,
+        *parts(gradient(grad, qkv, case.heads, case.segments, case.window), case.heads),
+    ]
 
 
 def check(case: Case, ours: list[Tensor], qkv: Tensor, grad: Tensor) -> None:
@@ -90,13 +103,18 @@ def check(case: Case, ours: list[Tensor], qkv: Tensor, grad: Tensor) -> None:
         times = 2
         if name in ("dq", "dk", "dv"):
             times = 3  # and the difference dp - delta, however small, is rounded as dp is
-            floor += 4 * torch.finfo(torch.float32).eps * grad.double().norm() * qkv.double().abs().max()
+            floor += (
+                4 * torch.finfo(torch.float32).eps * grad.double().norm() * qkv.double().abs().max()
+            )
         assert error <= max(times * allowed, floor), f"{name}: {error:.1e}, {allowed:.1e}"
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, dtype) for name in CASES for dtype in (torch.float32, torch.bfloat16)), ("mixed", torch.float16)],
+    [
+        *((name, dtype) for name in CASES for dtype in (torch.float32, torch.bfloat16)),
+        ("mixed", torch.float16),
+    ],
     ids=str,
 )
 def test_against_the_definition(name: str, dtype: torch.dtype, device: str) -> None:
@@ -111,7 +129,10 @@ WRONG = {
     "window one shorter": ("window within the prompt", {"window": 5}),
     "no window": ("window within the prompt", {"window": None}),
     "no prefix": ("pairs", {"segments": torch.where(RESPONSE, PAIRS[:, [0, 1, 0, 0]], PAIRS)}),
-    "prefix a token short": ("pairs", {"segments": torch.where(RESPONSE, PAIRS - torch.tensor([0, 0, 0, 1]), PAIRS)}),
+    "prefix a token short": (
+        "pairs",
+        {"segments": torch.where(RESPONSE, PAIRS - torch.tensor([0, 0, 0, 1]), PAIRS)},
+    ),
     "responses that see each other": ("pairs", {"segments": pack((7, 8), (18, 18), (1, 2))}),
 }
 
@@ -141,14 +162,17 @@ def test_comparison_sees_zeros_rolls_and_swapped_heads(device: str) -> None:
 
 
 def test_strides_repeats_and_inputs(device: str) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to an input."""
+    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
+    an input.
+    """
     case = Case(MIXED, K=2, G=2)
     qkv, grad = case.inputs(torch.float32, device)
     grad = grad[:1, :1, :1].expand_as(grad)
     kept = [qkv.clone(), grad.clone(), case.segments.clone()]
     first = run(case, qkv, grad)
     again = run(case, qkv, grad.contiguous())
-    apart = run(case, torch.stack([qkv, qkv + 1], 2)[:, :, 0], grad)  # twice the strides of rows and heads
+    # twice the strides of rows and heads
+    apart = run(case, torch.stack([qkv, qkv + 1], 2)[:, :, 0], grad)
     for a, b, c in zip(first, again, apart, strict=True):
         assert torch.equal(a, b), "not the same bits twice"
         assert torch.equal(a, c), "strides change the result"
@@ -171,19 +195,31 @@ def test_nan_in_gives_nan_out_in_its_own_text(where: str, device: str) -> None:
 def test_no_tokens(device: str) -> None:
     case = Case(pack(), K=2, G=3)
     inputs = case.inputs(torch.bfloat16, device)
-    assert [tuple(x.shape) for x in run(case, *inputs)] == [(0, 6, 16), (0, 6), (0, 6, 16), (0, 2, 16), (0, 2, 16)]
+    assert [tuple(x.shape) for x in run(case, *inputs)] == [
+        (0, 6, 16),
+        (0, 6),
+        (0, 6, 16),
+        (0, 2, 16),
+        (0, 2, 16),
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- work lists
+# --------------------------------------------------------------------------------------- work lists
 
 
 def test_tiles_of_keys_have_exactly_the_readers_of_the_mask() -> None:
-    """Every (query, key) of the mask once, and what is beside the mask only within a tile that has some of it."""
+    """Every (query, key) of the mask once, and what is beside the mask only within a tile that has
+    some of it.
+    """
     chance = random.Random(0)
     for _ in range(50):
-        segments = pack(*([chance.randint(1, 9) for _ in range(chance.randint(1, 4))] for _ in range(3)))
+        segments = pack(
+            *([chance.randint(1, 9) for _ in range(chance.randint(1, 4))] for _ in range(3))
+        )
         window = chance.choice([None, 1, 3, 8, 100])
-        tiles, readers = work.key_tiles([work.Segment(*row) for row in segments.tolist()], 4, window)
+        tiles, readers = work.key_tiles(
+            [work.Segment(*row) for row in segments.tolist()], 4, window
+        )
         seen = torch.zeros_like(sees(segments, window), dtype=torch.int64)
         for tile in tiles:
             for reader in readers[tile.reader : tile.readers_end]:
@@ -201,7 +237,11 @@ def test_tiles_of_keys_have_exactly_the_readers_of_the_mask() -> None:
 def test_tiles_of_queries_hold_every_row_once() -> None:
     group, rows = 3, 16
     tiles = work.query_tiles([work.Segment(*row) for row in MIXED.tolist()], group, rows, None)
-    found = sorted((t.begin * group + row) for t in tiles for row in range(t.row, min(t.row + rows, t.length * group)))
+    found = sorted(
+        (t.begin * group + row)
+        for t in tiles
+        for row in range(t.row, min(t.row + rows, t.length * group))
+    )
     assert found == list(range(int(MIXED[-1, 1]) * group))
 
 
@@ -213,7 +253,9 @@ def test_work_is_made_once_for_a_batch_and_forgotten_with_it() -> None:
         return len(rows)
 
     segments, twin = PAIRS.clone(), PAIRS.clone()
-    assert [work.derived(segments, "a", make), work.derived(segments, "a", make)] == [9, 9] and len(calls) == 1
+    assert [work.derived(segments, "a", make), work.derived(segments, "a", make)] == [9, 9] and len(
+        calls
+    ) == 1
     work.derived(segments, "b", make)
     work.derived(twin, "a", make)  # equal, but another tensor
     assert len(calls) == 3
@@ -223,13 +265,15 @@ def test_work_is_made_once_for_a_batch_and_forgotten_with_it() -> None:
     assert len(work._known) == held - 1
 
 
-# ------------------------------------------------------------------------------------------------------ on a real GPU
+# ------------------------------------------------------------------------------------ on a real GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 3, 64, None), (8, 4, 128, 4096), (8, 4, 128, 300)], ids=str)
 def test_production_shape(shape: tuple[int, int, int, int | None]) -> None:
-    """Pairs of many lengths in bfloat16, in the tiles and pipelines of the real GPU; the host never waits for it."""
+    """Pairs of many lengths in bfloat16, in the tiles and pipelines of the real GPU; the host never
+    waits for it.
+    """
     if not NATIVE:
         pytest.skip("needs a CUDA device")
     K, G, E, window = shape
@@ -238,7 +282,9 @@ def test_production_shape(shape: tuple[int, int, int, int | None]) -> None:
     run(case, qkv, grad)
     torch.cuda.set_sync_debug_mode("error")  # where the host would wait, torch raises
     try:
-        ours, again = (run(case._replace(segments=case.segments.clone()), qkv, grad) for _ in range(2))
+        ours, again = (
+            run(case._replace(segments=case.segments.clone()), qkv, grad) for _ in range(2)
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))

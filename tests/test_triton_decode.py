@@ -1,9 +1,10 @@
-"""Triton's generation against the reference, in Triton's interpreter here and natively where a CUDA device is.
+"""Triton's generation against the reference, in Triton's interpreter here and natively where a CUDA
+device is.
 
-float64 judges attention: on the same rounded inputs the error is at most twice that of eager PyTorch running the
-reference in that dtype. The same comparison must fail for wrong windows, pages and heads. What no query may see is
-NaN: pages of nobody, the rest of a row's last page, and what its table names beyond that. The sampler must choose the
-reference's tokens.
+float64 judges attention: on the same rounded inputs the error is at most twice that of eager
+PyTorch running the reference in that dtype. The same comparison must fail for wrong windows, pages
+and heads. What no query may see is NaN: pages of nobody, the rest of a row's last page, and what
+its table names beyond that. The sampler must choose the reference's tokens.
 """
 
 from collections.abc import Callable
@@ -47,10 +48,14 @@ class Case(NamedTuple):
             pages[r, : len(own)] = own
             slots = (own[:, None] * PAGE + torch.arange(PAGE)).flatten()[: sum(self.rows[r])]
             for x in (keys, values):
-                x.flatten(0, 1)[slots] = torch.randn(len(slots), self.K, self.E, generator=make, dtype=torch.float64)
+                x.flatten(0, 1)[slots] = torch.randn(
+                    len(slots), self.K, self.E, generator=make, dtype=torch.float64
+                )
         rows = torch.tensor(self.rows, dtype=torch.int64).view(-1, 2)
         N = int(rows[:, 0].sum())
-        q = self.scale * torch.randn(N, self.K * self.G, self.E, generator=make, dtype=torch.float64)
+        q = self.scale * torch.randn(
+            N, self.K * self.G, self.E, generator=make, dtype=torch.float64
+        )
         q, keys, values = (x.to(device, dtype) for x in (q, keys, values))
         return q, keys, values, rows.to(device), pages.to(device, torch.int32)
 
@@ -67,7 +72,9 @@ def run(case: Case, inputs: Inputs, most: int | None = None) -> Tensor:
 def check(case: Case, ours: Tensor, inputs: Inputs) -> None:
     """The rule of the module's first lines."""
     q, keys, values, rows, pages = inputs
-    exact = reference.paged_attention(q.double(), keys.double(), values.double(), rows, pages, case.window)
+    exact = reference.paged_attention(
+        q.double(), keys.double(), values.double(), rows, pages, case.window
+    )
     eager = reference.paged_attention(q, keys, values, rows, pages, case.window)
     error, allowed = (ours.double() - exact).norm(), (eager.double() - exact).norm()
     # Eager may happen to be exact; a value of several float32 operations cannot promise that.
@@ -118,8 +125,12 @@ def test_attention_against_the_reference(name: str, dtype: torch.dtype, device: 
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 20, 40])
-def test_query_tiles_longer_than_key_tiles(window: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the last queries of a tile see nothing in its first keys, and the first nothing in its last."""
+def test_query_tiles_longer_than_key_tiles(
+    window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the last queries of a tile see nothing in its first keys, and the first nothing
+    in its last.
+    """
     if not NATIVE:
         monkeypatch.setattr(triton_decode, "tiles", lambda *_: triton_decode.Tiles(64, 16, 1, 1))
     case = Case(((90, 0), (1, 37), (50, 21)), window=window)
@@ -141,7 +152,10 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Inputs], Inputs]]] = {
     "window one shorter": ({"window": 5}, lambda inputs: inputs),
     "no window": ({"window": None}, lambda inputs: inputs),
     "another page": ({}, another_page),
-    "one token less before": ({}, lambda x: (*x[:3], x[3] - (x[3] * torch.tensor([0, 1])).clamp(max=1), x[4])),
+    "one token less before": (
+        {},
+        lambda x: (*x[:3], x[3] - (x[3] * torch.tensor([0, 1])).clamp(max=1), x[4]),
+    ),
     "keys of the other heads": ({}, lambda x: (x[0], x[1].roll(1, 2), *x[2:])),
     "values of the slot before": ({}, lambda x: (x[0], x[1], x[2].nan_to_num().roll(1, 1), *x[3:])),
     "another row's query": ({}, lambda x: (x[0].roll(1, 0), *x[1:])),
@@ -150,7 +164,9 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Inputs], Inputs]]] = {
 
 
 @pytest.mark.parametrize("mutation", WRONG)
-@pytest.mark.parametrize("rows", [((1, 20), (1, 31), (1, 7), (1, 50)), MIXED], ids=["decoding", "mixed"])
+@pytest.mark.parametrize(
+    "rows", [((1, 20), (1, 31), (1, 7), (1, 50)), MIXED], ids=["decoding", "mixed"]
+)
 def test_comparison_sees_other_windows_pages_and_heads(
     rows: tuple[tuple[int, int], ...], mutation: str, device: str
 ) -> None:
@@ -187,9 +203,12 @@ def test_strides_repeats_and_inputs(name: str, device: str) -> None:
     q, keys, values, rows, pages = inputs
     apart = (
         torch.cat([q, q[:, :1] + 1], 1)[:, :-1],  # as the first heads of a joint projection
-        torch.stack([keys, keys], 1)[:, 1], torch.stack([values, values], 1)[:, 1],  # as one layer of several
-        rows, torch.stack([pages, pages], 2)[:, :, 0],
-    )  # fmt: skip
+        # as one layer of several
+        torch.stack([keys, keys], 1)[:, 1],
+        torch.stack([values, values], 1)[:, 1],
+        rows,
+        torch.stack([pages, pages], 2)[:, :, 0],
+    )
     assert torch.equal(first, run(case, apart)), "strides change the result"
     differing = (q, keys, values.transpose(1, 2).contiguous().transpose(1, 2), rows, pages)
     assert torch.equal(first, run(case, differing)), "strides of the values change the result"
@@ -205,13 +224,18 @@ def test_a_row_decodes_alone_as_it_does_with_others(splits: int, device: str) ->
     q, keys, values, rows, pages = case.inputs(torch.bfloat16, device)
     together = run(case, (q, keys, values, rows, pages))
     for r in range(len(ONES)):
-        alone = run(case._replace(rows=(ONES[r],)), (q[r : r + 1], keys, values, rows[r : r + 1], pages[r : r + 1]))
+        alone = run(
+            case._replace(rows=(ONES[r],)),
+            (q[r : r + 1], keys, values, rows[r : r + 1], pages[r : r + 1]),
+        )
         assert torch.equal(together[r : r + 1], alone)
 
 
 @pytest.mark.parametrize("which", ["keys", "values"])
 @pytest.mark.parametrize("splits", [1, 4])
-def test_nan_is_seen_where_it_is_in_use_and_nowhere_else(splits: int, which: str, device: str) -> None:
+def test_nan_is_seen_where_it_is_in_use_and_nowhere_else(
+    splits: int, which: str, device: str
+) -> None:
     case = Case(((1, 40), (1, 70), (1, 70)), window=33, splits=splits)
     inputs = case.inputs(torch.float32, device)
     clean = run(case, inputs)
@@ -226,22 +250,41 @@ def test_nan_is_seen_where_it_is_in_use_and_nowhere_else(splits: int, which: str
 
 def test_nothing_to_do(device: str) -> None:
     for rows in ((), ((0, 3), (0, 20))):
-        assert run(Case(rows, K=2, G=2), Case(rows, K=2, G=2).inputs(torch.bfloat16, device)).shape == (0, 4, 16)
+        assert run(
+            Case(rows, K=2, G=2), Case(rows, K=2, G=2).inputs(torch.bfloat16, device)
+        ).shape == (0, 4, 16)
 
 
 def test_number_of_splits() -> None:
     """Enough to fill the GPU, as far as the keys go."""
     assert [triton_decode.splits(n, 1024, 132) for n in (1, 64, 192, 264, 5000)] == [8, 8, 2, 1, 1]
-    assert [triton_decode.splits(3, n, 132) for n in (1, 16, 255, 256, 1000, 100_000)] == [1, 1, 1, 2, 4, 64]
+    assert [triton_decode.splits(3, n, 132) for n in (1, 16, 255, 256, 1000, 100_000)] == [
+        1,
+        1,
+        1,
+        2,
+        4,
+        64,
+    ]
 
 
 def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """So a captured decoding step may be replayed with other lengths, pages and tokens."""
     launches: list[Any] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    def record(
+        kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any
+    ) -> None:
         numbers = [x for x in args if not isinstance(x, Tensor)]
-        launches.append((kernel.__name__, grid, numbers, [x.shape for x in args if isinstance(x, Tensor)], options))
+        launches.append(
+            (
+                kernel.__name__,
+                grid,
+                numbers,
+                [x.shape for x in args if isinstance(x, Tensor)],
+                options,
+            )
+        )
 
     monkeypatch.setattr(triton_decode, "launch", record)
     inputs = Case(((1, 3), (1, 70), (1, 90)), K=2, splits=4).inputs(torch.bfloat16, "cpu")
@@ -258,10 +301,14 @@ def test_nothing_is_read_back() -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     cache, pages = empty(64, PAGE, 2, 64), empty(4, 32, dtype=torch.int32)
-    with triton_common.recording((9, 0), lambda kernel, args, options: launches.append(kernel.__name__)):
+    with triton_common.recording(
+        (9, 0), lambda kernel, args, options: launches.append(kernel.__name__)
+    ):
         for most in (1, 30):
             rows = empty(4, 2, dtype=torch.int64)
-            triton_decode.paged_attention(empty(4 * most, 6, 64), cache, cache, rows, pages, most, None)
+            triton_decode.paged_attention(
+                empty(4 * most, 6, 64), cache, cache, rows, pages, most, None
+            )
         for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 0.9)):
             uniform, seen = empty(4, dtype=torch.float64), empty(4, 7, dtype=torch.int64)
             triton_decode.sample(empty(4, 100), uniform, temperature, top_k, top_p, 0.1, 1.2, seen)
@@ -269,7 +316,7 @@ def test_nothing_is_read_back() -> None:
     assert launches == [*attention, *["_sample_kernel"] * 3]
 
 
-# ------------------------------------------------------------------------------------------------------------ sampler
+# ------------------------------------------------------------------------------------------ sampler
 
 
 class How(NamedTuple):
@@ -279,17 +326,31 @@ class How(NamedTuple):
     min_p: float = 0.0
     penalty: float = 1.0
 
-    def draw(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         seen = logits.new_empty(len(logits), 0, dtype=torch.int64) if seen is None else seen
         ids, logp = gpu.sample(logits, uniform, *self, seen)
-        assert ids.dtype == torch.int64 and logp.dtype == torch.float32 and ids.shape == logp.shape == logits.shape[:1]
+        assert (
+            ids.dtype == torch.int64
+            and logp.dtype == torch.float32
+            and ids.shape == logp.shape == logits.shape[:1]
+        )
         return ids, logp
 
 
 HOW = [
-    How(), How(0.0), How(0.5), How(1.5, top_k=4), How(top_p=0.8), How(min_p=0.2), How(0.0, penalty=1.5),
-    How(0.8, penalty=0.7), How(1.1, 5, 0.7), How(1.3, 20, 0.9, 0.1, 1.2),
-]  # fmt: skip
+    How(),
+    How(0.0),
+    How(0.5),
+    How(1.5, top_k=4),
+    How(top_p=0.8),
+    How(min_p=0.2),
+    How(0.0, penalty=1.5),
+    How(0.8, penalty=0.7),
+    How(1.1, 5, 0.7),
+    How(1.3, 20, 0.9, 0.1, 1.2),
+]
 
 
 @pytest.fixture
@@ -318,19 +379,28 @@ def test_sampler_against_the_reference(how: How, V: int, device: str, small: Non
 
 @pytest.mark.parametrize("how", [How(), How(0.5), How(min_p=0.2), How(1.1, 5, 0.7)], ids=str)
 def test_distribution(how: How, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evenly spread numbers give each token its probability, but for one draw, and a cut token never."""
+    """Evenly spread numbers give each token its probability, but for one draw, and a cut token
+    never.
+    """
     monkeypatch.setattr(triton_decode, "BLOCK", 4)  # three blocks
-    n, logits = 100, torch.tensor([0.3, -1.0, 2.0, 1.9, -4.0, 0.9, 0.0, -0.5, 1.5, 0.7], device=device)
+    n, logits = (
+        100,
+        torch.tensor([0.3, -1.0, 2.0, 1.9, -4.0, 0.9, 0.0, -0.5, 1.5, 0.7], device=device),
+    )
     uniform = (torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n
     ids, logp = how.draw(logits.expand(n, -1), uniform)
     counts = torch.bincount(ids, minlength=10).double()
 
     def expected(how: How) -> Tensor:
-        return reference.kept(logits[None].double() / how.temperature, how.top_k, how.top_p, how.min_p)[0]
+        return reference.kept(
+            logits[None].double() / how.temperature, how.top_k, how.top_p, how.min_p
+        )[0]
 
     def agrees(how: How) -> bool:
         probs = expected(how)
-        return bool(((counts - n * probs).abs() <= 1.001).all()) and bool((counts[probs == 0] == 0).all())
+        return bool(((counts - n * probs).abs() <= 1.001).all()) and bool(
+            (counts[probs == 0] == 0).all()
+        )
 
     assert agrees(how)
     assert not agrees(how._replace(temperature=how.temperature * 2))
@@ -339,8 +409,12 @@ def test_distribution(how: How, device: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("how", [How(top_k=10), How(top_p=0.8), How(min_p=0.05)], ids=str)
 @pytest.mark.parametrize("u", [0.0, 1.0 - 2.0**-53])
-def test_no_cut_token_at_the_ends_of_the_unit_interval(u: float, how: How, device: str, small: None) -> None:
-    """The first block of the vocabulary and the end of the last are cut: rounding must not fall on them."""
+def test_no_cut_token_at_the_ends_of_the_unit_interval(
+    u: float, how: How, device: str, small: None
+) -> None:
+    """The first block of the vocabulary and the end of the last are cut: rounding must not fall on
+    them.
+    """
     logits = normal(20, 80).to(device)
     logits[:, :17], logits[:, -3:] = -9.0, -9.0
     uniform = torch.full((20,), u, dtype=torch.float64, device=device)
@@ -354,15 +428,21 @@ def test_no_cut_token_at_the_ends_of_the_unit_interval(u: float, how: How, devic
 def test_ends_of_the_unit_interval_without_cuts(device: str, small: None) -> None:
     logits = normal(3, 80).to(device)
     for u, end in ((0.0, 0), (1.0 - 2.0**-53, 79)):
-        assert How().draw(logits, torch.full((3,), u, dtype=torch.float64, device=device))[0].tolist() == [end] * 3
+        assert (
+            How().draw(logits, torch.full((3,), u, dtype=torch.float64, device=device))[0].tolist()
+            == [end] * 3
+        )
 
 
 def test_no_impossible_token_at_the_ends_of_blocks(device: str, small: None) -> None:
-    """Numbers at, and a little beside, what the blocks add up to, where impossible tokens lie around their ends."""
+    """Numbers at, and a little beside, what the blocks add up to, where impossible tokens lie
+    around their ends.
+    """
     R, V = 8, 96
     logits = (2 * normal(R, V)).to(device)
     impossible = torch.zeros(V, dtype=torch.bool, device=device)
-    for begin, end in ((0, 2), (13, 18), (28, 49), (79, 80), (90, 96)):  # around ends, and one whole block
+    # around ends, and one whole block
+    for begin, end in ((0, 2), (13, 18), (28, 49), (79, 80), (90, 96)):
         impossible[begin:end] = True
     logits[:, impossible] = -torch.inf
     mass = logits.double().softmax(-1).cumsum(-1)
@@ -372,7 +452,10 @@ def test_no_impossible_token_at_the_ends_of_blocks(device: str, small: None) -> 
             ids, logp = How().draw(logits, uniform)
             assert not impossible[ids].any() and bool(torch.isfinite(logp).all())
             # the last possible token before the end or the first after it
-            before, after = (~impossible)[:end].nonzero().max(), end + (~impossible)[end:].nonzero().min()
+            before, after = (
+                (~impossible)[:end].nonzero().max(),
+                end + (~impossible)[end:].nonzero().min(),
+            )
             assert bool(((ids == before) | (ids == after)).all())
 
 
@@ -380,7 +463,10 @@ def test_no_impossible_token_at_the_ends_of_blocks(device: str, small: None) -> 
 def test_sampler_repeats_and_leaves_its_inputs(how: How, device: str, small: None) -> None:
     """The same bits each time, with any strides, and for a row alone."""
     wide = torch.stack([normal(6, 53), normal(53, 6).T], 2).to(device)
-    logits, uniform = wide[:, :, 0], torch.linspace(0.01, 0.99, 6, dtype=torch.float64, device=device)
+    logits, uniform = (
+        wide[:, :, 0],
+        torch.linspace(0.01, 0.99, 6, dtype=torch.float64, device=device),
+    )
     seen = torch.arange(12, device=device).view(6, 2)
     kept = wide.clone(), uniform.clone(), seen.clone()
     ids, logp = how.draw(logits, uniform, seen)
@@ -413,7 +499,9 @@ def _passing_kernel(weights, wanted, out, BLOCK: tl.constexpr):  # type: ignore[
     ],
     ids=str,
 )
-def test_passing_never_lands_on_zero(weights: tuple[float, ...], wanted: float, index: int, device: str) -> None:
+def test_passing_never_lands_on_zero(
+    weights: tuple[float, ...], wanted: float, index: int, device: str
+) -> None:
     out = torch.empty(1, dtype=torch.int32, device=device)
     inputs = (torch.tensor(x, dtype=torch.float64, device=device) for x in (weights, [wanted]))
     _passing_kernel[(1,)](*inputs, out, BLOCK=4)
@@ -430,7 +518,9 @@ def test_greedy_takes_the_first_of_equals(device: str, small: None) -> None:
     logits[4, 20] = -1e4
     ids, logp = How(0.0).draw(logits, torch.full((5,), 0.99, dtype=torch.float64, device=device))
     assert ids.tolist() == [7, 33, 0, 49, 20]
-    torch.testing.assert_close(logp.double(), logits.double().log_softmax(-1).amax(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logp.double(), logits.double().log_softmax(-1).amax(1), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -452,12 +542,14 @@ def test_nan_logits_give_a_token_that_exists_and_nan(device: str, small: None) -
     clean = [0, 3, 5]
     for how in (How(), How(0.0)):
         ids, logp = how.draw(logits, torch.full((6,), 0.7, dtype=torch.float64, device=device))
-        assert bool(((ids >= 0) & (ids < 40)).all()) and logp.isnan().tolist() == [r not in clean for r in range(6)]
+        assert bool(((ids >= 0) & (ids < 40)).all()) and logp.isnan().tolist() == [
+            r not in clean for r in range(6)
+        ]
         alone = how.draw(logits[clean], torch.full((3,), 0.7, dtype=torch.float64, device=device))
         assert torch.equal(ids[clean], alone[0]) and torch.equal(logp[clean], alone[1])
 
 
-# ------------------------------------------------------------------------------------------------------ on a real GPU
+# ------------------------------------------------------------------------------------ on a real GPU
 
 
 def lengths(R: int, longest: int) -> list[int]:
@@ -468,7 +560,9 @@ def lengths(R: int, longest: int) -> list[int]:
 @pytest.mark.parametrize("shape", [(3, 3, 64, None), (8, 4, 128, 300)], ids=str)
 @pytest.mark.parametrize("R", [1, 4, 64])
 def test_decoding_in_a_graph(R: int, shape: tuple[int, int, int, int | None]) -> None:
-    """In the tiles, pipelines and splits of the real GPU; captured once and replayed for other rows and tokens."""
+    """In the tiles, pipelines and splits of the real GPU; captured once and replayed for other rows
+    and tokens.
+    """
     if not NATIVE:
         pytest.skip("needs a CUDA device")
     K, G, E, window = shape
@@ -493,7 +587,9 @@ def test_production_prompts(shape: tuple[int, int, int, int | None]) -> None:
     if not NATIVE:
         pytest.skip("needs a CUDA device")
     K, G, E, window = shape
-    case = Case((*((1, n) for n in lengths(20, 700)), (400, 0), (512, 64), (33, 512)), window, K, G, E)
+    case = Case(
+        (*((1, n) for n in lengths(20, 700)), (400, 0), (512, 64), (33, 512)), window, K, G, E
+    )
     inputs = case.inputs(torch.bfloat16, "cuda")
     check(case, run(case, inputs), inputs)
     torch.cuda.set_sync_debug_mode("error")  # where the host would wait, torch raises

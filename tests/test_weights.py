@@ -1,4 +1,6 @@
-"""Model folders: what is written loads again; everything damaged or hostile ends in one InputError."""
+"""Model folders: what is written loads again; everything damaged or hostile
+ends in one InputError.
+"""
 
 import json
 import subprocess
@@ -50,19 +52,28 @@ GPT2_: dict[str, Any] = {
     "n_layer": 1,
     "n_head": 2,
 }
-EMBEDDING, HEAD, Q1 = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING, HEAD, Q1 = (
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+)
 
 
 def random_model(raw: dict[str, Any], seed: int = 0) -> Mistral | GPT2:
     model = build(raw, "config.json")
     generator = torch.Generator().manual_seed(seed)
-    state = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    state = {
+        name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()
+    }
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def write_folder(
-    folder: Path, raw: dict[str, Any] = MISTRAL, shard_bytes: int = 10**9, dtype: torch.dtype = torch.float32
+    folder: Path,
+    raw: dict[str, Any] = MISTRAL,
+    shard_bytes: int = 10**9,
+    dtype: torch.dtype = torch.float32,
 ) -> Mistral | GPT2:
     """A model folder without a tokenizer; the model that was written."""
     folder.mkdir(exist_ok=True)
@@ -95,7 +106,7 @@ def refusal(folder: Path, *parts: str) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize(
@@ -104,7 +115,11 @@ def refusal(folder: Path, *parts: str) -> str:
 @pytest.mark.parametrize("shard_bytes", [10**9, 2000], ids=["single", "sharded"])
 @pytest.mark.parametrize("read_bytes", [16 * 2**20, 100], ids=["whole", "in pieces"])
 def test_saved_equals_loaded(
-    raw: dict[str, Any], shard_bytes: int, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: dict[str, Any],
+    shard_bytes: int,
+    read_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
     model = write_folder(tmp_path, raw, shard_bytes)
@@ -120,7 +135,9 @@ def test_saved_equals_loaded(
     stored = {name: t for f in files for name, t in load_file(tmp_path / f).items()}
     assert (HEAD in stored) == (raw is MISTRAL), "a tied head is stored once, as the embedding"
     if raw is GPT2_:
-        assert stored["transformer.h.0.attn.c_attn.weight"].shape == (8, 24), "GPT-2's files hold (in, out)"
+        assert stored["transformer.h.0.attn.c_attn.weight"].shape == (8, 24), (
+            "GPT-2's files hold (in, out)"
+        )
     loaded = load_model(tmp_path, torch.float32)
     assert not loaded.training
     ours = dict(loaded.named_parameters())
@@ -165,7 +182,9 @@ def test_new_weights_replace_the_old_ones(tmp_path: Path) -> None:
 def test_save_model_defaults(chatml_folder: Path, tmp_path: Path) -> None:
     """bf16, the source's config with that dtype under its present key, the tokenizer beside it."""
     source = tmp_path / "source"
-    model = write_folder(source, MISTRAL | {"vocab_size": 500, "torch_dtype": "float32", "keep": "me"})
+    model = write_folder(
+        source, MISTRAL | {"vocab_size": 500, "torch_dtype": "float32", "keep": "me"}
+    )
     for path in chatml_folder.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     save_model(model, tmp_path / "made", source)
@@ -173,17 +192,24 @@ def test_save_model_defaults(chatml_folder: Path, tmp_path: Path) -> None:
     assert (raw["dtype"], raw["keep"]) == ("bfloat16", "me")
     assert "torch_dtype" not in raw
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "made" / SINGLE).values())
-    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (chatml_folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (
+        chatml_folder / "tokenizer.json"
+    ).read_bytes()
     loaded = dict(load_model(tmp_path / "made").named_parameters())
     assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in model.named_parameters())
     full = {name: 2 * p for name, p in model.state_dict().items()}
     save_model(model, tmp_path / "made", source, torch.float32, state=full)
-    assert torch.equal(load_model(tmp_path / "made", torch.float32).output_weight, 2 * model.output_weight)
+    assert torch.equal(
+        load_model(tmp_path / "made", torch.float32).output_weight, 2 * model.output_weight
+    )
 
 
 def test_saving_under_another_networks_config_is_refused(tmp_path: Path) -> None:
     model = random_model(MISTRAL)
-    write_folder(tmp_path / "source", MISTRAL | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2})
+    write_folder(
+        tmp_path / "source",
+        MISTRAL | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2},
+    )
     with pytest.raises(InputError, match="another network"):
         save_model(model, tmp_path / "made", tmp_path / "source")
     assert not (tmp_path / "made").exists()
@@ -206,7 +232,8 @@ def test_build_allocates_nothing() -> None:
     model = build(MISTRAL | {"vocab_size": 10**6, "hidden_size": 10**5 - 10**5 % 8}, "config.json")
     assert all(p.is_meta for p in model.parameters())
     assert (
-        count_parameters(build(MISTRAL, "")) == 2 * 40 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
+        count_parameters(build(MISTRAL, ""))
+        == 2 * 40 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
     )
     assert (
         count_parameters(build(MISTRAL | {"tie_word_embeddings": True}, ""))
@@ -214,33 +241,47 @@ def test_build_allocates_nothing() -> None:
     )
 
 
-# The high-water mark counts mapped file pages too, and cannot be reset: a process of its own, its own growth.
+# The high-water mark counts mapped file pages too, and cannot be reset: a process of its own, its
+# own growth.
 MEASURE = """
 import sys, torch
 from ldalign.weights import load_model
 def resident(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
-for dtype in (torch.float32, torch.bfloat16):  # what torch itself loads at its first operations is not the model's
+    lines = [line.split() for line in open("/proc/self/status") if line.startswith(key + ":")]
+    return int(lines[0][1]) * 1024
+# What torch itself loads at its first operations is not the model's.
+for dtype in (torch.float32, torch.bfloat16):
     torch.isfinite(torch.ones(100_000).to(dtype).clone().to(torch.float32)).all()
 before = resident("RssAnon")
 model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print((resident("VmHWM") - resident("RssFile") - before) / size)
-assert "torch._dynamo" not in sys.modules, "loading a model should not take the seconds that importing dynamo takes"
+assert "torch._dynamo" not in sys.modules, "importing dynamo takes seconds"
 """
 
 
 def write_large(folder: Path, width: int, stored: str) -> int:
-    """A model folder of some 75 million weights, a third of them in one tensor, the tied head stored twice; bytes."""
+    """A model folder of some 75 million weights, a third of them in one tensor, the tied head
+    stored twice; bytes.
+    """
     raw = MISTRAL | {
-        "vocab_size": 24_000, "hidden_size": width, "intermediate_size": 3 * width, "tie_word_embeddings": True,
-        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
-    }  # fmt: skip
-    row = torch.randn(4 * width, generator=torch.Generator().manual_seed(0)).to(getattr(torch, stored))
+        "vocab_size": 24_000,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
+    row = torch.randn(4 * width, generator=torch.Generator().manual_seed(0)).to(
+        getattr(torch, stored)
+    )
     state = {}
     model = build(raw, "")
     for name, p in stored_state(model, model.state_dict()).items():
-        state[name] = row[: p.shape[-1]].expand(p.shape).clone(memory_format=torch.contiguous_format)
+        state[name] = (
+            row[: p.shape[-1]].expand(p.shape).clone(memory_format=torch.contiguous_format)
+        )
     size = sum(t.nbytes for t in state.values())
     state[HEAD] = state[EMBEDDING].clone()
     save_file(state, folder / SINGLE)
@@ -249,22 +290,29 @@ def write_large(folder: Path, width: int, stored: str) -> int:
 
 
 def least_peak(script: str, *arguments: object) -> list[float]:
-    """What `script` prints, of the run with the smallest first number, the peak, out of three or until it is 1.1.
+    """What `script` prints, of the run with the smallest first number, the peak, out of three or
+    until it is 1.1.
 
-    A busy kernel takes file pages of torch's libraries away and gives them back: that is no memory of ours.
+    A busy kernel takes file pages of torch's libraries away and gives them back: that is no memory
+    of ours.
     """
     found: list[list[float]] = []
     while len(found) < 3 and (not found or found[-1][0] > 1.1):
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread())
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=one_thread()
+        )
         assert done.returncode == 0, done.stderr
         found.append([float(x) for x in done.stdout.split()])
     return min(found)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc"
+)
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+    ("stored", "wanted"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
 )
 def test_loading_peaks_at_the_models_size(stored: str, wanted: str, tmp_path: Path) -> None:
     """At most 1.1 x the model's size, 300 MB here."""
@@ -298,7 +346,9 @@ print((peak() - before) * 1024 / share, number("/proc/self/io", "rchar") - read,
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads the high-water mark and bytes read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="reads the high-water mark and bytes read from /proc"
+)
 def test_a_rank_reads_and_holds_its_share(tmp_path: Path) -> None:
     """Of four: a quarter of the bytes, and at most 1.1 x the quarter in memory."""
     size = write_large(tmp_path, 1024, "float32")
@@ -311,9 +361,15 @@ def test_a_rank_reads_and_holds_its_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 @pytest.mark.parametrize("read_bytes", [16 * 2**20, 100], ids=["whole", "in pieces"])
 def test_all_ranks_shares_are_the_model(
-    raw: dict[str, Any], ranks: int, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: dict[str, Any],
+    ranks: int,
+    read_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Uneven rows, parameters that files keep in parts or transposed: what the ranks read is what was written."""
+    """Uneven rows, parameters that files keep in parts or transposed: what the ranks read is what
+    was written.
+    """
     monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
     model = write_folder(tmp_path, raw, shard_bytes=2000)
     shares: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
@@ -321,7 +377,9 @@ def test_all_ranks_shares_are_the_model(
     # Only a DTensor takes a share as its value: here, look at the shares on their way.
     monkeypatch.setattr(weights, "_with_share", lambda p, local: (found.append(local), p)[1])
     for rank in range(ranks):
-        monkeypatch.setattr(weights.distributed, "local_rows", lambda p, rank=rank: chunk(len(p), rank, ranks))
+        monkeypatch.setattr(
+            weights.distributed, "local_rows", lambda p, rank=rank: chunk(len(p), rank, ranks)
+        )
         found.clear()
         loaded = load_model(tmp_path, torch.float32)
         for (name, _), local in zip(loaded.named_parameters(), found, strict=True):
@@ -336,7 +394,7 @@ def chunk(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     return sum(sizes[:rank]), sum(sizes[: rank + 1])
 
 
-# ---------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 
 @pytest.mark.parametrize(
@@ -378,7 +436,7 @@ def test_folder_without_config(tmp_path: Path) -> None:
     refusal(tmp_path, "config.json: not found")
 
 
-# ---------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def test_biases_are_extra_tensors(tmp_path: Path) -> None:
@@ -410,7 +468,7 @@ def test_gpt2_weight_under_both_its_names(tmp_path: Path) -> None:
     refusal(tmp_path, "tensor wte.weight is the same weight as transformer.wte.weight")
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
@@ -419,7 +477,9 @@ def test_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
     other = next(f for f in weight_map.values() if f != weight_map[Q1])
     edit_json(tmp_path / INDEX, weight_map=weight_map | {Q1: other})
     refusal(tmp_path, f"{INDEX}: disagrees with the shards about {Q1};")
-    edit_json(tmp_path / INDEX, weight_map={name: f for name, f in weight_map.items() if name != Q1})
+    edit_json(
+        tmp_path / INDEX, weight_map={name: f for name, f in weight_map.items() if name != Q1}
+    )
     refusal(tmp_path, f"disagrees with the shards about {Q1};")
 
 
@@ -438,8 +498,13 @@ def test_single_file_and_index_together(tmp_path: Path) -> None:
 
 
 def test_a_hub_cache_keeps_its_links(tmp_path: Path) -> None:
-    """models--org--name/snapshots/HASH/file -> ../../blobs/HASH is how such caches are laid out; further out is not."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    """models--org--name/snapshots/HASH/file -> ../../blobs/HASH is how such caches are laid out;
+    further out is not.
+    """
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "c0ffee",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     model = write_folder(snapshot)

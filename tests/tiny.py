@@ -48,11 +48,16 @@ def gpt2(seed: int = 0) -> GPT2:
 def prompts(count: int, seed: int = 0, longest: int = 14) -> list[list[int]]:
     """Token ids of mixed lengths, 1 to `longest`."""
     draw = random.Random(seed)
-    return [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+    return [
+        [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest))]
+        for _ in range(count)
+    ]
 
 
 def pairs(count: int, seed: int = 0, weights: Sequence[float] | None = None) -> list[Pair]:
-    """Pairs of uneven lengths; the references are made-up numbers unless `with_reference` sets them."""
+    """Pairs of uneven lengths; the references are made-up numbers unless `with_reference` sets
+    them.
+    """
     draw = random.Random(seed)
 
     def ids(least: int, most: int) -> list[int]:
@@ -73,7 +78,9 @@ def pairs(count: int, seed: int = 0, weights: Sequence[float] | None = None) -> 
 
 
 def logps(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """(n,) log-probs of the response's tokens by the plainest means: one row, whole logits, log_softmax."""
+    """(n,) log-probs of the response's tokens by the plainest means: one row, whole logits,
+    log_softmax.
+    """
     ids = torch.tensor([[*prompt, *response]])
     table = model(ids)[0].log_softmax(-1)
     return torch.stack([table[len(prompt) - 1 + t, token] for t, token in enumerate(response)])

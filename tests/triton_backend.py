@@ -1,4 +1,6 @@
-"""The Triton backend for its tests: compiled where a CUDA device is, else in Triton's interpreter. Import it first."""
+"""The Triton backend for its tests: compiled where a CUDA device is, else in Triton's interpreter.
+Import it first.
+"""
 
 import importlib.util
 import os
@@ -12,15 +14,20 @@ NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def load_backend() -> ModuleType:
-    """ldalign.kernels.gpu, interpreted where there is no GPU; a copy, so that other tests see what the machine has."""
+    """ldalign.kernels.gpu, interpreted where there is no GPU; a copy, so that other tests see what
+    the machine has.
+    """
     if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
-        assert "triton" not in sys.modules, "a test file imports triton before this one: set TRITON_INTERPRET=1"
+        assert "triton" not in sys.modules, (
+            "a test file imports triton before this one: set TRITON_INTERPRET=1"
+        )
     spec = importlib.util.find_spec("ldalign.kernels.gpu")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         if not NATIVE:
-            patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, Triton's own too: at this import
+            # read where kernels are defined, Triton's own too: at this import
+            patch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton", reason="the package triton is not installed")
         spec.loader.exec_module(module)
     return module

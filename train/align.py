@@ -1,9 +1,11 @@
-"""LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml] [key=value ...]`.
+"""LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml]
+[key=value ...]`.
 
-Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time with guide.retrain),
-distances, reference, align, evaluate; at the end the report. Other methods (method=spin, dpo, sft, self_reward, rlaif)
-differ in where their pairs come from (`ldalign.sources`). Every stage leaves its files with a manifest in the run
-folder; running the same command again goes on after the last finished stage.
+Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time
+with guide.retrain), distances, reference, align, evaluate; at the end the report. Other methods
+(method=spin, dpo, sft, self_reward, rlaif) differ in where their pairs come from
+(`ldalign.sources`). Every stage leaves its files with a manifest in the run folder; running the
+same command again goes on after the last finished stage.
 """
 
 from ldalign import errors, sources
@@ -48,10 +50,15 @@ def planned(config: RunConfig) -> list[str]:
     if config.reward.model is not None and config.method == "ld_align":
         steps.insert(-1, "pair_rewards")
     for t in range(config.iterations):
-        names += [*(f"iteration_{t}/{step}" for step in steps), *measurements(config, f"iteration_{t}")]
+        names += [
+            *(f"iteration_{t}/{step}" for step in steps),
+            *measurements(config, f"iteration_{t}"),
+        ]
     if config.method == "ld_align":
         for t in range(config.iterations if config.guide.retrain else min(1, config.iterations)):
-            names.insert(names.index(f"iteration_{t}/distances"), f"iteration_{t}/guide" if t else "guide")
+            names.insert(
+                names.index(f"iteration_{t}/distances"), f"iteration_{t}/guide" if t else "guide"
+            )
     if config.continual_sft.epochs:
         names += ["continual_sft/policy", *measurements(config, "continual_sft")]
     return names

@@ -1,9 +1,11 @@
-"""Methods compared from one start: `torchrun train/compare.py --config configs/compare-smollm2.yaml [key=value ...]`.
+"""Methods compared from one start: `torchrun train/compare.py --config configs/compare-smollm2.yaml
+[key=value ...]`.
 
-Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows for the same number
-of optimizer steps: at each of compare.learning_rates with the first seed, then at the best one with all seeds;
-benchmarks.tasks are run on the first seed's. Writes RUN/report/comparison.md, comparison.json and a figure. Every
-training is a run folder in RUN/seed_N/; running the same command again goes on where it stopped.
+Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows
+for the same number of optimizer steps: at each of compare.learning_rates with the first seed, then
+at the best one with all seeds; benchmarks.tasks are run on the first seed's. Writes
+RUN/report/comparison.md, comparison.json and a figure. Every training is a run folder in
+RUN/seed_N/; running the same command again goes on where it stopped.
 """
 
 from dataclasses import replace
@@ -70,7 +72,10 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
         with open_run(own, align.planned(own)) as ctx:
             name = f"iteration_{config.iterations - 1}"
             benchmark_stages(ctx, name, ctx.run.path / name / "policy")
-    say("\n" + comparison.write_comparison(config, comparison.summarise(config, arms, chosen, searched)))
+    say(
+        "\n"
+        + comparison.write_comparison(config, comparison.summarise(config, arms, chosen, searched))
+    )
 
 
 def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> Path:

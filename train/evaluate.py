@@ -1,9 +1,11 @@
-"""Evaluation alone: `torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml] [key=value ...]`.
+"""Evaluation alone: `torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml]
+[key=value ...]`.
 
-Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real responses, and for
-rows that a program can check, greedy and sampled accuracy with every answer given. With benchmarks.tasks=[...] also on
-public benchmarks, each into RUN/start/benchmarks/TASK (docs/benchmarks.md); evaluation.rows=0 leaves these alone.
-Nothing is trained; the keys sft.* and iterations are ignored. Give every policy a run folder of its own.
+Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real
+responses, and for rows that a program can check, greedy and sampled accuracy with every answer
+given. With benchmarks.tasks=[...] also on public benchmarks, each into RUN/start/benchmarks/TASK
+(docs/benchmarks.md); evaluation.rows=0 leaves these alone. Nothing is trained; the keys sft.* and
+iterations are ignored. Give every policy a run folder of its own.
 """
 
 from ldalign import errors
@@ -22,14 +24,18 @@ def check(config: RunConfig) -> None:
     """There must be something to evaluate on."""
     need(
         config.evaluation.rows > 0 or bool(config.benchmarks.tasks),
-        "evaluation.rows=0: nothing to evaluate on; give evaluation.rows=200, say, or benchmarks.tasks",
+        "evaluation.rows=0: nothing to evaluate on; give evaluation.rows=200, say, or "
+        "benchmarks.tasks",
     )
 
 
 def evaluate(ctx: Context) -> str:
     """All measurements."""
     measure(ctx, "start", ctx.start, "start")
-    return f"Every answer: {ctx.run.path / 'start'}, evaluation/answers.jsonl and benchmarks/*/samples.jsonl"
+    return (
+        f"Every answer: {ctx.run.path / 'start'}, evaluation/answers.jsonl and "
+        "benchmarks/*/samples.jsonl"
+    )
 
 
 def planned(config: RunConfig) -> list[str]:

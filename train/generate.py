@@ -1,11 +1,13 @@
-"""Sampling alone: `torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]`.
+"""Sampling alone: `torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value
+...]`.
 
-Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id` optional),
-`samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample", "messages", "response",
-"finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed and id give the same answers.
-FOLDER/manifest.json says how they were made. Answers are kept as they come (in FOLDER.partial), so a run that was cut
-short is gone on with. `--chat` talks in the terminal instead. Without both it samples for the run's own data, into
-RUN/iteration_0/responses: a stage of align.py, which goes on from here with the same settings.
+Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id`
+optional), `samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample",
+"messages", "response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed
+and id give the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they
+come (in FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the
+terminal instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a
+stage of align.py, which goes on from here with the same settings.
 """
 
 import sys
@@ -56,15 +58,20 @@ def main(argv: list[str]) -> None:
         return
     if talks:
         need(
-            config.prompts is None and config.output is None, "--chat: reads the terminal; leave out prompts and output"
+            config.prompts is None and config.output is None,
+            "--chat: reads the terminal; leave out prompts and output",
         )
         chat(config)
         return
     if config.prompts is None:
         need(
-            config.output is None, f"output={config.output}: needs prompts=FILE; the run's own answers go to its folder"
+            config.output is None,
+            f"output={config.output}: needs prompts=FILE; the run's own answers go to its folder",
         )
-        need(config.samples == 1, f"samples={config.samples}: needs prompts=FILE; a run takes one answer a row")
+        need(
+            config.samples == 1,
+            f"samples={config.samples}: needs prompts=FILE; a run takes one answer a row",
+        )
         run_stages(argv, __doc__ or "", responses, planned)
         return
     if config.output is None:
@@ -83,20 +90,27 @@ def planned(config: RunConfig) -> list[str]:
     return [*(["sft/policy"] if config.sft.epochs else []), "iteration_0/responses"]
 
 
-def answer(config: GenerateConfig, prompts: dict[str, list[Message]], output: Path, dry: bool) -> None:
+def answer(
+    config: GenerateConfig, prompts: dict[str, list[Message]], output: Path, dry: bool
+) -> None:
     """Answers prompts (by id) into the folder `output`; `dry`: stops before weights are read."""
     need(output.parent.is_dir(), f"output={output}: {output.parent} is no folder; make it first")
-    need(not output.is_file(), f"output={output}: is a file; give a folder, for {ANSWERS} and how they were made")
+    need(
+        not output.is_file(),
+        f"output={output}: is a file; give a folder, for {ANSWERS} and how they were made",
+    )
     device = distributed.start(config.device)
     folder = open_policy(config)
     tokenizer = load_tokenizer(folder, today=began(output))
     ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
     named = [(name, n) for name in prompts for n in range(config.samples)]
     # The first answer has the stream of its id alone: asking for more leaves it as it is.
-    requests = [Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)]
+    requests = [
+        Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)
+    ]
     say(
-        f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; {config.samples} answers each; "
-        f"{device.type}"
+        f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; "
+        f"{config.samples} answers each; {device.type}"
     )
     if dry:
         distributed.stop()
@@ -105,26 +119,38 @@ def answer(config: GenerateConfig, prompts: dict[str, list[Message]], output: Pa
     def record(request: Request, r: Response) -> dict[str, Any]:
         name, n = named[request.index]
         text = text_of(tokenizer.decode(r.ids), sampling_of(config))
-        return {"id": name, "sample": n, "messages": prompts[name], "response": text,
-                "finish_reason": r.finish_reason, "n_tokens": len(r.ids)}  # fmt: skip
+        return {
+            "id": name,
+            "sample": n,
+            "messages": prompts[name],
+            "response": text,
+            "finish_reason": r.finish_reason,
+            "n_tokens": len(r.ids),
+        }
 
     def make(partial: Path) -> None:
         engine = new_engine(config, requests, tokenizer)
         with Bar("generate", -(-len(requests) // distributed.world_size()), "answers") as progress:
-            make_answers(partial / ANSWERS, requests, open_decoder(config, folder), engine, record, progress)
+            make_answers(
+                partial / ANSWERS, requests, open_decoder(config, folder), engine, record, progress
+            )
 
     parents = {
-        "policy": hash_model_folder(folder), **tokenizer.template_parents,
-        "dtype": str(choose_dtype(config, device)), "prompts": hash_settings(prompts),
+        "policy": hash_model_folder(folder),
+        **tokenizer.template_parents,
+        "dtype": str(choose_dtype(config, device)),
+        "prompts": hash_settings(prompts),
         **named_keys(config, "samples", "max_new_tokens", *SAMPLING_KEYS, "seed"),
-    }  # fmt: skip
+    }
     made = run_stage(output, parents, make, resume=True)
     say(f"{'The answers' if made else 'Answered before'}: {output / ANSWERS}")
     distributed.stop()
 
 
 def began(output: Path) -> date | None:
-    """The day for the prompts of answers that are there or were begun; None where no date is in their prompts."""
+    """The day for the prompts of answers that are there or were begun; None where no date is in
+    their prompts.
+    """
     day = on_rank0(lambda: stage_parents(output).get(TEMPLATE_DATE))
     try:
         return date.fromisoformat(day) if day else None
@@ -135,11 +161,15 @@ def began(output: Path) -> date | None:
 def open_decoder(config: RunConfig, folder: Path) -> Decoder:
     """The policy, ready to generate."""
     device = distributed.start(config.device)
-    return new_decoder(cast(Mistral, load_model(folder, choose_dtype(config, device), device)), release=True)
+    return new_decoder(
+        cast(Mistral, load_model(folder, choose_dtype(config, device), device)), release=True
+    )
 
 
 def chat(config: GenerateConfig) -> None:
-    """A conversation: a line in, an answer out as it comes. /new forgets what was said, the end of input leaves."""
+    """A conversation: a line in, an answer out as it comes. /new forgets what was said, the end of
+    input leaves.
+    """
     folder = open_policy(config)
     tokenizer = load_tokenizer(folder)
     decoder = open_decoder(config, folder)
@@ -180,7 +210,8 @@ def _stream(engine: Engine, request: Request, tokenizer: Tokenizer) -> str:
         nonlocal shown
         ids.extend(tokens)
         text = text_of(tokenizer.decode(ids), engine.sampling)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the rest of a character is still to come
+        # else the rest of a character is still to come
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
@@ -198,7 +229,10 @@ def read_prompts(path: Path) -> dict[str, list[Message]]:
     prompts: dict[str, list[Message]] = {}
     for where, value in json_lines(path):
         name, messages = _prompt(value, where)
-        need(name not in prompts, f"{where}: id {name!r} is given twice; give every prompt an id of its own")
+        need(
+            name not in prompts,
+            f"{where}: id {name!r} is given twice; give every prompt an id of its own",
+        )
         prompts[name] = messages
     need(bool(prompts), f"{path}: holds no prompts")
     return prompts
@@ -209,10 +243,16 @@ def _prompt(record: Any, where: str) -> tuple[str, list[Message]]:
         prompt = record.get("prompt", record.get("messages"))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-        sound = all(isinstance(text, str) for m in messages for text in m.values()) and messages[-1]["role"] == "user"
+        sound = (
+            all(isinstance(text, str) for m in messages for text in m.values())
+            and messages[-1]["role"] == "user"
+        )
     except (TypeError, KeyError, AttributeError, IndexError):
         sound = False
-    need(sound, f'{where}: expected {{"prompt": text}} or {{"messages": [...]}} that ends with a user turn')
+    need(
+        sound,
+        f'{where}: expected {{"prompt": text}} or {{"messages": [...]}} that ends with a user turn',
+    )
     return str(record.get("id", where.rpartition(":")[2])), messages
 
 

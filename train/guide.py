@@ -1,9 +1,10 @@
 """The guiding model alone: `torchrun train/guide.py [--config FILE.yaml] [key=value ...]`.
 
-Trains the guide into RUN/guide on the data's responses and generated ones. The generated ones are those of the data
-where every row has one ({"real", "generated"} or {"chosen", "rejected"}), else samples of the start policy in
-RUN/iteration_0/responses, which are made if they are not there. align.py goes on from here with the same settings; any
-other run takes the guide as guide=RUN/guide. The guides that guide.retrain asks for are align.py's.
+Trains the guide into RUN/guide on the data's responses and generated ones. The generated ones are
+those of the data where every row has one ({"real", "generated"} or {"chosen", "rejected"}), else
+samples of the start policy in RUN/iteration_0/responses, which are made if they are not there.
+align.py goes on from here with the same settings; any other run takes the guide as guide=RUN/guide.
+The guides that guide.retrain asks for are align.py's.
 """
 
 from ldalign import errors

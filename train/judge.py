@@ -1,9 +1,11 @@
-"""Judge agreement alone: `torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN [key=value ...]`.
+"""Judge agreement alone: `torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN
+[key=value ...]`.
 
-Samples two answers a held-out prompt, calls the one farther from the real response in latent space the worse one, and
-counts how often a judge agrees (paper 5.2), into RUN/agreement. With the settings of a run of align.py and its folder:
-on that run's start policy, or agreement.policy, by its guide. WHO: checker, policy, a model folder, or with
-judge.endpoint=URL the name of a model there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
+Samples two answers a held-out prompt, calls the one farther from the real response in latent space
+the worse one, and counts how often a judge agrees (paper 5.2), into RUN/agreement. With the
+settings of a run of align.py and its folder: on that run's start policy, or agreement.policy, by
+its guide. WHO: checker, policy, a model folder, or with judge.endpoint=URL the name of a model
+there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
 """
 
 from pathlib import Path
@@ -23,12 +25,18 @@ def main(argv: list[str]) -> None:
 
 def check(config: RunConfig) -> None:
     """There must be prompts to answer."""
-    need(config.evaluation.rows > 0, "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say")
+    need(
+        config.evaluation.rows > 0,
+        "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say",
+    )
 
 
 def judge(ctx: Context) -> str:
     """The two stages."""
-    need(bool(ctx.heldout.rows), "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE")
+    need(
+        bool(ctx.heldout.rows),
+        "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE",
+    )
     guide = find_guide(ctx)
     given = ctx.config.agreement.policy
     agreement_stage(ctx, Path(given).expanduser() if given else start_stage(ctx), guide)

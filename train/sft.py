@@ -1,8 +1,9 @@
-"""Supervised fine-tuning alone: `torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value ...]`.
+"""Supervised fine-tuning alone: `torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value
+...]`.
 
-Trains `policy` on the real responses (keys sft.*) into RUN/sft/policy and evaluates it: the first stages of align.py,
-which goes on from here with the same settings. Continual SFT, the baseline, is this script with policy=RUN/sft/policy
-and a run folder of its own.
+Trains `policy` on the real responses (keys sft.*) into RUN/sft/policy and evaluates it: the first
+stages of align.py, which goes on from here with the same settings. Continual SFT, the baseline, is
+this script with policy=RUN/sft/policy and a run folder of its own.
 """
 
 from ldalign import errors

@@ -27,9 +27,14 @@ class FirstToken(StoppingCriteria):
 def sampling(new_tokens: int, pad: int) -> dict[str, Any]:
     """Plain sampling at temperature 1, whatever the model's generation_config says."""
     return {
-        "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_new_tokens": new_tokens,
-        "max_new_tokens": new_tokens, "pad_token_id": pad,
-    }  # fmt: skip
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "pad_token_id": pad,
+    }
 
 
 def generation(job: Job) -> Result:
@@ -44,12 +49,16 @@ def generation(job: Job) -> Result:
         began = time.perf_counter()
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        seen = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
         with torch.inference_mode():
             out = model.generate(
-                input_ids=ids, attention_mask=seen, stopping_criteria=StoppingCriteriaList([noted]),
+                input_ids=ids,
+                attention_mask=seen,
+                stopping_criteria=StoppingCriteriaList([noted]),
                 **sampling(job["new_tokens"], pad),
-            )  # fmt: skip
+            )
         settle(device)
         seconds.append(time.perf_counter() - began)
         first.append((noted.at or began) - began)
@@ -73,7 +82,9 @@ def continuous(job: Job) -> Result:
         seconds.append(time.perf_counter() - began)
         made = [len(o.generated_tokens) for o in out.values()]
         wrong = {str(o.error) for o in out.values() if o.error}
-        assert made == [job["new_tokens"]] * len(prompts), f"continuous batching made {set(made)} tokens; {wrong}"
+        assert made == [job["new_tokens"]] * len(prompts), (
+            f"continuous batching made {set(made)} tokens; {wrong}"
+        )
     return {"seconds": seconds[1:], "first": None}
 
 

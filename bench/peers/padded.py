@@ -1,7 +1,8 @@
-"""A classic preference step on transformers: winners and losers in one right-padded batch, log-softmax of all logits.
+"""A classic preference step on transformers: winners and losers in one right-padded batch,
+log-softmax of all logits.
 
-The reference's log-probs are at hand. Settings: bfloat16 (weights and optimizer states, no autocast: its best), mixed
-(float32 weights under bfloat16 autocast), float32.
+The reference's log-probs are at hand. Settings: bfloat16 (weights and optimizer states, no
+autocast: its best), mixed (float32 weights under bfloat16 autocast), float32.
 """
 
 import time
@@ -16,7 +17,9 @@ def dpo(job: Job) -> Result:
     """One step a batch; the first warms up."""
     device = torch.device(job["device"])
     mixed = job["precision"] == "mixed"
-    model = make_model(job, torch.bfloat16 if job["precision"] == "bfloat16" else torch.float32).train()
+    model = make_model(
+        job, torch.bfloat16 if job["precision"] == "bfloat16" else torch.float32
+    ).train()
     optimizer = optimizer_of(model, job["optimizer"], job["learning_rate"])
     seconds, losses = [], []
     for batch in job["batches"]:
@@ -39,7 +42,9 @@ def dpo(job: Job) -> Result:
     return {"seconds": seconds[1:], "losses": losses}
 
 
-def padded(batch: list[dict[str, list[int]]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(
+    batch: list[dict[str, list[int]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, attention mask and response mask, each (2 pairs, longest)."""
     sequences = [(pair["prompt"], pair[side]) for side in ("real", "generated") for pair in batch]
     longest = max(len(x) + len(y) for x, y in sequences)

@@ -1,7 +1,8 @@
-"""The guide's work on transformers' GPT-2, padded: the same encoder and decoder weights, texts, batches and losses.
+"""The guide's work on transformers' GPT-2, padded: the same encoder and decoder weights, texts,
+batches and losses.
 
-Encoder: [x; y; queries], right-padded; decoder: [W z; x; y], right-padded, with word dropout; all logits, one softmax.
-Float32, as the guide is.
+Encoder: [x; y; queries], right-padded; decoder: [W z; x; y], right-padded, with word dropout; all
+logits, one softmax. Float32, as the guide is.
 """
 
 from itertools import pairwise
@@ -43,8 +44,12 @@ class Guide(nn.Module):
         ids, seen = _padded([x + y + [0] * m for x, y in examples], device)
         at = lengths[:, None] + torch.arange(m, device=device)  # (B, m)
         rows = torch.arange(len(examples), device=device)[:, None]
-        embedded = self.encoder.wte(ids).index_put((rows, at), self.queries.expand(len(examples), -1, -1))
-        hidden = self.encoder(inputs_embeds=embedded, attention_mask=seen, use_cache=False).last_hidden_state
+        embedded = self.encoder.wte(ids).index_put(
+            (rows, at), self.queries.expand(len(examples), -1, -1)
+        )
+        hidden = self.encoder(
+            inputs_embeds=embedded, attention_mask=seen, use_cache=False
+        ).last_hidden_state
         return self.to_latent(hidden[rows, at]).flatten(1)
 
     def loss(self, examples: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -60,11 +65,15 @@ class Guide(nn.Module):
         embedded = torch.cat([prefix, embedded[:, m:]], dim=1)
         logits = self.decoder(inputs_embeds=embedded, attention_mask=seen, use_cache=False).logits
         targets = ids.masked_fill(response == 0, -100)[:, 1:]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
 
 
 def guide_training(job: Job) -> Result:
-    """Optimizer steps over the job's batches of rows, in micro-batches of `rows`; from one's end to the next's."""
+    """Optimizer steps over the job's batches of rows, in micro-batches of `rows`; from one's end to
+    the next's.
+    """
     device = torch.device(job["device"])
     guide = Guide(Path(job["guide"])).to(device).train()
     rows = _examples(job)
@@ -94,7 +103,9 @@ def guide_distance(job: Job) -> Result:
         with timed(seconds, device):
             rows = _examples(job)
             for start in range(0, len(rows), job["rows"]):
-                z = guide.encode([example for row in rows[start : start + job["rows"]] for example in row])
+                z = guide.encode(
+                    [example for row in rows[start : start + job["rows"]] for example in row]
+                )
                 out += (z[0::2] - z[1::2]).norm(dim=1).tolist()
     return {"seconds": seconds[1:], "distances": out}
 

@@ -1,8 +1,9 @@
 """TRL's DPOTrainer on given token ids, in its best setting and as a user gets it.
 
-best: weights and optimizer states in bfloat16, no autocast, no checkpointing, the reference's log-probs precomputed.
-default: what `DPOTrainer(model="...")` does: float32 weights under autocast, checkpointing, the reference in memory.
-liger: the best setting with Liger's kernels in the model's layers (CUDA).
+best: weights and optimizer states in bfloat16, no autocast, no checkpointing, the reference's
+log-probs precomputed. default: what `DPOTrainer(model="...")` does: float32 weights under autocast,
+checkpointing, the reference in memory. liger: the best setting with Liger's kernels in the model's
+layers (CUDA).
 """
 
 import time
@@ -20,9 +21,13 @@ from worker import Job, Result, main, settle
 SETTINGS: dict[str, dict[str, Any]] = {
     "best": {"bf16": False, "gradient_checkpointing": False, "precompute_ref_log_probs": True},
     "default": {},
-    "liger": {"bf16": False, "gradient_checkpointing": False, "precompute_ref_log_probs": True,
-              "use_liger_kernel": True},
-}  # fmt: skip
+    "liger": {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "precompute_ref_log_probs": True,
+        "use_liger_kernel": True,
+    },
+}
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}  # AdamW: TRL's default
 
 
@@ -56,17 +61,32 @@ def dpo(job: Job) -> Result:
     names = {"prompt_ids": "prompt", "chosen_ids": "real", "rejected_ids": "generated"}
     size = len(job["batches"][0])
     config = DPOConfig(
-        output_dir=job["scratch"], per_device_train_batch_size=size, num_train_epochs=1, beta=job["beta"],
-        learning_rate=job["learning_rate"], lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0,
-        optim=OPTIMIZERS[job["optimizer"]], weight_decay=0.0, max_length=None, report_to="none", save_strategy="no",
-        train_sampling_strategy="sequential", disable_tqdm=True, logging_steps=1, use_cpu=job["device"] == "cpu",
+        output_dir=job["scratch"],
+        per_device_train_batch_size=size,
+        num_train_epochs=1,
+        beta=job["beta"],
+        learning_rate=job["learning_rate"],
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        optim=OPTIMIZERS[job["optimizer"]],
+        weight_decay=0.0,
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+        logging_steps=1,
+        use_cpu=job["device"] == "cpu",
         **SETTINGS[job["setting"]],
-    )  # fmt: skip
+    )
     watch = Stopwatch(torch.device(job["device"]))
     trainer = OnIds(
         model=job["folder"] if job["setting"] == "default" else make_model(job, torch.bfloat16),
         args=config,
-        train_dataset=Dataset.from_dict({name: [pair[part] for pair in pairs] for name, part in names.items()}),
+        train_dataset=Dataset.from_dict(
+            {name: [pair[part] for pair in pairs] for name, part in names.items()}
+        ),
         processing_class=tokenizer(),
         callbacks=[watch],
     )
@@ -81,7 +101,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
     words = {"<pad>": 0, "<eos>": 1}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")), pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     )
 
 
