@@ -78,7 +78,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	@rm -rf $(VENV)/typed && mkdir -p $(VENV)/typed/ldalign
-	@ln -s $(CURDIR)/ldalign/*.py $(CURDIR)/kernels $(CURDIR)/train $(VENV)/typed/ldalign/
+	@ln -s $(CURDIR)/ldalign/* $(CURDIR)/kernels $(CURDIR)/train $(VENV)/typed/ldalign/
 	MYPYPATH=$(VENV)/typed $(VENV)/bin/mypy -p ldalign | sed -E 's#^$(VENV)/typed/(ldalign/(kernels|train)/)?#\2/#; s#^/##'
 
 bench: $(VENV)/.bench

@@ -26,7 +26,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CXX_FLAGS = [
     "-O3",
@@ -161,7 +161,11 @@ def _say(text: str) -> None:
 
 
 setup(
-    packages=["ldalign", "ldalign.kernels", "ldalign.train"],
+    packages=[
+        *find_packages(include=["ldalign", "ldalign.*"]),
+        "ldalign.kernels",
+        "ldalign.train",
+    ],
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
     package_data={"ldalign": ["benchmark_definitions/*.yaml", "wordings.txt", "report_page.html"]},
     **extension(),

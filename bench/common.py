@@ -17,9 +17,9 @@ from work import Config, Shape
 
 from ldalign.context import choose_dtype
 from ldalign.env import describe_machine
-from ldalign.errors import EnvironmentProblem
 from ldalign.pretrained import DEFAULT_MODEL, resolve_model
 from ldalign.settings import RunConfig
+from ldalign.system.errors import EnvironmentProblem
 from ldalign.toy import CONFIG as TOY_CONFIG
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +27,8 @@ sys.path.append(str(HERE / "peers"))  # worker.py, for scripts that import ours.
 # how long a measurement of the machine's rates lasts, and what it copies
 RATE_SECONDS, COPY_BYTES = 1.5, 2**28
 # glibc gives large blocks back to the system and faults them in again, up to 40 % of a peer's time.
-# ldalign tells it not to (ldalign/memory.py); a peer's user would have to know these variables,
-# which say the same.
+# ldalign tells it not to (ldalign/system/memory.py); a peer's user would have to know these
+# variables, which say the same.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",

@@ -18,10 +18,10 @@ from ours import make_model
 from torch import Tensor
 from work import LENGTHS, SHAPES, make_pairs
 
-from ldalign import distributed
-from ldalign.errors import run
 from ldalign.layout import Packed
 from ldalign.mistral import rope_tables
+from ldalign.system import distributed
+from ldalign.system.exits import run
 
 SEED = 0
 

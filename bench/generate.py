@@ -17,7 +17,7 @@ import common
 import torch
 from work import LENGTHS, SHAPES, Shape, generation_costs, make_pairs
 
-from ldalign.errors import run
+from ldalign.system.exits import run
 
 PEERS = {"transformers generate": "generation", "transformers continuous batching": "continuous"}
 BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn

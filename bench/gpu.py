@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ldalign import env
-from ldalign.errors import EnvironmentProblem, run
+from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.exits import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

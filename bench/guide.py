@@ -18,9 +18,9 @@ from work import LENGTHS
 
 from ldalign import tasks
 from ldalign.batches import global_batches
-from ldalign.errors import run
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, new_guide
+from ldalign.system.exits import run
 
 # Layers, width, heads: settings.py's default for a new guide, and GPT-2's smallest size.
 SIZES = {"small": (4, 256, 4), "gpt2": (12, 768, 12)}

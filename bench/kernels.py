@@ -31,9 +31,9 @@ from torch import Tensor
 
 from ldalign import ops
 from ldalign.env import describe_machine
-from ldalign.errors import run
-from ldalign.kernels import flash, gpu, reference
-from ldalign.memory import keep_freed_memory
+from ldalign.kernels import flash, reference, triton_ops
+from ldalign.system.exits import run
+from ldalign.system.memory import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 BETA = 0.1
@@ -385,7 +385,7 @@ def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, 
             "the peers are given no window"
         )
         steps = {
-            "ldalign, Triton": attend_packed(gpu, x, window),
+            "ldalign, Triton": attend_packed(triton_ops, x, window),
             "torch SDPA, padded": attend_padded(x),
         }
         if flash.available():
@@ -587,7 +587,7 @@ def measure(
             for d in (dtype, "float32")
         ],
         "attention": attention(device, repeat, small)
-        if device.type == "cuda" and gpu.available()
+        if device.type == "cuda" and triton_ops.available()
         else [],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

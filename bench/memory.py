@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 
-from ldalign import distributed
 from ldalign.batches import Pair
-from ldalign.errors import run
 from ldalign.estimate import TrainingShape, training_memory
 from ldalign.mistral import Mistral
+from ldalign.system import distributed
+from ldalign.system.exits import run
 from ldalign.training import TrainSettings, train
 from ldalign.weights import check_model, load_model
 

@@ -17,7 +17,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from worker import Job, Result, main, settle, timed
 
-from ldalign import distributed
 from ldalign.batches import Pair
 from ldalign.decoders import new_decoder
 from ldalign.engine import Engine, Request
@@ -25,7 +24,8 @@ from ldalign.guide import load_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.sampling import Sampling
-from ldalign.seeds import permutation
+from ldalign.system import distributed
+from ldalign.system.seeds import permutation
 from ldalign.training import TrainSettings, train
 from ldalign.weights import load_model
 

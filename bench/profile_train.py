@@ -37,12 +37,13 @@ from work import (
     tokens_of,
 )
 
-from ldalign import distributed, training
+from ldalign import training
 from ldalign.decoders import new_decoder
 from ldalign.engine import Engine, Request
-from ldalign.errors import run
 from ldalign.mistral import Mistral
 from ldalign.sampling import Sampling
+from ldalign.system import distributed
+from ldalign.system.exits import run
 
 RANGE = "part:"
 # inner ranges win over outer ones

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldalign.errors import EnvironmentProblem, run
+from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.exits import run
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = ("kernels", "step", "growth", "guide", "generate", "compile")

@@ -23,7 +23,7 @@ import torch
 from environments import pins
 from work import LENGTHS, SHAPES, Pair, Shape, describe, make_pairs, step_flops, tokens_of
 
-from ldalign.errors import run
+from ldalign.system.exits import run
 
 PRECISIONS = {
     "bfloat16": "bf16 weights and optimizer states",

@@ -13,25 +13,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign import distributed
 from ldalign.analysis import NORMAL_95
 from ldalign.answers import make_answers
 from ldalign.context import Context
 from ldalign.data import data_hash
 from ldalign.decoders import new_decoder
 from ldalign.engine import Request
-from ldalign.errors import InputError
 from ldalign.generate import text_of
 from ldalign.guide import is_trained_guide
 from ldalign.judges import judge_parents, open_judge
-from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
-from ldalign.parts import FOLDER as PARTS
-from ldalign.pipeline import Parents, hash_file, hash_model_folder, read_jsonl, write_jsonl
+from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS
 from ldalign.stages import guide_hash, latent_distances, new_engine, sampling_of
-from ldalign.summaries import Metrics, stage
+from ldalign.summaries import stage
+from ldalign.system import distributed
+from ldalign.system.errors import InputError
+from ldalign.system.files import hash_file, read_jsonl, write_jsonl
+from ldalign.system.metrics import Bar, Metrics, say
+from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.weights import load_model
 
 CHANCE = 0.5

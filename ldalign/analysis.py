@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from ldalign import tasks
 from ldalign.methods import effective_size
-from ldalign.pipeline import read_jsonl
+from ldalign.system.files import read_jsonl
 
 Array = NDArray[np.float64]
 NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors

@@ -2,10 +2,10 @@
 
 The prompts are cut into chunks, longest prompts first, the same whatever the ranks. A rank takes
 the next chunk when it has room, so one that is slow takes fewer; nobody waits for anybody before
-the end. Every rank appends to a file of its own (`ldalign.parts`); at the end rank 0 merges them by
-row. A run that was killed leaves those files, and the next one makes what is missing: single rows
-where a row's bits do not depend on its company, else whole chunks, so that the answers are those of
-a run that was not killed.
+the end. Every rank appends to a file of its own (`ldalign.system.partial_rows`); at the end rank 0
+merges them by row. A run that was killed leaves those files, and the next one makes what is
+missing: single rows where a row's bits do not depend on its company, else whole chunks, so that the
+answers are those of a run that was not killed.
 """
 
 import json
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldalign import distributed
 from ldalign.decoders import Decoder
 from ldalign.engine import Engine, Request
-from ldalign.parts import Parts, append
-from ldalign.pipeline import on_rank0, read_jsonl, write_text
 from ldalign.sampling import Response
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.files import read_jsonl, write_text
+from ldalign.system.partial_rows import Parts, append
 
 CHUNK = 256  # rows
 CLAIM = ".claim"

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.gpt2 import GPT2Config
 from ldalign.layout import Packed
-from ldalign.seeds import permutation
+from ldalign.system.seeds import permutation
 from ldalign.weights import LanguageModel
 
 

@@ -20,7 +20,7 @@ import jinja2
 import jinja2.meta
 import yaml
 
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign import distributed
 from ldalign.benchmark_tasks import Benchmark, no_harness
 from ldalign.context import Context
-from ldalign.metrics import say
 from ldalign.mistral import Mistral
-from ldalign.pipeline import Parents, hash_model_folder, write_json, write_jsonl
+from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.settings import RunConfig
-from ldalign.summaries import Metrics, benchmark_summaries, stage
+from ldalign.summaries import benchmark_summaries, stage
+from ldalign.system import distributed
+from ldalign.system.files import write_json, write_jsonl
+from ldalign.system.metrics import Metrics, say
 from ldalign.weights import load_model
 
 Sample = dict[str, Any]

@@ -31,12 +31,20 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldalign import distributed, interrupt
-from ldalign.distributed import on_all, on_rank0
-from ldalign.errors import InputError, NumericsError
-from ldalign.files import PARTIAL, hash_file, make_folder, save_tensors, sync, write_text, writing
-from ldalign.interrupt import Stopped
 from ldalign.optim import AVERAGES, Optimizer
+from ldalign.system import distributed, interrupt
+from ldalign.system.distributed import on_all, on_rank0
+from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.files import (
+    PARTIAL,
+    hash_file,
+    make_folder,
+    save_tensors,
+    sync,
+    write_text,
+    writing,
+)
+from ldalign.system.interrupt import Stopped
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"  # what cannot be used is set aside under this name

@@ -6,21 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ldalign import distributed
 from ldalign.benchmarks import check_benchmarks, say_table
-from ldalign.config import describe, given_keys, load_config, split_argv, to_yaml
 from ldalign.context import Context, open_context
 from ldalign.disk import check_disk
-from ldalign.errors import InputError
 from ldalign.estimate import check_guide, dry_run
-from ldalign.files import writing
 from ldalign.measures import check_measurements
-from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report
 from ldalign.report_page import try_page
 from ldalign.settings import RunConfig, unread
 from ldalign.stages import data_stage
+from ldalign.system import distributed
+from ldalign.system.config import describe, given_keys, load_config, split_argv, to_yaml
+from ldalign.system.errors import InputError
+from ldalign.system.files import writing
+from ldalign.system.metrics import say
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """

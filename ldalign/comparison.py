@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from ldalign import distributed
 from ldalign.evaluate import standard_error
-from ldalign.files import make_folder
-from ldalign.pipeline import STARTED, on_rank0, read_jsonl, write_json, write_text
+from ldalign.pipeline import STARTED
 from ldalign.report import LEADING
 from ldalign.settings import CompareConfig, RunConfig
 from ldalign.stages import start_name
 from ldalign.summaries import benchmark_summaries
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.files import make_folder, read_jsonl, write_json, write_text
 
 START = "start"
 # What runs of one seed have in common, whatever their method.

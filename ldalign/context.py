@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
-from ldalign import distributed, tasks
+from ldalign import tasks
 from ldalign.batches import Pair
-from ldalign.config import to_dict
 from ldalign.data import Row, data_hash, read_rows
-from ldalign.errors import InputError
 from ldalign.guide import is_trained_guide
 from ldalign.methods import Prepared, prepare
-from ldalign.metrics import say
-from ldalign.pipeline import Parents, RunFolder, on_rank0
+from ldalign.pipeline import Parents, RunFolder
 from ldalign.pretrained import resolve_model
-from ldalign.seeds import permutation
 from ldalign.settings import Guide, RunConfig
+from ldalign.system import distributed
+from ldalign.system.config import to_dict
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
+from ldalign.system.metrics import say
+from ldalign.system.seeds import permutation
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import check_model, read_config
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from ldalign import distributed
 from ldalign.context import Context
-from ldalign.errors import EnvironmentProblem
-from ldalign.files import PARTIAL
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.files import PARTIAL
 from ldalign.tokenizer import COPIED_FILES
 from ldalign.weights import check_model, count_parameters
 from ldalign.work import guide_is_policy, guide_steps, stage_work, to_do

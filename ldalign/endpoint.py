@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ldalign.errors import EnvironmentProblem, InputError, LdalignError
+from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError
 
 RETRIES = 6  # after waits of 0.5, 1, 2, 4, 8 and 8 seconds, where the server names none
 KEY = "OPENAI_API_KEY"

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ldalign.decoders import Decoder
-from ldalign.errors import InputError
-from ldalign.memory import OutOfMemory, available_bytes, is_out_of_memory
 from ldalign.pages import PAGE, PagePool, SharedPages, pages_for
 from ldalign.sampling import Response, Sampling, sample
-from ldalign.seeds import uniforms
+from ldalign.system.errors import InputError
+from ldalign.system.memory import OutOfMemory, available_bytes, is_out_of_memory
+from ldalign.system.seeds import uniforms
 
 log = logging.getLogger(__name__)
 CACHE_SHARE = 0.5  # of the memory that is free: what the cache may take where no budget is given

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ldalign import errors, ops
+from ldalign import ops
 from ldalign.kernels import cpp
+from ldalign.system import errors, exits
 
 TORCH_SUPPORTED = ((2, 11), (2, 14))  # from, below
 PACKAGES = (
@@ -273,4 +274,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

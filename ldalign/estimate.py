@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign import distributed, ops
+from ldalign import ops
 from ldalign.context import Context
 from ldalign.disk import check_disk, described
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.guide import check_trained_guide, is_trained_guide, read_guide_tokenizer
-from ldalign.memory import available_bytes
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.pipeline import RunFolder
 from ldalign.settings import RunConfig
 from ldalign.stages import check_sources
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.memory import available_bytes
 from ldalign.weights import check_model, count_parameters
 from ldalign.work import Work, guide_is_policy, guide_tokens, stage_work, to_do
 

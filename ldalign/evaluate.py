@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign import distributed, tasks
+from ldalign import tasks
 from ldalign.answers import make_answers
 from ldalign.batches import Pair
 from ldalign.data import Row
@@ -22,6 +22,7 @@ from ldalign.engine import Engine, Request
 from ldalign.mistral import Mistral
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
+from ldalign.system import distributed
 from ldalign.tokenizer import Tokenizer
 
 CHUNK = 64  # rows: there are few, and every rank is to get some

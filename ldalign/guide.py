@@ -32,14 +32,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldalign import ops
-from ldalign.errors import InputError, is_failure
-from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
-from ldalign.memory import naming
 from ldalign.mistral import Mistral
-from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
-from ldalign.parts import table
+from ldalign.system.errors import InputError, is_failure
+from ldalign.system.files import save_tensors
+from ldalign.system.memory import naming
+from ldalign.system.partial_rows import table
+from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
 from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import (
     LanguageModel,
@@ -233,8 +233,8 @@ class Guide(nn.Module):
         metric "cosine": `cosine_distance` of E(x, y) and E(x, y') instead. All ranks call it with
         the same rows and share the work; the batches, and so the result, are the same for any
         number of them. ids: of the rows, for errors; None: their numbers. path: as in
-        `parts.table`, for a stage that can be gone on with. Raises NumericsError naming a row whose
-        distance is not finite, OutOfMemory.
+        `partial_rows.table`, for a stage that can be gone on with. Raises NumericsError naming a
+        row whose distance is not finite, OutOfMemory.
         """
         pairs = [
             (self.example(x, y), self.example(x, g))

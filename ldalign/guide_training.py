@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign import distributed, interrupt
 from ldalign.batches import count_steps, deal, global_batches
 from ldalign.checkpoint import Checkpoints, Plan, State
-from ldalign.errors import InputError
 from ldalign.guide import NO_LATENT, Example, Guide
-from ldalign.memory import naming
-from ldalign.metrics import MetricsLog, say
 from ldalign.optim import learning_rate_factor, make_optimizer
-from ldalign.seeds import permutation, uniforms
+from ldalign.system import distributed, interrupt
+from ldalign.system.errors import InputError
+from ldalign.system.memory import naming
+from ldalign.system.metrics import MetricsLog, say
+from ldalign.system.seeds import permutation, uniforms
 from ldalign.training import forget_refused_step, refuse_step
 
 # What helps where memory does not suffice.

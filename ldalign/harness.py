@@ -22,17 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldalign import distributed, ops
+from ldalign import ops
 from ldalign.batches import deal
 from ldalign.benchmark_tasks import no_harness
 from ldalign.decoders import Decoder, new_decoder
-from ldalign.errors import InputError
 from ldalign.generate import generate_ids
 from ldalign.layout import Packed
-from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
 from ldalign.pretrained import resolve_model
 from ldalign.sampling import Sampling
+from ldalign.system import distributed
+from ldalign.system.errors import InputError
+from ldalign.system.metrics import Bar, say
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 

@@ -21,12 +21,13 @@ from ldalign.batches import Pair
 from ldalign.context import Context, find_model, prompt_text
 from ldalign.data import Message, Row
 from ldalign.endpoint import Endpoint
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.metrics import Bar
 from ldalign.mistral import Mistral
-from ldalign.pipeline import Parents, hash_model_folder, on_rank0
+from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.scoring import response_logps
 from ldalign.settings import RunConfig
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.metrics import Bar
 from ldalign.tokenizer import Tokenizer, load_tokenizer, template_date
 from ldalign.weights import check_model, load_model, read_config
 
@@ -70,8 +71,8 @@ class Judge(Protocol):
         verdict.
 
         All ranks call it with the same arguments and get the same result. Of a row its history
-        counts, and what a checker needs. path: as in `parts.table`, for a stage that can be gone on
-        with.
+        counts, and what a checker needs. path: as in `partial_rows.table`, for a stage that can be
+        gone on with.
         """
         ...
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ldalign.batches import Pair
 from ldalign.data import Row, json_lines
-from ldalign.errors import InputError
 from ldalign.sampling import Response
+from ldalign.system.errors import InputError
 from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

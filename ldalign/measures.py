@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ldalign import distributed
 from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.context import Context, find_model, prompt_text
 from ldalign.data import Row
-from ldalign.errors import EnvironmentProblem
 from ldalign.evaluate import standard_error
 from ldalign.judges import check_judge
-from ldalign.metrics import say
-from ldalign.parts import FOLDER as PARTS
-from ldalign.pipeline import hash_file, hash_model_folder, read_jsonl, write_jsonl
+from ldalign.pipeline import hash_model_folder
 from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.stages import RESPONSES, evaluation_stage
-from ldalign.summaries import Metrics, stage
+from ldalign.summaries import stage
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.files import hash_file, read_jsonl, write_jsonl
+from ldalign.system.metrics import Metrics, say
+from ldalign.system.partial_rows import FOLDER as PARTS
 
 
 def measure(ctx: Context, name: str, policy: Path, first: str) -> None:

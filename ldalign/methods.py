@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ldalign.batches import Pair
 from ldalign.data import Row
-from ldalign.errors import InputError
-from ldalign.seeds import permutation
+from ldalign.system.errors import InputError
+from ldalign.system.seeds import permutation
 from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

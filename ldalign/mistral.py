@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldalign import ops
-from ldalign.errors import InputError
 from ldalign.layout import Layout, Packed
+from ldalign.system.errors import InputError
 
 R = TypeVar("R")
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from ldalign.errors import EnvironmentProblem
 from ldalign.kernels import flash
 from ldalign.kernels.reference import accumulate_dtype
+from ldalign.system.errors import EnvironmentProblem
 
 __all__ = [
     "adamw_",
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 IGNORE = -100  # the target of a row that counts for nothing
 
 # backend -> its module in ldalign.kernels; per device, the order in which `auto` tries them
-MODULES = {"cpp": "cpp", "triton": "gpu", "cuda": "cuda", "eager": "eager"}
+MODULES = {"cpp": "cpp", "triton": "triton_ops", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = (
     "linear_logprob",

@@ -16,17 +16,26 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from ldalign import distributed, env
-from ldalign.distributed import on_rank0
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.files import HALF_WRITTEN, PARTIAL, hash_file, make_folder, sync, write_text, writing
-from ldalign.parts import FOLDER as PARTS
+from ldalign import env
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import (
+    HALF_WRITTEN,
+    PARTIAL,
+    hash_file,
+    make_folder,
+    sync,
+    write_text,
+    writing,
+)
+from ldalign.system.partial_rows import FOLDER as PARTS
 
 Parents = Mapping[str, str | int | float]
 
@@ -325,25 +334,6 @@ def _files(folder: Path) -> list[Path]:
         )
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
-
-
-def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """One JSON value a line."""
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    with writing(path, len(text)):
-        path.write_text(text, encoding="utf-8")
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSON Lines file of ours."""
-    # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    with writing(path, len(text)):
-        path.write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- run folder

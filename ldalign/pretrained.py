@@ -25,9 +25,9 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldalign.errors import EnvironmentProblem, InputError, LdalignError, is_failure
-from ldalign.files import sync
 from ldalign.gguf_check import check_gguf
+from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError, is_failure
+from ldalign.system.files import sync
 from ldalign.toy import TOY_MODEL, toy_model
 
 if TYPE_CHECKING:

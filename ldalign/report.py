@@ -12,9 +12,8 @@ import numpy as np
 from ldalign import analysis
 from ldalign.cautions import cautions, guide_name
 from ldalign.evaluate import standard_error
-from ldalign.files import make_folder
-from ldalign.pipeline import read_jsonl, write_text
 from ldalign.summaries import STEPS, SUMMARY, iterations, stage_names
+from ldalign.system.files import make_folder, read_jsonl, write_text
 
 Row = dict[str, Any]  # one policy: its name, and numbers by metric name
 HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))

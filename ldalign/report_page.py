@@ -20,10 +20,10 @@ from markupsafe import Markup
 from ldalign import report_parts as parts
 from ldalign.analysis import Pairs, read_pairs, sides_of
 from ldalign.cautions import cautions
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.pipeline import write_text
 from ldalign.report import Row, collect, read_steps, read_summaries
 from ldalign.summaries import iterations
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ldalign.analysis import GIVEN, Pairs, Sides
-from ldalign.pipeline import read_jsonl
 from ldalign.report import HELD_OUT, Row, duration, leading, movement, tasks_of
 from ldalign.settings import unread
 from ldalign.summaries import SUMMARY, shown_name
+from ldalign.system.files import read_jsonl
 
 METHODS = {
     "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's "

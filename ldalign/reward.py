@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.memory import OutOfMemory, naming
-from ldalign.modelfiles import read_json
-from ldalign.parts import table
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.memory import OutOfMemory, naming
+from ldalign.system.partial_rows import table
+from ldalign.system.untrusted import read_json
 from ldalign.weights import check_files, read_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -94,8 +94,8 @@ class RewardModel:
 
         All ranks call it with the same rows and share the work; the batches are the same for any
         number of them. ids: of the rows, for errors; None: their numbers. path: as in
-        `parts.table`, for a stage that can be gone on with. Raises NumericsError naming a row whose
-        reward is not finite, OutOfMemory.
+        `partial_rows.table`, for a stage that can be gone on with. Raises NumericsError naming a
+        row whose reward is not finite, OutOfMemory.
         """
         rows = [
             self.tokenizer(q, a, truncation=True, max_length=self.max_tokens)

@@ -9,8 +9,8 @@ import torch
 
 from ldalign import ops
 from ldalign.batches import Batch, Pair, deal, pair_costs, token_logprobs
-from ldalign.memory import naming
-from ldalign.parts import table
+from ldalign.system.memory import naming
+from ldalign.system.partial_rows import table
 from ldalign.weights import LanguageModel
 
 
@@ -28,8 +28,8 @@ def response_logps(
 
     Every rank scores its share with the whole model, through the path that training uses; the
     results are the same on all ranks, and for any number of them: the micro-batches are. path: as
-    in `parts.table`, for a stage that can be gone on with. Raises NumericsError naming the pair,
-    OutOfMemory.
+    in `partial_rows.table`, for a stage that can be gone on with. Raises NumericsError naming the
+    pair, OutOfMemory.
     """
 
     def score(micro: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_type_hints
 
-from ldalign.config import (
+from ldalign.system.config import (
     above_up_to,
     at_least,
     between,

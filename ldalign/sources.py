@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldalign import distributed
 from ldalign.batches import Pair
 from ldalign.context import Context
 from ldalign.judges import POLICY, judge_parents, open_judge
 from ldalign.methods import ranked_pairs, rejected_pairs, with_losers
-from ldalign.parts import FOLDER as PARTS
-from ldalign.pipeline import Parents, read_jsonl, write_jsonl
+from ldalign.pipeline import Parents
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.stages import (
@@ -29,7 +27,11 @@ from ldalign.stages import (
     response_texts,
     responses_stage,
 )
-from ldalign.summaries import Metrics, stage
+from ldalign.summaries import stage
+from ldalign.system import distributed
+from ldalign.system.files import read_jsonl, write_jsonl
+from ldalign.system.metrics import Metrics
+from ldalign.system.partial_rows import FOLDER as PARTS
 
 JUDGED = "judged.jsonl"
 

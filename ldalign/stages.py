@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 import torch
 from safetensors.torch import load_file
 
-from ldalign import distributed
 from ldalign.answers import make_answers
 from ldalign.batches import Pair
 from ldalign.checkpoint import Plan
@@ -27,34 +26,25 @@ from ldalign.context import EMBEDDED, Context, prompt_text
 from ldalign.data import Row, data_hash, files_of
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
-from ldalign.errors import InputError
 from ldalign.evaluate import EvaluationSettings, evaluate
-from ldalign.files import save_tensors
 from ldalign.generate import text_of
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
 from ldalign.methods import effective_size, pair_weights, usable
-from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
-from ldalign.parts import FOLDER as PARTS
-from ldalign.pipeline import (
-    CHECKPOINTS,
-    MANIFEST,
-    Parents,
-    hash_file,
-    hash_model_folder,
-    hash_settings,
-    on_rank0,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.settings import SAMPLING_KEYS, RunConfig, Sft
-from ldalign.summaries import Metrics, stage
+from ldalign.summaries import stage
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
+from ldalign.system.files import hash_file, read_jsonl, save_tensors, write_json, write_jsonl
+from ldalign.system.metrics import Bar, Metrics, say
+from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.tokenizer import Tokenizer
 from ldalign.training import TrainSettings, train
 from ldalign.weights import load_model, save_model

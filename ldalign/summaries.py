@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ldalign import distributed
 from ldalign.context import Context
-from ldalign.memory import naming
-from ldalign.metrics import say
-from ldalign.pipeline import PARTIAL, Parents, on_rank0, write_json, write_text
+from ldalign.pipeline import Parents
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.files import PARTIAL, write_json, write_text
+from ldalign.system.memory import naming
+from ldalign.system.metrics import Metrics, say
 
 # What helps where memory does not suffice and nothing within the stage knows better.
 LOWER = (
@@ -32,8 +34,6 @@ STEPS = (
     "evaluation",
     "reward",
 )
-
-Metrics = dict[str, float]
 
 
 def stage(

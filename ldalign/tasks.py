@@ -24,7 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldalign.errors import EnvironmentProblem, InputError, run
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.exits import run
 
 # Most rows a split is made with, all prompts distinct for any seed; the tests fill both.
 CAPACITY = {"train": 20_000, "heldout": 2_000}

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tokenizers
 from jinja2.sandbox import SecurityError
 
-from ldalign.errors import InputError, is_failure
-from ldalign.modelfiles import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
+from ldalign.system.errors import InputError, is_failure
+from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
 from ldalign.templates import ChatTemplate
 
 if TYPE_CHECKING:

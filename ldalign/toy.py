@@ -16,8 +16,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ldalign import tasks
-from ldalign.errors import EnvironmentProblem
 from ldalign.mistral import Mistral, MistralConfig
+from ldalign.system.errors import EnvironmentProblem
 from ldalign.weights import save_model
 
 TOY_MODEL = "toy"

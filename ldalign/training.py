@@ -16,15 +16,16 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from ldalign import distributed, interrupt, ops
+from ldalign import ops
 from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs
 from ldalign.checkpoint import Checkpoints, Plan, State
-from ldalign.distributed import Sharding
-from ldalign.errors import NumericsError
-from ldalign.files import write_text
-from ldalign.memory import naming
-from ldalign.metrics import Mean, MetricsLog, peak_memory_gib
 from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
+from ldalign.system import distributed, interrupt
+from ldalign.system.distributed import Sharding
+from ldalign.system.errors import NumericsError
+from ldalign.system.files import write_text
+from ldalign.system.memory import naming
+from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
 from ldalign.weights import LanguageModel
 
 LN2 = math.log(2.0)

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldalign import distributed
-from ldalign.errors import InputError, NumericsError
-from ldalign.files import save_tensors
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
-from ldalign.memory import naming
 from ldalign.mistral import Mistral, MistralConfig
-from ldalign.modelfiles import (
+from ldalign.system import distributed
+from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.files import save_tensors
+from ldalign.system.memory import naming
+from ldalign.system.untrusted import (
     MAX_JSON_BYTES,
     parse_json,
     read_json,

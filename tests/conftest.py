@@ -18,9 +18,9 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ldalign import distributed
-from ldalign.errors import EnvironmentProblem
 from ldalign.pretrained import DEFAULT_MODEL, resolve_model
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem
 
 # Without a GPU, Triton's kernels run in its interpreter. That is settled when triton is first
 # imported, by whomever.

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldalign.system import exits
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMIT_S, LATE = 60, 999
@@ -189,7 +191,7 @@ def peak() -> int:
 
 
 def _serve(library: Path) -> None:
-    from ldalign import errors
+    from ldalign.system import errors
     from ldalign.train import align  # noqa: F401 (imported once, for all trials)
 
     layer = ctypes.CDLL(str(library))
@@ -249,19 +251,19 @@ def _trial(
         )
     if rank == 0 and "signal" in order and "after" not in order:
         sys.stderr = _Watched(order, [os.getpid(), *others])  # type: ignore[assignment]
-    leave = errors.leave
+    leave = exits.leave
 
     def tell(code: int) -> None:
         os.write(writer, str(layer.failing_files_count()).encode())
         leave(code)
 
-    errors.leave = tell
+    exits.leave = tell
     layer.failing_files_set_clock(ctypes.c_long(order.get("clock", 0)))
     sys.argv = [order["module"], *order["argv"]]
     if rank == order.get("rank", 0):
         at, mode = order.get("at", -1), MODES[order.get("mode", "count")]
         layer.failing_files_arm(order["under"].encode(), ctypes.c_long(at), mode)
-    errors.run(importlib.import_module(order["module"]).main)
+    exits.run(importlib.import_module(order["module"]).main)
 
 
 class _Watched:

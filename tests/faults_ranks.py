@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldalign import distributed, training
+from ldalign import training
 from ldalign.batches import Pair
 from ldalign.checkpoint import Plan
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import Example, GuideConfig, new_guide
-from ldalign.metrics import MetricsLog
 from ldalign.scoring import response_logps
+from ldalign.system import distributed
+from ldalign.system.metrics import MetricsLog
 from ldalign.training import TrainSettings, train
 
 CPU = torch.device("cpu")

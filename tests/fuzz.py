@@ -454,8 +454,8 @@ def make_config(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, draw: random.Random) -> None:
-    from ldalign.config import load_config, to_yaml
     from ldalign.settings import RunConfig
+    from ldalign.system.config import load_config, to_yaml
 
     override = change_bytes(
         draw.choice((b"beta=0.1", b"data=[a, b]", b"guide.width=64", b"sampling.stop=['x']")), draw
@@ -541,7 +541,7 @@ def examine(
     tell(number, "begins", file) comes before each, and tell(number, "read", "refused" or "failed",
     file) after it.
     """
-    from ldalign.errors import LdalignError
+    from ldalign.system.errors import LdalignError
 
     reader = READERS[name]
     files = {path: path.read_bytes() for path in reader.make(folder)}

@@ -7,7 +7,8 @@ from typing import IO, Any
 
 import pytest
 
-from ldalign import answers, parts
+from ldalign import answers
+from ldalign.system import partial_rows
 
 Make = Callable[[Path], Any]  # makes the stages in a run folder
 
@@ -24,7 +25,7 @@ class Appends:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = self.writes = 0
         self.left: int | None = None
-        plain = parts.append
+        plain = partial_rows.append
 
         def append(file: IO[str], rows: Iterable[tuple[int, Any]]) -> None:
             rows = list(rows)
@@ -36,7 +37,7 @@ class Appends:
             plain(file, rows)
             self.rows, self.writes = self.rows + len(rows), self.writes + 1
 
-        for module in (parts, answers):
+        for module in (partial_rows, answers):
             monkeypatch.setattr(module, "append", append)
 
     def during(self, make: Make, run: Path, left: int | None = None) -> tuple[int, int]:

@@ -11,11 +11,11 @@ import pytest
 from conftest import ROOT
 
 from ldalign.agreement import summary, verdict, wilson
-from ldalign.config import load_config
-from ldalign.errors import InputError
 from ldalign.guide import load_guide
-from ldalign.pipeline import read_jsonl
 from ldalign.settings import RunConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
+from ldalign.system.files import read_jsonl
 from ldalign.train.judge import main, planned
 
 

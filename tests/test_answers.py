@@ -17,10 +17,10 @@ from ldalign.batches import Pair
 from ldalign.data import Row
 from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder
 from ldalign.engine import Engine, Request
-from ldalign.errors import InputError
 from ldalign.kernels import cpp
 from ldalign.losers import read_losers
 from ldalign.sampling import Response, Sampling
+from ldalign.system.errors import InputError
 from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model
 

@@ -25,10 +25,10 @@ from ldalign import benchmarks
 from ldalign.benchmark_rows import recall_of_four
 from ldalign.benchmark_tasks import Benchmark, LocalRow, Rows, names
 from ldalign.benchmarks import run_benchmark
-from ldalign.config import load_config
-from ldalign.errors import EnvironmentProblem, InputError
-from ldalign.pipeline import read_jsonl
 from ldalign.settings import RunConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import read_jsonl
 from ldalign.train import align, evaluate
 
 THEIRS = {

@@ -12,10 +12,10 @@ from conftest import ROOT
 
 from ldalign import comparison
 from ldalign.comparison import START, Arm, arm_folder
-from ldalign.config import load_config
-from ldalign.errors import InputError
-from ldalign.pipeline import read_jsonl
 from ldalign.settings import CompareConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
+from ldalign.system.files import read_jsonl
 from ldalign.train import compare
 
 OPTIONS = [

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign import config as c
-from ldalign.errors import InputError
 from ldalign.settings import RunConfig
+from ldalign.system import config as c
+from ldalign.system.errors import InputError
 
 
 @dataclass(frozen=True)

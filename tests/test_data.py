@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldalign.data import MAX_ROW_BYTES, Row, data_hash, read_rows
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 
 
 def u(content):

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldalign import distributed, errors
 from ldalign.batches import Pair, deal, pair_costs
-from ldalign.distributed import Sharding
-from ldalign.errors import InputError
-from ldalign.metrics import Mean
 from ldalign.mistral import Mistral
 from ldalign.scoring import response_logps
+from ldalign.system import distributed, exits
+from ldalign.system.distributed import Sharding
+from ldalign.system.errors import InputError
+from ldalign.system.metrics import Mean
 from ldalign.training import TrainSettings, accumulate_gradients, train
 from ldalign.weights import load_model, stored_state, write_weights
 
@@ -339,4 +339,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

@@ -15,7 +15,6 @@ import torch
 from op_cases import normal
 from torch import Tensor
 
-from ldalign import memory
 from ldalign.decoders import (
     Decoder,
     ModuleDecoder,
@@ -26,13 +25,14 @@ from ldalign.decoders import (
     pack_weight,
 )
 from ldalign.engine import Engine, Request
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
-from ldalign.memory import available_bytes
 from ldalign.mistral import Mistral
 from ldalign.pages import PAGE, PagePool, pages_for
 from ldalign.sampling import Response, Sampling
+from ldalign.system import memory
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.memory import available_bytes
 from ldalign.toy import random_mistral
 
 ISAS = cpp.build_info()["isas"] if cpp.available() else []

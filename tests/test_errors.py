@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ldalign import errors, interrupt
-from ldalign.errors import is_failure
+from ldalign.system import exits, interrupt
+from ldalign.system.errors import is_failure
 
 SCRIPT = """
 import builtins
-from ldalign import errors
+from ldalign.system import errors, exits
 
 def main(argv):
     if argv[0] == "fine":
@@ -23,7 +23,7 @@ def main(argv):
     kind = getattr(errors, argv[0], None) or getattr(builtins, argv[0])
     raise kind("data.jsonl:7: bad row;\\nmend it")
 
-errors.run(main)
+exits.run(main)
 """
 
 
@@ -121,7 +121,7 @@ def test_what_another_user_left_silences_nobody(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    assert [errors._may_speak("x", aftermath) for aftermath in (False, False, True)] == [
+    assert [exits._may_speak("x", aftermath) for aftermath in (False, False, True)] == [
         True,
         False,
         False,
@@ -130,7 +130,7 @@ def test_what_another_user_left_silences_nobody(
     (left,) = tmp_path.iterdir()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     left.rename(tmp_path / left.name.replace(f"said_{user}_", f"said_{user + 1}_"))
-    assert errors._may_speak("x", False) and errors._may_speak("x", True)
+    assert exits._may_speak("x", False) and exits._may_speak("x", True)
 
 
 def test_torchrun_prints_it_once(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from conftest import ROOT, run_script
 from test_stages import config_of, open_toy
 
 from ldalign import estimate, pipeline, stages, toy, weights
-from ldalign.config import load_config
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.pipeline import RunFolder
 from ldalign.settings import RunConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align
 
 
@@ -103,8 +103,8 @@ def test_C2_what_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Expected: one line with the nearest number that can.
     """
-    monkeypatch.setattr("ldalign.distributed.world_size", lambda: 8)
-    from ldalign import distributed
+    monkeypatch.setattr("ldalign.system.distributed.world_size", lambda: 8)
+    from ldalign.system import distributed
 
     with pytest.raises(
         InputError, match="training.shard_ranks=3: 8 ranks .*training.shard_ranks=2"

@@ -12,10 +12,11 @@ from faults import forget_peak, peak
 from test_data import GOOD, a, parquet, s, u, write
 from test_stages import open_toy, rows_file
 
-from ldalign import distributed, methods, pipeline, stages
+from ldalign import methods, pipeline, stages
 from ldalign.data import Row, json_lines, read_rows
-from ldalign.errors import InputError
 from ldalign.losers import read_losers
+from ldalign.system import distributed
+from ldalign.system.errors import InputError
 from ldalign.tokenizer import load_tokenizer
 from ldalign.train import generate
 

@@ -22,12 +22,13 @@ from test_tokenizer import CONVERSATIONS, as_row, copy, messages
 from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, refusal, write_folder
 from torch import Tensor
 
-from ldalign import guide, modelfiles, pipeline, toy, weights
-from ldalign.config import load_config
-from ldalign.errors import InputError
+from ldalign import guide, pipeline, toy, weights
 from ldalign.measures import check_measurements
 from ldalign.reward import check_reward_model
 from ldalign.settings import RunConfig
+from ldalign.system import untrusted
+from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
 from ldalign.templates import ChatTemplate
 from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import INDEX, SINGLE, load_model
@@ -441,13 +442,13 @@ def test_M4_only_a_hubs_blobs_may_be_linked_to(
     (tmp_path / target).write_text('{"a": 1}')
     link = tmp_path / folder / "config.json"
     link.symlink_to(os.path.relpath(tmp_path / target, link.parent))
-    assert modelfiles.is_inside(link, link.parent) is inside
+    assert untrusted.is_inside(link, link.parent) is inside
     if inside:
-        assert modelfiles.read_json(link) == {"a": 1}
+        assert untrusted.read_json(link) == {"a": 1}
         (tmp_path / target).unlink()
         (tmp_path / target).symlink_to(tmp_path / "elsewhere")  # a blob that is a link itself
     with pytest.raises(InputError, match="is a link out of the model folder"):
-        modelfiles.read_json(link)
+        untrusted.read_json(link)
 
 
 def test_M4_a_device_is_no_model_file(tmp_path: Path) -> None:

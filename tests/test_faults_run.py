@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 from test_stages import open_toy
 
-from ldalign import checkpoint, disk, distributed, pipeline, tokenizer, toy, weights
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign import checkpoint, disk, pipeline, tokenizer, toy, weights
 from ldalign.pipeline import RunFolder
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align, generate, sft
 
 DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n" + toy.TEMPLATE

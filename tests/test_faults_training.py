@@ -24,23 +24,15 @@ from safetensors.torch import load_file
 from test_stages import open_toy
 from torch import Tensor, nn
 
-from ldalign import (
-    distributed,
-    guide,
-    guide_training,
-    scoring,
-    stages,
-    summaries,
-    training,
-    weights,
-)
+from ldalign import guide, guide_training, scoring, stages, summaries, training, weights
 from ldalign.batches import global_batches
-from ldalign.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.gpt2 import GPT2Config
-from ldalign.memory import OutOfMemory
-from ldalign.metrics import MetricsLog
 from ldalign.pipeline import RunFolder, hash_model_folder
 from ldalign.scoring import response_logps
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
+from ldalign.system.memory import OutOfMemory
+from ldalign.system.metrics import MetricsLog
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model
 

@@ -56,7 +56,7 @@ def test_an_input_is_a_function_of_seed_reader_and_number() -> None:
 PLANTED = """
 import json, os, sys, time, fuzz
 from pathlib import Path
-from ldalign.errors import InputError
+from ldalign.system.errors import InputError
 fuzz.SECONDS, fuzz.MEMORY = 2, 100 * 2**20
 class Draw(fuzz.random.Random):
     def __init__(self, seed):

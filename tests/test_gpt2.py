@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldalign.errors import InputError
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config, init_weights
 from ldalign.layout import Packed
+from ldalign.system.errors import InputError
 from ldalign.weights import load_model
 
 TINY: dict[str, Any] = {

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldalign import distributed
 from ldalign import guide_training as training
-from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.guide import (
     NO_LATENT,
@@ -28,6 +26,8 @@ from ldalign.guide import (
     new_guide,
 )
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
+from ldalign.system import distributed
+from ldalign.system.errors import InputError, NumericsError
 from ldalign.weights import stored_state, write_weights
 
 CPU = torch.device("cpu")

@@ -20,11 +20,11 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from ldalign.benchmark_tasks import Benchmark  # noqa: E402
 from ldalign.benchmarks import run_benchmark  # noqa: E402
-from ldalign.errors import InputError  # noqa: E402
 from ldalign.generate import generate_ids  # noqa: E402
 from ldalign.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
 from ldalign.mistral import Mistral  # noqa: E402
 from ldalign.sampling import Sampling  # noqa: E402
+from ldalign.system.errors import InputError  # noqa: E402
 from ldalign.tokenizer import load_tokenizer  # noqa: E402
 from ldalign.toy import write_toy_model  # noqa: E402
 from ldalign.weights import load_model  # noqa: E402
@@ -134,7 +134,7 @@ def test_bfloat16_is_scored_too(folder: Path) -> None:
 RANKS_SCRIPT = """
 import json, sys
 from pathlib import Path
-from ldalign import distributed, errors
+from ldalign.system import distributed, exits
 from test_harness import CONTEXTS, REQUESTS, instances
 from ldalign.harness import HarnessModel
 
@@ -146,7 +146,7 @@ def main(argv):
     Path(argv[1] + str(distributed.rank())).write_text(json.dumps(result))
     distributed.stop()
 
-errors.run(main)
+exits.run(main)
 """
 
 

@@ -1,61 +1,36 @@
-"""Who may import whom, read from the syntax trees: arrows point one way, and the product stands on
-its own.
-"""
+"""Who may import whom, read from the syntax trees: arrows point down, and names come from home."""
 
 import ast
+import functools
+import graphlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalign.train"}
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"ldalign": "ldalign", "kernels": "ldalign.kernels", "train": "ldalign.train"}
 
-# The modules of ldalign from the ground up: each may import from the lines before its own, never
-# from its own line or a later one. `errors` before the rest, so that anyone may. A new module needs
-# a place here.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interrupt",),
-    ("errors",),
-    (
-        "config",
-        "files",
-        "tasks",
-        "memory",
-        "seeds",
-        "pages",
-        "kernels",
-        "benchmark_rows",
-        "templates",
-        "modelfiles",
-    ),
-    ("gguf_check",),
-    ("ops", "distributed", "tokenizer", "settings"),
-    ("metrics", "env", "optim", "sampling", "benchmark_tasks", "parts"),
-    ("checkpoint", "data", "layout"),
-    ("mistral", "gpt2"),
-    ("weights", "decoders"),
-    ("toy", "batches", "engine", "reward"),
-    ("pretrained", "generate", "losers"),
-    ("scoring", "training", "guide", "harness"),
-    ("guide_training", "methods"),
-    ("pipeline", "endpoint"),
-    ("answers", "context"),
-    ("summaries", "judges", "work", "evaluate"),
-    ("stages", "benchmarks", "analysis", "cautions", "disk"),
-    ("sources", "measures"),
-    ("agreement", "report", "estimate"),
-    ("figures", "report_parts"),
-    ("report_page", "comparison"),
-    ("command",),
+# The rooms of the house, from the ground up: each may import from itself and from the lines below
+# its own, and from nothing else.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("system",),
+    ("kernels",),
+    ("ops", "data"),
+    ("objective",),
+    ("models",),
+    ("generation", "training"),
+    ("evaluation",),
+    ("run",),
+    ("report",),
     ("train",),
 )
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-# These know nothing of models and data: beside errors and themselves only what is named here.
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# These know nothing of models and data: beside themselves they import only what is named here.
 SELF_CONTAINED = {
-    "kernels": {"kernels"},
-    "ops": {"kernels", "_C"},
-    "distributed": {"memory"},
-    "optim": {"kernels", "ops"},
+    "ldalign.ops": {"ldalign.kernels", "ldalign.system.errors"},
+    "ldalign.system.distributed": {"ldalign.system"},
+    "ldalign.training.optim": {"ldalign.ops"},
 }
 FOREIGN = {
     "transformers",
@@ -68,31 +43,27 @@ FOREIGN = {
     "datasets",
 }
 # What a module may import inside a function, for an extra; never at its top.
-LAZY = {"reward": {"transformers"}}
+LAZY = {"ldalign.reward": {"transformers"}, "ldalign.evaluation.reward": {"transformers"}}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def sources() -> list[Path]:
-    return sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """The product's modules by full name, as syntax trees; a package is its `__init__`."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            name = ".".join(part for part in parts if part != "__init__")
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
 
 
-def module_name(path: Path) -> str:
-    """The name in LAYERS: "" for ldalign itself, "kernels" and "train" for anything in those
-    folders.
-    """
-    folder = path.relative_to(ROOT).parts[0]
-    if folder != "ldalign":
-        return folder
-    return "" if path.stem == "__init__" else path.stem
-
-
-def imports(tree: ast.AST, package: str) -> set[str]:
-    """Full names of all imported modules and of all names imported from modules, wherever in the
-    file.
+def imports(tree: ast.AST) -> Iterator[tuple[str, str | None, int]]:
+    """(module, name imported from it or None, line) of every import, wherever in the file.
 
     Imports under `if TYPE_CHECKING:` are left out: they never happen.
     """
-    names = set()
     unreal = {
         id(inner)
         for node in ast.walk(tree)
@@ -104,106 +75,121 @@ def imports(tree: ast.AST, package: str) -> set[str]:
         if id(node) in unreal:
             continue
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from ((alias.name, None, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(
-                part for part in (package if node.level else "", node.module or "") if part
-            )
-            names |= {f"{base}.{alias.name}" for alias in node.names}
+            assert not node.level, f"line {node.lineno}: give the module's full name"
+            yield from ((str(node.module), alias.name, node.lineno) for alias in node.names)
+
+
+def targets(tree: ast.AST) -> set[str]:
+    """The product's modules that a file imports, whole or names from them."""
+    found = set()
+    for module, name, _ in imports(tree):
+        if module.split(".")[0] == "ldalign":
+            whole = f"{module}.{name}"
+            found.add(whole if whole in modules() or whole == "ldalign._C" else module)
+    return found
+
+
+def room(module: str) -> str:
+    """The room that a module stands in: ldalign.data.rows -> data; "" for ldalign itself."""
+    return [*module.split("."), ""][1]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_arrows_point_down(module: str) -> None:
+    own, found = room(module), targets(modules()[module])
+    rooms = {room(target) for target in found} - {own, "_C"}
+    rooms = {other for other in rooms if (ROOT / "ldalign" / other).is_dir()}
+    if (ROOT / "ldalign" / own).is_dir() and own:  # the others have not moved yet
+        upward = sorted(other for other in rooms if FLOOR.get(other, 99) >= FLOOR[own])
+        assert not upward, f"{module} may not import {upward}: arrows point down"
+    if module in SELF_CONTAINED:
+        allowed = tuple(SELF_CONTAINED[module])
+        assert all(target.startswith((*allowed, "ldalign._C")) for target in found)
+    roots = {name.split(".")[0] for name, _, _ in imports(modules()[module])}
+    assert not roots & {"tests", "bench", "train", "kernels"}, "import ldalign.kernels"
+
+
+def test_every_room_has_one_floor() -> None:
+    assert len(FLOOR) == sum(map(len, FLOORS))
+
+
+def test_no_circles() -> None:
+    arrows = {module: targets(tree) - {module} for module, tree in modules().items()}
+    del arrows["ldalign"]  # imports each public name when it is first used
+    for inner in arrows.values():
+        inner.discard("ldalign")
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_foreign_trainer_and_no_pickle(module: str) -> None:
+    tree = modules()[module]
+    roots = {name.split(".")[0] for name, _, _ in imports(tree)}
+    assert not roots & FOREIGN - LAZY.get(module, set()), "a peer is never a runtime dependency"
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    above = {name.split(".")[0] for name, _, _ in imports(ast.Module(top, []))}
+    assert not above & FOREIGN, "import an extra inside the function that needs it"
+    assert not roots & PICKLES, "no pickle is ever read"
+    names = {f"{name}.{inner}" for name, inner, _ in imports(tree)}
+    loads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "torch.load" not in names | loads, "torch.load reads pickles; use safetensors"
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The names that a module makes itself at its top level, also under `if` and `try`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
     return names
 
 
-def parsed(path: Path) -> tuple[ast.Module, set[str]]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return tree, imports(tree, PACKAGES[path.relative_to(ROOT).parts[0]])
+def readers() -> list[Path]:
+    """Every file that imports from the product: its own, the tests' and the benchmarks'."""
+    return sorted(path for folder in (*FOLDERS, "tests", "bench") for path in files(folder))
 
 
-def inner_targets(names: set[str]) -> set[str]:
-    """The ldalign modules among imported names: "ldalign.config.setting" -> "config"."""
-    known = set(LAYER) | {path.stem for path in (ROOT / "ldalign").glob("*.py")}
-    parts = [name.split(".") for name in names if name.split(".")[0] == "ldalign"]
-    return {part[1] if len(part) > 1 and part[1] in known | {"_C"} else "" for part in parts}
+def files(folder: str) -> list[Path]:
+    return list((ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows(path: Path) -> None:
-    name = module_name(path)
-    _, names = parsed(path)
-    targets = inner_targets(names)
-    if name:  # ldalign/__init__.py names the public things of any module
-        assert name in LAYER, f"{path.name}: give it a place in LAYERS, above all it imports"
-        own = {name} if name in ("kernels", "train") else set()
-        upward = {
-            target for target in targets - own - {"", "_C"} if LAYER.get(target, 99) >= LAYER[name]
-        }
-        assert not upward, f"{name} may not import {sorted(upward)}: arrows point one way"
-    if name in SELF_CONTAINED:
-        assert targets <= SELF_CONTAINED[name] | {"errors"}
-    if name != "train":
-        assert "train" not in targets, "nothing imports train"
-    roots = {imported.split(".")[0] for imported in names}
-    assert not roots & {"tests", "bench", "train", "kernels"}, (
-        "import ldalign.kernels; nothing imports tests or bench"
-    )
+@pytest.mark.parametrize("path", readers(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_come_from_their_home(path: Path) -> None:
+    """No module passes on what it imported: who needs a name imports it from where it is made."""
+    for module, name, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if module in modules() and module != "ldalign" and name is not None:
+            known = name in defined(modules()[module]) or f"{module}.{name}" in modules()
+            assert known, f"line {line}: {name} is not made in {module}: import it from its home"
 
 
-def test_each_module_has_one_place() -> None:
-    assert len(LAYER) == sum(map(len, LAYERS))
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_foreign_trainer_and_no_pickle(path: Path) -> None:
-    tree, names = parsed(path)
-    roots = {name.split(".")[0] for name in names}
-    assert not roots & FOREIGN - LAZY.get(module_name(path), set()), (
-        "a peer is a test dependency, never a runtime one"
-    )
-    top = imports(
-        ast.Module(
-            [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
-        ),
-        "",
-    )
-    assert not {name.split(".")[0] for name in top} & FOREIGN, (
-        "import an extra inside the function that needs it"
-    )
-    assert not roots & PICKLES, "no pickle is ever read"
-    loads = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
-    ]
-    assert not loads and "torch.load" not in names, "torch.load reads pickles; use safetensors"
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_private_names_across_modules(path: Path) -> None:
-    tree, names = parsed(path)
-    private = {
-        name
-        for name in names
-        if name.startswith("ldalign.") and name.split(".")[-1].startswith("_")
-    }
-    assert not private - {"ldalign._C"}, f"private to another module: {sorted(private)}"
-    modules = {name.split(".")[-1] for name in names if name.startswith("ldalign.")}
+@pytest.mark.parametrize("module", modules())
+def test_no_private_names_across_modules(module: str) -> None:
+    tree = modules()[module]
+    whole = set()
+    for source, name, line in imports(tree):
+        if source.split(".")[0] != "ldalign" or name is None:
+            continue
+        assert not name.startswith("_") or name == "_C", f"line {line}: {name} is {source}'s own"
+        if f"{source}.{name}" in modules():
+            whole.add(name)
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id in modules
-        ):
-            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
-            assert not is_private, (
-                f"line {node.lineno}: {ast.unparse(node)} is private to another module"
-            )
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not (private and node.value.id in whole), f"line {node.lineno}: a private name"
 
 
 def test_these_tests_can_fail() -> None:
-    text = (
-        "from .mistral import Block\nimport transformers.models\ndef f():\n    from ldalign import "
-        "train\n"
-    )
+    text = "from ldalign.models.mistral import Block\nimport transformers.models\n"
+    text += "def f():\n    from ldalign.run import context\n"
     tree = ast.parse(text + "if TYPE_CHECKING:\n    import ldalign.data\n")
-    names = imports(tree, "ldalign")
-    assert names == {"ldalign.mistral.Block", "transformers.models", "ldalign.train"}
-    assert inner_targets(names) == {"mistral", "train"}
+    assert [(module, name) for module, name, _ in imports(tree)] == [
+        ("ldalign.models.mistral", "Block"),
+        ("transformers.models", None),
+        ("ldalign.run", "context"),
+    ]
+    assert "Block" not in defined(ast.parse("from ldalign.models.mistral import Block\n"))
+    assert room("ldalign.run.stages.data") == "run" and room("ldalign") == ""

@@ -16,14 +16,14 @@ from conftest import ROOT
 
 from ldalign import endpoint as endpoint_module
 from ldalign import tasks
-from ldalign.config import load_config
 from ldalign.data import Row
 from ldalign.endpoint import Endpoint
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
 from ldalign.mistral import Mistral
-from ldalign.pipeline import read_jsonl
 from ldalign.settings import RunConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import read_jsonl
 from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.train.align import main

@@ -10,7 +10,6 @@ import torch
 
 from ldalign.batches import Pair
 from ldalign.data import Row
-from ldalign.errors import InputError
 from ldalign.methods import (
     WEIGHTS,
     distance_weights,
@@ -23,6 +22,7 @@ from ldalign.methods import (
     with_losers,
 )
 from ldalign.settings import RunConfig
+from ldalign.system.errors import InputError
 from ldalign.tokenizer import load_tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldalign.metrics import Mean, MetricsLog, peak_memory_gib
+from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
 
 CPU = torch.device("cpu")
 

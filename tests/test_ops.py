@@ -17,9 +17,9 @@ from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import ops
-from ldalign.errors import EnvironmentProblem
 from ldalign.kernels import cpp, eager, reference
 from ldalign.layout import Packed
+from ldalign.system.errors import EnvironmentProblem
 
 Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
 

@@ -79,7 +79,11 @@ def test_wheel_without_a_compiler_puts_only_ldalign_at_the_top(tmp_path: Path) -
     (wheel,) = tmp_path.glob("ldalign-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ldalign"}
-    for path in ("ldalign/errors.py", "ldalign/kernels/__init__.py", "ldalign/train/__init__.py"):
+    for path in (
+        "ldalign/system/errors.py",
+        "ldalign/kernels/__init__.py",
+        "ldalign/train/__init__.py",
+    ):
         assert path in names
     for folder, package in (
         ("ldalign", "ldalign"),

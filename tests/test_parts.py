@@ -12,17 +12,19 @@ import torch
 from conftest import ROOT
 from stage_kills import check_resume
 
-from ldalign import agreement, context, distributed, ops, parts, sources, stages
-from ldalign.config import load_config, to_yaml
-from ldalign.errors import InputError, NumericsError
+from ldalign import agreement, context, ops, sources, stages
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import Guide, GuideConfig, new_guide
 from ldalign.judges import POLICY
 from ldalign.methods import with_losers
-from ldalign.parts import Parts, table
-from ldalign.pipeline import RunFolder, write_jsonl
+from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
+from ldalign.system import distributed, partial_rows
+from ldalign.system.config import load_config, to_yaml
+from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.files import write_jsonl
+from ldalign.system.partial_rows import Parts, table
 from ldalign.toy import write_toy_model
 
 CHUNKS = [[4, 0], [1], [3, 2]]
@@ -219,7 +221,7 @@ def test_what_was_begun_from_other_settings_is_refused(
         match="parents.json: made from something else: distance was 'euclidean', now 'cos",
     ):
         distances(opened(tmp_path / "run", distance="cosine"), models)
-    monkeypatch.setattr(parts, "append", fail)
+    monkeypatch.setattr(partial_rows, "append", fail)
     training = replace(opened(tmp_path / "run").config.training, micro_tokens=1000)
     distances(opened(tmp_path / "run", training=training), models)
     assert sorted(p.name for p in (tmp_path / "run/iteration_0/distances").iterdir()) == [

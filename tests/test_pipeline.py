@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ldalign import files, pipeline
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign import pipeline
+from ldalign.system import files
+from ldalign.system.errors import EnvironmentProblem, InputError
 
 PARENTS = {"data": "d1", "settings": "s1", "beta": 0.1, "seed": 3}
 
@@ -344,7 +345,8 @@ import sys, datetime, time
 from pathlib import Path
 import torch.distributed as dist
 from ldalign import pipeline
-from ldalign.errors import LdalignError, leave
+from ldalign.system.errors import LdalignError
+from ldalign.system.exits import leave
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,

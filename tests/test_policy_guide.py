@@ -14,15 +14,17 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldalign import context, distributed, estimate
-from ldalign.config import load_config, to_yaml
-from ldalign.errors import InputError
+from ldalign import context, estimate
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import Guide, GuideConfig, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
-from ldalign.pipeline import RunFolder, hash_model_folder, read_jsonl
+from ldalign.pipeline import RunFolder, hash_model_folder
 from ldalign.settings import RunConfig
 from ldalign.summaries import stage_names
+from ldalign.system import distributed
+from ldalign.system.config import load_config, to_yaml
+from ldalign.system.errors import InputError
+from ldalign.system.files import read_jsonl
 from ldalign.toy import write_toy_model
 from ldalign.train import align
 from ldalign.weights import load_model

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import distributed
 from ldalign.command import read_config
-from ldalign.config import load_config
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.settings import CompareConfig, RunConfig
+from ldalign.system import distributed
+from ldalign.system.config import load_config
 from ldalign.train import align, compare
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

@@ -14,13 +14,13 @@ import torch
 from conftest import CHATML_TEMPLATE, byte_level_tokenizer
 
 from ldalign import pretrained
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.pretrained import (
     DEFAULT_MODEL,
     hugging_face_name,
     interleaved_to_half_split,
     resolve_model,
 )
+from ldalign.system.errors import EnvironmentProblem, InputError
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, WIDE = 64, 4, 2, 2, 96
 

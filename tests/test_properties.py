@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ldalign import pipeline
 from ldalign.batches import Batch, Pair, deal, global_batches
-from ldalign.errors import InputError
 from ldalign.layout import Packed
+from ldalign.system.errors import InputError
 
 FEW = settings(max_examples=30, deadline=None)
 IDS = st.lists(st.integers(0, 60), min_size=1, max_size=9)

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from ldalign import report_parts
 from ldalign.analysis import read_pairs
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.report import read_summaries, write_report
 from ldalign.report_page import try_page, write_page
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import report as script
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import context, distributed, estimate, pipeline, sources, stages, summaries, toy
+from ldalign import context, estimate, sources, stages, summaries, toy
 from ldalign.batches import Batch, Pair
-from ldalign.config import load_config, to_yaml
-from ldalign.errors import EnvironmentProblem, InputError
 from ldalign.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
+from ldalign.system import distributed, files
+from ldalign.system.config import load_config, to_yaml
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train.align import planned
 
 
@@ -93,7 +94,7 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
     losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
     with ctx.run as run:
         stages.data_stage(ctx)
-        dropped = pipeline.read_jsonl(run.path / "data/dropped.jsonl")
+        dropped = files.read_jsonl(run.path / "data/dropped.jsonl")
         assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
         assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
         against, cut = sources._against_own(ctx, losers)
@@ -248,8 +249,8 @@ def test_a_guide_is_known_by_all_its_files(toy_run: Path, tmp_path: Path) -> Non
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     records = [{"text": "a\u2028b\nc\u0085"}, [1, {"x": "ü"}]]
-    pipeline.write_jsonl(tmp_path / "x.jsonl", records)
-    assert pipeline.read_jsonl(tmp_path / "x.jsonl") == records
+    files.write_jsonl(tmp_path / "x.jsonl", records)
+    assert files.read_jsonl(tmp_path / "x.jsonl") == records
 
 
 def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldalign import tasks
-from ldalign.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.tasks import KINDS, check, make_rows
 
 TRAIN, HELDOUT = make_rows(0, "train", 4000), make_rows(0, "heldout", 600)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldalign.data import Row
-from ldalign.errors import InputError
+from ldalign.system.errors import InputError
 from ldalign.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
 
 CONVERSATIONS = [

@@ -19,9 +19,10 @@ import torch
 from conftest import ROOT, one_thread, run_script, script_command
 from safetensors.torch import load_file
 
-from ldalign.errors import InputError
-from ldalign.pipeline import check_stage, read_jsonl
+from ldalign.pipeline import check_stage
 from ldalign.summaries import stage_names
+from ldalign.system.errors import InputError
+from ldalign.system.files import read_jsonl
 from ldalign.train.align import main, planned
 
 ONE_ITERATION = ("iterations=1", "continual_sft.epochs=0")
@@ -110,8 +111,8 @@ def test_layout(toy_run: Path) -> None:
 
 
 def test_plan_names_what_is_made(toy_run: Path) -> None:
-    from ldalign.config import load_config
     from ldalign.settings import RunConfig
+    from ldalign.system.config import load_config
 
     assert ["data", *planned(load_config(RunConfig, CONFIG))] == STAGES
 

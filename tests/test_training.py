@@ -14,11 +14,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from ldalign import distributed, training
+from ldalign import training
 from ldalign.batches import Pair, global_batches
-from ldalign.errors import NumericsError
-from ldalign.metrics import Mean
 from ldalign.scoring import response_logps
+from ldalign.system import distributed
+from ldalign.system.errors import NumericsError
+from ldalign.system.metrics import Mean
 from ldalign.training import TrainSettings, accumulate_gradients, train
 
 CPU = torch.device("cpu")

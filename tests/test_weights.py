@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldalign import weights
-from ldalign.errors import InputError, NumericsError
 from ldalign.gpt2 import GPT2
 from ldalign.mistral import Mistral
+from ldalign.system.errors import InputError, NumericsError
 from ldalign.weights import (
     INDEX,
     SINGLE,
@@ -327,7 +327,7 @@ SHARE = """
 import sys, torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from ldalign import distributed
+from ldalign.system import distributed
 from ldalign.weights import load_model
 folder, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def number(path, key):

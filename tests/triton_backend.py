@@ -14,14 +14,14 @@ NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def load_backend() -> ModuleType:
-    """ldalign.kernels.gpu, interpreted where there is no GPU; a copy, so that other tests see what
-    the machine has.
+    """ldalign.kernels.triton_ops, interpreted where there is no GPU; a copy, so that other tests
+    see what the machine has.
     """
     if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
         assert "triton" not in sys.modules, (
             "a test file imports triton before this one: set TRITON_INTERPRET=1"
         )
-    spec = importlib.util.find_spec("ldalign.kernels.gpu")
+    spec = importlib.util.find_spec("ldalign.kernels.triton_ops")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,12 +8,13 @@ with guide.retrain), distances, reference, align, evaluate; at the end the repor
 same command again goes on after the last finished stage.
 """
 
-from ldalign import errors, sources
+from ldalign import sources
 from ldalign.command import run_stages
 from ldalign.context import Context
 from ldalign.measures import measure, measurements, pair_rewards_stage
 from ldalign.settings import RunConfig
 from ldalign.stages import policy_stage, sft_stage, start_name, start_stage
+from ldalign.system import exits
 
 
 def main(argv: list[str]) -> None:
@@ -65,4 +66,4 @@ def planned(config: RunConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

@@ -11,17 +11,18 @@ RUN/seed_N/; running the same command again goes on where it stopped.
 from dataclasses import replace
 from pathlib import Path
 
-from ldalign import comparison, distributed, errors
+from ldalign import comparison
 from ldalign.benchmarks import benchmark_stages, check_benchmarks
 from ldalign.command import open_run, read_config
 from ldalign.comparison import Arm
-from ldalign.config import to_yaml
 from ldalign.context import open_context
 from ldalign.estimate import dry_run
-from ldalign.metrics import say
 from ldalign.pipeline import RunFolder
 from ldalign.settings import CompareConfig
 from ldalign.stages import start_name
+from ldalign.system import distributed, exits
+from ldalign.system.config import to_yaml
+from ldalign.system.metrics import say
 from ldalign.train import align
 
 
@@ -90,4 +91,4 @@ def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) 
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

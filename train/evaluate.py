@@ -8,11 +8,11 @@ given. With benchmarks.tasks=[...] also on public benchmarks, each into RUN/star
 iterations are ignored. Give every policy a run folder of its own.
 """
 
-from ldalign import errors
 from ldalign.command import need, run_stages
 from ldalign.context import Context
 from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
+from ldalign.system import exits
 
 
 def main(argv: list[str]) -> None:
@@ -44,4 +44,4 @@ def planned(config: RunConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

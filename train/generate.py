@@ -17,22 +17,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign import distributed, errors
 from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
-from ldalign.config import positive, setting
 from ldalign.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.data import Message, json_lines
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
-from ldalign.errors import InputError
 from ldalign.generate import text_of
-from ldalign.metrics import Bar, say
 from ldalign.mistral import Mistral
-from ldalign.pipeline import hash_model_folder, hash_settings, on_rank0, run_stage, stage_parents
+from ldalign.pipeline import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS, RunConfig
 from ldalign.stages import new_engine, responses_stage, sampling_of, start_stage
+from ldalign.system import distributed, exits
+from ldalign.system.config import positive, setting
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
+from ldalign.system.metrics import Bar, say
 from ldalign.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 
@@ -257,4 +258,4 @@ def _prompt(record: Any, where: str) -> tuple[str, list[Message]]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

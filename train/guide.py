@@ -7,11 +7,11 @@ align.py goes on from here with the same settings; any other run takes the guide
 The guides that guide.retrain asks for are align.py's.
 """
 
-from ldalign import errors
 from ldalign.command import need, run_stages
 from ldalign.context import Context
 from ldalign.settings import RunConfig
 from ldalign.stages import guide_stage, responses_stage, start_stage
+from ldalign.system import exits
 
 
 def main(argv: list[str]) -> None:
@@ -42,4 +42,4 @@ def planned(config: RunConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

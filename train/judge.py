@@ -10,12 +10,12 @@ there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
 
 from pathlib import Path
 
-from ldalign import errors
 from ldalign.agreement import agreement_stage, find_guide
 from ldalign.command import need, run_stages
 from ldalign.context import Context
 from ldalign.settings import RunConfig
 from ldalign.stages import start_stage
+from ldalign.system import exits
 
 
 def main(argv: list[str]) -> None:
@@ -50,4 +50,4 @@ def planned(config: RunConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

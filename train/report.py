@@ -9,11 +9,11 @@ run goes on.
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign import errors
-from ldalign.config import REQUIRED, describe, load_config, setting, split_argv
-from ldalign.metrics import say
 from ldalign.report import write_report
 from ldalign.report_page import check_run, write_page
+from ldalign.system import exits
+from ldalign.system.config import REQUIRED, describe, load_config, setting, split_argv
+from ldalign.system.metrics import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

@@ -6,12 +6,12 @@ stages of align.py, which goes on from here with the same settings. Continual SF
 this script with policy=RUN/sft/policy and a run folder of its own.
 """
 
-from ldalign import errors
 from ldalign.command import need, run_stages
 from ldalign.context import Context
 from ldalign.measures import measure, measurements
 from ldalign.settings import RunConfig
 from ldalign.stages import sft_stage
+from ldalign.system import exits
 
 
 def main(argv: list[str]) -> None:
@@ -37,4 +37,4 @@ def planned(config: RunConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    exits.run(main)

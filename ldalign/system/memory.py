@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ldalign.errors import EnvironmentProblem
+from ldalign.system.errors import EnvironmentProblem
 
 log = logging.getLogger(__name__)
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # this process's own, as a container sees it

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from ldalign.errors import InputError
+from ldalign.system.errors import InputError
 
 T = TypeVar("T")
 

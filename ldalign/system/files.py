@@ -5,17 +5,19 @@ bytes.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldalign.errors import EnvironmentProblem
+from ldalign.system.errors import EnvironmentProblem
 
 PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
 HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
@@ -126,3 +128,22 @@ def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """One JSON value a line."""
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSON Lines file of ours."""
+    # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldalign import distributed
+from ldalign.system import distributed
 
 log = logging.getLogger(__name__)
 
@@ -133,3 +133,6 @@ class Bar:
                 f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, "
                 f"{self.tokens / seconds:.0f} tokens/s"
             )
+
+
+Metrics = dict[str, float]

@@ -21,9 +21,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ldalign import distributed
-from ldalign.errors import NumericsError
-from ldalign.files import write_text
+from ldalign.system import distributed
+from ldalign.system.errors import NumericsError
+from ldalign.system.files import write_text
 
 FOLDER = "parts"  # in the temporary folder of a stage; goes when the stage is finished
 

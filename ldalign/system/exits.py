@@ -1,11 +1,8 @@
-"""The errors a user may meet, and the one way every command ends.
+"""The one way every command ends: one line, from one rank, and an exit code.
 
-A problem a person can solve is raised as one of the three classes below, with a message of the form
-`FILE:LINE: what is wrong; what to do`. `run` turns it into one line on stderr and an exit code;
-everything else is a bug of ours and says so. In a run of several ranks the line begins with the
-rank that failed. Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated.
-(torchrun itself exits with 1 whatever a worker's code; the worker's own is in the summary torchrun
-prints.)
+Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself
+exits with 1 whatever a worker's code; the worker's own is in the summary that torchrun prints.) In
+a run of several ranks the line begins with the rank that failed.
 """
 
 import contextlib
@@ -21,48 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ldalign import interrupt
-
-
-class LdalignError(Exception):
-    """Base of every error ldalign raises on purpose; `exit_code` is what the command exits with."""
-
-    exit_code = 1
-
-
-class InputError(LdalignError, ValueError):
-    """Something the user gave is wrong: a file, a row, a config key, a model
-    folder. Exit code 2.
-    """
-
-    exit_code = 2
-
-
-class EnvironmentProblem(LdalignError, RuntimeError):
-    """The machine is in the way: a missing package, a full disk, an absent device, a held lock.
-    Exit code 3.
-    """
-
-    exit_code = 3
-
-
-class NumericsError(LdalignError, ArithmeticError):
-    """A value that must be finite (loss, gradient, distance, weight) is not. Exit code 4."""
-
-    exit_code = 4
-
-
-def is_failure(error: BaseException) -> bool:
-    """Whether a library failed, if only by a panic of its Rust code, and nobody asked to stop."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
+from ldalign.system import interrupt
+from ldalign.system.errors import LdalignError
 
 # What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors
 # among others.
 _CONNECTION = re.compile(
-    r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken "
-    r"pipe",
-    re.IGNORECASE,
+    r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE
 )
 _AGAIN = (
     "its own line, or torchrun's summary, says why; run the same command again: what is finished "
@@ -150,15 +112,6 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
-
-
-# ---------------------------------------------------------------------------------- one rank speaks
-#
-# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection,
-# does not bury the cause: who is about to say a line makes a file named by it. Under torchrun it
-# lies beside the workers' error files (torchrun removes that folder), else among the temporary
-# files, named also by what all ranks of a run on a host share: the process that started them, and
-# the port they meet at. So every host says it; better twice than never.
 
 
 def _ranks() -> int:

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldalign import errors
-from ldalign.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
-from ldalign.memory import OutOfMemory, keep_freed_memory
+from ldalign.system import exits
+from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
+from ldalign.system.memory import OutOfMemory, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def _meeting() -> dist.ProcessGroup:
     _keep_alive()
     peers: list[Any] = [None] * world_size()
     dist.all_gather_object(peers, (socket.gethostname(), os.getpid()), group=group)
-    errors.PEERS[:] = peers
+    exits.PEERS[:] = peers
     return group
 
 
@@ -195,12 +195,12 @@ def _attempt(work: Callable[[], T]) -> tuple[tuple[T | None, str, str], Exceptio
 
 def _results(outcomes: Sequence[Any], failure: Exception | None) -> list[Any]:
     if failure is not None:
-        raise errors.of_rank(failure, rank())
+        raise exits.of_rank(failure, rank())
     for number, (_, kind, text) in enumerate(outcomes):
         if kind in _SHARED_ERRORS:
-            raise errors.of_rank(_SHARED_ERRORS[kind](text), number)
+            raise exits.of_rank(_SHARED_ERRORS[kind](text), number)
         if kind:
-            raise errors.of_rank(RuntimeError(f"{kind}: {text}"), number)
+            raise exits.of_rank(RuntimeError(f"{kind}: {text}"), number)
     return [result for result, _, _ in outcomes]
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldalign.errors import InputError
+from ldalign.system.errors import InputError
 
 MAX_JSON_BYTES = (
     10**7

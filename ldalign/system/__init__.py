@@ -1,0 +1,1 @@
+"""What every program needs of its machine: errors, files, memory, seeds, ranks, config."""
