@@ -167,6 +167,8 @@ setup(
         "ldalign.train",
     ],
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
-    package_data={"ldalign": ["benchmark_definitions/*.yaml", "wordings.txt", "report_page.html"]},
+    package_data={
+        "ldalign": ["benchmark_definitions/*.yaml", "data/wordings.txt", "report_page.html"]
+    },
     **extension(),
 )

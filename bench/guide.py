@@ -16,8 +16,8 @@ from typing import Any
 import common
 from work import LENGTHS
 
-from ldalign import tasks
 from ldalign.batches import global_batches
+from ldalign.data import embedded
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, new_guide
 from ldalign.system.exits import run
@@ -70,7 +70,7 @@ def make_texts(lengths: str, count: int) -> dict[str, list[str]]:
     GSM8K's lengths.
     """
     words = " ".join(
-        m["content"] for row in tasks.make_rows(0, "train", 300) for m in row["messages"]
+        m["content"] for row in embedded.make_rows(0, "train", 300) for m in row["messages"]
     ).split()
     dice = random.Random(0)
     rows = [
@@ -85,7 +85,7 @@ def make_texts(lengths: str, count: int) -> dict[str, list[str]]:
 def make_guide(size: str, folder: Path) -> Path:
     """A new guide, saved; its tokenizer learns the embedded tasks."""
     layers, width, heads = SIZES.get(size, (2, 32, 2))
-    texts = [m["content"] for row in tasks.make_rows(0, "train", 300) for m in row["messages"]]
+    texts = [m["content"] for row in embedded.make_rows(0, "train", 300) for m in row["messages"]]
     network = GPT2Config(VOCABULARY, POSITIONS, width, layers, heads)
     config = GuideConfig(latent_width=LATENT_WIDTH, max_tokens=POSITIONS - 1)
     new_guide(config, 0, None, texts, network).save(folder)

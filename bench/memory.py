@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ldalign.batches import Pair
+from ldalign.data.pairs import Pair
 from ldalign.estimate import TrainingShape, training_memory
 from ldalign.mistral import Mistral
 from ldalign.system import distributed

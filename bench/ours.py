@@ -17,7 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from worker import Job, Result, main, settle, timed
 
-from ldalign.batches import Pair
+from ldalign.data.pairs import Pair
 from ldalign.decoders import new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.guide import load_guide

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldalign import ops
+    from ldalign.data.tokenizer import load_tokenizer
     from ldalign.generate import generate
     from ldalign.guide import load_guide
-    from ldalign.tokenizer import load_tokenizer
     from ldalign.weights import load_model, save_model
 
 __all__ = ["generate", "load_guide", "load_model", "load_tokenizer", "ops", "save_model"]
@@ -22,7 +22,7 @@ _HOMES = {
     "generate": "ldalign.generate",
     "load_guide": "ldalign.guide",
     "load_model": "ldalign.weights",
-    "load_tokenizer": "ldalign.tokenizer",
+    "load_tokenizer": "ldalign.data.tokenizer",
     "save_model": "ldalign.weights",
 }
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from ldalign.analysis import NORMAL_95
 from ldalign.answers import make_answers
 from ldalign.context import Context
-from ldalign.data import data_hash
+from ldalign.data.rows import data_hash
 from ldalign.decoders import new_decoder
 from ldalign.engine import Request
 from ldalign.generate import text_of

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ldalign import tasks
-from ldalign.methods import effective_size
+from ldalign.data import embedded
+from ldalign.data.pairs import effective_size
 from ldalign.system.files import read_jsonl
 
 Array = NDArray[np.float64]
@@ -290,9 +290,9 @@ def _join(
 
 
 def _verdict(row: Mapping[str, Any], text: str, finished: bool) -> float:
-    if row.get("kind") not in tasks.KINDS:
+    if row.get("kind") not in embedded.KINDS:
         return math.nan
-    return float(finished and tasks.check(row["kind"], row["answer"], text))
+    return float(finished and embedded.check(row["kind"], row["answer"], text))
 
 
 def _columns(path: Path, ids: list[str], *names: str) -> Array:

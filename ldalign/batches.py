@@ -15,35 +15,11 @@ import torch
 from torch import Tensor
 
 from ldalign import ops
+from ldalign.data.pairs import Pair
 from ldalign.gpt2 import GPT2Config
 from ldalign.layout import Packed
 from ldalign.system.seeds import permutation
 from ldalign.weights import LanguageModel
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What training and scoring work on, in token ids. `generated` None: a row for SFT, which has
-    no loser.
-    """
-
-    id: str
-    prompt: list[int]
-    real: list[int]
-    generated: list[int] | None = None
-    weight: float = 1.0
-    ref_real: float = 0.0  # summed log-probs under the reference, natural logs
-    ref_generated: float = 0.0
-
-    @property
-    def responses(self) -> list[list[int]]:
-        """Winner first, then the loser where there is one."""
-        return [self.real] if self.generated is None else [self.real, self.generated]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a model reads for this pair: the prompt is read once."""
-        return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
 @dataclass(frozen=True)

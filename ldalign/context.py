@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ldalign import tasks
-from ldalign.batches import Pair
-from ldalign.data import Row, data_hash, read_rows
+from ldalign.data import embedded
+from ldalign.data.pairs import Pair, Prepared, prepare
+from ldalign.data.rows import Row, data_hash, read_rows
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.guide import is_trained_guide
-from ldalign.methods import Prepared, prepare
 from ldalign.pipeline import Parents, RunFolder
 from ldalign.pretrained import resolve_model
 from ldalign.settings import Guide, RunConfig
@@ -26,7 +26,6 @@ from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import say
 from ldalign.system.seeds import permutation
-from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import check_model, read_config
 
 EMBEDDED = "embedded"
@@ -151,7 +150,9 @@ def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[li
         heldout = [row for i, row in enumerate(train_rows) if i in chosen]
         train_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
     # A kind of the user's own has no checker here: such rows are read for their likelihood alone.
-    heldout = [r if r.kind in tasks.KINDS else replace(r, kind=None, answer=None) for r in heldout]
+    heldout = [
+        r if r.kind in embedded.KINDS else replace(r, kind=None, answer=None) for r in heldout
+    ]
     asked = [
         config.max_rows,
         *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs),
@@ -173,7 +174,7 @@ def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
             answer=r["answer"],
             where=f"embedded:{r['id']}",
         )
-        for r in tasks.make_rows(seed, split, count)
+        for r in embedded.make_rows(seed, split, count)
     ]
 
 
@@ -186,7 +187,7 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
     out = []
     for i, row in enumerate(rows):
         for other in (*rows[i + 1 :], *rows[:i]):
-            if other.kind == row.kind and not tasks.check(
+            if other.kind == row.kind and not embedded.check(
                 str(row.kind), row.answer, other.response
             ):
                 out.append(replace(row, rejected=other.response))
@@ -275,15 +276,3 @@ def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
                 f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or "
                 f"lower {key}"
             )
-
-
-def prompt_text(row: Row) -> str:
-    """What the guide reads as the prompt: the user's text, or for a longer history every turn with
-    its role.
-
-    The system turn is left out: it is the same for most rows of a data set.
-    """
-    turns = [m for m in row.history if m["role"] != "system"]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from ldalign.context import Context
+from ldalign.data.tokenizer import COPIED_FILES
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.files import PARTIAL
-from ldalign.tokenizer import COPIED_FILES
 from ldalign.weights import check_model, count_parameters
 from ldalign.work import guide_is_policy, guide_steps, stage_work, to_do
 

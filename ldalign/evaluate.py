@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign import tasks
 from ldalign.answers import make_answers
-from ldalign.batches import Pair
-from ldalign.data import Row
+from ldalign.data import embedded
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.mistral import Mistral
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.system import distributed
-from ldalign.tokenizer import Tokenizer
 
 CHUNK = 64  # rows: there are few, and every rank is to get some
 
@@ -171,7 +171,7 @@ def _answers(
 
 def _correct(row: Row, text: str, response: Response) -> bool:
     # A response that never ended is not an answer, whatever it holds.
-    return response.finish_reason == "stop" and tasks.check(str(row.kind), row.answer, text)
+    return response.finish_reason == "stop" and embedded.check(str(row.kind), row.answer, text)
 
 
 def _summary(name: str, values: np.ndarray, kinds: Sequence[str]) -> dict[str, float]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from ldalign.data import Message
+from ldalign.data.rows import Message
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.mistral import Mistral
 from ldalign.sampling import Response, Sampling
-from ldalign.tokenizer import Tokenizer
 
 
 def generate_ids(

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldalign import ops
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.layout import Packed
 from ldalign.mistral import Mistral
@@ -40,7 +41,6 @@ from ldalign.system.files import save_tensors
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
 from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
-from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import (
     LanguageModel,
     check_model,

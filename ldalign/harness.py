@@ -25,6 +25,7 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.batches import deal
 from ldalign.benchmark_tasks import no_harness
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.generate import generate_ids
 from ldalign.layout import Packed
@@ -34,7 +35,6 @@ from ldalign.sampling import Sampling
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
-from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 
 try:

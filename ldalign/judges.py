@@ -16,10 +16,11 @@ from typing import Protocol, cast
 
 import torch
 
-from ldalign import tasks
-from ldalign.batches import Pair
-from ldalign.context import Context, find_model, prompt_text
-from ldalign.data import Message, Row
+from ldalign.context import Context, find_model
+from ldalign.data import embedded
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Message, Row, prompt_text
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer, template_date
 from ldalign.endpoint import Endpoint
 from ldalign.mistral import Mistral
 from ldalign.pipeline import Parents, hash_model_folder
@@ -28,7 +29,6 @@ from ldalign.settings import RunConfig
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.metrics import Bar
-from ldalign.tokenizer import Tokenizer, load_tokenizer, template_date
 from ldalign.weights import check_model, load_model, read_config
 
 CHECKER = "checker"
@@ -93,11 +93,11 @@ class Checker:
         return [
             0.5
             + (
-                tasks.check(str(row.kind), row.answer, a)
-                - tasks.check(str(row.kind), row.answer, b)
+                embedded.check(str(row.kind), row.answer, a)
+                - embedded.check(str(row.kind), row.answer, b)
             )
             / 2
-            if row.kind in tasks.KINDS
+            if row.kind in embedded.KINDS
             else math.nan
             for row, a, b in zip(rows, first, second, strict=True)
         ]

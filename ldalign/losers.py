@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldalign.batches import Pair
-from ldalign.data import Row, json_lines
+from ldalign.data.pairs import Pair
+from ldalign.data.records import json_lines
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.sampling import Response
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

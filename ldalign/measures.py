@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ldalign.benchmarks import benchmark_stages, planned_benchmarks
-from ldalign.context import Context, find_model, prompt_text
-from ldalign.data import Row
+from ldalign.context import Context, find_model
+from ldalign.data.rows import Row, prompt_text
 from ldalign.evaluate import standard_error
 from ldalign.judges import check_judge
 from ldalign.pipeline import hash_model_folder

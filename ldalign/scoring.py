@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ldalign import ops
-from ldalign.batches import Batch, Pair, deal, pair_costs, token_logprobs
+from ldalign.batches import Batch, deal, pair_costs, token_logprobs
+from ldalign.data.pairs import Pair
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
 from ldalign.weights import LanguageModel

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldalign.batches import Pair
 from ldalign.context import Context
+from ldalign.data.pairs import Pair, ranked_pairs, rejected_pairs, with_losers
 from ldalign.judges import POLICY, judge_parents, open_judge
-from ldalign.methods import ranked_pairs, rejected_pairs, with_losers
 from ldalign.pipeline import Parents
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from ldalign.answers import make_answers
-from ldalign.batches import Pair
 from ldalign.checkpoint import Plan
-from ldalign.context import EMBEDDED, Context, prompt_text
-from ldalign.data import Row, data_hash, files_of
+from ldalign.context import EMBEDDED, Context
+from ldalign.data.pairs import Pair, effective_size, pair_weights, usable
+from ldalign.data.rows import Row, data_hash, files_of, prompt_text
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate
@@ -32,7 +33,6 @@ from ldalign.gpt2 import GPT2Config
 from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
-from ldalign.methods import effective_size, pair_weights, usable
 from ldalign.mistral import Mistral
 from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
 from ldalign.sampling import Response, Sampling
@@ -45,7 +45,6 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, read_jsonl, save_tensors, write_json, write_jsonl
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
-from ldalign.tokenizer import Tokenizer
 from ldalign.training import TrainSettings, train
 from ldalign.weights import load_model, save_model
 

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ldalign import tasks
+from ldalign.data import embedded
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.weights import save_model
@@ -129,7 +129,7 @@ def _train_tokenizer() -> tokenizers.Tokenizer:
     )
     texts = [
         message["content"]
-        for row in tasks.make_rows(0, "train", 300)
+        for row in embedded.make_rows(0, "train", 300)
         for message in row["messages"]
     ]
     tokenizer.train_from_iterator(texts, trainer)

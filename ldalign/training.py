@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ldalign import ops
-from ldalign.batches import Batch, Pair, count_steps, deal, global_batches, pair_costs
+from ldalign.batches import Batch, count_steps, deal, global_batches, pair_costs
 from ldalign.checkpoint import Checkpoints, Plan, State
+from ldalign.data.pairs import Pair
 from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.distributed import Sharding

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ldalign.data.tokenizer import save_tokenizer_files
 from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.system import distributed
@@ -37,7 +38,6 @@ from ldalign.system.untrusted import (
     refuse_link_out,
     refuse_links_out,
 )
-from ldalign.tokenizer import save_tokenizer_files
 
 LanguageModel = Mistral | GPT2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

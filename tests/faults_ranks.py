@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldalign import training
-from ldalign.batches import Pair
 from ldalign.checkpoint import Plan
+from ldalign.data.pairs import Pair
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import Example, GuideConfig, new_guide
 from ldalign.scoring import response_logps

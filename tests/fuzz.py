@@ -43,7 +43,7 @@ USED = (
     "pyarrow.parquet",
     "test_pretrained",
     "test_weights",
-    "ldalign.data",
+    "ldalign.data.rows",
     "ldalign.losers",
     "ldalign.pretrained",
     "ldalign.settings",
@@ -383,7 +383,7 @@ def make_parquet(folder: Path) -> list[Path]:
 
 
 def read_data(folder: Path, draw: random.Random) -> None:
-    from ldalign.data import read_rows
+    from ldalign.data.rows import read_rows
 
     read_rows(
         folder, turns=draw.choice(("first", "last", "all")), bad_rows=draw.choice(("error", "skip"))
@@ -438,8 +438,8 @@ def make_template(folder: Path) -> list[Path]:
 
 
 def read_tokenizer(folder: Path, draw: random.Random) -> None:
-    from ldalign.data import Row
-    from ldalign.tokenizer import load_tokenizer
+    from ldalign.data.rows import Row
+    from ldalign.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     tokenizer.pair_ids(
@@ -473,9 +473,10 @@ def make_losers(folder: Path) -> list[Path]:
 
 
 def read_losers(folder: Path, draw: random.Random) -> None:
-    from ldalign import losers, methods
-    from ldalign.data import Row
-    from ldalign.tokenizer import load_tokenizer
+    from ldalign import losers
+    from ldalign.data.pairs import prepare
+    from ldalign.data.rows import Row
+    from ldalign.data.tokenizer import load_tokenizer
 
     state = READERS["losers"].state
     if not state:
@@ -485,7 +486,7 @@ def read_losers(folder: Path, draw: random.Random) -> None:
         state["rows"] = [
             Row(str(i), ({"role": "user", "content": "q"},), "r", where=f"x:{i}") for i in range(4)
         ]
-        state["pairs"] = methods.prepare(state["rows"], state["tokenizer"], 100).pairs
+        state["pairs"] = prepare(state["rows"], state["tokenizer"], 100).pairs
     rows, pairs, tokenizer = state["rows"], state["pairs"], state["tokenizer"]
     losers.read_losers(
         folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl"

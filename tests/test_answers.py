@@ -13,15 +13,15 @@ import tiny
 
 from ldalign import answers
 from ldalign.answers import chunks, make_answers
-from ldalign.batches import Pair
-from ldalign.data import Row
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder
 from ldalign.engine import Engine, Request
 from ldalign.kernels import cpp
 from ldalign.losers import read_losers
 from ldalign.sampling import Response, Sampling
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model
 
 KINDS = [

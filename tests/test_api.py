@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import ldalign
-from ldalign.data import Row
+from ldalign.data.rows import Row
 from ldalign.toy import write_toy_model
 
 

@@ -13,15 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign.batches import (
-    Batch,
-    Pair,
-    count_steps,
-    deal,
-    global_batches,
-    pair_costs,
-    token_logprobs,
-)
+from ldalign.batches import Batch, count_steps, deal, global_batches, pair_costs, token_logprobs
+from ldalign.data.pairs import Pair
 from ldalign.toy import random_mistral
 
 

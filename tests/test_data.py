@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldalign.data import MAX_ROW_BYTES, Row, data_hash, read_rows
+from ldalign.data.records import MAX_ROW_BYTES
+from ldalign.data.rows import Row, data_hash, read_rows
 from ldalign.system.errors import EnvironmentProblem, InputError
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldalign.batches import Pair, deal, pair_costs
+from ldalign.batches import deal, pair_costs
+from ldalign.data.pairs import Pair
 from ldalign.mistral import Mistral
 from ldalign.scoring import response_logps
 from ldalign.system import distributed, exits

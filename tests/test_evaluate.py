@@ -12,14 +12,13 @@ import pytest
 import tiny
 import torch
 
-from ldalign import tasks
-from ldalign.batches import Pair
-from ldalign.data import Row
+from ldalign.data import embedded
+from ldalign.data.pairs import Pair, prepare
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
-from ldalign.methods import prepare
 from ldalign.sampling import Response, Sampling
-from ldalign.tokenizer import Tokenizer, load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model
 
@@ -40,7 +39,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, list[
             kind=r["kind"],
             answer=r["answer"],
         )
-        for r in tasks.make_rows(0, "heldout", 26)
+        for r in embedded.make_rows(0, "heldout", 26)
     ]
     tokenizer = load_tokenizer(folder)
     prepared = prepare(rows, tokenizer, 4096)
@@ -97,7 +96,7 @@ def test_a_perfect_model(measure: Callable[[Answer], dict[str, float]]) -> None:
         for name in metrics
         if name.startswith("accuracy/greedy/")
     }
-    assert kinds == set(tasks.KINDS) and all(
+    assert kinds == set(embedded.KINDS) and all(
         metrics[f"accuracy/sampled/{kind}"] == 1.0 for kind in kinds
     )
 

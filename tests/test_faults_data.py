@@ -12,12 +12,14 @@ from faults import forget_peak, peak
 from test_data import GOOD, a, parquet, s, u, write
 from test_stages import open_toy, rows_file
 
-from ldalign import methods, pipeline, stages
-from ldalign.data import Row, json_lines, read_rows
+from ldalign import pipeline, stages
+from ldalign.data.pairs import prepare, usable, with_losers
+from ldalign.data.records import json_lines
+from ldalign.data.rows import Row, read_rows
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.losers import read_losers
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import load_tokenizer
 from ldalign.train import generate
 
 
@@ -177,7 +179,7 @@ def test_D5_hostile_losers(
     """
     tokenizer = load_tokenizer(chatml_folder)
     rows = [Row("1", (u("q"),), "r")]
-    pairs = methods.prepare(rows, tokenizer, 100).pairs
+    pairs = prepare(rows, tokenizer, 100).pairs
     path = tmp_path / "losers.jsonl"
     path.write_text(json.dumps({"id": "1", **record}) + "\n")
     with pytest.raises(InputError, match=rf"losers\.jsonl:1: .*({message})"):
@@ -267,10 +269,10 @@ def test_D9_prompt_alone_fills_max_length(chatml_folder: Path) -> None:
     tokenizer = load_tokenizer(chatml_folder)
     rows = [Row(str(i), (u("q"),), "r") for i in range(99)]
     long = Row("long", (u("word " * 100),), "r")
-    prepared = methods.prepare([*rows, long], tokenizer, 60)
+    prepared = prepare([*rows, long], tokenizer, 60)
     assert prepared.dropped == ["long"] and len(prepared.rows) == 99
     with pytest.raises(InputError, match=r"max_length=60: .* in 2 of 101 rows \(the first: long\)"):
-        methods.prepare([*rows, long, long], tokenizer, 60)
+        prepare([*rows, long, long], tokenizer, 60)
 
 
 def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
@@ -280,11 +282,11 @@ def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
     """
     tokenizer = load_tokenizer(chatml_folder)
     rows = [Row("cut", (u("q"),), "word " * 50), Row("whole", (u("q"),), "r")]
-    prepared = methods.prepare(rows, tokenizer, 40)
+    prepared = prepare(rows, tokenizer, 40)
     cut, whole = prepared.pairs
     assert prepared.cut == 1 and len(cut.prompt) + len(cut.real) == 40
     assert not set(cut.real) & set(tokenizer.end_ids) and whole.real[-1] in tokenizer.end_ids
-    (pair,) = methods.with_losers([whole], [[5] * 100 + [tokenizer.end_ids[0]]], 40)
+    (pair,) = with_losers([whole], [[5] * 100 + [tokenizer.end_ids[0]]], 40)
     assert pair.generated == [5] * (40 - len(whole.prompt))
 
 
@@ -295,11 +297,11 @@ def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
     Expected: such pairs are not trained on (`losers/identical_frac` counts them).
     """
     tokenizer = load_tokenizer(chatml_folder)
-    pairs = methods.prepare([Row("1", (u("q"),), "word " * 50)] * 3, tokenizer, 40).pairs
+    pairs = prepare([Row("1", (u("q"),), "word " * 50)] * 3, tokenizer, 40).pairs
     losers = [[*pairs[0].real], [*pairs[0].real, 7, 8], [*pairs[0].real[:-1], 7]]
-    kept = [methods.usable(pair) for pair in methods.with_losers(pairs, losers, 40)]
+    kept = [usable(pair) for pair in with_losers(pairs, losers, 40)]
     assert kept == [False, False, True]
-    assert not methods.usable(methods.with_losers(pairs[:1], [[]], 40)[0])
+    assert not usable(with_losers(pairs[:1], [[]], 40)[0])
 
 
 def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:

@@ -23,14 +23,14 @@ from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, r
 from torch import Tensor
 
 from ldalign import guide, pipeline, toy, weights
+from ldalign.data.chat_template import ChatTemplate
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.measures import check_measurements
 from ldalign.reward import check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.system import untrusted
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
-from ldalign.templates import ChatTemplate
-from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import INDEX, SINGLE, load_model
 
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 from test_stages import open_toy
 
-from ldalign import checkpoint, disk, pipeline, tokenizer, toy, weights
+from ldalign import checkpoint, disk, pipeline, toy, weights
+from ldalign.data import tokenizer
 from ldalign.pipeline import RunFolder
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError

@@ -10,11 +10,12 @@ import pytest
 import tiny
 import torch
 
-from ldalign.batches import Batch, Pair, token_logprobs
+from ldalign.batches import Batch, token_logprobs
+from ldalign.data.pairs import Pair
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generate import generate, generate_ids
 from ldalign.kernels import cpp
 from ldalign.sampling import Sampling, sample
-from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.weights import load_model, stored_state
 

@@ -20,12 +20,12 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from ldalign.benchmark_tasks import Benchmark  # noqa: E402
 from ldalign.benchmarks import run_benchmark  # noqa: E402
+from ldalign.data.tokenizer import load_tokenizer  # noqa: E402
 from ldalign.generate import generate_ids  # noqa: E402
 from ldalign.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
 from ldalign.mistral import Mistral  # noqa: E402
 from ldalign.sampling import Sampling  # noqa: E402
 from ldalign.system.errors import InputError  # noqa: E402
-from ldalign.tokenizer import load_tokenizer  # noqa: E402
 from ldalign.toy import write_toy_model  # noqa: E402
 from ldalign.weights import load_model  # noqa: E402
 

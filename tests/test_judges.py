@@ -15,8 +15,9 @@ import torch
 from conftest import ROOT
 
 from ldalign import endpoint as endpoint_module
-from ldalign import tasks
-from ldalign.data import Row
+from ldalign.data import embedded
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.endpoint import Endpoint
 from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
 from ldalign.mistral import Mistral
@@ -24,7 +25,6 @@ from ldalign.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl
-from ldalign.tokenizer import load_tokenizer
 from ldalign.toy import write_toy_model
 from ldalign.train.align import main
 from ldalign.weights import load_model
@@ -40,7 +40,7 @@ def rows() -> list[Row]:
             kind=r["kind"],
             answer=r["answer"],
         )
-        for r in tasks.make_rows(0, "heldout", 7)
+        for r in embedded.make_rows(0, "heldout", 7)
     ]
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldalign.batches import Pair
-from ldalign.data import Row
-from ldalign.methods import (
+from ldalign.data.pairs import (
     WEIGHTS,
+    Pair,
     distance_weights,
     effective_size,
     pair_weights,
@@ -21,9 +20,10 @@ from ldalign.methods import (
     usable,
     with_losers,
 )
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.settings import RunConfig
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import load_tokenizer
 
 
 def row(i: int, prompt: str = "Say it.", response: str = "It is said.") -> Row:

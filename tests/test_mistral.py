@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.kernels import reference
 from ldalign.layout import Packed
 from ldalign.mistral import Mistral, MistralConfig, rope_tables
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import load_tokenizer
 from ldalign.weights import load_model, stored_state
 
 TINY: dict[str, Any] = {

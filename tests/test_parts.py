@@ -13,10 +13,11 @@ from conftest import ROOT
 from stage_kills import check_resume
 
 from ldalign import agreement, context, ops, sources, stages
+from ldalign.data import rows
+from ldalign.data.pairs import with_losers
 from ldalign.gpt2 import GPT2Config
 from ldalign.guide import Guide, GuideConfig, new_guide
 from ldalign.judges import POLICY
-from ldalign.methods import with_losers
 from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
@@ -242,7 +243,7 @@ def test_a_distance_that_is_nan_names_the_rows_id(
 
     def spoil(guide: Guide, examples: Any) -> torch.Tensor:
         out = plain(guide, examples)
-        mark = guide.example(context.prompt_text(wanted), wanted.response)
+        mark = guide.example(rows.prompt_text(wanted), wanted.response)
         return out * torch.tensor([[math.nan if e == mark else 1.0] for e in examples])
 
     monkeypatch.setattr(Guide, "encode", spoil)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldalign import pipeline
-from ldalign.batches import Batch, Pair, deal, global_batches
+from ldalign.batches import Batch, deal, global_batches
+from ldalign.data.pairs import Pair
 from ldalign.layout import Packed
 from ldalign.system.errors import InputError
 

@@ -11,7 +11,9 @@ import torch
 from conftest import ROOT
 
 from ldalign import context, estimate, sources, stages, summaries, toy
-from ldalign.batches import Batch, Pair
+from ldalign.batches import Batch
+from ldalign.data import rows
+from ldalign.data.pairs import Pair
 from ldalign.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
@@ -273,15 +275,15 @@ def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
 
 
 def test_prompt_text() -> None:
-    from ldalign.data import Row
+    from ldalign.data.rows import Row
 
     turns = (
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "2+2"},
     )
-    assert context.prompt_text(Row("1", turns[:1], "4")) == "Hi"
-    assert context.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+    assert rows.prompt_text(Row("1", turns[:1], "4")) == "Hi"
+    assert rows.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
 
 
 # ------------------------------------------------------------------------------------------ dry run

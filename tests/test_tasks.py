@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldalign import tasks
+from ldalign.data import embedded
+from ldalign.data.embedded import KINDS, check, make_rows
 from ldalign.system.errors import EnvironmentProblem, InputError
-from ldalign.tasks import KINDS, check, make_rows
 
 TRAIN, HELDOUT = make_rows(0, "train", 4000), make_rows(0, "heldout", 600)
-DRAWN = [*tasks.tasks(0, "train", 2600), *tasks.tasks(0, "heldout", 520)]
+DRAWN = [*embedded.tasks(0, "train", 2600), *embedded.tasks(0, "heldout", 520)]
 
 
 def of_kind(kind):
@@ -77,24 +77,24 @@ def test_row_shape_balance_and_distinct_prompts(rows):
 def test_heldout_shares_no_prompt_task_wording_or_person_with_train():
     for seed in (0, 1):  # whatever the seeds
         train, heldout = (
-            list(tasks.tasks(0, "train", 4000)),
-            list(tasks.tasks(seed, "heldout", 600)),
+            list(embedded.tasks(0, "train", 4000)),
+            list(embedded.tasks(seed, "heldout", 600)),
         )
         assert not {t.prompt for t in train} & {t.prompt for t in heldout}
         assert not {(t.kind, t.params) for t in train} & {(t.kind, t.params) for t in heldout}
     for kind in KINDS:
         assert (
-            len(set(tasks.WORDINGS[kind, "train"])) == 8
-            and len(set(tasks.WORDINGS[kind, "heldout"])) == 4
+            len(set(embedded.WORDINGS[kind, "train"])) == 8
+            and len(set(embedded.WORDINGS[kind, "heldout"])) == 4
         )
-        assert not set(tasks.WORDINGS[kind, "train"]) & set(tasks.WORDINGS[kind, "heldout"])
-    assert not set(tasks.PEOPLE["train"]) & set(tasks.PEOPLE["heldout"])
+        assert not set(embedded.WORDINGS[kind, "train"]) & set(embedded.WORDINGS[kind, "heldout"])
+    assert not set(embedded.PEOPLE["train"]) & set(embedded.PEOPLE["heldout"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_wording_is_used(kind):
-    for split in tasks.CAPACITY:
-        for wording in tasks.WORDINGS[kind, split]:
+    for split in embedded.CAPACITY:
+        for wording in embedded.WORDINGS[kind, split]:
             pattern = re.compile(".+".join(map(re.escape, re.split(r"{\w+}", wording))))
             assert any(pattern.fullmatch(task.prompt) for task in of_kind(kind)), wording
 
@@ -110,9 +110,9 @@ def test_lengths(kind):
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_capacity_is_real(split, seed):
-    assert tasks.CAPACITY["train"] >= 4000 and tasks.CAPACITY["heldout"] >= 600
-    prompts = {task.prompt for task in tasks.tasks(seed, split, tasks.CAPACITY[split])}
-    assert len(prompts) == tasks.CAPACITY[split]
+    assert embedded.CAPACITY["train"] >= 4000 and embedded.CAPACITY["heldout"] >= 600
+    prompts = {task.prompt for task in embedded.tasks(seed, split, embedded.CAPACITY[split])}
+    assert len(prompts) == embedded.CAPACITY[split]
 
 
 def test_bad_requests_are_refused():
@@ -146,7 +146,7 @@ def solve(task):
     """
     if task.kind == "arithmetic":
         a, b, c = numbers(task.prompt)
-        return f"{a + b - c} {re.search('|'.join(tasks.GOODS), task.prompt)[0]}"
+        return f"{a + b - c} {re.search('|'.join(embedded.GOODS), task.prompt)[0]}"
     if task.kind == "units":
         big, small, a, b = task.params
         seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
@@ -170,7 +170,7 @@ def solve(task):
         return f"{a * size[big] // size[small] + b} {small}"
     if task.kind == "dates":
         (n,) = numbers(task.prompt)
-        (start,) = re.findall("|".join(tasks.DAYS), task.prompt)
+        (start,) = re.findall("|".join(embedded.DAYS), task.prompt)
         return f"{weekday(start) + datetime.timedelta(days=n):%A}"
     if task.kind == "clock":
         ((h, m),) = re.findall(r"(\d\d):(\d\d)", task.prompt)
@@ -191,7 +191,7 @@ def solve(task):
         patterns = {
             "price": r"\$\d+",
             "order number": r"\b[A-Z]{2}\d{3}\b",
-            "day of delivery": "|".join(tasks.DAYS),
+            "day of delivery": "|".join(embedded.DAYS),
         }
         wanted = max(patterns, key=task.prompt.rfind)  # the question comes last
         (found,) = re.findall(patterns[wanted], task.prompt)
@@ -203,11 +203,14 @@ def solve(task):
             for o in itertools.permutations({p for clue in clues for p in clue})
             if all(o.index(x) < o.index(y) for x, y in clues)
         ]
-        most = next(most for rel, most, _ in tasks.SCALES if rel == relation)
+        most = next(most for rel, most, _ in embedded.SCALES if rel == relation)
         return order[0 if most in task.prompt else -1]
     record = dict(zip(("age", "city"), task.params, strict=True))
     (name,) = [
-        p for split in tasks.PEOPLE.values() for p in split if re.search(rf"\b{p}\b", task.prompt)
+        p
+        for split in embedded.PEOPLE.values()
+        for p in split
+        if re.search(rf"\b{p}\b", task.prompt)
     ]
     assert all(str(value) in task.prompt for value in record.values())
     return json.dumps({"name": name} | record)
@@ -356,7 +359,7 @@ def test_numbers_are_equal_only_when_equal(want, got):
     assert check("counting", str(want), f"Answer: {want:,}.")
 
 
-@given(items=st.lists(st.sampled_from(tasks.WORDS), min_size=2, max_size=6), data=st.data())
+@given(items=st.lists(st.sampled_from(embedded.WORDS), min_size=2, max_size=6), data=st.data())
 def test_lists_are_equal_only_in_the_same_order(items, data):
     other = data.draw(st.permutations(items))
     assert check("sorting", ", ".join(items), "Answer: " + ", ".join(other)) == (items == other)
@@ -374,7 +377,9 @@ def test_any_text_gets_a_verdict(kind, response):
 
 
 def test_command_writes_both_files(tmp_path, capsys):
-    tasks.main([str(tmp_path / "new" / "data"), "--train", "30", "--heldout", "20", "--seed", "3"])
+    embedded.main(
+        [str(tmp_path / "new" / "data"), "--train", "30", "--heldout", "20", "--seed", "3"]
+    )
     for split, count in (("train", 30), ("heldout", 20)):
         lines = (tmp_path / "new" / "data" / f"{split}.jsonl").read_bytes().decode().split("\n")
         assert [json.loads(line) for line in lines[:-1]] == make_rows(3, split, count) and lines[
@@ -386,4 +391,4 @@ def test_command_writes_both_files(tmp_path, capsys):
 def test_command_says_when_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
-        tasks.main([str(tmp_path / "file"), "--train", "1", "--heldout", "1"])
+        embedded.main([str(tmp_path / "file"), "--train", "1", "--heldout", "1"])

@@ -12,9 +12,9 @@ from conftest import write_tokenizer_folder as write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldalign.data import Row
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
 from ldalign.system.errors import InputError
-from ldalign.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
 
 CONVERSATIONS = [
     [("user", "What is 12 + 30?"), ("assistant", "12 + 30 = 42")],

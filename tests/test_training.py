@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ldalign import training
-from ldalign.batches import Pair, global_batches
+from ldalign.batches import global_batches
+from ldalign.data.pairs import Pair
 from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldalign.batches import Pair
+from ldalign.data.pairs import Pair
 from ldalign.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.mistral import Mistral, MistralConfig
 from ldalign.toy import random_mistral

@@ -20,7 +20,9 @@ from typing import Any, cast
 from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
 from ldalign.context import Context, choose_dtype, named_keys, open_policy
-from ldalign.data import Message, json_lines
+from ldalign.data.records import json_lines
+from ldalign.data.rows import Message
+from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.generate import text_of
@@ -34,7 +36,6 @@ from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
-from ldalign.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.weights import load_model
 
 CHAT = "--chat"

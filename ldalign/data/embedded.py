@@ -10,7 +10,7 @@ and a hash of each parameter tuple says which split may use it, whatever the see
 `random.Random(str)`, drawn with integer methods only, so rows are the same on every machine and
 Python version.
 
-    python -m ldalign.tasks FOLDER [--seed 0] [--train 4000] [--heldout 600]
+    python -m ldalign.data.embedded FOLDER [--seed 0] [--train 4000] [--heldout 600]
 """
 
 import argparse
@@ -409,7 +409,7 @@ def make_rows(seed: int, split: str, count: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ldalign.tasks", description="Write the embedded data set."
+        prog="python -m ldalign.data.embedded", description="Write the embedded data set."
     )
     parser.add_argument(
         "folder", type=Path, help="where train.jsonl and heldout.jsonl go; made if missing"

@@ -26,22 +26,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tokenizers
 from jinja2.sandbox import SecurityError
 
-from ldalign.system.errors import InputError, is_failure
-from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, read_text
-from ldalign.templates import ChatTemplate
+from ldalign.data.chat_template import ChatTemplate
+from ldalign.data.tokenizer_files import (
+    NAMED_TOKENS,
+    library_error,
+    read_backend,
+    read_settings,
+    read_template,
+    read_tokenizer_json,
+    token_text,
+)
+from ldalign.system.errors import InputError
+from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json
 
 if TYPE_CHECKING:
-    from ldalign.data import Message, Row
+    from ldalign.data.rows import Message, Row
 
-NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 COPIED_FILES = (
     "tokenizer.json",
     "special_tokens_map.json",
@@ -90,19 +90,19 @@ class Tokenizer:
         self, folder: Path, template: str | None = None, today: date | None = None
     ) -> None:
         self.folder = Path(folder)
-        settings = _settings(self.folder)
-        self.template = _template(self.folder, settings) if template is None else template
+        settings = read_settings(self.folder)
+        self.template = read_template(self.folder, settings) if template is None else template
         self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
         self.today = today or date.today()
         self._compiled = _compile(self.template, self.folder, self.today)
         self._names = {
             name: text
             for name in NAMED_TOKENS
-            if (text := _token_text(settings.get(name))) is not None
+            if (text := token_text(settings.get(name))) is not None
         }
 
-        description = _tokenizer_json(self.folder, settings)
-        self._plain = _backend(description, self.folder)  # decodes
+        description = read_tokenizer_json(self.folder, settings)
+        self._plain = read_backend(description, self.folder)  # decodes
         self.vocab_size = 1 + max(
             self._plain.get_vocab(with_added_tokens=True).values(), default=-1
         )
@@ -154,7 +154,7 @@ class Tokenizer:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
         # of a broken model, e.g. one without the unknown token that it names
         except BaseException as error:
-            raise _library_error(self.folder, error) from error
+            raise library_error(self.folder, error) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
@@ -390,7 +390,7 @@ class Tokenizer:
             {**token, "special": token["special"] or token["content"] in flags}
             for token in description["added_tokens"]
         ]
-        literal = _backend({**description, "added_tokens": tokens}, self.folder)
+        literal = read_backend({**description, "added_tokens": tokens}, self.folder)
         real_id: dict[int, int] = {}
         for number, text in enumerate(self._control):
             options = {
@@ -427,7 +427,7 @@ def template_date(folder: Path, today: date) -> dict[str, str]:
     """For a stage's manifest: ``today`` where the chat template of the model folder asks for the
     date, else {}.
     """
-    return _date_parent(_template(folder, _settings(folder)), today)
+    return _date_parent(read_template(folder, read_settings(folder)), today)
 
 
 def _date_parent(template: str, today: date) -> dict[str, str]:
@@ -463,120 +463,6 @@ def save_tokenizer_files(
 
 
 # -------------------------------------------------------------------------------------------- files
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed by the older special_tokens_map.json."""
-    settings = read_json(folder / "tokenizer_config.json", missing={})
-    for name, value in read_json(folder / "special_tokens_map.json", missing={}).items():
-        if settings.get(name) is None:
-            settings[name] = value
-    return settings
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
-    template = settings.get("chat_template")
-    # several templates by name: [{"name": "default", "template": ...}, ...]
-    if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected "
-            "text"
-        )
-    return template or ""
-
-
-def _tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json with truncation and padding off and every token declared elsewhere among its
-    added tokens.
-    """
-    path = folder / "tokenizer.json"
-    description = read_json(path, most=MAX_TOKENIZER_BYTES)
-    model = description.get("model")
-    if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
-        raise InputError(
-            f"{path}: is not a tokenizer of the tokenizers library; save the model with "
-            "transformers"
-        )
-    description["truncation"] = description["padding"] = None
-    try:
-        description["added_tokens"] = _all_added_tokens(description, settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path}: an added token (here or in tokenizer_config.json) is malformed: {error}"
-        ) from error
-    return description
-
-
-def _all_added_tokens(
-    description: dict[str, Any], settings: dict[str, Any]
-) -> list[dict[str, Any]]:
-    added = {
-        token["content"]: _added_token(token["content"], token["id"], token)
-        for token in description.get("added_tokens") or []
-    }
-    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
-        if entry["content"] not in added:
-            added[entry["content"]] = _added_token(entry["content"], int(number), entry)
-    vocabulary = description["model"].get("vocab")
-    known = vocabulary if isinstance(vocabulary, dict) else {}
-    for name in NAMED_TOKENS:  # transformers makes each of these a special token
-        text = _token_text(settings.get(name))
-        if text is None:
-            continue
-        if text in added:
-            added[text]["special"] = True
-        elif text in known:
-            added[text] = _added_token(text, known[text], {"special": True})
-    return sorted(added.values(), key=lambda token: token["id"])
-
-
-def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str, Any]:
-    keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {
-        "id": token_id,
-        "content": content,
-        **{key: bool(flags.get(key, False)) for key in keys},
-    }
-
-
-def _backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except BaseException as error:
-        raise _library_error(folder, error) from error
-    for token in description["added_tokens"]:
-        if backend.token_to_id(token["content"]) != token["id"]:
-            raise InputError(
-                f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id "
-                f"{token['id']}"
-            )
-    return backend
-
-
-def _library_error(folder: Path, error: BaseException) -> BaseException:
-    """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions
-    where Rust panics.
-    """
-    if not is_failure(error):
-        return error
-    return InputError(f"{folder}/tokenizer.json: {error}; download the model again")
-
-
-def _token_text(value: Any) -> str | None:
-    """A token as the config files write it: text, or an object with ``content``."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,15 +15,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldalign.batches import Pair
-from ldalign.data import Row
+from ldalign.data.rows import Row
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
 from ldalign.system.seeds import permutation
-from ldalign.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 # share of rows whose prompt alone fills max_length, above which the setting is wrong, not the rows
 TOO_MANY = 0.01
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What training and scoring work on, in token ids. `generated` None: a row for SFT, which has
+    no loser.
+    """
+
+    id: str
+    prompt: list[int]
+    real: list[int]
+    generated: list[int] | None = None
+    weight: float = 1.0
+    ref_real: float = 0.0  # summed log-probs under the reference, natural logs
+    ref_generated: float = 0.0
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Winner first, then the loser where there is one."""
+        return [self.real] if self.generated is None else [self.real, self.generated]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a model reads for this pair: the prompt is read once."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
 @dataclass(frozen=True)

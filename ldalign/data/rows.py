@@ -14,21 +14,20 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.data.records import PAIR_KEYS, BadRow, json_clean, json_records, parquet_records
+from ldalign.system.errors import InputError
 
 log = logging.getLogger(__name__)
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a conversation
 MAX_SKIPPED = 0.01  # of all rows, with bad_rows="skip"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is read from a folder
-PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))
 SHAPES = (
     "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ "
     "prompt)"
@@ -156,16 +155,6 @@ def _files(source: str) -> list[Path]:
 # -------------------------------------------------------------------------------- records of a file
 
 
-class _BadRow(ValueError):
-    """What is wrong with one record, and in which column if that is known; the reader adds file and
-    line.
-    """
-
-    def __init__(self, message: str, column: int | None = None) -> None:
-        super().__init__(message)
-        self.place = "" if column is None else f":{column}"
-
-
 @dataclass
 class _Tally:
     """Counts bad rows: the first is an error at once, or is skipped until there are too many of
@@ -197,18 +186,18 @@ def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
     try:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
-        records = _parquet_records(path) if is_parquet else _json_records(path)
+        records = parquet_records(path) if is_parquet else json_records(path)
         rows: list[Row] = []
         empty = True
         for number, record in records:
             empty = False
             where = f"{path}:{number}"
             try:
-                if isinstance(record, _BadRow):
+                if isinstance(record, BadRow):
                     raise record
                 rows += _rows_of(record, turns, where)
                 tally.good += 1
-            except _BadRow as error:
+            except BadRow as error:
                 tally.add_bad(f"{where}{error.place}: {error}")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -218,107 +207,16 @@ def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
     return rows
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a JSON Lines file. Raises InputError naming file, line and column of
-    what is broken.
-
-    For the small files beside the data (prompts, responses made elsewhere), whose readers check the
-    values.
-    """
-    try:
-        for number, value in _json_records(path):
-            if isinstance(value, _BadRow):
-                raise InputError(f"{path}:{number}{value.place}: {value}")
-            try:
-                _json_clean(value)
-            except _BadRow as error:
-                raise InputError(
-                    f"{path}:{number}: {str(error).removeprefix('answer: ')}"
-                ) from None
-            yield f"{path}:{number}", value
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); give a JSON Lines file"
-        ) from None
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(physical line number, value or _BadRow) for every line that is not blank."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_ROW_BYTES + 1):
-            number += 1
-            if len(line) > MAX_ROW_BYTES:
-                while line and not line.endswith(b"\n"):  # the rest of it, in bounded pieces
-                    line = file.readline(MAX_ROW_BYTES)
-                yield number, _BadRow(f"the line is longer than {MAX_ROW_BYTES} bytes")
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.rstrip()
-            if line:
-                yield number, _json_value(line)
-
-
-def _json_value(line: bytes) -> Any:
-    """The JSON value of ``line``, or the _BadRow that says why there is none."""
-    try:
-        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        return _BadRow(
-            "not UTF-8 text, nor a parquet file; expected one JSON object a line", error.start + 1
-        )
-    except json.JSONDecodeError as error:
-        hint = (
-            ("; expected one JSON object a line, not a JSON array")
-            if line.lstrip()[:1] == b"["
-            else ""
-        )
-        return _BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
-    except RecursionError:
-        return _BadRow("broken JSON: nested too deeply")
-    except ValueError as error:  # NaN, or an integer of thousands of digits
-        return _BadRow(f"broken JSON: {error}")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, record) of a parquet file, batch by batch; null fields are left out."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"{path}: reading parquet needs pyarrow; pip install ldalign[parquet]"
-        ) from error
-    used = {"id", "messages", "prompt", "response", "completion", "kind", "answer"}
-    used.update(key for keys in PAIR_KEYS for key in keys)
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in used]
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, {key: value for key, value in record.items() if value is not None}
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: broken parquet file after row {number}: {reason}") from error
-
-
 # ------------------------------------------------------------------------------------------- shapes
 
 
 def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
     """The rows of one record; _BadRow if it has none of the known shapes."""
     if not isinstance(record, dict):
-        raise _BadRow(f"the row is {_type(record)}; expected an object with {SHAPES}")
+        raise BadRow(f"the row is {_type(record)}; expected an object with {SHAPES}")
     keep = {
         "kind": _optional_text(record, "kind"),
-        "answer": _json_clean(record.get("answer")),
+        "answer": json_clean(record.get("answer")),
         "where": where,
     }
     given = _given_id(record)
@@ -331,7 +229,7 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
         _check_turns(messages, "messages")
         ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not ends:
-            raise _BadRow("messages: no assistant turn")
+            raise BadRow("messages: no assistant turn")
         if turns == "all":
             return [
                 _row(
@@ -349,7 +247,7 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
         if record.get("prompt") is not None and record.get(key) is not None:
             history, response = _side(record[key], key, _prompt(record["prompt"]))
             return [_row(given, history, response, None, keep)]
-    raise _BadRow(
+    raise BadRow(
         f"no known shape: expected {SHAPES}; found {', '.join(map(repr, record)) or 'no keys'}"
     )
 
@@ -364,7 +262,7 @@ def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message
     history, response = _side(record[winner], winner, prompt)
     other_history, rejected = _side(record[loser], loser, prompt)
     if history != other_history:
-        raise _BadRow(
+        raise BadRow(
             f"{winner} and {loser} differ before their last turn; expected one prompt and two "
             "answers"
         )
@@ -379,13 +277,13 @@ def _side(value: Any, key: str, prompt: list[Message] | None) -> tuple[list[Mess
         answer = _messages(value, key)
     alone = answer[0]["role"] == "assistant"
     if alone and prompt is None:
-        raise _BadRow(
+        raise BadRow(
             f"{key}: an answer without a prompt; expected the key prompt or a whole conversation"
         )
     messages = [*(prompt or []), *answer] if alone else answer
     _check_turns(messages, key)
     if messages[-1]["role"] != "assistant":
-        raise _BadRow(
+        raise BadRow(
             f"{key}: ends with a turn of the {messages[-1]['role']}; expected the assistant"
         )
     return messages[:-1], messages[-1]["content"]
@@ -404,7 +302,7 @@ def _shared_text(
         shared -= 1
     prompt = winner[:shared].rstrip()
     if not prompt:
-        raise _BadRow(f"{winner_key} and {loser_key} share no prompt; expected the key prompt")
+        raise BadRow(f"{winner_key} and {loser_key} share no prompt; expected the key prompt")
     history = [{"role": "user", "content": _text(prompt, winner_key)}]
     for text, key in ((winner, winner_key), (loser, loser_key)):
         _check_turns([*history, {"role": "assistant", "content": _text(text[shared:], key)}], key)
@@ -417,28 +315,28 @@ def _prompt(value: Any) -> list[Message]:
         return [{"role": "user", "content": _text(value, "prompt")}]
     messages = _messages(value, "prompt")
     if messages[-1]["role"] != "user":
-        raise _BadRow(f"prompt: ends with a turn of the {messages[-1]['role']}; expected the user")
+        raise BadRow(f"prompt: ends with a turn of the {messages[-1]['role']}; expected the user")
     return messages
 
 
 def _messages(value: Any, key: str) -> list[Message]:
     """``value`` as a list of {"role", "content"}; other keys of a message are dropped."""
     if not isinstance(value, list):
-        raise _BadRow(f"{key}: is {_type(value)}; expected a list of {{role, content}}")
+        raise BadRow(f"{key}: is {_type(value)}; expected a list of {{role, content}}")
     if not value:
-        raise _BadRow(f"{key}: is empty")
+        raise BadRow(f"{key}: is empty")
     messages = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
-            raise _BadRow(f"{key}: turn {number} is {_type(message)}; expected {{role, content}}")
+            raise BadRow(f"{key}: turn {number} is {_type(message)}; expected {{role, content}}")
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
-            raise _BadRow(
+            raise BadRow(
                 f"{key}: turn {number} has role {role!r}; expected system, user or assistant"
             )
         content = message.get("content")
         if not isinstance(content, str):
-            raise _BadRow(
+            raise BadRow(
                 f"{key}: turn {number} has content of type {_type(content)}; expected text"
             )
         messages.append({"role": role, "content": _text(content, f"{key}: turn {number}")})
@@ -455,12 +353,12 @@ def _check_turns(messages: Sequence[Message], key: str) -> None:
         if number == 1 and role == "system":
             continue
         if role != expected:
-            raise _BadRow(
+            raise BadRow(
                 f"{key}: turn {number} is {role}; expected {expected} (user and assistant "
                 "alternate)"
             )
         if not message["content"].strip():
-            raise _BadRow(f"{key}: turn {number} ({role}) is empty")
+            raise BadRow(f"{key}: turn {number} ({role}) is empty")
         expected = "assistant" if role == "user" else "user"
 
 
@@ -483,38 +381,27 @@ def _given_id(record: dict[str, Any]) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise _BadRow(f"id: is {value!r}; expected a text or an integer")
+        raise BadRow(f"id: is {value!r}; expected a text or an integer")
     return _text(str(value), "id")
 
 
 def _optional_text(record: dict[str, Any], key: str) -> str | None:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
-        raise _BadRow(f"{key}: is {_type(value)}; expected text")
+        raise BadRow(f"{key}: is {_type(value)}; expected text")
     return None if value is None else _text(value, key)
 
 
 def _text(value: str, key: str) -> str:
     """``value``, unless it holds what no UTF-8 file can or no tokenizer should see."""
     if "\0" in value:
-        raise _BadRow(f"{key}: holds a NUL character")
+        raise BadRow(f"{key}: holds a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRow(
+        raise BadRow(
             f"{key}: holds half of a surrogate pair at character {error.start + 1}"
         ) from error
-    return value
-
-
-def _json_clean(value: Any) -> Any:
-    """``value`` if it can be written to a UTF-8 JSON file (parquet may hold dates, bytes and the
-    like).
-    """
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _BadRow(f"answer: cannot be kept as JSON: {error}") from error
     return value
 
 
@@ -578,3 +465,15 @@ def _distinct(rows: list[Row]) -> list[Row]:
             len(rows),
         )
     return result
+
+
+def prompt_text(row: Row) -> str:
+    """What the guide reads as the prompt: the user's text, or for a longer history every turn with
+    its role.
+
+    The system turn is left out: it is the same for most rows of a data set.
+    """
+    turns = [m for m in row.history if m["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)

@@ -1,0 +1,1 @@
+"""Text in, pairs of token ids out: rows, the embedded data, tokenizer, chat template, pairs."""
