@@ -17,10 +17,10 @@ from work import Config, Shape
 
 from ldalign.context import choose_dtype
 from ldalign.env import describe_machine
-from ldalign.pretrained import DEFAULT_MODEL, resolve_model
+from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
+from ldalign.models.toy import CONFIG as TOY_CONFIG
 from ldalign.settings import RunConfig
 from ldalign.system.errors import EnvironmentProblem
-from ldalign.toy import CONFIG as TOY_CONFIG
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "peers"))  # worker.py, for scripts that import ours.py

@@ -18,8 +18,8 @@ from ours import make_model
 from torch import Tensor
 from work import LENGTHS, SHAPES, make_pairs
 
-from ldalign.layout import Packed
-from ldalign.mistral import rope_tables
+from ldalign.models.layout import Packed
+from ldalign.models.mistral import rope_tables
 from ldalign.system import distributed
 from ldalign.system.exits import run
 

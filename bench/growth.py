@@ -17,8 +17,8 @@ import common
 from step import BETA, LEARNING_RATE, Row, measure_row
 from work import SHAPES, Shape, even_pair, step_flops
 
+from ldalign.models.toy import CONFIG as TOY_CONFIG
 from ldalign.system.exits import run
-from ldalign.toy import CONFIG as TOY_CONFIG
 
 SIDES = (
     Row("ldalign", "bfloat16"),

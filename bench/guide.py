@@ -18,8 +18,9 @@ from work import LENGTHS
 
 from ldalign.batches import global_batches
 from ldalign.data import embedded
-from ldalign.gpt2 import GPT2Config
-from ldalign.guide import GuideConfig, new_guide
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import GuideConfig
+from ldalign.models.guide_folder import new_guide, save_guide
 from ldalign.system.exits import run
 
 # Layers, width, heads: settings.py's default for a new guide, and GPT-2's smallest size.
@@ -88,7 +89,7 @@ def make_guide(size: str, folder: Path) -> Path:
     texts = [m["content"] for row in embedded.make_rows(0, "train", 300) for m in row["messages"]]
     network = GPT2Config(VOCABULARY, POSITIONS, width, layers, heads)
     config = GuideConfig(latent_width=LATENT_WIDTH, max_tokens=POSITIONS - 1)
-    new_guide(config, 0, None, texts, network).save(folder)
+    save_guide(new_guide(config, 0, None, texts, network), folder)
     return folder
 
 

@@ -18,11 +18,11 @@ import torch
 
 from ldalign.data.pairs import Pair
 from ldalign.estimate import TrainingShape, training_memory
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import check_model, load_model
 from ldalign.system import distributed
 from ldalign.system.exits import run
 from ldalign.training import TrainSettings, train
-from ldalign.weights import check_model, load_model
 
 
 @dataclass(frozen=True)

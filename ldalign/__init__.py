@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from ldalign import ops
     from ldalign.data.tokenizer import load_tokenizer
     from ldalign.generate import generate
-    from ldalign.guide import load_guide
-    from ldalign.weights import load_model, save_model
+    from ldalign.models.guide_folder import load_guide
+    from ldalign.models.weights import load_model, save_model
 
 __all__ = ["generate", "load_guide", "load_model", "load_tokenizer", "ops", "save_model"]
 _HOMES = {
     "generate": "ldalign.generate",
-    "load_guide": "ldalign.guide",
-    "load_model": "ldalign.weights",
+    "load_guide": "ldalign.models.guide_folder",
+    "load_model": "ldalign.models.weights",
     "load_tokenizer": "ldalign.data.tokenizer",
-    "save_model": "ldalign.weights",
+    "save_model": "ldalign.models.weights",
 }
 
 

@@ -20,9 +20,10 @@ from ldalign.data.rows import data_hash
 from ldalign.decoders import new_decoder
 from ldalign.engine import Request
 from ldalign.generate import text_of
-from ldalign.guide import is_trained_guide
 from ldalign.judges import judge_parents, open_judge
-from ldalign.mistral import Mistral
+from ldalign.models.guide_folder import is_trained_guide
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
 from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS
@@ -33,7 +34,6 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
-from ldalign.weights import load_model
 
 CHANCE = 0.5
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ldalign import ops
 from ldalign.data.pairs import Pair
-from ldalign.gpt2 import GPT2Config
-from ldalign.layout import Packed
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.layout import Packed
+from ldalign.models.weights import LanguageModel
 from ldalign.system.seeds import permutation
-from ldalign.weights import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any, cast
 
 from ldalign.benchmark_tasks import Benchmark, no_harness
 from ldalign.context import Context
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
 from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.settings import RunConfig
 from ldalign.summaries import benchmark_summaries, stage
 from ldalign.system import distributed
 from ldalign.system.files import write_json, write_jsonl
 from ldalign.system.metrics import Metrics, say
-from ldalign.weights import load_model
 
 Sample = dict[str, Any]
 FILTERS = {

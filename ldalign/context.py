@@ -16,9 +16,11 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair, Prepared, prepare
 from ldalign.data.rows import Row, data_hash, read_rows
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
-from ldalign.guide import is_trained_guide
+from ldalign.models.fetch import resolve_model
+from ldalign.models.guide_folder import is_trained_guide
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.weights import check_model
 from ldalign.pipeline import Parents, RunFolder
-from ldalign.pretrained import resolve_model
 from ldalign.settings import Guide, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
@@ -26,7 +28,6 @@ from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import say
 from ldalign.system.seeds import permutation
-from ldalign.weights import check_model, read_config
 
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}

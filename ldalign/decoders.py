@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldalign import ops
 from ldalign.kernels import cpp
-from ldalign.mistral import Mistral, rope_tables
+from ldalign.models.mistral import Mistral, rope_tables
 from ldalign.pages import PAGE
 
 PANEL = 32  # rows of a weight that are packed together (csrc/kernels.h)
@@ -272,8 +272,8 @@ class _StandingStep:
 
 
 class Paged:
-    """The layout (`ldalign.layout.Layout`) of one step over the pages; see `Decoder.step` for rows
-    and pages.
+    """The layout (`ldalign.models.layout.Layout`) of one step over the pages; see `Decoder.step`
+    for rows and pages.
 
     keys, values: (L, pages, 16, K, E).
     """

@@ -19,15 +19,15 @@ import torch
 from ldalign import ops
 from ldalign.context import Context
 from ldalign.disk import check_disk, described
-from ldalign.guide import check_trained_guide, is_trained_guide, read_guide_tokenizer
-from ldalign.mistral import Mistral, MistralConfig
+from ldalign.models.guide_folder import check_trained_guide, is_trained_guide, read_guide_tokenizer
+from ldalign.models.mistral import Mistral, MistralConfig
+from ldalign.models.weights import check_model, count_parameters
 from ldalign.pipeline import RunFolder
 from ldalign.settings import RunConfig
 from ldalign.stages import check_sources
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
-from ldalign.weights import check_model, count_parameters
 from ldalign.work import Work, guide_is_policy, guide_tokens, stage_work, to_do
 
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long

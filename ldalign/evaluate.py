@@ -20,7 +20,7 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.system import distributed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldalign.batches import count_steps, deal, global_batches
 from ldalign.checkpoint import Checkpoints, Plan, State
-from ldalign.guide import NO_LATENT, Example, Guide
+from ldalign.models.guide import NO_LATENT, Example, Guide
 from ldalign.optim import learning_rate_factor, make_optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.errors import InputError

@@ -7,7 +7,7 @@ ldalign --model_args policy=FOLDER --tasks NAME`.
 
 Log-probs: a context is computed once for all its continuations, and so is a beginning that many
 contexts share, such as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...]
-(`ldalign.layout.Packed`). No logits are made but the few that `is_greedy` needs.
+(`ldalign.models.layout.Packed`). No logits are made but the few that `is_greedy` needs.
 """
 
 import itertools
@@ -28,14 +28,14 @@ from ldalign.benchmark_tasks import no_harness
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.generate import generate_ids
-from ldalign.layout import Packed
-from ldalign.mistral import Mistral
-from ldalign.pretrained import resolve_model
+from ldalign.models.fetch import resolve_model
+from ldalign.models.layout import Packed
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
 from ldalign.sampling import Sampling
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
-from ldalign.weights import load_model
 
 try:
     from lm_eval.api.instance import Instance

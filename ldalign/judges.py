@@ -22,14 +22,15 @@ from ldalign.data.pairs import Pair
 from ldalign.data.rows import Message, Row, prompt_text
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer, template_date
 from ldalign.endpoint import Endpoint
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.weights import check_model, load_model
 from ldalign.pipeline import Parents, hash_model_folder
 from ldalign.scoring import response_logps
 from ldalign.settings import RunConfig
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.metrics import Bar
-from ldalign.weights import check_model, load_model, read_config
 
 CHECKER = "checker"
 POLICY = "policy"

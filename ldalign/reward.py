@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.weights import check_files
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import OutOfMemory, naming
 from ldalign.system.partial_rows import table
 from ldalign.system.untrusted import read_json
-from ldalign.weights import check_files, read_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*")

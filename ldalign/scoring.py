@@ -10,9 +10,9 @@ import torch
 from ldalign import ops
 from ldalign.batches import Batch, deal, pair_costs, token_logprobs
 from ldalign.data.pairs import Pair
+from ldalign.models.weights import LanguageModel
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
-from ldalign.weights import LanguageModel
 
 
 @torch.no_grad()

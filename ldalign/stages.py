@@ -29,11 +29,19 @@ from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate
 from ldalign.generate import text_of
-from ldalign.gpt2 import GPT2Config
-from ldalign.guide import GuideConfig, is_trained_guide, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.losers import read_losers
-from ldalign.mistral import Mistral
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import GuideConfig
+from ldalign.models.guide_folder import (
+    is_trained_guide,
+    load_guide,
+    new_guide,
+    policy_guide,
+    save_guide,
+)
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model, save_model
 from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
 from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
@@ -46,7 +54,6 @@ from ldalign.system.files import hash_file, read_jsonl, save_tensors, write_json
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.training import TrainSettings, train
-from ldalign.weights import load_model, save_model
 
 log = logging.getLogger(__name__)
 
@@ -440,7 +447,7 @@ def guide_stage(
         )
         state = distributed.full_state(guide, torch.float32)
         if distributed.rank() == 0:
-            guide.save(folder, state)
+            save_guide(guide, folder, state)
         return losses
 
     stage(ctx, name, _guide_parents(ctx, given, start, generated), make, resume=True)

@@ -20,6 +20,7 @@ from ldalign import ops
 from ldalign.batches import Batch, count_steps, deal, global_batches, pair_costs
 from ldalign.checkpoint import Checkpoints, Plan, State
 from ldalign.data.pairs import Pair
+from ldalign.models.weights import LanguageModel
 from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.distributed import Sharding
@@ -27,7 +28,6 @@ from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
-from ldalign.weights import LanguageModel
 
 LN2 = math.log(2.0)
 # How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's

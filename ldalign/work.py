@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldalign.batches import count_steps
 from ldalign.context import Context
-from ldalign.guide import is_trained_guide
+from ldalign.models.guide_folder import is_trained_guide
 from ldalign.pipeline import MANIFEST
 from ldalign.settings import Guide
 

@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ldalign.pretrained import DEFAULT_MODEL, resolve_model
+from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ldalign import training
 from ldalign.checkpoint import Plan
 from ldalign.data.pairs import Pair
-from ldalign.gpt2 import GPT2Config
-from ldalign.guide import Example, GuideConfig, new_guide
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import Example, GuideConfig
+from ldalign.models.guide_folder import new_guide
 from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.metrics import MetricsLog

@@ -45,9 +45,9 @@ USED = (
     "test_weights",
     "ldalign.data.rows",
     "ldalign.losers",
-    "ldalign.pretrained",
+    "ldalign.models.fetch",
     "ldalign.settings",
-    "ldalign.weights",
+    "ldalign.models.weights",
 )
 INTEGERS = [
     0,
@@ -399,7 +399,7 @@ def make_model(folder: Path) -> list[Path]:
 
 
 def read_model(folder: Path, draw: random.Random) -> None:
-    from ldalign.weights import load_model
+    from ldalign.models.weights import load_model
 
     load_model(folder)
 
@@ -413,7 +413,7 @@ def make_gguf(folder: Path) -> list[Path]:
 
 
 def read_gguf(folder: Path, draw: random.Random) -> None:
-    from ldalign.pretrained import convert_gguf
+    from ldalign.models.gguf import convert_gguf
 
     convert_gguf(folder / "model.gguf", folder / "made")
 

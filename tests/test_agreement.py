@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from ldalign.agreement import summary, verdict, wilson
-from ldalign.guide import load_guide
+from ldalign.models.guide_folder import load_guide
 from ldalign.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError

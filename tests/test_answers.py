@@ -20,9 +20,9 @@ from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder
 from ldalign.engine import Engine, Request
 from ldalign.kernels import cpp
 from ldalign.losers import read_losers
+from ldalign.models.toy import write_toy_model
 from ldalign.sampling import Response, Sampling
 from ldalign.system.errors import InputError
-from ldalign.toy import write_toy_model
 
 KINDS = [
     pytest.param("packed", marks=pytest.mark.skipif(not cpp.available(), reason="no C++ backend")),

@@ -8,7 +8,7 @@ import torch
 
 import ldalign
 from ldalign.data.rows import Row
-from ldalign.toy import write_toy_model
+from ldalign.models.toy import write_toy_model
 
 
 def test_import_alone_loads_nothing() -> None:

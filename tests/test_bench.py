@@ -20,8 +20,8 @@ from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldalign.mistral import MistralConfig
-from ldalign.toy import CONFIG, random_mistral
+from ldalign.models.mistral import MistralConfig
+from ldalign.models.toy import CONFIG, random_mistral
 
 BENCH = ROOT / "bench"
 

@@ -18,7 +18,7 @@ from op_cases import Case, Cases, check, gradients, head_inputs, leaf, normal, t
 from torch import Tensor
 
 from ldalign.kernels import cpp, eager, reference
-from ldalign.layout import Packed
+from ldalign.models.layout import Packed
 
 if not cpp.available():
     pytest.skip(f"no C++ backend: {cpp.why_not()}", allow_module_level=True)

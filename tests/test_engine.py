@@ -26,14 +26,14 @@ from ldalign.decoders import (
 )
 from ldalign.engine import Engine, Request
 from ldalign.kernels import cpp, eager, reference
-from ldalign.layout import Packed
-from ldalign.mistral import Mistral
+from ldalign.models.layout import Packed
+from ldalign.models.mistral import Mistral
+from ldalign.models.toy import random_mistral
 from ldalign.pages import PAGE, PagePool, pages_for
 from ldalign.sampling import Response, Sampling
 from ldalign.system import memory
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
-from ldalign.toy import random_mistral
 
 ISAS = cpp.build_info()["isas"] if cpp.available() else []
 PACKED = pytest.param("packed", marks=pytest.mark.skipif(not ISAS, reason="no C++ backend"))

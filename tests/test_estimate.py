@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_script
 
-from ldalign.toy import write_toy_model
+from ldalign.models.toy import write_toy_model
 
 SIZES = {
     "vocab_size": 8192,

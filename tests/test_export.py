@@ -11,8 +11,9 @@ import transformers
 from conftest import CHATML_TEMPLATE, byte_level_tokenizer, write_tokenizer_folder
 
 import ldalign
-from ldalign.toy import random_mistral
-from ldalign.weights import build, read_config, stored_state, write_weights
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.toy import random_mistral
+from ldalign.models.weights import build, stored_state, write_weights
 
 CONVERSATION = [
     {"role": "user", "content": "What is the capital of France? Answer with the name alone."}

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, run_script
 from test_stages import config_of, open_toy
 
-from ldalign import estimate, pipeline, stages, toy, weights
+from ldalign import estimate, pipeline, stages
+from ldalign.models import toy, weights
 from ldalign.pipeline import RunFolder
 from ldalign.settings import RunConfig
 from ldalign.system.config import load_config
@@ -242,7 +243,7 @@ def test_faults_are_found_before_any_weights(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(weights, "_fill", no_weights)
+    monkeypatch.setattr(weights, "fill", no_weights)
     model = toy.write_toy_model(tmp_path / "model")
     options = [f"policy={model}"]
     if fault == "data":

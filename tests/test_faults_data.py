@@ -205,7 +205,7 @@ def test_D6_fewer_rows_than_one_batch(tmp_path: Path, monkeypatch: pytest.Monkey
 
     Expected: one line with both numbers, before any weights are read.
     """
-    monkeypatch.setattr("ldalign.weights._fill", None)
+    monkeypatch.setattr("ldalign.models.stored_tensors.fill", None)
     path = rows_file(tmp_path / "rows.jsonl", 12)
     with pytest.raises(
         InputError, match="11 usable rows are fewer than one batch of global_batch=16"

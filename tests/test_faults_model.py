@@ -22,16 +22,18 @@ from test_tokenizer import CONVERSATIONS, as_row, copy, messages
 from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, refusal, write_folder
 from torch import Tensor
 
-from ldalign import guide, pipeline, toy, weights
+from ldalign import pipeline
 from ldalign.data.chat_template import ChatTemplate
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.measures import check_measurements
+from ldalign.models import guide_folder, stored_tensors, toy, weights
+from ldalign.models.stored_tensors import INDEX, SINGLE
+from ldalign.models.weights import load_model
 from ldalign.reward import check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.system import untrusted
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
-from ldalign.weights import INDEX, SINGLE, load_model
 
 
 def with_header(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
@@ -236,9 +238,11 @@ def test_M4_nothing_outside_the_folder_is_opened(
                 folder / INDEX,
                 weight_map={k: wrong if v == name else v for k, v in weight_map.items()},
             )
-    library = weights.safe_open  # opens files behind the hook's back
+    library = stored_tensors.safe_open  # opens files behind the hook's back
     monkeypatch.setattr(
-        weights, "safe_open", lambda path, **k: watch("open", (str(path),)) or library(path, **k)
+        stored_tensors,
+        "safe_open",
+        lambda path, **k: watch("open", (str(path),)) or library(path, **k),
     )
     OPENED.clear()
     refusal(
@@ -309,7 +313,7 @@ def test_M7_one_value_that_is_no_number(
 
     Expected: one line with the tensor.
     """
-    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(stored_tensors, "READ_BYTES", read_bytes)
     write_folder(tmp_path)
     edit(tmp_path, lambda t: t[Q1].view(-1)[200].fill_(value))
     refusal(tmp_path, f"{tmp_path / SINGLE}: tensor {Q1} holds NaN or Inf")
@@ -409,7 +413,7 @@ def test_M4_a_link_out_of_a_guide(name: str, toy_run: Path, tmp_path: Path, watc
     else:
         (outside / name).write_text("{}")
     (folder / name).symlink_to(outside / name)
-    for read in (guide.check_trained_guide, guide.load_guide):
+    for read in (guide_folder.check_trained_guide, guide_folder.load_guide):
         OPENED.clear()
         with pytest.raises(InputError, match=f"{name}: is a link out of the model folder"):
             read(folder)
@@ -611,7 +615,7 @@ def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> Non
             (folder / name).write_bytes(evil)
     load_model(model)
     load_tokenizer(model)
-    guide.load_guide(trained)
+    guide_folder.load_guide(trained)
     pipeline.check_stage(run / "policy")
     weights.save_model(load_model(run / "policy"), tmp_path / "saved", run / "policy")
     assert not (tmp_path / "ran").exists()

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 from test_stages import open_toy
 
-from ldalign import checkpoint, disk, pipeline, toy, weights
+from ldalign import checkpoint, disk, pipeline
 from ldalign.data import tokenizer
+from ldalign.models import toy, weights
 from ldalign.pipeline import RunFolder
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -175,7 +176,7 @@ def test_T6_no_room_is_said_before_anything_is_made(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(weights, "_fill", no_weights)
+    monkeypatch.setattr(weights, "fill", no_weights)
     run = tmp_path / "run"
     argv = [
         "--config",

@@ -24,17 +24,18 @@ from safetensors.torch import load_file
 from test_stages import open_toy
 from torch import Tensor, nn
 
-from ldalign import guide, guide_training, scoring, stages, summaries, training, weights
+from ldalign import guide_training, scoring, stages, summaries, training
 from ldalign.batches import global_batches
-from ldalign.gpt2 import GPT2Config
+from ldalign.models import guide, guide_folder, weights
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model
 from ldalign.pipeline import RunFolder, hash_model_folder
 from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.memory import OutOfMemory
 from ldalign.system.metrics import MetricsLog
-from ldalign.toy import write_toy_model
-from ldalign.weights import load_model
 
 CPU = torch.device("cpu")
 
@@ -426,7 +427,7 @@ def failing(*arguments: Any, **keywords: Any) -> NoReturn:
 
 
 def tiny_guide() -> guide.Guide:
-    return guide.new_guide(
+    return guide_folder.new_guide(
         guide.GuideConfig(1, 4), 0, None, ["It is 5."], GPT2Config(300, 1024, 16, 1, 2)
     )
 

@@ -15,9 +15,9 @@ from ldalign.data.pairs import Pair
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generate import generate, generate_ids
 from ldalign.kernels import cpp
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model, stored_state
 from ldalign.sampling import Sampling, sample
-from ldalign.toy import write_toy_model
-from ldalign.weights import load_model, stored_state
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldalign.gpt2 import GPT2, TRANSPOSED, GPT2Config, init_weights
-from ldalign.layout import Packed
+from ldalign.models.gpt2 import GPT2, TRANSPOSED, GPT2Config, init_weights
+from ldalign.models.layout import Packed
+from ldalign.models.weights import load_model
 from ldalign.system.errors import InputError
-from ldalign.weights import load_model
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,

@@ -14,21 +14,13 @@ import pytest
 import torch
 
 from ldalign import guide_training as training
-from ldalign.gpt2 import GPT2, GPT2Config, init_weights
-from ldalign.guide import (
-    NO_LATENT,
-    Example,
-    Guide,
-    GuideConfig,
-    cosine_distance,
-    is_trained_guide,
-    load_guide,
-    new_guide,
-)
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
+from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
+from ldalign.models.guide import NO_LATENT, Example, Guide, GuideConfig, cosine_distance
+from ldalign.models.guide_folder import is_trained_guide, load_guide, new_guide, save_guide
+from ldalign.models.weights import stored_state, write_weights
 from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
-from ldalign.weights import stored_state, write_weights
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -167,7 +159,7 @@ def test_truncation(guide: Guide) -> None:
 
 
 def test_text_of_an_end_token_is_text(guide: Guide, tmp_path: Path) -> None:
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     for one in (guide, load_guide(tmp_path)):
         response = one.example("x", "<|endoftext|>").response
         assert response.count(one.end_id) == 1 and len(response) > 2
@@ -175,7 +167,7 @@ def test_text_of_an_end_token_is_text(guide: Guide, tmp_path: Path) -> None:
 
 def test_save_and_load_round_trip(guide: Guide, tmp_path: Path) -> None:
     assert not is_trained_guide(tmp_path)
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     assert is_trained_guide(tmp_path)
     again = load_guide(tmp_path)
     assert again.config == guide.config and not again.training
@@ -186,7 +178,7 @@ def test_save_and_load_round_trip(guide: Guide, tmp_path: Path) -> None:
 
 
 def test_a_folder_from_before_there_was_an_end_token_key(guide: Guide, tmp_path: Path) -> None:
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     description = json.loads((tmp_path / "guide.json").read_text())
     assert description.pop("end_token") == "<|endoftext|>"
     (tmp_path / "guide.json").write_text(json.dumps(description))
@@ -228,7 +220,7 @@ def test_refusals(guide: Guide, tmp_path: Path) -> None:
         new_guide(replace(CONFIG, max_tokens=63), 0, None, TEXTS, SIZE)
     with pytest.raises(InputError, match="guide.json"):
         load_guide(tmp_path)
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     text = (tmp_path / "guide.json").read_text()
     (tmp_path / "guide.json").write_text(text.replace('"latent_width": 12', '"latent_width": 13'))
     with pytest.raises(InputError, match="latent.safetensors"):

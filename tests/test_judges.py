@@ -20,14 +20,14 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.endpoint import Endpoint
 from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model
 from ldalign.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl
-from ldalign.toy import write_toy_model
 from ldalign.train.align import main
-from ldalign.weights import load_model
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.kernels import reference
-from ldalign.layout import Packed
-from ldalign.mistral import Mistral, MistralConfig, rope_tables
+from ldalign.models.layout import Packed
+from ldalign.models.mistral import Mistral, MistralConfig, rope_tables
+from ldalign.models.weights import load_model, stored_state
 from ldalign.system.errors import InputError
-from ldalign.weights import load_model, stored_state
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,

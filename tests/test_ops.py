@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import ops
 from ldalign.kernels import cpp, eager, reference
-from ldalign.layout import Packed
+from ldalign.models.layout import Packed
 from ldalign.system.errors import EnvironmentProblem
 
 Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]

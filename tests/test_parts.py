@@ -15,9 +15,11 @@ from stage_kills import check_resume
 from ldalign import agreement, context, ops, sources, stages
 from ldalign.data import rows
 from ldalign.data.pairs import with_losers
-from ldalign.gpt2 import GPT2Config
-from ldalign.guide import Guide, GuideConfig, new_guide
 from ldalign.judges import POLICY
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import Guide, GuideConfig
+from ldalign.models.guide_folder import new_guide, save_guide
+from ldalign.models.toy import write_toy_model
 from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig
@@ -26,7 +28,6 @@ from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import write_jsonl
 from ldalign.system.partial_rows import Parts, table
-from ldalign.toy import write_toy_model
 
 CHUNKS = [[4, 0], [1], [3, 2]]
 
@@ -98,8 +99,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_toy_model(folder / "policy")
     words = [f"It is {i}." for i in range(20)]
-    new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)).save(
-        folder / "guide"
+    save_guide(
+        new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)),
+        folder / "guide",
     )
     return folder
 

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldalign import context, estimate
-from ldalign.gpt2 import GPT2Config
-from ldalign.guide import Guide, GuideConfig, load_guide, new_guide, policy_guide
 from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import Guide, GuideConfig
+from ldalign.models.guide_folder import load_guide, new_guide, policy_guide, save_guide
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model
 from ldalign.pipeline import RunFolder, hash_model_folder
 from ldalign.settings import RunConfig
 from ldalign.summaries import stage_names
@@ -25,9 +28,7 @@ from ldalign.system import distributed
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
-from ldalign.toy import write_toy_model
 from ldalign.train import align
-from ldalign.weights import load_model
 
 CPU = torch.device("cpu")
 CONFIG = GuideConfig(latent_tokens=2, latent_width=12, max_tokens=60)
@@ -104,7 +105,7 @@ def test_distances_are_those_of_a_plain_loop(guide: Guide, tmp_path: Path) -> No
     """Packed, with shared prompts, in float32: as one example at a time in float64. And the same
     after loading.
     """
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     latents = []
     for prompt, *responses in zip(PROMPTS, REAL, GENERATED, strict=True):
         chosen = [guide.example(prompt, response) for response in responses]
@@ -122,7 +123,7 @@ def test_distances_are_those_of_a_plain_loop(guide: Guide, tmp_path: Path) -> No
 def test_it_starts_from_the_policy(guide: Guide, policy: Path, tmp_path: Path) -> None:
     """Both towers, its tokenizer, its end token; and the tower folders are model folders."""
     start = load_model(policy, torch.float32).state_dict()
-    guide.save(tmp_path)
+    save_guide(guide, tmp_path)
     for tower, part in ((guide.encoder, "encoder"), (guide.decoder, "decoder")):
         assert all(torch.equal(p, start[name]) for name, p in tower.state_dict().items())
         saved = load_model(tmp_path / part, torch.float32).state_dict()
@@ -136,7 +137,7 @@ def test_it_starts_from_the_policy(guide: Guide, policy: Path, tmp_path: Path) -
 
 def test_refusals(policy: Path, toy_cache: Path, tmp_path: Path) -> None:
     gpt2 = new_guide(CONFIG, 0, None, PROMPTS, GPT2Config(300, 64, 16, 1, 2))
-    gpt2.save(tmp_path)
+    save_guide(gpt2, tmp_path)
     with pytest.raises(InputError, match=r"guide.max_tokens=511: the policy has room for 510"):
         policy_guide(replace(CONFIG, max_tokens=511), 0, policy)
     with pytest.raises(InputError, match="needs a mistral or llama folder"):

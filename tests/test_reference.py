@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldalign.kernels import reference
-from ldalign.layout import Packed
+from ldalign.models.layout import Packed
 
 
 def normal(

@@ -28,6 +28,7 @@ from transformers import (
 from ldalign import measures
 from ldalign.context import open_context
 from ldalign.measures import measure, measurements, summary
+from ldalign.models.toy import write_toy_model
 from ldalign.pipeline import RunFolder
 from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
@@ -36,7 +37,6 @@ from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.memory import OutOfMemory
-from ldalign.toy import write_toy_model
 
 WORDS = "what is the sum of two and one three four five more it a an answer right wrong".split()
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import context, estimate, sources, stages, summaries, toy
+from ldalign import context, estimate, sources, stages, summaries
 from ldalign.batches import Batch
 from ldalign.data import rows
 from ldalign.data.pairs import Pair
-from ldalign.mistral import MistralConfig
+from ldalign.models import toy
+from ldalign.models.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
 from ldalign.sampling import Response
 from ldalign.settings import RunConfig

@@ -15,21 +15,19 @@ from conftest import one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldalign import weights
-from ldalign.gpt2 import GPT2
-from ldalign.mistral import Mistral
-from ldalign.system.errors import InputError, NumericsError
-from ldalign.weights import (
-    INDEX,
-    SINGLE,
+from ldalign.models import stored_tensors, weights
+from ldalign.models.gpt2 import GPT2
+from ldalign.models.mistral import Mistral
+from ldalign.models.stored_tensors import INDEX, SINGLE, read_config
+from ldalign.models.weights import (
     build,
     count_parameters,
     load_model,
-    read_config,
     save_model,
     stored_state,
     write_weights,
 )
+from ldalign.system.errors import InputError, NumericsError
 
 MISTRAL: dict[str, Any] = {
     "model_type": "mistral",
@@ -121,7 +119,7 @@ def test_saved_equals_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(stored_tensors, "READ_BYTES", read_bytes)
     model = write_folder(tmp_path, raw, shard_bytes)
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     if shard_bytes == 2000:
@@ -245,7 +243,7 @@ def test_build_allocates_nothing() -> None:
 # own growth.
 MEASURE = """
 import sys, torch
-from ldalign.weights import load_model
+from ldalign.models.weights import load_model
 def resident(key):
     lines = [line.split() for line in open("/proc/self/status") if line.startswith(key + ":")]
     return int(lines[0][1]) * 1024
@@ -328,7 +326,7 @@ import sys, torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from ldalign.system import distributed
-from ldalign.weights import load_model
+from ldalign.models.weights import load_model
 folder, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def number(path, key):
     return next(int(line.split()[1]) for line in open(path) if line.startswith(key + ":"))
@@ -370,7 +368,7 @@ def test_all_ranks_shares_are_the_model(
     """Uneven rows, parameters that files keep in parts or transposed: what the ranks read is what
     was written.
     """
-    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(stored_tensors, "READ_BYTES", read_bytes)
     model = write_folder(tmp_path, raw, shard_bytes=2000)
     shares: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     found: list[Tensor] = []

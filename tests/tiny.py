@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ldalign.data.pairs import Pair
-from ldalign.gpt2 import GPT2, GPT2Config, init_weights
-from ldalign.mistral import Mistral, MistralConfig
-from ldalign.toy import random_mistral
+from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
+from ldalign.models.mistral import Mistral, MistralConfig
+from ldalign.models.toy import random_mistral
 
 VOCABULARY = 61
 MISTRAL = MistralConfig(

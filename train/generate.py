@@ -26,7 +26,8 @@ from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.decoders import Decoder, new_decoder
 from ldalign.engine import Engine, Request
 from ldalign.generate import text_of
-from ldalign.mistral import Mistral
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
 from ldalign.pipeline import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS, RunConfig
@@ -36,7 +37,6 @@ from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
-from ldalign.weights import load_model
 
 CHAT = "--chat"
 ANSWERS = "answers.jsonl"

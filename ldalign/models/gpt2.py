@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldalign.layout import Layout, Packed
+from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
 
 R = TypeVar("R")

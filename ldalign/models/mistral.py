@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldalign import ops
-from ldalign.layout import Layout, Packed
+from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
 
 R = TypeVar("R")

@@ -16,9 +16,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ldalign.data import embedded
-from ldalign.mistral import Mistral, MistralConfig
+from ldalign.models.mistral import Mistral, MistralConfig
+from ldalign.models.weights import save_model
 from ldalign.system.errors import EnvironmentProblem
-from ldalign.weights import save_model
 
 TOY_MODEL = "toy"
 RECIPE = 1  # raise it when the folder changes: it is part of the folder's name in the cache
