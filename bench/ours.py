@@ -18,13 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from worker import Job, Result, main, settle, timed
 
 from ldalign.data.pairs import Pair
-from ldalign.decoders import new_decoder
-from ldalign.engine import Engine, Request
+from ldalign.generation.decoders import new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Sampling
 from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.models.guide_folder import load_guide
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import load_model
-from ldalign.sampling import Sampling
 from ldalign.system import distributed
 from ldalign.system.seeds import permutation
 from ldalign.training import TrainSettings, train

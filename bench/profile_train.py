@@ -38,10 +38,10 @@ from work import (
 )
 
 from ldalign import training
-from ldalign.decoders import new_decoder
-from ldalign.engine import Engine, Request
+from ldalign.generation.decoders import new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.sampling import Sampling
 from ldalign.system import distributed
 from ldalign.system.exits import run
 

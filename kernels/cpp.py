@@ -304,8 +304,8 @@ def rmsprop_(
 
 
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) -> Tensor:
-    """x (N, K) times a weight packed by `ldalign.decoders.pack_weight`: (N, out_features), float32
-    with wide_out.
+    """x (N, K) times a weight packed by `ldalign.generation.decoders.pack_weight`: (N,
+    out_features), float32 with wide_out.
     """
     out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, out_features, wide_out)
     return out

@@ -6,20 +6,18 @@ nothing.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldalign import ops
     from ldalign.data.tokenizer import load_tokenizer
-    from ldalign.generate import generate
+    from ldalign.generation.generate import generate
     from ldalign.models.guide_folder import load_guide
     from ldalign.models.weights import load_model, save_model
 
 __all__ = ["generate", "load_guide", "load_model", "load_tokenizer", "ops", "save_model"]
 _HOMES = {
-    "generate": "ldalign.generate",
+    "generate": "ldalign.generation.generate",
     "load_guide": "ldalign.models.guide_folder",
     "load_model": "ldalign.models.weights",
     "load_tokenizer": "ldalign.data.tokenizer",
@@ -39,16 +37,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`ldalign.generate` is the function: importing the module of that name, as ldalign does, must
-    not hide it.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "generate" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

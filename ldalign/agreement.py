@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from ldalign.analysis import NORMAL_95
-from ldalign.answers import make_answers
 from ldalign.context import Context
 from ldalign.data.rows import data_hash
-from ldalign.decoders import new_decoder
-from ldalign.engine import Request
-from ldalign.generate import text_of
+from ldalign.generation.answers import make_answers
+from ldalign.generation.decoders import new_decoder
+from ldalign.generation.engine import Request
+from ldalign.generation.generate import text_of
+from ldalign.generation.sampling import Response
 from ldalign.judges import judge_parents, open_judge
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.pipeline import Parents, hash_model_folder
-from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS
 from ldalign.stages import guide_hash, latent_distances, new_engine, sampling_of
 from ldalign.summaries import stage

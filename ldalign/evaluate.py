@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign.answers import make_answers
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.decoders import Decoder, new_decoder
-from ldalign.engine import Engine, Request
+from ldalign.generation.answers import make_answers
+from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.system import distributed
 

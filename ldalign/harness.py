@@ -26,13 +26,13 @@ from ldalign import ops
 from ldalign.batches import deal
 from ldalign.benchmark_tasks import no_harness
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
-from ldalign.decoders import Decoder, new_decoder
-from ldalign.generate import generate_ids
+from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.generate import generate_ids
+from ldalign.generation.sampling import Sampling
 from ldalign.models.fetch import resolve_model
 from ldalign.models.layout import Packed
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
-from ldalign.sampling import Sampling
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say

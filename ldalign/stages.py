@@ -19,18 +19,19 @@ from typing import Any, Literal, cast
 import torch
 from safetensors.torch import load_file
 
-from ldalign.answers import make_answers
 from ldalign.checkpoint import Plan
 from ldalign.context import EMBEDDED, Context
 from ldalign.data.pairs import Pair, effective_size, pair_weights, usable
 from ldalign.data.rows import Row, data_hash, files_of, prompt_text
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.decoders import Decoder, new_decoder
-from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate
-from ldalign.generate import text_of
+from ldalign.generation.answers import make_answers
+from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.external import read_losers
+from ldalign.generation.generate import text_of
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.guide_training import GuideTrainSettings, train_guide
-from ldalign.losers import read_losers
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import GuideConfig
 from ldalign.models.guide_folder import (
@@ -43,7 +44,6 @@ from ldalign.models.guide_folder import (
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, save_model
 from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
-from ldalign.sampling import Response, Sampling
 from ldalign.scoring import response_logps
 from ldalign.settings import SAMPLING_KEYS, RunConfig, Sft
 from ldalign.summaries import stage

@@ -44,7 +44,7 @@ USED = (
     "test_pretrained",
     "test_weights",
     "ldalign.data.rows",
-    "ldalign.losers",
+    "ldalign.generation.external",
     "ldalign.models.fetch",
     "ldalign.settings",
     "ldalign.models.weights",
@@ -473,10 +473,10 @@ def make_losers(folder: Path) -> list[Path]:
 
 
 def read_losers(folder: Path, draw: random.Random) -> None:
-    from ldalign import losers
     from ldalign.data.pairs import prepare
     from ldalign.data.rows import Row
     from ldalign.data.tokenizer import load_tokenizer
+    from ldalign.generation import external
 
     state = READERS["losers"].state
     if not state:
@@ -488,7 +488,7 @@ def read_losers(folder: Path, draw: random.Random) -> None:
         ]
         state["pairs"] = prepare(state["rows"], state["tokenizer"], 100).pairs
     rows, pairs, tokenizer = state["rows"], state["pairs"], state["tokenizer"]
-    losers.read_losers(
+    external.read_losers(
         folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl"
     )
 

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import pytest
 
-from ldalign import answers
+from ldalign.generation import answers
 from ldalign.system import partial_rows
 
 Make = Callable[[Path], Any]  # makes the stages in a run folder

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import tiny
 
-from ldalign import answers
-from ldalign.answers import chunks, make_answers
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
-from ldalign.decoders import Decoder, ModuleDecoder, PackedDecoder
-from ldalign.engine import Engine, Request
+from ldalign.generation import answers
+from ldalign.generation.answers import chunks, make_answers
+from ldalign.generation.decoders import Decoder, ModuleDecoder, PackedDecoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.external import read_losers
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.kernels import cpp
-from ldalign.losers import read_losers
 from ldalign.models.toy import write_toy_model
-from ldalign.sampling import Response, Sampling
 from ldalign.system.errors import InputError
 
 KINDS = [

@@ -15,7 +15,7 @@ import torch
 from op_cases import normal
 from torch import Tensor
 
-from ldalign.decoders import (
+from ldalign.generation.decoders import (
     Decoder,
     ModuleDecoder,
     PackedDecoder,
@@ -24,13 +24,13 @@ from ldalign.decoders import (
     new_decoder,
     pack_weight,
 )
-from ldalign.engine import Engine, Request
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.paged_cache import PAGE, PagePool, pages_for
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.kernels import cpp, eager, reference
 from ldalign.models.layout import Packed
 from ldalign.models.mistral import Mistral
 from ldalign.models.toy import random_mistral
-from ldalign.pages import PAGE, PagePool, pages_for
-from ldalign.sampling import Response, Sampling
 from ldalign.system import memory
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes

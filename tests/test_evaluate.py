@@ -16,11 +16,11 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair, prepare
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
-from ldalign.engine import Engine, Request
 from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
-from ldalign.sampling import Response, Sampling
 
 SETTINGS = EvaluationSettings(
     samples=3, sampling=Sampling(24), batch_rows=8, micro_tokens=2000, seed=0

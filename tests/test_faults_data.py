@@ -17,7 +17,7 @@ from ldalign.data.pairs import prepare, usable, with_losers
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Row, read_rows
 from ldalign.data.tokenizer import load_tokenizer
-from ldalign.losers import read_losers
+from ldalign.generation.external import read_losers
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.train import generate

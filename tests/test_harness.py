@@ -21,12 +21,12 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from ldalign.benchmark_tasks import Benchmark  # noqa: E402
 from ldalign.benchmarks import run_benchmark  # noqa: E402
 from ldalign.data.tokenizer import load_tokenizer  # noqa: E402
-from ldalign.generate import generate_ids  # noqa: E402
+from ldalign.generation.generate import generate_ids  # noqa: E402
+from ldalign.generation.sampling import Sampling  # noqa: E402
 from ldalign.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
 from ldalign.models.mistral import Mistral  # noqa: E402
 from ldalign.models.toy import write_toy_model  # noqa: E402
 from ldalign.models.weights import load_model  # noqa: E402
-from ldalign.sampling import Sampling  # noqa: E402
 from ldalign.system.errors import InputError  # noqa: E402
 
 LONG = " ".join(f"word {i} of many," for i in range(150))  # more tokens than the model reads

@@ -15,13 +15,13 @@ from stage_kills import check_resume
 from ldalign import agreement, context, ops, sources, stages
 from ldalign.data import rows
 from ldalign.data.pairs import with_losers
+from ldalign.generation.sampling import Response
 from ldalign.judges import POLICY
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import new_guide, save_guide
 from ldalign.models.toy import write_toy_model
 from ldalign.pipeline import RunFolder
-from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.system import distributed, partial_rows
 from ldalign.system.config import load_config, to_yaml

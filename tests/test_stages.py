@@ -14,10 +14,10 @@ from ldalign import context, estimate, sources, stages, summaries
 from ldalign.batches import Batch
 from ldalign.data import rows
 from ldalign.data.pairs import Pair
+from ldalign.generation.sampling import Response
 from ldalign.models import toy
 from ldalign.models.mistral import MistralConfig
 from ldalign.pipeline import RunFolder
-from ldalign.sampling import Response
 from ldalign.settings import RunConfig
 from ldalign.system import distributed, files
 from ldalign.system.config import load_config, to_yaml

@@ -17,19 +17,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.answers import make_answers
 from ldalign.command import need, read_config, run_stages
 from ldalign.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Message
 from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
-from ldalign.decoders import Decoder, new_decoder
-from ldalign.engine import Engine, Request
-from ldalign.generate import text_of
+from ldalign.generation.answers import make_answers
+from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.generate import text_of
+from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.pipeline import hash_model_folder, hash_settings, run_stage, stage_parents
-from ldalign.sampling import Response
 from ldalign.settings import SAMPLING_KEYS, RunConfig
 from ldalign.stages import new_engine, responses_stage, sampling_of, start_stage
 from ldalign.system import distributed, exits

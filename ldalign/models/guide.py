@@ -31,9 +31,7 @@ from torch import Tensor, nn
 
 from ldalign import ops
 from ldalign.models.layout import Packed
-from ldalign.models.weights import (
-    LanguageModel,
-)
+from ldalign.models.weights import LanguageModel
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table

@@ -41,9 +41,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import save_tensors
 from ldalign.system.memory import naming
-from ldalign.system.untrusted import (
-    refuse_links_out,
-)
+from ldalign.system.untrusted import refuse_links_out
 
 LanguageModel = Mistral | GPT2
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")  # what `write_weights` calls its own

@@ -1,13 +1,13 @@
-"""Responses to prompts: the engine (`ldalign.engine`) as two functions."""
+"""Responses to prompts: the engine (`ldalign.generation.engine`) as two functions."""
 
 from collections.abc import Callable, Sequence
 
 from ldalign.data.rows import Message
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.decoders import Decoder, new_decoder
-from ldalign.engine import Engine, Request
+from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.sampling import Response, Sampling
 
 
 def generate_ids(
@@ -60,8 +60,8 @@ def generate(
     """Texts answering `conversations` (lists of {"role", "content"}, ending with the user's turn).
 
     temperature 0 is greedy. A text ends before a stop string. The same (seed, index in the list)
-    gives the same text whatever `batch_rows`; see `ldalign.engine` for how far. Raises ValueError
-    for settings out of range.
+    gives the same text whatever `batch_rows`; see `ldalign.generation.engine` for how far. Raises
+    ValueError for settings out of range.
     """
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldalign.decoders import Decoder
-from ldalign.engine import Engine, Request
-from ldalign.sampling import Response
+from ldalign.generation.decoders import Decoder
+from ldalign.generation.engine import Engine, Request
+from ldalign.generation.sampling import Response
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.files import read_jsonl, write_text

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign.decoders import Decoder
-from ldalign.pages import PAGE, PagePool, SharedPages, pages_for
-from ldalign.sampling import Response, Sampling, sample
+from ldalign.generation.decoders import Decoder
+from ldalign.generation.paged_cache import PAGE, PagePool, SharedPages, pages_for
+from ldalign.generation.sampling import Response, Sampling, sample
 from ldalign.system.errors import InputError
 from ldalign.system.memory import OutOfMemory, available_bytes, is_out_of_memory
 from ldalign.system.seeds import uniforms

@@ -15,7 +15,7 @@ from ldalign.data.pairs import Pair
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.sampling import Response
+from ldalign.generation.sampling import Response
 from ldalign.system.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldalign import ops
+from ldalign.generation.paged_cache import PAGE
 from ldalign.kernels import cpp
 from ldalign.models.mistral import Mistral, rope_tables
-from ldalign.pages import PAGE
 
 PANEL = 32  # rows of a weight that are packed together (csrc/kernels.h)
 

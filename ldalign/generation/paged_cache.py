@@ -1,5 +1,5 @@
 """Pages of the key/value cache: which row has which. The memory itself is the decoders'
-(`ldalign.decoders`).
+(`ldalign.generation.decoders`).
 
 The scheme is PagedAttention's (Kwon et al., arXiv 2309.06180): the cache is cut into pages of 16
 tokens, a row's pages lie anywhere, and rows whose prompts begin alike share the pages of that
