@@ -16,12 +16,12 @@ from typing import Any
 import common
 from work import LENGTHS
 
-from ldalign.batches import global_batches
 from ldalign.data import embedded
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import GuideConfig
 from ldalign.models.guide_folder import new_guide, save_guide
 from ldalign.system.exits import run
+from ldalign.training.batches import global_batches
 
 # Layers, width, heads: settings.py's default for a new guide, and GPT-2's smallest size.
 SIZES = {"small": (4, 256, 4), "gpt2": (12, 768, 12)}

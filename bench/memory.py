@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 
 from ldalign.data.pairs import Pair
-from ldalign.estimate import TrainingShape, training_memory
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import check_model, load_model
 from ldalign.system import distributed
 from ldalign.system.exits import run
-from ldalign.training import TrainSettings, train
+from ldalign.training.memory_model import TrainingShape, training_memory
+from ldalign.training.policy import TrainSettings, train
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """ldalign's side of the benchmarks: the program's own functions, as its scripts call them. Run by
 the benchmarks.
 
-`PRECISION` says what each row of the step benchmark means to `training.train`; there is no other
+`PRECISION` says what each row of the step benchmark means to `policy.train`; there is no other
 setting of ours.
 """
 
@@ -21,13 +21,13 @@ from ldalign.data.pairs import Pair
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Sampling
-from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.models.guide_folder import load_guide
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import load_model
 from ldalign.system import distributed
 from ldalign.system.seeds import permutation
-from ldalign.training import TrainSettings, train
+from ldalign.training.guide import GuideTrainSettings, train_guide
+from ldalign.training.policy import TrainSettings, train
 
 SEED = 0
 
@@ -49,7 +49,7 @@ PRECISION = {
 
 
 def dpo(job: Job) -> Result:
-    """Optimizer steps of `training.train` over the job's batches, timed by its own metrics; the
+    """Optimizer steps of `policy.train` over the job's batches, timed by its own metrics; the
     first warms up.
     """
     device = distributed.start(job["device"])

@@ -3,7 +3,7 @@ do: `make profile`.
 
     python bench/profile_train.py [--precision bfloat16|mixed|float32] [--batch 4] [--new-tokens 16]
 
-Runs the program's own `training.train` and its generation engine under torch.profiler. Ranges are
+Runs the program's own `policy.train` and its generation engine under torch.profiler. Ranges are
 put around the modules from outside, by forward hooks; an operation of the backward belongs to the
 part of the forward operation whose sequence number it carries. Beside each part's time stand the
 operations and bytes that it needs at the least (work.py), and how near its time is to the time
@@ -37,13 +37,13 @@ from work import (
     tokens_of,
 )
 
-from ldalign import training
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.system import distributed
 from ldalign.system.exits import run
+from ldalign.training import policy
 
 RANGE = "part:"
 # inner ranges win over outer ones
@@ -131,7 +131,7 @@ def profile_step(
     put_ranges(model)
     clock = Clock(WARM_STEPS, device)
     model.register_forward_pre_hook(lambda *_: clock.tick())
-    settings = training.TrainSettings(
+    settings = policy.TrainSettings(
         epochs=1,
         global_batch=args.batch,
         micro_tokens=10**9,
@@ -141,7 +141,7 @@ def profile_step(
         warmup_ratio=0.0,
         **precision.settings,
     )
-    training.train(
+    policy.train(
         model,
         in_train_order(pairs),
         settings,

@@ -10,13 +10,11 @@ is written into the run folder.
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ldalign import ops
 from ldalign.context import Context
 from ldalign.disk import check_disk, described
 from ldalign.models.guide_folder import check_trained_guide, is_trained_guide, read_guide_tokenizer
@@ -28,12 +26,11 @@ from ldalign.stages import check_sources
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
+from ldalign.training.memory_model import TrainingShape, guide_memory, training_memory
 from ldalign.work import Work, guide_is_policy, guide_tokens, stage_work, to_do
 
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
-SCATTERED = 1.5  # the same for gradients that lie where the first micro-batch's activations were
-HOLES = 1.15  # the heap that activations of many sizes take, over their sum, as measured
 
 
 def dry_run(ctx: Context, planned: Sequence[str]) -> str:
@@ -217,120 +214,6 @@ def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
     return _shown(
         ctx, "guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens
     )
-
-
-@dataclass(frozen=True)
-class TrainingShape:
-    """What the memory of training depends on, beside the model. Bytes are a weight's."""
-
-    weight_bytes: int  # of the weights that the optimizer changes, and of their gradients
-    state_bytes: int  # of all averages of the optimizer together
-    compute_bytes: int
-    checkpointing: str
-    tokens: int  # of the largest micro-batch on one rank
-    responses: int  # tokens of it that the head predicts
-    micros: int = 1  # micro-batches of a step on one rank
-    ranks: int = 1
-    shards: int = 1  # ranks that share one copy of the model
-    whole: str = "gradients"  # `distributed.Sharding.whole`
-    device: str = "cpu"
-
-
-def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
-    """Peak bytes of one rank by part, beside the program itself; they add up.
-
-    The peak is reached at the start of the backward, all activations there, or at its end, all
-    gradients there.
-    """
-    config, itemsize, tokens = model.config, shape.compute_bytes, shape.tokens
-    parameters, block = count_parameters(model), count_parameters(model.blocks[0])
-    rest = parameters - block * len(model.blocks)  # embedding, head, last norm
-    head = model.output_weight.numel() * itemsize
-    several = shape.ranks > 1
-    wrapped = several or shape.weight_bytes != itemsize
-    kept, again = activation_bytes(config, itemsize, shape.checkpointing)
-    logits = min(ops.workspace_bytes(shape.device), 4 * config.vocab_size * shape.responses)
-    # The gradient of the head's weight is made in the forward, beside its hidden states and theirs.
-    at_head = head + logits + 2 * itemsize * config.hidden_size * shape.responses
-    # A block's backward: gradients of the feed-forward's inner activations, of the stream and of q,
-    # k, v.
-    inner = 3 * config.intermediate_size + 4 * config.hidden_size
-    at_block = tokens * (again + itemsize * inner)
-    gathered = 0.0
-    if wrapped:
-        # Several ranks gather a block and the one ahead, out of a buffer of its size; a rank alone
-        # keeps its casts.
-        held = parameters if not several or shape.whole == "all" else rest + 4 * block
-        gathered = itemsize * min(parameters, held)
-    own = parameters * shape.weight_bytes / shape.shards  # gradients as the optimizer sees them
-    before, after = 0.0, own
-    if shape.micros > 1:
-        before = SCATTERED * own
-        if wrapped and shape.whole != "nothing":
-            before, after = 4.0 * parameters, max(own, 4.0 * parameters)
-    if wrapped:  # the largest group's gradients on their way: as they were made, cast, and reduced
-        after += rest * (itemsize + 4) + 4 * rest / shape.shards
-    activations = tokens * kept * HOLES
-    # flat buffers of whole groups do not fit into the places that activations leave, one by one
-    if wrapped:
-        moment = {
-            "gradients": after,
-            "activations": activations,
-            "head and one block": max(at_head, head + at_block),
-        }
-    elif before + activations + max(at_head, head + at_block) >= after + 2 * head + at_block:
-        moment = {
-            "gradients": before,
-            "activations": activations,
-            "head and one block": max(at_head, head + at_block),
-        }
-    else:  # with the embedding's gradient, which is made whole before it is added
-        moment = {"gradients": after, "head and one block": 2 * head + at_block}
-    return {
-        "weights": parameters * shape.weight_bytes / shape.shards,
-        "optimizer": parameters * shape.state_bytes / shape.shards,
-        "weights gathered": gathered,
-        **moment,
-    }
-
-
-def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
-    """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both
-    together.
-
-    A rank loads both towers whole before it keeps its part.
-    """
-    parts = training_memory(model, shape)
-    parts = {
-        name: 2 * size if name in ("weights", "optimizer", "gradients") else size
-        for name, size in parts.items()
-    }
-    whole = {"both towers whole, on loading": 2.0 * shape.weight_bytes * count_parameters(model)}
-    return whole if sum(whole.values()) > sum(parts.values()) else parts
-
-
-def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -> tuple[int, int]:
-    """Bytes per token of a micro-batch: those kept for the backward; those made again there, a
-    block at a time.
-
-    Counted over the tensors that the blocks save.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    # Each norm's input and result, the turned q, k, v, attention's result, gate and up, their
-    # product; all in the compute dtype. In float32: a scale for each norm and a log-sum-exp for
-    # each head.
-    block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (
-        2 + config.num_attention_heads
-    )
-    stream = itemsize * width
-    # the last norm's input and scale, the rotary tables, the ids
-    outside = stream + 4 * config.head_dim + 12
-    if checkpointing == "full":
-        return config.num_hidden_layers * stream + outside, block
-    again = 3 * itemsize * inner if checkpointing == "selective" else 0  # inside the feed-forward
-    return config.num_hidden_layers * (block - again) + outside, again
 
 
 def _disk_line(ctx: Context, planned: Sequence[str]) -> str:

@@ -22,8 +22,8 @@ from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.scoring import response_logps
 from ldalign.system import distributed
+from ldalign.training.scoring import response_logps
 
 CHUNK = 64  # rows: there are few, and every rank is to get some
 

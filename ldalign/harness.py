@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldalign import ops
-from ldalign.batches import deal
 from ldalign.benchmark_tasks import no_harness
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.generation.decoders import Decoder, new_decoder
@@ -36,6 +35,7 @@ from ldalign.models.weights import load_model
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
+from ldalign.training.batches import deal
 
 try:
     from lm_eval.api.instance import Instance

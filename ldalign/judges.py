@@ -26,11 +26,11 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, load_model
 from ldalign.pipeline import Parents, hash_model_folder
-from ldalign.scoring import response_logps
 from ldalign.settings import RunConfig
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.metrics import Bar
+from ldalign.training.scoring import response_logps
 
 CHECKER = "checker"
 POLICY = "policy"

@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 import torch
 from safetensors.torch import load_file
 
-from ldalign.checkpoint import Plan
 from ldalign.context import EMBEDDED, Context
 from ldalign.data.pairs import Pair, effective_size, pair_weights, usable
 from ldalign.data.rows import Row, data_hash, files_of, prompt_text
@@ -31,7 +30,6 @@ from ldalign.generation.engine import Engine, Request
 from ldalign.generation.external import read_losers
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response, Sampling
-from ldalign.guide_training import GuideTrainSettings, train_guide
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import GuideConfig
 from ldalign.models.guide_folder import (
@@ -44,7 +42,6 @@ from ldalign.models.guide_folder import (
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, save_model
 from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
-from ldalign.scoring import response_logps
 from ldalign.settings import SAMPLING_KEYS, RunConfig, Sft
 from ldalign.summaries import stage
 from ldalign.system import distributed
@@ -53,7 +50,10 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, read_jsonl, save_tensors, write_json, write_jsonl
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
-from ldalign.training import TrainSettings, train
+from ldalign.training.checkpoint import Plan
+from ldalign.training.guide import GuideTrainSettings, train_guide
+from ldalign.training.policy import TrainSettings, train
+from ldalign.training.scoring import response_logps
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign.batches import count_steps
 from ldalign.context import Context
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.pipeline import MANIFEST
 from ldalign.settings import Guide
+from ldalign.training.batches import count_steps
 
 
 @dataclass(frozen=True)

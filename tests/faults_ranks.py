@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldalign import training
-from ldalign.checkpoint import Plan
 from ldalign.data.pairs import Pair
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Example, GuideConfig
 from ldalign.models.guide_folder import new_guide
-from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.metrics import MetricsLog
-from ldalign.training import TrainSettings, train
+from ldalign.training import policy
+from ldalign.training.checkpoint import Plan
+from ldalign.training.policy import TrainSettings, train
+from ldalign.training.scoring import response_logps
 
 CPU = torch.device("cpu")
 # 11 pairs in steps of 4, 4 and 3, three times: 9 steps.
@@ -125,7 +125,7 @@ def stop_after(step: int) -> None:
 
 def change_the_loss(change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """From the last rank's fourth loss on it is change(loss, hidden)."""
-    plain, calls = training._dpo, [0]
+    plain, calls = policy._dpo, [0]
 
     def changed(hidden: Tensor, *rest: Any) -> Tensor:
         loss = plain(hidden, *rest)
@@ -133,7 +133,7 @@ def change_the_loss(change: Callable[[Tensor, Tensor], Tensor]) -> None:
         last = distributed.rank() == distributed.world_size() - 1
         return change(loss, hidden) if calls[0] > 3 and last else loss
 
-    training._dpo = changed
+    policy._dpo = changed
 
 
 def explode(loss: Tensor, hidden: Tensor) -> Tensor:

@@ -13,9 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign.batches import Batch, count_steps, deal, global_batches, pair_costs, token_logprobs
 from ldalign.data.pairs import Pair
 from ldalign.models.toy import random_mistral
+from ldalign.training.batches import (
+    Batch,
+    count_steps,
+    deal,
+    global_batches,
+    pair_costs,
+    token_logprobs,
+)
 
 
 def orders(seed: int, count: int = 23, size: int = 5, epochs: int = 3) -> list[list[int]]:

@@ -158,7 +158,7 @@ def test_ours_trains_in_the_order_given(bench: Any) -> None:
     pairs = bench("work").make_pairs(bench("work").LENGTHS["short"], 7, 100)
     ours = bench("ours")
     laid = ours.in_train_order(pairs)
-    batches = importlib.import_module("ldalign.batches")
+    batches = importlib.import_module("ldalign.training.batches")
     taken = [
         laid[i].prompt for _, batch in batches.global_batches(7, 3, 1, ours.SEED) for i in batch
     ]

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldalign.batches import deal, pair_costs
 from ldalign.data.pairs import Pair
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, stored_state, write_weights
-from ldalign.scoring import response_logps
 from ldalign.system import distributed, exits
 from ldalign.system.distributed import Sharding
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Mean
-from ldalign.training import TrainSettings, accumulate_gradients, train
+from ldalign.training.batches import deal, pair_costs
+from ldalign.training.policy import TrainSettings, accumulate_gradients, train
+from ldalign.training.scoring import response_logps
 
 CPU = torch.device("cpu")
 # 5 pairs, then 2: on 4 ranks the last step leaves two of them without a pair. Micro-batches of one

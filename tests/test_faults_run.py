@@ -12,13 +12,14 @@ import pytest
 from conftest import ROOT
 from test_stages import open_toy
 
-from ldalign import checkpoint, disk, pipeline
+from ldalign import disk, pipeline
 from ldalign.data import tokenizer
 from ldalign.models import toy, weights
 from ldalign.pipeline import RunFolder
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align, generate, sft
+from ldalign.training import checkpoint
 
 DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n" + toy.TEMPLATE
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -24,18 +24,21 @@ from safetensors.torch import load_file
 from test_stages import open_toy
 from torch import Tensor, nn
 
-from ldalign import guide_training, scoring, stages, summaries, training
-from ldalign.batches import global_batches
+from ldalign import stages, summaries
 from ldalign.models import guide, guide_folder, weights
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
 from ldalign.pipeline import RunFolder, hash_model_folder
-from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.memory import OutOfMemory
 from ldalign.system.metrics import MetricsLog
+from ldalign.training import guide as guide_training
+from ldalign.training import policy as policy_training
+from ldalign.training import scoring
+from ldalign.training.batches import global_batches
+from ldalign.training.scoring import response_logps
 
 CPU = torch.device("cpu")
 
@@ -316,7 +319,7 @@ def test_T8_weights_that_are_not_finite_are_no_checkpoint(
 
     Expected: NumericsError naming the weight, before the good checkpoint goes.
     """
-    step = training.make_optimizer
+    step = policy_training.make_optimizer
 
     def making(*arguments: Any, **keywords: Any) -> Any:
         optimizer = step(*arguments, **keywords)
@@ -330,7 +333,7 @@ def test_T8_weights_that_are_not_finite_are_no_checkpoint(
         optimizer.step = stepping  # type: ignore[method-assign]
         return optimizer
 
-    monkeypatch.setattr(training, "make_optimizer", making)
+    monkeypatch.setattr(policy_training, "make_optimizer", making)
     with pytest.raises(
         NumericsError, match="weight/.* holds NaN or Inf; the checkpoint was not written"
     ):
@@ -363,7 +366,7 @@ def test_T10_out_of_memory(
     Expected: exit 3; stage, step, the shapes and the settings to lower are named; the checkpoint is
     there.
     """
-    plain, calls = training.accumulate_gradients, [0]
+    plain, calls = policy_training.accumulate_gradients, [0]
 
     def failing(*arguments: Any) -> float:
         calls[0] += 1
@@ -371,7 +374,7 @@ def test_T10_out_of_memory(
             raise error
         return plain(*arguments)
 
-    monkeypatch.setattr(training, "accumulate_gradients", failing)
+    monkeypatch.setattr(policy_training, "accumulate_gradients", failing)
     with pytest.raises(
         EnvironmentProblem,
         match=r"^step 3: .* at most 45 tokens .*row-\d.*: out "
@@ -393,7 +396,7 @@ def test_T10_other_errors_stay_what_they_are(
     def failing(*arguments: Any) -> float:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(training, "accumulate_gradients", failing)
+    monkeypatch.setattr(policy_training, "accumulate_gradients", failing)
     with pytest.raises(RuntimeError, match="^shapes differ$"):
         trained(tmp_path)
 
@@ -518,7 +521,7 @@ def test_T15_dropout_in_config_json(tmp_path: Path) -> None:
         replace(p, ref_real=a, ref_generated=b)
         for p, (a, b) in zip(plain, first.tolist(), strict=True)
     ]
-    training.train(
+    policy_training.train(
         model,
         chosen,
         faults_ranks.SETTINGS,

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 
-from ldalign.batches import Batch, token_logprobs
 from ldalign.data.pairs import Pair
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generation.generate import generate, generate_ids
@@ -18,6 +17,7 @@ from ldalign.generation.sampling import Sampling, sample
 from ldalign.kernels import cpp
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model, stored_state
+from ldalign.training.batches import Batch, token_logprobs
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 

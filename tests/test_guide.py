@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldalign import guide_training as training
-from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
 from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.models.guide import NO_LATENT, Example, Guide, GuideConfig, cosine_distance
 from ldalign.models.guide_folder import is_trained_guide, load_guide, new_guide, save_guide
 from ldalign.models.weights import stored_state, write_weights
 from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
+from ldalign.training import guide as training
+from ldalign.training.guide import GuideTrainSettings, heldout_losses, train_guide
 
 CPU = torch.device("cpu")
 TEXTS = [

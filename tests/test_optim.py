@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldalign.kernels import cpp, eager
-from ldalign.optim import learning_rate_factor, make_optimizer
+from ldalign.training.optim import learning_rate_factor, make_optimizer
 
 
 def factors(steps: int, ratio: float, schedule: str) -> list[float]:

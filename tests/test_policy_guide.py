@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldalign import context, estimate
-from ldalign.guide_training import GuideTrainSettings, heldout_losses, train_guide
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import load_guide, new_guide, policy_guide, save_guide
@@ -29,6 +28,7 @@ from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
 from ldalign.train import align
+from ldalign.training.guide import GuideTrainSettings, heldout_losses, train_guide
 
 CPU = torch.device("cpu")
 CONFIG = GuideConfig(latent_tokens=2, latent_width=12, max_tokens=60)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldalign import pipeline
-from ldalign.batches import Batch, deal, global_batches
 from ldalign.data.pairs import Pair
 from ldalign.models.layout import Packed
 from ldalign.system.errors import InputError
+from ldalign.training.batches import Batch, deal, global_batches
 
 FEW = settings(max_examples=30, deadline=None)
 IDS = st.lists(st.integers(0, 60), min_size=1, max_size=9)

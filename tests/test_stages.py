@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT
 
 from ldalign import context, estimate, sources, stages, summaries
-from ldalign.batches import Batch
 from ldalign.data import rows
 from ldalign.data.pairs import Pair
 from ldalign.generation.sampling import Response
@@ -23,6 +22,8 @@ from ldalign.system import distributed, files
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train.align import planned
+from ldalign.training import memory_model
+from ldalign.training.batches import Batch
 
 
 def config_of(cache: Path, *overrides: str) -> RunConfig:
@@ -389,5 +390,5 @@ def test_activations_are_estimated_within_a_tenth(dtype: torch.dtype, checkpoint
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(batch.ids, batch.layout, lambda hidden, weight: hidden)
     counted = sum(t.untyped_storage().nbytes() for t in kept.values()) / len(batch.ids)
-    estimated, _ = estimate.activation_bytes(config, dtype.itemsize, checkpointing)
+    estimated, _ = memory_model.activation_bytes(config, dtype.itemsize, checkpointing)
     assert 0.9 < estimated / counted < 1.1

@@ -14,14 +14,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from ldalign import training
-from ldalign.batches import global_batches
 from ldalign.data.pairs import Pair
-from ldalign.scoring import response_logps
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
 from ldalign.system.metrics import Mean
-from ldalign.training import TrainSettings, accumulate_gradients, train
+from ldalign.training import policy
+from ldalign.training.batches import global_batches
+from ldalign.training.policy import TrainSettings, accumulate_gradients, train
+from ldalign.training.scoring import response_logps
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
@@ -219,13 +219,13 @@ def test_a_non_finite_step_leaves_the_weights_alone(
     if where == "loss":
         pairs[3] = replace(pairs[3], ref_real=math.nan)
     else:
-        plain = training._dpo
+        plain = policy._dpo
 
         def explode(hidden: Tensor, *rest: Any) -> Tensor:
             loss = plain(hidden, *rest)
             return loss + (hidden - hidden.detach()).abs().sum().sqrt()  # 0, with an infinite slope
 
-        monkeypatch.setattr(training, "_dpo", explode)
+        monkeypatch.setattr(policy, "_dpo", explode)
     model = tiny.mistral()
     with pytest.raises(NumericsError, match="row-"):
         train(model, pairs, SETTINGS, compute_dtype=torch.float32, device=CPU, seed=0, stage="t")

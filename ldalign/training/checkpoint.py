@@ -31,7 +31,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldalign.optim import AVERAGES, Optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.distributed import on_all, on_rank0
 from ldalign.system.errors import InputError, NumericsError
@@ -45,6 +44,7 @@ from ldalign.system.files import (
     writing,
 )
 from ldalign.system.interrupt import Stopped
+from ldalign.training.optim import AVERAGES, Optimizer
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"  # what cannot be used is set aside under this name

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ldalign import ops
-from ldalign.batches import Batch, deal, pair_costs, token_logprobs
 from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
+from ldalign.training.batches import Batch, deal, pair_costs, token_logprobs
 
 
 @torch.no_grad()

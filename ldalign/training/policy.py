@@ -5,29 +5,28 @@ latent distances). One model is held: the reference's log-probs are on the pairs
 divided once, by a count fixed for the global batch: pairs, or response tokens for SFT.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ldalign import ops
-from ldalign.batches import Batch, count_steps, deal, global_batches, pair_costs
-from ldalign.checkpoint import Checkpoints, Plan, State
 from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
-from ldalign.optim import Schedule, learning_rate_factor, make_optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.distributed import Sharding
 from ldalign.system.errors import NumericsError
-from ldalign.system.files import write_text
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
+from ldalign.training.batches import Batch, count_steps, deal, global_batches, pair_costs
+from ldalign.training.checkpoint import Checkpoints, Plan, State
+from ldalign.training.loop import forget_refused_step, refuse_step
+from ldalign.training.optim import Schedule, learning_rate_factor, make_optimizer
 
 LN2 = math.log(2.0)
 # How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's
@@ -39,7 +38,6 @@ STEP0_TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 2e-2,
 }
-REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
 LOWER = (  # what helps where memory does not suffice
     "lower training.micro_tokens or max_length, set training.checkpointing=full, "
     "training.whole=nothing or training.state_dtype=bfloat16, or use more ranks"
@@ -280,41 +278,6 @@ def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: 
     logp = (hidden[picked] @ weight.T).float().log_softmax(-1)
     mean.add("entropy", -(logp.exp() * logp).sum(-1))
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
-
-
-def forget_refused_step(metrics_path: Path | None) -> None:
-    """The file that an earlier start may have left: this one tries the step again."""
-    if metrics_path is not None and distributed.rank() == 0:
-        metrics_path.with_name(REFUSED).unlink(missing_ok=True)
-
-
-def refuse_step(
-    rows: Sequence[str], stage: str, step: int, loss: float, norm: float, metrics_path: Path | None
-) -> NoReturn:
-    """A step's loss or gradient norm, summed over all ranks, is not finite: its row ids go into a
-    file. NumericsError.
-
-    The same on all ranks; nobody has touched the weights.
-    """
-    where = ""
-    if metrics_path is not None:
-        path = metrics_path.with_name(REFUSED)
-        found = {
-            "stage": stage,
-            "step": step + 1,
-            "loss": str(loss),
-            "grad_norm": str(norm),
-            "rows": list(rows),
-        }
-        text = json.dumps(found, indent=1) + "\n"
-        distributed.on_rank0(lambda: write_text(path, text))
-        where = f" (all {len(rows)} in {path})"
-    raise NumericsError(
-        f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not "
-        "changed. Rows of the batch: "
-        f"{', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}{where}. Lower learning_rate or "
-        "look at these rows"
-    )
 
 
 def _check_step0(loss: float, dtype: torch.dtype, stage: str) -> None:

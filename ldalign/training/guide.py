@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign.batches import count_steps, deal, global_batches
-from ldalign.checkpoint import Checkpoints, Plan, State
 from ldalign.models.guide import NO_LATENT, Example, Guide
-from ldalign.optim import learning_rate_factor, make_optimizer
 from ldalign.system import distributed, interrupt
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.system.seeds import permutation, uniforms
-from ldalign.training import forget_refused_step, refuse_step
+from ldalign.training.batches import count_steps, deal, global_batches
+from ldalign.training.checkpoint import Checkpoints, Plan, State
+from ldalign.training.loop import forget_refused_step, refuse_step
+from ldalign.training.optim import learning_rate_factor, make_optimizer
 
 # What helps where memory does not suffice.
 LOWER = "lower training.micro_tokens, guide.max_tokens or guide.width, or use more ranks"
