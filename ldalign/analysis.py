@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ldalign.data import embedded
-from ldalign.data.pairs import effective_size
+from ldalign.objective import effective_size
 from ldalign.system.files import read_jsonl
 
 Array = NDArray[np.float64]

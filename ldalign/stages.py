@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldalign.context import EMBEDDED, Context
-from ldalign.data.pairs import Pair, effective_size, pair_weights, usable
+from ldalign.data.pairs import Pair, usable
 from ldalign.data.rows import Row, data_hash, files_of, prompt_text
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.evaluate import EvaluationSettings, evaluate
@@ -41,6 +41,7 @@ from ldalign.models.guide_folder import (
 )
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, save_model
+from ldalign.objective import effective_size, pair_weights
 from ldalign.pipeline import CHECKPOINTS, MANIFEST, Parents, hash_model_folder, hash_settings
 from ldalign.settings import SAMPLING_KEYS, RunConfig, Sft
 from ldalign.summaries import stage

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
-from ldalign.models.guide import NO_LATENT, Example, Guide, GuideConfig, cosine_distance
+from ldalign.models.guide import NO_LATENT, Example, Guide, GuideConfig
 from ldalign.models.guide_folder import is_trained_guide, load_guide, new_guide, save_guide
 from ldalign.models.weights import stored_state, write_weights
+from ldalign.objective import cosine_distance
 from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.training import guide as training
@@ -392,7 +393,7 @@ def test_dropout_is_a_function_of_the_rows_key(one_rank: None) -> None:
             ((guide.example(x, y), guide.example(x, z)), f"guide/{epoch}/{i}")
             for i, (x, y, z) in enumerate(rows)
         ]
-        loss = training._accumulate(guide, keyed, budget, 0, CPU)
+        loss = training.accumulate_gradients(guide, keyed, budget, 0, CPU)
         return loss, guide.queries.grad  # type: ignore[return-value]
 
     whole, grad = step(10_000, 0)
@@ -442,7 +443,7 @@ def test_too_few_rows_is_an_error(one_rank: None) -> None:
 
 
 def test_a_non_finite_step_stops(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_accumulate", lambda *_: float(np.nan))
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *_: float(np.nan))
     monkeypatch.setattr(distributed, "clip_grad_norm", lambda *_: torch.tensor(1.0))
     with pytest.raises(NumericsError, match="guide: step 1"):
         trained(secret_rows(20))

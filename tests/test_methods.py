@@ -8,20 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldalign.data.pairs import (
-    WEIGHTS,
-    Pair,
-    distance_weights,
-    effective_size,
-    pair_weights,
-    prepare,
-    ranked_pairs,
-    rejected_pairs,
-    usable,
-    with_losers,
-)
+from ldalign.data.pairs import Pair, prepare, ranked_pairs, rejected_pairs, usable, with_losers
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
+from ldalign.objective import WEIGHTS, distance_weights, effective_size, pair_weights
 from ldalign.settings import RunConfig
 from ldalign.system.errors import InputError
 

@@ -12,13 +12,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
-from ldalign.system.seeds import permutation
 
 log = logging.getLogger(__name__)
 # share of rows whose prompt alone fills max_length, above which the setting is wrong, not the rows
@@ -139,69 +135,3 @@ def ranked_pairs(
         room = max_length - len(pair.prompt)
         out.append(replace(pair, real=list(better[:room]), generated=list(worse[:room])))
     return out
-
-
-WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse")
-# of the mean distance: nearer pairs count as this near, so that no inverse weight exceeds 10
-NEAREST = 0.1
-
-
-def pair_weights(
-    kind: str,
-    distances: Tensor,
-    pairs: Sequence[Pair],
-    kept: Sequence[bool],
-    seed: int,
-    clip: float | None = None,
-) -> tuple[Tensor, int]:
-    """(N,) float64 weights of pairs with latent distances (N,), and how many of them `clip`
-    lowered.
-
-    latent: s_i = d_i / mean_j d_j (paper 4.2.2), the method's. The others are its controls, all
-    with mean 1 over the kept pairs too: uniform, 1 (SPIN); shuffled, the latent ones dealt out
-    among the kept pairs at random, so that only their distribution is left; length, of |n_i - n'_i|
-    tokens instead of d_i; inverse, of 1 / d_i, so that near pairs pull hard. clip: no weight
-    exceeds it; the rest is left as it is.
-    """
-    keep = torch.tensor(list(kept))
-    if kind == "uniform":
-        weights = keep.double()
-    elif kind == "length":
-        gaps = [abs(len(p.real) - len(p.generated or ())) for p in pairs]
-        weights = distance_weights(torch.tensor(gaps, dtype=torch.float64), kept)
-    elif kind == "inverse":
-        latent = distance_weights(distances, kept)
-        weights = distance_weights(1.0 / latent.clamp(min=NEAREST), kept)
-    else:
-        weights = distance_weights(distances, kept)
-        if kind == "shuffled":
-            places = keep.nonzero()[:, 0]
-            order = torch.from_numpy(permutation(seed, "weights/shuffled", len(places)))
-            weights[places] = weights[places[order]]
-    if clip is None:
-        return weights, 0
-    return weights.clamp(max=clip), int((weights > clip).sum())
-
-
-def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
-    """(N,) float64 weights s_i = d_i / mean_j d_j, the mean over the kept pairs of the whole
-    iteration (paper 4.2.2).
-
-    Pairs not kept have weight 0, so the pairs that are trained on have mean weight 1, as SPIN's
-    have. Where all distances are zero, they say nothing, and every kept pair has weight 1 (with a
-    warning).
-    """
-    keep = torch.tensor(list(kept), dtype=torch.float64)
-    distances = distances.double() * keep
-    mean = distances.sum() / keep.sum().clamp(min=1)
-    if mean <= 0:
-        log.warning("all distances are zero: every pair has weight 1")
-        return keep
-    return distances / mean
-
-
-def effective_size(weights: Tensor) -> float:
-    """Effective sample size of weights, (sum w)^2 / sum w^2 (Kish 1965), as a share of their
-    number.
-    """
-    return float(weights.sum() ** 2 / (weights**2).sum() / len(weights)) if len(weights) else 0.0

@@ -23,7 +23,6 @@ Shapes: N flat tokens, D width, Z = m k latent width, B examples, V vocabulary.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tokenizers
 import torch
@@ -32,14 +31,13 @@ from torch import Tensor, nn
 from ldalign import ops
 from ldalign.models.layout import Packed
 from ldalign.models.weights import LanguageModel
+from ldalign.objective import Metric, latent_distance
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
 
 END = "<|endoftext|>"
 NO_LATENT = -1
-
-Metric = Literal["euclidean", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -231,9 +229,7 @@ class Guide(nn.Module):
                 lambda: what, "lower training.micro_tokens, or guide.max_tokens for another guide"
             ):
                 z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
-                a, b = z[0::2], z[1::2]
-                d = cosine_distance(a, b) if metric == "cosine" else (a - b).norm(dim=1).float()
-                return d[:, None].cpu()
+                return latent_distance(z[0::2], z[1::2], metric)[:, None].cpu()
 
         def refusal(i: int, value: float) -> str:
             return (
@@ -245,23 +241,6 @@ class Guide(nn.Module):
             sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens
         )
         return table(batches, measure, 1, refusal, path, progress)[:, 0].float()
-
-
-def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(N,) float32: 1 - cos(a_i, b_i) of (N, Z) latents, between 0 and 2, exactly 0 where they are
-    equal.
-
-    A zero vector is at distance 1 from any other vector (cos taken as 0) and at 0 from another zero
-    vector.
-    """
-    a, b = a.double(), b.double()
-    lengths = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
-    # Half the squared distance of the unit vectors: 1 - cos would lose small distances to rounding,
-    # or its sign.
-    a, b = (x / length.where(length > 0, 1.0) for x, length in zip((a, b), lengths, strict=True))
-    half = (a - b).square().sum(dim=1) / 2
-    one_is_zero = ((lengths[0] == 0) != (lengths[1] == 0))[:, 0]
-    return half.where(~one_is_zero, 1.0).clamp(max=2.0).float()
 
 
 def _size(example: Example) -> int:

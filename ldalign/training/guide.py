@@ -90,7 +90,7 @@ def train_guide(
                 continue
             keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
             with naming(lambda: _too_large(keyed, settings, step), LOWER):  # noqa: B023 (called at once)
-                loss = _accumulate(guide, keyed, settings.micro_tokens, seed, device)
+                loss = accumulate_gradients(guide, keyed, settings.micro_tokens, seed, device)
                 norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
             if not np.isfinite(loss) or not np.isfinite(norm):
                 keeper.write(step, state)
@@ -137,7 +137,7 @@ def _too_large(
     )
 
 
-def _accumulate(
+def accumulate_gradients(
     guide: Guide,
     keyed: Sequence[tuple[tuple[Example, Example], str]],
     budget: int,
