@@ -168,7 +168,11 @@ setup(
     ],
     package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
     package_data={
-        "ldalign": ["benchmark_definitions/*.yaml", "data/wordings.txt", "report_page.html"]
+        "ldalign": [
+            "evaluation/benchmarks/tasks/*.yaml",
+            "data/wordings.txt",
+            "report_page.html",
+        ]
     },
     **extension(),
 )

@@ -18,65 +18,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ldalign.data import embedded
+from ldalign.evaluation.statistics import Array, spearman, superiority
 from ldalign.objective import effective_size
 from ldalign.system.files import read_jsonl
 
-Array = NDArray[np.float64]
-NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors
-FEWEST = 5  # pairs, below which an interval means nothing
-
-
 # --------------------------------------------------------------------------------------- statistics
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic with its 95 % interval, from n rows."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def ranks(values: Array) -> Array:
-    """Ranks from 1; equal values share the mean of their ranks. (N,) -> (N,)."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    shared: Array = (counts.cumsum() - (counts - 1) / 2)[place]
-    return shared
-
-
-def spearman(x: Array, y: Array) -> Estimate | None:
-    """Spearman's rank correlation of (N,) and (N,), rows with a NaN left out.
-
-    The interval is Fisher's z with Bonett and Wright's error, sqrt((1 + r^2 / 2) / (n - 3))
-    (Psychometrika 65, 2000). None where fewer than FEWEST rows are left or one side is constant.
-    """
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[known], y[known]
-    n = len(x)
-    if n < FEWEST or x.min() == x.max() or y.min() == y.max():
-        return None
-    r = float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    r = max(-1.0, min(1.0, r))
-    z, error = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), math.sqrt((1 + r * r / 2) / (n - 3))
-    return Estimate(r, math.tanh(z - NORMAL_95 * error), math.tanh(z + NORMAL_95 * error), n)
-
-
-def superiority(a: Array, b: Array) -> Estimate | None:
-    """Probability that a value of `a` exceeds one of `b`, ties half: the area under the ROC curve.
-
-    The interval is normal with DeLong's error (Biometrics 44, 1988). None where one side has fewer
-    than FEWEST rows.
-    """
-    if min(len(a), len(b)) < FEWEST:
-        return None
-    together = ranks(np.concatenate([a, b]))
-    above = (together[: len(a)] - ranks(a)) / len(b)  # for each of a: the share of b below it
-    below = 1 - (together[len(a) :] - ranks(b)) / len(a)  # for each of b: the share of a above it
-    value = float(above.mean())
-    half = NORMAL_95 * math.sqrt(above.var(ddof=1) / len(a) + below.var(ddof=1) / len(b))
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(a) + len(b))
 
 
 def concentration(weights: Array) -> Array:
@@ -93,14 +39,6 @@ def top_share(weights: Array, share: float = 0.1) -> float:
     (at least one pair).
     """
     return float(concentration(weights)[math.ceil(share * len(weights))]) if len(weights) else 0.0
-
-
-def mean_relative_gain(scores: Mapping[str, float], base: Mapping[str, float]) -> float | None:
-    """Mean over the scores both have of score / base - 1, as the paper's table has it; None where
-    there is none.
-    """
-    gains = [scores[key] / base[key] - 1 for key in scores if base.get(key)]
-    return sum(gains) / len(gains) if gains else None
 
 
 # -------------------------------------------------------------------------------------------- pairs

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ldalign.benchmarks import check_benchmarks, say_table
 from ldalign.context import Context, open_context
 from ldalign.disk import check_disk
 from ldalign.estimate import check_guide, dry_run
+from ldalign.evaluation.benchmarks.runner import check_benchmarks, say_table
 from ldalign.measures import check_measurements
 from ldalign.pipeline import RunFolder
 from ldalign.report import write_report

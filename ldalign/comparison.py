@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.evaluate import standard_error
+from ldalign.evaluation.statistics import standard_error
 from ldalign.pipeline import STARTED
 from ldalign.report import LEADING
 from ldalign.settings import CompareConfig, RunConfig

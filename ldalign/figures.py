@@ -19,8 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ldalign.analysis import MEASURES, NORMAL_95, Array, Pairs, Sides, concentration
+from ldalign.analysis import MEASURES, Pairs, Sides, concentration
 from ldalign.cautions import guide_name
+from ldalign.evaluation.statistics import NORMAL_95, Array
 from ldalign.report import duration
 from ldalign.summaries import shown_name
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ldalign.benchmarks import benchmark_stages, planned_benchmarks
 from ldalign.context import Context, find_model
 from ldalign.data.rows import Row, prompt_text
-from ldalign.evaluate import standard_error
-from ldalign.judges import check_judge
+from ldalign.evaluation.benchmarks.runner import benchmark_stages, planned_benchmarks
+from ldalign.evaluation.judges import check_judge
+from ldalign.evaluation.reward import RewardModel, check_reward_model, summary
 from ldalign.pipeline import hash_model_folder
-from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.stages import RESPONSES, evaluation_stage
 from ldalign.summaries import stage
@@ -146,21 +145,3 @@ def _write_rewards(
             folder / "rewards.jsonl",
             ({"id": row.id, "generated": g, "real": y} for row, g, y in columns),
         )
-
-
-def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:
-    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are
-    (N,).
-    """
-    metrics = {
-        "reward/mean": float(generated.mean()),
-        "reward/mean_se": standard_error(generated),
-        "reward/real": float(real.mean()),
-        **_wins("reward/win_rate", generated, real),
-    }
-    return metrics if first is None else metrics | _wins("reward/win_rate_first", generated, first)
-
-
-def _wins(name: str, one: np.ndarray, other: np.ndarray) -> Metrics:
-    wins = (np.sign(one - other) + 1) / 2
-    return {name: float(wins.mean()), f"{name}_se": standard_error(wins)}

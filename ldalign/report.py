@@ -11,7 +11,8 @@ import numpy as np
 
 from ldalign import analysis
 from ldalign.cautions import cautions, guide_name
-from ldalign.evaluate import standard_error
+from ldalign.evaluation import statistics
+from ldalign.evaluation.statistics import standard_error
 from ldalign.summaries import STEPS, SUMMARY, iterations, stage_names
 from ldalign.system.files import make_folder, read_jsonl, write_text
 
@@ -44,7 +45,7 @@ def collect(run: Path) -> Row:
         row |= _difference(run, rows[0]["policy"], row["policy"])
         if row is not rows[0]:
             scores, base = _scores(row), _scores(rows[0])
-            gain = analysis.mean_relative_gain(scores, base)
+            gain = statistics.mean_relative_gain(scores, base)
             of = sum(bool(base.get(key)) for key in scores)  # a score of 0 has no relative gain
             row |= {} if gain is None else {"mean_relative_gain": gain, "mean_relative_gain_of": of}
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]

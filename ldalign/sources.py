@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ldalign.context import Context
 from ldalign.data.pairs import Pair, ranked_pairs, rejected_pairs, with_losers
+from ldalign.evaluation.judges import POLICY, judge_parents, open_judge
 from ldalign.generation.sampling import Response
-from ldalign.judges import POLICY, judge_parents, open_judge
 from ldalign.pipeline import Parents
 from ldalign.settings import RunConfig
 from ldalign.stages import (

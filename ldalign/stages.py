@@ -23,7 +23,7 @@ from ldalign.context import EMBEDDED, Context
 from ldalign.data.pairs import Pair, usable
 from ldalign.data.rows import Row, data_hash, files_of, prompt_text
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.evaluate import EvaluationSettings, evaluate
+from ldalign.evaluation.held_out import EvaluationSettings, evaluate
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from ldalign.agreement import summary, verdict, wilson
+from ldalign.evaluation.agreement import summary, verdict
+from ldalign.evaluation.statistics import wilson
 from ldalign.models.guide_folder import load_guide
 from ldalign.settings import RunConfig
 from ldalign.system.config import load_config

@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ldalign.analysis import (
-    Pairs,
-    concentration,
-    mean_relative_gain,
-    ranks,
-    read_pairs,
-    spearman,
-    summarise,
-    superiority,
-    top_share,
-)
+from ldalign.analysis import Pairs, concentration, read_pairs, summarise, top_share
+from ldalign.evaluation.statistics import mean_relative_gain, ranks, spearman, superiority
 
 
 def array(*values: float) -> np.ndarray:

@@ -21,10 +21,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ldalign import benchmarks
-from ldalign.benchmark_rows import recall_of_four
-from ldalign.benchmark_tasks import Benchmark, LocalRow, Rows, names
-from ldalign.benchmarks import run_benchmark
+from ldalign.evaluation.benchmarks import runner
+from ldalign.evaluation.benchmarks.definitions import Benchmark, LocalRow, Rows, names
+from ldalign.evaluation.benchmarks.rows import recall_of_four
+from ldalign.evaluation.benchmarks.runner import run_benchmark
 from ldalign.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -359,7 +359,7 @@ def test_finished_tasks_are_kept_when_a_later_one_fails(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, run = benchmarks.run_benchmark, tmp_path / "run"
+    real, run = runner.run_benchmark, tmp_path / "run"
     tasks = "benchmarks.tasks=[piqa,gsm8k]"
 
     def fails(model: Any, benchmark: Benchmark, *rest: Any) -> Any:
@@ -367,11 +367,11 @@ def test_finished_tasks_are_kept_when_a_later_one_fails(
             raise EnvironmentProblem("benchmark gsm8k: gone")
         return real(model, benchmark, *rest)
 
-    monkeypatch.setattr(benchmarks, "run_benchmark", fails)
+    monkeypatch.setattr(runner, "run_benchmark", fails)
     with pytest.raises(EnvironmentProblem, match="gsm8k: gone"):
         evaluate.main(arguments(run, toy_cache, data, tasks))
     assert (run / "start/benchmarks/piqa/summary.json").is_file()
-    monkeypatch.setattr(benchmarks, "run_benchmark", real)
+    monkeypatch.setattr(runner, "run_benchmark", real)
     evaluate.main(arguments(run, toy_cache, data, tasks))
     said = capfd.readouterr().err
     assert (
@@ -434,7 +434,7 @@ def test_without_lm_eval(
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(benchmarks.importlib.metadata, "version", absent)
+    monkeypatch.setattr(runner.importlib.metadata, "version", absent)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'ldalign\[eval\]'"):
         evaluate.main(arguments(tmp_path / "run", toy_cache, data, "benchmarks=[piqa]"))
 

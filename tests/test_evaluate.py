@@ -16,7 +16,8 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair, prepare
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
-from ldalign.evaluate import EvaluationSettings, evaluate, standard_error
+from ldalign.evaluation.held_out import EvaluationSettings, evaluate
+from ldalign.evaluation.statistics import standard_error
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.toy import write_toy_model
@@ -72,7 +73,9 @@ def measure(
                 out.append(asdict(Response([*tokenizer.encode(text), *end], reason, -1.0)))
             return out
 
-        monkeypatch.setattr(sys.modules["ldalign.evaluate"], "make_answers", make_answers)
+        monkeypatch.setattr(
+            sys.modules["ldalign.evaluation.held_out"], "make_answers", make_answers
+        )
         metrics, records = evaluate(
             model, tokenizer, rows, pairs, SETTINGS, torch.device("cpu"), tmp_path
         )

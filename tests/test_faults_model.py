@@ -25,11 +25,11 @@ from torch import Tensor
 from ldalign import pipeline
 from ldalign.data.chat_template import ChatTemplate
 from ldalign.data.tokenizer import load_tokenizer
+from ldalign.evaluation.reward import check_reward_model
 from ldalign.measures import check_measurements
 from ldalign.models import guide_folder, stored_tensors, toy, weights
 from ldalign.models.stored_tensors import INDEX, SINGLE
 from ldalign.models.weights import load_model
-from ldalign.reward import check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.system import untrusted
 from ldalign.system.config import load_config

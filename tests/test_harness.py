@@ -18,12 +18,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import CacheHook  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from ldalign.benchmark_tasks import Benchmark  # noqa: E402
-from ldalign.benchmarks import run_benchmark  # noqa: E402
 from ldalign.data.tokenizer import load_tokenizer  # noqa: E402
+from ldalign.evaluation.benchmarks.definitions import Benchmark  # noqa: E402
+from ldalign.evaluation.benchmarks.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
+from ldalign.evaluation.benchmarks.runner import run_benchmark  # noqa: E402
 from ldalign.generation.generate import generate_ids  # noqa: E402
 from ldalign.generation.sampling import Sampling  # noqa: E402
-from ldalign.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
 from ldalign.models.mistral import Mistral  # noqa: E402
 from ldalign.models.toy import write_toy_model  # noqa: E402
 from ldalign.models.weights import load_model  # noqa: E402
@@ -136,7 +136,7 @@ import json, sys
 from pathlib import Path
 from ldalign.system import distributed, exits
 from test_harness import CONTEXTS, REQUESTS, instances
-from ldalign.harness import HarnessModel
+from ldalign.evaluation.benchmarks.harness import HarnessModel
 
 def main(argv):
     lm = HarnessModel(policy=argv[0], dtype="float32", device="cpu", micro_tokens=1024)

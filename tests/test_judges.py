@@ -14,12 +14,12 @@ import tiny
 import torch
 from conftest import ROOT
 
-from ldalign import endpoint as endpoint_module
 from ldalign.data import embedded
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
-from ldalign.endpoint import Endpoint
-from ldalign.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
+from ldalign.evaluation import endpoint as endpoint_module
+from ldalign.evaluation.endpoint import Endpoint
+from ldalign.evaluation.judges import ONE_LETTER, QUESTION, Checker, EndpointJudge, ModelJudge
 from ldalign.models.mistral import Mistral
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model

@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT
 from stage_kills import check_resume
 
-from ldalign import agreement, context, ops, sources, stages
+from ldalign import context, ops, sources, stages
 from ldalign.data import rows
 from ldalign.data.pairs import with_losers
+from ldalign.evaluation import agreement
+from ldalign.evaluation.judges import POLICY
 from ldalign.generation.sampling import Response
-from ldalign.judges import POLICY
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import new_guide, save_guide

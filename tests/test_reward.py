@@ -27,10 +27,10 @@ from transformers import (
 
 from ldalign import measures
 from ldalign.context import open_context
-from ldalign.measures import measure, measurements, summary
+from ldalign.evaluation.reward import RewardModel, check_reward_model, summary
+from ldalign.measures import measure, measurements
 from ldalign.models.toy import write_toy_model
 from ldalign.pipeline import RunFolder
-from ldalign.reward import RewardModel, check_reward_model
 from ldalign.settings import RunConfig
 from ldalign.summaries import stage_names
 from ldalign.system.config import load_config, to_yaml

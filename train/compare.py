@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldalign import comparison
-from ldalign.benchmarks import benchmark_stages, check_benchmarks
 from ldalign.command import open_run, read_config
 from ldalign.comparison import Arm
 from ldalign.context import open_context
 from ldalign.estimate import dry_run
+from ldalign.evaluation.benchmarks.runner import benchmark_stages, check_benchmarks
 from ldalign.pipeline import RunFolder
 from ldalign.settings import CompareConfig
 from ldalign.stages import start_name

@@ -10,9 +10,9 @@ there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
 
 from pathlib import Path
 
-from ldalign.agreement import agreement_stage, find_guide
 from ldalign.command import need, run_stages
 from ldalign.context import Context
+from ldalign.evaluation.agreement import agreement_stage, find_guide
 from ldalign.settings import RunConfig
 from ldalign.stages import start_stage
 from ldalign.system import exits

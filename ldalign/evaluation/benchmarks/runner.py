@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.benchmark_tasks import Benchmark, no_harness
 from ldalign.context import Context
+from ldalign.evaluation.benchmarks.definitions import Benchmark, no_harness
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.pipeline import Parents, hash_model_folder
@@ -45,7 +45,7 @@ def check_benchmarks(config: RunConfig) -> None:
     found = wanted(config)
     if found:
         harness_version()
-        _quiet()
+        quiet()
     for benchmark in found:
         benchmark.task()
 
@@ -62,7 +62,7 @@ def benchmark_stages(ctx: Context, name: str, policy: Path) -> None:
     loaded: list[Any] = []
 
     def model() -> Any:
-        from ldalign.harness import HarnessModel
+        from ldalign.evaluation.benchmarks.harness import HarnessModel
 
         if not loaded:
             mistral = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
@@ -131,7 +131,7 @@ def run_benchmark(
     """
     from lm_eval.evaluator import evaluate
 
-    _quiet()
+    quiet()
     task = benchmark.task()
     result = evaluate(
         model,
@@ -193,7 +193,7 @@ def harness_version() -> str:
         raise no_harness(error) from None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     # It warns of what our definitions do on purpose.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""The benchmarks: their definitions (benchmark_definitions/*.yaml), their rows, and a harness task
+"""The benchmarks: their definitions (tasks/*.yaml), their rows, and a harness task
 made of both.
 
 A definition is a YAML file as the harness reads them. Its rows come from the hub's data set that it
@@ -25,7 +25,7 @@ from ldalign.system.errors import EnvironmentProblem, InputError
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
-DEFINITIONS = Path(__file__).parent / "benchmark_definitions"
+DEFINITIONS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's own
 
 
@@ -187,8 +187,8 @@ class _Loader(yaml.SafeLoader):
 def _function(loader: yaml.SafeLoader, node: yaml.Node) -> Callable[..., Any]:
     assert isinstance(node, yaml.ScalarNode)
     module, _, name = str(loader.construct_scalar(node)).rpartition(".")
-    assert module == "ldalign.benchmark_rows", (
-        f"{node.start_mark}: not a function of ldalign.benchmark_rows"
+    assert module == "ldalign.evaluation.benchmarks.rows", (
+        f"{node.start_mark}: not a function of ldalign.evaluation.benchmarks.rows"
     )
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function

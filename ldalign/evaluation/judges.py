@@ -21,7 +21,7 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Message, Row, prompt_text
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer, template_date
-from ldalign.endpoint import Endpoint
+from ldalign.evaluation.endpoint import Endpoint
 from ldalign.models.mistral import Mistral
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, load_model

@@ -1,9 +1,9 @@
 """Our models under the lm-evaluation-harness (lm-eval): a `TemplateLM` over the training path and
 our generation.
 
-Importing this module needs the extra `eval`. `ldalign.benchmarks` runs our benchmarks with it; for
-any other task of the harness, with lm-eval's own options: `python -m ldalign.harness --model
-ldalign --model_args policy=FOLDER --tasks NAME`.
+Importing this module needs the extra `eval`. `ldalign.evaluation.benchmarks.runner` runs our
+benchmarks with it; for any other task of the harness, with lm-eval's own options: `python -m
+ldalign.evaluation.benchmarks.harness --model ldalign --model_args policy=FOLDER --tasks NAME`.
 
 Log-probs: a context is computed once for all its continuations, and so is a beginning that many
 contexts share, such as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...]
@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldalign import ops
-from ldalign.benchmark_tasks import no_harness
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
+from ldalign.evaluation.benchmarks.definitions import no_harness
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.generate import generate_ids
 from ldalign.generation.sampling import Sampling

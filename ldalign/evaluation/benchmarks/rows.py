@@ -1,9 +1,9 @@
 """The parts of the benchmark definitions that are no template: how rows are brought into shape, and
 two scores.
 
-The YAML files of benchmark_definitions/ name these functions (`!function
-ldalign.benchmark_rows.NAME`). `rows` is anything with `map(function of a row)`: a data set of the
-hub, or local rows.
+The YAML files of tasks/ name these functions (`!function
+ldalign.evaluation.benchmarks.rows.NAME`). `rows` is anything with `map(function of a row)`: a data
+set of the hub, or local rows.
 """
 
 import re

@@ -5,7 +5,6 @@ Accuracy is measured greedily and on samples (several a prompt); standard errors
 since samples of one prompt are not independent.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
+from ldalign.evaluation.statistics import standard_error
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
@@ -180,8 +180,3 @@ def _summary(name: str, values: np.ndarray, kinds: Sequence[str]) -> dict[str, f
     for kind in sorted(set(kinds)):
         out[f"{name}/{kind}"] = float(values[[k == kind for k in kinds]].mean())
     return out
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; 0 for fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

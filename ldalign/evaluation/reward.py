@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from ldalign.evaluation.statistics import standard_error
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_files
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import OutOfMemory, naming
+from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import table
 from ldalign.system.untrusted import read_json
 
@@ -174,3 +177,21 @@ def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:
+    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are
+    (N,).
+    """
+    metrics = {
+        "reward/mean": float(generated.mean()),
+        "reward/mean_se": standard_error(generated),
+        "reward/real": float(real.mean()),
+        **_wins("reward/win_rate", generated, real),
+    }
+    return metrics if first is None else metrics | _wins("reward/win_rate_first", generated, first)
+
+
+def _wins(name: str, one: np.ndarray, other: np.ndarray) -> Metrics:
+    wins = (np.sign(one - other) + 1) / 2
+    return {name: float(wins.mean()), f"{name}_se": standard_error(wins)}

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.analysis import NORMAL_95
 from ldalign.context import Context
 from ldalign.data.rows import data_hash
+from ldalign.evaluation.judges import judge_parents, open_judge
+from ldalign.evaluation.statistics import wilson
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Request
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response
-from ldalign.judges import judge_parents, open_judge
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
@@ -211,16 +211,6 @@ def _rate(prefix: str, hits: int, count: int) -> Metrics:
         return {}
     low, high = wilson(hits, count)
     return {f"{prefix}rate": hits / count, f"{prefix}low": low, f"{prefix}high": high}
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share: holds near 0 and 1 and for few trials, unlike share
-    +- 2 errors.
-    """
-    share, z2 = hits / count, NORMAL_95**2 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    reach = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def _sentence(metrics: Metrics) -> str:

@@ -1,0 +1,1 @@
+"""Measuring a policy: held-out rows, rewards, judges, agreement, statistics, public benchmarks."""

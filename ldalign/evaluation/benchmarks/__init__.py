@@ -1,0 +1,1 @@
+"""Public benchmarks, run by lm-eval on a model of ours."""
