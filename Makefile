@@ -35,7 +35,7 @@ SEES_GPU := import torch; v = tuple(map(int, torch.__version__.split(".")[:2]));
 	assert torch.cuda.is_available() and (2, 11) <= v < (2, 14)
 
 setup check-env: $(VENV)/.product
-	@$(PY) -m ldalign.env
+	@$(PY) -m ldalign.run.environment
 
 # One process on the CPU or on one GPU, one per GPU where there are several.
 align: $(VENV)/.product

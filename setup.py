@@ -171,7 +171,7 @@ setup(
         "ldalign": [
             "evaluation/benchmarks/tasks/*.yaml",
             "data/wordings.txt",
-            "report_page.html",
+            "report/page.html",
         ]
     },
     **extension(),

@@ -15,11 +15,11 @@ import torch
 from environments import PeerMissing, peer_python
 from work import Config, Shape
 
-from ldalign.context import choose_dtype
-from ldalign.env import describe_machine
 from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
 from ldalign.models.toy import CONFIG as TOY_CONFIG
-from ldalign.settings import RunConfig
+from ldalign.run.context import choose_dtype
+from ldalign.run.environment import describe_machine
+from ldalign.run.settings import RunConfig
 from ldalign.system.errors import EnvironmentProblem
 
 HERE = Path(__file__).resolve().parent

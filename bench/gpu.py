@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldalign import env
+from ldalign.run import environment
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.exits import run
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         raise EnvironmentProblem(
             "make gpu: torch sees no CUDA device; run it on a machine that has one"
         )
-    print("\n".join(map(str, env.tick_list())), flush=True)
+    print("\n".join(map(str, environment.tick_list())), flush=True)
     rows, failed = [], []
     # Without a network and without peers on offer, no environment is tried.
     peers = [] if any(name.startswith("LDALIGN_PEER_") for name in os.environ) else ["--no-peers"]

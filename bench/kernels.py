@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldalign import ops
-from ldalign.env import describe_machine
 from ldalign.kernels import flash, reference, triton_ops
+from ldalign.run.environment import describe_machine
 from ldalign.system.exits import run
 from ldalign.system.memory import keep_freed_memory
 

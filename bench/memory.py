@@ -104,7 +104,7 @@ def resident(key: str) -> int:
 
 
 def estimate(folder: str, case: Case) -> dict[str, float]:
-    """The same by `ldalign.estimate`, by part."""
+    """The same by `ldalign.run.dry_run`, by part."""
     model = check_model(folder)
     assert isinstance(model, Mistral)
     shape = TrainingShape(

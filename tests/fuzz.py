@@ -46,7 +46,7 @@ USED = (
     "ldalign.data.rows",
     "ldalign.generation.external",
     "ldalign.models.fetch",
-    "ldalign.settings",
+    "ldalign.run.settings",
     "ldalign.models.weights",
 )
 INTEGERS = [
@@ -454,7 +454,7 @@ def make_config(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, draw: random.Random) -> None:
-    from ldalign.settings import RunConfig
+    from ldalign.run.settings import RunConfig
     from ldalign.system.config import load_config, to_yaml
 
     override = change_bytes(
@@ -494,20 +494,20 @@ def read_losers(folder: Path, draw: random.Random) -> None:
 
 
 def make_stage(folder: Path) -> list[Path]:
-    from ldalign import pipeline
+    from ldalign.run import manifest
 
     def make(partial: Path) -> None:
         (partial / "inner").mkdir()
         (partial / "inner/a.txt").write_text("hello")
 
-    pipeline.run_stage(folder / "stage", {"data": "d1", "beta": 0.1}, make)
+    manifest.run_stage(folder / "stage", {"data": "d1", "beta": 0.1}, make)
     return [folder / "stage/manifest.json"]
 
 
 def read_stage(folder: Path, draw: random.Random) -> None:
-    from ldalign import pipeline
+    from ldalign.run import manifest
 
-    pipeline.check_stage(folder / "stage", {"data": "d1", "beta": 0.1})
+    manifest.check_stage(folder / "stage", {"data": "d1", "beta": 0.1})
 
 
 READERS = {

@@ -13,7 +13,7 @@ from conftest import ROOT
 from ldalign.evaluation.agreement import summary, verdict
 from ldalign.evaluation.statistics import wilson
 from ldalign.models.guide_folder import load_guide
-from ldalign.settings import RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl

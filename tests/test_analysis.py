@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ldalign.analysis import Pairs, concentration, read_pairs, summarise, top_share
 from ldalign.evaluation.statistics import mean_relative_gain, ranks, spearman, superiority
+from ldalign.report.analysis import RunPairs, concentration, read_pairs, summarise, top_share
 
 
 def array(*values: float) -> np.ndarray:
@@ -166,7 +166,7 @@ def same(found: np.ndarray, *expected: float) -> None:
     np.testing.assert_array_equal(found, np.array(expected))
 
 
-def joined(run: Path) -> Pairs:
+def joined(run: Path) -> RunPairs:
     pairs = read_pairs(run, 0)
     assert pairs
     return pairs

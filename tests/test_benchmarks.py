@@ -25,7 +25,8 @@ from ldalign.evaluation.benchmarks import runner
 from ldalign.evaluation.benchmarks.definitions import Benchmark, LocalRow, Rows, names
 from ldalign.evaluation.benchmarks.rows import recall_of_four
 from ldalign.evaluation.benchmarks.runner import run_benchmark
-from ldalign.settings import RunConfig
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import benchmarks as benchmarks_stage
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl
@@ -367,11 +368,11 @@ def test_finished_tasks_are_kept_when_a_later_one_fails(
             raise EnvironmentProblem("benchmark gsm8k: gone")
         return real(model, benchmark, *rest)
 
-    monkeypatch.setattr(runner, "run_benchmark", fails)
+    monkeypatch.setattr(benchmarks_stage, "run_benchmark", fails)
     with pytest.raises(EnvironmentProblem, match="gsm8k: gone"):
         evaluate.main(arguments(run, toy_cache, data, tasks))
     assert (run / "start/benchmarks/piqa/summary.json").is_file()
-    monkeypatch.setattr(runner, "run_benchmark", real)
+    monkeypatch.setattr(benchmarks_stage, "run_benchmark", real)
     evaluate.main(arguments(run, toy_cache, data, tasks))
     said = capfd.readouterr().err
     assert (

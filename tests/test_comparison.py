@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ldalign import comparison
-from ldalign.comparison import START, Arm, arm_folder
-from ldalign.settings import CompareConfig
+from ldalign.report import comparison
+from ldalign.run.comparison import START, Arm, arm_folder, read_answers, score, validation_ids
+from ldalign.run.settings import CompareConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
@@ -90,17 +90,14 @@ def test_a_comparison_and_its_resumption(
         assert one == two
     # The figures, from the answers: rows that no choice has seen, and differences from the start's
     # own answers.
-    validation, test = comparison.validation_ids(config)
+    validation, test = validation_ids(config)
     assert len(validation) == 8 and len(test) == 18 and not set(validation) & set(test)
     for arm in arms:
         tables = [
-            comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / "iteration_0")
+            read_answers(arm_folder(config, arm, s, rates[arm.name]) / "iteration_0")
             for s in (0, 1)
         ]
-        starts = [
-            comparison.read_answers(arm_folder(config, arm, s, rates[arm.name]) / START)
-            for s in (0, 1)
-        ]
+        starts = [read_answers(arm_folder(config, arm, s, rates[arm.name]) / START) for s in (0, 1)]
         nll = np.mean([[t[i]["nll"] for i in test] for t in tables])
         gap = nll - np.mean([[t[i]["nll"] for i in test] for t in starts])
         assert summary["policies"][arm.name]["nll"] == pytest.approx(nll)
@@ -124,12 +121,12 @@ def test_rates_are_scored_on_validation_rows_alone() -> None:
         "b": {"nll": 3.0, "sampled": 0.0},
         "c": {"nll": 9.0, "sampled": 0.0},
     }
-    assert comparison.score(figures, ["a", "b"]) == 0.5
+    assert score(figures, ["a", "b"]) == 0.5
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
-    assert comparison.score(unchecked, ["a", "b"]) == -2.0
+    assert score(unchecked, ["a", "b"]) == -2.0
     # evaluation.samples=0
     greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
-    assert comparison.score(greedy, ["a"]) == 1.0
+    assert score(greedy, ["a"]) == 1.0
 
 
 def test_differences_are_paired_by_prompt() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign.settings import RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system import config as c
 from ldalign.system.errors import InputError
 

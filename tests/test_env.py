@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldalign import env
+from ldalign.run import environment
 
 
-def ticks() -> dict[str, env.Tick]:
-    return {tick.name: tick for tick in env.tick_list()}
+def ticks() -> dict[str, environment.Tick]:
+    return {tick.name: tick for tick in environment.tick_list()}
 
 
 def test_what_is_here_is_ticked() -> None:
@@ -53,17 +53,21 @@ def test_unsupported_torch_is_not_ticked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_machine_is_plain_data() -> None:
-    machine = env.describe_machine()
+    machine = environment.describe_machine()
     assert json.loads(json.dumps(machine)) == machine
     assert machine["packages"]["torch"] == torch.__version__
     assert machine["cpu"] and machine["cores"] >= 1
 
 
 def test_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "ldalign.env"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "ldalign.run.environment"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[x] Python") and "[x] torch" in result.stdout
     assert (
-        subprocess.run([sys.executable, "-m", "ldalign.env", "x"], capture_output=True).returncode
+        subprocess.run(
+            [sys.executable, "-m", "ldalign.run.environment", "x"], capture_output=True
+        ).returncode
         == 2
     )

@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, run_script
 from test_stages import config_of, open_toy
 
-from ldalign import estimate, pipeline, stages
 from ldalign.models import toy, weights
-from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
+from ldalign.run import dry_run, folder
+from ldalign.run.folder import RunFolder
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import data
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align
@@ -185,8 +186,8 @@ def test_C3_two_live_runs(tmp_path: Path) -> None:
     """
     script = f"""
 from pathlib import Path
-from ldalign import pipeline
-with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
+from ldalign.run.folder import RunFolder
+with RunFolder(Path({str(tmp_path / "run")!r}), ""):
     print("ready", flush=True)
     input()
 """
@@ -198,11 +199,11 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
         match = rf"in use by host \S+ pid {holder.pid};"
         with (
             pytest.raises(EnvironmentProblem, match=match),
-            pipeline.RunFolder(tmp_path / "run", ""),
+            folder.RunFolder(tmp_path / "run", ""),
         ):
             pass
         with pytest.raises(EnvironmentProblem, match=match):
-            estimate.dry_run(open_toy(tmp_path), [])
+            dry_run.dry_run(open_toy(tmp_path), [])
         holder.kill()
 
 
@@ -280,12 +281,12 @@ def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:
     with RunFolder(Path(config_of(tmp_path).run), "") as run:
         ctx = open_toy(tmp_path, f"data={rows}")
         assert run.path == ctx.run.path
-        stages.data_stage(ctx)
-    estimate.dry_run(open_toy(tmp_path, f"data={rows}"), [])
+        data.data_stage(ctx)
+    dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])
     rows.write_text(rows.read_text().replace("Say 1", "Tell 1"))
     with pytest.raises(
         InputError,
         match=r"rows\.jsonl: changed since this run began: sha256 was "
         r"\w{64}, now \w{64};",
     ):
-        estimate.dry_run(open_toy(tmp_path, f"data={rows}"), [])
+        dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])

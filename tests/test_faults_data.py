@@ -12,12 +12,13 @@ from faults import forget_peak, peak
 from test_data import GOOD, a, parquet, s, u, write
 from test_stages import open_toy, rows_file
 
-from ldalign import pipeline, stages
 from ldalign.data.pairs import prepare, usable, with_losers
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Row, read_rows
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generation.external import read_losers
+from ldalign.run import manifest
+from ldalign.run.stages import data
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.train import generate
@@ -102,7 +103,7 @@ def test_D3_bad_rows_skip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     ctx = open_toy(tmp_path, *options, "bad_rows=skip")
     assert len(ctx.train.rows) == 198 and "2 bad rows skipped" in capfd.readouterr().err
     with ctx.run as run:
-        stages.data_stage(ctx)
+        data.data_stage(ctx)
     assert json.loads((run.path / "data/summary.json").read_text())["rows/skipped"] == 2
     path.write_text(path.read_text() + "[]\n")
     with pytest.raises(InputError, match="3 of 201 rows are bad, more than the 1%"):
@@ -321,19 +322,19 @@ def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:
     ]
     ctx = open_toy(tmp_path, *options)
     with ctx.run:
-        stages.data_stage(ctx)
-    old = pipeline.hash_file(path)
+        data.data_stage(ctx)
+    old = manifest.hash_file(path)
     text = path.read_text()
     path.write_text(text + text.splitlines()[-1] + "\n")  # a row more, which this run does not use
     ctx = open_toy(tmp_path, *options)
     with ctx.run:
-        stages.data_stage(ctx)
+        data.data_stage(ctx)
     path.write_text(text.replace('"Say 3."', '"Tell 3."'))
     ctx = open_toy(tmp_path, *options)
     message = (
         rf"rows\.jsonl: changed since this run began: sha256 was {old}, now "
-        rf"{pipeline.hash_file(path)};"
+        rf"{manifest.hash_file(path)};"
     )
     with ctx.run, pytest.raises(InputError, match=message):
-        stages.data_stage(ctx)
+        data.data_stage(ctx)
     distributed.stop()

@@ -22,15 +22,15 @@ from test_tokenizer import CONVERSATIONS, as_row, copy, messages
 from test_weights import EMBEDDING, GPT2_, HEAD, MISTRAL, Q1, edit, edit_json, refusal, write_folder
 from torch import Tensor
 
-from ldalign import pipeline
 from ldalign.data.chat_template import ChatTemplate
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.evaluation.reward import check_reward_model
-from ldalign.measures import check_measurements
 from ldalign.models import guide_folder, stored_tensors, toy, weights
 from ldalign.models.stored_tensors import INDEX, SINGLE
 from ldalign.models.weights import load_model
-from ldalign.settings import RunConfig
+from ldalign.run import manifest
+from ldalign.run.measures import check_measurements
+from ldalign.run.settings import RunConfig
 from ldalign.system import untrusted
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
@@ -616,7 +616,7 @@ def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> Non
     load_model(model)
     load_tokenizer(model)
     guide_folder.load_guide(trained)
-    pipeline.check_stage(run / "policy")
+    manifest.check_stage(run / "policy")
     weights.save_model(load_model(run / "policy"), tmp_path / "saved", run / "policy")
     assert not (tmp_path / "ran").exists()
     pickle.loads(evil)  # noqa: S301 - it would have been seen

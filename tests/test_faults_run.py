@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT
 from test_stages import open_toy
 
-from ldalign import disk, pipeline
 from ldalign.data import tokenizer
 from ldalign.models import toy, weights
-from ldalign.pipeline import RunFolder
+from ldalign.run import disk, folder, manifest
+from ldalign.run.folder import RunFolder
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align, generate, sft
@@ -49,7 +49,7 @@ def set_day(monkeypatch: pytest.MonkeyPatch) -> SetDay:
 
     def set_to(*day: int) -> None:
         clock = type("Clock", (date,), {"today": staticmethod(lambda: date(*day))})
-        for module in (pipeline, tokenizer):
+        for module in (folder, tokenizer):
             monkeypatch.setattr(module, "date", clock)
 
     return set_to
@@ -270,7 +270,7 @@ def largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
         monkeypatch.setattr(owner, name, watched)
 
     watch(checkpoint.Checkpoints, "_finish")
-    watch(pipeline, "_name")
+    watch(manifest, "_name")
     yield sizes
 
 

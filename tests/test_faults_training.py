@@ -24,12 +24,17 @@ from safetensors.torch import load_file
 from test_stages import open_toy
 from torch import Tensor, nn
 
-from ldalign import stages, summaries
 from ldalign.models import guide, guide_folder, weights
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
-from ldalign.pipeline import RunFolder, hash_model_folder
+from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import hash_model_folder
+from ldalign.run.stages import policy as policy_module
+from ldalign.run.stages import reference as reference_module
+from ldalign.run.stages.data import data_stage
+from ldalign.run.stages.policy import policy_stage
+from ldalign.run.stages.reference import reference_stage
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.memory import OutOfMemory
@@ -481,7 +486,7 @@ def test_T10_in_a_stage_that_does_not_train(
     ctx: Any = SimpleNamespace(run=RunFolder(tmp_path / "run", ""))
     monkeypatch.setattr(where, name, failing)
     with pytest.raises(OutOfMemory, match=rf"^{STAGE}: .*{message}") as caught:
-        summaries.stage(ctx, STAGE, {}, lambda partial: work(folder))
+        ctx.run.stage(STAGE, {}, lambda partial: work(folder))
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
 
 
@@ -539,9 +544,10 @@ def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Mo
     rows.
     """
     loaded: list[nn.Module] = []
-    monkeypatch.setattr(
-        stages, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1]
-    )
+    for stage in (policy_module, reference_module):
+        monkeypatch.setattr(
+            stage, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1]
+        )
     ctx = open_toy(
         folder,
         "max_rows=4",
@@ -553,13 +559,11 @@ def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Mo
     )
     before = hash_model_folder(ctx.start)
     with ctx.run:
-        stages.data_stage(ctx)
+        data_stage(ctx)
         against = [
             replace(pair, generated=[*pair.real[:-1], 5, pair.real[-1]]) for pair in ctx.train.pairs
         ]
-        stages.policy_stage(
-            ctx, 0, ctx.start, stages.reference_stage(ctx, 0, ctx.start, against, {}), {}
-        )
+        policy_stage(ctx, 0, ctx.start, reference_stage(ctx, 0, ctx.start, against, {}), {})
     assert hash_model_folder(ctx.start) == before
     reference, policy = loaded
     return reference, policy

@@ -23,7 +23,7 @@ from ldalign.evaluation.judges import ONE_LETTER, QUESTION, Checker, EndpointJud
 from ldalign.models.mistral import Mistral
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
-from ldalign.settings import RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl

@@ -12,7 +12,7 @@ from ldalign.data.pairs import Pair, prepare, ranked_pairs, rejected_pairs, usab
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.objective import WEIGHTS, distance_weights, effective_size, pair_weights
-from ldalign.settings import RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system.errors import InputError
 
 

@@ -12,18 +12,25 @@ import torch
 from conftest import ROOT
 from stage_kills import check_resume
 
-from ldalign import context, ops, sources, stages
+from ldalign import ops
 from ldalign.data import rows
 from ldalign.data.pairs import with_losers
-from ldalign.evaluation import agreement
 from ldalign.evaluation.judges import POLICY
 from ldalign.generation.sampling import Response
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import new_guide, save_guide
 from ldalign.models.toy import write_toy_model
-from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
+from ldalign.run import context
+from ldalign.run.folder import RunFolder
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import distances as distances_module
+from ldalign.run.stages.agreement import agreement_stage
+from ldalign.run.stages.distances import distances_stage
+from ldalign.run.stages.evaluation import evaluation_stage
+from ldalign.run.stages.judged import judged_stage
+from ldalign.run.stages.reference import reference_stage
+from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed, partial_rows
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError, NumericsError
@@ -140,7 +147,7 @@ def opened(opened_once: context.Context, in_process: None) -> Callable[..., cont
     def open_run(run: Path, **changes: Any) -> context.Context:
         if not (run / "iteration_0").exists():
             (run / "iteration_0/responses").mkdir(parents=True)
-            write_jsonl(run / stages.RESPONSES.format(0), [1])  # its hash alone is read
+            write_jsonl(run / RESPONSES.format(0), [1])  # its hash alone is read
         return replace(
             opened_once, run=RunFolder(run, ""), config=replace(opened_once.config, **changes)
         )
@@ -158,25 +165,25 @@ def sampled(ctx: context.Context) -> list[Response]:
 
 def reference(ctx: context.Context, models: Path) -> Any:
     pairs = with_losers(ctx.used[1], [r.ids for r in sampled(ctx)[::2]], ctx.config.max_length)
-    return stages.reference_stage(ctx, 0, models / "policy", pairs, {})
+    return reference_stage(ctx, 0, models / "policy", pairs, {})
 
 
 def distances(ctx: context.Context, models: Path) -> Any:
     losers = sampled(ctx)[::2]
     pairs = with_losers(ctx.used[1], [r.ids for r in losers], ctx.config.max_length)
-    return stages.distances_stage(ctx, 0, models / "guide", pairs, losers)
+    return distances_stage(ctx, 0, models / "guide", pairs, losers)
 
 
 def judged(ctx: context.Context, models: Path) -> Any:
-    return sources.judged_stage(ctx, 0, models / "policy", sampled(ctx), POLICY)
+    return judged_stage(ctx, 0, models / "policy", sampled(ctx), POLICY)
 
 
 def evaluation(ctx: context.Context, models: Path) -> Any:
-    return stages.evaluation_stage(ctx, "start", models / "policy")
+    return evaluation_stage(ctx, "start", models / "policy")
 
 
 def agreed(ctx: context.Context, models: Path) -> Any:
-    return agreement.agreement_stage(ctx, models / "policy", models / "guide")
+    return agreement_stage(ctx, models / "policy", models / "guide")
 
 
 STAGES = {
@@ -214,7 +221,7 @@ def test_what_was_begun_from_other_settings_is_refused(
         raise KeyError
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "pair_weights", fail)
+        patch.setattr(distances_module, "pair_weights", fail)
         with pytest.raises(KeyError):
             distances(opened(tmp_path / "run"), models)
     assert Parts(
@@ -274,5 +281,5 @@ def test_a_log_prob_that_is_nan_names_the_rows_id(
     with pytest.raises(
         NumericsError, match="^row this one: the log-probability of a response is -inf"
     ):
-        stages.reference_stage(ctx, 0, models / "policy", pairs, {})
+        reference_stage(ctx, 0, models / "policy", pairs, {})
     assert json.loads((tmp_path / "run/iteration_0/reference.partial/parents.json").read_text())

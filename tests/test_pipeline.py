@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ldalign import pipeline
+from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import check_stage, hash_model_folder, hash_settings, run_stage
 from ldalign.system import files
 from ldalign.system.errors import EnvironmentProblem, InputError
 
@@ -37,7 +38,7 @@ def must_not_run(folder: Path) -> None:
 
 def test_stage_is_made_once(tmp_path: Path) -> None:
     stage = tmp_path / "iteration_0" / "policy"
-    assert pipeline.run_stage(stage, PARENTS, writer())
+    assert run_stage(stage, PARENTS, writer())
     assert (stage / "inner" / "a.txt").read_text() == "hello"
     manifest = json.loads((stage / "manifest.json").read_text())
     assert manifest["parents"] == PARENTS
@@ -47,7 +48,7 @@ def test_stage_is_made_once(tmp_path: Path) -> None:
         # sha256sum of 1000 zero bytes
         "sha256": "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53",
     }
-    assert not pipeline.run_stage(stage, dict(reversed(PARENTS.items())), must_not_run)
+    assert not run_stage(stage, dict(reversed(PARENTS.items())), must_not_run)
     assert [path.name for path in stage.parent.iterdir()] == ["policy"]
 
 
@@ -57,9 +58,9 @@ def test_error_in_the_middle_leaves_no_stage(tmp_path: Path) -> None:
         raise ValueError("boom")
 
     with pytest.raises(ValueError, match="boom"):
-        pipeline.run_stage(tmp_path / "guide", PARENTS, fails)
+        run_stage(tmp_path / "guide", PARENTS, fails)
     assert not (tmp_path / "guide").exists()
-    assert pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    assert run_stage(tmp_path / "guide", PARENTS, writer())
     assert not (tmp_path / "guide" / "half").exists()
 
 
@@ -69,24 +70,24 @@ def test_killed_at_any_point_is_redone(tmp_path: Path, moment: str) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from ldalign import pipeline
+from ldalign.run import manifest
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 def make(folder):
     (folder / "half").write_text("half")
     if {moment!r} == "make": die()
-if {moment!r} == "manifest": pipeline.write_text = die
+if {moment!r} == "manifest": manifest.write_text = die
 if {moment!r} == "rename": Path.rename = die
-pipeline.run_stage(Path({str(stage)!r}), {PARENTS!r}, make)
+manifest.run_stage(Path({str(stage)!r}), {PARENTS!r}, make)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not stage.exists()
     assert (tmp_path / "guide.partial" / "half").exists()  # so the kill did come in the middle
     whole = moment == "rename"  # it has its manifest, and lacks the name alone
-    assert pipeline.run_stage(stage, PARENTS, must_not_run if whole else writer()) != whole
+    assert run_stage(stage, PARENTS, must_not_run if whole else writer()) != whole
     assert [path.name for path in tmp_path.iterdir()] == ["guide"] and (
         stage / "half"
     ).exists() == whole
-    pipeline.check_stage(stage, PARENTS)
+    check_stage(stage, PARENTS)
 
 
 def test_a_begun_stage_is_not_gone_on_with_under_other_parents(tmp_path: Path) -> None:
@@ -100,13 +101,13 @@ def test_a_begun_stage_is_not_gone_on_with_under_other_parents(tmp_path: Path) -
         assert (folder / "rows").read_text() == "1" and not (folder / ".tmpX1").exists()
 
     with pytest.raises(ValueError, match="boom"):
-        pipeline.run_stage(stage, PARENTS, fails, resume=True)
+        run_stage(stage, PARENTS, fails, resume=True)
     (tmp_path / "guide.partial/.tmpX1").write_text("half a file of safetensors")
     with pytest.raises(
         InputError, match="guide.partial/parents.json: made from .*: beta was 0.1, now 0.2"
     ):
-        pipeline.run_stage(stage, {**PARENTS, "beta": 0.2}, must_not_run, resume=True)
-    assert pipeline.run_stage(stage, PARENTS, goes_on, resume=True)
+        run_stage(stage, {**PARENTS, "beta": 0.2}, must_not_run, resume=True)
+    assert run_stage(stage, PARENTS, goes_on, resume=True)
     assert sorted(path.name for path in stage.iterdir()) == ["manifest.json", "rows"]
 
 
@@ -119,16 +120,16 @@ def test_a_stage_that_has_done_nothing_is_begun_anew_under_other_parents(tmp_pat
         raise ValueError("boom")
 
     with pytest.raises(ValueError, match="boom"):
-        pipeline.run_stage(tmp_path / "guide", PARENTS, fails, resume=True)
+        run_stage(tmp_path / "guide", PARENTS, fails, resume=True)
     other = {**PARENTS, "beta": 0.2}
-    assert pipeline.run_stage(tmp_path / "guide", other, writer(), resume=True)
-    pipeline.check_stage(tmp_path / "guide", other)
+    assert run_stage(tmp_path / "guide", other, writer(), resume=True)
+    check_stage(tmp_path / "guide", other)
 
 
 def test_checkpoints_without_parents_are_no_reason_to_begin_again(tmp_path: Path) -> None:
     (tmp_path / "guide.partial/checkpoint/step_00000001").mkdir(parents=True)
     with pytest.raises(InputError, match="guide.partial: holds checkpoints, but parents.json"):
-        pipeline.run_stage(tmp_path / "guide", PARENTS, must_not_run, resume=True)
+        run_stage(tmp_path / "guide", PARENTS, must_not_run, resume=True)
 
 
 def flip(path: Path) -> None:
@@ -159,28 +160,28 @@ def flip(path: Path) -> None:
     ],
 )
 def test_damage_is_noticed(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
-    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    run_stage(tmp_path / "guide", PARENTS, writer())
     damage(tmp_path / "guide")
     with pytest.raises(InputError, match=message):
-        pipeline.run_stage(tmp_path / "guide", PARENTS, must_not_run)
+        run_stage(tmp_path / "guide", PARENTS, must_not_run)
 
 
 def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
-    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    run_stage(tmp_path / "guide", PARENTS, writer())
     entry = {"size": 0, "sha256": ""}
     for name in ("../secret", "/etc/passwd"):
         (tmp_path / "guide" / "manifest.json").write_text(
             json.dumps({"parents": PARENTS, "files": {name: entry}})
         )
         with pytest.raises(InputError, match="not a readable manifest"):
-            pipeline.check_stage(tmp_path / "guide")
+            check_stage(tmp_path / "guide")
 
 
 def test_changed_parents_are_named(tmp_path: Path) -> None:
-    pipeline.run_stage(tmp_path / "guide", PARENTS, writer())
+    run_stage(tmp_path / "guide", PARENTS, writer())
     changed = {"data": "d2", "settings": "s1", "beta": 0.2, "template": "t"}
     with pytest.raises(InputError) as caught:
-        pipeline.run_stage(tmp_path / "guide", changed, must_not_run)
+        run_stage(tmp_path / "guide", changed, must_not_run)
     message = str(caught.value)
     for part in (
         "beta was 0.1, now 0.2",
@@ -199,21 +200,21 @@ def test_hash_settings() -> None:
         rate: float
         path: Path
 
-    first = pipeline.hash_settings(Settings(0.1, Path("x")))
-    assert first == pipeline.hash_settings({"path": "x", "rate": 0.1})
-    assert first != pipeline.hash_settings({"path": "x", "rate": 0.1000000001})
-    assert pipeline.hash_settings([1, 2]) != pipeline.hash_settings([2, 1])
-    assert pipeline.hash_settings([1]) != pipeline.hash_settings(["1"])
+    first = hash_settings(Settings(0.1, Path("x")))
+    assert first == hash_settings({"path": "x", "rate": 0.1})
+    assert first != hash_settings({"path": "x", "rate": 0.1000000001})
+    assert hash_settings([1, 2]) != hash_settings([2, 1])
+    assert hash_settings([1]) != hash_settings(["1"])
     with pytest.raises(ValueError):
-        pipeline.hash_settings({"rate": float("nan")})
+        hash_settings({"rate": float("nan")})
     for wrong in ({1, 2}, {1: 2}, object()):
         with pytest.raises(TypeError):
-            pipeline.hash_settings(wrong)
+            hash_settings(wrong)
 
 
 def test_hash_model_folder(tmp_path: Path) -> None:
     def hashed() -> str:
-        return pipeline.hash_model_folder(tmp_path)
+        return hash_model_folder(tmp_path)
 
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no \.safetensors"):
@@ -236,25 +237,27 @@ def test_hash_model_folder(tmp_path: Path) -> None:
 
 
 def test_run_folder_records_config_and_machine(tmp_path: Path) -> None:
-    with pipeline.RunFolder(tmp_path / "a" / "b", "seed: 1\n") as run:
-        assert run.stage("guide", PARENTS, writer())
+    with RunFolder(tmp_path / "a" / "b", "seed: 1\n") as run:
+        made = run.stage("guide", PARENTS, lambda folder: writer()(folder) or {"loss": 2.5})
+        assert made["loss"] == 2.5 and made["seconds"] >= 0
         assert re.fullmatch(rf"host \S+ pid {os.getpid()}\n", (run.path / "lock").read_text())
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith("2.") and environment["cores"] >= 1
-    with pipeline.RunFolder(run.path, "seed: 2\n") as again:  # the second time it continues
-        assert not again.stage("guide", PARENTS, must_not_run)
+    with RunFolder(run.path, "seed: 2\n") as again:  # the second time it continues
+        assert again.stage("guide", PARENTS, must_not_run) == made
     assert (run.path / "config.yaml").read_text() == "seed: 2\n"
 
 
 def test_run_folder_is_recorded_before_a_stage_is_made(tmp_path: Path) -> None:
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> dict[str, float]:
         names = {"config.yaml", "environment.json", "started.json", "lock", "guide.partial"}
         assert {path.name for path in tmp_path.iterdir()} == names
+        return {}
 
-    with pipeline.RunFolder(tmp_path, "seed: 1\n") as run:
+    with RunFolder(tmp_path, "seed: 1\n") as run:
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-        assert run.stage("guide", PARENTS, make)
+        assert run.stage("guide", PARENTS, make)["seconds"] >= 0
 
 
 def test_names_of_new_folders_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +284,7 @@ def test_a_stage_in_new_folders_has_their_names_on_disk(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
-    pipeline.run_stage(tmp_path / "run/iteration_0/policy", PARENTS, writer())
+    run_stage(tmp_path / "run/iteration_0/policy", PARENTS, writer())
     for folder in (
         tmp_path,
         tmp_path / "run",
@@ -295,14 +298,14 @@ def test_run_folder_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(InputError, match="file: is a file"),
-        pipeline.RunFolder(tmp_path / "file", ""),
+        RunFolder(tmp_path / "file", ""),
     ):
         pass
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
     with (
         pytest.raises(InputError, match="holds something that is no run"),
-        pipeline.RunFolder(tmp_path / "home", ""),
+        RunFolder(tmp_path / "home", ""),
     ):
         pass
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
@@ -312,8 +315,8 @@ def test_lock_names_the_live_holder_and_dies_with_it(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from ldalign import pipeline
-with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
+from ldalign.run.folder import RunFolder
+with RunFolder(Path({str(tmp_path / "run")!r}), ""):
     print("ready", flush=True)
     time.sleep(20)
 """
@@ -323,12 +326,12 @@ with pipeline.RunFolder(Path({str(tmp_path / "run")!r}), ""):
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         with (
             pytest.raises(EnvironmentProblem, match=rf"in use by host \S+ pid {holder.pid};"),
-            pipeline.RunFolder(tmp_path / "run", ""),
+            RunFolder(tmp_path / "run", ""),
         ):
             pass
         holder.kill()
     # the text in the file is stale now, and does not matter
-    with pipeline.RunFolder(tmp_path / "run", ""):
+    with RunFolder(tmp_path / "run", ""):
         pass
 
 
@@ -337,14 +340,15 @@ def test_full_disk_is_an_environment_problem(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device", str(folder / "big"))
 
     with pytest.raises(EnvironmentProblem, match="big: cannot be written: No space left on device"):
-        pipeline.run_stage(tmp_path / "guide", PARENTS, make)
+        run_stage(tmp_path / "guide", PARENTS, make)
 
 
 TWO_RANKS = """
 import sys, datetime, time
 from pathlib import Path
 import torch.distributed as dist
-from ldalign import pipeline
+from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import run_stage
 from ldalign.system.errors import LdalignError
 from ldalign.system.exits import leave
 
@@ -362,14 +366,14 @@ def attempt(name, work):
     except LdalignError as error:
         print(name, type(error).__name__, str(error).replace(str(folder), ""), flush=True)
 
-with pipeline.RunFolder(folder / "run", "seed: 1") as run:
-    attempt("first", lambda: run.stage("guide", {"data": "a"}, make))
-    attempt("again", lambda: run.stage("guide", {"data": "a"}, make))
-    attempt("changed", lambda: run.stage("guide", {"data": "b"}, make))
+with RunFolder(folder / "run", "seed: 1") as run:
+    attempt("first", lambda: run_stage(run.path / "guide", {"data": "a"}, make))
+    attempt("again", lambda: run_stage(run.path / "guide", {"data": "a"}, make))
+    attempt("changed", lambda: run_stage(run.path / "guide", {"data": "b"}, make))
     dist.barrier()
     if rank == 0:
         (run.path / "guide" / "part1").write_text("2")
-    attempt("damaged", lambda: run.stage("guide", {"data": "a"}, make))
+    attempt("damaged", lambda: run_stage(run.path / "guide", {"data": "a"}, make))
 dist.destroy_process_group()
 leave(0)
 """

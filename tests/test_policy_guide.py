@@ -14,15 +14,15 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldalign import context, estimate
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import load_guide, new_guide, policy_guide, save_guide
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
-from ldalign.pipeline import RunFolder, hash_model_folder
-from ldalign.settings import RunConfig
-from ldalign.summaries import stage_names
+from ldalign.run import context, dry_run
+from ldalign.run.folder import RunFolder, stage_names
+from ldalign.run.manifest import hash_model_folder
+from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError
@@ -273,11 +273,11 @@ def test_plan_and_dry_run_count_it(toy_cache: Path) -> None:
     planned = align.planned(ctx.config)
     assert [name for name in planned if name.endswith("guide")] == ["guide", "iteration_1/guide"]
     assert planned.index("iteration_1/guide") == planned.index("iteration_1/distances") - 1
-    text = estimate.dry_run(ctx, planned)
+    text = dry_run.dry_run(ctx, planned)
     assert (
         "guide memory:" in text
         and ("iteration_1/guide: 2 optimizer steps") in text
         and "min without loading" in text
     )
     small = open_toy(toy_cache)
-    assert "guide memory:" not in estimate.dry_run(small, align.planned(small.config))
+    assert "guide memory:" not in dry_run.dry_run(small, align.planned(small.config))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign.command import read_config
 from ldalign.models.mistral import Mistral, MistralConfig
-from ldalign.settings import CompareConfig, RunConfig
+from ldalign.run.settings import CompareConfig, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config
 from ldalign.train import align, compare
+from ldalign.train.command import read_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 SMALL = [name for name in CONFIGS if name.startswith(("smollm2", "own-data"))]

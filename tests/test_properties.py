@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldalign import pipeline
 from ldalign.data.pairs import Pair
 from ldalign.models.layout import Packed
+from ldalign.run.manifest import check_stage, run_stage
 from ldalign.system.errors import InputError
 from ldalign.training.batches import Batch, deal, global_batches
 
@@ -116,14 +116,14 @@ def test_a_stage_is_known_by_its_parents(parents: dict[str, Any], others: dict[s
     """The same parents: done, and not made again. Any other ones: refused."""
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder) / "stage"
-        assert pipeline.run_stage(stage, parents, lambda partial: None)
-        assert not pipeline.run_stage(stage, dict(reversed(parents.items())), lambda partial: None)
+        assert run_stage(stage, parents, lambda partial: None)
+        assert not run_stage(stage, dict(reversed(parents.items())), lambda partial: None)
         if (
             json.dumps(parents, sort_keys=True) != json.dumps(others, sort_keys=True)
             and parents != others
         ):
             with pytest.raises(InputError, match="made from something else"):
-                pipeline.run_stage(stage, others, lambda partial: None)
+                run_stage(stage, others, lambda partial: None)
 
 
 @FEW
@@ -133,7 +133,7 @@ def test_any_manifest_is_read_or_refused(manifest: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         try:
-            pipeline.check_stage(Path(folder), {})
+            check_stage(Path(folder), {})
         except InputError:
             return
         assert manifest["parents"] == {} and manifest["files"] == {}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ldalign import report_parts
-from ldalign.analysis import read_pairs
-from ldalign.report import read_summaries, write_report
-from ldalign.report_page import try_page, write_page
+from ldalign.report import words
+from ldalign.report.analysis import read_pairs
+from ldalign.report.page import try_page, write_page
+from ldalign.report.table import read_summaries, write_report
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import report as script
 
@@ -336,7 +336,7 @@ def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
     summary = json.loads((run / "guide/summary.json").read_text())
     (run / "guide/summary.json").write_text(json.dumps(summary | {"tokens": 4321}))
     put(run, "agreement_samples", {"rows": 4, "tokens": 777})
-    lines = {line[0]: line for line in report_parts.budget(read_summaries(run))}
+    lines = {line[0]: line for line in words.budget(read_summaries(run))}
     assert lines["guide"][1:3] == ("–", "4,321") and lines["agreement_samples"][1:3] == ("777", "–")
     # 1234 + 777; 999 + 5678, without the guide's own
     assert lines["all"][1:3] == ("2,011", "6,677")
@@ -526,7 +526,7 @@ def test_without_matplotlib_one_line_says_what_to_install(
 
 
 def test_a_page_that_fails_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldalign.report_page.gather", lambda run: 1 / 0)
+    monkeypatch.setattr("ldalign.report.page.gather", lambda run: 1 / 0)
     assert re.search(r"not written: ZeroDivisionError: .* tries again", try_page(run))
 
 

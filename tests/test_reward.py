@@ -25,14 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ldalign import measures
-from ldalign.context import open_context
 from ldalign.evaluation.reward import RewardModel, check_reward_model, summary
-from ldalign.measures import measure, measurements
 from ldalign.models.toy import write_toy_model
-from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
-from ldalign.summaries import stage_names
+from ldalign.run.context import open_context
+from ldalign.run.folder import RunFolder, stage_names
+from ldalign.run.measures import measure, measurements
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import rewards
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.files import read_jsonl, write_jsonl
@@ -227,7 +226,7 @@ def test_a_killed_stage_is_gone_on_with(
         if not path.exists():
             path.parent.mkdir(parents=True)
             write_jsonl(path, responses)
-        measures.pair_rewards_stage(replace(ctx, run=RunFolder(run, "")), 0)
+        rewards.pair_rewards_stage(replace(ctx, run=RunFolder(run, "")), 0)
 
     check_resume(make, "iteration_0/pair_rewards", lambda name: tmp_path / name, monkeypatch)
 
@@ -272,7 +271,7 @@ def test_stages(
     )
     assert measurements(config, "sft") == ["sft/evaluation", "sft/reward"]
     scored: list[int] = []
-    score = measures.RewardModel.score
+    score = RewardModel.score
 
     def counted(
         self: RewardModel, questions: list[str], answers: list[str], *rest: Any
@@ -280,7 +279,7 @@ def test_stages(
         scored.append(len(answers))
         return score(self, questions, answers, *rest)
 
-    monkeypatch.setattr(measures.RewardModel, "score", counted)
+    monkeypatch.setattr(RewardModel, "score", counted)
     with RunFolder(tmp_path / "run", to_yaml(config)) as run:
         ctx = open_context(run, config)
         for name, policy in (("start", policies[0]), ("iteration_0", policies[1])):

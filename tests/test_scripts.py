@@ -11,8 +11,8 @@ from typing import get_args, get_type_hints
 import pytest
 from conftest import ROOT, one_thread, run_script, script_command
 
-from ldalign.settings import UNREAD, RunConfig
-from ldalign.summaries import stage_names
+from ldalign.run.folder import stage_names
+from ldalign.run.settings import UNREAD, RunConfig
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
 from ldalign.train import align, evaluate, generate, guide, sft

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ldalign import context, estimate, sources, stages, summaries
 from ldalign.data import rows
 from ldalign.data.pairs import Pair
 from ldalign.generation.sampling import Response
 from ldalign.models import toy
 from ldalign.models.mistral import MistralConfig
-from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
+from ldalign.run import context, dry_run, methods
+from ldalign.run.folder import RunFolder, stage_names
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import data, guide, reference
 from ldalign.system import distributed, files
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -97,12 +98,12 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
     room = ctx.config.max_length - len(ctx.train.pairs[0].prompt)
     losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
     with ctx.run as run:
-        stages.data_stage(ctx)
+        data.data_stage(ctx)
         dropped = files.read_jsonl(run.path / "data/dropped.jsonl")
         assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
         assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
-        against, cut = sources._against_own(ctx, losers)
-        pairs = stages.reference_stage(ctx, 0, ctx.start, against, {}, cut)
+        against, cut = methods._against_own(ctx, losers)
+        pairs = reference.reference_stage(ctx, 0, ctx.start, against, {}, cut)
         assert len(pairs[0].generated or ()) == room
         assert (
             json.loads((run.path / "iteration_0/reference/summary.json").read_text())["losers/cut"]
@@ -224,7 +225,7 @@ def test_iterations_follow_each_other(toy_run: Path) -> None:
     def parent(stage: str) -> str:
         return str(json.loads((toy_run / stage / "manifest.json").read_text())["parents"]["policy"])
 
-    from ldalign.pipeline import hash_model_folder
+    from ldalign.run.manifest import hash_model_folder
 
     first = hash_model_folder(toy_run / "iteration_0/policy")
     start = hash_model_folder(toy_run / "sft/policy")
@@ -241,14 +242,14 @@ def test_iterations_follow_each_other(toy_run: Path) -> None:
 def test_a_guide_is_known_by_all_its_files(toy_run: Path, tmp_path: Path) -> None:
     import shutil
 
-    before = stages.guide_hash(toy_run / "guide")
+    before = guide.guide_hash(toy_run / "guide")
     for name in ("latent.safetensors", "tokenizer.json", "guide.json", "encoder/model.safetensors"):
         copy = tmp_path / name.replace("/", "_")
         shutil.copytree(toy_run / "guide", copy)
-        assert stages.guide_hash(copy) == before
+        assert guide.guide_hash(copy) == before
         with (copy / name).open("ab") as file:
             file.write(b" ")
-        assert stages.guide_hash(copy) != before, name
+        assert guide.guide_hash(copy) != before, name
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
         (tmp_path / name / "summary.json").write_text("{}")
     (tmp_path / "iteration_11").mkdir()
     (tmp_path / "iteration_old").mkdir()
-    assert summaries.stage_names(tmp_path) == names
+    assert stage_names(tmp_path) == names
 
 
 def test_prompt_text() -> None:
@@ -293,7 +294,7 @@ def test_prompt_text() -> None:
 
 def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
     ctx = open_toy(tmp_path)
-    text = estimate.dry_run(ctx, planned(ctx.config))
+    text = dry_run.dry_run(ctx, planned(ctx.config))
     assert (
         "0.2 million weights" in text and ("training rows: 64 (0 dropped, 0 responses cut)") in text
     )
@@ -308,12 +309,12 @@ def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
 def test_dry_run_leaves_out_what_is_finished(tmp_path: Path) -> None:
     ctx = open_toy(tmp_path)
     names = planned(ctx.config)
-    assert f"stages: {len(names)} to be made, 0 are there" in estimate.dry_run(ctx, names)
+    assert f"stages: {len(names)} to be made, 0 are there" in dry_run.dry_run(ctx, names)
     for name in names[:-1]:
         (ctx.run.path / name).mkdir(parents=True)
         (ctx.run.path / name / "manifest.json").touch()
     (ctx.run.path / "lock").touch()
-    text = estimate.dry_run(ctx, names)
+    text = dry_run.dry_run(ctx, names)
     assert f"stages: 1 to be made, {len(names) - 1} are there" in text
     assert "memory:" not in text and "optimizer steps" not in text and " 0 policies" in text
 
@@ -321,10 +322,10 @@ def test_dry_run_leaves_out_what_is_finished(tmp_path: Path) -> None:
 def test_dry_run_compares_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what is available, for all ranks of this machine together."""
     ctx = open_toy(tmp_path)
-    monkeypatch.setattr(estimate, "available_bytes", lambda device: 2**30)
-    assert "WARNING" not in estimate.dry_run(ctx, planned(ctx.config))
+    monkeypatch.setattr(dry_run, "available_bytes", lambda device: 2**30)
+    assert "WARNING" not in dry_run.dry_run(ctx, planned(ctx.config))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    text = estimate.dry_run(ctx, planned(ctx.config))
+    text = dry_run.dry_run(ctx, planned(ctx.config))
     assert (
         "WARNING: memory: does not fit: 1."
     ) in text and "4 rank(s), of 1.0 available; lower training.micro" in text
@@ -335,17 +336,17 @@ def test_dry_run_reads_headers(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 161}))
     with pytest.raises(InputError, match="mlp"):
-        estimate.dry_run(open_toy(tmp_path, f"policy={folder}"), [])
+        dry_run.dry_run(open_toy(tmp_path, f"policy={folder}"), [])
 
 
 def test_dry_run_looks_at_the_guide(tmp_path: Path, toy_run: Path) -> None:
-    estimate.dry_run(open_toy(tmp_path, f"guide={toy_run / 'guide'}"), ["guide"])
+    dry_run.dry_run(open_toy(tmp_path, f"guide={toy_run / 'guide'}"), ["guide"])
     for folder, message in (
         (tmp_path / "none", "no such folder"),
         (toy_run / "sft/policy", "is no gpt2"),
     ):
         with pytest.raises(InputError, match=message):
-            estimate.dry_run(open_toy(tmp_path, f"guide={folder}"), ["guide"])
+            dry_run.dry_run(open_toy(tmp_path, f"guide={folder}"), ["guide"])
 
 
 def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,10 +358,10 @@ def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         match=r"the run needs about \d+ bytes of disk .*, 1000 "
         r"bytes are free",
     ):
-        estimate.dry_run(ctx, planned(ctx.config))
+        dry_run.dry_run(ctx, planned(ctx.config))
     (tmp_path / "run").write_text("a file")
     with pytest.raises(InputError, match="is a file"):
-        estimate.dry_run(ctx, planned(ctx.config))
+        dry_run.dry_run(ctx, planned(ctx.config))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

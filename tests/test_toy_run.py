@@ -19,8 +19,8 @@ import torch
 from conftest import ROOT, one_thread, run_script, script_command
 from safetensors.torch import load_file
 
-from ldalign.pipeline import check_stage
-from ldalign.summaries import stage_names
+from ldalign.run.folder import stage_names
+from ldalign.run.manifest import check_stage
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
 from ldalign.train.align import main, planned
@@ -111,7 +111,7 @@ def test_layout(toy_run: Path) -> None:
 
 
 def test_plan_names_what_is_made(toy_run: Path) -> None:
-    from ldalign.settings import RunConfig
+    from ldalign.run.settings import RunConfig
     from ldalign.system.config import load_config
 
     assert ["data", *planned(load_config(RunConfig, CONFIG))] == STAGES

@@ -4,17 +4,18 @@
 Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time
 with guide.retrain), distances, reference, align, evaluate; at the end the report. Other methods
 (method=spin, dpo, sft, self_reward, rlaif) differ in where their pairs come from
-(`ldalign.sources`). Every stage leaves its files with a manifest in the run folder; running the
+(`ldalign.run.methods`). Every stage leaves its files with a manifest in the run folder; running the
 same command again goes on after the last finished stage.
 """
 
-from ldalign import sources
-from ldalign.command import run_stages
-from ldalign.context import Context
-from ldalign.measures import measure, measurements, pair_rewards_stage
-from ldalign.settings import RunConfig
-from ldalign.stages import policy_stage, sft_stage, start_name, start_stage
+from ldalign.run import methods
+from ldalign.run.context import Context
+from ldalign.run.measures import measure, measurements
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.policy import policy_stage, sft_stage, start_name, start_stage
+from ldalign.run.stages.rewards import pair_rewards_stage
 from ldalign.system import exits
+from ldalign.train.command import run_stages
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +32,7 @@ def align(ctx: Context) -> str:
 
     policy = start
     for t in range(config.iterations):
-        source = sources.SOURCES[config.method](ctx, t, policy, start)
+        source = methods.SOURCES[config.method](ctx, t, policy, start)
         if config.reward.model is not None and config.method == "ld_align":
             pair_rewards_stage(ctx, t)
         policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
@@ -47,7 +48,7 @@ def planned(config: RunConfig) -> list[str]:
     """The stages of the whole run, by name."""
     names = ["sft/policy"] if config.sft.epochs else []
     names += measurements(config, start_name(config))
-    steps = [*sources.planned(config), "policy"]
+    steps = [*methods.planned(config), "policy"]
     if config.reward.model is not None and config.method == "ld_align":
         steps.insert(-1, "pair_rewards")
     for t in range(config.iterations):

@@ -11,19 +11,28 @@ RUN/seed_N/; running the same command again goes on where it stopped.
 from dataclasses import replace
 from pathlib import Path
 
-from ldalign import comparison
-from ldalign.command import open_run, read_config
-from ldalign.comparison import Arm
-from ldalign.context import open_context
-from ldalign.estimate import dry_run
-from ldalign.evaluation.benchmarks.runner import benchmark_stages, check_benchmarks
-from ldalign.pipeline import RunFolder
-from ldalign.settings import CompareConfig
-from ldalign.stages import start_name
+from ldalign.report import comparison
+from ldalign.run.comparison import (
+    Arm,
+    arm_config,
+    last_policy,
+    read_answers,
+    score,
+    share,
+    start_config,
+    validation_ids,
+)
+from ldalign.run.context import open_context
+from ldalign.run.dry_run import dry_run
+from ldalign.run.folder import RunFolder
+from ldalign.run.settings import CompareConfig
+from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks
+from ldalign.run.stages.policy import start_name
 from ldalign.system import distributed, exits
 from ldalign.system.config import to_yaml
 from ldalign.system.metrics import say
 from ldalign.train import align
+from ldalign.train.command import open_run, read_config
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +42,7 @@ def main(argv: list[str]) -> None:
         return
     check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
-    start = comparison.start_config(config)
+    start = start_config(config)
     if "--dry-run" in argv:
         say(dry_run(open_context(RunFolder(Path(start.run), ""), start), align.planned(start)))
     else:
@@ -45,13 +54,13 @@ def main(argv: list[str]) -> None:
 def compare(config: CompareConfig, run: RunFolder) -> None:
     """The start, the search, the other seeds, the table."""
     arms = [Arm.of(name) for name in config.compare.methods]
-    start_config = comparison.start_config(config)
-    with open_run(start_config, align.planned(start_config)) as ctx:
+    first_config = start_config(config)
+    with open_run(first_config, align.planned(first_config)) as ctx:
         align.align(ctx)
         start = ctx.run.path / "sft/policy" if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
     run.record()
-    validation, _ = comparison.validation_ids(config)
+    validation, _ = validation_ids(config)
     first, *others = config.compare.seeds
     searched: dict[str, dict[str, float]] = {}
     chosen: dict[str, float] = {}
@@ -59,8 +68,8 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
         scores = {}
         for rate in config.compare.learning_rates:
             folder = train(config, start, arm, first, rate)
-            figures = comparison.read_answers(comparison.last_policy(folder, config))
-            scores[rate] = comparison.score(figures, validation)
+            figures = read_answers(last_policy(folder, config))
+            scores[rate] = score(figures, validation)
         chosen[arm.name] = max(scores, key=lambda rate: scores[rate])
         searched[arm.name] = {f"{rate:g}": score for rate, score in scores.items()}
         say(f"{arm.name}: learning rate {chosen[arm.name]:g}")
@@ -68,7 +77,7 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
         for arm in arms:
             train(config, start, arm, seed, chosen[arm.name])
     for arm in arms if config.benchmarks.tasks else ():
-        own = comparison.arm_config(config, start, arm, first, chosen[arm.name])
+        own = arm_config(config, start, arm, first, chosen[arm.name])
         own = replace(own, benchmarks=config.benchmarks)
         with open_run(own, align.planned(own)) as ctx:
             name = f"iteration_{config.iterations - 1}"
@@ -81,10 +90,10 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
 
 def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> Path:
     """One training with its evaluation; returns its run folder."""
-    own = comparison.arm_config(config, start, arm, seed, rate)
+    own = arm_config(config, start, arm, seed, rate)
     folder = Path(own.run)
     say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")
-    comparison.share(config, seed, folder)
+    share(config, seed, folder)
     with open_run(own, align.planned(own)) as ctx:
         align.align(ctx)
     return folder

@@ -8,11 +8,11 @@ given. With benchmarks.tasks=[...] also on public benchmarks, each into RUN/star
 iterations are ignored. Give every policy a run folder of its own.
 """
 
-from ldalign.command import need, run_stages
-from ldalign.context import Context
-from ldalign.measures import measure, measurements
-from ldalign.settings import RunConfig
+from ldalign.run.context import Context
+from ldalign.run.measures import measure, measurements
+from ldalign.run.settings import RunConfig
 from ldalign.system import exits
+from ldalign.train.command import need, run_stages
 
 
 def main(argv: list[str]) -> None:

@@ -17,8 +17,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.command import need, read_config, run_stages
-from ldalign.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Message
 from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
@@ -29,14 +27,17 @@ from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
-from ldalign.pipeline import hash_model_folder, hash_settings, run_stage, stage_parents
-from ldalign.settings import SAMPLING_KEYS, RunConfig
-from ldalign.stages import new_engine, responses_stage, sampling_of, start_stage
+from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
+from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
+from ldalign.run.settings import SAMPLING_KEYS, RunConfig
+from ldalign.run.stages.policy import start_stage
+from ldalign.run.stages.responses import new_engine, responses_stage, sampling_of
 from ldalign.system import distributed, exits
 from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
+from ldalign.train.command import need, read_config, run_stages
 
 CHAT = "--chat"
 ANSWERS = "answers.jsonl"

@@ -7,11 +7,13 @@ align.py goes on from here with the same settings; any other run takes the guide
 The guides that guide.retrain asks for are align.py's.
 """
 
-from ldalign.command import need, run_stages
-from ldalign.context import Context
-from ldalign.settings import RunConfig
-from ldalign.stages import guide_stage, responses_stage, start_stage
+from ldalign.run.context import Context
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.guide import guide_stage
+from ldalign.run.stages.policy import start_stage
+from ldalign.run.stages.responses import responses_stage
 from ldalign.system import exits
+from ldalign.train.command import need, run_stages
 
 
 def main(argv: list[str]) -> None:

@@ -10,12 +10,12 @@ there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
 
 from pathlib import Path
 
-from ldalign.command import need, run_stages
-from ldalign.context import Context
-from ldalign.evaluation.agreement import agreement_stage, find_guide
-from ldalign.settings import RunConfig
-from ldalign.stages import start_stage
+from ldalign.run.context import Context
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.agreement import agreement_stage, find_guide
+from ldalign.run.stages.policy import start_stage
 from ldalign.system import exits
+from ldalign.train.command import need, run_stages
 
 
 def main(argv: list[str]) -> None:

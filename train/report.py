@@ -9,8 +9,8 @@ run goes on.
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign.report import write_report
-from ldalign.report_page import check_run, write_page
+from ldalign.report.page import check_run, write_page
+from ldalign.report.table import write_report
 from ldalign.system import exits
 from ldalign.system.config import REQUIRED, describe, load_config, setting, split_argv
 from ldalign.system.metrics import say

@@ -6,12 +6,12 @@ stages of align.py, which goes on from here with the same settings. Continual SF
 this script with policy=RUN/sft/policy and a run folder of its own.
 """
 
-from ldalign.command import need, run_stages
-from ldalign.context import Context
-from ldalign.measures import measure, measurements
-from ldalign.settings import RunConfig
-from ldalign.stages import sft_stage
+from ldalign.run.context import Context
+from ldalign.run.measures import measure, measurements
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.policy import sft_stage
 from ldalign.system import exits
+from ldalign.train.command import need, run_stages
 
 
 def main(argv: list[str]) -> None:

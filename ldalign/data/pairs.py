@@ -5,7 +5,7 @@ with which weights.
 2404.06390): (real, generated, s) with s the latent distance over its mean. `dpo` (arXiv
 2305.18290): (chosen, rejected, 1) of preference data. `self_reward` (arXiv 2401.10020) and `rlaif`
 (arXiv 2309.00267): (better, worse, 1) of two own samples, as the policy itself or another judge
-says. Which stages make them is in `ldalign.sources`; here is what needs no model.
+says. Which stages make them is in `ldalign.run.methods`; here is what needs no model.
 """
 
 import logging

@@ -7,28 +7,22 @@ arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.100
 and the two are averaged, as in RLAIF.
 """
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 
-from ldalign.context import Context, find_model
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Message, Row, prompt_text
-from ldalign.data.tokenizer import Tokenizer, load_tokenizer, template_date
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.evaluation.endpoint import Endpoint
 from ldalign.models.mistral import Mistral
-from ldalign.models.stored_tensors import read_config
-from ldalign.models.weights import check_model, load_model
-from ldalign.pipeline import Parents, hash_model_folder
-from ldalign.settings import RunConfig
 from ldalign.system.distributed import on_rank0
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar
 from ldalign.training.scoring import response_logps
 
@@ -55,7 +49,6 @@ ONE_LETTER = (
 
 OR_TIE = ONE_LETTER[:-1] + ", C if they are equally good."
 VERDICT = re.compile(r"\W*(?:answer\W+)?([ABC])\W*", re.IGNORECASE)
-ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
 
 
 class Judge(Protocol):
@@ -213,83 +206,3 @@ def _verdict(answer: str) -> float:
     """
     found = VERDICT.fullmatch(answer.rpartition("</think>")[2])
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1].upper()] if found else math.nan
-
-
-def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
-    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call
-    it.
-
-    model: POLICY or CHECKER, whatever the keys say. Raises InputError where it is no judge.
-    """
-    j = ctx.config.judge
-    if model is None and j.endpoint is not None:
-        url = j.endpoint
-        return EndpointJudge(
-            lambda: Endpoint(
-                url,
-                j.model,
-                ctx.run.path / ANSWERS,
-                token_cap=j.token_cap,
-                concurrency=j.concurrency,
-                answer_tokens=j.answer_tokens,
-            )
-        )
-    if (model or j.model) == CHECKER:
-        return Checker()
-    folder = _folder(ctx, policy, model or j.model)
-    loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
-    return ModelJudge(
-        loaded,
-        load_tokenizer(folder, today=ctx.run.began),
-        ctx.config.training.micro_tokens,
-        ctx.device,
-    )
-
-
-def check_judge(config: RunConfig) -> None:
-    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As
-    `open_judge`.
-    """
-    if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
-        return
-    if config.judge.endpoint is not None:
-        if importlib.util.find_spec("openai") is None:
-            raise EnvironmentProblem(
-                "judge.endpoint: openai is missing; pip install ldalign[judge]"
-            )
-        return
-    folder = find_model(config, config.judge.model)
-    _check_kind(folder)
-    check_model(folder)
-    load_tokenizer(folder)
-
-
-def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
-    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of
-    `open_judge`.
-    """
-    j = ctx.config.judge
-    if model is None and j.endpoint is not None:
-        return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
-    if (model or j.model) == CHECKER:
-        return {"judge.model": CHECKER}
-    folder = _folder(ctx, policy, model or j.model)
-    dated = template_date(folder, ctx.run.began)
-    return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
-
-
-def _folder(ctx: Context, policy: Path, model: str) -> Path:
-    if model == POLICY:
-        return policy
-    folder = find_model(ctx.config, model)
-    _check_kind(folder)
-    return folder
-
-
-def _check_kind(folder: Path) -> None:
-    kind = read_config(folder).get("model_type")
-    if kind not in ("mistral", "llama"):
-        raise InputError(
-            f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder "
-            "(judge.model=PATH)"
-        )

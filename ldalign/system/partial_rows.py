@@ -8,7 +8,7 @@ whole or not at all: so what a killed run ends with is to the bit what an undist
 A float comes back from its JSON text as it was.
 
 The caller makes sure that the files belong to the same rows: a stage that can be gone on with is
-refused where it was begun from anything else (`pipeline.run_stage`).
+refused where it was begun from anything else (`manifest.run_stage`).
 """
 
 import contextlib

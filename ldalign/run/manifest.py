@@ -1,4 +1,4 @@
-"""Stages whose output can be trusted, and the run folder they live in.
+"""Stages whose output can be trusted.
 
 A stage's folder appears under its own name only when it is whole: it is filled under a temporary
 name, synced, described by a manifest written last, and renamed. The manifest holds the hash of
@@ -6,26 +6,20 @@ every file and of everything the stage was made from (its parents), so running t
 again skips what is done, redoes what was cut short, and refuses what was made from something else.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any
 
-from ldalign import env
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import InputError
 from ldalign.system.files import (
     HALF_WRITTEN,
     PARTIAL,
@@ -42,7 +36,6 @@ Parents = Mapping[str, str | int | float]
 MANIFEST = "manifest.json"
 PARENTS = "parents.json"  # in the temporary folder of a stage that can be gone on with
 CHECKPOINTS = "checkpoint"  # there too, of a stage that trains
-STARTED = "started.json"  # in the run folder: the day it was begun
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -337,137 +330,3 @@ def _files(folder: Path) -> list[Path]:
 
 
 # --------------------------------------------------------------------------------------- run folder
-
-
-class RunFolder:
-    """The folder of one run: made if absent, locked while in use, holding config.yaml and
-    environment.json.
-
-    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing.
-    The lock is the kernel's (flock), so it ends with the process that holds it, however that dies;
-    the file `lock` says whose it is. The other files are written right before the first stage that
-    is made, or at the end where all were made before: a command that is refused leaves them as they
-    are.
-
-    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem
-    if it cannot be written or another live process has it.
-    """
-
-    def __init__(self, path: Path, config_yaml: str) -> None:
-        self.path = path
-        self._config_yaml = config_yaml
-        self._lock: IO[str] | None = None
-        self._recorded = False
-
-    def __enter__(self) -> Self:
-        on_rank0(self._open)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                self.record()
-        finally:
-            self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer
-            # has a name.
-            with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
-                self._lock.truncate(0)
-                self._lock.close()
-            self._lock = None
-
-    def stage(
-        self, name: str, parents: Parents, make: Callable[[Path], None], resume: bool = False
-    ) -> bool:
-        """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run."""
-
-        def recorded(folder: Path) -> None:
-            self.record()
-            make(folder)
-
-        return run_stage(self.path / name, parents, recorded, resume)
-
-    def record(self) -> None:
-        """Writes settings, machine and date down, once; for when nothing can refuse the command any
-        more. All ranks.
-        """
-        began = self.began
-        if not self._recorded:
-            on_rank0(lambda: self._write(began))
-            self._recorded = True
-
-    @functools.cached_property
-    def began(self) -> date:
-        """The day this run was begun, for chat templates that ask for the date; today's for a new
-        run. All ranks.
-
-        Raises InputError where it cannot be read.
-        """
-        return on_rank0(self._read_date)
-
-    def _open(self) -> None:
-        with writing(self.path):
-            if self.path.exists() and not self.path.is_dir():
-                raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
-            make_folder(self.path)
-            if any(self.path.iterdir()) and not (self.path / "lock").exists():
-                raise InputError(
-                    f"{self.path}: holds something that is no run; give a new or empty folder "
-                    "(run=NAME)"
-                )
-            self._lock = self.lock(self.path)
-            self._lock.truncate(0)
-            self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-            self._lock.flush()
-
-    def _read_date(self) -> date:
-        path = self.path / STARTED
-        try:
-            return date.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["date"])
-        except (FileNotFoundError, NotADirectoryError):
-            return date.today()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            raise InputError(
-                f"{path}: not readable; write the day this run was begun into it again, as "
-                f'{{"date": "YYYY-MM-DD"}}'
-            ) from None
-
-    def _write(self, began: date) -> None:
-        if not (self.path / STARTED).is_file():  # first: prompts depend on it
-            write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
-        write_text(self.path / "config.yaml", self._config_yaml)
-        write_text(
-            self.path / "environment.json", json.dumps(env.describe_machine(), indent=1) + "\n"
-        )
-
-    @staticmethod
-    def lock(path: Path) -> IO[str]:
-        """The run folder's lock, held until the file is closed. EnvironmentProblem where another
-        process has it.
-        """
-        file = (path / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise EnvironmentProblem(
-                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another "
-                "folder (run=NAME)"
-            ) from None
-        except OSError as error:  # some network file systems
-            log.warning(
-                "%s: this file system has no locks (%s): start no second run here",
-                path,
-                error.strerror,
-            )
-        return file

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign.context import Context
 from ldalign.models.guide_folder import is_trained_guide
-from ldalign.pipeline import MANIFEST
-from ldalign.settings import Guide
+from ldalign.run.context import Context
+from ldalign.run.manifest import MANIFEST
+from ldalign.run.settings import GuideKeys
 from ldalign.training.batches import count_steps
 
 
@@ -90,7 +90,7 @@ def stage_work(ctx: Context, name: str) -> Work:
     return Work(name)  # another guide is small beside the policy, and its stages are left out
 
 
-def guide_is_policy(guide: Guide) -> bool:
+def guide_is_policy(guide: GuideKeys) -> bool:
     """Whether a guide of the policy's own size is to be trained."""
     return guide.backbone == "policy" and guide.folder is None
 

@@ -263,7 +263,7 @@ def _run(command: list[str]) -> str | None:
 def main(argv: list[str]) -> None:
     """Print the tick list; raises EnvironmentProblem if something required is missing."""
     if argv:
-        raise errors.InputError(f"{argv[0]}: python -m ldalign.env takes no arguments")
+        raise errors.InputError(f"{argv[0]}: python -m ldalign.run.environment takes no arguments")
     ticks = tick_list()
     print("\n".join(map(str, ticks)))
     missing = [tick.name for tick in ticks if tick.required and not tick.found]

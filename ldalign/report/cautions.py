@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.summaries import shown_name
+from ldalign.run.folder import shown_name
 
-Row = Mapping[str, Any]
+Numbers = Mapping[str, Any]
 NEAR_ZERO = 0.01  # nats per token: a change of 1 % in a token's probability
 # of the loss, from the last quarter but one to the last, above which training was cut short
 STILL_FALLING = 0.05
@@ -19,7 +19,7 @@ FEWEST_RECORDS = 8
 
 
 def cautions(
-    table: Row, guide_steps: Mapping[str, Sequence[Row]], commit: str | None = None
+    table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]], commit: str | None = None
 ) -> list[str]:
     """Sentences; [] where nothing speaks against the run.
 
@@ -50,7 +50,7 @@ def guide_name(stage: str) -> str:
     return "the guide" if stage == "guide" else f"{stage.split('/')[0].replace('_', ' ')}'s guide"
 
 
-def _of_guide(name: str, losses: Row, steps: Sequence[Row]) -> list[str]:
+def _of_guide(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]:
     """Of one guide: its held-out losses (nats per token), and its training records."""
     out: list[str] = []
     gain, sibling = losses.get("latent_gain"), losses.get("sibling_gain")
@@ -93,7 +93,7 @@ def _of_guide(name: str, losses: Row, steps: Sequence[Row]) -> list[str]:
     return out
 
 
-def _of_iteration(row: Row, analysis: Row) -> list[str]:
+def _of_iteration(row: Numbers, analysis: Numbers) -> list[str]:
     """Of one iteration: its pairs, its weights, its training."""
     name = _cap(row["policy"])
     out: list[str] = []

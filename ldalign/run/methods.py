@@ -5,45 +5,32 @@ returns the pairs to train on: tokens, weights, the reference's log-probs. The r
 the same for all methods.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldalign.context import Context
 from ldalign.data.pairs import Pair, ranked_pairs, rejected_pairs, with_losers
-from ldalign.evaluation.judges import POLICY, judge_parents, open_judge
+from ldalign.evaluation.judges import POLICY
 from ldalign.generation.sampling import Response
-from ldalign.pipeline import Parents
-from ldalign.settings import RunConfig
-from ldalign.stages import (
-    RESPONSES,
-    distances_stage,
-    file_hash,
-    guide_stage,
-    read_responses,
-    reference_stage,
-    response_texts,
-    responses_stage,
-)
-from ldalign.summaries import stage
-from ldalign.system import distributed
-from ldalign.system.files import read_jsonl, write_jsonl
-from ldalign.system.metrics import Metrics
-from ldalign.system.partial_rows import FOLDER as PARTS
-
-JUDGED = "judged.jsonl"
+from ldalign.run.context import Context, file_hash
+from ldalign.run.manifest import Parents
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.distances import distances_stage
+from ldalign.run.stages.guide import guide_stage
+from ldalign.run.stages.judged import judged_stage
+from ldalign.run.stages.reference import reference_stage
+from ldalign.run.stages.responses import RESPONSES, read_responses, responses_stage
 
 
 @dataclass(frozen=True)
-class Pairs:
+class TrainingPairs:
     """What an iteration trains on."""
 
     pairs: list[Pair]
     made_from: Parents  # what their tokens depend on, beside the data
 
 
-def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section
     4).
     """
@@ -52,12 +39,12 @@ def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
     pairs, cut = _against_own(ctx, responses)
     pairs = distances_stage(ctx, t, guide, pairs, responses)
     made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
-    return Pairs(
+    return TrainingPairs(
         reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
     )
 
 
-def spin(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last
     iteration's losers too.
     """
@@ -67,36 +54,38 @@ def spin(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
         made_from["previous responses"] = file_hash(ctx, RESPONSES.format(t - 1))
         older, _ = _against_own(ctx, read_responses(ctx, t - 1))
         pairs += [replace(pair, id=f"{pair.id} of iteration {t - 1}") for pair in older]
-    return Pairs(
+    return TrainingPairs(
         reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
     )
 
 
-def dpo(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """(chosen, rejected, 1) of preference data (arXiv 2305.18290): reference alone."""
     rows, pairs = ctx.used
     pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
-    return Pairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
+    return TrainingPairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 
 
-def sft(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def sft(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """Real responses without losers."""
-    return Pairs(ctx.used[1], {})
+    return TrainingPairs(ctx.used[1], {})
 
 
-def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """(better, worse, 1) of two own samples, as the policy itself judges (arXiv 2401.10020)."""
     return _of_two_samples(ctx, t, policy, start, POLICY)
 
 
-def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> Pairs:
+def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv
     2309.00267).
     """
     return _of_two_samples(ctx, t, policy, start, None)
 
 
-def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str | None) -> Pairs:
+def _of_two_samples(
+    ctx: Context, t: int, policy: Path, start: Path, judge: str | None
+) -> TrainingPairs:
     """Samples two responses a prompt, has them judged, drops ties, takes the
     reference of the rest.
     """
@@ -112,43 +101,9 @@ def _of_two_samples(ctx: Context, t: int, policy: Path, start: Path, judge: str 
         "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl"),
     }
     pairs = [pair for pair in ranked if pair is not None]
-    return Pairs(
+    return TrainingPairs(
         reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from
     )
-
-
-def judged_stage(
-    ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None
-) -> list[float]:
-    """How surely the first of each prompt's two responses is the better one, in [0, 1]:
-    iteration_t/judged.
-
-    judge: as in `open_judge`.
-    """
-    name, (rows, _) = f"iteration_{t}/judged", ctx.used
-
-    def make(folder: Path) -> Metrics:
-        texts = response_texts(ctx, responses)
-        preferences = open_judge(ctx, policy, judge).prefer(
-            rows, texts[0::2], texts[1::2], folder / PARTS / "judge"
-        )
-        if distributed.rank() == 0:
-            columns = zip(rows, preferences, strict=True)
-            write_jsonl(
-                folder / JUDGED,
-                ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns),
-            )
-        sure = [abs(2 * p - 1) for p in preferences if not math.isnan(p)]
-        return {
-            "judged/ties": sum(s == 0 for s in sure) / len(rows),
-            "judged/none": 1 - len(sure) / len(rows),
-            "judged/sureness": sum(sure) / max(1, len(sure)),
-        }
-
-    parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
-    stage(ctx, name, parents | dict(judge_parents(ctx, policy, judge)), make, resume=True)
-    given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
-    return [math.nan if p is None else p for p in given]
 
 
 def _reference(ctx: Context, policy: Path, start: Path) -> Path:
@@ -163,7 +118,7 @@ def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], i
     )
 
 
-SOURCES: dict[str, Callable[[Context, int, Path, Path], Pairs]] = {
+SOURCES: dict[str, Callable[[Context, int, Path, Path], TrainingPairs]] = {
     "ld_align": ld_align,
     "spin": spin,
     "dpo": dpo,

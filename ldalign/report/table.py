@@ -1,5 +1,5 @@
 """table.md and table.json: what every policy of a run reached, and what it took. The page is
-report_page.py's.
+page.py's.
 """
 
 import json
@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ldalign import analysis
-from ldalign.cautions import cautions, guide_name
 from ldalign.evaluation import statistics
 from ldalign.evaluation.statistics import standard_error
-from ldalign.summaries import STEPS, SUMMARY, iterations, stage_names
+from ldalign.report import analysis
+from ldalign.report.cautions import cautions, guide_name
+from ldalign.run.folder import STEPS, SUMMARY, benchmark_summaries, iterations, stage_names
 from ldalign.system.files import make_folder, read_jsonl, write_text
+from ldalign.system.metrics import say
 
-Row = dict[str, Any]  # one policy: its name, and numbers by metric name
+Numbers = dict[str, Any]  # one policy: its name, and numbers by metric name
 HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
 # Which of a benchmark's metrics stands for it in the comparison: the first of these it has
 LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible")
@@ -34,7 +35,7 @@ def write_report(run: Path) -> str:
     return text
 
 
-def collect(run: Path) -> Row:
+def collect(run: Path) -> Numbers:
     """What table.json holds: every number of the finished stages, by policy, and the analysis of
     every iteration.
     """
@@ -60,18 +61,18 @@ def collect(run: Path) -> Row:
     }
 
 
-def read_summaries(run: Path) -> dict[str, Row]:
+def read_summaries(run: Path) -> dict[str, Numbers]:
     """Every finished stage's summary, in the order of the method."""
     return {name: _read(run / name / SUMMARY) for name in stage_names(run)}
 
 
-def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Row]]:
+def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
     """metrics.jsonl of the named stages that have one."""
     files = {name: run / name / "metrics.jsonl" for name in names}
     return {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
 
 
-def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
+def _collect(run: Path, summaries: dict[str, Numbers], name: str) -> Numbers:
     """Everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
     benchmarks = {
@@ -95,14 +96,14 @@ def _collect(run: Path, summaries: dict[str, Row], name: str) -> Row:
     }
 
 
-def leading(benchmark: Row) -> str | None:
+def leading(benchmark: Numbers) -> str | None:
     """The metric that stands for a benchmark in the comparison; None where its summary has none we
     know.
     """
     return next((name for name in LEADING if name in benchmark), None)
 
 
-def _scores(row: Row) -> dict[str, float]:
+def _scores(row: Numbers) -> dict[str, float]:
     """What the mean relative gain is taken over: the benchmarks, or the held-out accuracies where
     there is none.
     """
@@ -110,7 +111,7 @@ def _scores(row: Row) -> dict[str, float]:
     return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
-def _difference(run: Path, first: str, name: str) -> Row:
+def _difference(run: Path, first: str, name: str) -> Numbers:
     """Accuracy minus the first policy's, with the standard error of the paired difference over
     prompts.
     """
@@ -122,7 +123,7 @@ def _difference(run: Path, first: str, name: str) -> Row:
     )
     if not old or old.keys() != new.keys():
         return {}
-    out: Row = {}
+    out: Numbers = {}
     for key, pick in (("greedy", slice(0, 1)), ("sampled", slice(1, None))):
         pairs = [(old[i][pick], new[i][pick]) for i in old if old[i][pick]]
         gaps = np.array([sum(b) / len(b) - sum(a) / len(a) for a, b in pairs])
@@ -137,9 +138,9 @@ def _difference(run: Path, first: str, name: str) -> Row:
 # ----------------------------------------------------------------------------------------- Markdown
 
 
-def render(table: Row, guide_steps: Mapping[str, Sequence[Row]]) -> str:
+def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
     """The Markdown page of what table.json holds. guide_steps: as in `cautions`."""
-    rows: list[Row] = table["policies"]
+    rows: list[Numbers] = table["policies"]
     first = rows[0]["policy"] if rows else "start"
     found = cautions(table, guide_steps)
     parts = [
@@ -205,7 +206,9 @@ def render(table: Row, guide_steps: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _table(title: str, rows: list[Row], columns: list[tuple[str, Callable[[Row], str]]]) -> str:
+def _table(
+    title: str, rows: list[Numbers], columns: list[tuple[str, Callable[[Numbers], str]]]
+) -> str:
     """A Markdown table, without the columns that no row has a value for."""
     cells = [(name, [form(r) for r in rows]) for name, form in columns]
     cells = [(name, values) for name, values in cells if any(value != "-" for value in values)]
@@ -220,13 +223,13 @@ def _table(title: str, rows: list[Row], columns: list[tuple[str, Callable[[Row],
     return f"**{title}**\n\n" + "\n".join(lines) + "\n" if cells else ""
 
 
-def tasks_of(rows: Sequence[Row]) -> list[str]:
+def tasks_of(rows: Sequence[Numbers]) -> list[str]:
     """The benchmarks that any policy has."""
     return sorted({task for row in rows for task in row["benchmarks"]})
 
 
-def _benchmark_columns(rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    def column(task: str) -> tuple[str, Callable[[Row], str]]:
+def _benchmark_columns(rows: list[Numbers]) -> list[tuple[str, Callable[[Numbers], str]]]:
+    def column(task: str) -> tuple[str, Callable[[Numbers], str]]:
         name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
         return f"{task} {name}, %", lambda r: _percent(
             r["benchmarks"].get(task, {}), str(name), "{:.1f}"
@@ -237,7 +240,7 @@ def _benchmark_columns(rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]
     return [*columns, gain] if columns else []
 
 
-def _moved(rows: list[Row]) -> str:
+def _moved(rows: list[Numbers]) -> str:
     compared = [r for r in rows if "difference/greedy" in r]
     if not compared:
         return ""
@@ -245,7 +248,7 @@ def _moved(rows: list[Row]) -> str:
     return f"What moved, against {rows[0]['policy']}:\n\n" + "\n".join(lines) + "\n"
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: Numbers) -> str:
     parts = []
     for key in ("sampled", "greedy"):
         if f"difference/{key}" in row:
@@ -266,7 +269,7 @@ def movement(gap: float, error: float) -> str:
     )
 
 
-def _guide(name: str, losses: Row) -> str:
+def _guide(name: str, losses: Numbers) -> str:
     if "latent_gain" not in losses:
         return ""
     verdict = "" if losses["latent_gain"] > 0 else " (NOT POSITIVE: the distances say nothing)"
@@ -304,18 +307,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _number(row: Row, key: str, form: str, factor: float = 1.0) -> str:
+def _number(row: Numbers, key: str, form: str, factor: float = 1.0) -> str:
     return form.format(factor * row[key]) if key in row else "-"
 
 
-def _percent(row: Row, key: str, form: str) -> str:
+def _percent(row: Numbers, key: str, form: str) -> str:
     if key not in row:
         return "-"
     error = f" +- {100 * row[f'{key}_se']:.1f}" if f"{key}_se" in row else ""
     return f"{form.format(100 * row[key])}{error}"
 
 
-def _reward(row: Row) -> str:
+def _reward(row: Numbers) -> str:
     if "reward/mean" not in row:
         return "-"
     return (
@@ -323,7 +326,7 @@ def _reward(row: Row) -> str:
     )
 
 
-def _distances(row: Row) -> str:
+def _distances(row: Numbers) -> str:
     if "distance/mean" not in row:
         return "-"
     return ("{:.3g} ({:.3g}, {:.3g}, {:.3g})").format(
@@ -331,7 +334,7 @@ def _distances(row: Row) -> str:
     )
 
 
-def _spread(row: Row) -> str:
+def _spread(row: Numbers) -> str:
     if "weight/std" not in row:
         return "-"
     return ("{:.2f} ({:.2f}, {:.2f})").format(
@@ -339,6 +342,32 @@ def _spread(row: Row) -> str:
     )
 
 
-def _read(path: Path) -> Row:
-    value: Row = json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> Numbers:
+    value: Numbers = json.loads(path.read_text(encoding="utf-8"))
     return value
+
+
+def say_table(run: Path) -> None:
+    """The scores of all policies of a run folder, with standard errors and how
+    they were measured.
+    """
+    lines = []
+    for name, summary in benchmark_summaries(run).items():
+        policy, _, task = name.partition("/benchmarks/")
+        about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
+        scores = ", ".join(
+            f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
+            for key, value in summary.items()
+            if f"{key}_se" in summary
+        )
+        lines.append(
+            f"| {policy} | {task} | {scores} | {summary['rows']:.0f} | {summary['shots']:.0f} | "
+            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | "
+            f"{about['lm_eval']} |"
+        )
+    if lines:
+        head = (
+            "| policy | benchmark | score, % +- standard error | rows | shots | chat template | "
+            "version | lm-eval |"
+        )
+        say("\n".join(["", head, "|---" * 8 + "|", *lines]))

@@ -67,7 +67,7 @@ def sides_of(method: Any) -> Sides:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RunPairs:
     """One iteration's pairs, in the data's order; arrays are (N,), NaN where the run does not say.
 
     real and generated are named for LD-Align's and SPIN's: the better and the worse side, whatever
@@ -110,7 +110,7 @@ class Pairs:
 
 # What a distance is laid against: key, the name with its unit, and the values of an iteration's
 # pairs
-MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
+MEASURES: tuple[tuple[str, str, Callable[[RunPairs], Array]], ...] = (
     ("tokens", "length of the generated response, tokens", lambda p: p.tokens),
     ("length_gap", "difference in length, characters", lambda p: p.length_gap),
     ("nll", "NLL of the generated response, nats/token", lambda p: p.nll),
@@ -122,7 +122,7 @@ MEASURES: tuple[tuple[str, str, Callable[[Pairs], Array]], ...] = (
 )
 
 
-def read_pairs(run: Path, t: int) -> Pairs | None:
+def read_pairs(run: Path, t: int) -> RunPairs | None:
     """Iteration t's pairs joined by row id from the run's finished stages; None where there are
     none (yet).
     """
@@ -143,7 +143,7 @@ def read_pairs(run: Path, t: int) -> Pairs | None:
     return _join(folder, t, rows, real, records)
 
 
-def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> Pairs | None:
+def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> RunPairs | None:
     """Preference data's: chosen and rejected, once the reference has scored them."""
     if not (folder / "reference/rows.json").is_file():
         return None
@@ -165,7 +165,7 @@ def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> Pairs | None:
 
 def _ranked_pairs(
     folder: Path, t: int, rows: Mapping[str, Any], records: Sequence[Any]
-) -> Pairs | None:
+) -> RunPairs | None:
     """Of two samples a prompt, the one the judge prefers against the other; None before it has
     judged.
     """
@@ -195,7 +195,7 @@ def _response(row: Mapping[str, Any]) -> str:
 
 def _join(
     folder: Path, t: int, rows: Mapping[str, Any], real: list[str], records: Sequence[Any]
-) -> Pairs:
+) -> RunPairs:
     """`real` against the records' responses, with all that the iteration's stages say of them by
     row id.
     """
@@ -208,7 +208,7 @@ def _join(
     rewards = _columns(folder / "pair_rewards/rewards.jsonl", ids, "real", "generated")
     scored, logps = _reference(folder / "reference", ids)
     differ = np.array([a != b for a, b in zip(real, generated, strict=True)], dtype=bool)
-    return Pairs(
+    return RunPairs(
         t,
         ids,
         [(row.get("messages") or row["chosen"])[-2]["content"] for row in used],
@@ -262,7 +262,7 @@ def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, 
     return known, logps
 
 
-def summarise(pairs: Pairs) -> dict[str, Any]:
+def summarise(pairs: RunPairs) -> dict[str, Any]:
     """What table.json keeps of an iteration: rank correlations of distance, and how concentrated
     the weights are.
     """

@@ -1,7 +1,7 @@
 """What the report's page says beside its figures: the result in words, the run, tables, samples,
 budget.
 
-Each function turns numbers and files of a run into plain texts for report_page.html, which escapes
+Each function turns numbers and files of a run into plain texts for page.html, which escapes
 them.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.analysis import GIVEN, Pairs, Sides
-from ldalign.report import HELD_OUT, Row, duration, leading, movement, tasks_of
-from ldalign.settings import unread
-from ldalign.summaries import SUMMARY, shown_name
+from ldalign.report.analysis import GIVEN, RunPairs, Sides
+from ldalign.report.table import HELD_OUT, Numbers, duration, leading, movement, tasks_of
+from ldalign.run.folder import SUMMARY, shown_name
+from ldalign.run.settings import unread
 from ldalign.system.files import read_jsonl
 
 METHODS = {
@@ -89,9 +89,9 @@ ANSWERS_SHOWN = 4
 # ----------------------------------------------------------------------------------------- headline
 
 
-def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
+def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
     """What came out, from the numbers: the main result first, then what stands beside it."""
-    rows: list[Row] = table["policies"]
+    rows: list[Numbers] = table["policies"]
     aligned = [row for row in rows if row["policy"].startswith("iteration_")]
     if not rows:
         return ["No stage of this run has results yet."]
@@ -141,7 +141,7 @@ def headline(table: Row, config: Mapping[str, Any]) -> list[str]:
     return sentences or [f"{done}, nothing was measured on held-out data."]
 
 
-def _said(row: Row, key: str) -> str:
+def _said(row: Numbers, key: str) -> str:
     if key == "nll/real":
         return f"{row[key]:.4f} nats/token on held-out real responses"
     return f"{100 * row[key]:.1f} ± {100 * row[f'{key}_se']:.1f} % {dict(HELD_OUT)[key]}"
@@ -181,7 +181,7 @@ def short_name(policy: Any) -> str:
     return Path(str(policy)).name or str(policy)
 
 
-def origin(run: Path, machine: Row) -> str:
+def origin(run: Path, machine: Numbers) -> str:
     """Folder, time (of the stages' files) and version, in one line."""
     times = [path.stat().st_mtime for path in run.rglob(SUMMARY)]
     parts = [f"run folder {run.resolve().name}"]
@@ -202,7 +202,7 @@ def origin(run: Path, machine: Row) -> str:
     return " · ".join(parts)
 
 
-def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
+def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]:
     """The settings that matter, by their keys, and how many rows there were; those that are off are
     left out.
     """
@@ -232,7 +232,7 @@ def settings(config: Mapping[str, Any], table: Row) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in out if key not in off]
 
 
-def machine_line(machine: Row) -> str:
+def machine_line(machine: Numbers) -> str:
     """Device, ranks and versions in a sentence, of environment.json."""
     packages = machine.get("packages", {})
     device = "; ".join(machine.get("gpus") or []) or (
@@ -245,7 +245,7 @@ def machine_line(machine: Row) -> str:
     )
 
 
-def command(config: Mapping[str, Any], machine: Row) -> str:
+def command(config: Mapping[str, Any], machine: Numbers) -> str:
     """How to run the same again, as one types it."""
     checkout = (
         (f"git checkout {commit.removesuffix('-dirty')}\n")
@@ -263,7 +263,7 @@ def command(config: Mapping[str, Any], machine: Row) -> str:
 # ------------------------------------------------------------------------------------------ results
 
 
-def results(rows: Sequence[Row]) -> Row:
+def results(rows: Sequence[Numbers]) -> Numbers:
     """The table in the paper's form: policies by scores, each with its relative gain over the first
     policy.
     """
@@ -318,7 +318,7 @@ def results(rows: Sequence[Row]) -> Row:
     }
 
 
-def _cell(column: Row, row: Row, first: Row) -> dict[str, str]:
+def _cell(column: Numbers, row: Numbers, first: Numbers) -> dict[str, str]:
     task, key = column["get"]
     values, base = ((r if task is None else r["benchmarks"].get(task, {})) for r in (row, first))
     if key not in values:
@@ -337,18 +337,18 @@ def _cell(column: Row, row: Row, first: Row) -> dict[str, str]:
     return {"value": f"{100 * values[key]:.1f}{error}", "below": gain.removeprefix("; ")}
 
 
-def _shown(row: Row) -> str:
+def _shown(row: Numbers) -> str:
     return shown_name(row["policy"])
 
 
-def kinds(rows: Sequence[Row]) -> Row:
+def kinds(rows: Sequence[Numbers]) -> Numbers:
     """Accuracy by kind of task: (kind, one text a policy)."""
     known = [row for row in rows if "accuracy/greedy" in row]
     kinds = sorted(
         {key.split("/")[2] for row in known for key in row if key.startswith("accuracy/greedy/")}
     )
 
-    def text(row: Row, kind: str) -> str:
+    def text(row: Numbers, kind: str) -> str:
         pair = [row.get(f"{key}/{kind}") for key, _ in HELD_OUT]
         return " / ".join("–" if value is None else f"{100 * value:.0f}" for value in pair)
 
@@ -358,7 +358,7 @@ def kinds(rows: Sequence[Row]) -> Row:
     }
 
 
-def rewards(rows: Sequence[Row]) -> Row:
+def rewards(rows: Sequence[Numbers]) -> Numbers:
     """The reward model's numbers: their names, and (policy, a text a number)."""
     names = sorted({key for row in rows for key in row if key.startswith("reward/")})
     known = [row for row in rows if any(name in row for name in names)]
@@ -368,7 +368,7 @@ def rewards(rows: Sequence[Row]) -> Row:
     }
 
 
-def agreement(found: Row) -> Row:
+def agreement(found: Numbers) -> Numbers:
     """The rate of agreement in words, and every number beside it; {} where it was not measured."""
     values = {
         key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"
@@ -397,7 +397,7 @@ def _plain(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def fallen(steps: Mapping[str, Sequence[Row]], sides: Sides) -> str:
+def fallen(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> str:
     """What the rewards of both sides did in the last iteration, in words."""
     known = [(name, rows) for name, rows in steps.items() if rows and "rewards/chosen" in rows[0]]
     if not known:
@@ -417,7 +417,7 @@ def fallen(steps: Mapping[str, Sequence[Row]], sides: Sides) -> str:
 # ------------------------------------------------------------------------------------------ samples
 
 
-def samples(joined: Sequence[Pairs]) -> Row:
+def samples(joined: Sequence[RunPairs]) -> Numbers:
     """A few training rows with the responses of every iteration, chosen by
     quantiles of distance.
     """
@@ -471,7 +471,7 @@ def samples(joined: Sequence[Pairs]) -> Row:
     return {"samples": samples, "sample_rule": rule}
 
 
-def _note(pairs: Pairs, i: int) -> str:
+def _note(pairs: RunPairs, i: int) -> str:
     parts = []
     if not pairs.trained[i]:
         equal = pairs.generated[i] == pairs.real[i]
@@ -494,7 +494,7 @@ def _note(pairs: Pairs, i: int) -> str:
     return "; ".join(parts)
 
 
-def answers(run: Path, rows: Sequence[Row]) -> Row:
+def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
     """Held-out prompts whose greedy answer changed between the first policy and
     the last iteration.
     """
@@ -543,7 +543,7 @@ def answers(run: Path, rows: Sequence[Row]) -> Row:
 # ------------------------------------------------------------------------------------------- budget
 
 
-def budget(summaries: Mapping[str, Row]) -> list[tuple[str, ...]]:
+def budget(summaries: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
     """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens
     a second.
 

@@ -22,7 +22,7 @@ from ldalign.system.config import (
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingKeys:
     """How responses are sampled for training."""
 
     temperature: float = setting(
@@ -55,7 +55,7 @@ SAMPLING_KEYS = tuple(
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingKeys:
     """How the policy is trained, in every stage that trains it."""
 
     epochs: int = setting(2, "passes over an iteration's pairs (SPIN's paper: 2)", check=positive)
@@ -95,7 +95,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Sft:
+class SftKeys:
     """Supervised fine-tuning: the start policy's warm-up, and the continual-SFT baseline."""
 
     epochs: int = setting(0, "passes over the data; 0: no SFT", check=non_negative)
@@ -105,7 +105,7 @@ class Sft:
 
 
 @dataclass(frozen=True)
-class Guide:
+class GuideKeys:
     """The guiding model. `guide=FOLDER` sets `guide.folder`."""
 
     SHORTHAND: ClassVar[str] = "folder"
@@ -157,7 +157,7 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointKeys:
     """What is kept of a stage in training, so that it can be gone on with after a stop. It changes
     no result.
     """
@@ -176,7 +176,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationKeys:
     """What is measured after SFT and after every iteration."""
 
     rows: int = setting(200, "held-out rows; 0: no evaluation", check=non_negative)
@@ -187,7 +187,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeKeys:
     """Who decides which of two answers is better (docs/judges.md). `judge=NAME` sets
     `judge.model`.
     """
@@ -216,7 +216,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreementKeys:
     """Whether latent distance and a judge agree on which of two samples is better:
     `train/judge.py`.
     """
@@ -228,7 +228,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Reward:
+class RewardKeys:
     """What scores every policy's held-out answers (docs/judges.md). `reward=NAME` sets
     `reward.model`.
     """
@@ -249,7 +249,7 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Benchmarks:
+class BenchmarksKeys:
     """Public benchmarks (docs/benchmarks.md), of every policy that is evaluated. `benchmarks=[...]`
     sets the tasks.
     """
@@ -276,7 +276,7 @@ class RunConfig:
         "smollm2-135m-instruct",
         "model folder, Hugging Face name (org/name), the embedded default, or toy (tiny, random)",
     )
-    guide: Guide = group(Guide, "guiding model")
+    guide: GuideKeys = group(GuideKeys, "guiding model")
     data: str | list[str] = setting(
         "embedded",
         "SFT data: file, folder or glob of JSON Lines or parquet, or a list of them; embedded: "
@@ -362,20 +362,20 @@ class RunConfig:
         "at the end: report.html with its figures (where matplotlib is installed) and table.md, or "
         "table.md alone",
     )
-    sampling: Sampling = group(Sampling, "sampling of training responses")
-    training: Training = group(Training, "training of the policy")
-    sft: Sft = group(Sft, "warm-up of the start policy on the data")
-    continual_sft: Sft = group(
-        Sft, "baseline: more SFT from the same start, in the table beside the iterations"
+    sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
+    training: TrainingKeys = group(TrainingKeys, "training of the policy")
+    sft: SftKeys = group(SftKeys, "warm-up of the start policy on the data")
+    continual_sft: SftKeys = group(
+        SftKeys, "baseline: more SFT from the same start, in the table beside the iterations"
     )
-    checkpoint: Checkpoint = group(
-        Checkpoint, "checkpoints inside the stages that train; a stop writes one too"
+    checkpoint: CheckpointKeys = group(
+        CheckpointKeys, "checkpoints inside the stages that train; a stop writes one too"
     )
-    evaluation: Evaluation = group(Evaluation, "held-out evaluation")
-    judge: Judge = group(Judge, "which of two answers is better")
-    agreement: Agreement = group(Agreement, "agreement of latent distance with the judge")
-    reward: Reward = group(Reward, "rewards of held-out answers")
-    benchmarks: Benchmarks = group(Benchmarks, "public benchmarks")
+    evaluation: EvaluationKeys = group(EvaluationKeys, "held-out evaluation")
+    judge: JudgeKeys = group(JudgeKeys, "which of two answers is better")
+    agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
+    reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
+    benchmarks: BenchmarksKeys = group(BenchmarksKeys, "public benchmarks")
     cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
@@ -480,7 +480,7 @@ COMPARABLE = ("sft", "spin", "ld_align")
 
 
 @dataclass(frozen=True)
-class Compare:
+class CompareKeys:
     """What is compared, and how learning rates are chosen."""
 
     methods: list[str] = setting(
@@ -507,7 +507,7 @@ class CompareConfig(RunConfig):
     learning_rate are set by it.
     """
 
-    compare: Compare = group(Compare, "the comparison")
+    compare: CompareKeys = group(CompareKeys, "the comparison")
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""

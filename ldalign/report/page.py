@@ -2,9 +2,9 @@
 reached and cost.
 
 Derived from the run folder alone, from whatever stages are finished, without loading a model:
-`train/report.py run=RUN` makes it again at any time. The page itself is report_page.html, a jinja2
+`train/report.py run=RUN` makes it again at any time. The page itself is page.html, a jinja2
 template with autoescaping (responses are data); what it shows beside the figures is put in words by
-report_parts.py.
+words.py.
 """
 
 import json
@@ -17,11 +17,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ldalign import report_parts as parts
-from ldalign.analysis import Pairs, read_pairs, sides_of
-from ldalign.cautions import cautions
-from ldalign.report import Row, collect, read_steps, read_summaries
-from ldalign.summaries import iterations
+from ldalign.report import words
+from ldalign.report.analysis import RunPairs, read_pairs, sides_of
+from ldalign.report.cautions import cautions
+from ldalign.report.table import Numbers, collect, read_steps, read_summaries
+from ldalign.run.folder import iterations
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import write_text
 
@@ -65,7 +65,7 @@ def write_page(run: Path) -> Path:
             f"'ldalign[report]', then train/report.py run={run}"
         ) from None
     values = gather(run)
-    source = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     write_text(run / PAGE, template.render(values) + "\n")
     return run / PAGE
@@ -83,28 +83,28 @@ def gather(run: Path) -> dict[str, Any]:
     method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
     return {
-        "title": f"{parts.method_name(config)} on "
-        f"{parts.short_name(config.get('policy', 'a policy'))}",
-        "meta": parts.origin(run, machine),
-        "headline": parts.headline(table, config),
+        "title": f"{words.method_name(config)} on "
+        f"{words.short_name(config.get('policy', 'a policy'))}",
+        "meta": words.origin(run, machine),
+        "headline": words.headline(table, config),
         "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
         "has_guide": method == "ld_align" or bool(table["guides"]),
         "has_pairs": method != "sft",
         "sides": sides,
-        "method_name": parts.method_name(config),
-        "method": parts.method_text(config),
-        "settings": parts.settings(config, table),
-        "machine": parts.machine_line(machine),
-        "results": parts.results(rows),
-        "kinds": parts.kinds(rows),
+        "method_name": words.method_name(config),
+        "method": words.method_text(config),
+        "settings": words.settings(config, table),
+        "machine": words.machine_line(machine),
+        "results": words.results(rows),
+        "kinds": words.kinds(rows),
         "charts": _charts(run, table, joined, steps, str(method)),
-        "fallen": parts.fallen(steps, sides),
-        "rewards": parts.rewards(rows),
-        "agreement": parts.agreement(table["agreement"]),
-        **parts.samples(joined),
-        **parts.answers(run, rows),
-        "budget": parts.budget(summaries),
-        "command": parts.command(config, machine),
+        "fallen": words.fallen(steps, sides),
+        "rewards": words.rewards(rows),
+        "agreement": words.agreement(table["agreement"]),
+        **words.samples(joined),
+        **words.answers(run, rows),
+        "budget": words.budget(summaries),
+        "command": words.command(config, machine),
         "reproduce_note": (
             f"config.yaml is the run folder's own, below. Seed {config.get('seed')}; the same "
             "seed, machine and versions give the same samples; on another machine the last bits of "
@@ -119,12 +119,17 @@ def gather(run: Path) -> dict[str, Any]:
 
 
 def _charts(
-    run: Path, table: Row, joined: Sequence[Pairs], steps: Mapping[str, list[Row]], method: str
-) -> dict[str, Row]:
+    run: Path,
+    table: Numbers,
+    joined: Sequence[RunPairs],
+    steps: Mapping[str, list[Numbers]],
+    method: str,
+) -> dict[str, Numbers]:
     """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to
     draw).
     """
-    from ldalign import figures
+    from ldalign.report import figures
+    from ldalign.report.chart import write_chart
 
     found = table["analysis"]
     drawn = [
@@ -178,12 +183,12 @@ def _charts(
             "title": chart.title,
             "caption": chart.caption,
             # ours: drawn from numbers, with no text of a row in it
-            "svg": Markup(figures.write_chart(chart, folder)),
+            "svg": Markup(write_chart(chart, folder)),
         }
         for chart in drawn
     }
 
 
-def _json(path: Path) -> Row:
-    value: Row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _json(path: Path) -> Numbers:
+    value: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return value

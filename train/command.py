@@ -6,16 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ldalign.context import Context, open_context
-from ldalign.disk import check_disk
-from ldalign.estimate import check_guide, dry_run
-from ldalign.evaluation.benchmarks.runner import check_benchmarks, say_table
-from ldalign.measures import check_measurements
-from ldalign.pipeline import RunFolder
-from ldalign.report import write_report
-from ldalign.report_page import try_page
-from ldalign.settings import RunConfig, unread
-from ldalign.stages import data_stage
+from ldalign.report.page import try_page
+from ldalign.report.table import say_table, write_report
+from ldalign.run.context import Context, open_context
+from ldalign.run.disk import check_disk
+from ldalign.run.dry_run import dry_run
+from ldalign.run.folder import RunFolder
+from ldalign.run.measures import check_measurements
+from ldalign.run.settings import RunConfig, unread
+from ldalign.run.stages.benchmarks import check_benchmarks
+from ldalign.run.stages.data import data_stage
+from ldalign.run.stages.guide import check_guide
 from ldalign.system import distributed
 from ldalign.system.config import describe, given_keys, load_config, split_argv, to_yaml
 from ldalign.system.errors import InputError

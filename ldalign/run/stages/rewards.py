@@ -1,61 +1,19 @@
-"""What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and
-benchmarks.
-"""
+"""POLICY/reward, iteration_t/pair_rewards: a reward model's scores."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ldalign.context import Context, find_model
 from ldalign.data.rows import Row, prompt_text
-from ldalign.evaluation.benchmarks.runner import benchmark_stages, planned_benchmarks
-from ldalign.evaluation.judges import check_judge
-from ldalign.evaluation.reward import RewardModel, check_reward_model, summary
-from ldalign.pipeline import hash_model_folder
-from ldalign.settings import RunConfig
-from ldalign.stages import RESPONSES, evaluation_stage
-from ldalign.summaries import stage
+from ldalign.evaluation.reward import RewardModel, summary
+from ldalign.run.context import Context, find_model
+from ldalign.run.manifest import hash_model_folder
+from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
-from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
-
-
-def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
-    """All measurements of `policy`, in folders of NAME. first: the name of the policy its rewards
-    are compared with.
-    """
-    evaluation_stage(ctx, name, policy)
-    if ctx.config.reward.model is not None and ctx.heldout.rows:
-        reward_stage(ctx, name, first)
-    benchmark_stages(ctx, name, policy)
-
-
-def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
-    """Whether what planned stages ask other models for can be had, before anything is computed; all
-    ranks call it.
-
-    Raises InputError for a folder that is none, EnvironmentProblem for a missing package.
-    """
-    if any(name.endswith(("/judged", "agreement")) for name in planned):
-        check_judge(config)
-    if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
-        if importlib.util.find_spec("transformers") is None:
-            raise EnvironmentProblem(
-                "reward.model: transformers is missing; pip install ldalign[reward]"
-            )
-        check_reward_model(find_model(config, str(config.reward.model)))
-
-
-def measurements(config: RunConfig, name: str) -> list[str]:
-    """The stages that `measure` makes, by name."""
-    names = [f"{name}/evaluation"] if config.evaluation.rows else []
-    if config.reward.model is not None and config.evaluation.rows:
-        names.append(f"{name}/reward")
-    return names + planned_benchmarks(config, name)
 
 
 def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
@@ -96,7 +54,7 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         **ctx.keys("reward.max_tokens"),
         **({f"rewards of {first}": hash_file(before)} if before else {}),
     }
-    metrics = stage(ctx, f"{name}/reward", parents, make, resume=True)
+    metrics = ctx.run.stage(f"{name}/reward", parents, make, resume=True)
     say(
         f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses "
         f"{metrics['reward/real']:.3f}, better than these on {metrics['reward/win_rate']:.1%}"
@@ -132,7 +90,7 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
         "data": ctx.used_hash,
         **ctx.keys("reward.max_tokens"),
     }
-    stage(ctx, f"iteration_{t}/pair_rewards", parents, make, resume=True)
+    ctx.run.stage(f"iteration_{t}/pair_rewards", parents, make, resume=True)
 
 
 def _write_rewards(

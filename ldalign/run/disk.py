@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from ldalign.context import Context
 from ldalign.data.tokenizer import COPIED_FILES
 from ldalign.models.weights import check_model, count_parameters
+from ldalign.run.context import Context
+from ldalign.run.plan import guide_is_policy, guide_steps, stage_work, to_do
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.files import PARTIAL
-from ldalign.work import guide_is_policy, guide_steps, stage_work, to_do
 
 RECORD_BYTES = 40  # a sampled token in its file: text and id
 ROW_BYTES = 100  # of a row in data/, beside its text: id, roles, quotes

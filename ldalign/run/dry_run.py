@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign.context import Context
-from ldalign.disk import check_disk, described
-from ldalign.models.guide_folder import check_trained_guide, is_trained_guide, read_guide_tokenizer
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import check_model, count_parameters
-from ldalign.pipeline import RunFolder
-from ldalign.settings import RunConfig
-from ldalign.stages import check_sources
+from ldalign.run.context import Context
+from ldalign.run.disk import check_disk, described
+from ldalign.run.folder import RunFolder
+from ldalign.run.plan import Work, guide_is_policy, guide_tokens, stage_work, to_do
+from ldalign.run.stages.data import check_sources
+from ldalign.run.stages.guide import check_guide
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
 from ldalign.training.memory_model import TrainingShape, guide_memory, training_memory
-from ldalign.work import Work, guide_is_policy, guide_tokens, stage_work, to_do
 
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
@@ -69,29 +68,6 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
-    """The given guide's files, from their headers, where a planned stage needs it. Raises
-    InputError.
-    """
-    guide = config.guide
-    if "guide" not in planned or guide.folder is None:
-        return
-    folder = Path(guide.folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py "
-            "wrote"
-        )
-    if is_trained_guide(folder):
-        check_trained_guide(folder)
-    elif isinstance(check_model(folder), Mistral):
-        raise InputError(
-            f"{folder}: is no gpt2; give a GPT-2 folder or one that train/guide.py wrote "
-            "(guide=FOLDER), or guide.backbone=policy and no folder"
-        )
-    read_guide_tokenizer(folder)
 
 
 def _existing(run: Path) -> Path:

@@ -20,14 +20,17 @@ from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model
-from ldalign.pipeline import Parents, RunFolder
-from ldalign.settings import Guide, RunConfig
+from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import CHECKPOINTS, Parents
+from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
+from ldalign.system.files import hash_file
 from ldalign.system.metrics import say
 from ldalign.system.seeds import permutation
+from ldalign.training.checkpoint import Plan
 
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
@@ -241,7 +244,7 @@ def open_context(
     return ctx
 
 
-def _check_guide(guide: Guide) -> None:
+def _check_guide(guide: GuideKeys) -> None:
     """What depends on what lies in `guide.folder`."""
     if guide.folder is None:
         return
@@ -277,3 +280,14 @@ def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
                 f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or "
                 f"lower {key}"
             )
+
+
+def plan(ctx: Context, folder: Path) -> Plan:
+    """The checkpoints of a stage that is made in `folder`."""
+    c = ctx.config.checkpoint
+    return Plan(folder / CHECKPOINTS, c.minutes, c.steps, c.keep)
+
+
+def file_hash(ctx: Context, name: str) -> str:
+    """sha256 of a file in the run folder."""
+    return hash_file(ctx.run.path / name)

@@ -6,122 +6,34 @@ style and marker too. Backgrounds are transparent. `inline_svg` hands the colour
 CSS, so that one drawing suits a light and a dark page.
 """
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from ldalign.analysis import MEASURES, Pairs, Sides, concentration
-from ldalign.cautions import guide_name
 from ldalign.evaluation.statistics import NORMAL_95, Array
-from ldalign.report import duration
-from ldalign.summaries import shown_name
+from ldalign.report.analysis import MEASURES, RunPairs, Sides, concentration
+from ldalign.report.cautions import guide_name
+from ldalign.report.chart import (
+    DASHES,
+    GRID,
+    INK,
+    MARKERS,
+    SERIES,
+    WIDTH,
+    Chart,
+    apply_scale,
+    bins,
+    chart,
+    choose_scale,
+)
+from ldalign.report.table import duration
+from ldalign.run.folder import shown_name
 
-INK, GRID = "#1b1f24", "#d5d9de"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.2)))
-MARKERS = "osD^v<"
-WIDTH = 9.4  # inches: the page's text width
 MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ldalign",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "figure.constrained_layout.use": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
-}
 Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing and what to see in it; without a figure, `caption` is why there is none."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure | None
-
-
-def write_chart(chart: Chart, folder: Path) -> str:
-    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page, "" where
-    there is no figure.
-    """
-    if chart.figure is None:
-        for suffix in (".svg", ".png"):  # of an earlier report
-            (folder / chart.name).with_suffix(suffix).unlink(missing_ok=True)
-        return ""
-    with matplotlib.rc_context(STYLE):
-        drawn = io.BytesIO()
-        chart.figure.savefig(drawn, format="svg", metadata={"Date": None})
-        chart.figure.set_layout_engine("none")  # it is laid out: not a second time
-        chart.figure.savefig(folder / f"{chart.name}.png", dpi=130, facecolor="white")
-    svg = drawn.getvalue().decode()
-    (folder / f"{chart.name}.svg").write_text(svg, encoding="utf-8")
-    return inline_svg(svg, chart.name, chart.title)
-
-
-def inline_svg(svg: str, name: str, title: str) -> str:
-    """An SVG file as part of an HTML page: no prolog, ids of its own, a label, colours from the
-    page's CSS.
-    """
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{name}-", svg)
-    series = ((colour, f"--series-{n}") for n, colour in enumerate(SERIES))
-    for colour, variable in ((INK, "--ink"), (GRID, "--rule"), *series):
-        svg = svg.replace(colour, f"var({variable}, {colour})")
-    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    width = re.search(r'viewBox="0 0 ([\d.]+)', svg)
-    assert width
-    label = (
-        f'<svg role="img" aria-label="{title}" style="width: 100%; max-width: '
-        f'{float(width[1]) * 4 / 3:.0f}px"'
-    )
-    return svg.replace("<svg", label, 1).replace("'DejaVu Sans', ", "")
-
-
-def chart(name: str, title: str, draw: Callable[[], tuple[Figure, str] | str]) -> Chart:
-    """`draw` returns the figure and its caption, or the reason why there is none."""
-    with matplotlib.rc_context(STYLE):
-        drawn = draw()
-    return (
-        Chart(name, title, drawn, None)
-        if isinstance(drawn, str)
-        else Chart(name, title, drawn[1], drawn[0])
-    )
 
 
 def interval(found: Mapping[str, float]) -> str:
@@ -133,8 +45,8 @@ def interval(found: Mapping[str, float]) -> str:
 
 
 def contrasts(summary: Mapping[str, Any]) -> Chart:
-    """Of a comparison of methods (`ldalign.comparison`): every difference with its interval, each
-    seed beside it.
+    """Of a comparison of methods (`ldalign.report.comparison`): every difference with its interval,
+    each seed beside it.
     """
 
     def draw() -> tuple[Figure, str]:
@@ -241,7 +153,7 @@ def held_out(rows: Rows) -> Chart:
 # ---------------------------------------------------------------------------------------- distances
 
 
-def distances(iterations: Sequence[Pairs]) -> Chart:
+def distances(iterations: Sequence[RunPairs]) -> Chart:
     """How the latent distances of an iteration's pairs are distributed."""
 
     def draw() -> tuple[Figure, str] | str:
@@ -249,7 +161,7 @@ def distances(iterations: Sequence[Pairs]) -> Chart:
         if isinstance(known, str):
             return known
         everything = np.concatenate([p.distance[p.trained] for p in known])
-        edges, scale = _bins(everything)
+        edges, scale = bins(everything)
         figure = Figure(figsize=(WIDTH, 3.2))
         axes = figure.subplots()
         for n, p in enumerate(known):
@@ -261,7 +173,7 @@ def distances(iterations: Sequence[Pairs]) -> Chart:
             )
             axes.stairs(100 * shares, edges, color=SERIES[n % 6], alpha=0.12, fill=True)
             axes.axvline(float(np.median(values)), color=SERIES[n % 6], ls=DASHES[n % 4], lw=1)
-        _scale(axes, "x", scale)
+        apply_scale(axes, "x", scale)
         axes.set(
             xlabel="latent distance d" + (", logarithmic" if scale == "log" else ""),
             ylabel="share of pairs, %",
@@ -286,8 +198,8 @@ def distances(iterations: Sequence[Pairs]) -> Chart:
 def against(
     name: str,
     title: str,
-    iterations: Sequence[Pairs],
-    values: Callable[[Pairs], Array],
+    iterations: Sequence[RunPairs],
+    values: Callable[[RunPairs], Array],
     xlabel: str,
     found: Mapping[str, Any],
     key: str,
@@ -306,7 +218,7 @@ def against(
         if not known:
             return absent
         scales = [
-            _choose_scale(np.concatenate([q(p)[p.trained] for p in known]))
+            choose_scale(np.concatenate([q(p)[p.trained] for p in known]))
             for q in (values, _distance)
         ]
         figure = Figure(figsize=(WIDTH, 3.1))
@@ -320,7 +232,7 @@ def against(
                 x[chosen], y[chosen], MARKERS[n % 6], ms=3.2, mew=0, alpha=0.45, color=SERIES[n % 6]
             )
             for side, scale in zip("xy", scales, strict=True):
-                _scale(axes, side, scale)
+                apply_scale(axes, side, scale)
             axes.set(title=f"iteration {p.iteration}", xlabel=xlabel)
         panels[0].set_ylabel("latent distance d")
         seen = [
@@ -342,7 +254,7 @@ def against(
     return chart(name, title, draw)
 
 
-def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
+def verdicts(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
     """Distances of generated answers that are right, and of those that are wrong."""
 
     def draw() -> tuple[Figure, str] | str:
@@ -382,7 +294,7 @@ def verdicts(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
                 )
         axes.set_yticks(*zip(*labels, strict=True))
         axes.set_ylim(labels[-1][0] + 0.7, -0.7)
-        _scale(axes, "x", _choose_scale(np.concatenate([p.distance[p.trained] for p in known])))
+        apply_scale(axes, "x", choose_scale(np.concatenate([p.distance[p.trained] for p in known])))
         axes.set_xlabel("latent distance d")
         axes.grid(axis="y", visible=False)
         seen = []
@@ -512,14 +424,14 @@ def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
     return chart("guide", "What the guide's latent is worth", draw)
 
 
-def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
+def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
     """Distribution of the pair weights, and which share of the pull the heaviest pairs have."""
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
         if isinstance(known, str):
             return known
-        edges, scale = _bins(np.concatenate([p.weight[p.trained] for p in known]))
+        edges, scale = bins(np.concatenate([p.weight[p.trained] for p in known]))
         figure = Figure(figsize=(WIDTH, 3.1))
         left, right = figure.subplots(1, 2)
         for n, p in enumerate(known):
@@ -530,7 +442,7 @@ def weights(iterations: Sequence[Pairs], found: Mapping[str, Any]) -> Chart:
                 share, 100 * concentration(weight), lw=1.6, label=f"iteration {p.iteration}", **look
             )
         left.axvline(1, color=INK, lw=0.8, ls=":")
-        _scale(left, "x", scale)
+        apply_scale(left, "x", scale)
         left.set(xlabel="pair weight s (1: the mean)", ylabel="share of pairs, %", title="weights")
         right.plot([0, 100], [0, 100], color=INK, lw=0.8, ls=":", label="all weights equal")
         right.axvline(10, color=GRID, lw=1)
@@ -713,36 +625,10 @@ def budget(seconds: Mapping[str, float]) -> Chart:
 # ------------------------------------------------------------------------------------------- shared
 
 
-def _with_distances(iterations: Sequence[Pairs]) -> list[Pairs] | str:
+def _with_distances(iterations: Sequence[RunPairs]) -> list[RunPairs] | str:
     known = [p for p in iterations if p.trained.any() and np.isfinite(p.distance[p.trained]).all()]
     return known or "this run has no latent distances (another method, or not yet)."
 
 
-def _distance(pairs: Pairs) -> Array:
+def _distance(pairs: RunPairs) -> Array:
     return pairs.distance
-
-
-def _choose_scale(values: Array) -> str:
-    """Logarithmic for positive values with a long tail."""
-    values = values[np.isfinite(values)]
-    positive = values[values > 0]
-    if not len(positive) or (values < 0).any() or (values == 0).mean() > 0.05:
-        return "linear"
-    return "log" if positive.max() > 12 * np.median(positive) else "linear"
-
-
-def _bins(values: Array) -> tuple[Array, str]:
-    """Edges of about the square root of N bins, at most 40, and the scale they are even on."""
-    scale, count = _choose_scale(values), int(np.clip(np.sqrt(len(values)), 6, 40))
-    if scale == "log":
-        positive = values[values > 0]
-        return np.geomspace(positive.min(), positive.max() * 1.0001, count + 1), scale
-    return np.linspace(0, values.max() * 1.0001 or 1.0, count + 1), scale
-
-
-def _scale(axes: Axes, side: str, scale: str) -> None:
-    if scale == "log":
-        (axes.set_xscale if side == "x" else axes.set_yscale)("log")
-        axis = axes.xaxis if side == "x" else axes.yaxis
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(NullFormatter())

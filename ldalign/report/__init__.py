@@ -1,0 +1,1 @@
+"""What a run says of itself to a reader: tables, figures, words, the page."""

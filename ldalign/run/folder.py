@@ -1,0 +1,266 @@
+"""The folder of a run: its lock, its stages with their summaries, and the run's metrics.jsonl."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from ldalign.run import environment
+from ldalign.run.manifest import Parents, run_stage
+from ldalign.system import distributed
+from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import PARTIAL, make_folder, write_json, write_text, writing
+from ldalign.system.memory import naming
+from ldalign.system.metrics import Metrics, say
+
+log = logging.getLogger(__name__)
+
+STARTED = "started.json"  # in the run folder: the day it was begun
+# What helps where memory does not suffice and nothing within the stage knows better.
+LOWER = (
+    "lower training.micro_tokens, sampling.batch_rows or max_length, or use more ranks or a "
+    "smaller model"
+)
+SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
+
+# Of an iteration, in the order of the method. A guide of the first one has no number.
+STEPS = (
+    "responses",
+    "guide",
+    "distances",
+    "judged",
+    "reference",
+    "pair_rewards",
+    "policy",
+    "evaluation",
+    "reward",
+)
+
+
+class RunFolder:
+    """The folder of one run: made if absent, locked while in use, holding config.yaml and
+    environment.json.
+
+    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing.
+    The lock is the kernel's (flock), so it ends with the process that holds it, however that dies;
+    the file `lock` says whose it is. The other files are written right before the first stage that
+    is made, or at the end where all were made before: a command that is refused leaves them as they
+    are.
+
+    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem
+    if it cannot be written or another live process has it.
+    """
+
+    def __init__(self, path: Path, config_yaml: str) -> None:
+        self.path = path
+        self._config_yaml = config_yaml
+        self._lock: IO[str] | None = None
+        self._recorded = False
+
+    def __enter__(self) -> Self:
+        on_rank0(self._open)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.record()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer
+            # has a name.
+            with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
+                self._lock.truncate(0)
+                self._lock.close()
+            self._lock = None
+
+    def stage(
+        self, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False
+    ) -> Metrics:
+        """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run.
+
+        What `make` returns (on rank 0) and the wall time go into the stage's summary.json, and are
+        returned. The run's metrics.jsonl is put together again from all stages, where it is not up
+        to date.
+        """
+
+        def timed(folder: Path) -> None:
+            self.record()
+            began = time.perf_counter()
+            with naming(lambda: name, LOWER):
+                summary = make(folder)
+            seconds = round(time.perf_counter() - began, 2)
+            if distributed.rank() == 0:
+                write_json(folder / SUMMARY, {**summary, "seconds": seconds})
+
+        made = run_stage(self.path / name, parents, timed, resume)
+        summary: Metrics = json.loads((self.path / name / SUMMARY).read_text(encoding="utf-8"))
+        say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
+        # Also if it was done before: the run may have been killed right then.
+        on_rank0(lambda: _join_metrics(self.path))
+        return summary
+
+    def record(self) -> None:
+        """Writes settings, machine and date down, once; for when nothing can refuse the command any
+        more. All ranks.
+        """
+        began = self.began
+        if not self._recorded:
+            on_rank0(lambda: self._write(began))
+            self._recorded = True
+
+    @functools.cached_property
+    def began(self) -> date:
+        """The day this run was begun, for chat templates that ask for the date; today's for a new
+        run. All ranks.
+
+        Raises InputError where it cannot be read.
+        """
+        return on_rank0(self._read_date)
+
+    def _open(self) -> None:
+        with writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
+            make_folder(self.path)
+            if any(self.path.iterdir()) and not (self.path / "lock").exists():
+                raise InputError(
+                    f"{self.path}: holds something that is no run; give a new or empty folder "
+                    "(run=NAME)"
+                )
+            self._lock = self.lock(self.path)
+            self._lock.truncate(0)
+            self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+            self._lock.flush()
+
+    def _read_date(self) -> date:
+        path = self.path / STARTED
+        try:
+            return date.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["date"])
+        except (FileNotFoundError, NotADirectoryError):
+            return date.today()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(
+                f"{path}: not readable; write the day this run was begun into it again, as "
+                f'{{"date": "YYYY-MM-DD"}}'
+            ) from None
+
+    def _write(self, began: date) -> None:
+        if not (self.path / STARTED).is_file():  # first: prompts depend on it
+            write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
+        write_text(self.path / "config.yaml", self._config_yaml)
+        write_text(
+            self.path / "environment.json",
+            json.dumps(environment.describe_machine(), indent=1) + "\n",
+        )
+
+    @staticmethod
+    def lock(path: Path) -> IO[str]:
+        """The run folder's lock, held until the file is closed. EnvironmentProblem where another
+        process has it.
+        """
+        file = (path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise EnvironmentProblem(
+                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another "
+                "folder (run=NAME)"
+            ) from None
+        except OSError as error:  # some network file systems
+            log.warning(
+                "%s: this file system has no locks (%s): start no second run here",
+                path,
+                error.strerror,
+            )
+        return file
+
+
+def stage_names(run: Path) -> list[str]:
+    """The finished stages of a run folder, in the order of the method."""
+    names = [
+        "data",
+        "start/evaluation",
+        "start/reward",
+        "sft/policy",
+        "sft/evaluation",
+        "sft/reward",
+    ]
+    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in STEPS]
+    # the first responses' has no number
+    names.insert(names.index("iteration_0/distances"), "guide")
+    names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
+    names += ["agreement_samples", "agreement"]
+    for name in [name for name in names if name.endswith("/evaluation")]:
+        folders = [
+            path
+            for path in sorted((run / name).parent.glob("benchmarks/*"))
+            if path.suffix != PARTIAL
+        ]
+        names[names.index(name) + 1 : names.index(name) + 1] = [
+            str(path.relative_to(run)) for path in folders
+        ]
+    return [name for name in names if (run / name / SUMMARY).is_file()]
+
+
+def benchmark_summaries(run: Path) -> dict[str, Metrics]:
+    """What every finished benchmark of a run folder says of itself, by stage name
+    (POLICY/benchmarks/TASK).
+    """
+    names = [name for name in stage_names(run) if "/benchmarks/" in name]
+    return {name: json.loads((run / name / SUMMARY).read_text(encoding="utf-8")) for name in names}
+
+
+def shown_name(policy: str) -> str:
+    """A policy's folder as a reader says it: iteration_0 -> iteration 0."""
+    return {"sft": "start (after SFT)", "continual_sft": "continual SFT"}.get(
+        policy, policy.replace("_", " ")
+    )
+
+
+def iterations(run: Path) -> list[int]:
+    """The numbers of the iterations in a run folder."""
+    numbers = (path.name.removeprefix("iteration_") for path in run.glob("iteration_*"))
+    return sorted(int(n) for n in numbers if n.isdecimal())
+
+
+def _join_metrics(run: Path) -> None:
+    """metrics.jsonl of the run: every stage's own lines, then its summary as one line (evaluation:
+    prefix eval_).
+    """
+    lines: list[str] = []
+    for name in stage_names(run):
+        path = run / name / "metrics.jsonl"
+        lines += [path.read_text(encoding="utf-8")] if path.is_file() else []
+        prefix = "eval_" if name.endswith("/evaluation") else ""
+        summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
+        lines.append(
+            json.dumps(
+                {"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}
+            )
+            + "\n"
+        )
+    path, text = run / "metrics.jsonl", "".join(lines)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)

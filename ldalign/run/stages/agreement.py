@@ -1,0 +1,170 @@
+"""agreement: whether a judge calls the sample that lies farther away the worse one."""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from ldalign.data.rows import data_hash
+from ldalign.evaluation.agreement import CHANCE, summary, verdict
+from ldalign.generation.answers import make_answers
+from ldalign.generation.decoders import new_decoder
+from ldalign.generation.engine import Request
+from ldalign.generation.generate import text_of
+from ldalign.generation.sampling import Response
+from ldalign.models.guide_folder import is_trained_guide
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
+from ldalign.run.context import Context
+from ldalign.run.manifest import Parents, hash_model_folder
+from ldalign.run.settings import SAMPLING_KEYS
+from ldalign.run.stages.distances import latent_distances
+from ldalign.run.stages.guide import guide_hash
+from ldalign.run.stages.judged import judge_parents, open_judge
+from ldalign.run.stages.responses import new_engine, sampling_of
+from ldalign.system import distributed
+from ldalign.system.errors import InputError
+from ldalign.system.files import hash_file, read_jsonl, write_jsonl
+from ldalign.system.metrics import Bar, Metrics, say
+from ldalign.system.partial_rows import FOLDER as PARTS
+
+
+def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
+    """Two samples a held-out prompt, in agreement_samples/samples.jsonl; returns its records, two a
+    row in turn.
+
+    A run that was cut short is gone on with.
+    """
+    rows, pairs = ctx.heldout.rows[: ctx.config.agreement.rows], ctx.heldout.pairs
+    sampling = sampling_of(ctx.config)
+    requests = [
+        Request(f"agreement/{row.id}/{n}", pair.prompt, 2 * i + n)
+        for i, (row, pair) in enumerate(zip(rows, pairs, strict=False))
+        for n in (0, 1)
+    ]
+
+    def record(request: Request, r: Response) -> dict[str, Any]:
+        text = text_of(ctx.tokenizer.decode(r.ids), sampling)
+        return {
+            "id": rows[request.index // 2].id,
+            "sample": request.index % 2,
+            "response": text,
+            "finish_reason": r.finish_reason,
+            "n_tokens": len(r.ids),
+        }
+
+    def make(folder: Path) -> Metrics:
+        decoder = new_decoder(
+            cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True
+        )
+        with Bar(
+            "agreement_samples", -(-len(requests) // distributed.world_size()), "samples"
+        ) as progress:
+            made = make_answers(
+                folder / "samples.jsonl",
+                requests,
+                decoder,
+                new_engine(ctx.config, requests, ctx.tokenizer),
+                record,
+                progress,
+            )
+        return {"rows": len(rows), "tokens": sum(r["n_tokens"] for r in made)}
+
+    parents: Parents = {
+        "policy": hash_model_folder(policy),
+        "data (held-out rows)": data_hash(rows),
+        "dtype": str(ctx.dtype),
+        **ctx.tokenizer.template_parents,
+        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+    }
+    ctx.run.stage("agreement_samples", parents, make, resume=True)
+    return read_jsonl(ctx.run.path / "agreement_samples/samples.jsonl")
+
+
+def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
+    """How often the guide and the judge agree on the policy's samples, in agreement/, with every
+    pair they saw.
+    """
+    samples = samples_stage(ctx, policy)
+    rows = ctx.heldout.rows[: ctx.config.agreement.rows]
+
+    def make(folder: Path) -> Metrics:
+        records = [
+            _pair(one, other) for one, other in zip(samples[0::2], samples[1::2], strict=True)
+        ]
+        differ = [i for i, r in enumerate(records) if r["first"] != r["second"]]
+        both = [(i, side) for i in differ for side in ("first", "second")]
+        texts = [records[i][side] for i, side in both]
+        distances = latent_distances(
+            ctx, guide, [rows[i] for i, _ in both], texts, folder / PARTS / "distances"
+        ).tolist()
+        preferences = open_judge(ctx, policy).prefer(
+            [rows[i] for i in differ],
+            [records[i]["first"] for i in differ],
+            [records[i]["second"] for i in differ],
+            folder / PARTS / "judge",
+        )
+        for n, i in enumerate(differ):
+            records[i] |= {
+                "first_distance": distances[2 * n],
+                "second_distance": distances[2 * n + 1],
+                "preference": None if math.isnan(preferences[n]) else preferences[n],
+            }
+        for record in records:
+            record["verdict"] = verdict(record)
+        if distributed.rank() == 0:
+            write_jsonl(folder / "agreement.jsonl", records)
+        return summary(records)
+
+    samples_file = ctx.run.path / "agreement_samples/samples.jsonl"
+    parents = {
+        "samples": hash_file(samples_file),
+        "guide": guide_hash(guide),
+        **judge_parents(ctx, policy),
+        **ctx.keys("distance"),
+    }
+    metrics = ctx.run.stage("agreement", parents, make, resume=True)
+    say(_sentence(metrics))
+    return metrics
+
+
+def find_guide(ctx: Context) -> Path:
+    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a
+    GPT-2, maybe).
+
+    Raises InputError where there is none.
+    """
+    given = Path(ctx.config.guide.folder).expanduser() if ctx.config.guide.folder else None
+    folder = given if given is not None and is_trained_guide(given) else ctx.run.path / "guide"
+    if not is_trained_guide(folder):
+        raise InputError(
+            f"{folder}: no trained guide is there; make one with train/guide.py, or give it "
+            "(guide=FOLDER)"
+        )
+    return folder
+
+
+def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": first["id"],
+        "first": first["response"],
+        "second": second["response"],
+        "first_tokens": first["n_tokens"],
+        "second_tokens": second["n_tokens"],
+    }
+
+
+def _sentence(metrics: Metrics) -> str:
+    rest = (
+        f"of {metrics['agreement/prompts']:.0f} prompts; {metrics['agreement/ties']:.0f} ties, "
+        f"{metrics['agreement/no_verdict']:.0f} without verdict, "
+        f"{metrics['agreement/identical']:.0f} identical"
+    )
+    if "agreement/rate" not in metrics:
+        return f"agreement: no pair was decided, {rest}"
+    rate, low, high, pairs = (
+        metrics[f"agreement/{name}"] for name in ("rate", "low", "high", "rows")
+    )
+    return (
+        f"agreement: {rate:.1%} ({low:.1%} to {high:.1%}; chance {CHANCE:.0%}) on {pairs:.0f} "
+        f"pairs, {rest}; the longer is worse: {metrics.get('agreement/length_rate', math.nan):.1%}"
+    )

@@ -1,0 +1,75 @@
+"""POLICY/evaluation: held-out likelihood and accuracy, with every answer."""
+
+from pathlib import Path
+from typing import cast
+
+from ldalign.evaluation.held_out import EvaluationSettings, evaluate
+from ldalign.generation.sampling import Sampling
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
+from ldalign.run.context import Context
+from ldalign.run.manifest import hash_model_folder
+from ldalign.system import distributed
+from ldalign.system.files import write_jsonl
+from ldalign.system.metrics import Bar, Metrics, say
+from ldalign.system.partial_rows import FOLDER as PARTS
+
+
+def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
+    """Held-out metrics of `policy` in NAME/evaluation, with every answer it gave; {} where no rows
+    are held out.
+    """
+    e, config = ctx.config.evaluation, ctx.config
+    name = f"{name}/evaluation"
+    if not ctx.heldout.rows:
+        return {}
+    settings = EvaluationSettings(
+        e.samples,
+        Sampling(config.max_new_tokens, e.temperature),
+        config.sampling.batch_rows,
+        config.training.micro_tokens,
+        config.seed,
+        answer_all=config.reward.model is not None,
+    )
+    checkable = sum(row.kind is not None for row in ctx.heldout.rows)
+    unchecked = len(ctx.heldout.rows) - checkable
+
+    def make(folder: Path) -> Metrics:
+        model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
+        answers = checkable * (1 + e.samples) + unchecked * settings.answer_all
+        with Bar(name, answers // distributed.world_size(), "rows") as progress:
+            metrics, records = evaluate(
+                model,
+                ctx.tokenizer,
+                ctx.heldout.rows,
+                ctx.heldout.pairs,
+                settings,
+                ctx.device,
+                folder / PARTS,
+                progress,
+                release=True,
+            )
+        if distributed.rank() == 0:
+            write_jsonl(folder / "answers.jsonl", records)
+        return metrics
+
+    parents: dict[str, str | int | float] = {
+        "policy": hash_model_folder(policy),
+        "data (held-out rows)": ctx.heldout_hash,
+        "dtype": str(ctx.dtype),
+        **ctx.tokenizer.template_parents,
+        **ctx.keys(
+            "max_length", "max_new_tokens", "evaluation.samples", "evaluation.temperature", "seed"
+        ),
+    }
+    if settings.answer_all and unchecked:
+        parents["answers"] = "to every row, for reward.model"
+    metrics = ctx.run.stage(name, parents, make, resume=True)
+    if "accuracy/greedy" in metrics:
+        say(
+            f"{name}: greedy {metrics['accuracy/greedy']:.1%}, sampled "
+            f"{metrics.get('accuracy/sampled', 0):.1%} right, nll {metrics['nll/real']:.4f}"
+        )
+    else:
+        say(f"{name}: nll of real responses {metrics['nll/real']:.4f}")
+    return metrics

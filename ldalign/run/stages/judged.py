@@ -1,0 +1,142 @@
+"""iteration_t/judged: which of two samples a judge prefers."""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from ldalign.data.tokenizer import load_tokenizer, template_date
+from ldalign.evaluation.endpoint import Endpoint
+from ldalign.evaluation.judges import CHECKER, POLICY, Checker, EndpointJudge, Judge, ModelJudge
+from ldalign.generation.sampling import Response
+from ldalign.models.mistral import Mistral
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.weights import check_model, load_model
+from ldalign.run.context import Context, file_hash, find_model
+from ldalign.run.manifest import Parents, hash_model_folder
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages.responses import RESPONSES, response_texts
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import read_jsonl, write_jsonl
+from ldalign.system.metrics import Metrics
+from ldalign.system.partial_rows import FOLDER as PARTS
+
+JUDGED = "judged.jsonl"
+
+ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
+
+
+def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
+    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call
+    it.
+
+    model: POLICY or CHECKER, whatever the keys say. Raises InputError where it is no judge.
+    """
+    j = ctx.config.judge
+    if model is None and j.endpoint is not None:
+        url = j.endpoint
+        return EndpointJudge(
+            lambda: Endpoint(
+                url,
+                j.model,
+                ctx.run.path / ANSWERS,
+                token_cap=j.token_cap,
+                concurrency=j.concurrency,
+                answer_tokens=j.answer_tokens,
+            )
+        )
+    if (model or j.model) == CHECKER:
+        return Checker()
+    folder = _folder(ctx, policy, model or j.model)
+    loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
+    return ModelJudge(
+        loaded,
+        load_tokenizer(folder, today=ctx.run.began),
+        ctx.config.training.micro_tokens,
+        ctx.device,
+    )
+
+
+def check_judge(config: RunConfig) -> None:
+    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As
+    `open_judge`.
+    """
+    if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
+        return
+    if config.judge.endpoint is not None:
+        if importlib.util.find_spec("openai") is None:
+            raise EnvironmentProblem(
+                "judge.endpoint: openai is missing; pip install ldalign[judge]"
+            )
+        return
+    folder = find_model(config, config.judge.model)
+    _check_kind(folder)
+    check_model(folder)
+    load_tokenizer(folder)
+
+
+def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
+    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of
+    `open_judge`.
+    """
+    j = ctx.config.judge
+    if model is None and j.endpoint is not None:
+        return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
+    if (model or j.model) == CHECKER:
+        return {"judge.model": CHECKER}
+    folder = _folder(ctx, policy, model or j.model)
+    dated = template_date(folder, ctx.run.began)
+    return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
+
+
+def _folder(ctx: Context, policy: Path, model: str) -> Path:
+    if model == POLICY:
+        return policy
+    folder = find_model(ctx.config, model)
+    _check_kind(folder)
+    return folder
+
+
+def _check_kind(folder: Path) -> None:
+    kind = read_config(folder).get("model_type")
+    if kind not in ("mistral", "llama"):
+        raise InputError(
+            f"{folder}: model_type {kind!r} cannot judge; give a mistral or llama folder "
+            "(judge.model=PATH)"
+        )
+
+
+def judged_stage(
+    ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None
+) -> list[float]:
+    """How surely the first of each prompt's two responses is the better one, in [0, 1]:
+    iteration_t/judged.
+
+    judge: as in `open_judge`.
+    """
+    name, (rows, _) = f"iteration_{t}/judged", ctx.used
+
+    def make(folder: Path) -> Metrics:
+        texts = response_texts(ctx, responses)
+        preferences = open_judge(ctx, policy, judge).prefer(
+            rows, texts[0::2], texts[1::2], folder / PARTS / "judge"
+        )
+        if distributed.rank() == 0:
+            columns = zip(rows, preferences, strict=True)
+            write_jsonl(
+                folder / JUDGED,
+                ({"id": r.id, "preference": None if math.isnan(p) else p} for r, p in columns),
+            )
+        sure = [abs(2 * p - 1) for p in preferences if not math.isnan(p)]
+        return {
+            "judged/ties": sum(s == 0 for s in sure) / len(rows),
+            "judged/none": 1 - len(sure) / len(rows),
+            "judged/sureness": sum(sure) / max(1, len(sure)),
+        }
+
+    parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
+    ctx.run.stage(name, parents | dict(judge_parents(ctx, policy, judge)), make, resume=True)
+    given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
+    return [math.nan if p is None else p for p in given]
