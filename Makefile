@@ -67,11 +67,11 @@ test-slow: $(VENV)/.dev
 
 reliability: $(VENV)/.dev
 	@status=0; PYTHONSAFEPATH=1 $(PYTEST) --long --junitxml=$(VENV)/reliability.xml \
-		$$($(PY) tests/reliability.py --files) $(ARGS) || status=$$?; \
-	$(PY) tests/reliability.py $(VENV)/reliability.xml; exit $$status
+		$$($(PY) tests/support/reliability.py --files) $(ARGS) || status=$$?; \
+	$(PY) tests/support/reliability.py $(VENV)/reliability.xml; exit $$status
 
 fuzz: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 $(PY) tests/fuzz.py $(ARGS)
+	@PYTHONSAFEPATH=1 $(PY) tests/support/fuzz.py $(ARGS)
 
 # mypy cannot follow the mapping kernels/ -> ldalign.kernels: show it a folder of links laid out as installed.
 lint: $(VENV)/.dev

@@ -3,20 +3,23 @@ on the spot.
 """
 
 import functools
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import faults
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from made_tokenizers import (
+    CHATML_TEMPLATE,
+    ZEPHYR_TEMPLATE,
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+    write_tokenizer_folder,
+)
+from runs import ROOT, run_script
 
 from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
 from ldalign.system import distributed
@@ -49,35 +52,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=long)
 
 
-# Zephyr's template (methods.md, section 2), as its model folder has it
-ZEPHYR_TEMPLATE = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-
-CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog; it was not amused.",
-    "How many clips did Natalia sell altogether in April and May? She sold 48 + 24 = 72 clips.",
-    "<|user|> <|assistant|> <|system|> user assistant system\nlines\n\nand tabs\tand the end too",
-    "Überraschung: naïve café, 10 °C, 3.14159",
-]
-
-
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct, made once into $LDALIGN_CACHE (else ~/.cache/ldalign)."""
@@ -88,78 +62,6 @@ def smollm2_folder() -> Path:
         if "cannot download" not in str(error):
             raise
         pytest.skip(f"the default model needs the network once: {error}")
-
-
-def write_tokenizer_folder(
-    folder: Path, tokenizer: tokenizers.Tokenizer, template: str, **settings: object
-) -> Path:
-    """A folder with tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    # the class that takes tokenizer.json as it is
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **settings,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return folder
-
-
-def sentencepiece_tokenizer(prefix: str = "legacy") -> tokenizers.Tokenizer:
-    """A small BPE laid out like Mistral's: byte fallback; ``prefix``: legacy (Prepend), first or
-    always (Metaspace).
-    """
-    trained = tokenizers.Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(
-        CORPUS * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False)
-    )
-    learnt = json.loads(trained.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    merges = [tuple(merge) for merge in learnt["merges"]]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    if prefix == "legacy":
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    special = [
-        tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")
-    ]
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def byte_level_tokenizer() -> tokenizers.Tokenizer:
-    """A small byte-level BPE with ChatML's control tokens."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -184,36 +86,6 @@ def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---------------------------------------------------------------------------------- a whole toy run
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_script(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """A training script by path, as a person types it: one thread, one rank or several under
-    torchrun.
-    """
-    return subprocess.run(
-        script_command(*arguments, ranks=ranks), capture_output=True, text=True, env=one_thread()
-    )
-
-
-def script_command(*arguments: object, ranks: int = 1) -> list[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*start, *map(str, arguments)]
-
-
-def one_thread() -> dict[str, str]:
-    # PYTHONPATH: `make test` keeps a script's own folder off the import path, and some run files of
-    # this folder.
-    here = str(Path(__file__).parent)
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONPATH": here,
-    }
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Arguments... arguments) {
     kernel<<<grid, kThreads, 0, stream>>>(arguments...);
 }
-#endif  // without nvcc, tests/cuda_on_cpu/cuda_runtime.h has a launch() that runs the kernel on the CPU
+#endif  // without nvcc, tests/support/cuda_on_cpu/cuda_runtime.h has a launch() that runs the kernel on the CPU
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

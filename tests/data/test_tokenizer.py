@@ -1,0 +1,405 @@
+"""Chat templates and ids against transformers; control tokens in messages; hostile and broken model
+folders.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_tokenizers import (
+    CHATML_TEMPLATE,
+    CONVERSATIONS,
+    ZEPHYR_TEMPLATE,
+    as_row,
+    byte_level_tokenizer,
+    copy,
+    messages,
+    sentencepiece_tokenizer,
+)
+from made_tokenizers import write_tokenizer_folder as write_folder
+
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
+from ldalign.system.errors import InputError
+
+LLAMA2_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + "
+    "eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def transformers_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def check_against_transformers(folder: Path, turns) -> None:
+    """Prompt and response ids are those of apply_chat_template, after the one BOS the model may
+    want.
+    """
+    ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
+    pair = ours.pair_ids(as_row(turns))
+    chat = messages(turns)
+    prompt = theirs.apply_chat_template(
+        chat[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    whole = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
+    if (
+        ours.bos_id is not None
+        and ours.prompt_ids(chat[:-1])[0] == ours.bos_id
+        and prompt[0] != ours.bos_id
+    ):
+        prompt, whole = [ours.bos_id, *prompt], [ours.bos_id, *whole]
+    assert pair.prompt == prompt
+    assert pair.prompt + pair.response == whole[: len(prompt) + len(pair.response)]
+    assert pair.response[-1] in ours.end_ids
+    assert not set(pair.response[:-1]) & set(ours.end_ids)
+    # only what comes after the end of the answer is cut away: the template's own line end
+    assert theirs.decode(whole[len(prompt) + len(pair.response) :]).strip() == ""
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_ids_equal_transformers_zephyr(zephyr_folder, turns):
+    check_against_transformers(zephyr_folder, turns)
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_ids_equal_transformers_smollm2(smollm2_folder, turns):
+    check_against_transformers(smollm2_folder, turns)
+
+
+@pytest.mark.parametrize("prefix", ["first", "always", "never"])
+def test_ids_equal_transformers_metaspace(tmp_path, prefix):
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    folder = write_folder(tmp_path, sentencepiece_tokenizer(prefix), ZEPHYR_TEMPLATE, **names)
+    for turns in CONVERSATIONS:
+        check_against_transformers(folder, turns)
+
+
+def test_zephyr_text_and_one_bos(zephyr_folder):
+    tokenizer = load_tokenizer(zephyr_folder)
+    chat = messages(CONVERSATIONS[0])
+    assert tokenizer.render(chat[:1], add_generation_prompt=True) == (
+        "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n"
+    )
+    assert tokenizer.render(chat) == (
+        "<|user|>\nWhat is 12 + 30?</s>\n<|assistant|>\n12 + 30 = 42</s>\n"
+    )
+    prompt = tokenizer.prompt_ids(chat[:1])
+    assert prompt.count(tokenizer.bos_id) == 1
+    # Zephyr's template writes no BOS; its models are trained and served on the rendered text *with*
+    # it
+    theirs = transformers_tokenizer(zephyr_folder)
+    assert prompt == theirs(tokenizer.render(chat[:1], add_generation_prompt=True))["input_ids"]
+
+
+def test_bos_of_the_template_is_not_doubled(zephyr_folder):
+    tokenizer = load_tokenizer(zephyr_folder, template=LLAMA2_TEMPLATE)
+    prompt, response = tokenizer.pair_ids(as_row([("user", "Hi"), ("assistant", "Ho")]))
+    assert prompt[0] == tokenizer.bos_id
+    assert (prompt + response).count(tokenizer.bos_id) == 1
+    doubled = load_tokenizer(zephyr_folder, template="{{ bos_token }}" + LLAMA2_TEMPLATE)
+    with pytest.raises(InputError, match="two 1 '<s>'"):
+        doubled.prompt_ids(messages([("user", "Hi")]))
+
+
+def test_add_bos_token_false_wins(zephyr_folder, tmp_path):
+    folder = copy(zephyr_folder, tmp_path, "tokenizer_config.json", add_bos_token=False)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id not in tokenizer.prompt_ids(messages([("user", "Hi")]))
+
+
+def test_smollm2_ids_are_the_published_ones(smollm2_folder):
+    tokenizer = load_tokenizer(smollm2_folder)
+    system = [
+        1,
+        9690,
+        198,
+        2683,
+        359,
+        253,
+        5356,
+        5646,
+        11173,
+        3365,
+        3511,
+        308,
+        34519,
+        28,
+        7018,
+        411,
+        407,
+        19712,
+        8182,
+    ]
+    assert tokenizer.prompt_ids([{"role": "user", "content": "Hi"}])[: len(system)] == system
+    assert (tokenizer.end_ids, tokenizer.bos_id, tokenizer.vocab_size) == ((2,), 1, 49152)
+
+
+# ---------------------------------------------------------------------------- text is never control
+
+
+def renamed(folder: Path, target: Path, renames: dict[str, str]) -> Path:
+    """The same tokenizer and template with other spellings of its control tokens: the oracle for
+    D8.
+    """
+    target.mkdir()
+    for path in folder.iterdir():
+        text = path.read_text(encoding="utf-8")
+        for old, new in renames.items():
+            text = text.replace(old, new)
+        (target / path.name).write_text(text, encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize(
+    "content", ["a </s> b", "</s>", "</s></s> \n</s", "<s>x<unk>", "<</s>/s>", "<|assistant|>\nI"]
+)
+def test_control_text_in_messages_is_text_sentencepiece(zephyr_folder, tmp_path, content):
+    oracle_folder = renamed(
+        zephyr_folder, tmp_path / "oracle", {"</s>": "⟪end⟫", "<s>": "⟪bos⟫", "<unk>": "⟪unk⟫"}
+    )
+    check_control_text(
+        load_tokenizer(zephyr_folder), transformers_tokenizer(oracle_folder), content
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["a <|im_end|> b", "<|im_end|>", "<|im_start|>user\nI", "<|im_<|im_end|>end|>"]
+)
+def test_control_text_in_messages_is_text_byte_level(chatml_folder, tmp_path, content):
+    names = {"<|im_end|>": "⟪end⟫", "<|im_start|>": "⟪start⟫", "<|endoftext|>": "⟪text⟫"}
+    oracle_folder = renamed(chatml_folder, tmp_path / "oracle", names)
+    check_control_text(
+        load_tokenizer(chatml_folder), transformers_tokenizer(oracle_folder), content
+    )
+
+
+def check_control_text(tokenizer: Tokenizer, oracle, content: str) -> None:
+    turns = [("user", f"u {content}"), ("assistant", f"w {content}")]
+    pair = tokenizer.pair_ids(as_row(turns))
+    expected = oracle.apply_chat_template(messages(turns), tokenize=True, return_dict=False)
+    bos = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    assert pair.prompt + pair.response == (bos + expected)[: len(pair.prompt) + len(pair.response)]
+    assert [i for i in pair.response if i in tokenizer.end_ids] == pair.response[-1:]
+    assert content in tokenizer.decode(pair.response)
+    assert tokenizer.decode(tokenizer.encode(content)) == content
+
+
+def test_control_text_in_role_is_text(chatml_folder):
+    tokenizer = load_tokenizer(chatml_folder)
+    ids = tokenizer.prompt_ids([{"role": "user<|im_end|>", "content": "x"}])
+    assert ids.count(tokenizer.end_ids[0]) == 1
+
+
+def test_added_tokens_not_marked_special(tmp_path):
+    """Role headers and end tokens are control even if tokenizer.json calls them ordinary; <think>
+    stays a token.
+    """
+    backend = byte_level_tokenizer()
+    backend.add_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|stop|>", "<think>"])
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    folder = write_folder(tmp_path, backend, template)
+    ends = [backend.token_to_id(t) for t in ("<|end|>", "<|stop|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer = load_tokenizer(folder)
+    control = [backend.token_to_id(t) for t in ("<|user|>", "<|end|>", "<|assistant|>", "<|stop|>")]
+    text = "<|assistant|><|end|><|stop|><think>"
+    pair = tokenizer.pair_ids(as_row([("user", text), ("assistant", text)]))
+    ids = pair.prompt + pair.response
+    assert [i for i in ids if i in control] == [control[0], control[1], control[2], control[1]]
+    assert ids.count(backend.token_to_id("<think>")) == 2
+    assert tokenizer.decode(pair.response) == text + "<|end|>"
+
+
+def test_private_use_characters_survive(chatml_folder):
+    tokenizer = load_tokenizer(chatml_folder)
+    text = "".join(map(chr, range(0xE000, 0xE008))) + "\ue000:0\ue001 <|im_end|> \ue0020\ue003"
+    pair = tokenizer.pair_ids(as_row([("user", text), ("assistant", text)]))
+    assert tokenizer.decode(pair.response) == text
+    assert tokenizer.decode(pair.prompt).count(text) == 1
+
+
+@pytest.fixture(scope="module")
+def chatml(chatml_folder) -> Tokenizer:
+    return load_tokenizer(chatml_folder)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+CONTROL_TEXTS = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>assistant\n", "<|im_"]
+)
+
+
+@given(st.lists(TEXTS | CONTROL_TEXTS).map("".join))
+def test_any_text_comes_back_and_is_never_control(chatml, text):
+    ids = chatml.encode(text)
+    assert chatml.decode(ids) == text
+    assert all(3 <= i < chatml.vocab_size for i in ids)  # 0 to 2 are the control tokens
+    answer = f"{text}."
+    pair = chatml.pair_ids(as_row([("user", f"{text}?"), ("assistant", f".{answer}")]))
+    assert chatml.decode(pair.response) == f".{answer}"
+    assert [i for i in pair.prompt + pair.response if i < 3] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "12 345", "Zeile\r\n\n", "日本語 🙂", "<|im_start|>\n<|im_end|>", " \t x\u00a0"]
+)
+def test_smollm2_round_trip(smollm2_folder, text):
+    tokenizer = load_tokenizer(smollm2_folder)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(17 <= i < tokenizer.vocab_size for i in ids)  # 0 to 16 are control tokens
+    assert "12 345" not in text or len(ids) == 6  # every digit is a token of its own
+
+
+# -------------------------------------------------------------------------- end ids, size, template
+
+
+@pytest.mark.parametrize("value", [99999, "2", True, [2, None, 99999]])
+def test_end_id_outside_the_vocabulary_is_refused(chatml_folder, tmp_path, value):
+    folder = copy(chatml_folder, tmp_path, "generation_config.json", eos_token_id=value)
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id"):
+        load_tokenizer(folder)
+
+
+def test_template_that_ends_no_answer_is_refused(chatml_folder):
+    tokenizer = load_tokenizer(chatml_folder, template=CHATML_TEMPLATE.replace("<|im_end|>", ""))
+    with pytest.raises(InputError, match="data.jsonl:3: .*without an end token"):
+        tokenizer.pair_ids(as_row(CONVERSATIONS[0], where="data.jsonl:3"))
+
+
+def test_template_order_and_hash(chatml_folder, tmp_path):
+    folder = copy(
+        chatml_folder, tmp_path, "tokenizer_config.json", chat_template="from the json field"
+    )
+    assert load_tokenizer(folder).template == CHATML_TEMPLATE
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(folder).template == "from the json field"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": named})
+    )
+    assert load_tokenizer(folder).template == "d"
+    mine = load_tokenizer(folder, template="mine")
+    assert mine.template == "mine"
+    # sha256 of "mine"
+    assert mine.template_hash == "3fd30542fe3f61b14bd4a4b2dc0b6fb30fa6f63ebce52dd1778aaa8c4dc02cff"
+
+
+def test_folder_without_template_encodes_but_does_not_render(chatml_folder, tmp_path):
+    folder = copy(chatml_folder, tmp_path, "config.json")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    with pytest.raises(InputError, match="no chat template"):
+        tokenizer.render(messages([("user", "x")]))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{% for x in range(10**6) %}a{% endfor %}", "OverflowError"),
+    ],
+)
+def test_failing_template_is_an_input_error(chatml_folder, template, message):
+    with pytest.raises(InputError, match=f"chat template: .*{message}"):
+        load_tokenizer(chatml_folder, template=template).prompt_ids(messages([("user", "x")]))
+
+
+def test_broken_template_is_an_input_error(chatml_folder):
+    with pytest.raises(InputError, match="TemplateSyntaxError"):
+        load_tokenizer(chatml_folder, template="{% for %}")
+
+
+def test_template_extras(chatml_folder):
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m "
+        "| tojson }}"
+    )
+    template += "{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
+    text = load_tokenizer(chatml_folder, template=template).render(
+        messages([("user", "<é>"), ("assistant", "x")])
+    )
+    assert text == '{"role": "user", "content": "<é>"}4'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", None, "tokenizer.json: is missing"),
+        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("tokenizer.json", '{"model": {"type": "?"}}', "tokenizer.json: "),
+        ("tokenizer.json", '{"model": {}, "added_tokens": [3]}', "malformed"),
+        ("tokenizer_config.json", "[]", "expected a JSON object"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "</nowhere>"}',
+            "eos_token '</nowhere>' is not in the vocabulary",
+        ),
+    ],
+)
+def test_broken_folder_is_an_input_error(chatml_folder, tmp_path, name, text, message):
+    folder = copy(chatml_folder, tmp_path, "config.json")
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(folder)
+
+
+def test_truncation_and_padding_of_tokenizer_json_are_ignored(chatml_folder, tmp_path):
+    backend = byte_level_tokenizer()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    folder = write_folder(tmp_path, backend, CHATML_TEMPLATE, eos_token="<|im_end|>")
+    text = "How many clips did Natalia sell?"
+    assert load_tokenizer(folder).encode(text) == load_tokenizer(chatml_folder).encode(text)
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+def test_saved_files_keep_ids_template_and_ends(zephyr_folder, tmp_path):
+    source = copy(
+        zephyr_folder, tmp_path, "generation_config.json", eos_token_id=[2, 5], temperature=0.7
+    )
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": "evil.py"}})
+    )
+    save_tokenizer_files(source, tmp_path / "out")
+    before, after = load_tokenizer(source), load_tokenizer(tmp_path / "out")
+    row = as_row(CONVERSATIONS[1])
+    assert after.pair_ids(row) == before.pair_ids(row)
+    assert (after.end_ids, after.bos_id, after.template_hash) == (
+        before.end_ids,
+        before.bos_id,
+        before.template_hash,
+    )
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (
+        settings["chat_template"]
+        == ZEPHYR_TEMPLATE
+        == (tmp_path / "out" / "chat_template.jinja").read_text()
+    )
+    assert "auto_map" not in settings
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [2, 5], "temperature": 0.7}
+
+
+def test_saved_template_is_the_one_in_use(chatml_folder, tmp_path):
+    save_tokenizer_files(chatml_folder, tmp_path / "out", template="mine")
+    assert load_tokenizer(tmp_path / "out").template == "mine"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "eos_token_id": 2
+    }

@@ -1,0 +1,292 @@
+"""The matrix's C rows: settings and run folders that cannot work; and that all checks come before
+any weights.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from runs import ROOT, run_script
+from toy_context import config_of, open_toy
+
+from ldalign.models import toy, weights
+from ldalign.run import dry_run, folder
+from ldalign.run.folder import RunFolder
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import data
+from ldalign.system.config import load_config
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.train import align
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rat=1", "learning_rat: unknown key; did you mean learning_rate?"),
+        (
+            "sampling.temprature=1",
+            "sampling.temprature: unknown key; did you mean sampling.temperature?",
+        ),
+        ("learning_rate=fast", "learning_rate: 'fast' is not a number"),
+        ("learning_rate=-1", "learning_rate: -1.0 must be greater than 0"),
+        ("learning_rate=nan", "learning_rate: "),
+        ("beta=-0.1", "beta: -0.1 must be greater than 0"),
+        ("beta=.nan", "beta: "),
+        ("beta=inf", "beta: "),
+        (
+            "method=ldalign",
+            "method: 'ldalign' is not one of ld_align, spin, dpo, sft, self_reward, rlaif; did you "
+            "mean",
+        ),
+        ("bad_rows=ignore", "bad_rows: 'ignore' is not one of error, skip"),
+        ("iterations=two", "iterations: 'two' is not an integer"),
+        ("iterations=1__0", "iterations: '1__0' is not an integer"),
+        ("iterations=" + "9" * 5000, "is not an integer"),
+    ],
+)
+def test_C1_wrong_key_or_value(override: str, message: str) -> None:
+    """A key is unknown or misspelt, a value of the wrong type, negative or NaN.
+
+    Expected: one line with the key, and the nearest name where there is one.
+    """
+    with pytest.raises(InputError) as caught:
+        load_config(RunConfig, None, [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]\n",
+        "data: " + "[" * 5000,
+        "data: &d [*d]\n",
+        "beta: !!python/object/apply:os.system [x]\n",
+        'run: "\\UFFFFFFFF"\n',
+        "x" * 1_100_000,
+        "\0",
+        "- 1\n",
+    ],
+    ids=["alias", "brackets", "alias of a key", "object", "escape", "large", "NUL", "list"],
+)
+def test_C1_hostile_yaml(text: str, tmp_path: Path) -> None:
+    """The config file nests without end, asks for Python objects, or is no config at all.
+
+    Expected: one line with the file.
+    """
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        load_config(RunConfig, tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["max_new_tokens=64", "max_length=64"], "max_length=64; the nearest: max_length=65"),
+        (["guide.width=130", "guide.heads=4"], "guide.heads=4; the nearest: guide.width=128"),
+    ],
+)
+def test_C2_contradictions_name_the_nearest_valid_value(overrides: list[str], message: str) -> None:
+    """Two keys contradict each other.
+
+    Expected: one line with both and the nearest value that is valid.
+    """
+    with pytest.raises(InputError) as caught:
+        load_config(RunConfig, None, overrides)
+    assert message in str(caught.value)
+
+
+def test_C2_what_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks cannot be split as shard_ranks says (a global batch needs no divisor: ragged ones
+    are trained on).
+
+    Expected: one line with the nearest number that can.
+    """
+    monkeypatch.setattr("ldalign.system.distributed.world_size", lambda: 8)
+    from ldalign.system import distributed
+
+    with pytest.raises(
+        InputError, match="training.shard_ranks=3: 8 ranks .*training.shard_ranks=2"
+    ):
+        distributed.copies(3)
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "other things", "name too long"])
+def test_C3_run_folder_that_cannot_be(kind: str, tmp_path: Path) -> None:
+    """The run folder is a file, lies below one, holds something else, or has an impossible name.
+
+    Expected: one line with the path.
+    """
+    (tmp_path / "file").write_text("")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("")
+    path = {
+        "file": "file",
+        "below a file": "file/run",
+        "other things": "home",
+        "name too long": "x" * 300,
+    }[kind]
+    with (
+        pytest.raises((InputError, EnvironmentProblem), match=path),
+        RunFolder(tmp_path / path, "seed: 1\n"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "" and len(list((tmp_path / "home").iterdir())) == 1
+
+
+def test_C3_read_only() -> None:
+    """The folder above the run folder is read-only.
+
+    Expected: one line, exit code 3.
+    """
+    # may write anywhere: as somebody else for a moment, in a folder that all may look into
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o555)
+        try:
+            if root:
+                os.seteuid(65534)
+            with (
+                pytest.raises(EnvironmentProblem, match="cannot be written"),
+                RunFolder(Path(above) / "run", ""),
+            ):
+                pass
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_C3_another_run_lives_there(
+    tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
+) -> None:
+    """The run folder holds a run with other settings.
+
+    Expected: one line with the key, its old and its new value.
+    """
+    import shutil
+
+    shutil.copytree(toy_run, tmp_path / "run")
+    argv = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={tmp_path / 'run'}",
+        f"cache={toy_cache}",
+    ]
+    with pytest.raises(InputError, match="sft.learning_rate was 0.003, now 0.001"):
+        align.main([*argv, "sft.learning_rate=1e-3"])
+
+
+def test_C3_two_live_runs(tmp_path: Path) -> None:
+    """A second process opens the run folder of a live one, also with --dry-run.
+
+    Expected: one line with host and pid of the first, exit code 3.
+    """
+    script = f"""
+from pathlib import Path
+from ldalign.run.folder import RunFolder
+with RunFolder(Path({str(tmp_path / "run")!r}), ""):
+    print("ready", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
+        match = rf"in use by host \S+ pid {holder.pid};"
+        with (
+            pytest.raises(EnvironmentProblem, match=match),
+            folder.RunFolder(tmp_path / "run", ""),
+        ):
+            pass
+        with pytest.raises(EnvironmentProblem, match=match):
+            dry_run.dry_run(open_toy(tmp_path), [])
+        holder.kill()
+
+
+def test_exit_code_and_one_line(tmp_path: Path) -> None:
+    """The command line, in a process of its own: exit code 2, one line, no run
+    folder left behind.
+    """
+    done = run_script(
+        ROOT / "train/align.py",
+        "policy=toy",
+        f"data={tmp_path}/none.jsonl",
+        f"run={tmp_path / 'run'}",
+        f"cache={tmp_path / 'cache'}",
+        "--dry-run",
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().split("\n")[-1].startswith("ldalign: error: ")
+        and "none.jsonl: no such" in done.stderr
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("fault", ["data", "template", "shard", "guide"])
+def test_faults_are_found_before_any_weights(
+    fault: str,
+    dry: list[str],
+    tmp_path: Path,
+    toy_cache: Path,
+    in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bad data, template, shards or guide end a run, and a dry run, before any weights are read or
+    a stage is made.
+    """
+
+    def no_weights(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(weights, "fill", no_weights)
+    model = toy.write_toy_model(tmp_path / "model")
+    options = [f"policy={model}"]
+    if fault == "data":
+        (tmp_path / "rows.jsonl").write_text("{\n")
+        options.append(f"data={tmp_path / 'rows.jsonl'}")
+    elif fault == "template":
+        (model / "chat_template.jinja").write_text("{{ 'a' * 10**9 }}")
+    elif fault == "shard":
+        (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    else:
+        (tmp_path / "guide").mkdir()
+        options.append(f"guide={tmp_path / 'guide'}")
+    config = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={tmp_path / 'run'}",
+        f"cache={toy_cache}",
+    ]
+    with pytest.raises(
+        InputError, match="rows.jsonl:1:2|SecurityError|bytes expected|guide/config.json"
+    ):
+        align.main([*config, *options, *dry])
+    assert not list((tmp_path / "run").glob("*/manifest.json"))
+
+
+def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:
+    """--dry-run in the folder of a run whose data file was changed says so, as the run itself
+    would.
+    """
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"Say {i}.", "response": f"{i}"}) + "\n" for i in range(200))
+    )
+    with RunFolder(Path(config_of(tmp_path).run), "") as run:
+        ctx = open_toy(tmp_path, f"data={rows}")
+        assert run.path == ctx.run.path
+        data.data_stage(ctx)
+    dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])
+    rows.write_text(rows.read_text().replace("Say 1", "Tell 1"))
+    with pytest.raises(
+        InputError,
+        match=r"rows\.jsonl: changed since this run began: sha256 was "
+        r"\w{64}, now \w{64};",
+    ):
+        dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])

@@ -1,0 +1,304 @@
+"""The matrix's rows on the run folder as a whole: its date, what a refused command leaves of it,
+room on the disk.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+from toy_context import open_toy
+
+from ldalign.data import tokenizer
+from ldalign.models import toy, weights
+from ldalign.run import disk, folder, manifest
+from ldalign.run.folder import RunFolder
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.train import align, generate, sft
+from ldalign.training import checkpoint
+
+DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n" + toy.TEMPLATE
+HELLO = [{"role": "user", "content": "Hello"}]
+SetDay = Callable[[int, int, int], None]
+
+
+def arguments(run: Path, *more: str) -> list[str]:
+    """Few rows and short answers, by the model beside the run folder."""
+    return [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={run}",
+        f"cache={run.parent}",
+        f"policy={run.parent}/model",
+        "max_rows=4",
+        "max_new_tokens=3",
+        "sft.epochs=0",
+        "evaluation.rows=0",
+        "report=table",
+        *more,
+    ]
+
+
+@pytest.fixture
+def set_day(monkeypatch: pytest.MonkeyPatch) -> SetDay:
+    """Sets the clock's date."""
+
+    def set_to(*day: int) -> None:
+        clock = type("Clock", (date,), {"today": staticmethod(lambda: date(*day))})
+        for module in (folder, tokenizer):
+            monkeypatch.setattr(module, "date", clock)
+
+    return set_to
+
+
+@pytest.fixture
+def begun(tmp_path: Path, set_day: SetDay, in_process: None) -> Path:
+    """A run folder with rows and responses, begun on 30 January 2026 by a model whose template
+    writes the date.
+    """
+    model = toy.write_toy_model(tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DATED)
+    set_day(2026, 1, 30)
+    generate.main(arguments(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
+    """(time of change, content) of every file but the lock."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
+    return {
+        str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files
+    }
+
+
+def test_T12_prompts_keep_the_day_the_run_began(
+    begun: Path, set_day: SetDay, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A chat template writes today's date (strftime_now), and the run is gone on with on another
+    day.
+
+    Expected: the same prompts, nothing is made again; a new run has its own day. A lost or other
+    date is refused.
+    """
+    assert json.loads((begun / "started.json").read_text()) == {"date": "2026-01-30"}
+    manifest = json.loads((begun / "iteration_0/responses/manifest.json").read_text())
+    assert manifest["parents"]["template's date"] == "2026-01-30"
+    before = state_of(begun / "iteration_0"), state_of(begun / "data")
+    set_day(2026, 2, 1)
+    generate.main(arguments(begun))
+    assert "iteration_0/responses: already done" in capfd.readouterr().err
+    assert (state_of(begun / "iteration_0"), state_of(begun / "data")) == before
+    model = f"policy={begun.parent}/model"
+    for run, day in ((begun, "30 Jan 2026"), (begun.with_name("new"), "01 Feb 2026")):
+        assert f"Today is {day}." in open_toy(begun.parent, model, f"run={run}").tokenizer.render(
+            HELLO
+        )
+
+    (begun / "started.json").write_text("{")
+    with pytest.raises(InputError, match=r"started\.json: not readable; write the day"):
+        generate.main(arguments(begun))
+    (begun / "started.json").unlink()
+    with pytest.raises(InputError, match="template's date was '2026-01-30', now '2026-02-01'"):
+        generate.main(arguments(begun))
+    assert not (begun / "started.json").exists()
+
+
+def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) -> None:
+    """generate.py on a file of prompts, gone on with on another day.
+
+    Expected: the same prompts, whether it was finished or cut short.
+    """
+    prompts, out = begun.with_name("prompts.jsonl"), begun.with_name("out")
+    prompts.write_text('{"prompt": "Hello"}\n')
+    options = arguments(begun, f"prompts={prompts}", f"output={out}")
+    generate.main(options)
+    before = state_of(out)
+    set_day(2026, 2, 1)
+    generate.main(options)
+    assert state_of(out) == before and generate.began(out) == date(2026, 1, 30)
+    parents = json.loads((out / "manifest.json").read_text())["parents"]
+    partial = out.rename(out.with_name("out.partial"))
+    (partial / "manifest.json").unlink()
+    (partial / "parents.json").write_text(json.dumps(parents))
+    assert generate.began(out) == date(2026, 1, 30)
+    for wrong in (3, "then"):
+        (partial / "parents.json").write_text(json.dumps({**parents, "template's date": wrong}))
+        assert generate.began(out) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sampling.temperature=0.5", "sampling.temperature was 1.0, now 0.5"),
+        ("seed=1", r"data \(training rows\) was"),
+        ("policy=nowhere", "nowhere': no such folder"),
+        ("beta=0.2", "in use by"),
+    ],
+    ids=["settings", "data", "model", "lock"],
+)
+def test_C3_a_refused_command_changes_nothing(begun: Path, change: str, message: str) -> None:
+    """A command with other settings, data or model than the run's, or while another process holds
+    the lock.
+
+    Expected: config.yaml and environment.json stay, like every other file.
+    """
+    before = state_of(begun)
+    assert {"config.yaml", "environment.json"} <= before.keys()
+    holder = RunFolder.lock(begun) if message == "in use by" else None
+    with pytest.raises((InputError, EnvironmentProblem), match=message):
+        generate.main(arguments(begun, change))
+    assert state_of(begun) == before
+    if holder:
+        holder.close()
+    generate.main(arguments(begun, "beta=0.2"))  # which no stage that is there depends on
+    assert "beta: 0.2" in (begun / "config.yaml").read_text()
+
+
+# --------------------------------------------------------------------------------------------- disk
+
+
+def limit_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+
+
+def test_T6_no_room_is_said_before_anything_is_made(
+    tmp_path: Path, toy_cache: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has less room than the run needs.
+
+    Expected: exit 3 before any weights are read: folder, bytes needed and free, what to lower. One
+    byte more is enough.
+    """
+
+    def no_weights(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(weights, "fill", no_weights)
+    run = tmp_path / "run"
+    argv = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        f"run={run}",
+        f"cache={toy_cache}",
+        "checkpoint.keep=4",
+    ]
+    limit_disk(monkeypatch, 1000)
+    with pytest.raises(EnvironmentProblem) as caught:
+        align.main(argv)
+    assert caught.value.exit_code == 3
+    lower = ("checkpoint.keep=4", "checkpoint.minutes=null", "policy_dtype=float32", "iterations=2")
+    for part in (f"{run}: the run needs about ", " 1000 bytes are free", "run=NAME", *lower):
+        assert part in str(caught.value)
+    assert not list(run.rglob("manifest.json")) and not (run / "config.yaml").exists()
+    ctx = open_toy(toy_cache)
+    names = align.planned(ctx.config)
+    limit_disk(monkeypatch, 10**9)
+    needed = disk.check_disk(ctx, names, run).needed
+    limit_disk(monkeypatch, needed)
+    assert disk.check_disk(ctx, names, run).needed == needed
+    limit_disk(monkeypatch, needed - 1)
+    with pytest.raises(
+        EnvironmentProblem, match=f"about {needed} bytes of disk .*, {needed - 1} bytes are free"
+    ):
+        disk.check_disk(ctx, names, run)
+
+
+def test_the_worst_moment_is_counted() -> None:
+    assert disk.at_worst([]) == 0
+    assert disk.at_worst([disk.Need(10, 10), disk.Need(5, 30), disk.Need(5, 20)]) == 40
+    assert disk.at_worst([disk.Need(10, 10), disk.Need(5, 30), disk.Need(25, 26)]) == 41
+    assert disk.at_worst([disk.Need(10, 40, there=30), disk.Need(25, 25)]) == 10
+    assert disk.at_worst([disk.Need(1, 2, there=9)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "most"),
+    [
+        ("checkpoint.minutes=null", 0),
+        ("checkpoint.steps=3", 3),
+        ("checkpoint.keep=9", 7),
+        ("checkpoint.minutes=null checkpoint.steps=4", 1),
+        ("checkpoint.minutes=null checkpoint.steps=8", 0),
+    ],
+)
+def test_no_more_checkpoints_are_counted_than_can_be(keys: str, most: int, toy_cache: Path) -> None:
+    """Of a stage of 8 steps: those kept and one more, none after the last step; by time, they may
+    follow any step.
+    """
+    ctx = open_toy(toy_cache, *keys.split())
+    assert disk._checkpoints(ctx, 8) == most and disk._checkpoints(ctx, 0) == 0
+
+
+def test_what_is_there_is_not_needed(tmp_path: Path) -> None:
+    ctx = open_toy(tmp_path, "checkpoint.minutes=null")
+    names = ["sft/policy", "iteration_0/policy"]
+
+    def needed() -> int:
+        return disk.check_disk(ctx, names, tmp_path).needed
+
+    whole = needed()
+    partial = tmp_path / "run/sft/policy.partial"
+    partial.mkdir(parents=True)
+    (partial / "half.safetensors").write_bytes(bytes(5000))
+    assert needed() == whole - 5000
+    shutil.rmtree(partial)
+    (tmp_path / "run/sft/policy").mkdir()
+    (tmp_path / "run/sft/policy/manifest.json").touch()
+    weights_of = weights.count_parameters(weights.check_model(ctx.start))
+    # a policy in float32, with its tokenizer
+    assert whole - needed() == pytest.approx(4 * weights_of, rel=0.1)
+
+
+@pytest.fixture
+def largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes in the run folder whenever a checkpoint or a stage is whole."""
+    sizes = []
+
+    def watch(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: object) -> object:
+            sizes.append(
+                sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+            )
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(checkpoint.Checkpoints, "_finish")
+    watch(manifest, "_name")
+    yield sizes
+
+
+@pytest.mark.parametrize("options", ["checkpoint.steps=1", "checkpoint.minutes=null"])
+def test_the_estimate_is_close(
+    options: str, tmp_path: Path, toy_cache: Path, in_process: None, largest: list[int]
+) -> None:
+    """To what lies in the run folder at the worst moment of a small SFT: two checkpoints and a
+    third, or none.
+    """
+    argv = [
+        "sft.rows=16",
+        "sft.global_batch=4",
+        "sft.epochs=1",
+        "evaluation.rows=0",
+        "report=table",
+        options,
+    ]
+    ctx = open_toy(toy_cache, *argv)
+    estimated = disk.check_disk(ctx, ["sft/policy"], tmp_path).needed
+    distributed.stop()
+    sft.main(
+        [
+            "--config",
+            str(ROOT / "configs/toy.yaml"),
+            f"run={tmp_path / 'run'}",
+            f"cache={toy_cache}",
+            *argv,
+        ]
+    )
+    assert estimated == pytest.approx(max(largest), rel=0.1)

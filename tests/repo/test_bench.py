@@ -1,0 +1,333 @@
+"""The benchmarks: that every script runs, that all sides do the same work, that costs and
+attribution are right.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldalign.models.mistral import MistralConfig
+from ldalign.models.toy import CONFIG, random_mistral
+
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of bench/, and forgets all of them after the test: their names are not ours
+    alone.
+    """
+    for folder in (BENCH / "peers", BENCH):
+        monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(BENCH):
+            del sys.modules[name]
+
+
+def run_bench(
+    script: str, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A benchmark as `make bench` runs it, on one thread; a script's own folder is on its import
+    path.
+    """
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ------------------------------------------------------------------------------------------ scripts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "more", "name"),
+    [
+        ("step.py", ["--precisions", "bfloat16"], "step-cpu"),
+        ("growth.py", [], "growth-cpu"),
+        ("generate.py", [], "generate-cpu"),
+        ("compile.py", [], "compile-cpu"),
+    ],
+)
+def test_our_side_of_every_benchmark_runs(
+    tmp_path: Path, script: str, more: list[str], name: str
+) -> None:
+    run_bench(script, "--small", "--no-peers", "--results", tmp_path, *more)
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    page = (tmp_path / f"{name}.md").read_text()
+    assert result["small"] and "Made with --small" in page and "not run: exit code" not in page
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json", f"{name}.md"}
+
+
+@pytest.mark.slow
+def test_profile_accounts_for_all_the_time(tmp_path: Path) -> None:
+    run_bench("profile_train.py", "--small", "--results", tmp_path)
+    result = json.loads((tmp_path / "profile-cpu.json").read_text())
+    training, generation = result["sections"]
+    for section, busy in (
+        (training, ("attention", "MLP", "head", "elementwise", "optimizer")),
+        (generation, ("attention", "MLP", "head", "elementwise", "sampler")),
+    ):
+        seconds = {part["part"]: part["seconds"] for part in section["parts"]}
+        assert all(seconds[part] > 0 for part in busy), seconds
+        assert sum(seconds.values()) == pytest.approx(section["seconds"], rel=0.2)
+    assert {p.name for p in tmp_path.glob("*.json.gz")} == {
+        "trace-training-cpu.json.gz",
+        "trace-generation-cpu.json.gz",
+    }
+
+
+def test_benchmarks_are_chosen_by_name() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "run.py"), "--only", "stepp"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--only stepp: choose from kernels, step" in done.stderr
+
+
+# ----------------------------------------------------------------------------- all do the same work
+
+
+@pytest.mark.slow
+def test_the_padded_loop_trains_on_the_same_loss(tmp_path: Path, toy_cache: Path) -> None:
+    """Float32, one model folder, the same pairs in the same order: the losses of the first step are
+    one number.
+    """
+    pytest.importorskip("transformers")
+    run_bench(
+        "step.py",
+        "--policy",
+        "toy",
+        "--cache",
+        toy_cache,
+        "--lengths",
+        "short",
+        "--repeat",
+        1,
+        "--batch",
+        2,
+        "--precisions",
+        "float32",
+        "--results",
+        tmp_path,
+        LDALIGN_PEER_TRANSFORMERS=sys.executable,
+    )
+    ours, padded = json.loads((tmp_path / "step-cpu.json").read_text())["tables"][0]["rows"]
+    assert padded["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-4)
+    assert padded["time_ratio"] > 0 and ours["time_ratio"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_padded_guide_measures_the_same_distances(tmp_path: Path) -> None:
+    run_bench(
+        "guide.py", "--small", "--results", tmp_path, LDALIGN_PEER_TRANSFORMERS=sys.executable
+    )
+    (table,) = json.loads((tmp_path / "guide-cpu.json").read_text())["tables"]
+    assert all(
+        table[task]["ldalign"]["median_seconds"] > 0
+        for task in ("guide_training", "guide_distance")
+    )
+    pytest.importorskip("transformers")
+    assert table["guide_distance"]["largest_relative_difference"] < 1e-4
+    assert table["guide_training"]["time_ratio"] > 0
+
+
+def test_ours_trains_in_the_order_given(bench: Any) -> None:
+    pairs = bench("work").make_pairs(bench("work").LENGTHS["short"], 7, 100)
+    ours = bench("ours")
+    laid = ours.in_train_order(pairs)
+    batches = importlib.import_module("ldalign.training.batches")
+    taken = [
+        laid[i].prompt for _, batch in batches.global_batches(7, 3, 1, ours.SEED) for i in batch
+    ]
+    assert taken == [pair["prompt"] for pair in pairs]
+
+
+def test_growth_leaves_out_what_would_not_fit(bench: Any) -> None:
+    growth = bench("growth")
+    said = growth.measure_side(growth.SIDES[0], {}, 32, {"ldalign": (16, 1e6)}, "cpu")
+    assert said["skipped"].startswith("needs up to 2000000 GiB, ")
+
+
+# -------------------------------------------------------------------------------------------- pairs
+
+
+def test_pairs_have_the_lengths_of_gsm8k(bench: Any) -> None:
+    """Means, 95th percentiles and correlation of 2,500 rows of GSM8K, as measured
+    (bench/work.py).
+    """
+    work = bench("work")
+    pairs = work.make_pairs(work.LENGTHS["gsm8k"], 2500, 1000)
+    prompt, real, generated = (
+        np.array([len(p[name]) for p in pairs]) for name in ("prompt", "real", "generated")
+    )
+    assert prompt.mean() == pytest.approx(90, rel=0.03) and np.percentile(
+        prompt, 95
+    ) == pytest.approx(132, rel=0.05)
+    for response in (real, generated):
+        assert response.mean() == pytest.approx(124, rel=0.03)
+        assert np.percentile(response, 95) == pytest.approx(228, rel=0.06)
+        assert np.corrcoef(np.log(prompt), np.log(response))[0, 1] == pytest.approx(0.54, abs=0.06)
+    assert pairs[:5] == work.make_pairs(work.LENGTHS["gsm8k"], 5, 1000)
+
+
+def test_what_is_said_of_the_pairs(bench: Any) -> None:
+    """Two pairs of (2, 3, 1) and (1, 1, 4) tokens: 12 in all, 3 of them prompt; padded, 4 rows of
+    5.
+    """
+    pair = {"prompt": [1] * 2, "real": [1] * 3, "generated": [1]}
+    other = {"prompt": [1], "real": [1], "generated": [1] * 4}
+    said = bench("work").describe([[pair, other]])
+    assert said == {
+        "pairs": 2,
+        "tokens_per_pair": 6,
+        "prompt_share": 0.25,
+        "padded_over_packed": 20 / 12,
+    }
+    assert bench("work").tokens_of([bench("work").even_pair(128, 100)]) == 128
+
+
+# -------------------------------------------------------------------------------------------- costs
+
+
+def test_costs_count_the_products_that_a_step_multiplies(bench: Any) -> None:
+    """Against torch's counter over a real forward and backward, and the mask counted one by one."""
+    work = bench("work")
+    pair = {"prompt": [3] * 5, "real": [4] * 4, "generated": [5] * 3}
+    shape, N, M = work.Shape.of(CONFIG), 12, 7
+    model = random_mistral(MistralConfig.from_json(CONFIG, "toy"), 0)
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(
+            torch.zeros(1, N, dtype=torch.int64),
+            None,
+            lambda hidden, weight: (hidden[:M] @ weight.T).sum(),
+        ).backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    seen = (
+        sum(i + 1 for i in range(5))
+        + sum(5 + i + 1 for i in range(4))
+        + sum(5 + i + 1 for i in range(3))
+    )
+    scores = 3 * shape.layers * 4 * shape.H * shape.E * seen
+    assert work.step_flops(shape, [pair]) == products + scores
+
+
+def test_generation_reads_the_weights_once_a_token(bench: Any) -> None:
+    work = bench("work")
+    shape = work.Shape.of(CONFIG)
+    few, more = (work.generation_costs(shape, [4, 4], tokens, 2)["MLP"] for tokens in (2, 3))
+    weights = shape.layers * sum(i * o for i, o in shape.mlp_products)
+    rows = shape.layers * 2 * sum(i + o for i, o in shape.mlp_products)
+    assert more.bytes - few.bytes == 2 * (weights + rows)
+    assert more.flops - few.flops == 2 * 2 * weights
+
+
+# -------------------------------------------------------------------------------------- attribution
+
+
+class MLP(torch.nn.Module):
+    """Named as the part it is put into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).tanh()
+
+
+def test_the_backward_belongs_to_its_forward(bench: Any) -> None:
+    script: ModuleType = bench("profile_train")
+    model = torch.nn.Sequential(MLP())
+    script.put_ranges(model)
+    x = torch.ones(8, 64, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(script.WHOLE):
+        model((x * 2.0).sigmoid()).sum().backward()
+    events = profiler.events()
+    forward = script.forward_parts(events)
+    parts = {e.name: script.part_of(e, forward) for e in events}
+    assert parts["aten::tanh"] == parts["TanhBackward0"] == parts["aten::tanh_backward"] == "MLP"
+    assert (
+        parts["aten::sigmoid"]
+        == parts["SigmoidBackward0"]
+        == parts["aten::sigmoid_backward"]
+        == "other"
+    )
+    seconds = script.times_by_part(events, False)
+    assert set(seconds) == {"MLP", "other", "idle"} and all(value > 0 for value in seconds.values())
+
+
+# ------------------------------------------------------------------------------------- environments
+
+
+def test_a_peer_whose_environment_cannot_be_made_is_a_row_that_says_so(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments, common = bench("environments"), bench("common")
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/bench-nobody.txt").write_text("nobody==1.0\n")
+    tried = []
+
+    def fail(*_: object) -> None:
+        tried.append(1)
+        raise subprocess.CalledProcessError(
+            1, "pip", stderr="ERROR: No matching distribution found for nobody==1.0\n"
+        )
+
+    monkeypatch.setattr(venv, "create", lambda folder, **_: folder.mkdir())
+    monkeypatch.setattr(environments, "install", fail)
+    for _ in range(2):  # the second time nothing is tried again
+        with pytest.raises(
+            environments.PeerMissing, match="could not be made: ERROR: No matching distribution"
+        ):
+            environments.peer_python("nobody", tmp_path)
+    assert tried == [1] and not (tmp_path / ".venv-nobody").exists()
+    monkeypatch.setenv("LDALIGN_PEER_NOBODY", "/no/such/python")
+    said = common.measure_or_say("peers/padded.py", {}, "nobody")
+    assert said == {"skipped": "LDALIGN_PEER_NOBODY=/no/such/python: no such file"}
+
+
+def test_an_environment_is_made_again_when_its_pins_change(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = bench("environments")
+    (tmp_path / "requirements").mkdir()
+    pins = tmp_path / "requirements/bench-some.txt"
+    made = []
+    monkeypatch.setattr(venv, "create", lambda folder, **_: folder.mkdir())
+    monkeypatch.setattr(environments, "install", lambda python, wanted: made.append(wanted))
+    for text, times in (("some==1\n", 1), ("some==1\n", 1), ("some==2\n", 2)):
+        pins.write_text(text)
+        assert environments.peer_python("some", tmp_path) == tmp_path / ".venv-some/bin/python"
+        assert made == [pins] * times
+
+
+def test_a_failing_peer_leaves_its_last_line(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDALIGN_PEER_TRL", sys.executable)
+    said = bench("common").measure_or_say(
+        "peers/padded.py", {"task": "none", "device": "cpu"}, "trl"
+    )
+    assert said["skipped"].startswith("exit code 1: ") and "Error" in said["skipped"]

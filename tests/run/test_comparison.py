@@ -1,0 +1,141 @@
+"""The comparison of methods: what is shared, how learning rates are chosen, and the arithmetic of
+its differences.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import ROOT
+
+from ldalign.report import comparison
+from ldalign.run.comparison import START, Arm, arm_folder, read_answers, score, validation_ids
+from ldalign.run.settings import CompareConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
+from ldalign.system.files import read_jsonl
+from ldalign.train import compare
+
+OPTIONS = [
+    "iterations=1",
+    "training.steps=2",
+    "compare.seeds=[0, 1]",
+    "compare.learning_rates=[1e-3, 4e-3]",
+    "compare.methods=[sft, spin, ld_align/uniform]",
+    "compare.validation_rows=8",
+    "max_rows=16",
+    "global_batch=8",
+    "evaluation.samples=1",
+    "max_new_tokens=8",
+]
+
+
+def config_of(*overrides: str) -> CompareConfig:
+    return load_config(CompareConfig, ROOT / "configs/toy.yaml", [*OPTIONS, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.methods=[sft, spinn]", "'spinn' is not METHOD or ld_align/WEIGHTS"),
+        ("compare.methods=[spin/shuffled]", "'spin/shuffled' is not METHOD"),
+        ("compare.methods=[spin, rlaif]", "'rlaif' is not METHOD"),
+        ("weights=uniform", "weights: compare.methods says what is compared"),
+        ("training.steps=null", "training.steps: must be given"),
+        ("compare.validation_rows=26", "leaves none of evaluation.rows=26 to report"),
+        ("compare.learning_rates=[0.0]", "must be greater than 0"),
+        ("compare.seeds=[]", "must be not empty"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config_of(override)
+
+
+def test_a_comparison_and_its_resumption(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three methods, two rates, two seeds: 9 trainings from one start; the second call makes none
+    of them again.
+    """
+    run = tmp_path / "run"
+    arguments = [
+        "--config",
+        str(ROOT / "configs/toy.yaml"),
+        *OPTIONS,
+        f"run={run}",
+        f"cache={toy_cache}",
+    ]
+    compare.main(arguments)
+    made = sorted(path.parent.parent.name for path in run.glob("seed_*/*/iteration_0/policy"))
+    assert len(made) == 9
+    summary = json.loads((run / "report/comparison.json").read_text())
+    arms = [Arm.of(name) for name in ("sft", "spin", "ld_align/uniform")]
+    config = config_of(f"run={run}")
+    rates = summary["learning_rates"]
+    # One sampling and one guide a seed, shared by hard links.
+    for seed in (0, 1):
+        folders = list((run / f"seed_{seed}").glob("*/iteration_0/responses/responses.jsonl"))
+        assert len(folders) > 1 and len({path.stat().st_ino for path in folders}) == 1
+    # Weights of 1 are SPIN: the same answers, to the last bit of their likelihood.
+    if rates["spin"] == rates["ld_align/uniform"]:
+        one, two = (
+            read_jsonl(
+                arm_folder(config, arm, 1, rates[arm.name]) / "iteration_0/evaluation/answers.jsonl"
+            )
+            for arm in arms[1:]
+        )
+        assert one == two
+    # The figures, from the answers: rows that no choice has seen, and differences from the start's
+    # own answers.
+    validation, test = validation_ids(config)
+    assert len(validation) == 8 and len(test) == 18 and not set(validation) & set(test)
+    for arm in arms:
+        tables = [
+            read_answers(arm_folder(config, arm, s, rates[arm.name]) / "iteration_0")
+            for s in (0, 1)
+        ]
+        starts = [read_answers(arm_folder(config, arm, s, rates[arm.name]) / START) for s in (0, 1)]
+        nll = np.mean([[t[i]["nll"] for i in test] for t in tables])
+        gap = nll - np.mean([[t[i]["nll"] for i in test] for t in starts])
+        assert summary["policies"][arm.name]["nll"] == pytest.approx(nll)
+        assert summary["policies"][arm.name]["difference"]["nll"]["mean"] == pytest.approx(gap)
+    text = (run / "report/comparison.md").read_text()
+    assert "| spin - sft |" in text and "| ld_align/uniform |" in text
+    assert (run / "report/comparison.svg").stat().st_size > 5000
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.glob("seed_*/*/iteration_0/policy/model.safetensors")
+    }
+    capfd.readouterr()
+    compare.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "iteration_0/policy: done" not in capfd.readouterr().err
+
+
+def test_rates_are_scored_on_validation_rows_alone() -> None:
+    figures = {
+        "a": {"nll": 1.0, "sampled": 1.0},
+        "b": {"nll": 3.0, "sampled": 0.0},
+        "c": {"nll": 9.0, "sampled": 0.0},
+    }
+    assert score(figures, ["a", "b"]) == 0.5
+    unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
+    assert score(unchecked, ["a", "b"]) == -2.0
+    # evaluation.samples=0
+    greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
+    assert score(greedy, ["a"]) == 1.0
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """Two seeds, three rows: gaps of 1, 2, 3 and 3, 2, 1 have the same mean on every row, so no
+    error over rows.
+    """
+    start = {"nll": np.array([[0.0, 10.0, 20.0]] * 2)}
+    table = {"nll": np.array([[1.0, 12.0, 23.0], [3.0, 12.0, 21.0]])}
+    row = comparison._row(table, start)
+    assert row["nll"] == pytest.approx(12.0) and row["difference"]["nll"]["by_seed"] == [2.0, 2.0]
+    assert row["difference"]["nll"]["mean"] == 2.0 and row["difference"]["nll"]["se"] == 0.0
+    assert row["nll_se"] == pytest.approx(10 / math.sqrt(3))

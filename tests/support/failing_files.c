@@ -1,0 +1,150 @@
+/* A file layer that fails on demand, loaded with LD_PRELOAD by tests/support/faults.py.
+ *
+ * It counts the calls that change what is on disk below one folder: opening for writing, write, truncate, fsync,
+ * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or asked
+ * to stop, or the call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
+ * The clock can be set to another time, for that process alone.
+ */
+#define _GNU_SOURCE
+#undef _FILE_OFFSET_BITS
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { COUNT, KILL, TORN, FULL, BROKEN, STOP };       /* what to do at the chosen point */
+enum { CREATES, WRITES, SYNCS, REMOVES };             /* what a call does: a full disk refuses the first two alone */
+
+static char under[PATH_MAX];
+static long chosen = -1, count;
+static int mode;
+static char ours[65536];                              /* by descriptor: open for writing below `under` */
+
+void failing_files_arm(const char *folder, long at, int what) {
+    strncpy(under, folder, sizeof under - 1);
+    chosen = at, mode = what, count = 0;
+}
+long failing_files_count(void) { return count; }
+
+#define REAL(name) ((typeof(&name))dlsym(RTLD_NEXT, #name))
+
+static int inside(int dir, const char *path) {
+    char whole[2 * PATH_MAX], link[64];
+    if (!under[0] || !path) return 0;
+    if (path[0] != '/') {
+        ssize_t n;
+        if (dir == AT_FDCWD) { if (!getcwd(whole, PATH_MAX)) return 0; }
+        else {
+            snprintf(link, sizeof link, "/proc/self/fd/%d", dir);
+            n = readlink(link, whole, PATH_MAX - 1);
+            if (n < 0) return 0;
+            whole[n] = 0;
+        }
+        strcat(whole, "/");
+        strncat(whole, path, PATH_MAX - 1);
+        path = whole;
+    }
+    return !strncmp(path, under, strlen(under));
+}
+
+/* Whether the call must fail; errno says how. A torn write is the caller's: it gets -2. */
+static int point(int kind) {
+    long now = count++;
+    if (chosen < 0 || now < chosen) return 0;
+    if (mode == FULL) { if (kind > WRITES) return 0; errno = ENOSPC; return -1; }
+    if (now > chosen) return 0;
+    if (mode == KILL) kill(getpid(), SIGKILL);
+    if (mode == STOP) kill(getpid(), SIGTERM);
+    if (mode == TORN) return -2;
+    if (mode == BROKEN) { errno = EIO; return -1; }
+    return 0;
+}
+static void die_if(int torn) { if (torn == -2) kill(getpid(), SIGKILL); }
+
+#define AROUND(kind, is_ours, call)                                     \
+    do {                                                                \
+        int fails = (is_ours) ? point(kind) : 0;                        \
+        if (fails == -1) return -1;                                     \
+        typeof(call) result = (call);                                   \
+        die_if(fails);                                                  \
+        return result;                                                  \
+    } while (0)
+
+static int opened(int fd, int is_ours) {
+    if (fd >= 0 && fd < (int)sizeof ours) ours[fd] = is_ours;
+    return fd;
+}
+static int writes(int flags) { return (flags & (O_CREAT | O_TRUNC)) || (flags & O_ACCMODE) != O_RDONLY; }
+
+#define MODE_ARGUMENT(flags, bits)                                      \
+    mode_t bits = 0;                                                    \
+    if ((flags) & (O_CREAT | O_TMPFILE)) { va_list list; va_start(list, flags); bits = va_arg(list, int); va_end(list); }
+
+#define OPEN(name)                                                      \
+    int name(const char *path, int flags, ...) {                        \
+        MODE_ARGUMENT(flags, bits)                                      \
+        int mine = writes(flags) && inside(AT_FDCWD, path);             \
+        AROUND(CREATES, mine, opened(REAL(name)(path, flags, bits), mine)); \
+    }
+OPEN(open)
+OPEN(open64)
+#define OPENAT(name)                                                    \
+    int name(int dir, const char *path, int flags, ...) {               \
+        MODE_ARGUMENT(flags, bits)                                      \
+        int mine = writes(flags) && inside(dir, path);                  \
+        AROUND(CREATES, mine, opened(REAL(name)(dir, path, flags, bits), mine)); \
+    }
+OPENAT(openat)
+OPENAT(openat64)
+
+static int is_ours(int fd) { return under[0] && fd >= 0 && fd < (int)sizeof ours && ours[fd]; }
+
+int close(int fd) { opened(fd, 0); return REAL(close)(fd); }
+ssize_t write(int fd, const void *bytes, size_t n) {
+    int fails = is_ours(fd) ? point(WRITES) : 0;
+    if (fails == -1) return -1;
+    ssize_t result = REAL(write)(fd, bytes, fails == -2 ? n / 2 : n);
+    die_if(fails);
+    return result;
+}
+ssize_t sendfile(int to, int from, off_t *offset, size_t n) { AROUND(WRITES, is_ours(to), REAL(sendfile)(to, from, offset, n)); }
+ssize_t sendfile64(int to, int from, off64_t *offset, size_t n) { AROUND(WRITES, is_ours(to), REAL(sendfile64)(to, from, offset, n)); }
+int ftruncate(int fd, off_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate)(fd, n)); }
+int ftruncate64(int fd, off64_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate64)(fd, n)); }
+
+static int fd_inside(int fd) {
+    char link[64], path[PATH_MAX];
+    if (!under[0]) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 1);
+    if (n < 0) return 0;
+    path[n] = 0;
+    return !strncmp(path, under, strlen(under));
+}
+int fsync(int fd) { AROUND(SYNCS, fd_inside(fd), REAL(fsync)(fd)); }
+int rename(const char *a, const char *b) { AROUND(SYNCS, inside(AT_FDCWD, a), REAL(rename)(a, b)); }
+int renameat(int d, const char *a, int e, const char *b) { AROUND(SYNCS, inside(d, a), REAL(renameat)(d, a, e, b)); }
+int unlink(const char *path) { AROUND(REMOVES, inside(AT_FDCWD, path), REAL(unlink)(path)); }
+int unlinkat(int dir, const char *path, int flags) { AROUND(REMOVES, inside(dir, path), REAL(unlinkat)(dir, path, flags)); }
+int rmdir(const char *path) { AROUND(REMOVES, inside(AT_FDCWD, path), REAL(rmdir)(path)); }
+int mkdir(const char *path, mode_t bits) { AROUND(CREATES, inside(AT_FDCWD, path), REAL(mkdir)(path, bits)); }
+int chmod(const char *path, mode_t bits) { AROUND(SYNCS, inside(AT_FDCWD, path), REAL(chmod)(path, bits)); }
+
+static long clock_shift;                              /* seconds added to the time of day */
+void failing_files_set_clock(long seconds) { clock_shift = seconds; }
+int clock_gettime(clockid_t id, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = REAL(clock_gettime);
+    int result = real(id, now);
+    if (!result && id == CLOCK_REALTIME) now->tv_sec += clock_shift;
+    return result;
+}

@@ -1,0 +1,285 @@
+"""Rows that are done are kept: every stage that computes row by row is killed and gone on with."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ROOT
+from stage_kills import check_resume
+
+from ldalign import ops
+from ldalign.data import rows
+from ldalign.data.pairs import with_losers
+from ldalign.evaluation.judges import POLICY
+from ldalign.generation.sampling import Response
+from ldalign.models.gpt2 import GPT2Config
+from ldalign.models.guide import Guide, GuideConfig
+from ldalign.models.guide_folder import new_guide, save_guide
+from ldalign.models.toy import write_toy_model
+from ldalign.run import context
+from ldalign.run.folder import RunFolder
+from ldalign.run.settings import RunConfig
+from ldalign.run.stages import distances as distances_module
+from ldalign.run.stages.agreement import agreement_stage
+from ldalign.run.stages.distances import distances_stage
+from ldalign.run.stages.evaluation import evaluation_stage
+from ldalign.run.stages.judged import judged_stage
+from ldalign.run.stages.reference import reference_stage
+from ldalign.run.stages.responses import RESPONSES
+from ldalign.system import distributed, partial_rows
+from ldalign.system.config import load_config, to_yaml
+from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.files import write_jsonl
+from ldalign.system.partial_rows import Parts, table
+
+CHUNKS = [[4, 0], [1], [3, 2]]
+
+
+def thirds(chunk: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([[i / 3, -(10.0 ** (i - 300))] for i in chunk], dtype=torch.float64)
+
+
+def refusal(i: int, value: float) -> str:
+    return f"row {i}: {value}"
+
+
+def test_floats_come_back_as_they_were(tmp_path: Path) -> None:
+    """Through the file, for rows of an earlier start; float32 values too."""
+    path = tmp_path / "parts/x"
+    first = table(CHUNKS, thirds, 2, refusal, path)
+    assert torch.equal(first, thirds(range(5)))
+    assert torch.equal(
+        table(CHUNKS, lambda chunk: pytest.fail("done before"), 2, refusal, path), first
+    )
+    narrow = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        assert torch.equal(
+            table([range(64)], lambda chunk: narrow, 1, refusal, path.with_name("y")).float(),
+            narrow,
+        )
+    assert table([], thirds, 2, refusal).shape == (0, 2)
+
+
+def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Of two ranks' files; one ends in half a chunk and a torn line. Other chunks than before ask
+    for other rows.
+    """
+    path = tmp_path / "parts/x"
+    path.parent.mkdir()
+    path.with_name("x.rank0").write_text("[4, [1.0]]\n[0, [2.0]]\n[3, [5.0]]\n[2, [6.")
+    path.with_name("x.rank1").write_text("[1, [3.0]]\n")
+    asked = []
+
+    def work(chunk: Sequence[int]) -> torch.Tensor:
+        asked.append(list(chunk))
+        return torch.zeros(len(chunk), 1)
+
+    assert table(CHUNKS, work, 1, refusal, path)[:, 0].tolist() == [2.0, 3.0, 0.0, 0.0, 1.0]
+    assert asked == [[3, 2]]
+    assert Parts(path).gather().keys() == set(range(5)) and Parts(path).gather(
+        [[0], [7, 1]]
+    ).keys() == {0}
+
+
+def test_values_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    """The row is named; the chunks before are kept, and the next start asks for the others."""
+    path = tmp_path / "parts/x"
+
+    def spoilt(chunk: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([[math.nan if i == 1 else float(i)] for i in chunk])
+
+    with pytest.raises(NumericsError, match=r"^row 1: nan$"):
+        table(CHUNKS, spoilt, 1, refusal, path)
+    assert Parts(path).read() == {4: [4.0], 0: [0.0]}
+
+
+# --------------------------------------------------------------------------------------- the stages
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """policy/ and guide/, random."""
+    folder = tmp_path_factory.mktemp("models")
+    write_toy_model(folder / "policy")
+    words = [f"It is {i}." for i in range(20)]
+    save_guide(
+        new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)),
+        folder / "guide",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened_once(models: Path) -> context.Context:
+    config = load_config(
+        RunConfig,
+        ROOT / "configs/toy.yaml",
+        [
+            f"policy={models / 'policy'}",
+            f"guide={models / 'guide'}",
+            "max_rows=16",
+            "sft.epochs=0",
+            "dtype=float32",
+            "continual_sft.epochs=0",
+            "evaluation.rows=6",
+            "evaluation.samples=2",
+            "agreement.rows=6",
+            "judge=policy",
+            "max_new_tokens=6",
+            "training.micro_tokens=300",
+            "device=cpu",
+        ],
+    )
+    ctx = context.open_context(RunFolder(models / "run", to_yaml(config)), config)
+    distributed.stop()
+    return ctx
+
+
+@pytest.fixture
+def opened(opened_once: context.Context, in_process: None) -> Callable[..., context.Context]:
+    """The context of a run, and in its folder the responses' file."""
+
+    def open_run(run: Path, **changes: Any) -> context.Context:
+        if not (run / "iteration_0").exists():
+            (run / "iteration_0/responses").mkdir(parents=True)
+            write_jsonl(run / RESPONSES.format(0), [1])  # its hash alone is read
+        return replace(
+            opened_once, run=RunFolder(run, ""), config=replace(opened_once.config, **changes)
+        )
+
+    return open_run
+
+
+def sampled(ctx: context.Context) -> list[Response]:
+    """Two responses a row: those of the two rows after it."""
+    real = [pair.real for pair in ctx.used[1]]
+    return [
+        Response(real[(i + n) % len(real)], "stop", 0.0) for i in range(len(real)) for n in (1, 2)
+    ]
+
+
+def reference(ctx: context.Context, models: Path) -> Any:
+    pairs = with_losers(ctx.used[1], [r.ids for r in sampled(ctx)[::2]], ctx.config.max_length)
+    return reference_stage(ctx, 0, models / "policy", pairs, {})
+
+
+def distances(ctx: context.Context, models: Path) -> Any:
+    losers = sampled(ctx)[::2]
+    pairs = with_losers(ctx.used[1], [r.ids for r in losers], ctx.config.max_length)
+    return distances_stage(ctx, 0, models / "guide", pairs, losers)
+
+
+def judged(ctx: context.Context, models: Path) -> Any:
+    return judged_stage(ctx, 0, models / "policy", sampled(ctx), POLICY)
+
+
+def evaluation(ctx: context.Context, models: Path) -> Any:
+    return evaluation_stage(ctx, "start", models / "policy")
+
+
+def agreed(ctx: context.Context, models: Path) -> Any:
+    return agreement_stage(ctx, models / "policy", models / "guide")
+
+
+STAGES = {
+    "iteration_0/reference": reference,
+    "iteration_0/distances": distances,
+    "iteration_0/judged": judged,
+    "start/evaluation": evaluation,
+    "agreement": agreed,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_stage_is_gone_on_with(
+    stage: str,
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make(run: Path) -> None:
+        STAGES[stage](opened(run), models)
+
+    check_resume(make, stage, lambda name: tmp_path / name, monkeypatch)
+
+
+def test_what_was_begun_from_other_settings_is_refused(
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the key's name; what moves work about alone may change."""
+
+    def fail(*rest: Any) -> None:
+        raise KeyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distances_module, "pair_weights", fail)
+        with pytest.raises(KeyError):
+            distances(opened(tmp_path / "run"), models)
+    assert Parts(
+        tmp_path / "run/iteration_0/distances.partial/parts/distances"
+    ).read().keys() == set(range(16))
+    with pytest.raises(
+        InputError,
+        match="parents.json: made from something else: distance was 'euclidean', now 'cos",
+    ):
+        distances(opened(tmp_path / "run", distance="cosine"), models)
+    monkeypatch.setattr(partial_rows, "append", fail)
+    training = replace(opened(tmp_path / "run").config.training, micro_tokens=1000)
+    distances(opened(tmp_path / "run", training=training), models)
+    assert sorted(p.name for p in (tmp_path / "run/iteration_0/distances").iterdir()) == [
+        "distances.jsonl",
+        "manifest.json",
+        "summary.json",
+    ]
+
+
+def test_a_distance_that_is_nan_names_the_rows_id(
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctx = opened(tmp_path / "run")
+    plain, wanted = Guide.encode, ctx.used[0][3]
+
+    def spoil(guide: Guide, examples: Any) -> torch.Tensor:
+        out = plain(guide, examples)
+        mark = guide.example(rows.prompt_text(wanted), wanted.response)
+        return out * torch.tensor([[math.nan if e == mark else 1.0] for e in examples])
+
+    monkeypatch.setattr(Guide, "encode", spoil)
+    with pytest.raises(NumericsError, match=f"^row {wanted.id}: the latent distance is nan"):
+        distances(ctx, models)
+
+
+def test_a_log_prob_that_is_nan_names_the_rows_id(
+    opened: Callable[..., context.Context],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctx = opened(tmp_path / "run")
+    plain = ops.segment_sum
+    pairs = with_losers(ctx.used[1], [[9]] * 16, ctx.config.max_length)
+    pairs[5] = replace(pairs[5], id="this one", real=[7] * 40)
+
+    def spoil(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        return plain(values, lengths) * torch.tensor(
+            [math.inf if n == 40 else 1.0 for n in lengths]
+        )
+
+    monkeypatch.setattr(ops, "segment_sum", spoil)
+    with pytest.raises(
+        NumericsError, match="^row this one: the log-probability of a response is -inf"
+    ):
+        reference_stage(ctx, 0, models / "policy", pairs, {})
+    assert json.loads((tmp_path / "run/iteration_0/reference.partial/parents.json").read_text())
