@@ -64,8 +64,8 @@ class Example:
 
 
 class Guide(nn.Module):
-    """Encoder, latent, decoder. `forward` gives the reconstruction log-probs, so that FSDP gathers
-    weights for it.
+    """Encoder, latent, decoder. `forward` gives the reconstruction log-probs and `loss` their sum
+    in training: FSDP gathers weights for these two.
     """
 
     def __init__(
@@ -139,61 +139,66 @@ class Guide(nn.Module):
         return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
 
     def decode(
-        self,
-        examples: Sequence[Example],
-        latents: Tensor,
-        hidden_tokens: Tensor | None = None,
-        scale: float | None = None,
+        self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None
     ) -> Tensor:
-        """(M,) float32 log-probs of all response tokens, given latents (B, Z); with a scale, their
-        sum times -scale ().
+        """The log-probs (M,) float32 of all response tokens, given latents (B, Z).
 
-        hidden_tokens (M,) bool: the response tokens the decoder may not read; None: it reads them
-        all.
+        hidden_tokens (M,) bool: the response tokens the decoder may not read; None: it reads all.
+        """
+        return ops.linear_logprob(*self._head_inputs(examples, latents, hidden_tokens))
+
+    def forward(
+        self, examples: Sequence[Example], latents_of: Sequence[int] | None = None
+    ) -> Tensor:
+        """The log-probs (M,) float32 of the examples' response tokens.
+
+        latents_of: whose latent each example is decoded with, as an index into `examples`;
+        NO_LATENT: zeros; None: its own.
+        """
+        latents = self.encode(examples)  # (B, Z)
+        if latents_of is not None:
+            index = torch.tensor(list(latents_of), device=latents.device)
+            latents = latents[index.clamp(min=0)] * (index != NO_LATENT)[:, None]
+        return self.decode(examples, latents)
+
+    def loss(
+        self, examples: Sequence[Example], kept: Tensor, hidden_tokens: Tensor, scale: float
+    ) -> Tensor:
+        """scale times the summed reconstruction loss () of the examples, in training: fused, no
+        log-prob a token is kept (`objective.reconstruction_loss` is this with scale 1 / M).
+
+        kept (B,) bool: the examples that are decoded with their latent, the others with zeros.
+        hidden_tokens (M,) bool: the response tokens that the decoder may not read.
+        """
+        latents = self.encode(examples)  # (B, Z)
+        latents = latents * kept[:, None].to(latents)
+        return ops.sft_loss(*self._head_inputs(examples, latents, hidden_tokens), scale)[0]
+
+    def _head_inputs(
+        self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decoder's head takes: the hidden states (M, D) that predict the response tokens,
+        the output weight (V, D), and those tokens (M,).
         """
         device, m = latents.device, self.config.latent_tokens
         sizes = [m + len(e.prompt) + len(e.response) for e in examples]
         ids = torch.tensor(
             [t for e in examples for t in (*[0] * m, *e.prompt, *e.response)], device=device
-        )
-        ends = torch.tensor(sizes, device=device).cumsum(0)
+        )  # (N,), id 0 where the latent goes
+        ends = torch.tensor(sizes, device=device).cumsum(0)  # (B,)
         starts = ends - torch.tensor(sizes, device=device)
-        prefix = (starts[:, None] + torch.arange(m, device=device)).flatten()
+        prefix = (starts[:, None] + torch.arange(m, device=device)).flatten()  # (B m,)
         lengths = torch.tensor([len(e.response) for e in examples], device=device)
         response = _ranges(ends - lengths, lengths)  # (M,) positions of the response tokens
-        embedded = self.decoder.embedding(ids)
+        embedded = self.decoder.embedding(ids)  # (N, D)
         if hidden_tokens is not None:
             embedded = embedded.index_fill(0, response[hidden_tokens], 0.0)
-        prefix_embeddings = self.from_latent(
-            latents.unflatten(1, (m, -1)).to(embedded.dtype)
-        ).flatten(0, 1)
+        latents = latents.unflatten(1, (m, -1)).to(embedded.dtype)  # (B, m, k)
+        prefix_embeddings = self.from_latent(latents).flatten(0, 1)  # (B m, D)
         embedded = embedded.index_copy(0, prefix, prefix_embeddings.to(embedded.dtype))
         hidden = self.decoder.hidden(embedded, Packed(sizes, device))
-        head = hidden[response - 1], self.decoder.output_weight, ids[response]
-        return ops.linear_logprob(*head) if scale is None else ops.sft_loss(*head, scale)[0]
-
-    def forward(
-        self,
-        examples: Sequence[Example],
-        latents_of: Sequence[int] | None = None,
-        dropout: tuple[Tensor, Tensor] | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """(M,) float32 log-probs of the examples' response tokens; with a scale, their sum times
-        -scale ().
-
-        latents_of: whose latent each example is decoded with, as an index into `examples`;
-        NO_LATENT: zeros; None: its own. dropout: in training, which latents to keep (B,) bool and
-        which response tokens to hide (M,) bool.
-        """
-        latents = self.encode(examples)
-        if latents_of is not None:
-            index = torch.tensor(list(latents_of), device=latents.device)
-            latents = latents[index.clamp(min=0)] * (index != NO_LATENT)[:, None]
-        if dropout is None:
-            return self.decode(examples, latents, scale=scale)
-        kept, hidden_tokens = dropout
-        return self.decode(examples, latents * kept[:, None].to(latents), hidden_tokens, scale)
+        # The token before a response token predicts it; before the first is the prompt's last.
+        return hidden[response - 1], self.decoder.output_weight, ids[response]
 
     @torch.no_grad()
     def distance(

@@ -19,7 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from ldalign.system import exits
@@ -227,6 +232,7 @@ def shard(
     compute_dtype: torch.dtype,
     device: torch.device,
     sharding: Sharding = Sharding(),
+    methods: Sequence[str] = (),
 ) -> nn.Module:
     """FSDP2: each block a group of its own, the rest (embedding, final norm, head) one more. Done
     once; then a no-op.
@@ -235,8 +241,9 @@ def shard(
     do its gradients. They are *summed* over ranks, and over micro-batches, in float32: the loss is
     already divided by the global count, so any split gives the same gradient. A meta-device model
     is only cut: `weights.load_model` then reads the pieces. A rank alone whose weights have the
-    compute dtype already has nothing to gather, cast or reduce: its model is left as it is. Raises
-    InputError where `sharding.ranks` does not divide the number of ranks.
+    compute dtype already has nothing to gather, cast or reduce: its model is left as it is.
+    methods: of the model, for which weights are gathered as for `forward`. Raises InputError where
+    `sharding.ranks` does not divide the number of ranks.
     """
     several = world_size() > 1
     if isinstance(model, FSDPModule) or not (
@@ -258,6 +265,8 @@ def shard(
         wrapped.set_force_sum_reduction_for_comms(True)
         if several:  # alone, a factor would cost one more copy of the gradients
             wrapped.set_gradient_divide_factor(1.0)
+    for name in methods:
+        register_fsdp_forward_method(model, name)
     return model
 
 

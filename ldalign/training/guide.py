@@ -4,7 +4,7 @@ latent is worth.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ldalign.models.guide import NO_LATENT, Example, Guide
-from ldalign.system import distributed, interrupt
+from ldalign.system import distributed
 from ldalign.system.errors import InputError
-from ldalign.system.memory import naming
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.system.seeds import permutation, uniforms
-from ldalign.training.batches import count_steps, deal, global_batches
-from ldalign.training.checkpoint import Checkpoints, Plan, State
-from ldalign.training.loop import forget_refused_step, refuse_step
-from ldalign.training.optim import learning_rate_factor, make_optimizer
+from ldalign.training.batches import count_steps, deal
+from ldalign.training.checkpoint import Plan, State
+from ldalign.training.loop import LoopSettings, Step, optimize
+from ldalign.training.optim import make_optimizer
 
-# What helps where memory does not suffice.
-LOWER = "lower training.micro_tokens, guide.max_tokens or guide.width, or use more ranks"
+# What to lower where memory does not suffice.
+LOWER_TO_TRAIN_GUIDE = (
+    "lower training.micro_tokens, guide.max_tokens or guide.width, or use more ranks"
+)
 
 
 @dataclass(frozen=True)
@@ -69,72 +70,95 @@ def train_guide(
         )
     order = permutation(seed, "guide/heldout", len(rows))
     unseen, seen = [rows[i] for i in order[:heldout]], [int(i) for i in order[heldout:]]
-    distributed.shard(guide, guide.blocks, torch.float32, device)
+    distributed.shard(guide, guide.blocks, torch.float32, device, methods=("loss",))
     guide.train()
     optimizer = make_optimizer(
         guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98)
     )
     steps = count_steps(len(seen), settings.global_batch, settings.epochs)
-    metrics_log = MetricsLog(metrics_path, "guide")
-    keeper = Checkpoints(checkpoints, guide, optimizer, metrics_path)
-    state: State = keeper.resume() or {"step": 0}
-    forget_refused_step(metrics_path)
-    began = time.perf_counter()
-    tokens = 0
-    with interrupt.held():
-        for step, (epoch, batch) in enumerate(
-            global_batches(len(seen), settings.global_batch, settings.epochs, seed)
-        ):
-            tokens += sum(len(e.prompt) + len(e.response) for i in batch for e in rows[seen[i]])
-            if step < state["step"]:
-                continue
-            keyed = [(rows[seen[i]], f"guide/{epoch}/{seen[i]}") for i in batch]
-            with naming(lambda: _too_large(keyed, settings, step), LOWER):  # noqa: B023 (called at once)
-                loss = accumulate_gradients(guide, keyed, settings.micro_tokens, seed, device)
-                norm = float(distributed.clip_grad_norm(guide, settings.max_grad_norm))
-            if not np.isfinite(loss) or not np.isfinite(norm):
-                keeper.write(step, state)
-                names = [ids[seen[i]] if ids else f"row {seen[i]}" for i in batch]
-                refuse_step(names, "guide", step, loss, norm, metrics_path)
-            factor = learning_rate_factor(step, steps, settings.warmup_ratio, "cosine")
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            with naming(lambda: _too_large(keyed, settings, step), LOWER):  # noqa: B023
-                optimizer.step()
-            optimizer.zero_grad()
-            state["step"] = step + 1
-            record = {
-                "global_step": step + 1,
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": settings.learning_rate * factor,
-            }
-            if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
-                text = (
-                    f"step {step + 1}/{steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s"
-                )
-                metrics_log.write(record, text)
-            keeper.after_step(step + 1, step + 1 == steps, state)
+    loop = LoopSettings(
+        rows=len(seen),
+        global_batch=settings.global_batch,
+        epochs=settings.epochs,
+        steps=steps,
+        stop=steps,
+        learning_rate=settings.learning_rate,
+        warmup_ratio=settings.warmup_ratio,
+        schedule="cosine",
+        max_grad_norm=settings.max_grad_norm,
+    )
+    optimize(
+        guide,
+        optimizer,
+        _GuideTask(guide, rows, seen, settings, steps, device, seed, ids),
+        loop,
+        seed=seed,
+        stage="guide",
+        lower=LOWER_TO_TRAIN_GUIDE,
+        begin={},
+        metrics_path=metrics_path,
+        checkpoints=checkpoints,
+    )
     guide.eval()
     losses = heldout_losses(guide, unseen, settings.micro_tokens, device)
     text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-    metrics_log.write(losses, f"held-out nats/token: {text}")
+    MetricsLog(metrics_path, "guide").write(losses, f"held-out nats/token: {text}")
     if losses["latent_gain"] <= 0:
         say(
             f"guide: WARNING: latent_gain is {losses['latent_gain']:.4f}, not positive: the "
             "decoder ignores the latent and distances say nothing; raise guide.epochs, "
             "guide.latent_tokens or guide.token_dropout, or add data"
         )
-    return losses | {"tokens": tokens}
+    tokens = sum(len(e.prompt) + len(e.response) for i in seen for e in rows[i])
+    return losses | {"tokens": settings.epochs * tokens}
 
 
-def _too_large(
-    keyed: Sequence[tuple[tuple[Example, Example], str]], settings: GuideTrainSettings, step: int
-) -> str:
-    return (
-        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest "
-        f"row of the step takes {max(sum(_costs(row)) for row, _ in keyed)})"
-    )
+@dataclass
+class _GuideTask:
+    """The guide's part of the loop (`loop.Task`)."""
+
+    guide: Guide
+    rows: Sequence[tuple[Example, Example]]
+    seen: Sequence[int]  # the rows that are trained on, by their numbers in `rows`
+    settings: GuideTrainSettings
+    steps: int
+    device: torch.device
+    seed: int
+    names: Sequence[str] | None  # of all rows, for errors
+    began: float = field(default_factory=time.perf_counter)
+
+    def accumulate(self, epoch: int, indices: np.ndarray) -> float:
+        # The key of a row's dropout: the same whatever the ranks and micro-batches.
+        keyed = [(self.rows[self.seen[i]], f"guide/{epoch}/{self.seen[i]}") for i in indices]
+        budget = self.settings.micro_tokens
+        return accumulate_gradients(self.guide, keyed, budget, self.seed, self.device)
+
+    def check(self, step: int) -> None:
+        """Nothing is known of a guide's first step."""
+
+    def record(self, step: Step, state: State) -> tuple[dict[str, float], str] | None:
+        """Twenty records over the whole training."""
+        if step.number % max(1, self.steps // 20) and step.number != self.steps:
+            return None
+        record = {
+            "global_step": step.number,
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "learning_rate": step.learning_rate,
+        }
+        seconds = time.perf_counter() - self.began
+        return record, f"step {step.number}/{self.steps}  loss {step.loss:.4f}  {seconds:.0f} s"
+
+    def ids(self, indices: np.ndarray) -> list[str]:
+        rows = [self.seen[i] for i in indices]
+        return [self.names[i] if self.names else f"row {i}" for i in rows]
+
+    def largest(self, indices: np.ndarray) -> str:
+        longest = max(sum(_costs(self.rows[self.seen[i]])) for i in indices)
+        return (
+            f"a micro-batch of at most {self.settings.micro_tokens} tokens (the longest row of the "
+            f"step takes {longest})"
+        )
 
 
 def accumulate_gradients(
@@ -170,7 +194,7 @@ def accumulate_gradients(
             torch.from_numpy(np.concatenate(hidden)).to(device),
         )
         scale = 1.0 / divisor if micro else 0.0
-        loss: Tensor = guide([e for row, _ in chosen for e in row], dropout=dropout, scale=scale)
+        loss = guide.loss([e for row, _ in chosen for e in row], *dropout, scale)
         loss.backward()
         total += loss.detach().double()
     return float(distributed.total(total))

@@ -1,19 +1,166 @@
-"""The optimizer loop, the only one."""
+"""The optimizer loop, the only one: the policy and the guide are both trained by it.
+
+What is trained hands in its rows, the function that adds up a global batch's gradient, and what a
+record shows (`Task`); the loop does the rest, the same for both: the order of the rows, clipping,
+the refusal of a step that is not finite, the learning rate, the step itself, metrics, checkpoints,
+and requests to stop. Row order is a function of the seed and the epoch, and every other draw of the
+seed and the row, so a loop that goes on from a checkpoint repeats the very same steps.
+"""
 
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
-from ldalign.system import distributed
+import numpy as np
+from torch import nn
+
+from ldalign.system import distributed, interrupt
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
+from ldalign.system.memory import naming
+from ldalign.system.metrics import MetricsLog
+from ldalign.training.batches import global_batches
+from ldalign.training.checkpoint import Checkpoints, Plan, State
+from ldalign.training.optim import Optimizer, Schedule, learning_rate_factor
 
 REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
 
 
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast the loop goes; the same on all ranks."""
+
+    rows: int  # how many there are to train on
+    global_batch: int  # rows an optimizer step, over all ranks and micro-batches
+    epochs: int  # the most that are begun
+    steps: int  # of the whole schedule
+    stop: int  # steps after which the loop ends, at most `steps`
+    learning_rate: float  # peak
+    warmup_ratio: float  # share of the steps
+    schedule: Schedule
+    max_grad_norm: float  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step that was done."""
+
+    number: int  # from 1
+    epoch: int  # from 0
+    indices: np.ndarray  # of its rows
+    loss: float  # over all ranks
+    grad_norm: float  # before clipping
+    learning_rate: float
+    seconds: float
+
+
+class Task(Protocol):
+    """What is trained: its rows, its gradient, and what its records show. All ranks call each."""
+
+    def accumulate(self, epoch: int, indices: np.ndarray) -> float:
+        """Adds the gradient of one global batch to the parameters; returns its loss, over all
+        ranks.
+        """
+        ...
+
+    def check(self, step: int) -> None:
+        """Looks at what `accumulate` found in step `step` (from 0), before the weights are touched;
+        raises NumericsError where it cannot be right.
+        """
+        ...
+
+    def record(self, step: Step, state: State) -> tuple[Mapping[str, Any], str] | None:
+        """The record of a step that was done and the line a person reads; None: this step has none.
+
+        state: the loop's, saved in checkpoints; the task may keep sums of its own there.
+        """
+        ...
+
+    def ids(self, indices: np.ndarray) -> list[str]:
+        """The rows' ids, for errors."""
+        ...
+
+    def largest(self, indices: np.ndarray) -> str:
+        """In words, what a micro-batch of these rows holds at the most, for memory errors."""
+        ...
+
+
+def optimize(
+    model: nn.Module,
+    optimizer: Optimizer,
+    task: Task,
+    settings: LoopSettings,
+    *,
+    seed: int,
+    stage: str,
+    lower: str,
+    begin: State,
+    metrics_path: Path | None = None,
+    checkpoints: Plan | None = None,
+) -> State:
+    """Trains `model`, which is sharded already, in place; returns the state at the end.
+
+    begin: the state before the first step; "step" is added to it, the number of steps done. stage:
+    named in records and errors. lower: what to lower where memory does not suffice. With
+    `checkpoints` it goes on from the newest one that is there.
+
+    Raises NumericsError, naming rows, on a loss or gradient that is not finite, before the weights
+    are touched; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to
+    stop, between two steps.
+    """
+    metrics_log = MetricsLog(metrics_path, stage)
+    keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
+    state: State = keeper.resume() or {"step": 0, **begin}
+    forget_refused_step(metrics_path)
+    batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed)
+    with interrupt.held():  # a request to stop waits until a checkpoint can be written
+        for step, (epoch, indices) in enumerate(batches):
+            if step == settings.stop:
+                break
+            if step < state["step"]:  # done before the loop was cut short
+                continue
+            began = time.perf_counter()
+
+            def what(step: int = step, indices: np.ndarray = indices) -> str:
+                return f"step {step + 1}: {task.largest(indices)}"
+
+            with naming(what, lower):
+                loss = task.accumulate(epoch, indices)
+                norm = float(distributed.clip_grad_norm(model, settings.max_grad_norm))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                keeper.write(step, state)  # what led here can be looked at, and gone on from
+                refuse_step(task.ids(indices), stage, step, loss, norm, metrics_path)
+            task.check(step)
+            factor = learning_rate_factor(
+                step, settings.steps, settings.warmup_ratio, settings.schedule
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            with naming(what, lower):  # the first step allocates the optimizer's averages
+                optimizer.step()
+            optimizer.zero_grad()
+            state["step"] = step + 1
+            done = Step(
+                step + 1,
+                epoch,
+                indices,
+                loss,
+                norm,
+                settings.learning_rate * factor,
+                time.perf_counter() - began,
+            )
+            if (shown := task.record(done, state)) is not None:
+                metrics_log.write(*shown)
+            keeper.after_step(step + 1, step + 1 == settings.stop, state)
+    return state
+
+
 def forget_refused_step(metrics_path: Path | None) -> None:
-    """The file that an earlier start may have left: this one tries the step again."""
+    """Removes the file that an earlier start may have left: this one tries the step again."""
     if metrics_path is not None and distributed.rank() == 0:
         metrics_path.with_name(REFUSED).unlink(missing_ok=True)
 
@@ -21,10 +168,10 @@ def forget_refused_step(metrics_path: Path | None) -> None:
 def refuse_step(
     rows: Sequence[str], stage: str, step: int, loss: float, norm: float, metrics_path: Path | None
 ) -> NoReturn:
-    """A step's loss or gradient norm, summed over all ranks, is not finite: its row ids go into a
-    file. NumericsError.
+    """Raises NumericsError for a step whose loss or gradient norm, summed over all ranks, is not
+    finite; all ids of its rows go into a file beside metrics.jsonl.
 
-    The same on all ranks; nobody has touched the weights.
+    All ranks call it alike, and nobody has touched the weights. step: from 0.
     """
     where = ""
     if metrics_path is not None:
@@ -39,9 +186,8 @@ def refuse_step(
         text = json.dumps(found, indent=1) + "\n"
         distributed.on_rank0(lambda: write_text(path, text))
         where = f" (all {len(rows)} in {path})"
+    first = f"{', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}"
     raise NumericsError(
         f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not "
-        "changed. Rows of the batch: "
-        f"{', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}{where}. Lower learning_rate or "
-        "look at these rows"
+        f"changed. Rows of the batch: {first}{where}. Lower learning_rate or look at these rows"
     )

@@ -6,27 +6,26 @@ divided once, by a count fixed for the global batch: pairs, or response tokens f
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldalign import ops
 from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
-from ldalign.system import distributed, interrupt
+from ldalign.system import distributed
 from ldalign.system.distributed import Sharding
 from ldalign.system.errors import NumericsError
-from ldalign.system.memory import naming
-from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
-from ldalign.training.batches import Batch, count_steps, deal, global_batches, pair_costs
-from ldalign.training.checkpoint import Checkpoints, Plan, State
-from ldalign.training.loop import forget_refused_step, refuse_step
-from ldalign.training.optim import Schedule, learning_rate_factor, make_optimizer
+from ldalign.system.metrics import Mean, peak_memory_gib
+from ldalign.training.batches import Batch, count_steps, deal, pair_costs
+from ldalign.training.checkpoint import Plan, State
+from ldalign.training.loop import LoopSettings, Step, optimize
+from ldalign.training.optim import Schedule, make_optimizer
 
 LN2 = math.log(2.0)
 # How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's
@@ -38,7 +37,7 @@ STEP0_TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 2e-2,
 }
-LOWER = (  # what helps where memory does not suffice
+LOWER_TO_TRAIN = (  # what to lower where memory does not suffice
     "lower training.micro_tokens or max_length, set training.checkpointing=full, "
     "training.whole=nothing or training.state_dtype=bfloat16, or use more ranks"
 )
@@ -112,73 +111,105 @@ def train(
     )
     in_epoch = count_steps(len(pairs), settings.global_batch, 1)
     steps = settings.steps or settings.epochs * in_epoch
-    epochs = -(-steps // in_epoch)
-    stop = min(steps, settings.max_steps or steps)
-    metrics_log = MetricsLog(metrics_path, stage)
-    keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
-    # sums: of the last epoch's metrics, which the summary averages
-    state: State = keeper.resume() or {"step": 0, "tokens": 0, "counted": 0, "sums": {}}
-    forget_refused_step(metrics_path)
-    with interrupt.held():
-        for step, (epoch, indices) in enumerate(
-            global_batches(len(pairs), settings.global_batch, epochs, seed)
-        ):
-            if step == stop:
-                break
-            if step < state["step"]:
-                continue
-            began = time.perf_counter()
-            batch = [pairs[i] for i in indices]
-            mean = Mean()
-            with naming(lambda: _too_large(batch, settings, step), LOWER):  # noqa: B023 (called at once)
-                loss = accumulate_gradients(model, batch, settings, mean, device, preference)
-                norm = distributed.clip_grad_norm(model, settings.max_grad_norm)
-            if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-                keeper.write(step, state)
-                refuse_step(
-                    [pair.id for pair in batch], stage, step, loss, float(norm), metrics_path
-                )
-            means = mean.reduce(device)
-            if step == 0 and preference and step0_is_reference:
-                _check_step0(means["loss/unweighted"], compute_dtype, stage)
-            factor = learning_rate_factor(step, steps, settings.warmup_ratio, settings.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            with naming(lambda: _too_large(batch, settings, step), LOWER):  # noqa: B023
-                optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            tokens = sum(pair.tokens for pair in batch)
-            state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
-            record = {
-                "global_step": step + 1,
-                "epoch": epoch + (step % in_epoch + 1) / in_epoch,
-                "learning_rate": settings.learning_rate * factor,
-                "loss": loss,
-                "grad_norm": float(norm),
-                **means,
-                "num_tokens": state["tokens"],
-                "tokens_per_second": tokens / seconds,
-                "time/step": seconds,
-                "memory/peak_gib": peak_memory_gib(device),
-            }
-            metrics_log.write(record, _line(record, stop))
-            if epoch == epochs - 1 or settings.max_steps:
-                state["counted"] += 1
-                for name, value in {"loss": loss, **means}.items():
-                    state["sums"][name] = state["sums"].get(name, 0.0) + value
-            keeper.after_step(step + 1, step + 1 == stop, state)
+    loop = LoopSettings(
+        rows=len(pairs),
+        global_batch=settings.global_batch,
+        epochs=-(-steps // in_epoch),
+        steps=steps,
+        stop=min(steps, settings.max_steps or steps),
+        learning_rate=settings.learning_rate,
+        warmup_ratio=settings.warmup_ratio,
+        schedule=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    same = compute_dtype if preference and step0_is_reference else None
+    task = _PolicyTask(model, pairs, settings, loop, device, stage, preference, same)
+    state = optimize(
+        model,
+        optimizer,
+        task,
+        loop,
+        seed=seed,
+        stage=stage,
+        lower=LOWER_TO_TRAIN,
+        begin={"tokens": 0, "counted": 0, "sums": {}},
+        metrics_path=metrics_path,
+        checkpoints=checkpoints,
+    )
     model.eval()
     means = {name: value / state["counted"] for name, value in state["sums"].items()}
-    return means | {"tokens": state["tokens"], "steps": stop}
+    return means | {"tokens": state["tokens"], "steps": loop.stop}
 
 
-def _too_large(batch: Sequence[Pair], settings: TrainSettings, step: int) -> str:
-    longest = max(batch, key=lambda pair: pair.tokens)
-    return (
-        f"step {step + 1}: a micro-batch of at most {settings.micro_tokens} tokens (the longest "
-        f"row of the step, {longest.id}, has {longest.tokens})"
-    )
+@dataclass
+class _PolicyTask:
+    """The policy's part of the loop (`loop.Task`): its gradient, and the metrics of its steps."""
+
+    model: LanguageModel
+    pairs: Sequence[Pair]
+    settings: TrainSettings
+    loop: LoopSettings
+    device: torch.device
+    stage: str
+    preference: bool  # pairs have losers
+    same: torch.dtype | None  # the compute dtype where the reference is the policy before step 0
+    # Of the step under way: what micro-batches add up on this rank, and their means over all ranks.
+    mean: Mean = field(default_factory=Mean)
+    means: dict[str, float] = field(default_factory=dict)
+
+    def batch(self, indices: np.ndarray) -> list[Pair]:
+        return [self.pairs[i] for i in indices]
+
+    def accumulate(self, epoch: int, indices: np.ndarray) -> float:
+        self.mean = Mean()
+        return accumulate_gradients(
+            self.model,
+            self.batch(indices),
+            self.settings,
+            self.mean,
+            self.device,
+            self.preference,
+        )
+
+    def check(self, step: int) -> None:
+        self.means = self.mean.reduce(self.device)
+        if step == 0 and self.same is not None:
+            _check_step0(self.means["loss/unweighted"], self.same, self.stage)
+
+    def record(self, step: Step, state: State) -> tuple[dict[str, float], str]:
+        """Every step has a record. state: tokens read so far, and sums of the last epoch's metrics,
+        which the summary averages.
+        """
+        in_epoch = count_steps(len(self.pairs), self.settings.global_batch, 1)
+        tokens = sum(pair.tokens for pair in self.batch(step.indices))
+        state["tokens"] += tokens
+        record = {
+            "global_step": step.number,
+            "epoch": step.epoch + ((step.number - 1) % in_epoch + 1) / in_epoch,
+            "learning_rate": step.learning_rate,
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            **self.means,
+            "num_tokens": state["tokens"],
+            "tokens_per_second": tokens / step.seconds,
+            "time/step": step.seconds,
+            "memory/peak_gib": peak_memory_gib(self.device),
+        }
+        if step.epoch == self.loop.epochs - 1 or self.settings.max_steps:
+            state["counted"] += 1
+            for name, value in {"loss": step.loss, **self.means}.items():
+                state["sums"][name] = state["sums"].get(name, 0.0) + value
+        return record, _line(record, self.loop.stop)
+
+    def ids(self, indices: np.ndarray) -> list[str]:
+        return [pair.id for pair in self.batch(indices)]
+
+    def largest(self, indices: np.ndarray) -> str:
+        longest = max(self.batch(indices), key=lambda pair: pair.tokens)
+        return (
+            f"a micro-batch of at most {self.settings.micro_tokens} tokens (the longest row of the "
+            f"step, {longest.id}, has {longest.tokens})"
+        )
 
 
 def accumulate_gradients(

@@ -421,9 +421,9 @@ def test_heldout_losses_compare_with_the_right_latents(
     asked: list[tuple[int, list[int] | None]] = []
     plain = guide.forward
 
-    def spy(chosen: Any, latents_of: Any = None, dropout: Any = None) -> torch.Tensor:
+    def spy(chosen: Any, latents_of: Any = None) -> torch.Tensor:
         asked.append((len(chosen), latents_of))
-        return plain(chosen, latents_of, dropout)
+        return plain(chosen, latents_of)
 
     monkeypatch.setattr(guide, "forward", spy)
     heldout_losses(guide, rows, 100_000, CPU)

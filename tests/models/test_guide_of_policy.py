@@ -171,7 +171,7 @@ def test_gradient_reaches_every_part(policy: Path) -> None:
     examples = [guide.example(x, y) for x, y in zip(PROMPTS, REAL, strict=True)]
     # a hidden token is a row of zeros
     hidden = torch.arange(sum(len(e.response) for e in examples)) % 2 == 0
-    guide(examples, dropout=(torch.ones(3, dtype=torch.bool), hidden)).sum().backward()
+    guide.loss(examples, torch.ones(3, dtype=torch.bool), hidden, -1.0).backward()
     for name, p in guide.named_parameters():
         if name != "encoder.lm_head.weight":  # the encoder predicts nothing
             assert (
