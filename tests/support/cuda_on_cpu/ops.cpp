@@ -1,9 +1,9 @@
 // csrc/cuda as one library of ops for CPU tensors: the same kernels and the same host code, with the headers here in
 // CUDA's place. tests/kernels/test_cuda.py builds it.
 
-#include "../../csrc/cuda/bindings.cpp"
-#include "../../csrc/cuda/linear_logprob.cu"
-#include "../../csrc/cuda/weighted_dpo.cu"
+#include "../../../csrc/cuda/bindings.cpp"
+#include "../../../csrc/cuda/linear_logprob.cu"
+#include "../../../csrc/cuda/weighted_dpo.cu"
 
 namespace {
 
