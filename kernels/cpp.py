@@ -1,16 +1,16 @@
 """The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`).
 
-They are vectorised, threaded, and multiply in oneDNN. Forward and backward apart, as in every
-backend; `ldalign.ops` adds autograd. Sums are kept wide and rounded once. Inputs may have any
-strides and are never changed. A wrong shape, dtype or target is a ValueError that names the
-argument.
+They are vectorised, threaded, and multiply in oneDNN. Forward and backward apart, as in
+every backend; `ldalign.ops` adds autograd. Sums are kept wide and rounded once. Inputs
+may have any strides and are never changed. A wrong shape, dtype or target is a ValueError
+that names the argument.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, S = 2P responses (runs of rows; real,
-generated, real, ...) of P pairs, H heads, E head width. "Wide" is float32, or float64 where the
-inputs are.
+Shapes: N rows (flat tokens), D width, V vocabulary, S = 2P responses (runs of rows;
+real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is float32, or
+float64 where the inputs are.
 
-`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the best
-one this machine has.
+`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the
+best one this machine has.
 """
 
 import importlib

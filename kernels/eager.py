@@ -391,9 +391,9 @@ def adamw_(
 ) -> None:
     """AdamW's step number `step`, from 1 (arXiv 1711.05101), in place and in float32.
 
-    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down at
-    random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of a
-    weight would be lost.
+    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down
+    at random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of
+    a weight would be lost.
     """
     random = _random_bits(p, seed)
     g = grad.float()

@@ -23,8 +23,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log softmax(hidden weight^T)[target], one natural-log probability a row.
 
-    hidden (N, D) and weight (V, D) of one dtype, target (N,) int64 in [0, V) -> (N,) float32
-    (float64 in float64).
+    hidden (N, D) and weight (V, D) of one dtype, target (N,) int64 in [0, V) -> (N,)
+    float32 (float64 in float64).
 
         log p = z[target] - log sum_v exp z[v],  d log p / d z[v] = [v = target] - softmax(z)[v]
     """
@@ -105,9 +105,8 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
     outs = []
     for own, keys, unseen in segment_masks(segments, window, qkv.device):
         q, k, v = split_heads(qkv, heads, own, keys)
-        scores = (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(
-            q.shape[-1]
-        )
+        scores = (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+        scores = scores / math.sqrt(q.shape[-1])  # (K, H/K, T, n)
         probs = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)  # (K, H/K, T, n)
         outs.append((probs @ v[:, None]).flatten(0, 1).transpose(0, 1))
     return torch.cat(outs) if outs else qkv[:, :heads]

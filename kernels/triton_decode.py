@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: generation. Attention over a paged key/value cache, and the choice of the next token.
 
-**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j over
-the positions up to query i's own; with a window, the last `window` of them. q (N, H, E): the new
-tokens of R rows, row after row; keys and values (pages, 16, K, E); rows (R, 2) int64, a row's new
-tokens and those before them; pages (R, P) int32: position j of a row lies in slot j % 16 of page
-pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the result is
-rounded once.
+**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j
+over the positions up to query i's own; with a window, the last `window` of them. q (N, H, E):
+the new tokens of R rows, row after row; keys and values (pages, 16, K, E); rows (R, 2) int64, a
+row's new tokens and those before them; pages (R, P) int32: position j of a row lies in slot j %
+16 of page pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the
+result is rounded once.
 
 The rows of a query tile are tokens x the H/K heads that share a key head, so that one read of a key
 serves them all; in decoding that read is nearly all the work. Positions are looked up in the page
@@ -21,17 +21,17 @@ float32, and with M = max_s m_s a second kernel makes of them
     o = sum_s 2^(m_s - M) o_s / sum_s 2^(m_s - M) l_s.
 
 No atomics, and every sum has one order: repeatable bit for bit. Grids depend on shapes and on
-`most`, not on what is on the device: nothing is read back, and a step of decoding can be captured
-in a CUDA graph.
+`most`, not on what is on the device: nothing is read back, and a step of decoding can be
+captured in a CUDA graph.
 
 **sample.** p_v = exp((z_v - max z) / temperature), but 0 where that is below min_p. With c_v the
 sum of p up to v, the token is the first with c_v > uniform * c_V; its log-prob is log(p_v / c_V).
 One program a row reads the logits twice, for the maximum and for the sums of p by blocks, and then
 the block again in which c passes. Sums within a block are float32; over blocks, and in the last
-step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens with
-some probability are candidates, and where c passes at none of them it is the last. temperature 0
-takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are PyTorch's, before the
-kernel.
+step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens
+with some probability are candidates, and where c passes at none of them it is the last.
+temperature 0 takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are
+PyTorch's, before the kernel.
 
 Oracles: `ldalign.kernels.reference.paged_attention` and `sample`.
 """

@@ -4,8 +4,8 @@
     z = h W^T,  lse = log sum_v exp z[v],
     logp = z[target] - lse,  d logp / d z[v] = [v = target] - exp(z[v] - lse).
 
-hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums and
-log-probs float32.
+hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums
+and log-probs float32.
 
 Forward alone (`linear_logprob`): one kernel multiplies a tile of rows by one slab of the vocabulary
 and keeps of it the largest logit, the sum of exponentials and the target's logit; a second merges

@@ -49,9 +49,8 @@ def _rms_norm_kernel(
     cols = tl.arange(0, BLOCK)
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     out = rows[:, None] * D + cols[None, :]
-    value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    source = x + rows[:, None] * x_stride + cols[None, :]
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         other = residual + rows[:, None] * residual_stride + cols[None, :]
         value += tl.load(other, mask=mask, other=0.0).to(tl.float32)
@@ -91,12 +90,10 @@ def _rms_norm_backward_kernel(
     for start in range(0, rows_a_program, ROWS):
         rows = first + start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)[None, :]
-        d = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        upstream = dy + rows[:, None] * dy_stride + cols[None, :]
+        d = tl.load(upstream, mask=mask, other=0.0).to(tl.float32)
+        source = x + rows[:, None] * x_stride + cols[None, :]
+        value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + rows, mask=rows < N, other=0.0)
         n = value * r[:, None]
         g = d * w[None, :]

@@ -9,8 +9,8 @@ for `torch.compile`, and autograd, once for all backends.
 and of triton, cuda, eager on a GPU). A backend that is not there is an error, never a silent
 fallback; the choice is logged once per op.
 
-Each operation's oracle is the function of its name in `ldalign.kernels.reference`, unless it says
-otherwise.
+Each operation's oracle is the function of its name in `ldalign.kernels.reference`,
+unless it says otherwise.
 
 Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H query heads, K
 key/value heads, E head width, F feed-forward width, R rows of a generation.
@@ -565,8 +565,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns rms_norm(x + residual) and x + residual itself, one read of each.
 
-    x and residual (..., D), weight (D,) -> (..., D) twice. Raises ValueError where shapes or dtypes
-    do not fit.
+    x and residual (..., D), weight (D,) -> (..., D) twice. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     _check_norm("add_rms_norm", x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
@@ -924,8 +924,8 @@ def sample(
     uniform (R,) float64 in [0, 1): the draws.
     seen (R, T) int64: the tokens that the penalty counts, -1 for none.
 
-    What the settings mean: `ldalign.kernels.reference.sample`. Raises ValueError where shapes or
-    dtypes do not fit.
+    What the settings mean: `ldalign.kernels.reference.sample`. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     if logits.ndim != 2 or logits.dtype != torch.float32 or uniform.shape != logits.shape[:1]:
         raise ValueError(

@@ -5,10 +5,10 @@ Every row is `{"id", "messages": [user, assistant], "kind", "answer"}`, all valu
 answers with the JSON object alone. `check` wants that convention, which the prompts do not spell
 out: a model learns it from the training rows.
 
-The two splits share nothing but the kinds of task. Wordings and people come from separate lists,
-and a hash of each parameter tuple says which split may use it, whatever the seed. All randomness is
-`random.Random(str)`, drawn with integer methods only, so rows are the same on every machine and
-Python version.
+The two splits share nothing but the kinds of task. Wordings and people come from separate
+lists, and a hash of each parameter tuple says which split may use it, whatever the seed. All
+randomness is `random.Random(str)`, drawn with integer methods only, so rows are the same on
+every machine and Python version.
 
     python -m ldalign.data.embedded FOLDER [--seed 0] [--train 4000] [--heldout 600]
 """
@@ -36,17 +36,18 @@ PEOPLE = {
         "Noah Ella Felix Maya Jonas Sara Luis Emma Tariq Grace Oscar Leila Max Julia Dev Helen "
         "Marco Ruth Simon Ada Victor Wendy"
     ).split(),
-    "heldout": "Bruno Carla Diego Elsa Farid Greta Henry Ines Jamal Kira Liam Mona Nils Olga Pedro "
-    "Quinn".split(),
+    "heldout": (
+        "Bruno Carla Diego Elsa Farid Greta Henry Ines Jamal Kira Liam Mona Nils Olga Pedro Quinn"
+    ).split(),
 }
 GOODS = (
-    "apples pears pens books eggs cards stamps beads shells candles mugs plates roses buttons "
-    "coins tickets"
+    "apples pears pens books eggs cards stamps beads "
+    "shells candles mugs plates roses buttons coins tickets"
 ).split()
 THINGS = "lamp chair kettle jacket clock camera radio mirror basket blanket guitar bicycle".split()
 EVENTS = (
-    "a dentist visit,a piano lesson,a job interview,a chess match,a book fair,a school trip,an eye "
-    "test"
+    "a dentist visit,a piano lesson,a job interview,a chess match,"
+    "a book fair,a school trip,an eye test"
 ).split(",")
 WORDS = (
     "apple bread chair dance eagle forest garden house island jacket kitten lemon market night "
@@ -308,10 +309,10 @@ _MARKER = re.compile(
 def check(kind: str, answer: Any, response: str) -> bool:
     """Says whether the response ends in the right final answer.
 
-    All that follows "Answer:" must be the answer, so text after it fails; every answer named this
-    way must be right, so a response with two different ones fails. The working before it is not
-    read. Kind `formatting`: the whole response must be the JSON object. Raises InputError for an
-    unknown kind.
+    All that follows "Answer:" must be the answer, so text after it fails; every answer named
+    this way must be right, so a response with two different ones fails. The working before it
+    is not read. Kind `formatting`: the whole response must be the JSON object. Raises
+    InputError for an unknown kind.
     """
     if kind not in REGISTRY:
         raise InputError(f"unknown task kind {kind!r}; the kinds are {', '.join(KINDS)}")

@@ -69,8 +69,8 @@ def read_rows(
     counts: gets what was done: skipped (bad rows), repeated (rows with an id, or a whole content,
         that came before).
 
-    Raises InputError, as `file:line: what is wrong`, and EnvironmentProblem if pyarrow is needed
-    and missing.
+    Raises InputError, as `file:line: what is wrong`, and EnvironmentProblem if pyarrow
+    is needed and missing.
     """
     for name, value, allowed in (
         ("turns", turns, ("first", "last", "all")),

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from ldalign.data.rows import Message, Row
 
 COPIED_FILES = tuple(
-    "tokenizer.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
-    "merges.txt".split()
+    "tokenizer.json special_tokens_map.json added_tokens.json tokenizer.model "
+    "vocab.json merges.txt".split()
 )
 
 # A key of a stage's manifest, there where the chat template asks for the date.

@@ -52,8 +52,8 @@ def resolve_model(name: str, cache: Path) -> Path:
     `toy`: a tiny random model, made there too.
     `org/name`, `org/name@revision`: a Hugging Face name, downloaded into `cache` (extra `hub`).
 
-    Raises InputError for a name that is none of these, EnvironmentProblem when a download or a
-    package is missing.
+    Raises InputError for a name that is none of these, EnvironmentProblem when a download
+    or a package is missing.
     """
     path = Path(name).expanduser()
     if name and path.exists():

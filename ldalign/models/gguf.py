@@ -124,8 +124,8 @@ CONTROL_TOKEN, USER_TOKEN = 3, 4
 def convert_gguf(source: Path, folder: Path) -> None:
     """Writes a llama-architecture GGUF file as a Hugging Face model folder, weights in bf16.
 
-    Raises InputError where the file is damaged or another network's, EnvironmentProblem without the
-    gguf package.
+    Raises InputError where the file is damaged or another network's, EnvironmentProblem
+    without the gguf package.
     """
     try:
         import gguf

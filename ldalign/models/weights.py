@@ -48,8 +48,8 @@ SHARD_BYTES = 5 * 10**9
 MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models have some 130
 # What helps where the weights do not fit; training alone spreads them over the ranks.
 LOWER_FOR_WEIGHTS = (
-    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a "
-    "smaller model"
+    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), "
+    "or give a smaller model"
 )
 
 
