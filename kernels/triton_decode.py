@@ -426,21 +426,28 @@ def paged_attention(
         num_stages=t.stages,
     )
     if parts > 1:
-        launch(
-            _merge_splits_kernel,
-            (N * H,),
-            q,
-            partial,
-            largest,
-            norms,
-            out,
-            N * H,
-            SPLITS=parts,
-            E=E,
-            BLOCK_E=block,
-            num_warps=1 if parts <= 8 else 4,
-        )
+        _merge_splits(partial, largest, norms, out)
     return out
+
+
+def _merge_splits(partial: Tensor, largest: Tensor, norms: Tensor, out: Tensor) -> None:
+    """Makes out (N, H, E) of the sums (S, N, H, E) and (S, N, H) that S runs of keys left."""
+    N, H, E = out.shape
+    parts = len(partial)
+    launch(
+        _merge_splits_kernel,
+        (N * H,),
+        out,
+        partial,
+        largest,
+        norms,
+        out,
+        N * H,
+        SPLITS=parts,
+        E=E,
+        BLOCK_E=max(16, triton.next_power_of_2(E)),
+        num_warps=1 if parts <= 8 else 4,
+    )
 
 
 # ------------------------------------------------------------------------------------------ sampler

@@ -7,7 +7,6 @@ samples, the better of which becomes the winner (`ranked_pairs`). Every pair sta
 distances weight them later (`ldalign.objective`). Nothing here needs a model.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,6 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
 
-log = logging.getLogger(__name__)
 # Above this share of rows whose prompt alone fills max_length, the setting is wrong, not the rows.
 TOO_MANY = 0.01
 
