@@ -1,3 +1,4 @@
-"""Kernels: one operation per file, each with a plain PyTorch reference. Installed as
-`ldalign.kernels`.
+"""Kernels: one operation per file, each with a plain PyTorch reference; see reference.py first.
+
+Installed as `ldalign.kernels`.
 """

@@ -35,10 +35,10 @@ from ldalign.kernels.triton_common import INTERPRETED, recording
 CAPABILITIES = ((8, 0), (9, 0))
 DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = 8192
-# width, its feed-forward's, heads, head width
+# Width, the feed-forward's width, heads, head width.
 MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))
 ATTENTION = ((9, 3, 64, None), (32, 8, 128, 4096))  # query heads, key heads, head width, window
-# rows, and new tokens of each: many that decode, few, and prompts
+# Rows, and new tokens of each: many that decode, few that decode, prompts.
 DECODING = ((64, 1), (4, 1), (16, 512))
 PAGES = 64  # of a row: 1024 tokens
 HEADS = ((576, 49_152), (4096, 32_000), (4096, 128_256))  # width, vocabulary
@@ -60,8 +60,9 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one GPU. shared_bytes and registers as launched; a spill is a register kept in
-    memory.
+    """One kernel for one GPU.
+
+    shared_bytes and registers as launched; a spill is a register kept in memory.
     """
 
     kernel: str
@@ -130,7 +131,10 @@ def run_production(dtype: torch.dtype) -> None:
 
 
 def compiled() -> list[Compiled]:
-    """Each distinct kernel of `run_production`, compiled for each GPU of CAPABILITIES."""
+    """Compiles each distinct kernel of `run_production` for each GPU of CAPABILITIES.
+
+    Raises RuntimeError in Triton's interpreter.
+    """
     if INTERPRETED:
         raise RuntimeError(
             "compile_check: TRITON_INTERPRET is set, so there is nothing to compile; unset it"
@@ -151,13 +155,14 @@ def compiled() -> list[Compiled]:
 
 
 class _Launch:
-    """A recorded launch as the compiler sees it: types, and what is known of the values, as
-    Triton's own JIT tells.
+    """A recorded launch as the compiler sees it, as Triton's own JIT tells.
+
+    That is types, and what is known of the values.
     """
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.kernel = kernel
-        # what is not an argument of the kernel is an option of the compiler
+        # What is not an argument of the kernel is an option of the compiler.
         self.options = {
             name: value for name, value in options.items() if name not in kernel.arg_names
         }
@@ -198,8 +203,7 @@ class _Launch:
             dtype=dtype,
             warps=self.options["num_warps"],
             registers=used["REG"],
-            # a register that is spilled lies in the stack frame, in what the machine calls local
-            # memory
+            # A spilled register lies in the stack frame, which the machine calls local memory.
             spilled_bytes=max(used["STACK"], used["LOCAL"]),
             shared_bytes=binary.metadata.shared,
             tensor_core_instructions=len(re.findall(TENSOR_CORES[80 if narrow else arch], code)),
@@ -224,8 +228,9 @@ def _multiple_of_16(value: Any) -> bool:
 
 
 def _machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
-    """What the one kernel in a binary uses (registers; bytes of stack and local memory), and its
-    instructions.
+    """What the one kernel in a binary uses, and its instructions.
+
+    It uses registers, and bytes of stack and local memory.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -244,7 +249,7 @@ def _machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
 
 
 def table(rows: list[Compiled] | None = None) -> str:
-    """The rows, by default those of `compiled()`, as aligned text."""
+    """Returns the rows, by default those of `compiled()`, as aligned text."""
     rows = compiled() if rows is None else rows
     head = [
         "kernel",
@@ -278,6 +283,7 @@ def table(rows: list[Compiled] | None = None) -> str:
 
 
 def main() -> None:
+    """Prints the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--json", action="store_true", help="print a JSON list instead of the table"

@@ -1,14 +1,16 @@
-"""The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`): vectorised, threaded, and in oneDNN
-where they multiply.
+"""The ops in C++ for the CPU (`csrc/`, built as `ldalign._C`).
 
-Forward and backward apart, as in every backend; `ldalign.ops` adds autograd. Shapes: N rows (flat
-tokens), D width, V vocabulary, S = 2P responses (runs of rows; real, generated, real, ...) of P
-pairs, H heads, E head width. "Wide" is float32, or float64 where the inputs are. Sums are kept wide
-and rounded once. Inputs may have any strides and are never changed. A wrong shape, dtype or target
-is a ValueError that names the argument.
+They are vectorised, threaded, and multiply in oneDNN. Forward and backward apart, as in
+every backend; `ldalign.ops` adds autograd. Sums are kept wide and rounded once. Inputs
+may have any strides and are never changed. A wrong shape, dtype or target is a ValueError
+that names the argument.
 
-`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the best
-one this machine has.
+Shapes: N rows (flat tokens), D width, V vocabulary, S = 2P responses (runs of rows;
+real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is float32, or
+float64 where the inputs are.
+
+`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the
+best one this machine has.
 """
 
 import importlib
@@ -24,22 +26,22 @@ WORKSPACE_BYTES = 53 * 2**20
 
 
 def _load() -> str:
-    """Loads the extension. Why that cannot be done, in one line; empty if it is done."""
+    """Loads the extension; returns why that cannot be done, in one line, or ""."""
     try:
-        # by name: it may be missing, and only then is that no error
+        # Imported by name: it may be missing, and that alone is no error.
         importlib.import_module("ldalign._C")
         torch.ops.ldalign_cpp.isa()
     except ModuleNotFoundError as error:
         if error.name != "ldalign._C":
             raise
         return (
-            "the extension ldalign._C is not built; with a C++ compiler there, `make setup` builds "
-            "it"
+            "the extension ldalign._C is not built; "
+            "with a C++ compiler there, `make setup` builds it"
         )
     except ImportError as error:
         return (
-            f"the extension ldalign._C does not load ({error}); build it again for this torch: pip "
-            "install -e ."
+            f"the extension ldalign._C does not load ({error}); "
+            "build it again for this torch: pip install -e ."
         )
     except ValueError as error:
         return str(error)  # LDALIGN_ISA names what does not run here
@@ -50,18 +52,20 @@ _REASON = _load()
 
 
 def available() -> bool:
-    """Whether the extension is there; told once, at import."""
+    """Says whether the extension is there; told once, at import."""
     return not _REASON
 
 
 def why_not() -> str:
-    """Why `available()` is false, or ""."""
+    """Returns why `available()` is false, or ""."""
     return _REASON
 
 
 def build_info() -> dict[str, Any]:
-    """isa: the instruction set in use; isas: all that were built and run here; compiler; threads:
-    any or not.
+    """Returns what was built and what is used.
+
+    isa: the instruction set in use; isas: all that were built and run here; compiler; threads: any
+    or not.
     """
     ops = torch.ops.ldalign_cpp
     return {
@@ -73,7 +77,7 @@ def build_info() -> dict[str, Any]:
 
 
 def set_isa(name: str) -> None:
-    """Use another of `build_info()["isas"]` from now on. For tests and benchmarks."""
+    """Uses another of `build_info()["isas"]` from now on. For tests and benchmarks."""
     torch.ops.ldalign_cpp.set_isa(name)
 
 
@@ -83,10 +87,10 @@ def set_isa(name: str) -> None:
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T)[target] and the log-sum-exp: (N, D), (V, D), (N,) int64 -> (N,)
-    and (N,), wide.
+    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each.
 
-    A row whose target is ignore_index has log-prob 0.
+    hidden (N, D), weight (V, D), target (N,) int64. A row whose target is ignore_index has log-prob
+    0.
     """
     logp, lse = torch.ops.ldalign_cpp.linear_logprob(
         hidden, weight, target, ignore_index, WORKSPACE_BYTES
@@ -103,10 +107,10 @@ def linear_logprob_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dhidden (N, D) and dweight (V, D) under the upstream gradient (N,) wide. The logits are made
-    again.
+    """dhidden (N, D) and dweight (V, D) under the upstream gradient (N,) wide.
 
-    Ignored rows come with grad 0; a row with grad 0 adds nothing, whatever its target is.
+    The logits are made again. Ignored rows come with grad 0; a row with grad 0 adds nothing,
+    whatever its target is.
     """
     dhidden, dweight = torch.ops.ldalign_cpp.linear_logprob_backward(
         grad, hidden, weight, target, lse, need_hidden, need_weight, WORKSPACE_BYTES
@@ -126,8 +130,7 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Summed log-probs of the responses, and the gradient of the weighted DPO loss, in one pass:
-    three products.
+    """Summed log-probs of the responses, and the loss's gradients, in one pass: three products.
 
     lengths of S responses, reference (S,) and pair_weight (P,) wide -> sums (S,) wide, dhidden (N,
     D), dweight (V, D): the gradient of scale * sum_p pair_weight_p * -log sigmoid(beta * Delta_p).
@@ -171,8 +174,9 @@ def weighted_dpo(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of P pairs, all wide: loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real
-    (P,).
+    """The weighted DPO loss of P pairs, all wide, and what its backward needs.
+
+    Returns loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real (P,).
     """
     loss, unweighted, chosen, rejected, coefficient = torch.ops.ldalign_cpp.weighted_dpo(
         sums_real, sums_generated, ref_real, ref_generated, weight, beta
@@ -206,18 +210,19 @@ def add_rms_norm(
 def add_rms_norm_backward(
     dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is also the residual's: the norm's, plus dtotal;
-    and dweight (D,).
+    """The gradient of x, which is also the residual's, and dweight (D,).
+
+    It is the norm's, plus dtotal.
     """
     dx, dweight = torch.ops.ldalign_cpp.add_rms_norm_backward(dy, dtotal, total, weight, rstd)
     return dx, dweight
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle: (N, H, E), (N,
-    E/2), (N, E/2).
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle.
 
-    The other heads are copied. `inverse` is the gradient.
+    x (N, H, E), cos and sin (N, E/2) -> (N, H, E). The other heads are copied. `inverse` turns
+    back, which is the gradient.
     """
     out: Tensor = torch.ops.ldalign_cpp.rope(x, cos, sin, inverse, heads)
     return out
@@ -241,8 +246,9 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 def pair_attention(
     qkv: Tensor, heads: int, segments: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a packed batch (`reference.pair_attention`): (N, H, E), and its log-sum-exps (N,
-    H) wide.
+    """Attention of a packed batch (`reference.pair_attention`).
+
+    Returns (N, H, E), and its log-sum-exps (N, H) wide.
     """
     out, lse = torch.ops.ldalign_cpp.pair_attention(qkv, heads, segments, window)
     return out, lse
@@ -304,8 +310,9 @@ def rmsprop_(
 
 
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) -> Tensor:
-    """x (N, K) times a weight packed by `ldalign.generation.decoders.pack_weight`: (N,
-    out_features), float32 with wide_out.
+    """x (N, K) times a weight packed by `ldalign.generation.decoders.pack_weight`.
+
+    Returns (N, out_features), float32 with wide_out.
     """
     out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, out_features, wide_out)
     return out
@@ -325,13 +332,15 @@ def decode_layers(
     window: int | None,
     eps: float,
 ) -> Tensor:
-    """A Mistral's layers and last norm on new tokens x (N, D) of R rows, over a paged cache: (N,
-    D).
+    """A Mistral's layers and last norm on new tokens x (N, D) of R rows: (N, D).
 
-    weights: packed; qkv, o, gate and up, down of each layer. norms: float32; two a layer, and the
-    last. keys (L, pages, K, E, 16) and values (L, pages, K, 16, E rounded up to 16) gain the new
-    tokens'. rows (R, 2) int64: new and cached tokens; pages (R, P) int32; cos, sin (positions, E/2)
-    float32. A row's result does not depend on the other rows, to the bit.
+    weights: packed; qkv, o, gate and up, down of each layer.
+    norms: float32; two a layer, and the last.
+    keys (L, pages, K, E, 16), values (L, pages, K, 16, E rounded up to 16): gain the new tokens'.
+    rows (R, 2) int64: new and cached tokens; pages (R, P) int32: where they lie.
+    cos, sin (positions, E/2) float32.
+
+    A row's result does not depend on the other rows, to the bit.
     """
     out: Tensor = torch.ops.ldalign_cpp.decode_layers(
         x, weights, norms, keys, values, rows, pages, cos, sin, heads, window, eps
@@ -349,8 +358,9 @@ def sample(
     penalty: float,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The next tokens (R,) and their log-probs (R,) (`reference.sample`); logits (R, V) float32 are
-    overwritten.
+    """The next tokens (R,) and their log-probs (R,) (`reference.sample`).
+
+    logits (R, V) float32 are overwritten.
     """
     ids, logp = torch.ops.ldalign_cpp.sample(
         logits, uniform, temperature, top_k, top_p, min_p, penalty, seen

@@ -1,8 +1,7 @@
-"""The CUDA C++ backend (csrc/cuda): token log-probs, the fused pair and SFT losses, weighted DPO.
-No autograd.
+"""The CUDA C++ backend (csrc/cuda): token log-probs, the fused losses, weighted DPO. No autograd.
 
 Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2 P responses, real and generated
-in turn. "wide": float32, or float64 where the inputs are float64. Oracle:
+in turn. "Wide": float32, or float64 where the inputs are float64. Oracle:
 `ldalign.kernels.reference`; derivations: docs/kernels.md. Every function starts its work on the
 current stream and returns; none waits for the GPU, and all repeat bit for bit.
 """
@@ -24,15 +23,15 @@ IGNORE_INDEX = -100
 
 @functools.cache
 def why_not() -> str:
-    """Why this backend cannot run here, in one line; empty if it can."""
+    """Returns why this backend cannot run here, in one line; "" if it can."""
     try:
         importlib.import_module("ldalign._C")
     except ImportError as error:
         return f"the extension ldalign._C is not built ({error})"
     if not hasattr(torch.ops.ldalign_cuda, "pair_loss"):
         return (
-            "the extension ldalign._C was built without CUDA (no nvcc, or a torch without CUDA, at "
-            "build time)"
+            "the extension ldalign._C was built without CUDA "
+            "(no nvcc, or a torch without CUDA, at build time)"
         )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
@@ -40,17 +39,18 @@ def why_not() -> str:
 
 
 def available() -> bool:
+    """Says whether this backend can run here."""
     return not why_not()
 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """(N, D), (V, D), (N,) int64 -> log-probs (N,) and log-sum-exps (N,), both wide; ignored rows
-    have log-prob 0.
+    """Log-probs (N,) and log-sum-exps (N,), both wide.
 
-    A target outside [0, V) that is not ignore_index stops the kernel: the CUDA context is lost, as
-    with torch's own device assertions. Callers check targets where that costs no wait.
+    hidden (N, D), weight (V, D), target (N,) int64; ignored rows have log-prob 0. A target outside
+    [0, V) that is not ignore_index stops the kernel: the CUDA context is lost, as with torch's own
+    device assertions. Callers check targets where that costs no wait.
     """
     logp, lse = torch.ops.ldalign_cuda.linear_logprob(
         hidden, weight, target, ignore_index, WORKSPACE_BYTES
@@ -67,7 +67,10 @@ def linear_logprob_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum(grad * logp). Rows with a negative target, or a grad of 0, add nothing."""
+    """dhidden and dweight of sum(grad * logp).
+
+    Rows with a negative target, or a grad of 0, add nothing.
+    """
     dh, dw = torch.ops.ldalign_cuda.linear_logprob_backward(
         grad, hidden, weight, target, lse, need_hidden, need_weight, WORKSPACE_BYTES
     )
@@ -86,11 +89,11 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each response's summed log-prob (S,), and the gradients of scale * sum_p weight_p * -log
-    sigmoid(beta Delta_p).
+    """Each response's summed log-prob (S,), and the gradients of the loss.
 
-    Delta_p = (sums[2p] - reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass, three
-    matrix products; only a pair that outgrows the workspace has its scores made twice.
+    The loss is scale * sum_p weight_p * -log sigmoid(beta Delta_p), Delta_p = (sums[2p] -
+    reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass, three matrix products; only a
+    pair that outgrows the workspace has its scores made twice.
     """
     sums, dh, dw = torch.ops.ldalign_cuda.pair_loss(
         hidden,
@@ -116,9 +119,7 @@ def sft_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probs (N,), and the gradients of scale * sum_i -logp_i, in one pass
-    and three products.
-    """
+    """Log-probs (N,), and the gradients of scale * sum_i -logp_i: one pass, three products."""
     logp, dh, dw = torch.ops.ldalign_cuda.sft_loss(
         hidden, weight, target, scale, need_hidden, need_weight, WORKSPACE_BYTES
     )
@@ -133,8 +134,9 @@ def weighted_dpo(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All (P,) wide -> loss () = sum_p weight_p l_p, l, chosen, rejected (P,), and d loss / d
-    sums_real (P,).
+    """The weighted DPO loss of P pairs, all (P,) wide, and what its backward needs.
+
+    Returns loss () = sum_p weight_p l_p, l, chosen, rejected (P,), and d loss / d sums_real (P,).
     """
     loss, each, chosen, rejected, coefficient = torch.ops.ldalign_cuda.weighted_dpo(
         sums_real, sums_generated, ref_real, ref_generated, weight, beta

@@ -1,9 +1,8 @@
-"""Every op in plain PyTorch, forward and backward apart: the backend for any device, and the
-kernels' reading copy.
+"""Every op in plain PyTorch, forward and backward apart: the backend for any device.
 
-All backends offer these functions with these signatures; `ldalign.ops` adds checks and autograd.
-They differ from `reference.py`, the oracle, in doing no work twice: gradients by formula, the head
-in pieces.
+It is the kernels' reading copy, too. All backends offer these functions with these signatures;
+`ldalign.ops` adds checks and autograd. They differ from `reference.py`, the oracle, in doing no
+work twice: gradients by formula, the head in pieces.
 
 Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses (runs of rows; real,
 generated, real, ...), H heads, E head width. "Wide" is float32, or float64 where the inputs are.
@@ -25,10 +24,12 @@ WORKSPACE_BYTES = 64 * 2**20  # a piece's wide logits stay below this
 
 
 def available() -> bool:
+    """Says that this backend runs everywhere."""
     return True
 
 
 def why_not() -> str:
+    """Returns why `available()` is false: never."""
     return ""
 
 
@@ -38,8 +39,9 @@ def why_not() -> str:
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each; 0 where the target
-    is ignored.
+    """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each.
+
+    The log-prob is 0 where the target is ignored.
     """
     logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     lse = torch.empty_like(logp)
@@ -58,7 +60,9 @@ def linear_logprob_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with
+    """dhidden (N, D) and dweight (V, D) under grad (N,); None where not needed.
+
+    d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with
     grad 0.
     """
     out = _Gradients(hidden, weight, need_hidden, need_weight)
@@ -79,12 +83,11 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Summed log-probs of the S responses, and the gradient of scale * (weighted DPO loss), all in
-    one pass.
+    """Summed log-probs (S,) of the responses, and the loss's gradients, all in one pass.
 
-    A pair's tokens share one coefficient, known as soon as both its sums are: the logits of a piece
-    of whole pairs are turned into their gradient where they stand. A pair longer than a piece is
-    visited twice.
+    The loss is scale * (weighted DPO loss). A pair's tokens share one coefficient, known as soon as
+    both its sums are: the logits of a piece of whole pairs are turned into their gradient where
+    they stand. A pair longer than a piece is visited twice.
     """
     sums = torch.zeros(len(lengths), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     out = _Gradients(hidden, weight, need_hidden, need_weight)
@@ -98,9 +101,8 @@ def pair_loss(
             logps.append(logp)
             lses.append(lse)
         chosen = piece.responses
-        sums[chosen] = torch.stack(
-            [run.sum() for run in torch.cat(logps).split(list(lengths[chosen]))]
-        )
+        runs = torch.cat(logps).split(list(lengths[chosen]))  # a response's log-probs each
+        sums[chosen] = torch.stack([run.sum() for run in runs])
         if not (need_hidden or need_weight):
             continue
         coefficient = _coefficients(
@@ -124,8 +126,9 @@ def sft_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probs (N,) wide, and the gradient of scale * sum -logp, in one pass: every coefficient is
-    -scale.
+    """Log-probs (N,) wide, and the gradients of scale * sum -logp, in one pass.
+
+    Every row's coefficient is -scale.
     """
     logp = torch.empty(len(target), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     out = _Gradients(hidden, weight, need_hidden, need_weight)
@@ -145,8 +148,10 @@ def weighted_dpo(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of P pairs: loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d
-    real (P,).
+    """The weighted DPO loss of P pairs, all wide, and what its backward needs.
+
+    Returns loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d real
+    (P,).
     """
     chosen, rejected = beta * (real - ref_real), beta * (generated - ref_generated)
     unweighted = -F.logsigmoid(chosen - rejected)
@@ -182,8 +187,9 @@ def _logit_gradient(logits: Tensor, target: Tensor, lse: Tensor, coefficient: Te
 def _coefficients(
     sums: Tensor, reference_sums: Tensor, weight: Tensor, beta: float, scale: float
 ) -> Tensor:
-    """d loss / d sums (S,): -scale beta weight sigmoid(-beta Delta) for a real response, the
-    opposite for its rival.
+    """d loss / d sums (S,).
+
+    -scale beta weight sigmoid(-beta Delta) for a real response, the opposite for its rival.
     """
     gap = sums - reference_sums
     real = (
@@ -194,8 +200,9 @@ def _coefficients(
 
 
 class _Gradients:
-    """dh and dw of a head whose logit gradients come piece by piece; dw is summed wide and rounded
-    once.
+    """dh and dw of a head whose logit gradients come piece by piece.
+
+    dw is summed wide and rounded once.
     """
 
     def __init__(
@@ -231,7 +238,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """With g = dy w and y = x r w: dx = r (g - x r^2 mean(g x)), dw = sum dy x r."""
+    """dx (N, D) and dweight (D,) under the upstream gradient dy (N, D).
+
+    With g = dy w and y = x r w: dx = r (g - x r^2 mean(g x)), dw = sum dy x r.
+    """
     scale = scale[:, None]
     normed = x.to(scale.dtype) * scale
     grad = grad.to(scale.dtype)
@@ -253,8 +263,9 @@ def add_rms_norm(
 def add_rms_norm_backward(
     grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is also the residual's: the norm's, plus what reaches the sum from
-    elsewhere.
+    """The gradient of x, which is also the residual's, and dweight (D,).
+
+    It is the norm's, plus what reaches the sum from elsewhere.
     """
     wide = scale.dtype
     normed = total.to(wide) * scale[:, None]
@@ -265,8 +276,9 @@ def add_rms_norm_backward(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle; `inverse` is the
-    gradient.
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle.
+
+    `inverse` turns them back, which is the gradient.
     """
     turned = reference.rope(x[:, :heads], cos, -sin if inverse else sin)
     return turned if heads == x.shape[1] else torch.cat((turned, x[:, heads:]), 1)
@@ -320,7 +332,9 @@ def pair_attention_backward(
     segments: Tensor,
     window: int | None,
 ) -> Tensor:
-    """With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk =
+    """dqkv (N, H + 2K, E) under the upstream gradient dy (N, H, E).
+
+    With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk =
     ds^T q.
     """
     K, E = (qkv.shape[1] - heads) // 2, qkv.shape[2]
@@ -377,9 +391,9 @@ def adamw_(
 ) -> None:
     """AdamW's step number `step`, from 1 (arXiv 1711.05101), in place and in float32.
 
-    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down at
-    random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of a
-    weight would be lost.
+    p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down
+    at random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of
+    a weight would be lost.
     """
     random = _random_bits(p, seed)
     g = grad.float()
@@ -407,8 +421,9 @@ def rmsprop_(
     eps: float,
     seed: int,
 ) -> None:
-    """RMSprop's step as torch.optim has it (no momentum, not centred), in place; rounding as in
-    `adamw_`.
+    """RMSprop's step as torch.optim has it (no momentum, not centred), in place.
+
+    Rounding is as in `adamw_`.
     """
     random = _random_bits(p, seed)
     g = grad.float().add(p.float(), alpha=decay)
@@ -418,8 +433,9 @@ def rmsprop_(
 
 
 def _random_bits(p: Tensor, seed: int) -> Tensor:
-    """32 random bits a value of p, in int64: MurmurHash3's finalizer of its index, keyed by the
-    seed.
+    """32 random bits a value of p, in int64.
+
+    They are MurmurHash3's finalizer of the value's index, keyed by the seed.
     """
     h = (
         torch.arange(p.numel(), device=p.device)
@@ -434,7 +450,7 @@ def _random_bits(p: Tensor, seed: int) -> Tensor:
 
 
 def _store(to: Tensor, value: Tensor, random: Tensor) -> None:
-    # random bits below those that stay: truncating then rounds at random
+    # With random bits added below those that stay, truncating rounds at random.
     if to.dtype == torch.bfloat16:
         bits = (
             (value.view(torch.int32) + (random & 0xFFFF).int())
@@ -459,8 +475,9 @@ def paged_attention(
     most: int,
     window: int | None,
 ) -> Tensor:
-    """Attention of new tokens over their rows' pages (`reference.paged_attention`), at once where
-    each has one.
+    """Attention of new tokens over their rows' pages (`reference.paged_attention`).
+
+    Where each row has one new token, all are computed at once.
     """
     if most > 1:
         return reference.paged_attention(q, keys, values, rows, pages, window)
@@ -486,8 +503,9 @@ def sample(
     penalty: float,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The next tokens and their log-probs (`reference.sample`), without a cumulative sum over the
-    vocabulary.
+    """The next tokens and their log-probs (`reference.sample`).
+
+    Without a cumulative sum over the whole vocabulary.
     """
     if temperature == 0:
         return reference.sample(logits, uniform, 0.0, 0, 1.0, 0.0, penalty, seen)
@@ -499,11 +517,10 @@ def sample(
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token (R,) at which each row's cumulative distribution passes `uniform`: first its block,
-    then in the block.
+    """The token (R,) at which each row's cumulative distribution passes `uniform`.
 
-    Partial sums are float64: over a vocabulary, float32 ones would move boundaries by more than the
-    logits' rounding.
+    First its block is found, then the token in the block. Partial sums are float64: over a
+    vocabulary, float32 ones would move boundaries by more than the logits' rounding.
     """
     # (R, V / BLOCK, BLOCK)
     padded = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))

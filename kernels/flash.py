@@ -1,9 +1,8 @@
-"""flash-attn, where it is installed: pair attention in two calls of its variable-length kernels,
-merged.
+"""flash-attn, where it is installed: pair attention in two calls of its kernels, merged.
 
-A response's queries see two runs of keys. One call gives all segments by themselves, causal; the
-other the responses' queries over their prompts, no mask. With out_a, lse_a and out_b, lse_b of the
-two,
+A response's queries see two runs of keys. Of flash-attn's variable-length kernels, one call gives
+all segments by themselves, causal; the other the responses' queries over their prompts, no mask.
+With out_a, lse_a and out_b, lse_b of the two,
 
     lse = log(exp lse_a + exp lse_b),  w = exp(lse_b - lse) = sigmoid(lse_b - lse_a),
     out = (1 - w) out_a + w out_b.
@@ -38,7 +37,7 @@ WIDEST = 256  # head width
 
 @functools.cache
 def why_not() -> str:
-    """Why this backend cannot run here, in one line; empty if it can."""
+    """Returns why this backend cannot run here, in one line; "" if it can."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
@@ -53,12 +52,16 @@ def why_not() -> str:
 
 
 def available() -> bool:
+    """Says whether flash-attn is there and a GPU that it runs on."""
     return not why_not()
 
 
 def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether these two calls can do it: half precision, each prompt's responses together and in
-    the prompts' order, and no window that ends within a prompt."""
+    """Says whether these two calls can do it.
+
+    It takes half precision, each prompt's responses together and in the prompts' order, and no
+    window that ends within a prompt.
+    """
     if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > WIDEST:
         return False
 
@@ -72,8 +75,9 @@ def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim:
 def pair_attention(
     qkv: Tensor, heads: int, segments: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H)
-    float32).
+    """Returns out (N, H, E) and lse (N, H) float32.
+
+    qkv (N, H + 2K, E), H = heads; segments (S, 4) int64 on the CPU.
     """
     if not len(qkv):
         return qkv.new_empty(qkv[:, :heads].shape), qkv.new_empty((0, heads), dtype=torch.float32)
@@ -81,7 +85,7 @@ def pair_attention(
     out, lse = _forward(qkv, heads, own, window)  # lse (H, N)
     if prompts is not None:
         other, other_lse = _forward(qkv, heads, prompts, None)
-        # no keys: weight 0
+        # Queries without keys: weight 0.
         other_lse = other_lse.masked_fill(other_lse == float("inf"), float("-inf"))
         share = torch.sigmoid(other_lse - lse).T[:, :, None]
         out = torch.lerp(out.to(lse.dtype), other.to(lse.dtype), share).to(qkv.dtype)
@@ -98,7 +102,7 @@ def pair_attention_backward(
     segments: Tensor,
     window: int | None,
 ) -> Tensor:
-    """The gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
+    """Returns the gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
     if not len(qkv):
         return qkv.new_empty(qkv.shape)
     own, prompts = _calls(segments, qkv.device)
@@ -110,8 +114,9 @@ def pair_attention_backward(
 
 
 class Call(NamedTuple):
-    """A batch of entries: entry i has queries queries[i] to queries[i + 1] - 1,
-    and keys likewise.
+    """A batch of entries for one call.
+
+    Entry i has queries queries[i] to queries[i + 1] - 1, and keys likewise.
     """
 
     queries: list[int]
@@ -120,14 +125,15 @@ class Call(NamedTuple):
 
 
 def own_call(segments: list[Segment]) -> Call:
-    """Every segment by itself."""
+    """Returns the call in which every segment stands by itself."""
     cuts = [0, *(s.end for s in segments if s.end > s.begin)]
     return Call(cuts, cuts, causal=True)
 
 
 def prompt_calls(segments: list[Segment]) -> list[Call] | None:
-    """No call or one: the queries of each prompt's responses over the prompt. None where one call
-    cannot order them.
+    """Returns no call or one: the queries of each prompt's responses over the prompt.
+
+    None where one call cannot order them.
     """
     queries, keys = [0], [0]
 
@@ -140,7 +146,7 @@ def prompt_calls(segments: list[Segment]) -> list[Call] | None:
     for s in segments:
         if not s.prefix:
             continue
-        # one more response of the same prompt
+        # One more response of the same prompt.
         if previous == (s.prefix_begin, s.prefix_end, s.begin):
             queries[-1] = s.end
         else:
@@ -172,8 +178,8 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
         prompts = prompt_calls(rows)
         if prompts is None:
             raise ValueError(
-                "pair_attention: flash-attn cannot order these segments' prompts; ask supports() "
-                "first"
+                "pair_attention: flash-attn cannot order these segments' prompts; "
+                "ask supports() first"
             )
         return _place(own_call(rows), device), _place(prompts[0], device) if prompts else None
 
@@ -182,8 +188,8 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
 
 def _place(call: Call, device: torch.device) -> _Placed:
     longest = [max(b - a for a, b in pairwise(cuts)) for cuts in (call.queries, call.keys)]
-    # At 1, flash-attn takes every entry of a grouped-query batch for one query: those without would
-    # shift the rest.
+    # At 1, flash-attn takes every entry of a grouped-query batch for one query: entries without
+    # queries would shift the rest.
     return _Placed(
         work.on_device(call.queries, device),
         work.on_device(call.keys, device),

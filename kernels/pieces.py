@@ -1,6 +1,4 @@
-"""How the head's rows are cut into pieces whose logits fit a workspace: used by every backend that
-works in pieces.
-"""
+"""How the head's rows are cut into pieces whose logits fit a workspace."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,23 +14,26 @@ class Piece:
 
     @property
     def responses(self) -> slice:
+        """The responses of its pairs: 2p and 2p + 1 of pair p."""
         return slice(2 * self.pairs.start, 2 * self.pairs.stop)
 
     def rows(self, most: int) -> Iterator[slice]:
-        """The piece's rows, at most `most` at a time: one visit, unless a single pair is longer
-        than the workspace.
+        """Yields the piece's rows, at most `most` at a time.
+
+        That is one visit, unless a single pair is longer than the workspace.
         """
         return (slice(i, min(i + most, self.stop)) for i in range(self.start, self.stop, most))
 
 
 def row_pieces(rows: int, most: int) -> Iterator[slice]:
-    """0 to `rows` in steps of `most`."""
+    """Yields rows 0 to `rows` in steps of `most`."""
     return (slice(i, min(i + most, rows)) for i in range(0, rows, most))
 
 
 def whole_pairs(lengths: Sequence[int], most: int) -> Iterator[Piece]:
-    """Consecutive pairs (two lengths each) in pieces of at most `most` rows; a longer pair is a
-    piece of its own.
+    """Yields consecutive pairs (two lengths each) in pieces of at most `most` rows.
+
+    A longer pair is a piece of its own.
     """
     first = start = stop = 0
     for pair, size in enumerate(map(sum, zip(lengths[0::2], lengths[1::2], strict=True))):

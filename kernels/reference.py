@@ -1,11 +1,10 @@
-"""The maths of every kernel in plain PyTorch: the lesson to read first, and the oracle for the fast
-paths.
+"""The maths of every kernel in plain PyTorch: the lesson to read first, and the kernels' oracle.
 
 Every function runs in float64 as well. Half-precision inputs are multiplied in their own dtype and
 accumulated, normalised and summed in float32; the result is rounded once, at the end.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, B sequences, T tokens, H query heads,
-K key/value heads, E head width.
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S segments of a packed batch, R rows
+of a generation, T tokens, n keys, H query heads, K key/value heads, E head width.
 """
 
 import math
@@ -17,16 +16,17 @@ from torch import Tensor
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 stays, everything else is summed in float32."""
+    """Returns the dtype that sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log softmax(hidden weight^T)[target], one natural-log probability a row.
 
-    hidden (N, D) and weight (V, D) of one dtype, target (N,) int64 in [0, V) -> (N,) float32
-    (float64 in float64).
-    log p = z[target] - log sum_v exp z[v];  d log p / d z[v] = [v = target] - softmax(z)[v].
+    hidden (N, D) and weight (V, D) of one dtype, target (N,) int64 in [0, V) -> (N,)
+    float32 (float64 in float64).
+
+        log p = z[target] - log sum_v exp z[v],  d log p / d z[v] = [v = target] - softmax(z)[v]
     """
     logits = (hidden @ weight.T).to(accumulate_dtype(hidden.dtype))  # (N, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
@@ -40,8 +40,7 @@ def weighted_dpo_loss(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over pairs of -weight log sigmoid(beta Delta), LD-Align's loss (arXiv 2404.06390, section
-    4.2.3).
+    """LD-Align's loss: the sum over pairs of -weight log sigmoid(beta Delta).
 
     All inputs (P,): summed response log-probs under policy and reference, and the pair weights s.
     Delta = (logp_real - ref_real) - (logp_generated - ref_generated). Its gradient in logp_real is
@@ -49,7 +48,7 @@ def weighted_dpo_loss(
     number of pairs in the *global* batch.
 
     Returns the loss () and per-pair metrics (P,), detached: loss (unweighted), rewards/chosen,
-    rewards/rejected, rewards/margins, rewards/accuracies.
+    rewards/rejected, rewards/margins, rewards/accuracies. Source: arXiv 2404.06390, section 4.2.3.
     """
     chosen = beta * (logp_real - ref_real)
     rejected = beta * (logp_generated - ref_generated)
@@ -67,8 +66,9 @@ def weighted_dpo_loss(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; x (..., D), weight (D,) -> (..., D) in
-    x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467).
+
+    x (..., D), weight (D,) -> (..., D) in x's dtype.
     """
     wide = x.to(accumulate_dtype(x.dtype))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -76,10 +76,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split layout (Hugging Face's): x (N, H, E), cos and sin (N, E/2) ->
-    (N, H, E), x's dtype.
+    """Rotary embedding, half-split as Hugging Face has it (arXiv 2104.09864).
 
-    Pairs (x[e], x[e + E/2]) turn by the angle position * theta^(-2e/E).
+    x (N, H, E), cos and sin (N, E/2) -> (N, H, E), x's dtype. Pairs (x[e], x[e + E/2]) turn by the
+    angle position * theta^(-2e/E).
     """
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -87,27 +87,26 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in the inputs' dtype."""
+    """silu(gate) * up (arXiv 2002.05202), elementwise, in the inputs' dtype."""
     wide = accumulate_dtype(gate.dtype)
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
 def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
-    """Causal grouped-query attention over a packed batch, in which a response sees its prompt but
-    no other response.
+    """Causal grouped-query attention over a packed batch.
 
-    qkv (N, H + 2K, E): H query heads, K key and K value heads, H a multiple of K -> (N, H, E).
-    segments (S, 4) int64 on the CPU: (begin, end, prefix_begin, prefix_end) of each run of tokens,
-    in order; a prompt's prefix is empty, a response's is its prompt. Token i of a segment stands at
-    position prefix length + i - begin and sees the prefix and its own segment up to itself; of
-    those, with Mistral's sliding window (arXiv 2310.06825), the last `window`.
+    A response sees its prompt but no other response. qkv (N, H + 2K, E): H query heads, K key and K
+    value heads, H a multiple of K -> (N, H, E). segments (S, 4) int64 on the CPU: (begin, end,
+    prefix_begin, prefix_end) of each run of tokens, in order; a prompt's prefix is empty, a
+    response's is its prompt. Token i of a segment stands at position prefix length + i - begin and
+    sees the prefix and its own segment up to itself; of those, with Mistral's sliding window (arXiv
+    2310.06825), the last `window`.
     """
     outs = []
     for own, keys, unseen in segment_masks(segments, window, qkv.device):
         q, k, v = split_heads(qkv, heads, own, keys)
-        scores = (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(
-            q.shape[-1]
-        )
+        scores = (q @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+        scores = scores / math.sqrt(q.shape[-1])  # (K, H/K, T, n)
         probs = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)  # (K, H/K, T, n)
         outs.append((probs @ v[:, None]).flatten(0, 1).transpose(0, 1))
     return torch.cat(outs) if outs else qkv[:, :heads]
@@ -116,21 +115,24 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
 def segment_masks(
     segments: Tensor, window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of each segment: its T tokens; its n keys' tokens (n,), at positions 0 to n - 1; the keys
-    unseen, (T, n) bool.
+    """Yields the tokens, the keys and the mask of each segment.
+
+    They are: its T tokens, a slice; its n keys' tokens (n,), at positions 0 to n - 1; which keys a
+    token does not see, (T, n) bool.
     """
     for begin, end, prefix_begin, prefix_end in segments.tolist():
-        keys = torch.cat((torch.arange(prefix_begin, prefix_end), torch.arange(begin, end))).to(
-            device
-        )
-        gap = torch.arange(prefix_end - prefix_begin, len(keys))[:, None] - torch.arange(len(keys))
+        prefix, own = torch.arange(prefix_begin, prefix_end), torch.arange(begin, end)
+        keys = torch.cat((prefix, own)).to(device)  # (n,)
+        position = torch.arange(len(prefix), len(keys))  # (T,)
+        gap = position[:, None] - torch.arange(len(keys))  # (T, n) positions from key to token
         unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
         yield slice(begin, end), keys, unseen.to(device)
 
 
 def split_heads(qkv: Tensor, heads: int, own: slice, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A segment's q (K, H/K, T, E), k and v (K, n, E) from the packed batch's
-    qkv (N, H + 2K, E).
+    """Returns a segment's q (K, H/K, T, E), k and v (K, n, E).
+
+    They come out of the packed batch's qkv (N, H + 2K, E).
     """
     K = (qkv.shape[1] - heads) // 2
     q = qkv[own, :heads].unflatten(1, (K, -1)).movedim(0, 2)
@@ -141,28 +143,25 @@ def split_heads(qkv: Tensor, heads: int, own: slice, keys: Tensor) -> tuple[Tens
 def paged_attention(
     q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, window: int | None = None
 ) -> Tensor:
-    """Causal grouped-query attention of new tokens over a paged key/value cache (Kwon et al., arXiv
-    2309.06180).
+    """Causal grouped-query attention of new tokens over a paged key/value cache.
 
-    q (N, H, E): the new tokens of R rows, row after row -> (N, H, E). rows (R, 2): of each row, the
-    number of new tokens and of those before them. keys, values (pages, page size, K, E); pages (R,
-    P): where a row's tokens lie, the new ones included. New token i stands at position before + i
-    and sees the positions up to its own; with a sliding window the last `window` of them.
+    q (N, H, E): the new tokens of R rows, row after row -> (N, H, E). rows (R, 2): each row's new
+    tokens, and those before them. keys, values (pages, page size, K, E); pages (R, P): where a
+    row's tokens lie, the new ones included. New token i stands at position before + i and sees the
+    positions up to its own; with a sliding window the last `window` of them. Source: PagedAttention
+    (Kwon et al., arXiv 2309.06180).
     """
     size, outs, start = keys.shape[1], [], 0
     for (new, before), own in zip(rows.tolist(), pages, strict=True):
         n = before + new
         held = own[: -(-n // size)].long()
-        k, v = (
-            keys[held].flatten(0, 1)[:n].transpose(0, 1),
-            values[held].flatten(0, 1)[:n].transpose(0, 1),
-        )  # (K, n, E)
+        k = keys[held].flatten(0, 1)[:n].transpose(0, 1)  # (K, n, E)
+        v = values[held].flatten(0, 1)[:n].transpose(0, 1)  # (K, n, E)
         queries = q[start : start + new].unflatten(1, (len(k), -1)).movedim(0, 2)  # (K, H/K, T, E)
         gap = torch.arange(before, n, device=q.device)[:, None] - torch.arange(n, device=q.device)
         unseen = (gap < 0) if window is None else (gap < 0) | (gap >= window)
-        scores = (queries @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype)) / math.sqrt(
-            q.shape[-1]
-        )
+        scores = (queries @ k[:, None].transpose(-1, -2)).to(accumulate_dtype(q.dtype))
+        scores = scores / math.sqrt(q.shape[-1])  # (K, H/K, new, n)
         probs = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)
         outs.append((probs @ v[:, None]).flatten(0, 1).transpose(0, 1))
         start += new
@@ -179,15 +178,15 @@ def sample(
     penalty: float,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-prob under the distribution sampled from: (R, V), (R,) -> (R,)
-    int64, (R,).
+    """One token a row, and its log-prob under the distribution sampled from.
 
-    In this order: the logits of tokens in `seen` (R, T; -1 for none) are divided by `penalty` if
-    positive, else multiplied; all are divided by `temperature`; the top_k largest stay (0: all;
-    equals of the last too); of those, by falling probability, the tokens before which there is less
-    mass than top_p; of those, the ones at least min_p times as likely as the first. The token is
-    where the cumulative distribution, in the order of ids, passes `uniform`. temperature 0: the
-    most likely token, the lowest id of equals, under the distribution before temperature and cuts.
+    logits (R, V), uniform (R,) -> (R,) int64, (R,). In this order: the logits of tokens in `seen`
+    (R, T; -1 for none) are divided by `penalty` if positive, else multiplied; all are divided by
+    `temperature`; the top_k largest stay (0: all; equals of the last too); of those, by falling
+    probability, the tokens before which there is less mass than top_p; of those, the ones at least
+    min_p times as likely as the first. The token is where the cumulative distribution, in the order
+    of ids, passes `uniform`. temperature 0: the most likely token, the lowest id of equals, under
+    the distribution before temperature and cuts.
     """
     z = penalised(logits, penalty, seen)
     if temperature == 0:
@@ -201,7 +200,7 @@ def sample(
 
 
 def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
-    """Logits after the repetition penalty (Keskar et al., arXiv 1909.05858)."""
+    """Returns logits after the repetition penalty (Keskar et al., arXiv 1909.05858)."""
     if penalty == 1 or not seen.numel():
         return logits
     marked = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
@@ -210,7 +209,7 @@ def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 
 
 def cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (R, V) with -inf for what top_k and then top_p leave out."""
+    """Returns logits (R, V) with -inf for what top_k and then top_p leave out."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -223,7 +222,7 @@ def cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The probabilities (R, V) after the cuts, adding up to 1; 0 for what is cut."""
+    """Returns the probabilities (R, V) after the cuts, adding up to 1; 0 for what is cut."""
     probs = cut(logits, top_k, top_p).softmax(-1)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)

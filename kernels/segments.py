@@ -1,5 +1,4 @@
-"""Pair attention's work lists, made on the host from the segments of a packed batch, once for all
-layers.
+"""Pair attention's work lists, made on the host from a packed batch's segments, for all layers.
 
 `segments` is an (S, 4) int64 tensor on the CPU, rows (begin, end, prefix begin, prefix end): a run
 of tokens and the run that goes before it, empty for a prompt or a plain sequence. Token i of a
@@ -22,6 +21,8 @@ _known = WeakTensorKeyDictionary()
 
 
 class Segment(NamedTuple):
+    """A run of tokens, and the run that goes before it."""
+
     begin: int
     end: int
     prefix_begin: int
@@ -29,18 +30,22 @@ class Segment(NamedTuple):
 
     @property
     def prefix(self) -> int:
-        """Tokens of the prefix."""
+        """The number of tokens of the prefix."""
         return self.prefix_end - self.prefix_begin
 
     @property
     def positions(self) -> int:
-        """Tokens of prefix and segment: the keys its last token sees without a window."""
+        """The number of tokens of prefix and segment.
+
+        It is how many keys the last token sees without a window.
+        """
         return self.prefix + self.end - self.begin
 
 
 class QueryTile(NamedTuple):
-    """Rows of one segment. Its rows are (token, query head of the group) in this order; `row` is
-    the tile's first.
+    """Rows of one segment.
+
+    They are (token, query head of the group) in this order; `row` is the tile's first.
     """
 
     row: int
@@ -68,8 +73,9 @@ class Reader(NamedTuple):
 
 
 def derived(segments: Tensor, what: Hashable, make: Callable[[list[Segment]], T]) -> T:
-    """make(segments as a list), once for each tensor (by identity, so it must not be written to)
-    and `what`.
+    """Returns make(segments as a list), made once for each tensor and `what`.
+
+    The tensor is known by its identity, so it must not be written to.
     """
     known: dict[Hashable, Any] = _known.setdefault(segments, {})
     if what not in known:
@@ -79,7 +85,7 @@ def derived(segments: Tensor, what: Hashable, make: Callable[[list[Segment]], T]
 
 
 def on_device(rows: list[Any], device: torch.device) -> Tensor:
-    """Tuples of numbers as int32 rows on the device; the host does not wait."""
+    """Returns tuples of numbers as int32 rows on the device; the host does not wait."""
     return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(
         device, non_blocking=True
     )
@@ -88,8 +94,10 @@ def on_device(rows: list[Any], device: torch.device) -> Tensor:
 def query_tiles(
     segments: list[Segment], group: int, rows: int, window: int | None
 ) -> list[QueryTile]:
-    """All tokens times the `group` query heads of a key head, `rows` at a time. Most keys first, so
-    that the last programs to run are short ones."""
+    """Returns all tokens times the `group` query heads of a key head, `rows` at a time.
+
+    Most keys first, so that the last programs to run are short ones.
+    """
     tiles = [
         QueryTile(row, s.begin, s.end - s.begin, s.prefix_begin, s.prefix)
         for s in segments
@@ -102,8 +110,9 @@ def query_tiles(
 def key_tiles(
     segments: list[Segment], keys: int, window: int | None
 ) -> tuple[list[KeyTile], list[Reader]]:
-    """All tokens, at most `keys` at a time, none across an edge of a segment or prefix; most
-    readers first.
+    """Returns all tokens, at most `keys` at a time.
+
+    None crosses an edge of a segment or prefix; those with most readers come first.
     """
     cuts = sorted({edge for s in segments for edge in s})
     responses: dict[int, list[Segment]] = defaultdict(list)  # of the run that begins at a cut

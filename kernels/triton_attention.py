@@ -40,7 +40,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Tiles(NamedTuple):
-    """Query rows (tokens x heads of a group) and keys of a tile, and how a program runs them."""
+    """A tile's query rows (tokens x heads of a group) and keys, and how a program runs them."""
 
     rows: int
     keys: int
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
 
 
 def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan:
+    """Returns the tiles for this dtype, head width and GPU."""
     if capability is None:  # the interpreter: small, so that small shapes have several
         return Plan(Tiles(16, 16, 1, 1), Tiles(16, 16, 1, 1), Tiles(16, 16, 1, 1))
     wide = E > 64
@@ -75,6 +76,7 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
 
 @triton.jit
 def load_rows(x, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Loads rows of E numbers, 0 where there is none."""
     e = tl.arange(0, BLOCK_E)
     at = x + offsets[:, None] + e[None, :]
     if E == BLOCK_E:
@@ -86,6 +88,7 @@ def load_rows(x, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def store_rows(x, offsets, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Stores rows of E numbers, rounded to the tensor's dtype."""
     e = tl.arange(0, BLOCK_E)
     mask = inside[:, None] & (e < E)[None, :]
     tl.store(x + offsets[:, None] + e[None, :], narrow(rows, x.dtype.element_ty), mask=mask)
@@ -93,7 +96,8 @@ def store_rows(x, offsets, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr)
 
 @triton.jit
 def tile_product(a, b, total):
-    # its dot takes bfloat16 for the integers it is stored as; the products are exact either way
+    """Returns total + a b, in float32 without TF32."""
+    # The interpreter's dot takes bfloat16 for the integers it is stored as. Products are exact.
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -111,9 +115,11 @@ def sees(gap, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def _query_rows(tile, G: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's rows: tokens, heads within the group, positions, which are there; the end (first
-    position, last, prefix tokens, where prefix and segment begin) is what `_key_offsets` and
-    `_key_ranges` want."""
+    """A tile's rows: tokens, heads within the group, positions, which are there.
+
+    The last result (first position, last, prefix tokens, where prefix and segment begin) is what
+    `_key_offsets` and `_key_ranges` want.
+    """
     row = tl.load(tile)
     begin = tl.load(tile + 1)
     length = tl.load(tile + 2)
@@ -121,7 +127,7 @@ def _query_rows(tile, G: tl.constexpr, ROWS: tl.constexpr):
     prefix = tl.load(tile + 4)
     rows = row + tl.arange(0, ROWS)
     inside = rows < length * G
-    # beyond the end the last one again: cheaper than a mask, and never stored
+    # Beyond the end the last one again: cheaper than a mask, and never stored.
     rows = tl.minimum(rows, length * G - 1)
     token = rows // G
     first = prefix + row // G
@@ -137,8 +143,9 @@ def _query_rows(tile, G: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _key_offsets(positions, place, stride):
-    """Where the keys at these positions lie; beyond the last that a query of the tile sees, that
-    one again.
+    """Where the keys at these positions lie.
+
+    Beyond the last that a query of the tile sees, it is that one again.
     """
     _, last, prefix, prefix_begin, begin = place
     positions = tl.minimum(positions, last)
@@ -149,8 +156,10 @@ def _key_offsets(positions, place, stride):
 
 @triton.jit
 def _key_ranges(place, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """Positions (start, a, b, end): start to end is what any query of the tile sees; of it a to b,
-    whole tiles of keys, all queries see: no mask there."""
+    """Positions (start, a, b, end): start to end is what any query of the tile sees.
+
+    Of it a to b, whole tiles of keys, all queries see: no mask there.
+    """
     first, last, _, _, _ = place
     start = first * 0
     a = start
@@ -182,8 +191,9 @@ def _attend(
     BLOCK_E: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds the keys at positions start to end to (sum of p v, largest score,
-    sum of p) of each row.
+    """Adds the keys at positions start to end to each row's state.
+
+    The state is (sum of p v, largest score, sum of p).
     """
     total, m, norm = state
     for at in range(start, end, KEYS):
@@ -469,8 +479,9 @@ def _key_gradients(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds ds q and p g of a reader's rows start to end; s, p, dp and ds are transposed, (keys,
-    rows).
+    """Adds ds q and p g of a reader's rows start to end.
+
+    s, p, dp and ds are transposed, (keys, rows).
     """
     first, count, shift = queries
     q, grad, lse, delta = pointers
@@ -484,7 +495,7 @@ def _key_gradients(
         q_rows = load_rows(q, row * stride + rows % G * head_stride, E, BLOCK_E)
         g_rows = load_rows(grad, row * grad_stride + rows % G * grad_head_stride, E, BLOCK_E)
         row = row * (K * G) + rows % G
-        # p is 0 for a row that is not there
+        # For a row that is not there, p is 0.
         row_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         zero = tl.full((k_rows.shape[0], ROWS), 0.0, tl.float32)
         p = tl.exp2(tile_product(k_rows, tl.trans(q_rows), zero) * scale - row_lse[None, :])
@@ -623,8 +634,9 @@ def _attention_dkv_kernel(
 def pair_attention(
     qkv: Tensor, heads: int, segments: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """qkv (N, H + 2K, E), H = heads, segments (S, 4) int64 on the CPU -> (out (N, H, E), lse (N, H)
-    float32).
+    """Returns out (N, H, E) and lse (N, H) float32.
+
+    qkv (N, H + 2K, E), H = heads; segments (S, 4) int64 on the CPU.
     """
     qkv = unit_stride(qkv)
     N, _, E = qkv.shape
@@ -663,7 +675,7 @@ def pair_attention_backward(
     segments: Tensor,
     window: int | None,
 ) -> Tensor:
-    """The gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
+    """Returns the gradient of sum(grad * out), (N, H + 2K, E) contiguous."""
     grad, qkv, out, lse = unit_stride(grad), unit_stride(qkv), out.contiguous(), lse.contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse)
@@ -712,7 +724,7 @@ def pair_attention_backward(
 
 
 def softmax_scale(E: int) -> float:
-    """Scores times this are logarithms to base 2."""
+    """Returns 1 / sqrt(E) in powers of two: scores times this are logarithms to base 2."""
     return math.log2(math.e) / math.sqrt(E)
 
 

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: generation. Attention over a paged key/value cache, and the choice of the next token.
 
-**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j over
-the positions up to query i's own; with a window, the last `window` of them. q (N, H, E): the new
-tokens of R rows, row after row; keys and values (pages, 16, K, E); rows (R, 2) int64, a row's new
-tokens and those before them; pages (R, P) int32: position j of a row lies in slot j % 16 of page
-pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the result is
-rounded once.
+**paged_attention.** s_ij = q_i . k_j / sqrt(E), o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij), j
+over the positions up to query i's own; with a window, the last `window` of them. q (N, H, E):
+the new tokens of R rows, row after row; keys and values (pages, 16, K, E); rows (R, 2) int64, a
+row's new tokens and those before them; pages (R, P) int32: position j of a row lies in slot j %
+16 of page pages[row, j // 16]. float32, bfloat16 or float16; softmax and sums are float32, the
+result is rounded once.
 
 The rows of a query tile are tokens x the H/K heads that share a key head, so that one read of a key
 serves them all; in decoding that read is nearly all the work. Positions are looked up in the page
@@ -21,17 +21,17 @@ float32, and with M = max_s m_s a second kernel makes of them
     o = sum_s 2^(m_s - M) o_s / sum_s 2^(m_s - M) l_s.
 
 No atomics, and every sum has one order: repeatable bit for bit. Grids depend on shapes and on
-`most`, not on what is on the device: nothing is read back, and a step of decoding can be captured
-in a CUDA graph.
+`most`, not on what is on the device: nothing is read back, and a step of decoding can be
+captured in a CUDA graph.
 
 **sample.** p_v = exp((z_v - max z) / temperature), but 0 where that is below min_p. With c_v the
 sum of p up to v, the token is the first with c_v > uniform * c_V; its log-prob is log(p_v / c_V).
 One program a row reads the logits twice, for the maximum and for the sums of p by blocks, and then
 the block again in which c passes. Sums within a block are float32; over blocks, and in the last
-step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens with
-some probability are candidates, and where c passes at none of them it is the last. temperature 0
-takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are PyTorch's, before the
-kernel.
+step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens
+with some probability are candidates, and where c passes at none of them it is the last.
+temperature 0 takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are
+PyTorch's, before the kernel.
 
 Oracles: `ldalign.kernels.reference.paged_attention` and `sample`.
 """
@@ -56,7 +56,7 @@ from ldalign.kernels.triton_attention import (
 )
 from ldalign.kernels.triton_common import capability, launch, narrow, unit_stride
 
-# tests set it: so many runs of keys, a power of two, whatever `splits` would say
+# Tests set it: so many runs of keys, a power of two, whatever `splits` would say.
 SPLITS: int | None = None
 MOST_SPLITS = 64  # the second kernel holds all of them at once
 LEAST_KEYS = 128  # of a run: shorter ones would cost more than they gain
@@ -67,20 +67,21 @@ BLOCK = 4096  # logits of a row whose probabilities are summed first
 def tiles(
     dtype: torch.dtype, E: int, group: int, decoding: bool, capability: tuple[int, int] | None
 ) -> Tiles:
-    """Chosen so that no register is spilled at E = 64 and 128."""
+    """Returns the tiles, chosen so that no register is spilled at E = 64 and 128."""
     if capability is None:  # the interpreter: small, so that small shapes have several
         return Tiles(16, 16, 1, 1)
     if dtype == torch.float32:
         return Tiles(16, 32, 8, 2) if decoding else Tiles(32, 16, 4, 1)
     if decoding:
-        # products take 16 rows at least
+        # Products take 16 rows at least.
         return Tiles(max(16, min(64, triton.next_power_of_2(group))), 64, 4, 3)
     return Tiles(128 if E <= 64 or capability[0] in (9, 10) else 64, 64, 8, 3)
 
 
 def splits(programs: int, tokens: int, processors: int) -> int:
-    """Into how many runs the at most `tokens` keys of a row are cut, a power of two; uncut they are
-    `programs`.
+    """Returns into how many runs the keys of a row are cut, a power of two.
+
+    A row has at most `tokens` keys; uncut, `programs` programs would run.
     """
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS * processors, programs))
     able = 1 << max(1, tokens // LEAST_KEYS).bit_length() - 1  # rounded down
@@ -118,8 +119,9 @@ def _attend(
     BLOCK_E: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds the keys at positions start to end to (sum of p v, largest score,
-    sum of p) of each row.
+    """Adds the keys at positions start to end to each row's state.
+
+    The state is (sum of p v, largest score, sum of p).
     """
     total, m, norm = state
     page_stride, slot_stride = strides
@@ -129,8 +131,7 @@ def _attend(
     for at in range(start, end, KEYS):
         places = at + tl.arange(0, KEYS)
         offsets = page.to(tl.int64) * page_stride + held % PAGE * slot_stride
-        # A tile ahead: keys and values are fetched early only where it is known early where they
-        # lie.
+        # A tile ahead: keys and values can be fetched early only if their places are known early.
         held = tl.minimum(places + KEYS, last)
         page = tl.load(table + held // PAGE)
         s = tl.full((q.shape[0], KEYS), 0.0, tl.float32)
@@ -187,8 +188,9 @@ def _paged_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """DECODE: every row has one new token. SPLIT: out, largest and norms hold a part for each run
-    of keys.
+    """DECODE: every row has one new token.
+
+    SPLIT: out, largest and norms hold a part for each run of keys.
     """
     program = tl.program_id(0)
     head = (program % K).to(tl.int64)  # neighbours read the other heads of the same tokens
@@ -204,7 +206,7 @@ def _paged_attention_kernel(
 
     places = tile_row + tl.arange(0, ROWS)
     inside = places < count
-    # beyond the end the last one again: cheaper than a mask, and never stored
+    # Beyond the end the last one again: cheaper than a mask, and never stored.
     places = tl.minimum(places, count - 1)
     position = before + places // G
     query_head = head * G + places % G
@@ -229,7 +231,7 @@ def _paged_attention_kernel(
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.full((ROWS,), 0.0, tl.float32),
     )
-    # one position, so that start is the window's own: what is left to mask lies beyond the end
+    # One position, so that start is the window's own: what is left to mask lies beyond the end.
     if DECODE:
         if SPLIT:
             run = tl.cdiv(tl.cdiv(end - start, KEYS), splits) * KEYS
@@ -325,7 +327,7 @@ def _paged_attention_kernel(
     at = token * (K * G) + query_head
     if SPLIT:
         at += split.to(tl.int64) * N * (K * G)
-        # nobody reads a run of no keys
+        # Nobody reads a run of no keys.
         store_rows(out, at * E, total, inside & (norm != 0), E, BLOCK_E)
         tl.store(largest + at, m * scale, mask=inside)
         tl.store(norms + at, norm, mask=inside)
@@ -361,7 +363,10 @@ def paged_attention(
     most: int,
     window: int | None,
 ) -> Tensor:
-    """(N, H, E), contiguous. most: the largest number of new tokens of a row."""
+    """Returns (N, H, E), contiguous.
+
+    most: the largest number of new tokens of a row.
+    """
     q, rows, pages = unit_stride(q), rows.contiguous(), unit_stride(pages)
     if keys.stride() != values.stride() or unit_stride(keys) is not keys:
         keys, values = keys.contiguous(), values.contiguous()
@@ -421,21 +426,28 @@ def paged_attention(
         num_stages=t.stages,
     )
     if parts > 1:
-        launch(
-            _merge_splits_kernel,
-            (N * H,),
-            q,
-            partial,
-            largest,
-            norms,
-            out,
-            N * H,
-            SPLITS=parts,
-            E=E,
-            BLOCK_E=block,
-            num_warps=1 if parts <= 8 else 4,
-        )
+        _merge_splits(partial, largest, norms, out)
     return out
+
+
+def _merge_splits(partial: Tensor, largest: Tensor, norms: Tensor, out: Tensor) -> None:
+    """Makes out (N, H, E) of the sums (S, N, H, E) and (S, N, H) that S runs of keys left."""
+    N, H, E = out.shape
+    parts = len(partial)
+    launch(
+        _merge_splits_kernel,
+        (N * H,),
+        out,
+        partial,
+        largest,
+        norms,
+        out,
+        N * H,
+        SPLITS=parts,
+        E=E,
+        BLOCK_E=max(16, triton.next_power_of_2(E)),
+        num_warps=1 if parts <= 8 else 4,
+    )
 
 
 # ------------------------------------------------------------------------------------------ sampler
@@ -451,8 +463,9 @@ def _weights(z_row, at, V, m, scale, min_p):
 
 @triton.jit
 def _passing(weights, index, wanted):
-    """The first index with some weight at which the cumulative sum passes `wanted`; if there is
-    none, the last.
+    """The first index with some weight at which the cumulative sum passes `wanted`.
+
+    If there is none, the last.
     """
     passed = (tl.cumsum(weights, 0) > wanted) & (weights > 0)
     last = tl.max(tl.where(weights > 0, index, 0), 0)
@@ -495,7 +508,7 @@ def _sample_kernel(
     total = tl.sum(wide, 0)
 
     if GREEDY:
-        # the lowest of all places that have it
+        # The lowest id of all that have it.
         chosen = tl.min(tl.where(largest == m, where, V - 1), 0)
         score = m
     else:
@@ -520,8 +533,9 @@ def sample(
     penalty: float,
     seen: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The next tokens (R,) int64 and their log-probs (R,) float32. logits (R, V) float32 are left
-    as they are.
+    """Returns the next tokens (R,) int64 and their log-probs (R,) float32.
+
+    logits (R, V) float32 are left as they are.
     """
     z = penalised(logits, penalty, seen)
     R, V = z.shape

@@ -129,8 +129,7 @@ def _weighted_dpo_kernel(
         )
         x = c - r
         e = tl.exp(-tl.abs(x))
-        # log(1 + e) of a tiny e is 0 in float32. Where 1 + e rounds to u, log(u) e / (u - 1) undoes
-        # the rounding.
+        # A tiny e is lost in 1 + e. Where that rounds to u, log(u) e / (u - 1) makes up for it.
         u = 1 + e
         log1p = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1.0, u - 1))
         value = tl.maximum(-x, 0.0) + log1p  # NaN: e is NaN too
@@ -143,10 +142,9 @@ def _weighted_dpo_kernel(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned forwards or,
-    with `inverse`, back.
+    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned.
 
-    The other heads are copied.
+    They turn forwards or, with `inverse`, back. The other heads are copied.
     """
     N, H, E = x.shape
     half = E // 2
@@ -205,8 +203,9 @@ def weighted_dpo(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(P,) float32 x 5 -> (loss () = sum of w l, l, chosen, rejected, d loss / d sums_real), the
-    last four (P,).
+    """The weighted DPO loss of P pairs, five inputs (P,) float32, and what its backward needs.
+
+    Returns loss () = sum of w l, l, chosen, rejected, d loss / d sums_real, the last four (P,).
     """
     inputs = [
         x.float().contiguous() for x in (sums_real, sums_generated, ref_real, ref_generated, weight)

@@ -1,12 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton: the head. Log-probs without logits in memory, and losses whose gradients are made in the
-same pass.
+"""Triton: the head. Log-probs without logits in memory, losses with their gradients in one pass.
 
     z = h W^T,  lse = log sum_v exp z[v],
     logp = z[target] - lse,  d logp / d z[v] = [v = target] - exp(z[v] - lse).
 
-hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums and
-log-probs float32.
+hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums
+and log-probs float32.
 
 Forward alone (`linear_logprob`): one kernel multiplies a tile of rows by one slab of the vocabulary
 and keeps of it the largest logit, the sum of exponentials and the target's logit; a second merges
@@ -41,7 +40,7 @@ from ldalign.kernels.triton_elementwise import sigmoid_of_minus
 WORKSPACE_BYTES = 512 * 2**20  # logits of one piece of rows
 SLAB_BYTES = 16 * 2**20  # of dW in float32 on its way to the sum over pieces
 SLAB_TILES = 4  # tiles of the vocabulary one program of the forward goes through
-# row tiles whose programs run side by side: they share W in the second-level cache, and it their H
+# Row tiles whose programs run side by side, and share W in the second-level cache.
 GROUP = 8
 ROW_BLOCK = 8192  # logits of a row whose statistics are taken at a time
 GRADIENT_BLOCK = 4096
@@ -50,9 +49,7 @@ ADD_BLOCK = 1024  # values of dW added at a time
 
 
 class Tiles(NamedTuple):
-    """Rows, vocabulary entries and widths of the forward's product tiles, and how a program runs
-    them.
-    """
+    """The forward's product tiles: rows, vocabulary entries, widths, and how a program runs."""
 
     rows: int
     vocabulary: int
@@ -62,6 +59,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
+    """Returns the tiles for this dtype and GPU."""
     if capability is None:  # the interpreter: small, so that small shapes have several
         return Tiles(16, 128, 32, 1, 1)
     if dtype == torch.float32:  # no tensor cores: they would cut float32 to 10 bits of mantissa
@@ -74,8 +72,7 @@ def tiles(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
 # ------------------------------------------------------------------------------- forward: log-probs
 
 
-# Numbers that only count rows are not specialised on: a new batch size must not mean a new
-# compilation.
+# Not specialised on numbers that only count rows: a new batch size must not mean a compilation.
 @triton.jit(do_not_specialize=["N", "row_tiles", "slabs"])
 def _logprob_slab_kernel(
     hidden,
@@ -125,18 +122,15 @@ def _logprob_slab_kernel(
             else:
                 h = tl.load(h_rows + at, mask=(k < D - at)[None, :], other=0.0)
                 w = tl.load(w_rows + at, mask=(k < D - at)[None, :], other=0.0)
-            if (
-                INTERPRETED
-                # its dot takes bfloat16 for the integers it is stored as; the products are exact
-                # either way
-            ):
+            # The interpreter's dot takes bfloat16 for the integers it is stored as; the products
+            # are exact either way.
+            if INTERPRETED:
                 h = h.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
         z = tl.where((cols < V)[None, :], z, float("-inf"))
         z_goal += tl.sum(tl.where(cols[None, :] == goal[:, None], z, 0.0), 1)
-        # tl.max passes over NaN, but the sum of exponentials does not: one NaN logit makes the row
-        # NaN.
+        # tl.max passes over NaN, but the sum of exponentials does not: a NaN logit makes a NaN row.
         m_new = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
         m = m_new
@@ -175,7 +169,7 @@ def _merge_slabs_kernel(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """(logp (N,), lse (N,)) float32; logp is 0 where the target is ignored."""
+    """Returns logp (N,) and lse (N,) float32; logp is 0 where the target is ignored."""
     hidden, weight, target = unit_stride(hidden), unit_stride(weight), target.contiguous()
     (N, D), V = hidden.shape, len(weight)
     t = tiles(hidden.dtype, capability(hidden.device))
@@ -238,8 +232,7 @@ def _row_statistics_kernel(logits, target, lse, logp, V, stride, BLOCK: tl.const
     s = tl.full((1,), 0.0, tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        # Up to stride, a multiple of 16, the loads stay whole vectors; what lies beyond V is not
-        # logits.
+        # Up to stride, a multiple of 16, the loads stay whole vectors; beyond V lie no logits.
         z = tl.load(logits + row * stride + cols, mask=cols < stride, other=0.0).to(tl.float32)
         z = tl.where(cols < V, z, float("-inf"))[None, :]
         m_new = tl.maximum(m, tl.max(z, 1))
@@ -317,8 +310,9 @@ def _pair_coefficient_kernel(
 def _accumulate_kernel(
     product, high, low, out, size, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds a product to a sum kept as the upper 24 bits of a float32: 16 in `high`, 8 in `low`. The
-    last one rounds.
+    """Adds a product to a sum kept as the upper 24 bits of a float32.
+
+    16 of them are in `high`, 8 in `low`. The last one rounds.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -329,11 +323,11 @@ def _accumulate_kernel(
         )
         value += bits.to(tl.float32, bitcast=True)
     if LAST:
-        # out is the memory of high
+        # `out` is the memory of `high`.
         tl.store(out + at, narrow(value, out.dtype.element_ty), mask=mask)
     else:
         bits = value.to(tl.int32, bitcast=True)
-        # to nearest; a NaN must not carry into its sign
+        # Rounded to nearest; a NaN must not carry into its sign.
         bits = tl.where(value == value, bits + 0x80, bits)
         tl.store(high + at, (bits >> 16).to(tl.int16), mask=mask)
         tl.store(low + at, ((bits >> 8) & 0xFF).to(tl.uint8), mask=mask)
@@ -348,11 +342,11 @@ def linear_logprob_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dh, dw) under grad (N,). A target outside [0, V), such as an ignored one, adds nothing.
+    """Returns dh and dw under grad (N,).
 
-    lse is not read: the logits made again here are rounded to the model's dtype, those of the
-    forward were not, and only with a log-sum-exp of the very same logits do the probabilities add
-    up to one.
+    A target outside [0, V), such as an ignored one, adds nothing. lse is not read: the logits made
+    again here are rounded to the model's dtype, those of the forward were not, and only with a
+    log-sum-exp of the very same logits do the probabilities add up to one.
     """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     grad = grad.float().contiguous()
@@ -368,7 +362,7 @@ def sft_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logp (N,) float32, dh, dw): the gradient of scale * sum_i -logp_i."""
+    """Returns logp (N,) float32, dh and dw, the gradients of scale * sum_i -logp_i."""
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     coefficient = torch.full_like(head.logp, -scale)
     head.run(([rows] for rows in row_pieces(len(target), head.most)), lambda i: coefficient)
@@ -387,8 +381,9 @@ def pair_loss(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(sums (S,) float32, dh, dw): the gradient of scale * sum_p weight_p * -log sigmoid(beta
-    Delta_p).
+    """Returns sums (S,) float32, dh and dw, the gradients of the loss.
+
+    The loss is scale * sum_p weight_p * -log sigmoid(beta Delta_p).
     """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     sums = torch.zeros(len(lengths), dtype=torch.float32, device=hidden.device)
@@ -422,8 +417,9 @@ def pair_loss(
 
 
 class _Head:
-    """Hidden states through the head and back, a group of rows at a time, in one workspace for the
-    logits.
+    """Hidden states through the head and back, a group of rows at a time.
+
+    All groups use one workspace for their logits.
     """
 
     def __init__(
@@ -439,16 +435,18 @@ class _Head:
         )
         self.dh = torch.empty_like(self.hidden) if need_hidden else None
         self.dw = torch.empty_like(self.weight) if need_weight else None
-        # A row starts at a multiple of 128 bytes or more, whatever V: vector loads, and a product
-        # at full speed.
+        # A row starts at a multiple of 128 bytes or more, whatever V: so loads are whole vectors,
+        # and products run at full speed.
         self.stride = triton.cdiv(len(weight), 64) * 64
         most = max(1, WORKSPACE_BYTES // (self.stride * hidden.element_size()))
         self.most = most // 128 * 128 or most  # rows of a piece: whole tiles of a product
 
     def run(self, groups: Iterable[list[slice]], coefficients: Callable[[int], Tensor]) -> None:
-        """Visits each group's pieces for log-probs and again for gradients; coefficients(i), called
-        between the two, gives d loss / d logp (N,), valid for group i. A group of one piece keeps
-        its logits and is visited once."""
+        """Visits each group's pieces for log-probs and again for gradients.
+
+        coefficients(i), called between the two, gives d loss / d logp (N,), valid for group i. A
+        group of one piece keeps its logits and is visited once.
+        """
         groups = list(groups)
         pieces = [piece for group in groups for piece in group]
         longest = max((piece.stop - piece.start for piece in pieces), default=0)
@@ -570,8 +568,9 @@ def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device; the host
-    does not wait.
+    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device.
+
+    The host does not wait.
     """
     starts = torch.tensor([0, *accumulate(lengths)], pin_memory=device.type == "cuda")
     return starts.to(device, non_blocking=True)

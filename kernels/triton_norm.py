@@ -23,7 +23,7 @@ from ldalign.kernels.triton_common import launch, narrow, unit_stride
 
 TILE = 4096  # values a program holds at a time: many short rows, or one long one
 WIDEST = 32_768
-# of the backward, so many partial sums of dw: about four for each multiprocessor of a large GPU
+# Partial sums of dw in the backward: some four for each multiprocessor of a large GPU.
 PROGRAMS = 512
 
 
@@ -49,15 +49,14 @@ def _rms_norm_kernel(
     cols = tl.arange(0, BLOCK)
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     out = rows[:, None] * D + cols[None, :]
-    value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    source = x + rows[:, None] * x_stride + cols[None, :]
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         other = residual + rows[:, None] * residual_stride + cols[None, :]
         value += tl.load(other, mask=mask, other=0.0).to(tl.float32)
         rounded = narrow(value, total.dtype.element_ty)
         tl.store(total + out, rounded, mask=mask)
-        # the norm of what is kept, as if the addition were its own operation
+        # The norm of what is kept, as if the addition were an operation of its own.
         value = rounded.to(tl.float32)
     r = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -91,12 +90,10 @@ def _rms_norm_backward_kernel(
     for start in range(0, rows_a_program, ROWS):
         rows = first + start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)[None, :]
-        d = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        upstream = dy + rows[:, None] * dy_stride + cols[None, :]
+        d = tl.load(upstream, mask=mask, other=0.0).to(tl.float32)
+        source = x + rows[:, None] * x_stride + cols[None, :]
+        value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + rows, mask=rows < N, other=0.0)
         n = value * r[:, None]
         g = d * w[None, :]
@@ -123,8 +120,9 @@ def _sum_rows_kernel(partial, out, P, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 
 
 def _tile(D: int, values: int) -> dict[str, int]:
-    """Rows and columns a program holds, and warps enough for at most so many values a thread (up to
-    16 warps).
+    """The rows and columns that a program holds, and its warps.
+
+    There are warps enough for at most so many values a thread, up to 16.
     """
     if not 0 < D <= WIDEST:
         raise ValueError(
@@ -201,7 +199,7 @@ def _backward(
         ADD=dtotal is not None,
         **tile,
     )
-    # without rows a sum over none: zeros
+    # Without rows it is a sum over none: zeros.
     launch(
         _sum_rows_kernel,
         (triton.cdiv(D, 32),),
@@ -218,25 +216,25 @@ def _backward(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (N, D), weight (D,) -> (y (N, D), rstd (N,) float32)."""
+    """Returns y (N, D) and rstd (N,) float32 of x (N, D), weight (D,)."""
     y, _, rstd = _forward(x, None, weight, eps)
     return y, rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx (N, D), dweight (D,) in weight's dtype)."""
+    """Returns dx (N, D) and dweight (D,) in weight's dtype."""
     return _backward(dy, None, x, weight, rstd)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y = norm(total), total = x + residual rounded to the dtype, rstd)."""
+    """Returns y = norm(total), total = x + residual rounded to the dtype, and rstd (N,)."""
     return _forward(x, residual, weight, eps)
 
 
 def add_rms_norm_backward(
     dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(the gradient of x and of residual, which is one, dweight)."""
+    """Returns the gradient of x and of residual, which is one, and dweight."""
     return _backward(dy, dtotal, total, weight, rstd)

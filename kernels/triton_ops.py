@@ -23,8 +23,8 @@ def _why_not() -> str:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         return (
-            f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is "
-            "needed"
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; "
+            "8.0 or newer is needed"
         )
     return ""
 
@@ -75,15 +75,15 @@ if not _REASON:
 
 
 def available() -> bool:
-    """Whether the ops can run here; told once, at import."""
+    """Says whether the ops can run here; told once, at import."""
     return not _REASON
 
 
 def why_not() -> str:
-    """Why `available()` is false, or ""."""
+    """Returns why `available()` is false, or ""."""
     return _REASON
 
 
 def interpreted() -> bool:
-    """Whether the ops run in the interpreter, on CPU tensors, and not on a GPU."""
+    """Says whether the ops run in the interpreter, on CPU tensors, and not on a GPU."""
     return available() and bool(INTERPRETED)

@@ -1,4 +1,4 @@
-"""One function per fused operation; each call runs the best implementation there is for its device.
+"""One function per fused operation; each call runs the best implementation for its device.
 
 Four backends offer the same raw functions (values and gradients apart): `cpp` (C++, `csrc/`) on the
 CPU, `triton` and `cuda` (CUDA C++; the head and the DPO loss only) on NVIDIA GPUs, and `eager`,
@@ -9,8 +9,11 @@ for `torch.compile`, and autograd, once for all backends.
 and of triton, cuda, eager on a GPU). A backend that is not there is an error, never a silent
 fallback; the choice is logged once per op.
 
-Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H heads, E head
-width.
+Each operation's oracle is the function of its name in `ldalign.kernels.reference`,
+unless it says otherwise.
+
+Shapes: N rows (flat tokens), D width, V vocabulary, P pairs, S = 2P responses, H query heads, K
+key/value heads, E head width, F feed-forward width, R rows of a generation.
 """
 
 import functools
@@ -50,23 +53,12 @@ __all__ = [
 log = logging.getLogger(__name__)
 IGNORE = -100  # the target of a row that counts for nothing
 
-# backend -> its module in ldalign.kernels; per device, the order in which `auto` tries them
+# Backend -> its module in ldalign.kernels; per device, the order in which `auto` tries them.
 MODULES = {"cpp": "cpp", "triton": "triton_ops", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
-RAW_OPS = (
-    "linear_logprob",
-    "pair_loss",
-    "sft_loss",
-    "weighted_dpo",
-    "rms_norm",
-    "add_rms_norm",
-    "rope",
-    "swiglu",
-    "pair_attention",
-    "paged_attention",
-    "sample",
-    "adamw_",
-    "rmsprop_",
+RAW_OPS = tuple(
+    "linear_logprob pair_loss sft_loss weighted_dpo rms_norm add_rms_norm rope swiglu "
+    "pair_attention paged_attention sample adamw_ rmsprop_".split()
 )
 
 
@@ -74,11 +66,10 @@ RAW_OPS = (
 
 
 def choose(op: str, device: str, wide: bool = False) -> str:
-    """The backend that runs `op` (a raw function's name) on a device type; `wide` for float64
-    inputs.
+    """Returns the backend that runs `op` (a raw function's name) on a device type.
 
-    Raises EnvironmentProblem where LDALIGN_BACKEND names one that is unknown, not built, or not for
-    this device.
+    wide: for float64 inputs. Raises EnvironmentProblem where LDALIGN_BACKEND names one that is
+    unknown, not built, or not for this device.
     """
     return _choose(os.environ.get("LDALIGN_BACKEND", "auto"), op, device, wide)
 
@@ -91,37 +82,25 @@ def _choose(wanted: str, op: str, device: str, wide: bool) -> str:
         )
     order = ORDER.get(device, ("eager",))
     if wanted == "auto":
-        able = [
-            b for b in order if _offers(b, op, wide) and (b == "eager" or _module(b).available())
-        ]
-        chosen, why = (
-            able[0],
-            ", ".join(f"{b}: {_module(b).why_not()}" for b in order[: order.index(able[0])]),
-        )
+        offering = [b for b in order if _offers(b, op, wide)]
+        chosen = next(b for b in offering if b == "eager" or _module(b).available())
+        passed_over = order[: order.index(chosen)]
+        why = ", ".join(f"{b}: {_module(b).why_not()}" for b in passed_over)
     else:
         module = _module(wanted)
         if not module.available():
             raise EnvironmentProblem(
                 f"LDALIGN_BACKEND={wanted}: not available here: {module.why_not()}"
             )
-        if (
-            wanted not in order
-            and wanted != "eager"
-            and not (wanted == "triton" and module.interpreted())
-        ):
+        interpreted = wanted == "triton" and module.interpreted()  # then it runs on any device
+        if wanted not in order and wanted != "eager" and not interpreted:
             raise EnvironmentProblem(
                 f"LDALIGN_BACKEND={wanted} does not run on device {device}; use auto"
             )
         chosen = wanted if _offers(wanted, op, wide) else "eager"
         why = "" if chosen == wanted else f"{wanted} has no {op}{' in float64' if wide else ''}"
-    log.info(
-        "ops: %s on %s: %s (LDALIGN_BACKEND=%s%s)",
-        op,
-        device,
-        chosen,
-        wanted,
-        f"; {why}" if why else "",
-    )
+    reason = f"; {why}" if why else ""
+    log.info("ops: %s on %s: %s (LDALIGN_BACKEND=%s%s)", op, device, chosen, wanted, reason)
     return chosen
 
 
@@ -135,7 +114,7 @@ def _module(backend: str) -> ModuleType:
 
 
 def workspace_bytes(device: str) -> int:
-    """The most bytes of logits the head holds at once on a device type."""
+    """Returns the most bytes of logits that the head holds at once on a device type."""
     return int(_module(choose("pair_loss", device)).WORKSPACE_BYTES)
 
 
@@ -156,8 +135,9 @@ def _operator(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers torch.ops.ldalign.NAME: `run` for real tensors, `fake` for shapes, `setup`,
-    `backward` for autograd.
+    """Registers torch.ops.ldalign.NAME.
+
+    `run` is called with real tensors, `fake` for shapes; `setup` and `backward` are autograd's.
     """
     name = schema.partition("(")[0]
     _operators.define(schema)
@@ -186,12 +166,11 @@ def _wide_like(x: Tensor, *shape: int) -> Tensor:
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = IGNORE
 ) -> Tensor:
-    """log softmax(hidden weight^T)[target]: (N, D), (V, D), (N,) int64 -> (N,) float32 natural-log
-    probabilities.
+    """Returns log softmax(hidden weight^T)[target], natural-log probabilities (N,) float32.
 
-    0 where the target is `ignore_index`. No (N, V) tensor is held; the log-sum-exp is kept, the
-    logits are made again in the backward. Raises ValueError where shapes, dtypes or (on the CPU)
-    targets do not fit. Oracle: `ldalign.kernels.reference.linear_logprob`.
+    hidden (N, D), weight (V, D), target (N,) int64; 0 where the target is `ignore_index`. No (N, V)
+    tensor is held; the log-sum-exp is kept, the logits are made again in the backward. Raises
+    ValueError where shapes, dtypes or (on the CPU) targets do not fit.
     """
     _check_head("linear_logprob", hidden, weight, target)
     return torch.ops.ldalign.linear_logprob(hidden, weight, target, ignore_index)[0]
@@ -218,14 +197,17 @@ def _backward_linear_logprob(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[
     return dh if needs[0] else None, dw if needs[1] else None, None, None
 
 
+def _fake_linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int
+) -> tuple[Tensor, Tensor]:
+    return _wide_like(hidden, len(hidden)), _wide_like(hidden, len(hidden))
+
+
 _operator(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor, "
-    "Tensor)",
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) "
+    "-> (Tensor, Tensor)",
     _run_linear_logprob,
-    lambda hidden, weight, target, ignore: (
-        _wide_like(hidden, len(hidden)),
-        _wide_like(hidden, len(hidden)),
-    ),
+    _fake_linear_logprob,
     _setup_linear_logprob,
     _backward_linear_logprob,
 )
@@ -268,18 +250,21 @@ def pair_loss(
     beta: float,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The weighted DPO loss from hidden states, its gradient made in the same pass: three matrix
-    products in all.
+    """The weighted DPO loss from hidden states, its gradient made in the same pass.
 
-    hidden (N, D), weight (V, D), target (N,) int64; lengths: rows of each of the S = 2P responses
-    (real, generated, real, ...), sum N; reference_sums (S,) their log-probs under the reference;
-    pair_weight (P,). -> loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); sums (S,) of
-    log-probs and the per-pair metrics of `weighted_dpo_loss`, both detached. All float32 (float64
-    in float64).
+    hidden (N, D), weight (V, D), target (N,) int64.
+    lengths: the rows of each of the S = 2P responses (real, generated, real, ...); their sum is N.
+    reference_sums (S,): the responses' log-probs under the reference.
+    pair_weight (P,): the weights s.
 
-    The logits of whole pairs become their own gradient where they stand (docs/kernels.md), so the
-    backward only scales: it can run once, and costs nothing. Raises ValueError where shapes, dtypes
-    or (on the CPU) targets do not fit.
+    Returns loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); the log-prob sums (S,)
+    and the per-pair metrics of `weighted_dpo_loss`, both detached. All float32 (float64 in
+    float64).
+
+    It takes three matrix products in all: the logits of whole pairs become their own gradient where
+    they stand (docs/kernels.md), so the backward only scales. It can run once, and costs nothing.
+    Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit. Oracle:
+    `linear_logprob` and `weighted_dpo_loss` of the reference.
     """
     _check_head("pair_loss", hidden, weight, target)
     if len(lengths) % 2 or sum(lengths) != len(hidden) or min(lengths, default=1) < 0:
@@ -334,20 +319,14 @@ def _run_pair_loss(
         need_hidden,
         need_weight,
     )
-    gap = sums - reference_sums
+    gap = sums - reference_sums  # (S,)
+    # The gaps stand for the policy's log-probs, so the reference's are taken as 0.
     zeros = torch.zeros_like(pair_weight)
     loss, unweighted, chosen, rejected, _ = _raw("weighted_dpo", sums)(
         gap[0::2], gap[1::2], zeros, zeros, pair_weight, beta
     )
-    return (
-        loss * scale,
-        sums,
-        unweighted,
-        chosen,
-        rejected,
-        _or_none(dh, hidden),
-        _or_none(dw, weight),
-    )
+    gradients = _or_none(dh, hidden), _or_none(dw, weight)
+    return loss * scale, sums, unweighted, chosen, rejected, *gradients
 
 
 def _fake_pair_loss(
@@ -369,7 +348,7 @@ def _fake_pair_loss(
 
 
 def _setup_fused_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # else autograd fills zeros of dW's size for an output nobody differentiates
+    # Else autograd fills zeros of dW's size for an output that nobody differentiates.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-2:])
 
@@ -381,15 +360,15 @@ def _backward_pair_loss(
 
 
 def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
-    """The gradients the forward made, times the upstream one: in place, since a second copy of dW
-    can be a GiB.
+    """The gradients that the forward made, times the upstream one.
+
+    In place, since a second copy of dW can be a GiB.
     """
     if grad is None:  # only outputs that carry no gradient were used
         return [None, None]
-    made = [
-        g if need else None
-        for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-    ]
+    wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+    made = [g if need else None for g, need in wanted]
+    # On the CPU the factor can be looked at; nearly always it is 1.
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0:
         return made
     return [None if g is None else g.mul_(grad.to(g.dtype)) for g in made]
@@ -397,8 +376,8 @@ def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
 
 _operator(
     "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, "
-    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) -> (Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_pair_loss,
     _fake_pair_loss,
     _setup_fused_loss,
@@ -409,10 +388,11 @@ _operator(
 def sft_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood from hidden states, in one pass as `pair_loss`.
+    """The negative log-likelihood from hidden states, in one pass as `pair_loss`.
 
-    -> loss () = scale * -sum logp, and logp (N,), detached; float32 (float64 in float64). Raises
-    ValueError where shapes, dtypes or (on the CPU) targets do not fit.
+    Returns loss () = scale * -sum logp, and logp (N,), detached; float32 (float64 in float64).
+    Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit. Oracle:
+    `linear_logprob` of the reference.
     """
     _check_head("sft_loss", hidden, weight, target)
     loss, logp, _, _ = torch.ops.ldalign.sft_loss(
@@ -435,8 +415,8 @@ def _run_sft_loss(
 
 
 _operator(
-    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool "
-    "need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, "
+    "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_sft_loss,
     lambda hidden, weight, target, scale, need_hidden, need_weight: (
         _wide_like(hidden),
@@ -470,8 +450,9 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> No
 
 
 def _check_targets(name: str, target: Tensor, vocabulary: int, ignore: int | None = None) -> None:
-    """On the CPU; on a GPU looking would wait for it, and the kernels stop on a bad target
-    themselves.
+    """On the CPU alone: on a GPU, looking at the targets would mean to wait for it.
+
+    There the kernels themselves stop on a bad target, or give NaN.
     """
     if target.device.type != "cpu" or not len(target):
         return
@@ -496,20 +477,19 @@ def weighted_dpo_loss(
     weight: Tensor,
     beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over pairs of -weight log sigmoid(beta Delta), LD-Align's loss (arXiv 2404.06390, section
-    4.2.3).
+    """LD-Align's loss: the sum over pairs of -weight log sigmoid(beta Delta).
 
     All inputs (P,): summed response log-probs under policy and reference, and the pair weights s.
     Delta = (logp_real - ref_real) - (logp_generated - ref_generated). The caller divides by the
-    pairs of the *global* batch. -> the loss (), and per-pair metrics (P,), detached: loss
+    pairs of the *global* batch. Returns the loss (), and per-pair metrics (P,), detached: loss
     (unweighted), rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies. Raises
-    ValueError where shapes differ. Oracle: the reference's.
+    ValueError where shapes differ. Source: arXiv 2404.06390, section 4.2.3.
     """
     columns = (logp_real, logp_generated, ref_real, ref_generated, weight)
     if any(c.shape != logp_real.shape or c.ndim != 1 for c in columns):
         raise ValueError(
-            f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; expected five "
-            "of (P,)"
+            f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; "
+            "expected five of (P,)"
         )
     wide = accumulate_dtype(logp_real.dtype)
     loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(
@@ -520,14 +500,14 @@ def weighted_dpo_loss(
 
 def _metrics(unweighted: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     unweighted, chosen, rejected = unweighted.detach(), chosen.detach(), rejected.detach()
+    # A tie counts one half, so that step 0 reads 0.5 and not 0 or 1 by rounding.
+    better, tie = (chosen > rejected).to(chosen.dtype), (chosen == rejected).to(chosen.dtype)
     return {
         "loss": unweighted,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        # A tie counts one half, so that step 0 reads 0.5 and not 0 or 1 by rounding.
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype)
-        + 0.5 * (chosen == rejected).to(chosen.dtype),
+        "rewards/accuracies": better + 0.5 * tie,
     }
 
 
@@ -543,8 +523,8 @@ def _backward_weighted_dpo(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor |
 
 
 _operator(
-    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor "
-    "weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, "
+    "Tensor weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda real, *rest: _raw("weighted_dpo", real)(real, *rest),
     lambda real, *rest: (real.new_empty(()), *(torch.empty_like(real) for _ in range(4))),
     _setup_weighted_dpo,
@@ -553,8 +533,9 @@ _operator(
 
 
 def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs: values (N,), lengths of S runs with sum N -> (S,). Log-probs to
-    per-response sums.
+    """Sums consecutive runs: values (N,), lengths of S runs with sum N -> (S,).
+
+    It makes per-response sums of log-probs. Raises ValueError where the lengths do not fit.
     """
     if sum(lengths) != len(values):
         raise ValueError(
@@ -562,20 +543,19 @@ def segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
         )
     # One sum a run: a scatter-add would add in an order that depends on the device. In float64,
     # rounded once: the fused losses sum so too, and step 0 compares their sums with these.
+    if not len(lengths):
+        return values.new_zeros(0)
     runs = values.double().split(list(lengths))
-    return (
-        torch.stack([run.sum() for run in runs]).to(values.dtype)
-        if len(lengths)
-        else values.new_zeros(0)
-    )
+    return torch.stack([run.sum() for run in runs]).to(values.dtype)
 
 
 # ---------------------------------------------------------------------------------------- the block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D). Oracle:
-    the reference's.
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D).
+
+    Raises ValueError where shapes or dtypes do not fit. Source: arXiv 1910.07467.
     """
     _check_norm("rms_norm", x, weight)
     y, _ = torch.ops.ldalign.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
@@ -583,8 +563,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """rms_norm(x + residual) and x + residual itself, one read of each: (..., D) twice, (D,) ->
-    (..., D) twice.
+    """Returns rms_norm(x + residual) and x + residual itself, one read of each.
+
+    x and residual (..., D), weight (D,) -> (..., D) twice. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     _check_norm("add_rms_norm", x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
@@ -650,8 +632,8 @@ _operator(
     _backward_add_rms_norm,
 )
 _operator(
-    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor "
-    "scale) -> (Tensor, Tensor)",
+    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, "
+    "Tensor scale) -> (Tensor, Tensor)",
     lambda grad, grad_total, total, weight, scale: _raw("add_rms_norm_backward", total)(
         grad, grad_total, total, weight, scale
     ),
@@ -663,18 +645,13 @@ _operator(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
-    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E). Oracle: the
-    reference's.
+    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E).
 
     heads: only the first so many heads turn, the others (a joint product's values) are copied;
-    None: all.
+    None: all turn. Raises ValueError where shapes do not fit. Source: arXiv 2104.09864.
     """
-    if (
-        x.ndim != 3
-        or x.shape[2] % 2
-        or cos.shape != (len(x), x.shape[2] // 2)
-        or sin.shape != cos.shape
-    ):
+    fits = x.ndim == 3 and x.shape[2] % 2 == 0 and cos.shape == (len(x), x.shape[2] // 2)
+    if not fits or sin.shape != cos.shape:
         raise ValueError(
             f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not "
             "fit; expected (N, H, E), E even, and twice (N, E/2)"
@@ -689,13 +666,8 @@ def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_rope(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # A rotation: the gradient is turned back, and nothing of x is kept.
-    return (
-        torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads),
-        None,
-        None,
-        None,
-        None,
-    )
+    dx = torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads)
+    return dx, None, None, None, None
 
 
 _operator(
@@ -708,15 +680,15 @@ _operator(
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202) of gate_up (..., 2 F), all gates before all ups -> (...,
-    F).
+    """silu(gate) * up of gate_up (..., 2 F), all gates before all ups -> (..., F).
 
-    Oracle: the reference's, which takes the two apart.
+    The reference takes the two apart. Raises ValueError for an odd last axis. Source: arXiv
+    2002.05202.
     """
     if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"swiglu: gate_up {tuple(gate_up.shape)}; expected (..., 2 F), gates and ups side by "
-            "side"
+            f"swiglu: gate_up {tuple(gate_up.shape)}; "
+            "expected (..., 2 F), gates and ups side by side"
         )
     return torch.ops.ldalign.swiglu(gate_up)
 
@@ -745,9 +717,9 @@ _operator(
 def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
     """Attention over a packed batch: qkv (N, H + 2K, E), H = heads -> (N, H, E).
 
-    segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention`, the
-    oracle, says. Kept for the backward: qkv, the result and a log-sum-exp a head and token; no
-    scores. Raises ValueError where shapes, segments or window do not fit.
+    segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention` says.
+    Kept for the backward: qkv, the result and a log-sum-exp a head and token; no scores. Raises
+    ValueError where shapes, segments or window do not fit.
     """
     N, all_heads = qkv.shape[:2] if qkv.ndim == 3 else (0, 0)
     K = (all_heads - heads) // 2
@@ -762,8 +734,9 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
 
 
 def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
-    """The backend of pair attention: flash-attn where it is installed and can do this batch, else
-    the chosen one.
+    """The backend of pair attention.
+
+    flash-attn where it is installed and can do this batch, else the chosen one.
     """
     if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
         if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
@@ -785,8 +758,8 @@ def _check_segments(segments: Tensor, tokens: int) -> None:
         if begin != done or end <= begin or not prompt <= prefix_begin <= prefix_end <= begin:
             raise ValueError(
                 f"pair_attention: segment {i} is ({begin}, {end}, {prefix_begin}, {prefix_end}); "
-                f"expected one that begins at {done}, with an empty prefix or one inside the "
-                "prompt before it"
+                f"expected one that begins at {done}, "
+                "with an empty prefix or one inside the prompt before it"
             )
         done = end
     if done != tokens:
@@ -811,24 +784,43 @@ def _backward_pair_attention(
     return dqkv, None, None, None
 
 
+def _run_pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    backend = _attention(qkv, segments, window)
+    return backend.pair_attention(qkv, heads, segments, window)
+
+
+def _fake_pair_attention(
+    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads)
+
+
+def _run_pair_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
+) -> Tensor:
+    backend = _attention(qkv, segments, window)
+    return backend.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
+
+
 _operator(
     "pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor, Tensor)",
-    lambda qkv, heads, segments, window: _attention(qkv, segments, window).pair_attention(
-        qkv, heads, segments, window
-    ),
-    lambda qkv, heads, segments, window: (
-        qkv.new_empty(len(qkv), heads, qkv.shape[2]),
-        _wide_like(qkv, len(qkv), heads),
-    ),
+    _run_pair_attention,
+    _fake_pair_attention,
     _setup_pair_attention,
     _backward_pair_attention,
 )
 _operator(
-    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor "
-    "segments, int? window) -> Tensor",
-    lambda grad, qkv, out, lse, heads, segments, window: _attention(
-        qkv, segments, window
-    ).pair_attention_backward(grad, qkv, out, lse, heads, segments, window),
+    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, "
+    "Tensor segments, int? window) -> Tensor",
+    _run_pair_attention_backward,
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
 
@@ -849,8 +841,9 @@ def adamw_(
     step: int,
     seed: int,
 ) -> None:
-    """One step of AdamW on a parameter and its averages, in place. Oracle:
-    `ldalign.kernels.eager.adamw_`.
+    """Takes one step of AdamW on a parameter and its averages, in place.
+
+    Oracle: `ldalign.kernels.eager.adamw_`.
     """
     raw = _raw("adamw_", p)
     raw(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
@@ -866,8 +859,9 @@ def rmsprop_(
     eps: float,
     seed: int,
 ) -> None:
-    """One step of RMSprop on a parameter and its average, in place. Oracle:
-    `ldalign.kernels.eager.rmsprop_`.
+    """Takes one step of RMSprop on a parameter and its average, in place.
+
+    Oracle: `ldalign.kernels.eager.rmsprop_`.
     """
     _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)
 
@@ -884,21 +878,15 @@ def paged_attention(
     most: int,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of new tokens over a paged cache that holds their keys already: q (N, H, E) -> (N,
-    H, E).
+    """Attention of new tokens over a paged cache that holds their keys: (N, H, E) -> (N, H, E).
 
     keys, values (pages, 16, K, E); rows (R, 2), pages (R, P), window: as
-    `ldalign.kernels.reference.paged_attention`, the oracle, says. most: the largest number of new
-    tokens of a row. No gradients. Raises ValueError where shapes or dtypes do not fit.
+    `ldalign.kernels.reference.paged_attention` says. most: the largest number of new tokens of a
+    row. No gradients. Raises ValueError where shapes or dtypes do not fit.
     """
     H, K = (q.shape[1], keys.shape[2]) if q.ndim == 3 and keys.ndim == 4 else (1, 0)
-    if (
-        not K
-        or H % K
-        or keys.shape != values.shape
-        or keys.shape[3] != q.shape[2]
-        or q.dtype != keys.dtype
-    ):
+    fits = K > 0 and H % K == 0 and keys.shape == values.shape and keys.shape[3] == q.shape[2]
+    if not fits or q.dtype != keys.dtype:
         raise ValueError(
             f"paged_attention: q {tuple(q.shape)} {q.dtype}, keys {tuple(keys.shape)} {keys.dtype} "
             f"and values {tuple(values.shape)} do not fit; expected (N, H, E) and twice (pages, "
@@ -930,23 +918,22 @@ def sample(
     penalty: float = 1.0,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row: logits (R, V) float32, which may be overwritten -> ids (R,) int64, log-probs
-    (R,) float32.
+    """Draws one token a row; returns ids (R,) int64 and log-probs (R,) float32.
 
-    uniform (R,) float64 in [0, 1); seen (R, T) int64: the tokens that the penalty counts, -1 for
-    none. What the settings mean: `ldalign.kernels.reference.sample`, the oracle. Raises ValueError
-    where shapes or dtypes do not fit.
+    logits (R, V) float32: may be overwritten.
+    uniform (R,) float64 in [0, 1): the draws.
+    seen (R, T) int64: the tokens that the penalty counts, -1 for none.
+
+    What the settings mean: `ldalign.kernels.reference.sample`. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     if logits.ndim != 2 or logits.dtype != torch.float32 or uniform.shape != logits.shape[:1]:
         raise ValueError(
             f"sample: logits {tuple(logits.shape)} {logits.dtype} and uniform "
             f"{tuple(uniform.shape)} do not fit; expected (R, V) float32 and (R,)"
         )
-    seen = (
-        torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
-        if seen is None
-        else seen
-    )
+    if seen is None:  # an operator takes tensors only
+        seen = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
     ids, logp = torch.ops.ldalign.sample(
         logits, uniform, temperature, top_k, top_p, min_p, penalty, seen
     )
@@ -954,8 +941,8 @@ def sample(
 
 
 _operator(
-    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float "
-    "min_p, float penalty, Tensor seen) -> (Tensor, Tensor)",
+    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, "
+    "float min_p, float penalty, Tensor seen) -> (Tensor, Tensor)",
     lambda logits, *rest: _raw("sample", logits)(logits, *rest),
     lambda logits, *rest: (
         logits.new_empty(len(logits), dtype=torch.int64),

@@ -1,17 +1,20 @@
-"""Chat templates, rendered where they can do no harm: jinja2's immutable sandbox, and limits on
-size and time.
+"""Chat templates, rendered where they can do no harm. Skip this on a first reading.
 
-A chat template is a program from the model folder. The sandbox keeps it away from Python's insides
-and from files, but not from `'a' * 10**9` or from loops in loops in loops. Here every step that can
-make text or take time spends from a budget: a loop's turn, a call, a filter, `+ * ** % ~`, a slice,
-a list or dict literal, and what is written. The budget grows with the conversation and is far above
-what a template needs; beyond it the template is refused. Why not a process with limits of the
-kernel's: it costs a start of Python for every tokenizer and a round trip for every row, and what
-works for a sample of the rows may be a bomb for another. So the compiler is what is changed:
-`_Metered` puts the meter's filters into the syntax tree, and `_Sandbox` lets only known methods and
-filters be called, each measured before and after. Containers are measured as if written out (`[x,
-x]` nested 40 times is 2^40 items), at every step, so that no value exists that takes long to print,
-compare or hash.
+All that the rest of the program needs to know: `ChatTemplate(text, today).render(messages)` gives
+the text that jinja2 gives with transformers' settings, or raises; a template that asks for too much
+raises SecurityError. `ldalign.data.tokenizer` is its only user.
+
+A chat template is a program from the model folder. jinja2's immutable sandbox keeps it away from
+Python's insides and from files, but not from `'a' * 10**9` or from loops in loops in loops. Here
+every step that can make text or take time spends from a budget: a loop's turn, a call, a filter, `+
+* ** % ~`, a slice, a list or dict literal, and what is written. The budget grows with the
+conversation and is far above what a template needs; beyond it the template is refused. Why not a
+process with limits of the kernel's: it costs a start of Python for every tokenizer and a round trip
+for every row, and what works for a sample of the rows may be a bomb for another. So the compiler is
+what is changed: `_Metered` puts the meter's filters into the syntax tree, and `_Sandbox` lets only
+known methods and filters be called, each measured before and after. Containers are measured as if
+written out (`[x, x]` nested 40 times is 2^40 items), at every step, so that no value exists that
+takes long to print, compare or hash.
 """
 
 import json
@@ -35,8 +38,8 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_TEMPLATE = 64 * 1024  # characters of a template; the longest in use have some 30,000
-MAX_SPENT = 2**20  # characters and steps of one rendering, beside those for the conversation:
-SPENT_PER_CHARACTER = 64  # a template copies each message some ten times (trim, split, +, write)
+MAX_SPENT = 2**20  # characters and steps of one rendering, beside those for the conversation
+SPENT_PER_CHARACTER = 64  # of it: a template copies each message some ten times (trim, +, write)
 MAX_SECONDS = 5.0  # of this thread's processor time, for one rendering
 MAX_NUMBER = 10**6  # as an argument: a width or a count
 MAX_BITS = 4096  # of an integer
@@ -46,17 +49,19 @@ TEXT_METHODS = frozenset(
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
     "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
     "isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
-    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
-    "zfill".split()
+    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title "
+    "upper zfill".split()
 )
 CONTAINER_METHODS = frozenset("copy count get index items keys values".split())
 FILTERS = frozenset(
     "abs attr batch capitalize center count d default dictsort e escape first float format groupby "
     "indent int items join last length list lower map max min reject rejectattr replace reverse "
-    "round safe select selectattr slice sort string sum title trim truncate unique upper "
-    "wordcount".split()
+    "round safe select selectattr slice sort string sum title trim truncate unique "
+    "upper wordcount".split()
 )
-# filters that take no longer for a longer value
+# Filters whose arguments are no widths or counts, or are looked at elsewhere.
+NO_WIDTHS = frozenset("abs int float round string default d format first last safe".split())
+# Filters that take no longer for a longer value.
 LOOKS = frozenset("count first last length".split())
 
 
@@ -69,13 +74,14 @@ class _Budget:
         self.deadline = 0.0
 
     def spend(self, amount: int) -> None:
+        """Takes `amount` off the budget; SecurityError where it or the time is used up."""
         self.left -= amount
         if self.left < 0:
             raise SecurityError(
                 f"writes, copies or loops more than it may ({self.allowed} characters and steps)"
             )
         self.calls += 1
-        # seldom, as the clock may cost a call of the system; few renderings get here
+        # Seldom, as the clock may cost a call of the system; few renderings get here.
         if self.calls % 1024 == 0:
             now = time.thread_time()
             self.deadline = self.deadline or now + MAX_SECONDS
@@ -83,8 +89,9 @@ class _Budget:
                 raise SecurityError(f"takes more than {MAX_SECONDS:g} s")
 
     def take(self, value: Any, inside: bool = False) -> Any:
-        """`value`, paid for; an iterator pays item by item. inside: it becomes
-        part of something.
+        """`value`, paid for; an iterator pays item by item.
+
+        inside: it becomes part of something.
         """
         if hasattr(value, "__next__"):
             return self.items(value, 1)
@@ -92,14 +99,16 @@ class _Budget:
         return value
 
     def items(self, values: Any, each: int) -> Iterator[Any]:
+        """The values, each paid for with its own size and `each`."""
         for value in values:
             self.spend(each)
             self.take(value)
             yield value
 
     def size(self, value: Any, inside: bool = False) -> tuple[int, int]:
-        """Characters and items of `value` written out, about, and its depth; raises where that is
-        too much.
+        """The characters and items of `value` written out, about, and its depth.
+
+        Raises SecurityError where that is too much.
         """
         if isinstance(value, str):  # nearly always
             return 1 + len(value), 0
@@ -133,10 +142,10 @@ _BUDGET: ContextVar[_Budget] = ContextVar("_BUDGET")
 
 
 class ChatTemplate:
-    """A compiled template. Raises jinja2's SecurityError for a hostile one; any other exception for
-    a broken one.
+    """A compiled chat template.
 
-    today: the day that strftime_now formats, at 0:00: every rendering says the same.
+    today: the day that strftime_now formats, at 0:00: every rendering says the same. Raises
+    jinja2's SecurityError for a hostile template, any other exception for a broken one.
     """
 
     def __init__(self, text: str, today: date) -> None:
@@ -145,10 +154,13 @@ class ChatTemplate:
         self._template = _sandbox(len(text), today).from_string(text)
 
     def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
-        """The conversation as the template writes it."""
-        given = sum(len(text) for message in messages for text in message.values()) + 100 * len(
-            messages
-        )
+        """Returns the conversation as the template writes it.
+
+        Raises SecurityError where that takes more than it may; else whatever the template runs
+        into.
+        """
+        characters = sum(len(text) for message in messages for text in message.values())
+        given = characters + 100 * len(messages)
         token = _BUDGET.set(_Budget(MAX_SPENT + SPENT_PER_CHARACTER * given))
         try:
             return self._template.render(messages=messages, **variables)
@@ -160,12 +172,13 @@ class ChatTemplate:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, metered, and with a forbidden attribute an error at once, not an
-    empty text.
+    """The sandbox of transformers, metered.
+
+    A forbidden attribute is an error at once, not an empty text.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
-    # of the template: what one call of a macro or of a recursive loop may write by itself
+    # The template's own characters: what one call of a macro or of a recursive loop may write.
     text_size = 0
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
@@ -217,11 +230,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name not in TEXT_METHODS:
                 raise SecurityError(f"calls the text method {name!r}, which no template needs")
             args = _text_call(budget, owner, name, args)
-        elif isinstance(owner, list | tuple | Mapping) and name not in CONTAINER_METHODS:
-            raise SecurityError(
-                f"calls the method {name!r} of a {type(owner).__name__}, which no template needs"
-            )
-        elif isinstance(owner, int | float | bytes):
+        elif isinstance(owner, int | float | bytes) or (
+            isinstance(owner, list | tuple | Mapping) and name not in CONTAINER_METHODS
+        ):
             raise SecurityError(
                 f"calls the method {name!r} of a {type(owner).__name__}, which no template needs"
             )
@@ -239,8 +250,9 @@ def _paid(
 
 
 def _text_call(budget: _Budget, text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pays for what a method of `text` will make, which may be far more than it is given; returns
-    its arguments.
+    """Pays for what a method of `text` will make, which may be far more than it is given.
+
+    Returns the method's arguments.
     """
     if name == "replace":
         budget.spend(_replace_size(text, args))
@@ -249,9 +261,8 @@ def _text_call(budget: _Budget, text: str, name: str, args: tuple[Any, ...]) -> 
         budget.spend(len(text) * len(parts) + budget.size(parts)[0])
         args = (parts,)
     elif name == "expandtabs":
-        budget.spend(
-            len(text) + text.count("\t") * (args[0] if args and isinstance(args[0], int) else 8)
-        )
+        width = args[0] if args and isinstance(args[0], int) else 8
+        budget.spend(len(text) + text.count("\t") * width)
     elif name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int):
         budget.spend(args[0])
     else:
@@ -260,18 +271,22 @@ def _text_call(budget: _Budget, text: str, name: str, args: tuple[Any, ...]) -> 
 
 
 def _replace_size(text: str, args: tuple[Any, ...]) -> int:
+    """The most characters that a replacement leaves: an empty text is found everywhere."""
     if len(args) < 2 or not all(isinstance(arg, str) for arg in args[:2]):
         return len(text)
-    return len(text) + (text.count(args[0]) if args[0] else len(text) + 1) * len(args[1])
+    found = text.count(args[0]) if args[0] else len(text) + 1
+    return len(text) + found * len(args[1])
 
 
 def _percent_size(budget: _Budget, text: str, values: Any) -> int:
+    """The most characters of `text % values`."""
     if re.search(r"%[^a-zA-Z%]*(\*|\d{4})", text):
         raise SecurityError(f"formats to a width above {MAX_WIDTH}")
     return len(text) + text.count("%") * (MAX_WIDTH + budget.size(values)[0])
 
 
 def _braces_size(budget: _Budget, text: str, values: Any) -> int:
+    """The most characters of `text.format(values)`."""
     bare = text.replace("{{", "").replace("}}", "")
     if re.search(r"\{[^{}]*(\{|\d{4})", bare):
         raise SecurityError(
@@ -284,6 +299,7 @@ def _braces_size(budget: _Budget, text: str, values: Any) -> int:
 
 
 def _sandbox(text_size: int, today: date) -> _Sandbox:
+    """The environment that a template of `text_size` characters is compiled in."""
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -296,10 +312,9 @@ def _sandbox(text_size: int, today: date) -> _Sandbox:
     environment.filters["tojson"] = jinja2.pass_context(
         lambda context, *args, **options: _tojson(*args, **options)
     )
-    environment.filters |= {
-        name: jinja2.pass_context(function) for name, function in METERS.items()
-    }
-    del environment.globals["lipsum"]  # random
+    meters = {name: jinja2.pass_context(function) for name, function in METERS.items()}
+    environment.filters |= meters
+    del environment.globals["lipsum"]  # random text: a rendering must repeat
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_of(today)
     return environment
@@ -316,9 +331,9 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def filtered(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _BUDGET.get()
         (value, *rest), kwargs = _paid_filter(budget, name, (value, *args), kwargs)
-        first = {None: (), "context": (context,), "eval_context": (context.eval_ctx,)}.get(
-            getattr(wants, "name", None), (context.environment,)
-        )
+        # What the filter wants as its first argument; `environment` is the only other kind.
+        kinds = {None: (), "context": (context,), "eval_context": (context.eval_ctx,)}
+        first = kinds.get(getattr(wants, "name", None), (context.environment,))
         return budget.take(function(*first, value, *rest, **kwargs))
 
     return filtered
@@ -329,22 +344,10 @@ def _paid_filter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A filter's arguments, measured, and what it will make of them paid for."""
     value = args[0]
-    if name not in (
-        "abs",
-        "int",
-        "float",
-        "round",
-        "string",
-        "default",
-        "d",
-        "format",
-        "first",
-        "last",
-        "safe",
-    ):
+    if name not in NO_WIDTHS:
         _paid(budget, args[1:], kwargs)
     if name in LOOKS and isinstance(value, str | list | tuple | Mapping):
-        # or `messages|length` in a loop over messages would take the square of their number
+        # Else `messages|length` in a loop over messages would cost the square of their number.
         budget.spend(1)
     else:
         args = (budget.take(value), *args[1:])
@@ -397,7 +400,7 @@ def _strftime_of(today: date) -> Callable[[str], str]:
             raise SecurityError("formats the date to a width")
         return today.strftime(pattern)
 
-    # no functools.partial: a template could read the date out of it, and format that
+    # No functools.partial: a template could read the date out of it, and format that.
     return strftime_now
 
 
@@ -406,8 +409,9 @@ def _no_files(name: str) -> NoReturn:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks answers for transformers; here it
-    only groups.
+    """`{% generation %} ... {% endgeneration %}`, which marks answers for transformers.
+
+    Here it only groups.
     """
 
     tags = {"generation"}  # noqa: RUF012 - the interface of jinja2
@@ -429,13 +433,13 @@ METERS: dict[str, Callable[..., Any]] = {
 
 
 class _Metered(NodeTransformer):
-    """Puts the filters above wherever text, containers or loops come about without a call, a filter
-    or `+ * ** %`.
+    """Puts the filters above wherever text, containers or loops come about unseen.
+
+    That is without a call, a filter or `+ * ** %`, which the sandbox sees itself.
     """
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        # Counted before the body's own texts are changed; inner loops pay for their own turns once
-        # more.
+        # Counted before the body's own texts are changed; inner loops pay for theirs once more.
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
         node.iter = _filter(cast(nodes.Expr, node.iter), "meter_loop", nodes.Const(1 + written))
@@ -450,9 +454,8 @@ class _Metered(NodeTransformer):
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
         self.generic_visit(node)
-        if isinstance(node.target, nodes.NSRef) or any(
-            True for _ in node.target.find_all(nodes.NSRef)
-        ):
+        inside = any(True for _ in node.target.find_all(nodes.NSRef))
+        if isinstance(node.target, nodes.NSRef) or inside:
             node.node = _filter(cast(nodes.Expr, node.node), "meter_member")
         return node
 

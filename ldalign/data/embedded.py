@@ -5,10 +5,10 @@ Every row is `{"id", "messages": [user, assistant], "kind", "answer"}`, all valu
 answers with the JSON object alone. `check` wants that convention, which the prompts do not spell
 out: a model learns it from the training rows.
 
-The two splits share nothing but the kinds of task. Wordings and people come from separate lists,
-and a hash of each parameter tuple says which split may use it, whatever the seed. All randomness is
-`random.Random(str)`, drawn with integer methods only, so rows are the same on every machine and
-Python version.
+The two splits share nothing but the kinds of task. Wordings and people come from separate
+lists, and a hash of each parameter tuple says which split may use it, whatever the seed. All
+randomness is `random.Random(str)`, drawn with integer methods only, so rows are the same on
+every machine and Python version.
 
     python -m ldalign.data.embedded FOLDER [--seed 0] [--train 4000] [--heldout 600]
 """
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.exits import run
 
-# Most rows a split is made with, all prompts distinct for any seed; the tests fill both.
+# The most rows of a split, with all prompts distinct whatever the seed; the tests fill both.
 CAPACITY = {"train": 20_000, "heldout": 2_000}
 
 PEOPLE = {
@@ -36,17 +36,18 @@ PEOPLE = {
         "Noah Ella Felix Maya Jonas Sara Luis Emma Tariq Grace Oscar Leila Max Julia Dev Helen "
         "Marco Ruth Simon Ada Victor Wendy"
     ).split(),
-    "heldout": "Bruno Carla Diego Elsa Farid Greta Henry Ines Jamal Kira Liam Mona Nils Olga Pedro "
-    "Quinn".split(),
+    "heldout": (
+        "Bruno Carla Diego Elsa Farid Greta Henry Ines Jamal Kira Liam Mona Nils Olga Pedro Quinn"
+    ).split(),
 }
 GOODS = (
-    "apples pears pens books eggs cards stamps beads shells candles mugs plates roses buttons "
-    "coins tickets"
+    "apples pears pens books eggs cards stamps beads "
+    "shells candles mugs plates roses buttons coins tickets"
 ).split()
 THINGS = "lamp chair kettle jacket clock camera radio mirror basket blanket guitar bicycle".split()
 EVENTS = (
-    "a dentist visit,a piano lesson,a job interview,a chess match,a book fair,a school trip,an eye "
-    "test"
+    "a dentist visit,a piano lesson,a job interview,a chess match,"
+    "a book fair,a school trip,an eye test"
 ).split(",")
 WORDS = (
     "apple bread chair dance eagle forest garden house island jacket kitten lemon market night "
@@ -85,8 +86,9 @@ SCALES = (  # (the relation, most, least)
 
 
 class Problem(NamedTuple):
-    """One drawn task. `params` settles the work to be done, without the people; the hash of it
-    picks the split.
+    """One drawn task.
+
+    `params` settles the work to be done, without the people; the hash of it picks the split.
     """
 
     params: tuple[Any, ...]
@@ -124,14 +126,14 @@ def _arithmetic(rng: random.Random, people: Sequence[str]) -> Problem:
     a, b, c = rng.randint(11, 79), rng.randint(2, 15), rng.randint(2, 9)
     goods = rng.choice(GOODS)
     working = f"{a} + {b} = {a + b}, and {a + b} - {c} = {a + b - c}."
-    return Problem(
-        (a, b, c), {"a": a, "b": b, "c": c, "goods": goods}, working, f"{a + b - c} {goods}"
-    )
+    fields = {"a": a, "b": b, "c": c, "goods": goods}
+    return Problem((a, b, c), fields, working, f"{a + b - c} {goods}")
 
 
 def _units(rng: random.Random, people: Sequence[str]) -> Problem:
     thing, big, small, factor, most = rng.choice(UNITS)
-    a, step = rng.randint(2, most), 50 if factor == 1000 else 5 if factor in (60, 100) else 1
+    a = rng.randint(2, most)
+    step = 50 if factor == 1000 else 5 if factor in (60, 100) else 1  # round numbers of small units
     b = step * rng.randint(1 if step > 1 else 2, (factor - 1) // step)
     whole = a * factor
     working = f"{a} x {factor} = {whole}, and {whole} + {b} = {whole + b}."
@@ -143,50 +145,36 @@ def _dates(rng: random.Random, people: Sequence[str]) -> Problem:
     start, n = rng.randrange(7), rng.randint(2, 6)
     passed = [f"{i} {DAYS[(start + i) % 7]}" for i in range(1, n + 1)]
     fields = {"day": DAYS[start], "n": n, "event": rng.choice(EVENTS)}
-    return Problem(
-        (start, n), fields, f"{DAYS[start]}, then {_joined(passed)}.", DAYS[(start + n) % 7]
-    )
+    working = f"{DAYS[start]}, then {_joined(passed)}."
+    return Problem((start, n), fields, working, DAYS[(start + n) % 7])
 
 
 def _clock(rng: random.Random, people: Sequence[str]) -> Problem:
-    start, minutes = (
-        5 * rng.randint(72, 215),
-        rng.choice((60, 120, 180, 240, 10, 15, 20, 30, 40, 45)),
-    )
+    start = 5 * rng.randint(72, 215)  # minutes after midnight: 6:00 to 17:55
+    minutes = rng.choice((60, 120, 180, 240, 10, 15, 20, 30, 40, 45))
     hours, rest = divmod(minutes, 60)
     length = f"{rest} minutes" if rest else f"{hours} hour{'s' * (hours > 1)}"
     first, end = (f"{t // 60:02}:{t % 60:02}" for t in (start, start + minutes))
-    return Problem(
-        (start, minutes),
-        {"start": first, "length": length},
-        f"{first} plus {length} is {end}.",
-        end,
-    )
+    fields = {"start": first, "length": length}
+    return Problem((start, minutes), fields, f"{first} plus {length} is {end}.", end)
 
 
 def _sorting(rng: random.Random, people: Sequence[str]) -> Problem:
     items: list[Any] = rng.sample(WORDS, 3) if rng.randrange(2) else rng.sample(range(10, 100), 3)
     words, backwards = isinstance(items[0], str), bool(rng.randrange(3) == 0)
-    order = (
-        ("in alphabetical order", "in reverse alphabetical order")
-        if words
-        else ("from smallest to largest", "from largest to smallest")
-    )
+    order = ("from smallest to largest", "from largest to smallest")
+    if words:
+        order = ("in alphabetical order", "in reverse alphabetical order")
     done = sorted(items, reverse=backwards)
-    fields = {
-        "what": "words" if words else "numbers",
-        "items": _joined(items),
-        "order": order[backwards],
-    }
-    return Problem(
-        (*done,), fields, f"The first is {done[0]}, the last is {done[-1]}.", _joined(done)
-    )
+    what = "words" if words else "numbers"
+    fields = {"what": what, "items": _joined(items), "order": order[backwards]}
+    working = f"The first is {done[0]}, the last is {done[-1]}."
+    return Problem((*done,), fields, working, _joined(done))
 
 
 def _counting(rng: random.Random, people: Sequence[str]) -> Problem:
-    what, source = rng.choice(
-        (("words", WORDS), ("cities", CITIES), ("jobs", JOBS), ("things", THINGS))
-    )
+    sources = (("words", WORDS), ("cities", CITIES), ("jobs", JOBS), ("things", THINGS))
+    what, source = rng.choice(sources)
     items = rng.sample(source, rng.randint(3, 8))
     working = _joined(f"{i} {item}" for i, item in enumerate(items, 1)) + "."
     return Problem((*items,), {"items": _joined(items), "what": what}, working, str(len(items)))
@@ -215,14 +203,8 @@ def _logic(rng: random.Random, people: Sequence[str]) -> Problem:
     rng.shuffle(clues)
     (x1, y1), (x2, y2) = clues
     place = rng.choice((0, 2))
-    fields = {
-        "x1": x1,
-        "y1": y1,
-        "x2": x2,
-        "y2": y2,
-        "rel": relation,
-        "which": most if place == 0 else least,
-    }
+    fields = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
+    fields |= {"rel": relation, "which": most if place == 0 else least}
     working = f"From {most} to {least}: {_joined(ranked)}."
     return Problem((relation, *clues, place), fields, working, ranked[place])
 
@@ -247,16 +229,15 @@ def _same_number(expected: str, given: str) -> bool:
     return want is not None and got is not None and want[0] == got[0] and got[1] in ("", want[1])
 
 
+_NUMBER = re.compile(r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?) ?([a-z ]*)")
+
+
 def _number(text: str) -> tuple[Decimal, str] | None:
-    """ "1,200 grams" -> (1200, "gram"); "8" -> (8, ""); None for anything else."""
-    match = re.fullmatch(
-        r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?) ?([a-z "
-        r"]*)",
-        _tidy(text),
-    )
-    return (
-        None if match is None else (Decimal(match[1].replace(",", "")), match[2].removesuffix("s"))
-    )
+    """1,200 grams -> (1200, "gram"); 8 -> (8, ""); None for anything else."""
+    match = _NUMBER.fullmatch(_tidy(text))
+    if match is None:
+        return None
+    return Decimal(match[1].replace(",", "")), match[2].removesuffix("s")
 
 
 def _same_time(expected: str, given: str) -> bool:
@@ -264,27 +245,20 @@ def _same_time(expected: str, given: str) -> bool:
 
 
 def _same_list(expected: str, given: str) -> bool:
-    want, got = (
-        [
-            _tidy(item)
-            for item in re.split(
-                r",(?: "
-                r"and\b)?|;|\band\b",
-                _tidy(t),
-            )
-        ]
-        for t in (expected, given)
-    )
-    return want == got
+    def items(text: str) -> list[str]:
+        return [_tidy(item) for item in re.split(r",(?: and\b)?|;|\band\b", _tidy(text))]
+
+    return items(expected) == items(given)
 
 
 def _same_record(expected: str, given: str) -> bool:
-    """One JSON object with the same keys, each once, and the same values; 34 and "34" are the same
-    value.
+    """One JSON object with the same keys, each once, and the same values.
+
+    34 and "34" are the same value.
     """
 
     def pairs(text: str) -> list[tuple[str, str]]:
-        # a tuple tells an object from an array
+        # As a tuple of pairs, an object is not taken for an array, and a key given twice stays.
         record = json.loads(text.casefold(), object_pairs_hook=tuple)
         if not isinstance(record, tuple):
             raise TypeError("not an object")
@@ -298,15 +272,17 @@ def _same_record(expected: str, given: str) -> bool:
 
 
 def _tidy(text: str) -> str:
-    """Lower case, single spaces, no markdown stars, no closing punctuation. A leading "." stays: .5
-    is not 5.
+    """Lower case, single spaces, no markdown stars, no closing punctuation.
+
+    A leading "." stays: .5 is not 5.
     """
-    return (
-        " ".join(text.casefold().replace("*", "").split()).lstrip("\"'([`").rstrip(" .,;:!?\"')]`")
-    )
+    words = " ".join(text.casefold().replace("*", "").split())
+    return words.lstrip("\"'([`").rstrip(" .,;:!?\"')]`")
 
 
 class Kind(NamedTuple):
+    """A kind of task: how a problem is drawn, and when an answer is the right one."""
+
     draw: Callable[[random.Random, Sequence[str]], Problem]
     same: Callable[[str, str], bool]  # (expected, given)
 
@@ -331,12 +307,12 @@ _MARKER = re.compile(
 
 
 def check(kind: str, answer: Any, response: str) -> bool:
-    """Does the response end in the right final answer?
+    """Says whether the response ends in the right final answer.
 
-    All that follows "Answer:" must be the answer, so text after it fails; every answer named this
-    way must be right, so a response with two different ones fails. The working before it is not
-    read. Kind `formatting`: the whole response must be the JSON object. Raises InputError for an
-    unknown kind.
+    All that follows "Answer:" must be the answer, so text after it fails; every answer named
+    this way must be right, so a response with two different ones fails. The working before it
+    is not read. Kind `formatting`: the whole response must be the JSON object. Raises
+    InputError for an unknown kind.
     """
     if kind not in REGISTRY:
         raise InputError(f"unknown task kind {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -346,8 +322,9 @@ def check(kind: str, answer: Any, response: str) -> bool:
 
 
 def tasks(seed: int, split: str, count: int) -> Iterator[Task]:
-    """`count` tasks with distinct prompts, the kinds in turn; task i is the same whatever `count`
-    is.
+    """Yields `count` tasks with distinct prompts, the kinds in turn.
+
+    Task i is the same whatever `count` is. Raises InputError as `make_rows`.
     """
     if split not in CAPACITY:
         raise InputError(
@@ -377,43 +354,37 @@ def _draw_task(rng: random.Random, split: str, kind: str) -> Task:
 
 
 def _split_of(kind: str, params: tuple[Any, ...]) -> str:
-    """One parameter tuple in five is kept for the held-out split. Python's hash() differs from run
-    to run; this not.
+    """The split that may use a parameter tuple: one in five is kept for the held-out one.
+
+    By sha256: Python's hash() differs from run to run.
     """
     digest = hashlib.sha256(f"{kind}/{params!r}".encode()).digest()
     return "heldout" if digest[0] % 5 == 0 else "train"
 
 
 def make_rows(seed: int, split: str, count: int) -> list[dict[str, Any]]:
-    """`count` rows of split "train" or "heldout", shuffled; the id numbers a row before the
-    shuffle.
+    """Returns `count` rows of split "train" or "heldout", shuffled.
 
-    The same seed gives the same row for the same id, whatever `count`. Raises InputError for an
-    unknown split or a count above CAPACITY.
+    The id numbers a row before the shuffle. The same seed gives the same row for the same id,
+    whatever `count`. Raises InputError for an unknown split or a count above CAPACITY.
     """
-    rows = [
-        {
-            "id": f"{split}-{i:06}",
-            "messages": [
-                {"role": "user", "content": t.prompt},
-                {"role": "assistant", "content": t.response},
-            ],
-            "kind": t.kind,
-            "answer": t.answer,
-        }
-        for i, t in enumerate(tasks(seed, split, count))
-    ]
+    rows: list[dict[str, Any]] = []
+    for i, task in enumerate(tasks(seed, split, count)):
+        user = {"role": "user", "content": task.prompt}
+        assistant = {"role": "assistant", "content": task.response}
+        row = {"id": f"{split}-{i:06}", "messages": [user, assistant]}
+        rows.append(row | {"kind": task.kind, "answer": task.answer})
     random.Random(f"{seed}/{split}/order").shuffle(rows)
     return rows
 
 
 def main(argv: list[str]) -> None:
+    """Writes both splits as JSON Lines, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m ldalign.data.embedded", description="Write the embedded data set."
     )
-    parser.add_argument(
-        "folder", type=Path, help="where train.jsonl and heldout.jsonl go; made if missing"
-    )
+    where = "where train.jsonl and heldout.jsonl go; made if missing"
+    parser.add_argument("folder", type=Path, help=where)
     parser.add_argument("--seed", type=int, default=0, help="seed of both splits (default 0)")
     parser.add_argument("--train", type=int, default=4000, help="training rows (default 4000)")
     parser.add_argument("--heldout", type=int, default=600, help="held-out rows (default 600)")
@@ -423,9 +394,8 @@ def main(argv: list[str]) -> None:
         path = args.folder / f"{split}.jsonl"
         try:
             args.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                "".join(json.dumps(row) + "\n" for row in made), encoding="utf-8", newline="\n"
-            )
+            lines = "".join(json.dumps(row) + "\n" for row in made)
+            path.write_text(lines, encoding="utf-8", newline="\n")
         except OSError as error:
             raise EnvironmentProblem(
                 f"{path}: cannot be written ({error.strerror}); give another folder"

@@ -1,14 +1,12 @@
-"""Methods are pair sources, nothing else: what differs between them is which pairs they train on,
-with which weights.
+"""Pairs of token ids: what training and scoring work on, and how rows become them.
 
-`sft`: real responses, no loser. `spin` (arXiv 2401.01335): (real, generated, 1). `ld_align` (arXiv
-2404.06390): (real, generated, s) with s the latent distance over its mean. `dpo` (arXiv
-2305.18290): (chosen, rejected, 1) of preference data. `self_reward` (arXiv 2401.10020) and `rlaif`
-(arXiv 2309.00267): (better, worse, 1) of two own samples, as the policy itself or another judge
-says. Which stages make them is in `ldalign.run.methods`; here is what needs no model.
+A row becomes a pair without a loser (`prepare`): its prompt and the data's response, cut to the
+length that the model is trained with. Then it gets a loser: a response that the policy generated
+(`with_losers`), the rejected one that preference data bring (`rejected_pairs`), or the worse of two
+samples, the better of which becomes the winner (`ranked_pairs`). Every pair starts with weight 1;
+distances weight them later (`ldalign.objective`). Nothing here needs a model.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,39 +14,39 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
 
-log = logging.getLogger(__name__)
-# share of rows whose prompt alone fills max_length, above which the setting is wrong, not the rows
+# Above this share of rows whose prompt alone fills max_length, the setting is wrong, not the rows.
 TOO_MANY = 0.01
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What training and scoring work on, in token ids. `generated` None: a row for SFT, which has
-    no loser.
+    """A prompt and its winner, and its loser where there is one; token ids.
+
+    A row for SFT is a pair whose `generated` is None.
     """
 
-    id: str
+    id: str  # of its row
     prompt: list[int]
-    real: list[int]
-    generated: list[int] | None = None
-    weight: float = 1.0
-    ref_real: float = 0.0  # summed log-probs under the reference, natural logs
-    ref_generated: float = 0.0
+    real: list[int]  # the winner: the data's response, or the preferred of two samples
+    generated: list[int] | None = None  # the loser
+    weight: float = 1.0  # s, what the pair's loss is multiplied with
+    ref_real: float = 0.0  # the winner's log-prob under the reference, natural log, summed
+    ref_generated: float = 0.0  # the loser's
 
     @property
     def responses(self) -> list[list[int]]:
-        """Winner first, then the loser where there is one."""
+        """The winner, then the loser where there is one."""
         return [self.real] if self.generated is None else [self.real, self.generated]
 
     @property
     def tokens(self) -> int:
-        """Tokens a model reads for this pair: the prompt is read once."""
+        """The number of tokens that a model reads for this pair: the prompt is read once."""
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows in token ids, and what was done to fit them."""
+    """Rows as pairs of token ids, and what was done to fit them."""
 
     rows: list[Row]  # those kept
     pairs: list[Pair]  # one a kept row, without a loser: an SFT row as it stands
@@ -57,34 +55,39 @@ class Prepared:
 
 
 def prepare(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Prepared:
-    """Prompt and response ids of every row, at most max_length tokens together; the response is
-    what is cut.
+    """Turns rows into pairs without losers, at most max_length tokens each.
 
-    Raises InputError when more than 1 % of the rows have no room for a response.
+    The response is what is cut, and loses its end token then; a row whose prompt alone fills
+    max_length is dropped. Raises InputError when those are more than 1 % of the rows.
     """
-    out = Prepared([], [], [], 0)
+    kept: list[Row] = []
+    pairs: list[Pair] = []
+    dropped: list[str] = []
     cut = 0
     for row in rows:
         prompt, response = tokenizer.pair_ids(row)
         room = max_length - len(prompt)
-        if room < 1:
-            out.dropped.append(row.id)
+        if room < 1:  # a pair without a response teaches nothing
+            dropped.append(row.id)
             continue
         cut += len(response) > room
-        out.rows.append(row)
-        out.pairs.append(Pair(row.id, list(prompt), list(response[:room])))
-    if len(out.dropped) > TOO_MANY * len(rows):
+        kept.append(row)
+        pairs.append(Pair(row.id, list(prompt), list(response[:room])))
+    if len(dropped) > TOO_MANY * len(rows):
         raise InputError(
-            f"max_length={max_length}: the prompt alone fills it in {len(out.dropped)} of "
-            f"{len(rows)} rows (the first: {out.dropped[0]}); raise max_length or drop these rows"
+            f"max_length={max_length}: the prompt alone fills it in {len(dropped)} of "
+            f"{len(rows)} rows (the first: {dropped[0]}); raise max_length or drop these rows"
         )
-    return replace(out, cut=cut)
+    return Prepared(kept, pairs, dropped, cut)
 
 
 def with_losers(
     pairs: Sequence[Pair], generated: Sequence[Sequence[int]], max_length: int
 ) -> list[Pair]:
-    """The pairs with their sampled losers (token ids, cut to max_length with their prompt)."""
+    """Returns the pairs with their sampled losers, token ids, in the same order.
+
+    A loser is cut so that it has at most max_length tokens with its prompt.
+    """
     return [
         replace(pair, generated=list(ids[: max_length - len(pair.prompt)]))
         for pair, ids in zip(pairs, generated, strict=True)
@@ -92,15 +95,19 @@ def with_losers(
 
 
 def usable(pair: Pair) -> bool:
-    """Whether a pair teaches anything: its responses differ, as token ids."""
-    return pair.generated is None or (pair.real != pair.generated and len(pair.generated) > 0)
+    """Says whether a pair teaches anything: as token ids, its responses differ."""
+    if pair.generated is None:
+        return True
+    # Equal responses have margin 0 and opposite gradients; an empty loser has no log-prob to lower.
+    return pair.real != pair.generated and len(pair.generated) > 0
 
 
 def rejected_pairs(
     rows: Sequence[Row], pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int
 ) -> list[Pair]:
-    """The pairs with the rows' own rejected responses, in ids as the chosen ones are. InputError
-    for a row without.
+    """Returns the pairs with the rows' own rejected responses as losers.
+
+    They become ids as the chosen ones do. Raises InputError for a row without one.
     """
     losers = []
     for row in rows:
@@ -109,9 +116,9 @@ def rejected_pairs(
                 f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows "
                 f"are {{prompt, chosen, rejected}}}} (docs/data.md)"
             )
-        losers.append(
-            tokenizer.pair_ids(replace(row, response=row.rejected, rejected=None)).response
-        )
+        # The loser as a row of its own, so that the template writes it as it writes the winner.
+        loser = replace(row, response=row.rejected, rejected=None)
+        losers.append(tokenizer.pair_ids(loser).response)
     return with_losers(pairs, losers, max_length)
 
 
@@ -121,14 +128,14 @@ def ranked_pairs(
     preferences: Sequence[float],
     max_length: int,
 ) -> list[Pair | None]:
-    """Of two samples (token ids) a prompt, the preferred as winner and the other as loser; None for
-    a tie.
+    """Makes the preferred of two samples the winner and the other the loser; None for a tie.
 
-    preferences: that the first is better, in [0, 1]; 0.5 and NaN (no verdict) are ties.
+    samples: two responses (token ids) a prompt. preferences: how sure it is that the first is the
+    better one, in [0, 1]; 0.5 and NaN (no verdict) are ties.
     """
     out: list[Pair | None] = []
     for pair, (first, second), preference in zip(pairs, samples, preferences, strict=True):
-        if not preference < 0.5 and not preference > 0.5:
+        if not preference < 0.5 and not preference > 0.5:  # 0.5, and NaN: it compares false
             out.append(None)
             continue
         better, worse = (first, second) if preference > 0.5 else (second, first)

@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 from ldalign.system.errors import EnvironmentProblem, InputError
 
 MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a conversation
-PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))
+PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))  # (winner, loser)
 
 
 class BadRow(ValueError):
-    """What is wrong with one record, and in which column if that is known; the reader adds file and
-    line.
+    """What is wrong with one record of a data file.
+
+    Whoever reads the file adds its name and the line, and decides whether the row is an error or is
+    skipped. place: ":column" of a broken JSON line, from 1; "" where no column is known.
     """
 
     def __init__(self, message: str, column: int | None = None) -> None:
@@ -22,11 +24,10 @@ class BadRow(ValueError):
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a JSON Lines file. Raises InputError naming file, line and column of
-    what is broken.
+    """Yields ("file:line", value) of a JSON Lines file, one pair a line that is not blank.
 
-    For the small files beside the data (prompts, responses made elsewhere), whose readers check the
-    values.
+    It is for the small files beside the data (prompts, responses made elsewhere), whose readers
+    check the values. Raises InputError naming file, line and column of what is broken.
     """
     try:
         for number, value in json_records(path):
@@ -35,9 +36,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 json_clean(value)
             except BadRow as error:
-                raise InputError(
-                    f"{path}:{number}: {str(error).removeprefix('answer: ')}"
-                ) from None
+                # json_clean speaks of the key that training rows may have; here it is any value.
+                what = str(error).removeprefix("answer: ")
+                raise InputError(f"{path}:{number}: {what}") from None
             yield f"{path}:{number}", value
     except OSError as error:
         raise InputError(
@@ -46,7 +47,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(physical line number, value or _BadRow) for every line that is not blank."""
+    """Yields (line number from 1, value) for every line of a file that is not blank.
+
+    The value of a broken line is the BadRow that says why. A line is read up to MAX_ROW_BYTES.
+    """
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
@@ -56,7 +60,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
                     line = file.readline(MAX_ROW_BYTES)
                 yield number, BadRow(f"the line is longer than {MAX_ROW_BYTES} bytes")
                 continue
-            if number == 1:
+            if number == 1:  # a byte order mark
                 line = line.removeprefix(b"\xef\xbb\xbf")
             line = line.rstrip()
             if line:
@@ -64,7 +68,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_value(line: bytes) -> Any:
-    """The JSON value of ``line``, or the _BadRow that says why there is none."""
+    """The JSON value of `line`, or the BadRow that says why there is none."""
     try:
         return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -72,11 +76,8 @@ def _json_value(line: bytes) -> Any:
             "not UTF-8 text, nor a parquet file; expected one JSON object a line", error.start + 1
         )
     except json.JSONDecodeError as error:
-        hint = (
-            ("; expected one JSON object a line, not a JSON array")
-            if line.lstrip()[:1] == b"["
-            else ""
-        )
+        array = line.lstrip()[:1] == b"["
+        hint = "; expected one JSON object a line, not a JSON array" if array else ""
         return BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
     except RecursionError:
         return BadRow("broken JSON: nested too deeply")
@@ -89,7 +90,11 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, record) of a parquet file, batch by batch; null fields are left out."""
+    """Yields (row number from 1, record) of a parquet file, batch by batch.
+
+    Only known columns are read; null fields are left out. Raises InputError for a broken file,
+    EnvironmentProblem without pyarrow.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -113,8 +118,9 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_clean(value: Any) -> Any:
-    """``value`` if it can be written to a UTF-8 JSON file (parquet may hold dates, bytes and the
-    like).
+    """Returns `value` if a UTF-8 JSON file can hold it, else raises BadRow.
+
+    Parquet may hold dates, bytes and the like, which JSON does not know.
     """
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")

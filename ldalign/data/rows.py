@@ -1,9 +1,9 @@
-"""Rows from JSON Lines and parquet files, in every shape people have them (design section 2).
+"""Rows from JSON Lines and parquet files, in every shape people have them.
 
-A row becomes a :class:`Row`: the conversation up to a user turn, the response, and for preference
-data the rejected response. Every error names the file and the physical line (in parquet, the row).
-JSON Lines are read by this module line by line, so that nothing is inferred from the first rows and
-one bad line costs no more memory than its limit.
+A row becomes a `Row`: the conversation up to a user turn, the response, and for preference data the
+rejected response. Every error names the file and the physical line (in parquet, the row). JSON
+Lines are read line by line (`ldalign.data.records`), so that nothing is inferred from the first
+rows and one bad line costs no more memory than its limit.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-MAX_SKIPPED = 0.01  # of all rows, with bad_rows="skip"
+MAX_SKIPPED = 0.01  # the share of rows that bad_rows="skip" may leave out
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is read from a folder
 SHAPES = (
-    "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ "
-    "prompt)"
+    "messages | prompt + response | prompt + completion | real + generated | "
+    "chosen + rejected (+ prompt)"
 )
 
 
@@ -38,9 +38,12 @@ SHAPES = (
 class Row:
     """One training row.
 
-    id: unique in its list. history: the turns before the response, ending with a user turn.
-    response: the real (chosen) one. rejected: the generated (rejected) one of preference rows.
-    kind, answer: what a checker needs, kept from the file. where: "file:line" it came from.
+    id: unique in its list.
+    history: the turns before the response, ending with a user turn.
+    response: the real (chosen) one.
+    rejected: the generated (rejected) one of preference rows.
+    kind, answer: what a checker needs, kept from the file.
+    where: "file:line" it came from.
     """
 
     id: str
@@ -55,15 +58,19 @@ class Row:
 def read_rows(
     spec: Any, *, turns: str = "last", bad_rows: str = "error", counts: Counter[str] | None = None
 ) -> list[Row]:
-    """All rows of ``spec``: a file, folder or glob, or a list of these or of ``{"path": ...,
-    "weight": n}``.
+    """Reads all rows of `spec`: a file, folder or glob, or a list of these.
 
-    ``turns``: which assistant turn of ``messages`` is the response: first, last, or all (one row
-    for each). Preference rows have one response, their last turn. A weight of n takes each row n
-    times; of a fraction, that share of the rows, the same ones every time. ``bad_rows="skip"``
-    leaves bad rows out, up to 1 % of them. ``counts`` gets what was done: skipped (bad rows),
-    repeated (rows with an id, or a whole content, that came before). Raises InputError, as
-    ``file:line: what is wrong``, and EnvironmentProblem if pyarrow is needed and missing.
+    An entry of the list may be {"path": ..., "weight": n}: a weight of n takes each row n times; of
+    a fraction, that share of the rows, the same ones every time.
+
+    turns: which assistant turn of `messages` is the response: first, last, or all (one row for
+        each). Preference rows have one response, their last turn.
+    bad_rows: "error" stops at the first bad row; "skip" leaves bad rows out, up to 1 % of all.
+    counts: gets what was done: skipped (bad rows), repeated (rows with an id, or a whole content,
+        that came before).
+
+    Raises InputError, as `file:line: what is wrong`, and EnvironmentProblem if pyarrow
+    is needed and missing.
     """
     for name, value, allowed in (
         ("turns", turns, ("first", "last", "all")),
@@ -85,20 +92,19 @@ def read_rows(
 
 
 def files_of(spec: Any) -> list[Path]:
-    """The files that `read_rows` reads for ``spec``, in its order."""
+    """Returns the files that `read_rows` reads for `spec`, in its order."""
     return [path for source, _ in _sources(spec) for path in _files(source)]
 
 
 def data_hash(rows: Iterable[Row]) -> str:
-    """sha256 (hex) over the content of ``rows`` in their order; where they were read from does not
-    count.
+    """Returns the sha256 (hex) of the content of `rows`, in their order.
+
+    Where they were read from does not count.
     """
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(
-            _canonical([row.id, row.history, row.response, row.rejected, row.kind, row.answer])
-            + b"\n"
-        )
+        content = [row.id, row.history, row.response, row.rejected, row.kind, row.answer]
+        digest.update(_canonical(content) + b"\n")
     return digest.hexdigest()
 
 
@@ -106,7 +112,7 @@ def data_hash(rows: Iterable[Row]) -> str:
 
 
 def _sources(spec: Any) -> list[tuple[str, float]]:
-    """``spec`` as (path, weight) pairs."""
+    """`spec` as (path, weight) pairs."""
     entries = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not entries:
         raise InputError("data: the list of files is empty")
@@ -121,14 +127,11 @@ def _sources(spec: Any) -> list[tuple[str, float]]:
             path, weight = entry["path"], entry.get("weight", 1.0)
         if not isinstance(path, str | Path) or not str(path):
             raise InputError(
-                f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of "
-                "these"
+                f"data: {path!r} is not a path; "
+                "expected a file, a folder, a glob or a list of these"
             )
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not 0 < weight < math.inf
-        ):
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
             raise InputError(f"data: weight {weight!r} of {path}: expected a positive number")
         sources.append((str(path), float(weight)))
     return sources
@@ -157,9 +160,7 @@ def _files(source: str) -> list[Path]:
 
 @dataclass
 class _Tally:
-    """Counts bad rows: the first is an error at once, or is skipped until there are too many of
-    them.
-    """
+    """Counts rows: a bad one is an error at once, or is skipped until there are too many."""
 
     skip: bool
     good: int = 0
@@ -211,7 +212,7 @@ def _read_file(path: Path, turns: str, tally: _Tally) -> list[Row]:
 
 
 def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
-    """The rows of one record; _BadRow if it has none of the known shapes."""
+    """The rows of one record; BadRow if it has none of the known shapes."""
     if not isinstance(record, dict):
         raise BadRow(f"the row is {_type(record)}; expected an object with {SHAPES}")
     keep = {
@@ -231,15 +232,10 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
         if not ends:
             raise BadRow("messages: no assistant turn")
         if turns == "all":
+            named = [(given and f"{given}/{turn}", end) for turn, end in enumerate(ends)]
             return [
-                _row(
-                    given and f"{given}/{turn}",
-                    messages[:end],
-                    messages[end]["content"],
-                    None,
-                    keep,
-                )
-                for turn, end in enumerate(ends)
+                _row(name, messages[:end], messages[end]["content"], None, keep)
+                for name, end in named
             ]
         end = ends[0] if turns == "first" else ends[-1]
         return [_row(given, messages[:end], messages[end]["content"], None, keep)]
@@ -253,8 +249,9 @@ def _rows_of(record: Any, turns: str, where: str) -> list[Row]:
 
 
 def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message], str, str]:
-    """History, winner and loser. The prompt is given, or is what both conversations (or both texts)
-    begin with.
+    """History, winner and loser of a preference record.
+
+    The prompt is given, or is what both conversations (or both texts) begin with.
     """
     prompt = _prompt(record["prompt"]) if record.get("prompt") is not None else None
     if prompt is None and isinstance(record[winner], str) and isinstance(record[loser], str):
@@ -263,8 +260,8 @@ def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message
     other_history, rejected = _side(record[loser], loser, prompt)
     if history != other_history:
         raise BadRow(
-            f"{winner} and {loser} differ before their last turn; expected one prompt and two "
-            "answers"
+            f"{winner} and {loser} differ before their last turn; "
+            "expected one prompt and two answers"
         )
     return history, response, rejected
 
@@ -292,8 +289,9 @@ def _side(value: Any, key: str, prompt: list[Message] | None) -> tuple[list[Mess
 def _shared_text(
     winner: str, loser: str, winner_key: str, loser_key: str
 ) -> tuple[list[Message], str, str]:
-    """Two texts without a prompt: it is what they share, up to the last white space (TRL's implicit
-    prompt).
+    """History, winner and loser of two texts without a prompt (TRL's implicit prompt).
+
+    The prompt is what both texts begin with, up to the last white space.
     """
     shared = 0
     while shared < min(len(winner), len(loser)) and winner[shared] == loser[shared]:
@@ -305,12 +303,13 @@ def _shared_text(
         raise BadRow(f"{winner_key} and {loser_key} share no prompt; expected the key prompt")
     history = [{"role": "user", "content": _text(prompt, winner_key)}]
     for text, key in ((winner, winner_key), (loser, loser_key)):
-        _check_turns([*history, {"role": "assistant", "content": _text(text[shared:], key)}], key)
+        answer = {"role": "assistant", "content": _text(text[shared:], key)}
+        _check_turns([*history, answer], key)
     return history, winner[shared:], loser[shared:]
 
 
 def _prompt(value: Any) -> list[Message]:
-    """The key ``prompt``: a text (one user turn) or a conversation that ends with a user turn."""
+    """The key `prompt`: a text (one user turn) or a conversation that ends with a user turn."""
     if isinstance(value, str):
         return [{"role": "user", "content": _text(value, "prompt")}]
     messages = _messages(value, "prompt")
@@ -320,7 +319,7 @@ def _prompt(value: Any) -> list[Message]:
 
 
 def _messages(value: Any, key: str) -> list[Message]:
-    """``value`` as a list of {"role", "content"}; other keys of a message are dropped."""
+    """`value` as a list of {"role", "content"}; other keys of a message are dropped."""
     if not isinstance(value, list):
         raise BadRow(f"{key}: is {_type(value)}; expected a list of {{role, content}}")
     if not value:
@@ -344,8 +343,9 @@ def _messages(value: Any, key: str) -> list[Message]:
 
 
 def _check_turns(messages: Sequence[Message], key: str) -> None:
-    """An optional system turn, then user and assistant in turn; every user and assistant turn says
-    something.
+    """Raises BadRow unless an optional system turn, then user and assistant take turns.
+
+    Every turn of user and assistant must say something.
     """
     expected = "user"
     for number, message in enumerate(messages, start=1):
@@ -354,8 +354,8 @@ def _check_turns(messages: Sequence[Message], key: str) -> None:
             continue
         if role != expected:
             raise BadRow(
-                f"{key}: turn {number} is {role}; expected {expected} (user and assistant "
-                "alternate)"
+                f"{key}: turn {number} is {role}; "
+                f"expected {expected} (user and assistant alternate)"
             )
         if not message["content"].strip():
             raise BadRow(f"{key}: turn {number} ({role}) is empty")
@@ -393,7 +393,7 @@ def _optional_text(record: dict[str, Any], key: str) -> str | None:
 
 
 def _text(value: str, key: str) -> str:
-    """``value``, unless it holds what no UTF-8 file can or no tokenizer should see."""
+    """`value`, unless it holds what no UTF-8 file can or no tokenizer should see."""
     if "\0" in value:
         raise BadRow(f"{key}: holds a NUL character")
     try:
@@ -406,14 +406,9 @@ def _text(value: str, key: str) -> str:
 
 
 def _type(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
+    """A value's type as JSON calls it, for messages."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
+    names |= {bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
@@ -422,16 +417,16 @@ def _canonical(value: Any) -> bytes:
 
 
 def _weighted(rows: list[Row], weight: float, source: str) -> list[Row]:
-    """Each row ``floor(weight)`` times, and the remaining share of rows once more, picked by hash,
-    in file order.
+    """Each row `floor(weight)` times, and the remaining share of the rows once more.
+
+    That share is picked by hash, and keeps the file's order.
     """
     if weight == 1:
         return rows
     copies = int(weight)
     count = round((weight - copies) * len(rows))
-    by_hash = sorted(
-        range(len(rows)), key=lambda i: (hashlib.sha256(rows[i].id.encode("utf-8")).digest(), i)
-    )
+    hashes = [hashlib.sha256(row.id.encode("utf-8")).digest() for row in rows]
+    by_hash = sorted(range(len(rows)), key=lambda i: (hashes[i], i))
     picked = set(by_hash[:count])
     result = rows * copies + [row for i, row in enumerate(rows) if i in picked]
     if rows and not result:
@@ -443,7 +438,7 @@ def _weighted(rows: list[Row], weight: float, source: str) -> list[Row]:
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
-    """The same rows, the second one of an id renamed to ``id#2``, the third to ``id#3``, ..."""
+    """The same rows, the second one of an id renamed to `id#2`, the third to `id#3`, ..."""
     given = {row.id for row in rows}
     used: set[str] = set()
     next_number: dict[str, int] = {}
@@ -468,10 +463,10 @@ def _distinct(rows: list[Row]) -> list[Row]:
 
 
 def prompt_text(row: Row) -> str:
-    """What the guide reads as the prompt: the user's text, or for a longer history every turn with
-    its role.
+    """Returns what the guide reads as the prompt.
 
-    The system turn is left out: it is the same for most rows of a data set.
+    It is the user's text, or for a longer history every turn with its role. The system turn is left
+    out: it is the same for most rows of a data set.
     """
     turns = [m for m in row.history if m["role"] != "system"]
     if len(turns) == 1:

@@ -1,13 +1,11 @@
-"""Tokenizer, chat template, and the one function that turns a conversation into prompt and response
-ids.
+"""Tokenizer, chat template, and how a conversation becomes prompt and response ids.
 
-``tokenizers`` reads tokenizer.json and ``jinja2`` renders the chat template (`templates`), with the
-settings of transformers, so that the ids are those of ``apply_chat_template(tokenize=True)``. Two
-things are stricter:
+`tokenizers` reads tokenizer.json and `jinja2` renders the chat template
+(`ldalign.data.chat_template`), with the settings of transformers, so that the ids are those of its
+`apply_chat_template(tokenize=True)`. Two things are stricter:
 
-- Text is never control. A message that contains ``</s>`` or ``<|im_end|>`` has these characters
-  encoded as text; only
-  the template itself writes control tokens.
+- Text is never control. A message that contains `</s>` or `<|im_end|>` has these characters encoded
+  as text; only the template itself writes control tokens.
 - The ids begin with exactly one BOS whenever the model uses one, also if the template leaves it out
   (Zephyr's does).
 """
@@ -42,20 +40,16 @@ from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json
 if TYPE_CHECKING:
     from ldalign.data.rows import Message, Row
 
-COPIED_FILES = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+COPIED_FILES = tuple(
+    "tokenizer.json special_tokens_map.json added_tokens.json tokenizer.model "
+    "vocab.json merges.txt".split()
 )
 
-# in a stage's manifest, where the chat template asks for the date
+# A key of a stage's manifest, there where the chat template asks for the date.
 TEMPLATE_DATE = "template's date"
 
-# Stand-ins put into rendered text: a nonce of this process, which no input can know, between
-# private-use characters.
+# What stands for control tokens in rendered text: a nonce of this process, which no input can
+# know, between private-use characters.
 _NONCE = secrets.token_hex(8)
 _CONTROL = f"\ue000{_NONCE}:%d\ue001"  # control token number %d, written by the template
 _QUOTED = f"\ue002{_NONCE}:%d\ue003"  # the same characters inside a message: plain text
@@ -63,14 +57,16 @@ _QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
 
 
 class UnsafeTemplate(InputError):
-    """The chat template does what no chat template needs to: reaches out, or takes too much room or
-    time.
+    """The chat template does what no chat template needs to do.
+
+    It reaches out of the template, or takes too much room or time.
     """
 
 
 class PairIds(NamedTuple):
-    """Token ids of one row: ``prompt`` ends where generation starts; ``response`` ends with its one
-    end token.
+    """The token ids of one row.
+
+    `prompt` ends where generation starts; `response` ends with its one end token.
     """
 
     prompt: list[int]
@@ -78,12 +74,16 @@ class PairIds(NamedTuple):
 
 
 class Tokenizer:
-    """The tokenizer and chat template of one model folder; made by :func:`load_tokenizer`.
+    """The tokenizer and chat template of one model folder; made by `load_tokenizer`.
 
-    folder: Path. bos_id: the BOS that every prompt starts with, None if the model uses none.
+    folder: its path.
+    bos_id: the BOS that every prompt starts with, None if the model uses none.
     end_ids: every declared end token (generation_config.json, config.json, tokenizer_config.json,
-    in this order). template: the chat template, "" if there is none. template_hash: its sha256,
-    hex. today: the date for a template that asks for it. vocab_size: highest token id + 1.
+        in this order).
+    template: the chat template, "" if there is none.
+    template_hash: its sha256, hex.
+    today: the date for a template that asks for it.
+    vocab_size: the highest token id + 1.
     """
 
     def __init__(
@@ -95,17 +95,13 @@ class Tokenizer:
         self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
         self.today = today or date.today()
         self._compiled = _compile(self.template, self.folder, self.today)
-        self._names = {
-            name: text
-            for name in NAMED_TOKENS
-            if (text := token_text(settings.get(name))) is not None
-        }
+        texts = {name: token_text(settings.get(name)) for name in NAMED_TOKENS}
+        self._names = {name: text for name, text in texts.items() if text is not None}
 
         description = read_tokenizer_json(self.folder, settings)
         self._plain = read_backend(description, self.folder)  # decodes
-        self.vocab_size = 1 + max(
-            self._plain.get_vocab(with_added_tokens=True).values(), default=-1
-        )
+        ids = self._plain.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
         self.bos_id = self._named_id("bos_token")
         self.end_ids = self._declared_ends()
         self._starts_with_bos = self._adds_bos(settings)
@@ -113,7 +109,7 @@ class Tokenizer:
 
         self._control = self._control_tokens(description["added_tokens"])
         self._number = {token: i for i, token in enumerate(self._control)}
-        # (?!) never matches
+        # Without control tokens: (?!), which never matches.
         self._control_pattern = re.compile("|".join(map(re.escape, self._control)) or "(?!)")
         self._literal, self._real_id = self._make_literal(description)  # encodes
         self._forbidden = set(self._real_id.values()) - {self._unknown_id()}
@@ -127,9 +123,13 @@ class Tokenizer:
     # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no BOS or EOS is added, and special tokens' text stays text."""
+        """Returns the ids of plain text.
+
+        No BOS or EOS is added, and the text of special tokens stays text. Raises InputError for a
+        tokenizer that makes a control token of ordinary text.
+        """
         ids = self._ids(self._literal, text, add_special_tokens=False)
-        # possible for Unigram vocabularies, which hold "</s>" as a piece
+        # It can happen with Unigram vocabularies, which hold "</s>" as a piece.
         if not self._forbidden.isdisjoint(ids):
             token = self._plain.id_to_token(next(i for i in ids if i in self._forbidden))
             raise InputError(
@@ -138,11 +138,11 @@ class Tokenizer:
         return [self._real_id.get(i, i) for i in ids]
 
     def encode_rendered(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Ids of a text in which special tokens are written by name, as a rendered template or a
-        benchmark's prompt.
+        """Returns the ids of a text in which special tokens are written by name.
 
-        Only for text that may do so: what a person wrote goes through `encode`. add_bos: put the
-        BOS in front; None: where the model uses one and the text does not begin with it.
+        A rendered template is one, or a benchmark's prompt. Only for text that may do so: what a
+        person wrote goes through `encode`. add_bos: put the BOS in front; None: where the model
+        uses one and the text does not begin with it.
         """
         ids = self._ids(self._plain, text, add_special_tokens=False)
         if add_bos is None:
@@ -152,24 +152,25 @@ class Tokenizer:
     def _ids(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # of a broken model, e.g. one without the unknown token that it names
+        # A broken model fails only here: one without the unknown token that it names, say.
         except BaseException as error:
             raise library_error(self.folder, error) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``."""
+        """Returns the text of `ids`."""
         return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     # -------------------------------------------------------------------------------- conversations
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it; InputError when the template refuses or
-        fails.
+        """Returns the conversation as the chat template writes it.
+
+        Raises InputError when there is no template, or it refuses or fails.
         """
         if self._compiled is None:
             raise InputError(
-                f"{self.folder}: has no chat template (chat_template.jinja or "
-                "tokenizer_config.json)"
+                f"{self.folder}: has no chat template "
+                "(chat_template.jinja or tokenizer_config.json)"
             )
         try:
             return self._compiled.render(
@@ -187,14 +188,16 @@ class Tokenizer:
             ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of ``messages`` up to where the assistant's answer begins; one BOS if the model uses
-        one.
+        """Returns the ids of `messages` up to where the assistant's answer begins.
+
+        They have one BOS if the model uses one. Raises InputError as `render`, or for a template
+        that leaves the assistant's header to the answer.
         """
         self._check_generation_prompt()
         return self._chat_ids(messages, add_generation_prompt=True)
 
     def pair_ids(self, row: Row) -> PairIds:
-        """Prompt and response ids of ``row`` (design section 2).
+        """Returns the prompt and response ids of `row`.
 
         The response is what the whole conversation adds to the prompt, cut right after its first
         end token. Raises InputError if the prompt's ids are not a prefix of the whole, or the
@@ -218,9 +221,12 @@ class Tokenizer:
         )
 
     def _chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Ids of the rendered conversation, in one encoding: what the template writes as control,
-        the rest as text.
+        """The ids of the rendered conversation, in one encoding.
+
+        What the template writes may be control, what the messages hold is text.
         """
+        # Control tokens in messages are put aside, so that those left in the rendered text are the
+        # template's; these get their stand-ins, then the messages get their text back.
         text = self.render([self._quote(message) for message in messages], add_generation_prompt)
         text = self._control_pattern.sub(lambda match: _CONTROL % self._number[match[0]], text)
         text = _QUOTED_PATTERN.sub(lambda match: self._control[int(match[1])], text)
@@ -234,6 +240,7 @@ class Tokenizer:
         return ids
 
     def _quote(self, message: Message) -> dict[str, str]:
+        """The message with stand-ins for the control tokens that its text spells."""
         quoted = {}
         for key, value in message.items():
             if not isinstance(value, str):
@@ -244,6 +251,7 @@ class Tokenizer:
         return quoted
 
     def _difference(self, prompt: list[int], whole: list[int]) -> str:
+        """Where the whole's ids leave the prompt's, in words."""
         at = 0
         while at < min(len(prompt), len(whole)) and prompt[at] == whole[at]:
             at += 1
@@ -259,16 +267,15 @@ class Tokenizer:
         return f"{token} {self._plain.id_to_token(token)!r}"
 
     def _check_generation_prompt(self) -> None:
-        """Once: the template must write the assistant's header as part of the prompt, or the policy
-        has to say it.
+        """Once: the template must write the assistant's header as part of the prompt.
+
+        Else the policy would have to say it.
         """
         if self._generation_prompt_checked:
             return
         self._generation_prompt_checked = True
-        question, answer = (
-            {"role": "user", "content": "Probe?"},
-            {"role": "assistant", "content": "Ldalignprobe"},
-        )
+        question = {"role": "user", "content": "Probe?"}
+        answer = {"role": "assistant", "content": "Ldalignprobe"}
         try:
             prompt, whole = self.render([question], True), self.render([question, answer])
         except UnsafeTemplate:
@@ -281,8 +288,8 @@ class Tokenizer:
         if "assistant" in lead.lower() or self._control_pattern.search(lead):
             raise InputError(
                 f"{self.folder}: chat template: has no generation prompt: with "
-                f"add_generation_prompt the prompt must end where the answer begins, but {lead!r} "
-                "comes between"
+                "add_generation_prompt the prompt must end where the answer begins, "
+                f"but {lead!r} comes between"
             )
 
     # --------------------------------------------------------------------------------------- set-up
@@ -299,17 +306,15 @@ class Tokenizer:
         return token
 
     def _declared_ends(self) -> tuple[int, ...]:
+        """Every end token that a file of the folder names; InputError if there is none."""
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
             value = read_json(self.folder / name, missing={}).get("eos_token_id")
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
-                if (
-                    type(token) is not int
-                    or not 0 <= token < self.vocab_size
-                    or self._plain.id_to_token(token) is None
-                ):
+                inside = type(token) is int and 0 <= token < self.vocab_size
+                if not inside or self._plain.id_to_token(token) is None:
                     raise InputError(
                         f"{self.folder}/{name}: eos_token_id {token!r} is not a token of "
                         "tokenizer.json"
@@ -325,8 +330,9 @@ class Tokenizer:
         return tuple(dict.fromkeys(ends))
 
     def _adds_bos(self, settings: dict[str, Any]) -> bool:
-        """Whether the model wants a BOS before every text: ``add_bos_token``, else what
-        tokenizer.json does.
+        """Whether the model wants a BOS before every text.
+
+        `add_bos_token` says so, else what tokenizer.json does.
         """
         if self.bos_id is None:
             return False
@@ -343,21 +349,23 @@ class Tokenizer:
             )
 
     def _control_tokens(self, added_tokens: list[dict[str, Any]]) -> list[str]:
-        """Added tokens that only the template may write: special ones, end tokens, role headers.
-        Longest first.
+        """The added tokens that only the template may write, the longest first.
+
+        They are special ones, end tokens and role headers.
         """
         prompt = self._probe_prompt()
         control = []
         for token in added_tokens:
-            # Gemma's "\n" is just text
+            # A token of white space (Gemma's "\n") is just text.
             is_header = token["content"].strip() and token["content"] in prompt
             if token["special"] or token["id"] in self.end_ids or is_header:
                 control.append(token["content"])
-        return sorted(control, key=len, reverse=True)  # the longest match first, as tokenizers does
+        return sorted(control, key=len, reverse=True)  # the longest match first, as in tokenizers
 
     def _probe_prompt(self) -> str:
-        """A prompt without any content: it shows the tokens, special or not, that the template uses
-        for roles.
+        """A prompt without any content.
+
+        It shows the tokens, special or not, that the template uses for roles.
         """
         if self._compiled is None:
             return ""
@@ -368,40 +376,35 @@ class Tokenizer:
             except UnsafeTemplate:
                 raise
             except InputError:
-                # some templates take no system turn; if both fail, rendering a row will say why
+                # Some templates take no system turn; if both fail, rendering a row will say why.
                 continue
         return ""
 
     def _make_literal(
         self, description: dict[str, Any]
     ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A tokenizer that reads control tokens as text and their stand-ins as control; the
-        stand-ins' real ids.
+        """A tokenizer that reads control tokens as text, and their stand-ins as control.
 
-        One encoding of the whole text keeps everything that depends on neighbours as it was: which
-        segments get a SentencePiece space, and what a token with ``lstrip`` swallows.
+        Returns it, and the stand-ins' real ids. One encoding of the whole text keeps everything
+        that depends on neighbours as it was: which segments get a SentencePiece space, and what a
+        token with `lstrip` swallows.
         """
-        flags = {
-            token["content"]: token
-            for token in description["added_tokens"]
-            if token["content"] in self._control
-        }
+        added = description["added_tokens"]
+        flags = {token["content"]: token for token in added if token["content"] in self._control}
         tokens = [
-            {**token, "special": token["special"] or token["content"] in flags}
-            for token in description["added_tokens"]
+            {**token, "special": token["special"] or token["content"] in flags} for token in added
         ]
         literal = read_backend({**description, "added_tokens": tokens}, self.folder)
         real_id: dict[int, int] = {}
         for number, text in enumerate(self._control):
-            options = {
-                key: flags[text][key] for key in ("single_word", "lstrip", "rstrip", "normalized")
-            }
+            keys = ("single_word", "lstrip", "rstrip", "normalized")
+            options = {key: flags[text][key] for key in keys}
             stand_in = _CONTROL % number
             literal.add_tokens([tokenizers.AddedToken(stand_in, special=False, **options)])
             stand_in_id = literal.token_to_id(stand_in)
             assert stand_in_id is not None
             real_id[stand_in_id] = flags[text]["id"]
-        literal.encode_special_tokens = True
+        literal.encode_special_tokens = True  # special tokens' text is read as text
         return literal, real_id
 
     def _unknown_id(self) -> int | None:
@@ -413,34 +416,37 @@ class Tokenizer:
 def load_tokenizer(
     folder: str | Path, template: str | None = None, today: date | None = None
 ) -> Tokenizer:
-    """The tokenizer of a model folder.
+    """Loads the tokenizer of a model folder.
 
-    ``template``: the text of a chat template to use instead of the folder's (chat_template.jinja,
-    else the chat_template of tokenizer_config.json). ``today``: the date for templates that ask for
-    one, of the run (`RunFolder.began`); None: the clock's. Raises InputError for missing, broken or
-    contradicting files.
+    template: the text of a chat template to use instead of the folder's (chat_template.jinja, else
+        the chat_template of tokenizer_config.json).
+    today: the date for templates that ask for one, of the run (`RunFolder.began`); None: the
+        clock's.
+
+    Raises InputError for missing, broken or contradicting files.
     """
     return Tokenizer(Path(folder), template, today)
 
 
 def template_date(folder: Path, today: date) -> dict[str, str]:
-    """For a stage's manifest: ``today`` where the chat template of the model folder asks for the
-    date, else {}.
+    """Returns {TEMPLATE_DATE: today} where the folder's chat template asks for the date, else {}.
+
+    It is for a stage's manifest.
     """
     return _date_parent(read_template(folder, read_settings(folder)), today)
 
 
 def _date_parent(template: str, today: date) -> dict[str, str]:
-    # A template can reach a function by its name alone.
+    # A template can reach a function by its name alone, so the name must be in its text.
     return {TEMPLATE_DATE: today.isoformat()} if "strftime_now" in template else {}
 
 
 def save_tokenizer_files(
     source: str | Path, folder: str | Path, template: str | None = None
 ) -> None:
-    """Copy what turns text into ids and back from model folder ``source`` into ``folder``.
+    """Copies what turns text into ids and back from model folder `source` into `folder`.
 
-    The chat template (``template`` if given) is written as chat_template.jinja *and* into
+    The chat template (`template` if given) is written as chat_template.jinja *and* into
     tokenizer_config.json: servers old and new find it. generation_config.json names every declared
     end id, so that all of them stop.
     """

@@ -9,19 +9,11 @@ import tokenizers
 from ldalign.system.errors import InputError, is_failure
 from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_json, read_text
 
-NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+NAMED_TOKENS = tuple(f"{role}_token" for role in "bos eos unk sep pad cls mask".split())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed by the older special_tokens_map.json."""
+    """Returns tokenizer_config.json, completed by the older special_tokens_map.json."""
     settings = read_json(folder / "tokenizer_config.json", missing={})
     for name, value in read_json(folder / "special_tokens_map.json", missing={}).items():
         if settings.get(name) is None:
@@ -30,37 +22,39 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_template(folder: Path, settings: dict[str, Any]) -> str:
+    """Returns the text of the folder's chat template; "" if there is none.
+
+    It is in chat_template.jinja, else in tokenizer_config.json. Raises InputError if it is no text.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_text(path)
     template = settings.get("chat_template")
-    # several templates by name: [{"name": "default", "template": ...}, ...]
+    # Several templates by name: [{"name": "default", "template": ...}, ...].
     if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {e.get("name"): e.get("template") for e in entries}.get("default")
     if template is not None and not isinstance(template, str):
         raise InputError(
-            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected "
-            "text"
+            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; "
+            "expected text"
         )
     return template or ""
 
 
 def read_tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json with truncation and padding off and every token declared elsewhere among its
-    added tokens.
+    """Returns tokenizer.json, completed and checked.
+
+    Truncation and padding are off, and every token that is declared elsewhere is among its added
+    tokens. Raises InputError for a file that is not the tokenizers library's.
     """
     path = folder / "tokenizer.json"
     description = read_json(path, most=MAX_TOKENIZER_BYTES)
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
         raise InputError(
-            f"{path}: is not a tokenizer of the tokenizers library; save the model with "
-            "transformers"
+            f"{path}: is not a tokenizer of the tokenizers library; "
+            "save the model with transformers"
         )
     description["truncation"] = description["padding"] = None
     try:
@@ -75,6 +69,7 @@ def read_tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any
 def _all_added_tokens(
     description: dict[str, Any], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
+    """The added tokens of both files, in the order of their ids; the named ones are special."""
     added = {
         token["content"]: _added_token(token["content"], token["id"], token)
         for token in description.get("added_tokens") or []
@@ -97,14 +92,15 @@ def _all_added_tokens(
 
 def _added_token(content: str, token_id: int, flags: dict[str, Any]) -> dict[str, Any]:
     keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {
-        "id": token_id,
-        "content": content,
-        **{key: bool(flags.get(key, False)) for key in keys},
-    }
+    said = {key: bool(flags.get(key, False)) for key in keys}
+    return {"id": token_id, "content": content, **said}
 
 
 def read_backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokenizer:
+    """Builds the tokenizer of the tokenizers library from its description.
+
+    Raises InputError where the library refuses it, or an added token gets another id.
+    """
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
     except BaseException as error:
@@ -119,8 +115,10 @@ def read_backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokeni
 
 
 def library_error(folder: Path, error: BaseException) -> BaseException:
-    """What to raise for an error of `tokenizers`, which has bare Exceptions, and BaseExceptions
-    where Rust panics.
+    """Returns what to raise for an error of the tokenizers library.
+
+    The library has bare Exceptions, and BaseExceptions where Rust panics: they become InputErrors.
+    Anything that is no failure, such as an interrupt, is returned as it is.
     """
     if not is_failure(error):
         return error
@@ -128,7 +126,7 @@ def library_error(folder: Path, error: BaseException) -> BaseException:
 
 
 def token_text(value: Any) -> str | None:
-    """A token as the config files write it: text, or an object with ``content``."""
+    """Returns the text of a token as config files write it: text, or an object with `content`."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None

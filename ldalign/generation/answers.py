@@ -1,4 +1,4 @@
-"""Answers to many prompts: dealt among the ranks, kept as they come, and gone on with after a stop.
+"""Answers to many prompts: dealt among the ranks, kept as they come, gone on with after a stop.
 
 The prompts are cut into chunks, longest prompts first, the same whatever the ranks. A rank takes
 the next chunk when it has room, so one that is slow takes fewer; nobody waits for anybody before
@@ -22,8 +22,8 @@ from ldalign.system.distributed import on_rank0
 from ldalign.system.files import read_jsonl, write_text
 from ldalign.system.partial_rows import Parts, append
 
-CHUNK = 256  # rows
-CLAIM = ".claim"
+CHUNK = 256  # rows that a rank takes at a time
+CLAIM = ".claim"  # an empty file, PATH.claimN: chunk N has its rank
 
 
 def make_answers(
@@ -35,12 +35,15 @@ def make_answers(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     chunk_rows: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes `path`, a JSON Lines file of one record a request, in the order of their indices;
-    returns them on rank 0.
+    """Writes `path`, JSON Lines, one record a request in the order of their indices.
 
-    All ranks call it with the same requests, whose indices are 0, 1, ... Files of an earlier call
-    that was cut short, beside `path`, are gone on from: the caller makes sure that they belong to
-    the same requests. chunk_rows: a chunk's rows, CHUNK by default.
+    Returns the records on rank 0, an empty list on the others. All ranks call it with the same
+    requests, whose indices are 0, 1, ... Files of an earlier call that was cut short, beside
+    `path`, are gone on from: the caller makes sure that they belong to the same requests.
+
+    record: what is kept of a request and its response.
+    progress: gets the rows and new tokens finished since it was last called.
+    chunk_rows: a chunk's rows; None: CHUNK.
     """
     size = chunk_rows or CHUNK
     done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact, size)))
@@ -54,6 +57,7 @@ def make_answers(
                 append(file, [(request.index, record(request, response))])
                 progress(1, len(response.ids))
         else:
+            # A row's last bits depend on its company: a chunk is kept whole, or made again whole.
             for chunk in mine:
                 finished = []
                 for request, response in engine.run(chunk):
@@ -67,22 +71,23 @@ def make_answers(
 
 
 def chunks(requests: Sequence[Request], size: int) -> list[list[Request]]:
-    """All requests, `size` at a time, longest prompts first; equal prompts stay together, for they
-    share pages.
+    """Returns all requests, `size` at a time, longest prompts first.
+
+    Equal prompts stay together, for they share pages.
     """
     ordered = sorted(requests, key=lambda r: (-len(r.prompt), r.index))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def _claimed(path: Path, chunks: Sequence[Sequence[Request]]) -> Iterator[Sequence[Request]]:
-    """The chunks this rank gets: it asks for the next one when it is done with the last. A file is
-    a claim.
-    """
+    """Yields the chunks that this rank gets: it claims one when it is done with the last."""
     for number, chunk in enumerate(chunks):
         if not chunk:
             continue
+        claim = path.with_name(f"{path.name}{CLAIM}{number}")
         try:
-            os.close(os.open(path.with_name(f"{path.name}{CLAIM}{number}"), os.O_CREAT | os.O_EXCL))
+            # Made by one rank alone: the file system decides, and no rank asks another.
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
         yield chunk
@@ -94,7 +99,7 @@ def _drop_claims(path: Path) -> None:
 
 
 def _resume(path: Path, requests: Sequence[Request], row_exact: bool, size: int) -> list[int]:
-    """The indices that need not be made again; no claims are left."""
+    """Returns the indices that need not be made again; no claims are left."""
     _drop_claims(path)
     if path.is_file():  # merged before: the run was stopped before the stage had its name
         return [r.index for r in requests]
@@ -103,6 +108,7 @@ def _resume(path: Path, requests: Sequence[Request], row_exact: bool, size: int)
 
 
 def _merge(path: Path, count: int) -> list[dict[str, Any]]:
+    """Writes `path` out of the ranks' parts, unless it is there, and removes them."""
     parts = Parts(path)
     if path.is_file():
         records: list[dict[str, Any]] = read_jsonl(path)
@@ -110,7 +116,7 @@ def _merge(path: Path, count: int) -> list[dict[str, Any]]:
         rows = parts.read()
         assert sorted(rows) == list(range(count)), f"{path}: {len(rows)} of {count} rows were made"
         records = [rows[i] for i in range(count)]
-        # at once or not at all
+        # The file gets its name when it is whole.
         write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     _drop_claims(path)
     parts.remove()

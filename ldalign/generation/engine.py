@@ -1,5 +1,4 @@
-"""Continuous batching: rows enter as others leave, prompts and responses are computed in the same
-steps.
+"""Continuous batching: rows enter as others leave, prompts and responses share the steps.
 
 A row's tokens depend on (seed, its key) and on nothing else: each step takes one uniform number of
 the row's own counter-based stream and inverts the cumulative distribution with it. Whatever the
@@ -7,8 +6,12 @@ batch, the order or the rank, the same row gives the same tokens, as far as its 
 bits: with the C++ decoder always; with the modules' own forward, whose products change their last
 bits with the number of rows, but for a draw that falls within rounding of a boundary.
 
-What a step costs in Python does not grow with the rows: a row is touched when it enters and when it
-leaves.
+What a step costs in Python does not grow with the rows: the engine keeps one numpy array a property
+of the rows, works on all of them at once, and touches a single row only as it enters and leaves.
+
+A *place* is an index into those arrays: a row has one from its entry to its end. Shapes: R places,
+L the longest row in tokens, P its pages, A places under way, C of them that get a token in a step,
+N new tokens of a step.
 """
 
 import logging
@@ -28,30 +31,30 @@ from ldalign.system.memory import OutOfMemory, available_bytes, is_out_of_memory
 from ldalign.system.seeds import uniforms
 
 log = logging.getLogger(__name__)
-CACHE_SHARE = 0.5  # of the memory that is free: what the cache may take where no budget is given
+CACHE_SHARE = 0.5  # the cache's share of the free memory, where no budget is given
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to make. The key names its random stream; the index is the caller's."""
+    """One response to make."""
 
-    key: str
+    key: str  # names the row's random stream
     prompt: Sequence[int]  # token ids, at least one
-    index: int = 0
+    index: int = 0  # the caller's own number for it
 
 
 class Engine:
     """Generates with one decoder and one way of sampling.
 
-    rows: the most that are generated at a time. longest: no prompt with its response has more
-    tokens than that; a response is cut there. step_tokens: the most new tokens of one step, so the
-    longest wait of a row that is being continued. cache_bytes: the most the key/value cache may
-    take; None: half of what is free. decode: ids to text, needed for stop strings alone. Raises
-    InputError where the budget does not hold one row.
+    rows: the most that are under way at a time.
+    longest: tokens that a prompt has with its response at most; a response is cut there.
+    step_tokens: the most new tokens of one step, and so the longest that a row under way waits.
+    cache_bytes: the most that the key/value cache may take; None: half of what is free.
+    decode: ids to text, needed for stop strings alone.
 
-    Where memory runs out all the same, the cache or the step is halved until it fits: fewer rows
-    are under way at a time, the text is the same. Raises OutOfMemory where not even one row's
-    cache, or one token, fits.
+    Raises InputError where the budget does not hold one row. Where memory runs out all the same,
+    the cache or the step is halved until it fits: fewer rows are under way at a time, the text is
+    the same. Raises OutOfMemory where not even one row's cache, or one token, fits.
     """
 
     def __init__(
@@ -71,12 +74,10 @@ class Engine:
         assert decode is not None or not sampling.stop, "stop strings need `decode`"
         self.ends = np.array(sorted(end_ids), dtype=np.int64)
         self.longest, self.step_tokens = longest, step_tokens
-        each = pages_for(longest)
-        budget = (
-            int(CACHE_SHARE * available_bytes(decoder.device))
-            if cache_bytes is None
-            else cache_bytes
-        )
+        budget = cache_bytes
+        if budget is None:
+            budget = int(CACHE_SHARE * available_bytes(decoder.device))
+        each = pages_for(longest)  # what one row can need
         pages = min(rows * each, budget // decoder.page_bytes())
         if pages < each:
             raise InputError(
@@ -87,31 +88,28 @@ class Engine:
         pages = self._allocate(pages, each)
         self._most = max(rows, step_tokens)  # new tokens of a step; less once memory has run out
         self.pool = PagePool(pages)
-        # Of each of the rows' places: the request (None: free), its tokens so far and how many of
-        # them are in the cache, where the response begins and must end, its pages, its random
-        # numbers, its log-prob, when it entered.
-        self.requests: list[Request | None] = [None] * rows
-        self.tokens = np.full((rows, longest), -1, dtype=np.int64)
-        self.length, self.held, self.begin, self.end, self.entered = np.zeros(
-            (5, rows), dtype=np.int64
-        )
-        self.pages = np.zeros((rows, each), dtype=np.int32)
-        self.draws = np.zeros((rows, sampling.max_new_tokens))
-        self.logp = np.zeros(rows)
-        self._clock = 0
         self.shared = SharedPages(pages)
+        # One entry a place.
+        self.requests: list[Request | None] = [None] * rows  # None: the place is free
+        self.tokens = np.full((rows, longest), -1, dtype=np.int64)  # (R, L), -1: not there yet
+        counts = np.zeros((5, rows), dtype=np.int64)
+        self.length, self.held = counts[0], counts[1]  # (R,) tokens so far; those in the cache
+        self.begin, self.end = counts[2], counts[3]  # (R,) where the response begins, must end
+        self.entered = counts[4]  # (R,) the clock as the row entered
+        self.pages = np.zeros((rows, each), dtype=np.int32)  # (R, P)
+        self.draws = np.zeros((rows, sampling.max_new_tokens))  # uniform numbers, one a token
+        self.logp = np.zeros(rows)  # (R,) float64, summed over the response so far
+        self._clock = 0  # rows that have entered
 
     def _allocate(self, pages: int, least: int) -> int:
-        """How many pages the cache has: so many, or the largest half of a half of them that memory
-        holds.
-        """
+        """Makes the cache, halved until memory holds it; returns its pages, `least` or more."""
         wanted = pages
         while not self._fits(partial(self.decoder.allocate, pages, self.longest)):
             if pages == least:
                 raise OutOfMemory(
                     f"generation: the cache of one row of {self.longest} tokens "
-                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB): out of memory; lower "
-                    "max_new_tokens"
+                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB): out of memory; "
+                    "lower max_new_tokens"
                 )
             pages = max(least, pages // 2)
         if pages < wanted:
@@ -124,9 +122,7 @@ class Engine:
 
     @staticmethod
     def _fits(work: Callable[[], None]) -> bool:
-        """Does the work; False if there was not the memory for it. What it held
-        is free again then.
-        """
+        """Does the work; False where memory did not suffice, and what it held is free again."""
         try:
             work()
         except (RuntimeError, MemoryError) as error:
@@ -141,16 +137,17 @@ class Engine:
         requests: Iterable[Request],
         on_tokens: Callable[[list[Request], list[int]], None] | None = None,
     ) -> Iterator[tuple[Request, Response]]:
-        """The responses, as they are finished. `requests` is read when there is room for one more.
+        """Yields the responses as they are finished, each with its request.
 
-        on_tokens gets the new tokens of each step, with their requests: for text as it comes.
+        `requests` is read when there is room for one more. on_tokens gets the new tokens of each
+        step with their requests, to show text as it comes.
         """
         waiting = iter(requests)
         following = next(waiting, None)
         while True:
             while following is not None and self._admit(following):
                 following = next(waiting, None)
-            active = np.flatnonzero(self.length)
+            active = np.flatnonzero(self.length)  # (A,) a free place has length 0
             if not len(active):
                 return
             chosen, ids, logp = self._step(active)
@@ -168,24 +165,25 @@ class Engine:
         prompt = tuple(request.prompt)
         if not 0 < len(prompt) < self.longest:
             raise InputError(
-                f"generation: the prompt of {request.key!r} has {len(prompt)} tokens; expected 1 "
-                f"to {self.longest - 1}"
+                f"generation: the prompt of {request.key!r} has {len(prompt)} tokens; "
+                f"expected 1 to {self.longest - 1}"
             )
         free = np.flatnonzero(self.length == 0)
         if not len(free):
             return False
         found, computed = self.shared.find(prompt)
         if not computed:
-            return False  # soon they can be shared
+            return False  # a row under way is computing them: the next steps share them
         shared = np.array(found, dtype=np.int32)
         end = min(len(prompt) + self.sampling.max_new_tokens, self.longest)
-        # All that the row can ever need: so no row has to be thrown out half done.
-        wanted = pages_for(end) - len(shared)
+        # All that the row can ever need, so that none has to be thrown out half done.
+        needed = pages_for(end)
+        wanted = needed - len(shared)
         if wanted > self.pool.free:
             return False
         place = int(free[0])
         self.pool.share(shared)
-        self.pages[place, : pages_for(end)] = np.concatenate((shared, self.pool.take(wanted)))
+        self.pages[place, :needed] = np.concatenate((shared, self.pool.take(wanted)))
         self.requests[place] = request
         self.tokens[place] = -1
         self.tokens[place, : len(prompt)] = prompt
@@ -197,21 +195,13 @@ class Engine:
         self.shared.add(prompt, self.pages[place])
         return True
 
-    def _step(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One forward over these places: those that got a token, the tokens,
-        and their log-probs.
+    def _step(self, everyone: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One forward over these places (A,).
+
+        Returns the places that got a token (C,), the tokens (C,) and their log-probs (C,).
         """
-        everyone = active
-        new = self.length[active] - self.held[active]
-        # Rows in the middle of a response first, each with its one token; then prompts, in their
-        # order.
-        order = np.lexsort((self.entered[active], new > 1))
-        active, new = active[order], new[order]
-        before = np.cumsum(new) - new
-        new = np.minimum(new, min(max(self.step_tokens, len(active)), self._most) - before)
-        active, new = active[new > 0], new[new > 0]
+        active, new = self._share_out(everyone)
         whole = self.held[active] + new == self.length[active]  # nothing of the prompt is left
-        chosen = active[whole]
         picked = logp = torch.zeros(0)
 
         def work() -> None:
@@ -219,58 +209,78 @@ class Engine:
             picked, logp = self._forward(active, new, whole)
 
         if not self._fits(work):
-            tokens = int(new.sum())
-            if tokens == 1:
-                raise OutOfMemory(
-                    "generation: a step of one token: out of memory; give a smaller model"
-                )
-            if self._most >= max(len(self.requests), self.step_tokens):
-                log.warning(
-                    "generation: no memory for a step of %d tokens; going on with smaller ones",
-                    tokens,
-                )
-            self._most = tokens // 2
+            self._halve_steps(int(new.sum()))
             return self._step(everyone)
         self.held[active] += new
-        for place in active[self.held[active] <= self.begin[active]]:  # still in the prompt
+        # A row in its prompt may have filled pages that others wait for.
+        for place in active[self.held[active] <= self.begin[active]]:
             self.shared.computed(self.pages[place, : self.held[place] // PAGE])
-        return chosen, picked.cpu().numpy(), logp.cpu().numpy()
+        return active[whole], picked.cpu().numpy(), logp.cpu().numpy()
+
+    def _share_out(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Deals a step's tokens out: the places that compute in it, and how many tokens each."""
+        new = self.length[active] - self.held[active]  # (A,) not in the cache yet
+        # Responses under way first, with one token each, so that no long prompt makes them wait;
+        # then prompts, in the order in which they entered.
+        order = np.lexsort((self.entered[active], new > 1))
+        active, new = active[order], new[order]
+        before = np.cumsum(new) - new  # (A,) tokens wanted by those further ahead
+        # Every response under way gets its token, even where step_tokens is smaller than the rows.
+        room = min(max(self.step_tokens, len(active)), self._most)
+        new = np.minimum(new, room - before)  # of a prompt, a part; 0 or less: not in this step
+        return active[new > 0], new[new > 0]
+
+    def _halve_steps(self, tokens: int) -> None:
+        """After a step of so many tokens ran out of memory: none has more than half of them."""
+        if tokens == 1:
+            raise OutOfMemory(
+                "generation: a step of one token: out of memory; give a smaller model"
+            )
+        if self._most >= max(len(self.requests), self.step_tokens):  # said once
+            log.warning(
+                "generation: no memory for a step of %d tokens; going on with smaller ones",
+                tokens,
+            )
+        self._most = tokens // 2
 
     def _forward(
         self, active: np.ndarray, new: np.ndarray, whole: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        """Computes so many new tokens of these places; of the `whole` ones the next tokens and
-        their log-probs.
+        """Computes `new` (A,) tokens of the places `active` (A,), and samples after the `whole`.
 
-        Changes nothing but the cache, where doing it again writes the same.
+        Returns the next tokens (C,) and their log-probs (C,) of the `whole` ones (A,) bool. Changes
+        nothing but the cache, where doing it again writes the same: so a step can be tried again.
         """
-        first = np.cumsum(new) - new
-        place = np.repeat(active, new)
-        ids = self.tokens[place, np.arange(len(place)) + np.repeat(self.held[active] - first, new)]
-        width = pages_for(int((self.held[active] + new).max()))
+        # The step's tokens lie end to end, place after place.
+        first = np.cumsum(new) - new  # (A,) where each place's run begins
+        place = np.repeat(active, new)  # (N,)
+        position = np.arange(len(place)) + np.repeat(self.held[active] - first, new)  # (N,)
+        ids = self.tokens[place, position]  # (N,)
+        width = pages_for(int((self.held[active] + new).max()))  # pages that any place needs now
+        counts = np.stack((new, self.held[active]), axis=1)  # (A, 2)
+        last = (first + new - 1)[whole]  # (C,) after which of the N tokens logits are wanted
         logits = self.decoder.step(
             torch.from_numpy(ids),
-            torch.from_numpy(np.stack((new, self.held[active]), axis=1)),
+            torch.from_numpy(counts),
             torch.from_numpy(self.pages[active, :width]),
-            torch.from_numpy((first + new - 1)[whole]),
-        )
+            torch.from_numpy(last),
+        )  # (C, V)
         chosen = active[whole]
         if not len(chosen):
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         seen = None
         if self.sampling.repetition_penalty != 1:
-            seen = torch.from_numpy(self.tokens[chosen, : self.length[chosen].max()]).to(
-                logits.device
-            )
-        uniform = torch.from_numpy(self.draws[chosen, self.length[chosen] - self.begin[chosen]]).to(
-            logits.device
-        )
+            tokens = self.tokens[chosen, : self.length[chosen].max()]  # (C, longest so far)
+            seen = torch.from_numpy(tokens).to(logits.device)
+        # The n-th token of a response takes the n-th number of its row's stream.
+        draws = self.draws[chosen, self.length[chosen] - self.begin[chosen]]  # (C,)
+        uniform = torch.from_numpy(draws).to(logits.device)
         return sample(logits, uniform, self.sampling, seen)
 
     def _append(
         self, chosen: np.ndarray, ids: np.ndarray, logp: np.ndarray
     ) -> Iterator[tuple[Request, Response]]:
-        """Adds the tokens; the finished rows leave."""
+        """Adds a token to each chosen place (C,); the finished rows leave and are yielded."""
         self.tokens[chosen, self.length[chosen]] = ids
         self.length[chosen] += 1
         self.logp[chosen] += logp
@@ -281,18 +291,20 @@ class Engine:
             yield self._leave(int(chosen[n]), "stop" if stopped[n] else "length")
 
     def _says_stop(self, place: int) -> bool:
+        """Whether the end of the response holds a stop string."""
         assert self.decode is not None
-        # A token stands for one byte or more, but may end inside a character.
+        # A token stands for one byte or more, so as many tokens as the longest stop string has
+        # bytes are enough; 4 more, as a token may begin or end inside a character.
         most = max(len(text.encode()) for text in self.sampling.stop) + 4
         first = max(self.begin[place], self.length[place] - most)
         text = self.decode(self.tokens[place, first : self.length[place]].tolist())
         return any(stop in text for stop in self.sampling.stop)
 
     def _leave(self, place: int, reason: str) -> tuple[Request, Response]:
+        """Frees the place and its pages; returns the request and its response."""
         request = self._request(place)
         ids = self.tokens[place, self.begin[place] : self.length[place]].tolist()
-        self.shared.forget(
-            self.pool.give_back(self.pages[place, : pages_for(int(self.end[place]))])
-        )
+        own = self.pages[place, : pages_for(int(self.end[place]))]
+        self.shared.forget(self.pool.give_back(own))
         self.requests[place], self.length[place] = None, 0
         return request, Response(ids, reason, float(self.logp[place]))

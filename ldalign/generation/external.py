@@ -29,10 +29,12 @@ def read_losers(
     tokenizer: Tokenizer,
     prompts: Path,
 ) -> list[Response]:
-    """A response for each of `rows`, whose prompts are in `pairs`.
+    """Returns a response for each of `rows`, whose prompts in token ids are in `pairs`.
 
-    known: all rows of the data, of which `rows` are those used. prompts: where they can be read,
-    for messages. Raises InputError naming file, line and what differs.
+    known: all rows of the data, of which `rows` are those used.
+    prompts: the file in which the prompts can be read, for messages.
+
+    Raises InputError naming file, line and what differs.
     """
     if not path.exists():
         raise InputError(
@@ -70,23 +72,21 @@ def read_losers(
 
 
 def _record(value: Any, where: str, vocabulary: int) -> dict[str, Any]:
+    """The record of one line, its types and ids checked, its id a text."""
     record: dict[str, Any] = value if isinstance(value, dict) else {}
-    ids = {
-        key: record[key] for key in ("token_ids", "prompt_token_ids") if record.get(key) is not None
-    }
-    if (
-        not isinstance(record.get("response"), str)
-        or not isinstance(record.get("id"), str | int)
-        or record.get("finish_reason", "stop") not in ("stop", "length")
-        or not all(
-            isinstance(tokens, list) and all(type(t) is int for t in tokens)
-            for tokens in ids.values()
-        )
-    ):
+    keys = ("token_ids", "prompt_token_ids")
+    ids = {key: record[key] for key in keys if record.get(key) is not None}
+    sound = (
+        isinstance(record.get("response"), str)
+        and isinstance(record.get("id"), str | int)
+        and record.get("finish_reason", "stop") in ("stop", "length")
+        and all(isinstance(tokens, list) for tokens in ids.values())
+        and all(type(token) is int for tokens in ids.values() for token in tokens)
+    )
+    if not sound:
         raise InputError(
             f'{where}: expected {{"id": ..., "response": text}}, and maybe "finish_reason" (stop '
-            "or length), "
-            '"token_ids" and "prompt_token_ids" (lists of ids)'
+            'or length), "token_ids" and "prompt_token_ids" (lists of ids)'
         )
     for key, tokens in ids.items():
         odd = next((token for token in tokens if not 0 <= token < vocabulary), None)
@@ -100,11 +100,12 @@ def _record(value: Any, where: str, vocabulary: int) -> dict[str, Any]:
 def _response(
     where: str, record: dict[str, Any], row: Row, pair: Pair, tokenizer: Tokenizer
 ) -> Response:
+    """The response of a record, in ids that end as the pair's own."""
     theirs = record.get("prompt_token_ids")
     if theirs is not None and theirs != pair.prompt:
-        place = next(
-            (i for i, (a, b) in enumerate(zip(theirs, pair.prompt, strict=False)) if a != b), None
-        )
+        both = zip(theirs, pair.prompt, strict=False)
+        place = next((i for i, (a, b) in enumerate(both) if a != b), None)
+        # Where one is the other's beginning, they differ at its end.
         place = min(len(theirs), len(pair.prompt)) if place is None else place
         raise InputError(
             f"{where}: prompt_token_ids differ from ldalign's from token {place} on: theirs "
@@ -115,10 +116,12 @@ def _response(
     reason = record.get("finish_reason", "stop")
     ids = record.get("token_ids")
     if ids is None:
-        whole = list(
-            tokenizer.pair_ids(Row(row.id, row.history, record["response"], where=where)).response
-        )
+        answered = Row(row.id, row.history, record["response"], where=where)
+        whole = list(tokenizer.pair_ids(answered).response)
+        # A cut response has no end token: its ids are those of its text alone.
         ids = whole if reason == "stop" else tokenizer.encode(record["response"])
     if reason == "stop" and (not ids or ids[-1] not in tokenizer.end_ids):
-        ids = [*ids, pair.real[-1] if pair.real[-1] in tokenizer.end_ids else tokenizer.end_ids[0]]
+        # Engines differ in whether token_ids hold the end token.
+        end = pair.real[-1] if pair.real[-1] in tokenizer.end_ids else tokenizer.end_ids[0]
+        ids = [*ids, end]
     return Response(list(ids), reason, None)

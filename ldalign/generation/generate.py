@@ -21,16 +21,17 @@ def generate_ids(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[Response]:
-    """Responses in the order of `prompts` (token ids), `batch_rows` at a time.
+    """Returns the responses to `prompts` (token ids), in their order, `batch_rows` at a time.
 
-    keys name the rows' random streams; progress is called with (1, new tokens) as a row is
-    finished; decode is needed for stop strings alone. A model gets a decoder for this call, which
-    on a CPU is a second copy of its weights.
+    model: a model gets a decoder for this call, which on a CPU is a second copy of its weights.
+    keys: the names of the rows' random streams.
+    progress: is called with (1, new tokens) as a row is finished.
+    decode: ids to text, needed for stop strings alone.
     """
     if not prompts:
         return []
     # Longest first: memory peaks at once, and the last rows to run are short. Equal prompts stay
-    # together, and share.
+    # together, where they share pages.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     longest = len(prompts[order[0]]) + sampling.max_new_tokens
     rows = min(batch_rows, len(prompts))
@@ -57,11 +58,11 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """Texts answering `conversations` (lists of {"role", "content"}, ending with the user's turn).
+    """Answers conversations: lists of {"role", "content"} that end with the user's turn.
 
-    temperature 0 is greedy. A text ends before a stop string. The same (seed, index in the list)
-    gives the same text whatever `batch_rows`; see `ldalign.generation.engine` for how far. Raises
-    ValueError for settings out of range.
+    Returns their texts; a text ends before a stop string. temperature 0 is greedy. The same (seed,
+    index in the list) gives the same text whatever `batch_rows`; `ldalign.generation.engine` says
+    how far. Raises ValueError for settings out of range.
     """
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop)
@@ -75,6 +76,6 @@ def generate(
 
 
 def text_of(text: str, sampling: Sampling) -> str:
-    """`text` up to the first stop string in it."""
+    """Returns `text` up to the first stop string in it."""
     ends = [text.find(stop) for stop in sampling.stop if stop in text]
     return text[: min(ends)] if ends else text

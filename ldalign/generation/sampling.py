@@ -1,4 +1,4 @@
-"""How tokens are chosen: the settings, and one step of it."""
+"""How tokens are chosen: the settings, and one draw for each row."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,18 @@ from ldalign import ops
 
 @dataclass(frozen=True)
 class Sampling:
-    """Of a model's distribution over the next token, in this order:
+    """What is done to a model's distribution over the next token, in this order.
 
     repetition_penalty divides the positive logits of tokens already in prompt or response, and
-    multiplies the negative ones (Keskar et al., arXiv 1909.05858; 1: off). temperature divides the
-    logits (0: greedy, and what follows does not matter). top_k keeps the k most likely tokens (0:
-    off), top_p the fewest that hold this mass (Holtzman et al., arXiv 1904.09751; 1: off), min_p
-    those at least this share as likely as the most likely one (Nguyen et al., arXiv 2407.01082; 0:
-    off). A response ends with an end id, with one of the `stop` strings, or after max_new_tokens.
+        multiplies the negative ones (Keskar et al., arXiv 1909.05858). 1: off.
+    temperature divides the logits. 0: greedy, and what follows does not matter.
+    top_k keeps the k most likely tokens. 0: off.
+    top_p keeps the fewest tokens that hold this mass (Holtzman et al., arXiv 1904.09751). 1: off.
+    min_p keeps tokens at least this share as likely as the most likely one (Nguyen et al., arXiv
+        2407.01082). 0: off.
+
+    A response ends with an end id, with one of the `stop` strings, or after max_new_tokens. Raises
+    ValueError for a setting out of its range.
     """
 
     max_new_tokens: int = 256
@@ -47,10 +51,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response. ids hold the end token where the model gave one; a cut response never
-    has one.
+    """One sampled response.
 
-    logp: natural log, summed over ids, under the distribution sampled from, temperature and cuts
+    ids hold the end token where the model gave one; a response cut at its length has none. logp is
+    in natural logs, summed over ids, under the distribution sampled from, temperature and cuts
     included; None for a response made elsewhere. With the default settings and in float32 it equals
     the training path's to about 1e-4, but not to the bit: the reference pass computes its own, so
     that step 0 compares like with like.
@@ -64,10 +68,11 @@ class Response:
 def sample(
     logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row: logits (R, V) float32, overwritten, uniform (R,) float64 in [0, 1) -> ids
-    (R,), log-probs (R,).
+    """Draws one token a row; returns ids (R,) int64 and their log-probs (R,) float32.
 
-    seen (R, T) int64: the tokens a repetition penalty counts, filled up with -1.
+    logits (R, V) float32; overwritten.
+    uniform (R,) float64 in [0, 1): the draws.
+    seen (R, T) int64: the tokens that a repetition penalty counts, filled up with -1.
     """
     s = sampling
     return ops.sample(

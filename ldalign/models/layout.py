@@ -1,9 +1,12 @@
 """How the tokens of a flat batch see each other.
 
 The models work on flat tokens (N, D) and leave attention to a *layout*, which knows where the
-sequences begin and end. `Packed` serves training, scoring and prefill: sequences end to end, no
-padding. Generation adds a layout of its own over the key/value cache. A model needs of a layout:
-`positions` (N,) int64, and `attend`.
+sequences begin and end. `Packed` serves training, scoring and the guide: sequences end to end, no
+padding. Generation has a layout of its own over the key/value cache. Of a layout a model needs
+`positions` and `attend`.
+
+Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, S segments (the
+parts of all sequences).
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,11 @@ class Layout(Protocol):
     positions: Tensor  # (N,) int64, restarting at each sequence
 
     def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
-        """qkv (N, H + 2K, E) of one layer, its first H = `heads` heads the queries -> (N, H, E)."""
+        """Returns the attention of one layer: qkv (N, H + 2K, E) -> (N, H, E).
+
+        The first H = `heads` heads are queries, then K keys, K values. With a window, a token sees
+        that many: itself and those before it.
+        """
         ...
 
 
@@ -31,7 +38,7 @@ class Packed:
     A sequence is given by its length, or by the lengths (prompt, response, response, ...) of its
     parts: then every response continues the prompt, at the positions after it, and is blind to the
     other responses. So a pair's prompt is computed once; the result is that of separate sequences
-    [prompt | response].
+    [prompt | response]. Raises ValueError for a part without tokens.
     """
 
     def __init__(
@@ -40,14 +47,15 @@ class Packed:
         parts = [(n,) if isinstance(n, int) else tuple(n) for n in lengths]
         if any(n < 1 for sequence in parts for n in sequence):
             raise ValueError(
-                "every part of a packed sequence needs at least one token, got lengths "
-                f"{list(lengths)}"
+                "every part of a packed sequence needs at least one token, "
+                f"got lengths {list(lengths)}"
             )
-        self.lengths = [sum(sequence) for sequence in parts]
+        self.lengths = [sum(sequence) for sequence in parts]  # tokens of each sequence, all parts
         self.segments = _segments(parts)
-        begin, end, prefix_begin, prefix_end = self.segments.unbind(1)
-        offsets = (prefix_end - prefix_begin - begin).repeat_interleave(end - begin)
-        self.positions = (torch.arange(sum(self.lengths)) + offsets).to(device)
+        begin, end, prefix_begin, prefix_end = self.segments.unbind(1)  # (S,) each
+        # Token i of a segment stands at position (length of its prefix) + i - begin.
+        offsets = (prefix_end - prefix_begin - begin).repeat_interleave(end - begin)  # (N,)
+        self.positions = (torch.arange(sum(self.lengths)) + offsets).to(device)  # (N,)
 
     def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
         """Attention within each sequence: qkv (N, H + 2K, E) -> (N, H, E)."""
@@ -55,14 +63,15 @@ class Packed:
 
 
 def _segments(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """(S, 4) int64: begin, end, prefix_begin, prefix_end of every part, as `ops.pair_attention`
-    wants them.
+    """begin, end, prefix_begin, prefix_end of every part, (S, 4) int64 on the CPU.
+
+    It is what `ops.pair_attention` wants.
     """
     rows = []
     begin = 0
     for prompt, *responses in sequences:
         start, after = begin, begin + prompt
-        rows.append((start, after, start, start))
+        rows.append((start, after, start, start))  # a prompt has an empty prefix
         begin = after
         for length in responses:
             rows.append((begin, begin + length, start, after))

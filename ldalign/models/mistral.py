@@ -1,4 +1,4 @@
-"""Mistral, whole: RMSNorm, rotary embedding, grouped-query attention with a sliding window, SwiGLU.
+"""Mistral, whole: RMSNorm, rotary embedding, grouped-query attention with a window, SwiGLU.
 
 Loads `model_type` mistral (arXiv 2310.06825) and the Llama layout without rope scaling, which is
 the same network with no window. Parameter names and the half-split rotary layout are Hugging
@@ -7,8 +7,9 @@ Face's, but for two: q, k and v are one parameter, and gate and up. Files keep t
 
 `hidden` is the door for callers that bring their own embeddings, as the guide's towers do.
 
-Shapes: N flat tokens, D width, H query heads, K key/value heads, E head width, F feed-forward
-width, V vocabulary.
+Shapes: B sequences of T tokens; N flat tokens (N = B T, or whatever the layout holds), D width, H
+query heads, K key/value heads (H a multiple of K), E head width, F feed-forward width, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -45,18 +46,20 @@ class MistralConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "MistralConfig":
-        """From a parsed config.json. Raises InputError naming `where` and the key for what this
-        code does not do.
+        """Reads a parsed config.json.
+
+        Raises InputError naming `where` and the key for what this code does not do.
         """
         _refuse_unsupported(raw, where)
-        rope = raw.get("rope_parameters") or {}
+        rope = raw.get("rope_parameters") or {}  # where newer files keep rope_theta
         llama = raw["model_type"] == "llama"
         heads = _size(raw, "num_attention_heads", where)
         width = _size(raw, "hidden_size", where)
-        # An absent key means what it means to transformers: for Mistral a window of 4096 and 8
-        # key/value heads.
+        # An absent key means what it means to transformers: for Mistral, a window of 4096 and 8
+        # key/value heads; for Llama, no window and as many key/value heads as query heads.
         windowed = not llama and raw.get("sliding_window", 4096) is not None
         one_each = llama or "num_key_value_heads" in raw
+        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         config = cls(
             vocab_size=_size(raw, "vocab_size", where),
             hidden_size=width,
@@ -66,9 +69,7 @@ class MistralConfig:
             num_key_value_heads=_size(raw, "num_key_value_heads", where, heads if one_each else 8),
             head_dim=_size(raw, "head_dim", where, width // heads),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-            rope_theta=_positive(
-                rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", where
-            ),
+            rope_theta=_positive(theta, "rope_theta", where),
             sliding_window=_size(raw, "sliding_window", where, 4096) if windowed else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
@@ -76,14 +77,15 @@ class MistralConfig:
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
                 f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} "
-                "even"
+                f"num_key_value_heads {config.num_key_value_heads}, "
+                f"and head_dim {config.head_dim} even"
             )
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """A config.json of this network. It says mistral for a Llama layout too: the same network
-        without a window.
+        """Returns a config.json of this network.
+
+        It says mistral for a Llama layout too, which is the same network without a window.
         """
         return {
             "architectures": ["MistralForCausalLM"],
@@ -93,25 +95,26 @@ class MistralConfig:
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
+    """Raises InputError for a key that asks for another network than this one."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
-        kind = (
-            rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        )
+        kind = rope
+        if isinstance(rope, dict):
+            kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise InputError(
-                f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain "
-                "rotary embeddings"
+                f"{where}: {key}: rope scaling {kind!r} is not supported; "
+                "use a model with plain rotary embeddings"
             )
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             raise InputError(
-                f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole "
-                "heads"
+                f"{where}: partial_rotary_factor is not supported; "
+                "Mistral and Llama rotate whole heads"
             )
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(
-            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use "
-            "silu"
+            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; "
+            "Mistral and Llama use silu"
         )
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
@@ -129,27 +132,24 @@ def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None)
         raise InputError(f"{where}: key {key!r} is missing; a {raw['model_type']} config needs it")
     if type(value) is not int or not 1 <= value < 2**31:
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive integer; compare with the model's "
-            "original config"
+            f"{where}: {key} is {value!r}, not a positive integer; "
+            "compare with the model's original config"
         )
     return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 < value < float("inf")
-    ):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive number; compare with the model's "
-            "original config"
+            f"{where}: {key} is {value!r}, not a positive number; "
+            "compare with the model's original config"
         )
     return float(value)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv 1910.07467); float32 inside."""
+    """x / rms(x) * weight (arXiv 1910.07467) over the last axis; float32 inside."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
+        """Returns the norm of x + residual, and that sum; all (N, D)."""
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -170,21 +170,18 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig, index: int) -> None:
         super().__init__()
         self.index, self.window = index, config.sliding_window
-        self.head_dim, self.heads, self.kv_heads = (
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         # One product for all three: the small ones for k and v use a machine badly.
-        self.qkv_proj = nn.Linear(
-            config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
-        )
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, E)
-        qkv = ops.rope(qkv, cos, sin, self.heads + self.kv_heads)
-        return self.o_proj(layout.attend(self.index, qkv, self.heads, self.window).flatten(1))
+        qkv = ops.rope(qkv, cos, sin, self.heads + self.kv_heads)  # values do not turn
+        out = layout.attend(self.index, qkv, self.heads, self.window)  # (N, H, E)
+        return self.o_proj(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
@@ -196,13 +193,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # (N, D) -> (N, 2F) -> (N, F) -> (N, D). Unnamed, the widest one is freed before the last.
         return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    # What is recomputed in the backward; inside the block, where FSDP has gathered its weights.
+    # What the backward computes again: nothing, the feed-forward, or the whole block. It happens
+    # inside the block's forward, where FSDP has gathered the weights.
     checkpointing: Literal["none", "selective", "full"] = "none"
 
     def __init__(self, config: MistralConfig, index: int) -> None:
@@ -218,6 +217,8 @@ class Block(nn.Module):
         return self._forward(x, cos, sin, layout)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        # x is the stream (N, D). Its sum with the attention's output, and the norm of that sum, are
+        # made in one pass; the output itself has no name, so that it is freed before the mlp.
         normed, x = self.post_attention_layernorm.add(
             self.self_attn(self.input_layernorm(x), cos, sin, layout), x
         )
@@ -226,28 +227,29 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: the part Hugging Face's parameter names call `model`."""
+class Transformer(nn.Module):
+    """Embedding, blocks and final norm: `model` in Hugging Face's parameter names."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
-        # nn.Embedding's own initialisation, on the meta device, imports all of torch._dynamo: 2 s
-        # for nothing.
-        empty = torch.empty(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(...): its initialisation, on the meta device, imports all of
+        # torch._dynamo, which takes 2 s for nothing.
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # (V, D)
         self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Mistral(nn.Module):
-    """The language model. `model(ids)` gives logits; training passes `head` and
-    never makes them.
+    """The language model.
+
+    `model(ids)` gives logits; training passes `head` and never makes them.
     """
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Transformer(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -257,35 +259,29 @@ class Mistral(nn.Module):
         return list(self.model.layers)  # type: ignore[arg-type]
 
     def stored_parts(self, name: str) -> dict[str, int]:
-        """The tensors that model files keep for a parameter, one below the other: name -> rows; {}
-        if it is one.
+        """Returns the tensors that model files keep for a parameter: {name: rows}.
+
+        They lie one below the other in it, in this order. Empty where the file keeps it as it is.
         """
         c = self.config
-        q, kv, wide = (
-            c.num_attention_heads * c.head_dim,
-            c.num_key_value_heads * c.head_dim,
-            c.intermediate_size,
-        )
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         fused = {
             "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
-            "gate_up_proj": {"gate_proj": wide, "up_proj": wide},
+            "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
         }
-        own = name.split(".")[-2]
+        own = name.split(".")[-2]  # the module: "qkv_proj" of "...self_attn.qkv_proj.weight"
         return {name.replace(own, part): rows for part, rows in fused.get(own, {}).items()}
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding."""
+        """The token embedding, (V, D)."""
         return self.model.embed_tokens
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D): the head's weight, the embedding itself where they are tied."""
-        return (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )
+        """The head's weight (V, D): the embedding itself where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(
         self,
@@ -293,22 +289,22 @@ class Mistral(nn.Module):
         layout: Layout | None = None,
         head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits (B, T, V) of ids (B, T) int64; or, of flat ids (N,) in a layout, whatever `head`
-        makes.
+        """Returns logits (B, T, V) of ids (B, T) int64; or, given a head, what it makes.
 
-        head(hidden (N, D), output weight (V, D)) runs inside the forward, where FSDP has gathered
-        the weight.
+        With `head`, ids may be flat (N,) in a layout. head(hidden (N, D), output weight (V, D))
+        runs inside the forward, where FSDP has gathered the weight.
         """
         shape = ids.shape
         layout = Packed([shape[1]] * shape[0], ids.device) if layout is None else layout
-        x = self.hidden(self.embedding(ids.flatten()), layout)
+        x = self.hidden(self.embedding(ids.flatten()), layout)  # (N, D)
         if head is not None:
             return head(x, self.output_weight)
         return (x @ self.output_weight.T).unflatten(0, shape)
 
     def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
-        """Final hidden states (N, D) of token embeddings (N, D), turned by the
-        layout's positions.
+        """Returns the final hidden states (N, D) of token embeddings (N, D).
+
+        Positions, and which token sees which, are the layout's.
         """
         cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         x = embeddings
@@ -318,10 +314,12 @@ class Mistral(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, E/2) float32, of the angles position * theta^(-2e/E) (arXiv
-    2104.09864).
+    """Returns cos and sin, each (N, E/2) float32, of the angles position * theta^(-2e/E).
+
+    Source: RoFormer (arXiv 2104.09864).
     """
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    steps = even / head_dim  # (E/2,) 2e / E
     # 1 / theta^steps, not theta^-steps: one last bit, times position 2000, turns the angle by 1e-4.
-    angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)
+    angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)  # (N, E/2)
     return angles.cos(), angles.sin()

@@ -26,6 +26,10 @@ DTYPE_NAMES = {
 }
 
 
+# What a header may raise whose entries are of other types than they should be.
+MALFORMED = (SafetensorError, OSError, TypeError, LookupError, AttributeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a safetensors file, as the file's header describes it."""
@@ -38,37 +42,33 @@ class Stored:
     pitch: int = 0  # bytes from one row to the next, where not all columns are wanted; 0: row_bytes
 
     def rows(self, start: int, stop: int) -> "Stored":
-        """Rows [start, stop) of it."""
-        return replace(
-            self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes
-        )
+        """Returns rows [start, stop) of it."""
+        offset = self.offset + start * self.row_bytes
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
     def columns(self, start: int, stop: int) -> "Stored":
-        """Columns [start, stop) of a whole matrix."""
+        """Returns columns [start, stop) of a whole matrix."""
         if (start, stop) == (0, self.shape[1]):
             return self
-        skipped = start * FLOATS[self.dtype].itemsize
-        return replace(
-            self,
-            shape=(self.shape[0], stop - start),
-            offset=self.offset + skipped,
-            pitch=self.row_bytes,
-        )
+        offset = self.offset + start * FLOATS[self.dtype].itemsize
+        shape = (self.shape[0], stop - start)
+        return replace(self, shape=shape, offset=offset, pitch=self.row_bytes)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one step along the first axis."""
+        """The bytes of one step along the first axis."""
         return max(1, math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize)
 
     @property
     def where(self) -> str:
-        """How errors name it."""
+        """The file and the tensor, as errors name them."""
         return f"{self.path}: tensor {self.name}"
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder. Raises InputError when it is missing, broken or
-    asks to run code.
+    """Returns the parsed config.json of a model folder.
+
+    Raises InputError when it is missing, broken or asks to run code.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -84,8 +84,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model folder by name, from the files' own headers; nothing else of the files
-    is read.
+    """Returns all tensors of a model folder by name, from the headers of its files alone.
 
     Raises InputError: no safetensors, a shard missing, damaged or outside the folder, one tensor in
     two shards, an index that says otherwise than the headers.
@@ -101,54 +100,48 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         for name, stored in read_header(path).items():
             if name in tensors:
                 raise InputError(
-                    f"{stored.where} is in {tensors[name].path.name} too; one of the shards is "
-                    "stale"
+                    f"{stored.where} is in {tensors[name].path.name} too; "
+                    "one of the shards is stale"
                 )
             tensors[name] = stored
     held = {name: stored.path.name for name, stored in tensors.items()}
     if weight_map is not None and held != weight_map:
-        odd = sorted(
-            name
-            for name in held.keys() | weight_map.keys()
-            if held.get(name) != weight_map.get(name)
-        )
+        names = held.keys() | weight_map.keys()
+        odd = sorted(name for name in names if held.get(name) != weight_map.get(name))
         raise InputError(
-            f"{folder / INDEX}: disagrees with the shards about {first_few(odd)}; download the "
-            "model again"
+            f"{folder / INDEX}: disagrees with the shards about {first_few(odd)}; "
+            "download the model again"
         )
     return tensors
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The names of the files that hold the weights, and the index's tensor name -> file name where
-    there is one.
+    """The names of the files with the weights, and the index's {tensor name: file name}.
+
+    Where the weights are one file there is no index: None.
     """
     single, index = (folder / SINGLE).is_file(), folder / INDEX
     if not index.is_file():
         if single:
             return [SINGLE], None
-        pickles = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)
-        )
-        found = (
-            (f"only pickles ({first_few(pickles, 3)}), which can run code")
-            if pickles
-            else "no weights"
-        )
+        patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+        pickles = sorted(p.name for pattern in patterns for p in folder.glob(pattern))
+        found = "no weights"
+        if pickles:
+            found = f"only pickles ({first_few(pickles, 3)}), which can run code"
         raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
     refuse_link_out(index, folder)
     weight_map = read_json(index).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not all(isinstance(f, str) for f in weight_map.values())
-        or not weight_map
-    ):
+    names_files = isinstance(weight_map, dict) and all(
+        isinstance(file, str) for file in weight_map.values()
+    )
+    if not names_files or not weight_map:
         raise InputError(
             f"{index}: no weight_map from tensor names to file names; download the file again"
         )
     files = sorted(set(weight_map.values()))
     for file in files:
-        # as long as file systems allow
+        # 255 bytes are what file systems allow.
         if not re.fullmatch(r"[\w.-]+\.safetensors", file) or len(file.encode()) > 255:
             raise InputError(
                 f"{index}: shard {file[:80]!r} is not a plain safetensors file name inside the "
@@ -162,8 +155,9 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file. Raises InputError where the header or the file's size is
-    wrong.
+    """Returns the tensors of one safetensors file.
+
+    Raises InputError where the header or the file's size is wrong.
     """
     refuse_link_out(path, path.parent)
     if not path.is_file():
@@ -179,43 +173,30 @@ def read_header(path: Path) -> dict[str, Stored]:
         header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     try:
-        expected = (
-            8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        )
+        begin = 8 + length  # of the data; offsets in the header count from here
+        expected = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != expected:
             raise InputError(f"{path}: {expected} bytes expected, {size} found; download it again")
-        # the library's own check: gaps, overlaps, sizes against shapes
+        # The library's own check: gaps, overlaps, sizes against shapes.
         with safe_open(path, framework="pt"):
             pass
-        return {
-            name: Stored(
-                path,
-                name,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-    except (
-        SafetensorError,
-        OSError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        ValueError,
-    ) as broken:
-        if isinstance(broken, InputError):
-            raise
+        tensors = {}
+        for name, entry in header.items():
+            offset = begin + entry["data_offsets"][0]
+            tensors[name] = Stored(path, name, entry["dtype"], tuple(entry["shape"]), offset)
+        return tensors
+    except InputError:
+        raise
+    except MALFORMED as broken:
         raise InputError(
             f"{path}: broken safetensors header ({broken!r}); download it again"
         ) from None
 
 
 def fill(target: Tensor, stored: Stored, buffer: Tensor) -> None:
-    """Reads a tensor into `target` (of its shape; any dtype, strides and device). InputError for
-    NaN and Inf.
+    """Reads a tensor into `target`, of its shape; of any dtype, strides and device.
+
+    buffer: of `new_buffer`. Raises InputError for NaN and Inf.
     """
     for start, piece in _pieces(stored, buffer):
         part = target[start : start + len(piece)]
@@ -223,19 +204,20 @@ def fill(target: Tensor, stored: Stored, buffer: Tensor) -> None:
         if not finite(part):
             kind = DTYPE_NAMES[part.dtype]
             raise InputError(
-                f"{stored.where} holds NaN or Inf as {kind}; the file is damaged or the dtype too "
-                "narrow"
+                f"{stored.where} holds NaN or Inf as {kind}; "
+                "the file is damaged or the dtype too narrow"
             )
 
 
 def finite(tensor: Tensor) -> bool:
-    # A finite sum proves finite terms at a fifth of the cost of asking each; an infinite one may be
-    # mere overflow.
+    """Says whether no value is NaN or infinite."""
+    # A finite sum proves finite terms at a fifth of the cost of asking each; an infinite one may
+    # be mere overflow, so then each is asked.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def same(a: Stored, b: Stored) -> bool:
-    """Whether two stored tensors are equal, bit by bit."""
+    """Says whether two stored tensors are equal, bit by bit."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     pairs = zip(_pieces(a, new_buffer(a)), _pieces(b, new_buffer(b)), strict=True)
@@ -243,20 +225,23 @@ def same(a: Stored, b: Stored) -> bool:
 
 
 def new_buffer(*tensors: Stored) -> Tensor:
-    # One for all tensors: buffers made and freed between the weights leave holes in the heap, half
-    # a model of them.
+    """Returns a buffer (bytes,) uint8 through which these tensors can be read."""
+    # One for all tensors: buffers made and freed between the weights would leave holes in the
+    # heap, in all as large as half a model.
     return torch.empty(max(READ_BYTES, *(t.row_bytes for t in tensors)), dtype=torch.uint8)
 
 
 def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first row, some rows) of a stored tensor, each piece overwriting the last one
-    in `buffer`.
+    """(index of the first row, some rows) of a stored tensor, from front to back.
+
+    Each piece overwrites the last one in `buffer`.
     """
     dtype, rest = FLOATS[stored.dtype], stored.shape[1:]
     rows = len(buffer) // stored.row_bytes
     with stored.path.open("rb", buffering=0) as file:
         for start in range(0, stored.shape[0], rows):
             part = buffer[: min(rows, stored.shape[0] - start) * stored.row_bytes]
+            # Whole rows lie end to end and are read at once; of cut ones each by itself.
             lines = part.view(-1, stored.row_bytes) if stored.pitch else [part]
             for i, line in enumerate(lines):
                 file.seek(stored.offset + (start + i) * (stored.pitch or stored.row_bytes))
@@ -267,7 +252,7 @@ def _pieces(stored: Stored, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _read(file: FileIO, target: Tensor, stored: Stored) -> None:
     """Fills `target` (n,) uint8 from where the file stands."""
     read = 0
-    # one call of the system gives 2 GB at most, and may give less than asked for
+    # One call of the system gives 2 GB at most, and may give less than asked for.
     while read < len(target):
         got = file.readinto(target[read:].numpy().data)
         if not got:
@@ -278,6 +263,6 @@ def _read(file: FileIO, target: Tensor, stored: Stored) -> None:
 
 
 def first_few(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (
-        f", ... {len(names) - most} more" if len(names) > most else ""
-    )
+    """Returns the names in one line, `most` of them, and how many more there are."""
+    rest = f", ... {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

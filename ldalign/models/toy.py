@@ -1,10 +1,9 @@
-"""A tiny random model folder, made on the spot: `policy=toy`, for runs and tests that need no
-download.
+"""A tiny random model folder, made on the spot: `policy=toy`, which needs no download.
 
 A whole model folder in the Hugging Face layout, 0.2 million weights: Mistral with grouped-query
 attention and a window shorter than the texts, a byte-level BPE tokenizer trained on the embedded
-task rows, ChatML's template. It knows nothing; it is there so that every path of the program can be
-walked in seconds.
+task rows, ChatML's template. It knows nothing; it is there so that runs and tests walk every path
+of the program in seconds.
 """
 
 import json
@@ -25,8 +24,8 @@ RECIPE = 1  # raise it when the folder changes: it is part of the folder's name 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
-    "endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 512
@@ -54,8 +53,9 @@ CONFIG = {
 
 
 def toy_model(cache: Path) -> Path:
-    """The toy's model folder below `cache`, made if it is not there yet. Raises EnvironmentProblem
-    if it cannot be.
+    """Returns the toy's model folder below `cache`, made if it is not there yet.
+
+    Raises EnvironmentProblem if it cannot be written.
     """
     folder = cache / f"{TOY_MODEL}-{RECIPE}"
     if folder.is_dir():  # it gets this name when it is whole
@@ -77,25 +77,19 @@ def toy_model(cache: Path) -> Path:
 
 
 def write_toy_model(folder: Path, seed: int = 0, **config: object) -> Path:
-    """Writes the toy into `folder`, weights in bf16; `config` overrides keys of its config.json.
-    Returns the folder.
+    """Writes the toy into `folder`, weights in bf16; returns the folder.
+
+    `config` overrides keys of its config.json; the weights are a function of `seed`.
     """
     folder.mkdir(parents=True)
     raw = CONFIG | config
     _train_tokenizer().save(str(folder / "tokenizer.json"))
     names = {"eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
-    # the class that takes tokenizer.json as it is
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **names,
-    }
+    # The class that takes tokenizer.json as it is.
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     ids = {key: raw[key] for key in ("eos_token_id", "pad_token_id")}
-    for name, value in (
-        ("config", raw),
-        ("tokenizer_config", settings),
-        ("generation_config", ids),
-    ):
+    files = {"config": raw, "tokenizer_config": kind | names, "generation_config": ids}
+    for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     save_model(random_mistral(MistralConfig.from_json(raw, "toy"), seed), folder, source=folder)
@@ -103,16 +97,16 @@ def write_toy_model(folder: Path, seed: int = 0, **config: object) -> Path:
 
 
 def random_mistral(config: MistralConfig, seed: int) -> Mistral:
-    """A float32 model with seeded normal weights of deviation 0.02 (norms 1)."""
+    """Returns a float32 model with seeded normal weights of deviation 0.02, norms 1."""
     with torch.device("meta"):
         model = Mistral(config)
     generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: torch.ones(p.shape)
-        if p.ndim == 1
-        else torch.randn(p.shape, generator=generator) * 0.02
-        for name, p in model.named_parameters()
-    }
+    state = {}
+    for name, p in model.named_parameters():
+        if p.ndim == 1:  # the norms
+            state[name] = torch.ones(p.shape)
+        else:
+            state[name] = torch.randn(p.shape, generator=generator) * 0.02
     model.load_state_dict(state, assign=True)
     return model
 
@@ -127,10 +121,7 @@ def _train_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [
-        message["content"]
-        for row in embedded.make_rows(0, "train", 300)
-        for message in row["messages"]
-    ]
+    rows = embedded.make_rows(0, "train", 300)
+    texts = [message["content"] for row in rows for message in row["messages"]]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

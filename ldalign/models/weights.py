@@ -1,10 +1,9 @@
-"""Model folders in and out: Hugging Face layout, safetensors only, every name, shape and value
-checked.
+"""Model folders in and out: Hugging Face layout, safetensors only, everything checked.
 
 Reading: config.json names the architecture; `model.safetensors`, or the shards that
-`model.safetensors.index.json` lists. Writing: bf16 by default, a tied head once, shards of at most
-5 GB; what is written loads unchanged in transformers and vLLM. No pickle is ever read, and an index
-can name no file outside its folder.
+`model.safetensors.index.json` lists. Every name, shape and value is checked. Writing: bf16 by
+default, a tied head once, shards of at most 5 GB; what is written loads unchanged in transformers
+and vLLM. No pickle is ever read, and an index can name no file outside its folder.
 
 Files are read, not mapped: mapped pages would count as a second model in memory, and a file cut
 short under a mapping kills the process.
@@ -48,14 +47,17 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")  # what `write_weights`
 SHARD_BYTES = 5 * 10**9
 MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models have some 130
 # What helps where the weights do not fit; training alone spreads them over the ranks.
-LOWER = (
-    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a "
-    "smaller model"
+LOWER_FOR_WEIGHTS = (
+    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), "
+    "or give a smaller model"
 )
 
 
 def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
-    """The model that a parsed config.json describes, its weights not yet there (meta device)."""
+    """Returns the model that a parsed config.json describes, without its weights (meta device).
+
+    Raises InputError naming `where` for a network that is not supported or too large.
+    """
     kind = raw.get("model_type")
     for key in ("num_hidden_layers", "n_layer"):
         if isinstance(raw.get(key), int) and raw[key] > MAX_LAYERS:
@@ -71,8 +73,8 @@ def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
             f"{where}: describes a network too large to be built ({' '.join(str(error).split())})"
         ) from None
     raise InputError(
-        f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 "
-        "are"
+        f"{where}: model_type {kind!r} is not supported; "
+        "mistral, llama (no rope scaling) and gpt2 are"
     )
 
 
@@ -82,20 +84,21 @@ def load_model(
     device: str | torch.device = "cpu",
     cut: Callable[[LanguageModel], Any] | None = None,
 ) -> LanguageModel:
-    """The model of a folder, with its weights in `dtype` on `device`, in `eval` mode.
+    """Loads the model of a folder: weights in `dtype` on `device`, `eval` mode.
 
     cut: gets the model without its weights (meta device, `dtype`) and may shard it
-    (`distributed.shard`); then this rank reads its own rows from the files, and nothing else. Peak
-    memory is what this rank holds and a few READ_BYTES. Raises InputError naming the file and the
-    tensor: missing, extra, misshaped, not finite, or stored as a pickle; OutOfMemory.
+        (`distributed.shard`); then this rank reads its own rows from the files, and nothing else.
+
+    Peak memory is what this rank holds and a few READ_BYTES. Raises InputError naming the file and
+    the tensor: missing, extra, misshaped, not finite, or stored as a pickle; OutOfMemory.
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json")).to(dtype)
     stored = _match(model, stored_tensors(folder), folder)
     if cut is not None:
         cut(model)
-    with naming(lambda: _too_large(model, folder, dtype, device), LOWER):
-        # Made before they are filled, so that nothing lies between them.
+    with naming(lambda: _too_large(model, folder, dtype, device), LOWER_FOR_WEIGHTS):
+        # All made before any is filled, so that no buffer comes to lie between them in memory.
         local = {name: _empty_share(p, device) for name, p in model.named_parameters()}
         parts = [
             part
@@ -103,7 +106,7 @@ def load_model(
             for part in _parts(model, name, p, local[name], stored)
         ]
         buffer = new_buffer(*(source for _, source in parts))
-        # In the order they lie on the disk, which a spinning or networked one rewards.
+        # In the order in which they lie on the disk, which a spinning or networked one rewards.
         for target, source in sorted(parts, key=lambda part: (part[1].path, part[1].offset)):
             fill(target, source, buffer)
     state = {name: _with_share(p, local[name]) for name, p in model.named_parameters()}
@@ -117,8 +120,8 @@ def _too_large(
     count = count_parameters(model)
     gib = count * dtype.itemsize / 2**30
     return (
-        f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, on "
-        f"{device}"
+        f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, "
+        f"on {device}"
     )
 
 
@@ -129,7 +132,7 @@ def _empty_share(p: Tensor, device: str | torch.device) -> Tensor:
 
 
 def _with_share(p: Tensor, local: Tensor) -> Tensor:
-    """The parameter, its rows on this rank being `local`."""
+    """The parameter whose rows on this rank are `local`."""
     if not isinstance(p, DTensor):
         return local
     return DTensor.from_local(
@@ -156,10 +159,10 @@ def _parts(
 
 
 def check_model(folder: str | Path) -> LanguageModel:
-    """The model of a folder without its weights (meta device), every tensor's name and shape
-    checked in the headers.
+    """Checks a model folder by its files' headers; returns the model without its weights.
 
-    Raises InputError as `load_model` does, and for any link out of the folder; values are not read.
+    Every tensor's name and shape is checked; values are not read. Raises InputError as `load_model`
+    does, and for any link out of the folder.
     """
     folder = Path(folder)
     model = build(read_config(folder), str(folder / "config.json"))
@@ -168,10 +171,9 @@ def check_model(folder: str | Path) -> LanguageModel:
 
 
 def check_files(folder: Path) -> dict[str, Stored]:
-    """What is checked of any model folder, whatever the network: its tensors by name, from the
-    files' headers.
+    """Checks what any model folder must have; returns its tensors by name, from the headers.
 
-    Raises InputError: a link out of the folder, and as `stored_tensors`.
+    Raises InputError for a link out of the folder, and as `stored_tensors` does.
     """
     refuse_links_out(folder)
     return stored_tensors(folder)
@@ -184,11 +186,10 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a model folder: weights in `dtype`, config.json of `source` with that dtype, and its
-    tokenizer files.
+    """Writes a model folder: weights in `dtype`, config.json and tokenizer files of `source`.
 
-    state: the full tensors by name where the model's own are sharded; `model.state_dict()` by
-    default.
+    state: the full tensors by name where the model's own are sharded; None: `model.state_dict()`.
+    Raises InputError where `source` describes another network, NumericsError for NaN and Inf.
     """
     folder, source = Path(folder), Path(source)
     where = str(source / "config.json")
@@ -198,20 +199,20 @@ def save_model(
     raw["tie_word_embeddings"] = isinstance(model, GPT2) or model.config.tie_word_embeddings
     if build(raw, where).config != model.config:
         raise InputError(
-            f"{where}: describes another network than the one to be saved; give its own source "
-            "folder"
+            f"{where}: describes another network than the one to be saved; "
+            "give its own source folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(
-        stored_state(model, state if state is not None else model.state_dict()), folder, dtype
-    )
+    state = model.state_dict() if state is None else state
+    write_weights(stored_state(model, state), folder, dtype)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     save_tokenizer_files(source, folder)
 
 
 def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name -> the tensors that model files keep, as views: fused ones in parts,
-    GPT-2's transposed.
+    """Returns the tensors that model files keep, by name, as views of the parameters.
+
+    Fused parameters come in parts (`Mistral.stored_parts`), GPT-2's four matrices transposed.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -227,11 +228,11 @@ def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str,
 def write_weights(
     state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """state (`stored_state`) as `model.safetensors`, or as shards with an index if larger than
-    `shard_bytes`.
+    """Writes a state (`stored_state`) as `model.safetensors`, or as shards with an index.
 
-    Older weights of the same folder go, so that no loader can pick them up. Casts one shard at a
-    time. Raises NumericsError for NaN and Inf, which no loader would take back.
+    There are shards if it is larger than `shard_bytes`. Older weights of the same folder go, so
+    that no loader can pick them up. Casts one shard at a time. Raises NumericsError for NaN and
+    Inf, which no loader would take back.
     """
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -242,24 +243,21 @@ def write_weights(
             size = 0
         shards[-1].append(name)
         size, total = size + nbytes, total + nbytes
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [_shard_file(i, len(shards)) for i in range(1, len(shards) + 1)]
-    )
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [_shard_file(i + 1, count) for i in range(count)]
     for file, names in zip(files, shards, strict=True):
+        # One shard at a time: a whole second model in `dtype` may not fit.
         cast = {name: state[name].detach().to("cpu", dtype) for name in names}
         for name, tensor in cast.items():
             if not finite(tensor):
                 raise NumericsError(
-                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not "
-                    "saved"
+                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; "
+                    "not saved"
                 )
         save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
-    if len(shards) > 1:
-        weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
+    if count > 1:
+        named = zip(files, shards, strict=True)
+        weight_map = {name: file for file, names in named for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         files.append(INDEX)
@@ -273,12 +271,12 @@ def _shard_file(number: int, count: int) -> str:
 
 
 def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
-    """Name as `stored_state` has it -> stored tensor. Raises InputError for what does not fit,
-    before any is read.
+    """The stored tensors by the names that `stored_state` gives them.
+
+    Raises InputError for what does not fit, before any is read.
     """
-    wanted = {
-        name: p.shape for name, p in stored_state(model, dict(model.named_parameters())).items()
-    }
+    parameters = stored_state(model, dict(model.named_parameters()))
+    wanted = {name: p.shape for name, p in parameters.items()}
     stored: dict[str, Stored] = {}
     for theirs, tensor in tensors.items():
         ours = _our_name(model, theirs)
@@ -288,36 +286,17 @@ def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) ->
             )
         if ours is not None:
             stored[ours] = tensor
+    # Older files keep a tied head twice; it may go if it is what it should be.
     head = stored.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
-    problems = []
-    for word, names in (
-        ("missing", wanted.keys() - stored.keys()),
-        ("extra", stored.keys() - wanted.keys()),
-    ):
-        if names:
-            problems.append(f"{len(names)} {word} ({first_few(sorted(names))})")
-    odd = [
-        t
-        for name, t in stored.items()
-        if name in wanted and (t.shape != wanted[name] or t.dtype not in FLOATS)
-    ]
-    if odd:
-        first = [f"{t.name} {t.dtype} {list(t.shape)} in {t.path.name}" for t in odd]
-        needs = list(wanted[_our_name(model, odd[0].name) or ""])
-        problems.append(
-            f"{len(odd)} of wrong shape or dtype ({first_few(first)}; the first should be a float "
-            f"{needs})"
-        )
-    if problems:
+    if problems := _misfits(model, wanted, stored):
         raise InputError(
-            f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right "
-            "config?"
+            f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; "
+            "is it the right config?"
         )
-    # Of several ranks, which all read the same files, one compares.
+    # One rank compares: all of them read the same files.
     if head is not None and distributed.rank() == 0:
-        embedding = stored[
-            "transformer.wte.weight" if isinstance(model, GPT2) else "model.embed_tokens.weight"
-        ]
+        gpt2 = isinstance(model, GPT2)
+        embedding = stored["transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"]
         if not same(head, embedding):
             raise InputError(
                 f"{head.where} differs from {embedding.name}, but config.json ties them; is "
@@ -326,10 +305,29 @@ def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) ->
     return stored
 
 
+def _misfits(
+    model: LanguageModel, wanted: Mapping[str, torch.Size], stored: Mapping[str, Stored]
+) -> list[str]:
+    """What does not fit, in words: tensors missing, extra, or of the wrong shape or dtype."""
+    problems = []
+    missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    for word, names in (("missing", missing), ("extra", extra)):
+        if names:
+            problems.append(f"{len(names)} {word} ({first_few(sorted(names))})")
+    both = ((t, wanted[name]) for name, t in stored.items() if name in wanted)
+    odd = [t for t, shape in both if t.shape != shape or t.dtype not in FLOATS]
+    if odd:
+        first = [f"{t.name} {t.dtype} {list(t.shape)} in {t.path.name}" for t in odd]
+        needs = list(wanted[_our_name(model, odd[0].name) or ""])
+        problems.append(
+            f"{len(odd)} of wrong shape or dtype ({first_few(first)}; "
+            f"the first should be a float {needs})"
+        )
+    return problems
+
+
 def _our_name(model: LanguageModel, name: str) -> str | None:
-    """A tensor's name in a file -> as `stored_state` has it; None for buffers
-    that are no weights.
-    """
+    """A file's name of a tensor as `stored_state` has it; None for buffers, no weights."""
     if not isinstance(model, GPT2):
         return None if name.endswith(".rotary_emb.inv_freq") else name
     if name.endswith((".attn.bias", ".attn.masked_bias")):
@@ -339,5 +337,5 @@ def _our_name(model: LanguageModel, name: str) -> str | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of weights, a tied head counted once."""
+    """Returns the number of weights, a tied head counted once."""
     return sum(p.numel() for p in model.parameters())
