@@ -59,7 +59,8 @@ class GuideConfig:
 class Example:
     """One prompt and one response, in the guide's own token ids.
 
-    The response ends with the end token, unless it was cut (`Guide.example`).
+    The response ends with the end token, also where the policy's sample was cut at `max_new_tokens`
+    and has none: the guide reads texts. Only one that `max_tokens` cuts here loses it.
     """
 
     prompt: list[int]

@@ -56,7 +56,7 @@ SAMPLING_KEYS = tuple(
 
 @dataclass(frozen=True)
 class TrainingKeys:
-    """How the policy is trained, in every stage that trains it."""
+    """How the policy is trained in the iterations; epochs, steps, optimizer apart, in SFT too."""
 
     epochs: int = setting(2, "passes over an iteration's pairs (SPIN's paper: 2)", check=positive)
     steps: int | None = setting(
@@ -65,7 +65,9 @@ class TrainingKeys:
         "takes; null: off",
         check=positive,
     )
-    optimizer: Literal["adamw", "rmsprop"] = setting("rmsprop", "SPIN's is rmsprop")
+    optimizer: Literal["adamw", "rmsprop"] = setting(
+        "rmsprop", "of the iterations (SPIN's is rmsprop); sft.* and continual_sft.* take adamw"
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "linear", "of the learning rate, after warm-up"
     )
@@ -137,7 +139,9 @@ class GuideKeys:
     max_tokens: int = setting(
         512, "of prompt and response together, in the guide's tokens", check=at_least(8)
     )
-    epochs: int = setting(3, "passes over both responses of every row (choice)", check=positive)
+    epochs: int = setting(
+        3, "passes over both responses of every row not held out (choice)", check=positive
+    )
     learning_rate: float = setting(
         1e-3,
         "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)",
@@ -177,9 +181,11 @@ class CheckpointKeys:
 
 @dataclass(frozen=True)
 class EvaluationKeys:
-    """What is measured after SFT and after every iteration."""
+    """What is measured of the start policy, after every iteration and of the baseline."""
 
-    rows: int = setting(200, "held-out rows; 0: no evaluation", check=non_negative)
+    rows: int = setting(
+        200, "first held-out rows to use; 0: nothing is held out or evaluated", check=non_negative
+    )
     samples: int = setting(
         4, "sampled answers a prompt, for rows that a program can check", check=non_negative
     )
@@ -292,12 +298,14 @@ class RunConfig:
         None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)"
     )
     heldout_fraction: float = setting(
-        0.1, "share of `data` held out where `heldout` is null", check=between(0, 0.5)
+        0.1,
+        "share of `data` held out where `heldout` is null and evaluation.rows is not 0",
+        check=between(0, 0.5),
     )
     responses: str | None = setting(
         None,
         "responses to use in the first iteration instead of sampling them: JSON Lines "
-        "(docs/data.md)",
+        "(docs/generation.md)",
     )
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
@@ -349,8 +357,8 @@ class RunConfig:
     )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "auto",
-        "of computing (master weights are float32); auto: bfloat16 where the machine has units for "
-        "it",
+        "of computing (the weights in training: training.master_dtype); auto: bfloat16 where the "
+        "machine has units for it",
     )
     policy_dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
