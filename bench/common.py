@@ -50,7 +50,7 @@ class Failed(Exception):
 
 
 def options(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Makes a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(
         prog=f"bench/{name}.py", description=(doc or "").partition("\n")[0]
     )
@@ -72,14 +72,15 @@ def options(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def device_and_dtype() -> tuple[torch.device, str]:
-    """What runs go to here, and what they compute in."""
+    """Returns the device that runs go to here, and the dtype they compute in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device, str(choose_dtype(RunConfig(), device)).removeprefix("torch.")
 
 
 def model_of(args: argparse.Namespace) -> tuple[Path | None, Config]:
-    """The policy's folder and its config.json; with --small the toy's config and no folder: random
-    weights.
+    """Returns the policy's folder and its config.json.
+
+    With --small it is the toy's config and no folder: random weights.
     """
     if args.small:
         return None, dict(TOY_CONFIG)
@@ -153,12 +154,12 @@ def measure_machine(
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Says on stderr how far a benchmark has come."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:
-    """Of times of the same pieces of work."""
+    """Returns the median of theirs / ours, over times of the same pieces of work."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
@@ -166,7 +167,7 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
 
 
 def result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
-    """A benchmark's record. A model folder is named without its place on this machine."""
+    """Makes a benchmark's record. A model folder is named without its place on this machine."""
     return {
         "benchmark": name,
         "policy": "toy" if args.small else Path(args.policy).name,
@@ -198,10 +199,10 @@ def save(result: dict[str, Any], lines: list[str], folder: Path, name: str | Non
 
 
 def table(*columns: str) -> list[str]:
-    """The head of a Markdown table."""
+    """Makes the head of a Markdown table."""
     return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
 
 
 def row(*cells: object) -> str:
-    """A line of one."""
+    """Makes a line of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"

@@ -1,5 +1,4 @@
-"""What torch.compile would bring: one transformer block, forward and backward, as it is and
-compiled.
+"""What torch.compile would bring: one block, forward and backward, as it is and compiled.
 
     python bench/compile.py [--tokens 1200]
 

@@ -1,5 +1,4 @@
-"""The peers' Python environments: one each, made from requirements/bench-NAME.txt, beside the
-project's own.
+"""The peers' Python environments: one each, from requirements/bench-NAME.txt, beside our own.
 
 A peer never shares packages with ldalign: its pins are its own. Only torch is the same, to the
 version, and is installed first: nothing that comes after can bring another build of it, with
@@ -26,11 +25,11 @@ class PeerMissing(Exception):
 
 
 def peer_python(name: str, root: Path = ROOT) -> Path:
-    """The interpreter of peer `name`'s environment, ROOT/.venv-NAME, made or made again where its
-    pins have changed.
+    """Returns the interpreter of peer `name`'s environment, ROOT/.venv-NAME.
 
-    LDALIGN_PEER_NAME in the environment, a Python that has the packages already, is used instead:
-    for machines without a network. Raises PeerMissing.
+    It is made, or made again where its pins have changed. LDALIGN_PEER_NAME in the environment, a
+    Python that has the packages already, is used instead: for machines without a network. Raises
+    PeerMissing.
     """
     variable = f"LDALIGN_PEER_{name.upper()}"
     if variable in os.environ:
@@ -69,9 +68,7 @@ def pins(name: str, root: Path = ROOT) -> str:
 
 
 def requirements(name: str, root: Path = ROOT) -> Path:
-    """The peer's pins; on a machine with CUDA those of requirements/bench-NAME-cuda.txt where there
-    are such.
-    """
+    """Returns the file of the peer's pins: with CUDA bench-NAME-cuda.txt, where there is one."""
     own = root / "requirements" / f"bench-{name}-cuda.txt"
     return (
         own if torch.version.cuda and own.is_file() else root / "requirements" / f"bench-{name}.txt"
@@ -79,8 +76,9 @@ def requirements(name: str, root: Path = ROOT) -> Path:
 
 
 def install(python: Path, wanted: Path) -> None:
-    """torch first, exactly ours; then the pins, which may not move it. Raises
-    subprocess.SubprocessError.
+    """Installs torch, exactly ours, then the pins, which may not move it.
+
+    Raises subprocess.SubprocessError.
     """
     pip = [str(python), "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check"]
     version = importlib.metadata.version("torch")

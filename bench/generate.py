@@ -1,5 +1,4 @@
-"""Sampling with the engine against transformers: `generate` on a left-padded batch, and its
-continuous batching.
+"""Sampling with the engine against transformers: `generate`, left-padded, and continuous batching.
 
     python bench/generate.py [--batches 1,8,32,128] [--dtypes bfloat16,float32] [--shape mistral-7b]
 

@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
+Figure = tuple[str, str, str]  # a line of the last table
+
+
 class Part(NamedTuple):
     name: str
     command: list[str]
@@ -102,9 +105,6 @@ def main(argv: list[str]) -> None:
         )
     if failed:
         raise EnvironmentProblem(f"make gpu: {', '.join(failed)} did not pass; see above")
-
-
-Figure = tuple[str, str, str]
 
 
 def kernel_figures(result: dict[str, Any]) -> list[Figure]:

@@ -1,5 +1,4 @@
-"""How one DPO step grows: from 128 to 4,096 tokens a pair, and from SmolLM2's 135M shape to its
-360M.
+"""How one DPO step grows: from 128 to 4,096 tokens a pair, and from SmolLM2's 135M to its 360M.
 
     python bench/growth.py [--tokens 128,256,...] [--shapes smollm2-135m,smollm2-360m]
 

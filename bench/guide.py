@@ -67,8 +67,9 @@ def main(argv: list[str]) -> None:
 
 
 def make_texts(lengths: str, count: int) -> dict[str, list[str]]:
-    """Prompts with two responses each, of words of the embedded tasks, about one token a word, in
-    GSM8K's lengths.
+    """Makes prompts with two responses each, of words of the embedded tasks, in GSM8K's lengths.
+
+    A word is about one token.
     """
     words = " ".join(
         m["content"] for row in embedded.make_rows(0, "train", 300) for m in row["messages"]
@@ -94,9 +95,7 @@ def make_guide(size: str, folder: Path) -> Path:
 
 
 def measure(job: dict[str, Any], peers: bool) -> dict[str, Any]:
-    """Both tasks, both sides: median seconds, ratios, peak memory, and how far the distances are
-    apart.
-    """
+    """Measures both tasks on both sides: median seconds, ratios, peak memory, distances apart."""
     table: dict[str, Any] = {}
     for task in ("guide_training", "guide_distance"):
         common.say(f"guide: {task} ...")

@@ -1,12 +1,13 @@
-"""The kernels against named peers: `python bench/kernels.py [--repeat 5] [--small] [--shape N,D,V]`
-(`make bench`).
+"""The kernels against named peers.
 
-Every implementation lives in a process of its own and holds the same inputs; the parent asks them
-in turn, round after round, so that a machine that slows down slows all of them. What counts is the
-median over the rounds of the ratio to `bare`: the three matrix products (hidden W^T, dZ W, dZ^T
-hidden) without which there is no loss and no gradient. Memory is the peak above what was held
-before the first call, less the two gradients. Error is the relative distance of both gradients from
-float64's. Results go to bench/results/kernels-DEVICE.json and .md.
+    python bench/kernels.py [--repeat 5] [--small] [--shape N,D,V]
+
+Part of `make bench`. Every implementation lives in a process of its own and holds the same inputs;
+the parent asks them in turn, round after round, so that a machine that slows down slows all of
+them. What counts is the median over the rounds of the ratio to `bare`: the three matrix products
+(hidden W^T, dZ W, dZ^T hidden) without which there is no loss and no gradient. Memory is the peak
+above what was held before the first call, less the two gradients. Error is the relative distance of
+both gradients from float64's. Results go to bench/results/kernels-DEVICE.json and .md.
 """
 
 import argparse
@@ -55,9 +56,7 @@ ATTENTION_SMALL = [(3, 1, 16, None, 2, 8, 8)]
 
 
 class Inputs:
-    """The same for everyone: pairs of responses of uneven lengths, uneven weights, references near
-    the log-probs.
-    """
+    """The inputs of all: pairs of uneven lengths and weights, references near the log-probs."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         N, D, V = shape
@@ -75,7 +74,7 @@ class Inputs:
         self.reference = (expected + torch.randn(2 * P, generator=make)).to(device)
 
     def dpo(self, logp: Tensor) -> Tensor:
-        """The weighted DPO loss of token log-probs, in plain PyTorch."""
+        """Computes the weighted DPO loss of token log-probs, in plain PyTorch."""
         gap = torch.stack([run.sum() for run in logp.split(self.lengths)]) - self.reference.to(
             logp.dtype
         )
@@ -141,13 +140,10 @@ def torch_linear_cross_entropy(x: Inputs) -> Step:
 
 
 def liger(x: Inputs) -> Step:
-    """Its fused linear DPO loss, on the same rows cut into responses of one
-    length, which it wants.
-    """
+    """Times Liger's fused linear DPO loss, on the same rows cut into responses of one length."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    # Weights and a cached reference are not part of it: it does the same products and softmaxes,
-    # for fewer numbers.
+    # It knows no weights and no cached reference: the same products and softmaxes, fewer numbers.
     fused = LigerFusedLinearDPOLoss(
         beta=BETA, use_ref_model=False, compute_nll_loss=False, compiled=False
     )
@@ -199,42 +195,13 @@ OTHER_LOSS = {"bare", "liger"}  # their gradients are not those of our loss: no 
 def elementwise(
     shape: Shape, dtype: torch.dtype, device: torch.device, repeat: int
 ) -> dict[str, dict[str, float]]:
-    """Forward and backward of the block's kernels against eager PyTorch, in turn; and the bytes
-    they must move.
+    """Times the block's kernels against eager PyTorch, forward and backward, in turn.
+
+    Beside the times stand the bytes that they must move, as a share of what a copy moves.
     """
+    cases = _elementwise_cases(shape, dtype, device)
     N, D, _ = shape
-    H, E, wide = max(1, D // 64), 64, 8 * D // 3 // 64 * 64
-    make = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=make).to(device, dtype)
-
-    angles = torch.randn(N, E // 2, generator=make).to(device)
-    cos, sin = angles.cos(), angles.sin()
-    x, w = normal(N, D), normal(D)
-    cases: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor], int]] = {
-        # name: ours, eager, inputs, bytes a kernel has to read and write in both directions
-        "rms_norm": (
-            lambda x, w: ops.rms_norm(x, w, 1e-5),
-            lambda x, w: reference.rms_norm(x, w, 1e-5),
-            [x, w],
-            5 * N * D,
-        ),
-        "add_rms_norm": (
-            lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5),
-            lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r),
-            [x, normal(N, D), w],
-            8 * N * D,
-        ),
-        "rope": (
-            lambda x: ops.rope(x, cos, sin),
-            lambda x: reference.rope(x, cos, sin),
-            [normal(N, H, E)],
-            4 * N * H * E,
-        ),
-        "swiglu": (ops.swiglu, reference.swiglu, [normal(N, wide), normal(N, wide)], 8 * N * wide),
-    }
-    copied = torch.empty(max(1, N * wide), dtype=dtype, device=device)
+    copied = torch.empty(max(1, N * _feed_forward(D)), dtype=dtype, device=device)
     source = torch.ones_like(copied)
     results = {}
     for name, (ours, theirs, inputs, moved) in cases.items():
@@ -262,6 +229,48 @@ def elementwise(
     return results
 
 
+def _feed_forward(width: int) -> int:
+    """Returns the width that swiglu works on: 8/3 of the model's, in whole 64s."""
+    return 8 * width // 3 // 64 * 64
+
+
+def _elementwise_cases(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor], int]]:
+    """Returns name -> ours, eager, inputs, numbers that both directions have to read and write."""
+    N, D, _ = shape
+    H, E, wide = max(1, D // 64), 64, _feed_forward(D)
+    make = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=make).to(device, dtype)
+
+    angles = torch.randn(N, E // 2, generator=make).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    x, w = normal(N, D), normal(D)
+    return {
+        "rms_norm": (
+            lambda x, w: ops.rms_norm(x, w, 1e-5),
+            lambda x, w: reference.rms_norm(x, w, 1e-5),
+            [x, w],
+            5 * N * D,
+        ),
+        "add_rms_norm": (
+            lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5),
+            lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r),
+            [x, normal(N, D), w],
+            8 * N * D,
+        ),
+        "rope": (
+            lambda x: ops.rope(x, cos, sin),
+            lambda x: reference.rope(x, cos, sin),
+            [normal(N, H, E)],
+            4 * N * H * E,
+        ),
+        "swiglu": (ops.swiglu, reference.swiglu, [normal(N, wide), normal(N, wide)], 8 * N * wide),
+    }
+
+
 def _both_ways(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     upstream = [torch.ones_like(out) for out in _tuple(function(*leaves))]
@@ -273,7 +282,7 @@ def _tuple(out: Any) -> tuple[Tensor, ...]:
 
 
 def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; on a GPU by events around ten, so that launches do not count."""
+    """Returns the seconds of one call; on a GPU by events around ten: launches do not count."""
     if device.type != "cuda":
         began = time.perf_counter()
         step()
@@ -291,9 +300,7 @@ def _timed(step: Callable[[], Any], device: torch.device) -> float:
 
 
 class Pairs:
-    """A packed batch, and the same as separate sequences [prompt | response],
-    as peers want them.
-    """
+    """A packed batch, and the same as sequences [prompt | response], as peers want them."""
 
     def __init__(
         self,
@@ -344,7 +351,7 @@ def attend_packed(backend: Any, x: Pairs, window: int | None) -> Callable[[], An
 
 
 def attend_padded(x: Pairs) -> Callable[[], Any]:
-    """torch's scaled_dot_product_attention on separate, padded sequences."""
+    """Attends with torch's scaled_dot_product_attention on separate, padded sequences."""
     index = torch.nn.utils.rnn.pad_sequence(x.sequences, batch_first=True).to(x.qkv.device)
     leaves = [part.transpose(1, 2).contiguous().requires_grad_() for part in x.split(x.qkv[index])]
     grad = x.grad[index].transpose(1, 2).contiguous()
@@ -357,7 +364,7 @@ def attend_padded(x: Pairs) -> Callable[[], Any]:
 
 
 def attend_flash(x: Pairs) -> Callable[[], Any]:
-    """flash-attn on separate sequences without padding."""
+    """Attends with flash-attn on separate sequences without padding."""
     from flash_attn import flash_attn_varlen_func
 
     index = torch.cat(x.sequences).to(x.qkv.device)
@@ -374,9 +381,7 @@ def attend_flash(x: Pairs) -> Callable[[], Any]:
 
 
 def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, Any]]:
-    """Pair attention, forward and backward, against the same work on separate sequences; all in
-    turn.
-    """
+    """Times pair attention, forward and backward, against the same work on separate sequences."""
     tables = []
     for heads, key_heads, width, window, *sizes in ATTENTION_SMALL if small else ATTENTION:
         pairs, prompt, response = sizes
@@ -427,8 +432,9 @@ def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, 
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One implementation: a first call that is measured for memory and kept for its error, then a
-    call a line.
+    """Runs one implementation: a first call, then a call for each line of stdin.
+
+    The first is measured for memory, and its gradients are kept for their error.
     """
     # what ldalign's scripts do first; the peers run as their users run them
     if job["peer"] in ("bare", "ldalign"):
@@ -458,7 +464,7 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def _memory(device: torch.device, reset: bool = False) -> int:
-    """Bytes: peak since the last reset; at a reset, what is held now."""
+    """Returns bytes: the peak since the last reset; at a reset, what is held now."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         if reset:
@@ -475,9 +481,7 @@ def _memory(device: torch.device, reset: bool = False) -> int:
 def measure_head(
     shape: Shape, dtype: str, device: torch.device, repeat: int
 ) -> dict[str, dict[str, Any]]:
-    """Every peer that is here: median seconds, ratio to the bare products, extra memory, error
-    against float64.
-    """
+    """Measures every peer that is here: median seconds, ratio, extra MiB, error against float64."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         running: dict[str, subprocess.Popen[str]] = {}

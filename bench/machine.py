@@ -1,5 +1,4 @@
-"""What the machine can do: the rate of bare matrix products of a model's shapes, and the bandwidth
-of a copy.
+"""What the machine can do: the rate of bare matrix products of a model, a copy's bandwidth.
 
 A measured process like the peers: `rates` is what their shares are shares of. Run by the
 benchmarks, not by hand.
@@ -14,10 +13,10 @@ from worker import Job, Result, main, settle
 
 
 def rates(job: Job) -> Result:
-    """{"flops": a second, "bytes": read and written a second} of products (tokens, i) x (i, o) into
-    standing outputs.
+    """Measures {"flops": a second, "bytes": read and written a second} of this machine.
 
-    In float32 the CPU's faster of torch's two product libraries counts.
+    The products are (tokens, i) x (i, o) into standing outputs. In float32 the CPU's faster of
+    torch's two product libraries counts.
     """
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     libraries = (

@@ -1,5 +1,6 @@
-"""Peak memory of training, measured and as `--dry-run` estimates it: `python bench/memory.py
-FOLDER`.
+"""Peak memory of training, measured and as `--dry-run` estimates it.
+
+    python bench/memory.py FOLDER
 
 Each case trains the model of FOLDER for three steps on random pairs in a process of its own, on the
 CPU (Linux). Peak and estimate are anonymous memory on top of the process with everything imported
@@ -27,8 +28,9 @@ from ldalign.training.policy import TrainSettings, train
 
 @dataclass(frozen=True)
 class Case:
-    """One training: `pairs` a step, of `prompt` and twice `response` tokens, `micro` of them in a
-    micro-batch.
+    """One training of `pairs` a step, `micro` of them in a micro-batch.
+
+    A pair has `prompt` and twice `response` tokens.
     """
 
     weights: Literal["float32", "bfloat16"]
@@ -43,7 +45,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of a pair."""
+        """How many tokens a pair has."""
         return self.prompt + 2 * self.response
 
 
@@ -104,7 +106,7 @@ def resident(key: str) -> int:
 
 
 def estimate(folder: str, case: Case) -> dict[str, float]:
-    """The same by `ldalign.run.dry_run`, by part."""
+    """Estimates the same as `--dry-run` does, in bytes by part."""
     model = check_model(folder)
     assert isinstance(model, Mistral)
     shape = TrainingShape(

@@ -1,8 +1,7 @@
-"""ldalign's side of the benchmarks: the program's own functions, as its scripts call them. Run by
-the benchmarks.
+"""ldalign's side of the benchmarks: the program's own functions, as its scripts call them.
 
-`PRECISION` says what each row of the step benchmark means to `policy.train`; there is no other
-setting of ours.
+Run by the benchmarks. `PRECISION` says what each row of the step benchmark means to `policy.train`;
+there is no other setting of ours.
 """
 
 import json
@@ -49,9 +48,7 @@ PRECISION = {
 
 
 def dpo(job: Job) -> Result:
-    """Optimizer steps of `policy.train` over the job's batches, timed by its own metrics; the
-    first warms up.
-    """
+    """Times optimizer steps of `policy.train` by its own metrics; the first warms up."""
     device = distributed.start(job["device"])
     precision = PRECISION[job["precision"]]
     model = make_model(job, precision.weights, device)
@@ -113,7 +110,7 @@ def make_model(job: Job, dtype: torch.dtype, device: torch.device) -> Mistral:
 
 
 def generation(job: Job) -> Result:
-    """Sampling without end tokens: rows go on to the end."""
+    """Times sampling without end tokens: rows go on to the end."""
     device = distributed.start(job["device"])
     decoder = new_decoder(
         make_model(job, getattr(torch, job["dtype"]), device).eval(), release=True
@@ -142,9 +139,7 @@ def generation(job: Job) -> Result:
 
 
 def guide_training(job: Job) -> Result:
-    """Optimizer steps of `train_guide` over the job's rows, from the end of one to the end of the
-    next.
-    """
+    """Times optimizer steps of `train_guide`, from the end of one to the end of the next."""
     device = distributed.start(job["device"])
     guide = load_guide(job["guide"], device)
     texts = zip(job["prompts"], job["real"], job["generated"], strict=True)
@@ -180,7 +175,7 @@ def guide_training(job: Job) -> Result:
 
 
 def guide_distance(job: Job) -> Result:
-    """`Guide.distance` of the job's texts; the first time warms up."""
+    """Times `Guide.distance` of the job's texts; the first time warms up."""
     device = distributed.start(job["device"])
     guide = load_guide(job["guide"], device)
     seconds: list[float] = []

@@ -1,15 +1,14 @@
-"""Where the time of one training step and of one generation goes, against what the machine could
-do: `make profile`.
+"""Where the time of a training step and of a generation goes, against what the machine could do.
 
     python bench/profile_train.py [--precision bfloat16|mixed|float32] [--batch 4] [--new-tokens 16]
 
-Runs the program's own `policy.train` and its generation engine under torch.profiler. Ranges are
-put around the modules from outside, by forward hooks; an operation of the backward belongs to the
-part of the forward operation whose sequence number it carries. Beside each part's time stand the
-operations and bytes that it needs at the least (work.py), and how near its time is to the time
-those need at the measured product rate and copy bandwidth of this machine: its share of the
-roofline. Writes a table, a figure, and for each of the two a trace for Perfetto (ui.perfetto.dev;
-not committed).
+`make profile`. Runs the program's own `policy.train` and its generation engine under
+torch.profiler. Ranges are put around the modules from outside, by forward hooks; an operation of
+the backward belongs to the part of the forward operation whose sequence number it carries. Beside
+each part's time stand the operations and bytes that it needs at the least (work.py), and how near
+its time is to the time those need at the measured product rate and copy bandwidth of this machine:
+its share of the roofline. Writes a table, a figure, and for each of the two a trace for Perfetto
+(ui.perfetto.dev; not committed).
 """
 
 import argparse
@@ -201,9 +200,7 @@ def profile_generation(
 
 
 class Clock:
-    """Ticks once a repetition: counts, times the unprofiled ones, and profiles repetition number
-    `after`.
-    """
+    """Ticks once a repetition: times the unprofiled ones, and profiles number `after`."""
 
     def __init__(self, after: int, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU] + (
@@ -238,9 +235,7 @@ class Clock:
 
 
 def put_ranges(model: Mistral) -> None:
-    """A range around every module of MODULES, and around the head that is handed to the model's
-    forward.
-    """
+    """Puts a range around every module of MODULES, and around the head handed to the forward."""
     for module in model.modules():
         part = MODULES.get(type(module).__name__)
         if part is not None:
@@ -282,11 +277,10 @@ def ranged(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def times_by_part(events: Sequence[Any], cuda: bool) -> dict[str, float]:
-    """Seconds of the profiled repetition by part; `idle` is what no operation covers (on a CPU:
-    Python's own time).
+    """Returns the seconds of the profiled repetition by part.
 
-    events: torch.profiler's FunctionEvents. On a GPU a part's time is that of the kernels it
-    launched.
+    events: torch.profiler's FunctionEvents. `idle` is what no operation covers (on a CPU: Python's
+    own time). On a GPU a part's time is that of the kernels it launched.
     """
     (whole,) = (e for e in events if e.name == WHOLE)
     inside = [e for e in events if _within(e, whole)]
@@ -313,8 +307,9 @@ def _within(event: Any, whole: Any) -> bool:
 
 
 def forward_parts(events: Iterable[Any]) -> dict[int, str]:
-    """Part by sequence number: of the last forward operation that carries it, which is the one that
-    made the node.
+    """Returns the part of each sequence number, from the forward operation that made its node.
+
+    That is the last one that carries the number.
     """
     found = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
@@ -441,8 +436,9 @@ def render(result: dict[str, Any], figure: str | None) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:
-    """Bars of each part's time, the least it needs in front; False, and a line, where matplotlib is
-    not installed.
+    """Draws each part's time as a bar, the least it needs in front.
+
+    Returns False, and says a line, where matplotlib is not installed.
     """
     try:
         import matplotlib

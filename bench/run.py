@@ -1,9 +1,10 @@
-"""All benchmarks, one script after the other: `python bench/run.py [--only step,guide] [their
-options]` (`make bench`).
+"""All benchmarks, one script after the other.
 
-Each is a script of this folder with its own `--help`; options that are not named here go to every
-script that runs. What counts is the ratio of medians within one run: bare times are the machine's.
-Results go to bench/results/.
+    python bench/run.py [--only step,guide] [their options]
+
+`make bench`. Each is a script of this folder with its own `--help`; options that are not named here
+go to every script that runs. What counts is the ratio of medians within one run: bare times are the
+machine's. Results go to bench/results/.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""DPO steps on the same pairs: ldalign, TRL's DPOTrainer, and a classic padded loop on
-transformers.
+"""DPO steps on the same pairs: ldalign, TRL's DPOTrainer, a classic padded loop on transformers.
 
     python bench/step.py [--lengths gsm8k,short,...] [--optimizer adamw|rmsprop] [--shape
     mistral-7b] [--rounds 2]
@@ -11,6 +10,7 @@ clipped, optimizer states in the weights' dtype, and the first step of each warm
 medians over steps of the same pairs.
 """
 
+import argparse
 import re
 import statistics
 import tempfile
@@ -73,31 +73,8 @@ LIGER = _trl("best setting with Liger's kernels", "bfloat16", "liger")
 
 
 def main(argv: list[str]) -> None:
-    parser = common.options("step", __doc__)
-    parser.add_argument(
-        "--lengths", default=",".join(LENGTHS), help="of the pairs; the first gets every row"
-    )
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
-    parser.add_argument(
-        "--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="everybody's"
-    )
-    parser.add_argument(
-        "--precisions", default=",".join(PRECISIONS), help="rows to measure, by precision"
-    )
-    parser.add_argument(
-        "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="times that all rows are gone through"
-    )
-    parser.add_argument(
-        "--default-malloc", action="store_true", help="also the peers without malloc variables"
-    )
-    args = parser.parse_args(argv)
+    args = _parse(argv)
     names = ["short"] if args.small else args.lengths.split(",")
-    for name in names:
-        if name not in LENGTHS:
-            parser.error(f"--lengths {name}: choose from {', '.join(LENGTHS)}")
     device, _ = common.device_and_dtype()
     folder, config = (
         (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
@@ -136,6 +113,34 @@ def main(argv: list[str]) -> None:
     common.save(result, render(result), args.results, f"step-{device.type}{suffix}")
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = common.options("step", __doc__)
+    parser.add_argument(
+        "--lengths", default=",".join(LENGTHS), help="of the pairs; the first gets every row"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="everybody's"
+    )
+    parser.add_argument(
+        "--precisions", default=",".join(PRECISIONS), help="rows to measure, by precision"
+    )
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times that all rows are gone through"
+    )
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="also the peers without malloc variables"
+    )
+    args = parser.parse_args(argv)
+    for name in args.lengths.split(","):
+        if name not in LENGTHS and not args.small:
+            parser.error(f"--lengths {name}: choose from {', '.join(LENGTHS)}")
+    return args
+
+
 def choose_rows(args: Any, device: torch.device, first: bool, folder: bool) -> list[Row]:
     """The rows of a table: all of them in the first, those in bf16 for other lengths."""
     wanted = args.precisions.split(",") if first else ["bfloat16"]
@@ -152,9 +157,7 @@ def choose_rows(args: Any, device: torch.device, first: bool, folder: bool) -> l
 def measure_table(
     rows: Sequence[Row], job: dict[str, Any], rounds: int, device: torch.device, small: bool
 ) -> dict[str, Any]:
-    """All rows on one set of pairs: seconds of each step, pairs and tokens a second, peak memory,
-    shares, ratios.
-    """
+    """Measures all rows on one set of pairs: seconds of each step, speed, peak memory, ratios."""
     batches: list[list[Pair]] = job["batches"]
     shape = Shape.of(job["config"])
     measured = [pair for batch in batches[1:] for pair in batch]
@@ -180,14 +183,10 @@ def measure_table(
 
 
 def measure_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
-    """One process: a row of ours has to run, a peer's may say why not."""
-    # Both sides' float32 products go through the faster of torch's two libraries on the CPU; they
-    # stay float32.
-    products = (
-        {"float32_products": "medium"}
-        if row.precision == "float32" and job["device"] == "cpu"
-        else {}
-    )
+    """Measures a row in a process: one of ours has to run, a peer's may say why not."""
+    # On a CPU both sides' float32 products go through the faster library, and stay float32.
+    on_cpu = row.precision == "float32" and job["device"] == "cpu"
+    products = {"float32_products": "medium"} if on_cpu else {}
     with tempfile.TemporaryDirectory() as scratch:
         whole = {**job, **row.job, **products, "precision": row.precision, "scratch": scratch}
         if row.peer is None:
@@ -197,7 +196,7 @@ def measure_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def add(out: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Adds a round."""
+    """Adds a round's measurements to a row's."""
     if "skipped" in measured:
         out["skipped"] = measured["skipped"]
         return

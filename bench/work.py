@@ -18,11 +18,11 @@ Config = dict[str, Any]  # a model folder's config.json
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts: `template` in every prompt, and log-normal bodies given by median and deviation
-    of the logarithm.
+    """Token counts: `template` in every prompt, then log-normal bodies of (median, deviation).
 
-    `tied` is the correlation of a pair's prompt and response lengths, in logarithms: longer
-    questions have longer answers. The generated response's length has the real one's distribution.
+    The deviation is that of the logarithm. `tied` is the correlation of a pair's prompt and
+    response lengths, in logarithms: longer questions have longer answers. The generated response's
+    length has the real one's distribution.
     """
 
     prompt: tuple[float, float]
@@ -49,8 +49,7 @@ class Lengths:
 
 LENGTHS = {
     # Measured: 2,500 training rows of GSM8K under SmolLM2-135M-Instruct's tokenizer and template.
-    # Prompt 90 tokens in the mean (5 %: 62, 95 %: 132), response 124 (58, 228); correlation of the
-    # logarithms 0.54.
+    # Mean tokens of a prompt 90 (5 %: 62, 95 %: 132), of a response 124 (58, 228).
     "gsm8k": Lengths(prompt=(51, 0.385), response=(113, 0.42), tied=0.54, longest=455),
     "short": Lengths(prompt=(12, 0.4), response=(16, 0.5)),
     "long": Lengths(prompt=(350, 0.5), response=(350, 0.5)),
@@ -60,8 +59,9 @@ LENGTHS = {
 
 
 def make_pairs(lengths: Lengths, count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
-    """Pairs of random ids, the same for the same arguments; the first ids, maybe control tokens,
-    are left out.
+    """Makes pairs of random ids, the same for the same arguments.
+
+    The first ids, maybe control tokens, are left out.
     """
     dice = random.Random(f"{seed}/{lengths}")
     return [
@@ -77,7 +77,7 @@ def make_pairs(lengths: Lengths, count: int, vocabulary: int, seed: int = 0) -> 
 
 
 def even_pair(tokens: int, vocabulary: int) -> Pair:
-    """A pair of `tokens` tokens: a quarter prompt, the rest two responses of one length."""
+    """Makes a pair of `tokens` tokens: a quarter prompt, the rest two responses of one length."""
     dice = random.Random(tokens)
     response = 3 * tokens // 8
     sizes = {"prompt": tokens - 2 * response, "real": response, "generated": response}
@@ -89,14 +89,12 @@ def _ids(dice: random.Random, count: int, vocabulary: int) -> list[int]:
 
 
 def tokens_of(pairs: Sequence[Pair]) -> int:
-    """Tokens that a step has to read: each prompt once, no padding."""
+    """Counts the tokens that a step has to read: each prompt once, no padding."""
     return sum(len(part) for pair in pairs for part in pair.values())
 
 
 def describe(batches: Sequence[Sequence[Pair]]) -> dict[str, float]:
-    """What the pairs look like: mean tokens a pair, the prompt's share, padding
-    of a classic batch.
-    """
+    """Says what the pairs look like: tokens a pair, the prompt's share, what padding adds."""
     pairs = [pair for batch in batches for pair in batch]
     padded = sum(
         2
@@ -112,8 +110,7 @@ def describe(batches: Sequence[Sequence[Pair]]) -> dict[str, float]:
     }
 
 
-# Models by shape alone, for random weights: SmolLM2's two sizes and Mistral-7B's, as their
-# config.json has them.
+# Models by shape alone, for random weights, as the config.json of each has it.
 SHAPES: dict[str, Config] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -163,6 +160,8 @@ SHAPES: dict[str, Config] = {
 
 # --------------------------------------------------------------------------------------------- cost
 
+PRODUCTS = ("attention", "MLP", "head")  # the parts of a step that are matrix products
+
 
 class Cost(NamedTuple):
     """Floating-point operations, and bytes read and written."""
@@ -190,7 +189,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Config) -> "Shape":
-        """From a config.json."""
+        """Reads the sizes from a config.json."""
         heads, width = config["num_attention_heads"], config["hidden_size"]
         return cls(
             width,
@@ -215,7 +214,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """How many."""
+        """How many weights the model has."""
         block = sum(i * o for i, o in self.attention_products + self.mlp_products) + 2 * self.D
         return self.layers * block + self.D + (1 if self.tied else 2) * self.V * self.D
 
@@ -223,13 +222,13 @@ class Shape:
 def step_costs(
     shape: Shape, pairs: Sequence[Pair], itemsize: int, state_bytes: int
 ) -> dict[str, Cost]:
-    """The least cost of one training step, by part. state_bytes: read and written per weight by the
-    optimizer.
+    """Returns the least cost of one training step, by part.
 
-    A product (N, i) x (i, o) is three in training, each reading two matrices and writing one.
-    Attention looks at the keys that each token sees; windows are taken to be longer than the pairs.
-    Elementwise work reads its inputs and writes its outputs once forward and once backward; its few
-    operations an element are counted roughly.
+    state_bytes: read and written per weight by the optimizer. A product (N, i) x (i, o) is three in
+    training, each reading two matrices and writing one. Attention looks at the keys that each token
+    sees; windows are taken to be longer than the pairs. Elementwise work reads its inputs and
+    writes its outputs once forward and once backward; its few operations an element are counted
+    roughly.
     """
     s, N = shape, tokens_of(pairs)
     M = sum(len(p["real"]) + len(p["generated"]) for p in pairs)
@@ -253,20 +252,18 @@ def step_costs(
 
 
 def step_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
-    """Of the matrix products of one step: what a model-FLOPs utilisation counts."""
+    """Counts the operations of one step's matrix products, which a model-FLOPs share counts."""
     return sum(
         cost.flops for part, cost in step_costs(shape, pairs, 1, 0).items() if part in PRODUCTS
     )
 
 
-PRODUCTS = ("attention", "MLP", "head")
-
-
 def generation_costs(
     shape: Shape, prompts: Sequence[int], new_tokens: int, itemsize: int
 ) -> dict[str, Cost]:
-    """The least cost of sampling new_tokens for each of the prompts (lengths): prefill, then one
-    pass a token.
+    """Returns the least cost of sampling new_tokens for each prompt, by part.
+
+    prompts: their lengths. There is the prefill, then one pass a token.
     """
     s, R = shape, len(prompts)
     N, passes = sum(prompts) + R * (new_tokens - 1), new_tokens
@@ -293,7 +290,7 @@ def generation_costs(
 
 
 def _seen(pair: Pair) -> int:
-    """Keys that all tokens of a pair see together."""
+    """Counts the keys that all tokens of a pair see together."""
     x = len(pair["prompt"])
     return x * (x + 1) // 2 + sum(
         x * n + n * (n + 1) // 2 for n in (len(pair["real"]), len(pair["generated"]))
@@ -301,8 +298,9 @@ def _seen(pair: Pair) -> int:
 
 
 def _attention(s: Shape, N: int, seen: int, itemsize: int) -> Cost:
-    """Forward and backward: two products an unmasked score, then four; q, k, v and the output in
-    and out.
+    """Costs attention, forward and backward: two products an unmasked score, then four.
+
+    q, k, v and the output are read and written.
     """
     return Cost(3 * 4 * s.H * s.E * seen, 3 * N * (2 * s.H + 2 * s.K) * s.E * itemsize)
 

@@ -204,8 +204,8 @@ def _fake_linear_logprob(
 
 
 _operator(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) "
-    "-> (Tensor, Tensor)",
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor, "
+    "Tensor)",
     _run_linear_logprob,
     _fake_linear_logprob,
     _setup_linear_logprob,
@@ -376,8 +376,8 @@ def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
 
 _operator(
     "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, "
-    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_pair_loss,
     _fake_pair_loss,
     _setup_fused_loss,
@@ -415,8 +415,8 @@ def _run_sft_loss(
 
 
 _operator(
-    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, "
-    "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool "
+    "need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_sft_loss,
     lambda hidden, weight, target, scale, need_hidden, need_weight: (
         _wide_like(hidden),
@@ -488,8 +488,8 @@ def weighted_dpo_loss(
     columns = (logp_real, logp_generated, ref_real, ref_generated, weight)
     if any(c.shape != logp_real.shape or c.ndim != 1 for c in columns):
         raise ValueError(
-            f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; "
-            "expected five of (P,)"
+            f"weighted_dpo_loss: shapes {[tuple(c.shape) for c in columns]} differ; expected five "
+            "of (P,)"
         )
     wide = accumulate_dtype(logp_real.dtype)
     loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(
@@ -523,8 +523,8 @@ def _backward_weighted_dpo(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor |
 
 
 _operator(
-    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, "
-    "Tensor weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor "
+    "weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda real, *rest: _raw("weighted_dpo", real)(real, *rest),
     lambda real, *rest: (real.new_empty(()), *(torch.empty_like(real) for _ in range(4))),
     _setup_weighted_dpo,
@@ -632,8 +632,8 @@ _operator(
     _backward_add_rms_norm,
 )
 _operator(
-    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, "
-    "Tensor scale) -> (Tensor, Tensor)",
+    "add_rms_norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor "
+    "scale) -> (Tensor, Tensor)",
     lambda grad, grad_total, total, weight, scale: _raw("add_rms_norm_backward", total)(
         grad, grad_total, total, weight, scale
     ),
@@ -687,8 +687,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"swiglu: gate_up {tuple(gate_up.shape)}; "
-            "expected (..., 2 F), gates and ups side by side"
+            f"swiglu: gate_up {tuple(gate_up.shape)}; expected (..., 2 F), gates and ups side by "
+            "side"
         )
     return torch.ops.ldalign.swiglu(gate_up)
 
@@ -758,8 +758,8 @@ def _check_segments(segments: Tensor, tokens: int) -> None:
         if begin != done or end <= begin or not prompt <= prefix_begin <= prefix_end <= begin:
             raise ValueError(
                 f"pair_attention: segment {i} is ({begin}, {end}, {prefix_begin}, {prefix_end}); "
-                f"expected one that begins at {done}, "
-                "with an empty prefix or one inside the prompt before it"
+                f"expected one that begins at {done}, with an empty prefix or one inside the "
+                "prompt before it"
             )
         done = end
     if done != tokens:
@@ -818,8 +818,8 @@ _operator(
     _backward_pair_attention,
 )
 _operator(
-    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, "
-    "Tensor segments, int? window) -> Tensor",
+    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor "
+    "segments, int? window) -> Tensor",
     _run_pair_attention_backward,
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
@@ -941,8 +941,8 @@ def sample(
 
 
 _operator(
-    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, "
-    "float min_p, float penalty, Tensor seen) -> (Tensor, Tensor)",
+    "sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float "
+    "min_p, float penalty, Tensor seen) -> (Tensor, Tensor)",
     lambda logits, *rest: _raw("sample", logits)(logits, *rest),
     lambda logits, *rest: (
         logits.new_empty(len(logits), dtype=torch.int64),

@@ -1,6 +1,4 @@
-"""Model folders that several test files use: the real default model, and two tiny tokenizers made
-on the spot.
-"""
+"""Fixtures that several test files use: the default model, two tiny tokenizers, a toy run."""
 
 import functools
 import os
@@ -66,9 +64,7 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def zephyr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny tokenizer laid out like Mistral's legacy one, with Zephyr's template; the model uses a
-    BOS.
-    """
+    """A tiny tokenizer like Mistral's legacy one, with Zephyr's template; the model uses a BOS."""
     folder = tmp_path_factory.mktemp("zephyr")
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     return write_tokenizer_folder(
@@ -95,9 +91,7 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path) -> Path:
-    """The run folder of `train/align.py --config configs/toy.yaml`, made once; tests must not
-    change it.
-    """
+    """The run folder of configs/toy.yaml, made once by train/align.py; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
     config = ROOT / "configs/toy.yaml"
     done = run_script(
@@ -114,9 +108,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_cache: Path) -> Path:
 
 @pytest.fixture
 def in_process() -> Iterator[None]:
-    """For tests that call a script's main(): one thread as in `run_script`, and the process group
-    is left behind.
-    """
+    """Lets a test call a script's main(): one thread as in `run_script`, the process group left."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -141,9 +133,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Driver]:
 def undisturbed(
     driver: faults.Driver, tmp_path_factory: pytest.TempPathFactory, toy_cache: Path
 ) -> Callable[[int], tuple[dict[str, Any], int]]:
-    """Of a number of ranks: what an undisturbed small run leaves, and how many write points rank 0
-    has in it.
-    """
+    """By number of ranks: what an undisturbed small run leaves, and rank 0's write points in it."""
 
     @functools.cache
     def made(ranks: int) -> tuple[dict[str, Any], int]:

@@ -1,5 +1,4 @@
-"""A classic preference step on transformers: winners and losers in one right-padded batch,
-log-softmax of all logits.
+"""A classic preference step on transformers: one right-padded batch, log-softmax of all logits.
 
 The reference's log-probs are at hand. Settings: bfloat16 (weights and optimizer states, no
 autocast: its best), mixed (float32 weights under bfloat16 autocast), float32.

@@ -1,5 +1,4 @@
-"""The guide's work on transformers' GPT-2, padded: the same encoder and decoder weights, texts,
-batches and losses.
+"""The guide's work on transformers' GPT-2, padded: the same weights, texts, batches, losses.
 
 Encoder: [x; y; queries], right-padded; decoder: [W z; x; y], right-padded, with word dropout; all
 logits, one softmax. Float32, as the guide is.
@@ -71,8 +70,9 @@ class Guide(nn.Module):
 
 
 def guide_training(job: Job) -> Result:
-    """Optimizer steps over the job's batches of rows, in micro-batches of `rows`; from one's end to
-    the next's.
+    """Times optimizer steps over the job's batches, in micro-batches of `rows` rows.
+
+    A step lasts from the end of the one before to its own.
     """
     device = torch.device(job["device"])
     guide = Guide(Path(job["guide"])).to(device).train()

@@ -1,5 +1,4 @@
-"""What every measured process shares: the job comes in on stdin as JSON, the result goes out as
-stdout's last line.
+"""What every measured process shares: a job in as JSON, its result out as stdout's last line.
 
 Imports torch and nothing of ours: the peers run in environments of their own, where ldalign is not
 installed.
@@ -29,8 +28,7 @@ def main(tasks: dict[str, Callable[[Job], Result]]) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Of the GPU's memory where there is one; else of this process's resident memory, Linux's
-    VmHWM.
+    """Returns the peak memory in GiB: the GPU's, or this process's resident memory (VmHWM).
 
     getrusage would count the parent's memory too, which was shared for a moment.
     """
@@ -58,9 +56,7 @@ def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
 
 
 def optimizer_of(model: torch.nn.Module, name: str, learning_rate: float) -> torch.optim.Optimizer:
-    """The peers' optimizer, its states in the weights' dtype: torch's fastest form of each on this
-    device.
-    """
+    """Makes the peers' optimizer, its states in the weights' dtype: torch's fastest form of it."""
     if name == "rmsprop":
         return torch.optim.RMSprop(model.parameters(), lr=learning_rate, foreach=True)
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)

@@ -49,15 +49,15 @@ TEXT_METHODS = frozenset(
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
     "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
     "isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
-    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title "
-    "upper zfill".split()
+    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+    "zfill".split()
 )
 CONTAINER_METHODS = frozenset("copy count get index items keys values".split())
 FILTERS = frozenset(
     "abs attr batch capitalize center count d default dictsort e escape first float format groupby "
     "indent int items join last length list lower map max min reject rejectattr replace reverse "
-    "round safe select selectattr slice sort string sum title trim truncate unique "
-    "upper wordcount".split()
+    "round safe select selectattr slice sort string sum title trim truncate unique upper "
+    "wordcount".split()
 )
 # Filters whose arguments are no widths or counts, or are looked at elsewhere.
 NO_WIDTHS = frozenset("abs int float round string default d format first last safe".split())

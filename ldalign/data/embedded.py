@@ -41,8 +41,8 @@ PEOPLE = {
     ).split(),
 }
 GOODS = (
-    "apples pears pens books eggs cards stamps beads "
-    "shells candles mugs plates roses buttons coins tickets"
+    "apples pears pens books eggs cards stamps beads shells candles mugs plates roses buttons "
+    "coins tickets"
 ).split()
 THINGS = "lamp chair kettle jacket clock camera radio mirror basket blanket guitar bicycle".split()
 EVENTS = (

@@ -75,8 +75,8 @@ def prepare(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Prepa
         pairs.append(Pair(row.id, list(prompt), list(response[:room])))
     if len(dropped) > TOO_MANY * len(rows):
         raise InputError(
-            f"max_length={max_length}: the prompt alone fills it in {len(dropped)} of "
-            f"{len(rows)} rows (the first: {dropped[0]}); raise max_length or drop these rows"
+            f"max_length={max_length}: the prompt alone fills it in {len(dropped)} of {len(rows)} "
+            f"rows (the first: {dropped[0]}); raise max_length or drop these rows"
         )
     return Prepared(kept, pairs, dropped, cut)
 

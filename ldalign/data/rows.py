@@ -29,8 +29,8 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 MAX_SKIPPED = 0.01  # the share of rows that bad_rows="skip" may leave out
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is read from a folder
 SHAPES = (
-    "messages | prompt + response | prompt + completion | real + generated | "
-    "chosen + rejected (+ prompt)"
+    "messages | prompt + response | prompt + completion | real + generated | chosen + rejected (+ "
+    "prompt)"
 )
 
 
@@ -127,8 +127,8 @@ def _sources(spec: Any) -> list[tuple[str, float]]:
             path, weight = entry["path"], entry.get("weight", 1.0)
         if not isinstance(path, str | Path) or not str(path):
             raise InputError(
-                f"data: {path!r} is not a path; "
-                "expected a file, a folder, a glob or a list of these"
+                f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of "
+                "these"
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
@@ -260,8 +260,8 @@ def _pair(record: dict[str, Any], winner: str, loser: str) -> tuple[list[Message
     other_history, rejected = _side(record[loser], loser, prompt)
     if history != other_history:
         raise BadRow(
-            f"{winner} and {loser} differ before their last turn; "
-            "expected one prompt and two answers"
+            f"{winner} and {loser} differ before their last turn; expected one prompt and two "
+            "answers"
         )
     return history, response, rejected
 
@@ -354,8 +354,8 @@ def _check_turns(messages: Sequence[Message], key: str) -> None:
             continue
         if role != expected:
             raise BadRow(
-                f"{key}: turn {number} is {role}; "
-                f"expected {expected} (user and assistant alternate)"
+                f"{key}: turn {number} is {role}; expected {expected} (user and assistant "
+                "alternate)"
             )
         if not message["content"].strip():
             raise BadRow(f"{key}: turn {number} ({role}) is empty")

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from ldalign.data.rows import Message, Row
 
 COPIED_FILES = tuple(
-    "tokenizer.json special_tokens_map.json added_tokens.json tokenizer.model "
-    "vocab.json merges.txt".split()
+    "tokenizer.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "merges.txt".split()
 )
 
 # A key of a stage's manifest, there where the chat template asks for the date.
@@ -169,8 +169,8 @@ class Tokenizer:
         """
         if self._compiled is None:
             raise InputError(
-                f"{self.folder}: has no chat template "
-                "(chat_template.jinja or tokenizer_config.json)"
+                f"{self.folder}: has no chat template (chat_template.jinja or "
+                "tokenizer_config.json)"
             )
         try:
             return self._compiled.render(
@@ -288,8 +288,8 @@ class Tokenizer:
         if "assistant" in lead.lower() or self._control_pattern.search(lead):
             raise InputError(
                 f"{self.folder}: chat template: has no generation prompt: with "
-                "add_generation_prompt the prompt must end where the answer begins, "
-                f"but {lead!r} comes between"
+                f"add_generation_prompt the prompt must end where the answer begins, but {lead!r} "
+                "comes between"
             )
 
     # --------------------------------------------------------------------------------------- set-up

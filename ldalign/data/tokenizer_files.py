@@ -36,8 +36,8 @@ def read_template(folder: Path, settings: dict[str, Any]) -> str:
         template = {e.get("name"): e.get("template") for e in entries}.get("default")
     if template is not None and not isinstance(template, str):
         raise InputError(
-            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; "
-            "expected text"
+            f"{folder}/tokenizer_config.json: chat_template is {type(template).__name__}; expected "
+            "text"
         )
     return template or ""
 
@@ -53,8 +53,8 @@ def read_tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(description.get("added_tokens", []), list):
         raise InputError(
-            f"{path}: is not a tokenizer of the tokenizers library; "
-            "save the model with transformers"
+            f"{path}: is not a tokenizer of the tokenizers library; save the model with "
+            "transformers"
         )
     description["truncation"] = description["padding"] = None
     try:

@@ -1,13 +1,13 @@
-"""Judge agreement (LD-Align, arXiv 2404.06390, section 5.2): does latent distance say which of two
-samples is worse?
+"""Judge agreement (LD-Align, arXiv 2404.06390, section 5.2): does latent distance know quality?
 
 A policy answers each held-out prompt twice. The guide calls the sample farther from the real
 response the worse one; a judge says which is better. The rate at which they agree is over pairs on
 which both decide, with Wilson's 95 % interval (1927; prompts are independent, one pair each).
-Chance is 1/2. Beside it, on the same pairs, the rate of a rule that needs no guide: the longer
-sample is the worse one.
+Chance is 1/2. Beside it, on the same pairs, stands the rate of a rule that needs no guide: the
+longer sample is the worse one. Here are the figures; run/stages/agreement.py makes the pairs.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,30 +17,27 @@ from ldalign.system.metrics import Metrics
 CHANCE = 0.5
 
 
-# ------------------------------------------------------------------------------------------ figures
-
-
 def verdict(record: dict[str, Any]) -> str:
-    """Of one pair: agree, disagree, or why it does not count: identical, none (no verdict), tie
-    (the judge's, or equal distances)."""
+    """Says of a judged pair: agree, disagree, or why it does not count.
+
+    That is identical (two equal samples), none (no verdict of the judge) or tie (the judge's, or
+    equal distances).
+    """
     if record["first"] == record["second"]:
         return "identical"
     if record["preference"] is None:
         return "none"
     judged = record["preference"] - 0.5
-    # positive: the first is the nearer, the better one
     nearer = record["second_distance"] - record["first_distance"]
+    # both are positive where the first sample is the better one
     if judged == 0 or nearer == 0:
         return "tie"
     return "agree" if (judged > 0) == (nearer > 0) else "disagree"
 
 
 def summary(records: Sequence[dict[str, Any]]) -> Metrics:
-    """The figures of judged pairs; rates are left out where no pair decides them."""
-    count = {
-        word: sum(r["verdict"] == word for r in records)
-        for word in ("identical", "none", "tie", "agree")
-    }
+    """Sums up judged pairs; a rate is left out where no pair decides it."""
+    count = Counter(record["verdict"] for record in records)
     decided = [r for r in records if r["verdict"] in ("agree", "disagree")]
     shorter = [
         (r["preference"] > 0.5) == (r["first_tokens"] < r["second_tokens"])

@@ -27,7 +27,8 @@ class Endpoint:
     answers: the file of answers, which several runs and stages may share one after the other.
     token_cap: the most tokens, of questions and answers, that all answers in the file may have
     taken; None: no bound. It is checked before each question, so up to `concurrency` questions may
-    go beyond it. answer_tokens: an answer is cut there.
+    go beyond it. answer_tokens: an answer is cut there. Raises EnvironmentProblem without the
+    openai package.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Endpoint:
     def ask(
         self, questions: Sequence[str], progress: Callable[[int], None] = lambda answers: None
     ) -> list[str]:
-        """The answers, in order; equal questions are asked once.
+        """Returns the answers, in order; equal questions are asked once.
 
         Raises InputError where the cap is reached or the endpoint refuses the question,
         EnvironmentProblem where it refuses the key or does not answer. The answers until then are
@@ -83,12 +84,11 @@ class Endpoint:
 
     def _key(self, question: str) -> str:
         # With a longer answer allowed, one that was cut may end in a verdict.
-        return hashlib.sha256(
-            json.dumps([self.url, self.model, self._longest, question]).encode()
-        ).hexdigest()
+        named = json.dumps([self.url, self.model, self._longest, question])
+        return hashlib.sha256(named.encode()).hexdigest()
 
     def _answer(self, key: str, question: str) -> None:
-        """Asks, and keeps the answer."""
+        """Asks the question, and keeps the answer in memory and in the file."""
         with self._lock:
             if self.token_cap is not None and self.tokens >= self.token_cap:
                 raise InputError(
@@ -110,16 +110,15 @@ class Endpoint:
     def _request(self, question: str) -> Any:
         import openai
 
+        messages: list[Any] = [{"role": "user", "content": question}]
         options = dict(self._options)
         while True:
             try:
-                messages: list[Any] = [{"role": "user", "content": question}]
                 return self._client.chat.completions.create(
                     model=self.model, messages=messages, **options
                 )
             except openai.BadRequestError as error:
-                # Newer models of OpenAI's refuse these two: they think first, and at a temperature
-                # of their own.
+                # Newer models of OpenAI's refuse one or both: they set these themselves.
                 if error.param not in options:
                     raise self._problem(error) from None
                 del options[error.param]
@@ -128,9 +127,7 @@ class Endpoint:
                 raise self._problem(error) from None
 
     def _problem(self, error: Exception) -> LdalignError:
-        """What to say of an error that repeating does not help; never more of the server's text
-        than one line.
-        """
+        """Returns our error for one that repeating does not help, with a line of the server's."""
         import openai
 
         kept = f"; what was answered is in {self.path}, and the same command goes on from there"
@@ -154,8 +151,9 @@ class Endpoint:
 
 
 def _read(path: Path) -> tuple[dict[str, str], int]:
-    """(answers by key, tokens they took) of a file of answers; a torn line is cut off, and asked
-    again.
+    """Reads a file of answers: (answers by key, tokens they took).
+
+    A torn last line is cut off, and asked again. Raises InputError for any other bad line.
     """
     answers, tokens = {}, 0
     if not path.is_file():
@@ -165,15 +163,13 @@ def _read(path: Path) -> tuple[dict[str, str], int]:
     if whole != data:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    for number, line in enumerate(
-        whole.decode("utf-8", errors="replace").split("\n")[:-1], start=1
-    ):
+    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            answers[str(record["key"])], tokens = (
-                str(record["answer"]),
-                tokens + int(record["tokens"]),
-            )
+            answer, cost = str(record["answer"]), int(record["tokens"])
+            answers[str(record["key"])] = answer
+            tokens += cost
         except (ValueError, TypeError, KeyError):
             raise InputError(
                 f"{path}:{number}: not a kept answer; delete the line, and it is asked again"

@@ -1,5 +1,4 @@
-"""Held-out evaluation: the likelihood of real responses, and for rows a program can check,
-accuracy.
+"""Held-out evaluation: the likelihood of real responses, and the accuracy of checkable answers.
 
 Accuracy is measured greedily and on samples (several a prompt); standard errors are over prompts,
 since samples of one prompt are not independent.
@@ -30,9 +29,11 @@ CHUNK = 64  # rows: there are few, and every rank is to get some
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """samples: answers a prompt at `sampling`'s temperature, beside the greedy one.
+    """What is asked of a policy, and the sizes of its batches.
 
-    answer_all: a greedy answer also to rows that no program can check (for a reward model).
+    samples: answers a prompt at `sampling`'s temperature, beside the greedy one. answer_all: a
+    greedy answer also to rows that no program can check (for a reward model). batch_rows: rows
+    generated at a time. micro_tokens: tokens scored at a time.
     """
 
     samples: int
@@ -55,15 +56,15 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     release: bool = False,
 ) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """Metrics over all rows, and a record a row (likelihood, texts, verdicts); on rank 0, other
-    ranks get nothing.
+    """Measures a policy on all rows; returns metrics and a record a row, on rank 0 alone.
 
-    Metrics: nll/real (nats per response token), tokens_generated; where rows can be checked also
-    accuracy/greedy and accuracy/sampled with `_se` standard errors, per kind as
-    accuracy/greedy/KIND, and truncated_frac. A row that cannot be checked is answered with
-    `answer_all` alone, and has no samples and an empty `correct`. kept: a folder for what is done,
-    which a later call with the same arguments goes on from. release: the model may lose its
-    weights, so that there is never a second copy of them.
+    Metrics: nll/real (nats per response token), tokens_generated, truncated_frac; where rows can be
+    checked also accuracy/greedy and accuracy/sampled with `_se` standard errors, and per kind
+    accuracy/greedy/KIND. A record holds likelihood, texts and verdicts. A row that cannot be
+    checked is answered with `answer_all` alone, and has no samples and an empty `correct`.
+
+    kept: a folder for what is done, which a later call with the same arguments goes on from.
+    release: the model may lose its weights, so that there is never a second copy of them.
     """
     logps = response_logps(model, pairs, settings.micro_tokens, device, path=kept / "logps")[:, 0]
     metrics = {
@@ -73,53 +74,21 @@ def evaluate(
     answered = [i for i, row in enumerate(rows) if settings.answer_all or row.kind is not None]
     checkable = [i for i in answered if rows[i].kind is not None]
     decoder = new_decoder(model, release)
-    # The keys do not name the policy: every policy meets the same random numbers, and differences
-    # have less noise.
-    asked = {
-        "greedy": [(f"greedy/{rows[i].id}", pairs[i].prompt) for i in answered],
-        "sampled": [
-            (f"sample/{rows[i].id}/{n}", pairs[i].prompt)
-            for i in checkable
-            for n in range(settings.samples)
-        ],
-    }
+    asked = _prompts(rows, pairs, answered, checkable, settings.samples)
     greedy, sampled = (
         _answers(kept / name, prompts, decoder, tokenizer, settings, name == "greedy", progress)
         for name, prompts in asked.items()
     )
     if distributed.rank() > 0:
         return {}, []
+    records = _records(rows, pairs, logps)
+    table = torch.zeros(len(rows), 4, dtype=torch.float64)  # the columns of `_check`
     samples = iter(sampled)
-    records: list[dict[str, object]] = [
-        {
-            "id": row.id,
-            "prompt": row.history[-1]["content"],
-            "real": row.response,
-            "logp": float(logp),
-            "n_tokens": len(pair.real),
-        }
-        for row, pair, logp in zip(rows, pairs, logps, strict=True)
-    ]
-    # greedy right, share of samples right, tokens, cut
-    table = torch.zeros(len(rows), 4, dtype=torch.float64)
     for i, first in zip(answered, greedy, strict=True):
-        checked = rows[i].kind is not None
-        answers = [first, *(next(samples) for _ in range(settings.samples if checked else 0))]
-        texts = [tokenizer.decode(a.ids) for a in answers]
-        right = (
-            [_correct(rows[i], text, a) for text, a in zip(texts, answers, strict=True)]
-            if checked
-            else []
-        )
-        table[i] = torch.tensor(
-            [
-                sum(right[:1]),
-                sum(right[1:]) / max(1, settings.samples),
-                sum(len(a.ids) for a in answers),
-                sum(a.finish_reason == "length" for a in answers) / len(answers),
-            ]
-        )
-        records[i] |= {"greedy": texts[0], "sampled": texts[1:], "correct": right}
+        own = settings.samples if rows[i].kind is not None else 0
+        answers = [first, *(next(samples) for _ in range(own))]
+        said, table[i] = _check(rows[i], answers, tokenizer, settings.samples)
+        records[i] |= said
     if checkable:
         kinds = [str(rows[i].kind) for i in checkable]
         metrics |= _summary("accuracy/greedy", table[checkable, 0].numpy(), kinds)
@@ -133,6 +102,26 @@ def evaluate(
     return metrics, records
 
 
+def _prompts(
+    rows: Sequence[Row],
+    pairs: Sequence[Pair],
+    answered: Sequence[int],
+    checkable: Sequence[int],
+    samples: int,
+) -> dict[str, list[tuple[str, Sequence[int]]]]:
+    """Lists what is asked greedily, once a row, and by sampling, `samples` times: (key, prompt)s.
+
+    The keys do not name the policy: every policy meets the same random numbers, and differences
+    between policies have less noise.
+    """
+    return {
+        "greedy": [(f"greedy/{rows[i].id}", pairs[i].prompt) for i in answered],
+        "sampled": [
+            (f"sample/{rows[i].id}/{n}", pairs[i].prompt) for i in checkable for n in range(samples)
+        ],
+    }
+
+
 def _answers(
     path: Path,
     prompts: Sequence[tuple[str, Sequence[int]]],
@@ -142,31 +131,61 @@ def _answers(
     greedily: bool,
     progress: Callable[[int, int], None],
 ) -> list[Response]:
-    """The responses to (key, prompt)s in their order, on rank 0; [] on the others. The ranks share
-    the work.
+    """Returns the responses to (key, prompt)s in their order, on rank 0; [] on the others.
+
+    The ranks share the work.
     """
     if not prompts:
         return []
     requests = [Request(key, prompt, i) for i, (key, prompt) in enumerate(prompts)]
     sampling = replace(settings.sampling, temperature=0.0) if greedily else settings.sampling
     longest = max(len(prompt) for _, prompt in prompts) + sampling.max_new_tokens
-    records = make_answers(
-        path,
-        requests,
-        decoder,
-        lambda decoder: Engine(
-            decoder,
-            sampling,
-            tokenizer.end_ids,
-            settings.seed,
-            longest=longest,
-            rows=min(settings.batch_rows, len(prompts)),
-        ),
-        lambda request, response: asdict(response),
-        progress,
-        CHUNK,
-    )
+    rows = min(settings.batch_rows, len(prompts))
+
+    def new_engine(decoder: Decoder) -> Engine:
+        return Engine(
+            decoder, sampling, tokenizer.end_ids, settings.seed, longest=longest, rows=rows
+        )
+
+    def record(request: Request, response: Response) -> dict[str, object]:
+        return asdict(response)
+
+    records = make_answers(path, requests, decoder, new_engine, record, progress, CHUNK)
     return [Response(**record) for record in records]
+
+
+def _records(
+    rows: Sequence[Row], pairs: Sequence[Pair], logps: torch.Tensor
+) -> list[dict[str, object]]:
+    """A record a row, before it is answered: its real response and that one's log-prob, nats."""
+    return [
+        {
+            "id": row.id,
+            "prompt": row.history[-1]["content"],
+            "real": row.response,
+            "logp": float(logp),
+            "n_tokens": len(pair.real),
+        }
+        for row, pair, logp in zip(rows, pairs, logps, strict=True)
+    ]
+
+
+def _check(
+    row: Row, answers: Sequence[Response], tokenizer: Tokenizer, samples: int
+) -> tuple[dict[str, object], torch.Tensor]:
+    """Decodes the answers to a row, the greedy one first, and checks them where a program can.
+
+    Returns what the row's record says of them, and its line of numbers (4,): greedy one right,
+    share of the samples right, tokens, share cut at max_new_tokens.
+    """
+    texts = [tokenizer.decode(answer.ids) for answer in answers]
+    right: list[bool] = []
+    if row.kind is not None:
+        right = [_correct(row, text, a) for text, a in zip(texts, answers, strict=True)]
+    cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
+    tokens = sum(len(answer.ids) for answer in answers)
+    numbers = torch.tensor([sum(right[:1]), sum(right[1:]) / max(1, samples), tokens, cut])
+    return {"greedy": texts[0], "sampled": texts[1:], "correct": right}, numbers
 
 
 def _correct(row: Row, text: str, response: Response) -> bool:
@@ -175,7 +194,7 @@ def _correct(row: Row, text: str, response: Response) -> bool:
 
 
 def _summary(name: str, values: np.ndarray, kinds: Sequence[str]) -> dict[str, float]:
-    """Mean, standard error over prompts, and the mean of each kind."""
+    """Returns the mean, its standard error over prompts, and the mean of each kind."""
     out = {name: float(values.mean()), f"{name}_se": standard_error(values)}
     for kind in sorted(set(kinds)):
         out[f"{name}/{kind}"] = float(values[[k == kind for k in kinds]].mean())

@@ -1,10 +1,10 @@
 """Judges: which of two answers to a question is better.
 
-`checker`, the embedded data's program; a language model of ours, the policy being trained or any
-other folder, asked for one letter; or a model behind an OpenAI-compatible endpoint (LLM-as-a-judge,
-arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020, and RLAIF,
-2309.00267). What a model says depends on which answer it reads first, so it is asked in both orders
-and the two are averaged, as in RLAIF.
+A judge is `checker`, the embedded data's program; or a language model of ours, the policy being
+trained or any other folder, asked for one letter; or a model behind an OpenAI-compatible endpoint
+(LLM-as-a-judge, arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020,
+and RLAIF, 2309.00267). What a model says depends on which answer it reads first, so it is asked in
+both orders and the two are averaged, as in RLAIF.
 """
 
 import math
@@ -46,7 +46,6 @@ place in the order counts.
 ONE_LETTER = (
     "Reply with one letter and nothing else: A if answer A is better, B if answer B is better."
 )
-
 OR_TIE = ONE_LETTER[:-1] + ", C if they are equally good."
 VERDICT = re.compile(r"\W*(?:answer\W+)?([ABC])\W*", re.IGNORECASE)
 
@@ -61,20 +60,17 @@ class Judge(Protocol):
         second: Sequence[str],
         path: Path | None = None,
     ) -> list[float]:
-        """For each row, in [0, 1], how surely the first answer is the better one: 0.5 a tie, NaN no
-        verdict.
+        """Says how surely the first answer is the better one, row by row.
 
-        All ranks call it with the same arguments and get the same result. Of a row its history
-        counts, and what a checker needs. path: as in `partial_rows.table`, for a stage that can be
-        gone on with.
+        Values are in [0, 1]: 0.5 is a tie, NaN no verdict. All ranks call it with the same
+        arguments and get the same result. A row matters by its history, and by what a checker
+        needs. path: as in `partial_rows.table`, for a stage that can be gone on with.
         """
         ...
 
 
 class Checker:
-    """The program that checks answers of the embedded data: a tie where both are right or both
-    wrong.
-    """
+    """The program that checks the embedded data's answers; equally right ones are a tie."""
 
     def prefer(
         self,
@@ -83,18 +79,17 @@ class Checker:
         second: Sequence[str],
         path: Path | None = None,
     ) -> list[float]:
-        """1, 0 or 0.5; NaN for rows that name no kind of task that is known here."""
-        return [
-            0.5
-            + (
-                embedded.check(str(row.kind), row.answer, a)
-                - embedded.check(str(row.kind), row.answer, b)
+        """Returns 1, 0 or 0.5 for each row; NaN for rows whose kind of task is not known here."""
+
+        def decide(row: Row, a: str, b: str) -> float:
+            if row.kind not in embedded.KINDS:
+                return math.nan
+            first_right, second_right = (
+                embedded.check(str(row.kind), row.answer, text) for text in (a, b)
             )
-            / 2
-            if row.kind in embedded.KINDS
-            else math.nan
-            for row, a, b in zip(rows, first, second, strict=True)
-        ]
+            return 0.5 + (first_right - second_right) / 2
+
+        return [decide(*texts) for texts in zip(rows, first, second, strict=True)]
 
 
 class ModelJudge:
@@ -102,21 +97,16 @@ class ModelJudge:
 
     Its preference is the probability of one letter against the other, averaged over both orders of
     the answers, so prefer(a, b) = 1 - prefer(b, a) and the result repeats. micro_tokens: the token
-    budget of a micro-batch.
+    budget of a micro-batch. Raises InputError where both letters begin with the same token.
     """
 
     def __init__(
         self, model: Mistral, tokenizer: Tokenizer, micro_tokens: int, device: torch.device
     ) -> None:
-        self.model, self.tokenizer, self.micro_tokens, self.device = (
-            model,
-            tokenizer,
-            micro_tokens,
-            device,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.micro_tokens, self.device = micro_tokens, device
         probe: tuple[Message, ...] = ({"role": "user", "content": ONE_LETTER},)
-        # As the template writes them after its header: with SentencePiece a letter may carry a
-        # space.
+        # Letters as the template writes them after its header: SentencePiece may add a space.
         self.letters = [
             tokenizer.pair_ids(Row("letter", probe, letter)).response[0] for letter in LETTERS
         ]
@@ -137,15 +127,13 @@ class ModelJudge:
         asked: list[Pair] = []  # two a row that fits: its answers in either order
         fits = []
         for row, a, b in zip(rows, first, second, strict=True):
-            # One order of asking whichever answer is called the first: the same batches, the same
-            # bits.
-            both = [
-                self._ids(row, x, y) for x, y in ((min(a, b), max(a, b)), (max(a, b), min(a, b)))
-            ]
+            # Whichever answer is called the first, the order is one: the same batches and bits.
+            low, high = min(a, b), max(a, b)
+            both = [self._ids(row, low, high), self._ids(row, high, low)]
             fits.append(max(map(len, both)) < room)
             if fits[-1]:
                 asked += [Pair(row.id, ids, self.letters[:1], self.letters[1:]) for ids in both]
-        # (2 rows that fit, 2)
+        # (2 x rows that fit, 2): both orders of each row, by both letters
         logps = response_logps(self.model, asked, self.micro_tokens, self.device, path=path)
         says_a = torch.sigmoid(logps[:, 0] - logps[:, 1])
         lesser = iter(((says_a[0::2] + 1 - says_a[1::2]) / 2).tolist())  # that min(a, b) is better
@@ -153,13 +141,12 @@ class ModelJudge:
         return [p if a <= b else 1 - p for p, a, b in zip(preferences, first, second, strict=True)]
 
     def _ids(self, row: Row, a: str, b: str) -> list[int]:
-        return self.tokenizer.prompt_ids(
-            [{"role": "user", "content": _question(row, a, b) + ONE_LETTER}]
-        )
+        text = _question(row, a, b) + ONE_LETTER
+        return self.tokenizer.prompt_ids([{"role": "user", "content": text}])
 
 
 class EndpointJudge:
-    """A model behind an endpoint, asked in both orders. It contradicts itself: a tie.
+    """A model behind an endpoint, asked in both orders; where it contradicts itself, it is a tie.
 
     connect: makes the endpoint, on rank 0 alone, which asks for all.
     """
@@ -174,8 +161,9 @@ class EndpointJudge:
         second: Sequence[str],
         path: Path | None = None,
     ) -> list[float]:
-        """The mean of two verdicts of 0, 0.5 or 1; NaN where either answer is none. The endpoint
-        keeps its own.
+        """Returns the mean of two verdicts of 0, 0.5 or 1 a row; NaN where either answer is none.
+
+        path is not used: the endpoint keeps its answers itself.
         """
 
         def ask() -> list[float]:
@@ -185,13 +173,10 @@ class EndpointJudge:
                 for x, y in ((a, b), (b, a))
             ]
             with Bar("judge", len(both), "questions") as progress:
-                verdicts = [
-                    _verdict(text) for text in self.connect().ask(both, lambda n: progress(n, 0))
-                ]
-            return [
-                (there + 1 - back) / 2
-                for there, back in zip(verdicts[0::2], verdicts[1::2], strict=True)
-            ]
+                answers = self.connect().ask(both, lambda n: progress(n, 0))
+            verdicts = [_verdict(text) for text in answers]
+            orders = zip(verdicts[0::2], verdicts[1::2], strict=True)
+            return [(there + 1 - back) / 2 for there, back in orders]
 
         return on_rank0(ask)
 
@@ -201,8 +186,9 @@ def _question(row: Row, a: str, b: str) -> str:
 
 
 def _verdict(answer: str) -> float:
-    """1 for A, 0 for B, 0.5 for C; NaN for anything else. What a model thinks aloud before is not
-    read.
+    """Reads a verdict: 1 for A, 0 for B, 0.5 for C; NaN for anything else.
+
+    What a model thinks aloud before it is not read.
     """
     found = VERDICT.fullmatch(answer.rpartition("</think>")[2])
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1].upper()] if found else math.nan

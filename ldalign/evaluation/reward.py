@@ -25,16 +25,17 @@ from ldalign.system.untrusted import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
-LOWER = "lower reward.batch_tokens or reward.max_tokens"  # what helps where memory does not suffice
+# What helps where memory does not suffice.
+LOWER_REWARD_TOKENS = "lower reward.batch_tokens or reward.max_tokens"
 NEEDED = {"*.safetensors*": "weights in safetensors", "tokenizer.json": "tokenizer.json"}
 
 
 class RewardModel:
     """A folder's classifier and tokenizer, float32, in evaluation mode.
 
-    max_tokens: a pair's tokens; of a longer one the end of the longer text is cut. batch_tokens: of
-    a batch, padding counted. Raises InputError for a folder that is no such model,
-    EnvironmentProblem without transformers, OutOfMemory.
+    max_tokens: the most a pair may have; of a longer one the end of the longer text is cut.
+    batch_tokens: the most a batch may have, padding counted. Raises InputError for a folder that is
+    no such model, EnvironmentProblem without transformers, OutOfMemory.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class RewardModel:
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         check_reward_model(folder)
+        what = f"{folder}: the reward model's float32 weights on {device}"
         try:
-            with naming(lambda: f"{folder}: the reward model's float32 weights on {device}", LOWER):
+            with naming(lambda: what, LOWER_REWARD_TOKENS):
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
                 self.model, found = AutoModelForSequenceClassification.from_pretrained(
                     folder,
@@ -93,13 +95,12 @@ class RewardModel:
         path: Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
-        """(N,) float32 on the CPU: the reward of each answer. Batches of like length; rows do not
-        see each other.
+        """Returns the reward of each answer to its question: (N,) float32 on the CPU.
 
-        All ranks call it with the same rows and share the work; the batches are the same for any
-        number of them. ids: of the rows, for errors; None: their numbers. path: as in
-        `partial_rows.table`, for a stage that can be gone on with. Raises NumericsError naming a
-        row whose reward is not finite, OutOfMemory.
+        All ranks call it with the same rows and share the work. Batches are of like length, rows do
+        not see each other, and the batches are the same for any number of ranks. ids: the rows'
+        names in errors; None: their numbers. path: as in `partial_rows.table`, for a stage that can
+        be gone on with. Raises NumericsError naming a row whose reward is not finite, OutOfMemory.
         """
         rows = [
             self.tokenizer(q, a, truncation=True, max_length=self.max_tokens)
@@ -110,28 +111,24 @@ class RewardModel:
 
         def rate(batch: Sequence[int]) -> torch.Tensor:
             what = f"rewards of {len(batch)} answers of at most {sizes[batch[0]]} tokens"
-            with naming(lambda: what, LOWER):
-                padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(
-                    self.device
-                )
-                logits: torch.Tensor = self.model(**padded).logits
+            with naming(lambda: what, LOWER_REWARD_TOKENS):
+                padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt")
+                logits: torch.Tensor = self.model(**padded.to(self.device)).logits
                 return logits[:, :1].float().cpu()
 
         def refusal(i: int, value: float) -> str:
             return f"row {names[i]}: the reward is {value}; look at its texts and at reward.model"
 
-        return table(_batches(sizes, self.batch_tokens), rate, 1, refusal, path, progress)[
-            :, 0
-        ].float()
+        batches = _batches(sizes, self.batch_tokens)
+        return table(batches, rate, 1, refusal, path, progress)[:, 0].float()
 
 
 def check_reward_model(folder: Path) -> None:
-    """Raises InputError where the folder asks to run code, reaches out of itself, or lacks a whole
-    file.
+    """Raises InputError where the folder asks to run code, leads out of itself, or lacks a file.
 
-    Before transformers reads any of them: it runs no code here, and reads no pickle, but trusts
-    paths. Without tokenizer.json it may make up an empty vocabulary, and every score would be
-    wrong.
+    This comes before transformers reads any of them: it runs no code here, and reads no pickle, but
+    trusts paths. Without tokenizer.json it may make up an empty vocabulary, and every score would
+    be wrong.
     """
     for pattern, what in NEEDED.items():
         if not any(folder.glob(pattern)):
@@ -154,8 +151,7 @@ def check_reward_model(folder: Path) -> None:
             "is run"
         )
     for key, value in settings.items():
-        # Older transformers open what these say. The file of special tokens alone is left over in
-        # many, and unread.
+        # Older transformers open what these name; special_tokens_map_file alone is never read.
         if not key.endswith(("_file", "_files")) or key == "special_tokens_map_file":
             continue
         for name in value if isinstance(value, list) else [value]:
@@ -166,22 +162,11 @@ def check_reward_model(folder: Path) -> None:
                 )
 
 
-def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Row indices, longest first, so that a batch's first row gives its width: rows x width is at
-    most `most`.
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= most:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = None) -> Metrics:
-    """Means and win rates (a tie counts one half) with standard errors over prompts; arrays are
-    (N,).
+    """Returns mean rewards and win rates, with standard errors over prompts.
+
+    generated, real, first: rewards (N,) of the policy's answers, of the real ones, of the first
+    policy's. A tie counts one half.
     """
     metrics = {
         "reward/mean": float(generated.mean()),
@@ -195,3 +180,14 @@ def summary(generated: np.ndarray, real: np.ndarray, first: np.ndarray | None = 
 def _wins(name: str, one: np.ndarray, other: np.ndarray) -> Metrics:
     wins = (np.sign(one - other) + 1) / 2
     return {name: float(wins.mean()), f"{name}_se": standard_error(wins)}
+
+
+def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Deals rows into batches, longest first; `most` bounds rows x the first one's length."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= most:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

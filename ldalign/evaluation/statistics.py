@@ -1,4 +1,4 @@
-"""Estimates with their errors: means, ranks, correlations, shares, intervals."""
+"""Statistics of evaluation and report: ranks, shares and means, with their errors."""
 
 import math
 from collections.abc import Mapping
@@ -7,15 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; 0 for fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 Array = NDArray[np.float64]
 NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors
-FEWEST = 5  # pairs, below which an interval means nothing
+FEWEST = 5  # rows, below which an interval means nothing
 
 
 @dataclass(frozen=True)
@@ -28,15 +22,20 @@ class Estimate:
     n: int
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean of independent values (N,); 0 for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
 def ranks(values: Array) -> Array:
-    """Ranks from 1; equal values share the mean of their ranks. (N,) -> (N,)."""
+    """Ranks values from 1; equal values share the mean of their ranks. (N,) -> (N,)."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     shared: Array = (counts.cumsum() - (counts - 1) / 2)[place]
     return shared
 
 
 def spearman(x: Array, y: Array) -> Estimate | None:
-    """Spearman's rank correlation of (N,) and (N,), rows with a NaN left out.
+    """Estimates Spearman's rank correlation of (N,) and (N,); rows with a NaN are left out.
 
     The interval is Fisher's z with Bonett and Wright's error, sqrt((1 + r^2 / 2) / (n - 3))
     (Psychometrika 65, 2000). None where fewer than FEWEST rows are left or one side is constant.
@@ -48,15 +47,16 @@ def spearman(x: Array, y: Array) -> Estimate | None:
         return None
     r = float(np.corrcoef(ranks(x), ranks(y))[0, 1])
     r = max(-1.0, min(1.0, r))
-    z, error = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), math.sqrt((1 + r * r / 2) / (n - 3))
+    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r)))
+    error = math.sqrt((1 + r * r / 2) / (n - 3))
     return Estimate(r, math.tanh(z - NORMAL_95 * error), math.tanh(z + NORMAL_95 * error), n)
 
 
 def superiority(a: Array, b: Array) -> Estimate | None:
-    """Probability that a value of `a` exceeds one of `b`, ties half: the area under the ROC curve.
+    """Estimates the probability that a value of `a` exceeds one of `b`, where a tie counts half.
 
-    The interval is normal with DeLong's error (Biometrics 44, 1988). None where one side has fewer
-    than FEWEST rows.
+    It is the area under the ROC curve. The interval is normal with DeLong's error (Biometrics 44,
+    1988). None where one side has fewer than FEWEST rows.
     """
     if min(len(a), len(b)) < FEWEST:
         return None
@@ -69,16 +69,18 @@ def superiority(a: Array, b: Array) -> Estimate | None:
 
 
 def mean_relative_gain(scores: Mapping[str, float], base: Mapping[str, float]) -> float | None:
-    """Mean over the scores both have of score / base - 1, as the paper's table has it; None where
-    there is none.
+    """Returns the mean of score / base - 1 over the scores that both have, as in the paper's table.
+
+    None where there is no such score; a base of 0 has no relative gain.
     """
     gains = [scores[key] / base[key] - 1 for key in scores if base.get(key)]
     return sum(gains) / len(gains) if gains else None
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share: holds near 0 and 1 and for few trials, unlike share
-    +- 2 errors.
+    """Returns Wilson's 95 % score interval of a share, `hits` of `count`.
+
+    It holds near 0 and 1 and for few trials, unlike the share +- 2 errors.
     """
     share, z2 = hits / count, NORMAL_95**2 / count
     middle = (share + z2 / 2) / (1 + z2)

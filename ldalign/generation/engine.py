@@ -108,8 +108,8 @@ class Engine:
             if pages == least:
                 raise OutOfMemory(
                     f"generation: the cache of one row of {self.longest} tokens "
-                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB): out of memory; "
-                    "lower max_new_tokens"
+                    f"({least * self.decoder.page_bytes() / 2**20:.0f} MiB): out of memory; lower "
+                    "max_new_tokens"
                 )
             pages = max(least, pages // 2)
         if pages < wanted:
@@ -165,8 +165,8 @@ class Engine:
         prompt = tuple(request.prompt)
         if not 0 < len(prompt) < self.longest:
             raise InputError(
-                f"generation: the prompt of {request.key!r} has {len(prompt)} tokens; "
-                f"expected 1 to {self.longest - 1}"
+                f"generation: the prompt of {request.key!r} has {len(prompt)} tokens; expected 1 "
+                f"to {self.longest - 1}"
             )
         free = np.flatnonzero(self.length == 0)
         if not len(free):

@@ -65,8 +65,8 @@ def resolve_model(name: str, cache: Path) -> Path:
     if HUB_NAME.fullmatch(name):
         return _hub_model(name, Path(cache).expanduser())
     raise InputError(
-        f"model {name!r}: no such folder; "
-        f"expected a model folder, {DEFAULT_MODEL!r} or a Hugging Face name 'org/name'"
+        f"model {name!r}: no such folder; expected a model folder, {DEFAULT_MODEL!r} or a Hugging "
+        "Face name 'org/name'"
     )
 
 
@@ -91,8 +91,8 @@ def _hub_model(name: str, cache: Path) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; "
-            "pip install ldalign[hub]"
+            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; pip "
+            "install ldalign[hub]"
         ) from error
     repo, _, revision = name.partition("@")
     folder = cache / "hub" / re.sub(r"[/@]", "--", name)

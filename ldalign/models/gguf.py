@@ -54,8 +54,8 @@ def check_gguf(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> None:
             ends.append(offset + math.prod(dimensions) // elements * size)
         if scan.file.tell() + max(ends) > scan.size:
             raise scan.broken(
-                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, "
-                f"the file has {scan.size}"
+                f"the tensors end at byte {scan.file.tell() + max(ends)} or later, the file has "
+                f"{scan.size}"
             )
 
 
@@ -297,8 +297,8 @@ def _build_tokenizer(metadata: dict[str, Any]) -> Any:
 
     if metadata.get("tokenizer.ggml.pre") != "smollm":
         raise InputError(
-            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; "
-            "expected 'smollm'"
+            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; expected "
+            "'smollm'"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

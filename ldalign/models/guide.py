@@ -91,8 +91,8 @@ class Guide(nn.Module):
         end = tokenizer.token_to_id(config.end_token)
         if end is None:
             raise InputError(
-                f"the guide's tokenizer has no {config.end_token} token; "
-                "use the tokenizer.json its weights came with"
+                f"the guide's tokenizer has no {config.end_token} token; use the tokenizer.json "
+                "its weights came with"
             )
         self.end_id: int = end
 
@@ -246,8 +246,8 @@ class Guide(nn.Module):
 
         def refusal(i: int, value: float) -> str:
             return (
-                f"row {names[i]}: the latent distance is {value}; "
-                "look at its texts and at the guide's losses"
+                f"row {names[i]}: the latent distance is {value}; look at its texts and at the "
+                "guide's losses"
             )
 
         # Longest first: pairs of a batch are about as long, and memory peaks at once.

@@ -109,8 +109,8 @@ def policy_guide(config: GuideConfig, seed: int, policy: Path) -> Guide:
     towers = [cast(Mistral, load_model(policy, torch.float32)) for _ in range(2)]
     if not isinstance(towers[0], Mistral):
         raise InputError(
-            f"{policy}: guide.backbone=policy needs a mistral or llama folder; "
-            "use guide.backbone=gpt2"
+            f"{policy}: guide.backbone=policy needs a mistral or llama folder; use "
+            "guide.backbone=gpt2"
         )
     _check_room(config, towers[0].config.max_position_embeddings, "the policy")
     tokenizer = read_guide_tokenizer(policy)

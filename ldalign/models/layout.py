@@ -47,8 +47,8 @@ class Packed:
         parts = [(n,) if isinstance(n, int) else tuple(n) for n in lengths]
         if any(n < 1 for sequence in parts for n in sequence):
             raise ValueError(
-                "every part of a packed sequence needs at least one token, "
-                f"got lengths {list(lengths)}"
+                "every part of a packed sequence needs at least one token, got lengths "
+                f"{list(lengths)}"
             )
         self.lengths = [sum(sequence) for sequence in parts]  # tokens of each sequence, all parts
         self.segments = _segments(parts)

@@ -77,8 +77,8 @@ class MistralConfig:
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
                 f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}, "
-                f"and head_dim {config.head_dim} even"
+                f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} "
+                "even"
             )
         return config
 
@@ -103,18 +103,18 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise InputError(
-                f"{where}: {key}: rope scaling {kind!r} is not supported; "
-                "use a model with plain rotary embeddings"
+                f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain "
+                "rotary embeddings"
             )
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             raise InputError(
-                f"{where}: partial_rotary_factor is not supported; "
-                "Mistral and Llama rotate whole heads"
+                f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole "
+                "heads"
             )
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(
-            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; "
-            "Mistral and Llama use silu"
+            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use "
+            "silu"
         )
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
@@ -132,8 +132,8 @@ def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None)
         raise InputError(f"{where}: key {key!r} is missing; a {raw['model_type']} config needs it")
     if type(value) is not int or not 1 <= value < 2**31:
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive integer; "
-            "compare with the model's original config"
+            f"{where}: {key} is {value!r}, not a positive integer; compare with the model's "
+            "original config"
         )
     return value
 
@@ -142,8 +142,8 @@ def _positive(value: Any, key: str, where: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < float("inf"):
         raise InputError(
-            f"{where}: {key} is {value!r}, not a positive number; "
-            "compare with the model's original config"
+            f"{where}: {key} is {value!r}, not a positive number; compare with the model's "
+            "original config"
         )
     return float(value)
 

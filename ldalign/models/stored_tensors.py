@@ -100,8 +100,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         for name, stored in read_header(path).items():
             if name in tensors:
                 raise InputError(
-                    f"{stored.where} is in {tensors[name].path.name} too; "
-                    "one of the shards is stale"
+                    f"{stored.where} is in {tensors[name].path.name} too; one of the shards is "
+                    "stale"
                 )
             tensors[name] = stored
     held = {name: stored.path.name for name, stored in tensors.items()}
@@ -109,8 +109,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         names = held.keys() | weight_map.keys()
         odd = sorted(name for name in names if held.get(name) != weight_map.get(name))
         raise InputError(
-            f"{folder / INDEX}: disagrees with the shards about {first_few(odd)}; "
-            "download the model again"
+            f"{folder / INDEX}: disagrees with the shards about {first_few(odd)}; download the "
+            "model again"
         )
     return tensors
 
@@ -204,8 +204,8 @@ def fill(target: Tensor, stored: Stored, buffer: Tensor) -> None:
         if not finite(part):
             kind = DTYPE_NAMES[part.dtype]
             raise InputError(
-                f"{stored.where} holds NaN or Inf as {kind}; "
-                "the file is damaged or the dtype too narrow"
+                f"{stored.where} holds NaN or Inf as {kind}; the file is damaged or the dtype too "
+                "narrow"
             )
 
 

@@ -48,8 +48,8 @@ SHARD_BYTES = 5 * 10**9
 MAX_LAYERS = 2000  # building a layer takes a millisecond; the deepest models have some 130
 # What helps where the weights do not fit; training alone spreads them over the ranks.
 LOWER_FOR_WEIGHTS = (
-    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), "
-    "or give a smaller model"
+    "set dtype=bfloat16 (training.master_dtype=bfloat16, and more ranks, to train it), or give a "
+    "smaller model"
 )
 
 
@@ -73,8 +73,8 @@ def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
             f"{where}: describes a network too large to be built ({' '.join(str(error).split())})"
         ) from None
     raise InputError(
-        f"{where}: model_type {kind!r} is not supported; "
-        "mistral, llama (no rope scaling) and gpt2 are"
+        f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 "
+        "are"
     )
 
 
@@ -120,8 +120,8 @@ def _too_large(
     count = count_parameters(model)
     gib = count * dtype.itemsize / 2**30
     return (
-        f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, "
-        f"on {device}"
+        f"{folder}: {count / 1e6:.1f} million weights, {gib:.2f} GiB as {DTYPE_NAMES[dtype]}, on "
+        f"{device}"
     )
 
 
@@ -199,8 +199,8 @@ def save_model(
     raw["tie_word_embeddings"] = isinstance(model, GPT2) or model.config.tie_word_embeddings
     if build(raw, where).config != model.config:
         raise InputError(
-            f"{where}: describes another network than the one to be saved; "
-            "give its own source folder"
+            f"{where}: describes another network than the one to be saved; give its own source "
+            "folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
@@ -251,8 +251,8 @@ def write_weights(
         for name, tensor in cast.items():
             if not finite(tensor):
                 raise NumericsError(
-                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; "
-                    "not saved"
+                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not "
+                    "saved"
                 )
         save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
     if count > 1:
@@ -290,8 +290,8 @@ def _match(model: LanguageModel, tensors: Mapping[str, Stored], folder: Path) ->
     head = stored.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
     if problems := _misfits(model, wanted, stored):
         raise InputError(
-            f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; "
-            "is it the right config?"
+            f"{folder}: tensors do not fit config.json: {' and '.join(problems)}; is it the right "
+            "config?"
         )
     # One rank compares: all of them read the same files.
     if head is not None and distributed.rank() == 0:
@@ -320,8 +320,8 @@ def _misfits(
         first = [f"{t.name} {t.dtype} {list(t.shape)} in {t.path.name}" for t in odd]
         needs = list(wanted[_our_name(model, odd[0].name) or ""])
         problems.append(
-            f"{len(odd)} of wrong shape or dtype ({first_few(first)}; "
-            f"the first should be a float {needs})"
+            f"{len(odd)} of wrong shape or dtype ({first_few(first)}; the first should be a float "
+            f"{needs})"
         )
     return problems
 

@@ -1,8 +1,7 @@
-"""What a run's files say together: pairs joined by row id, rank correlations with intervals,
-concentration of weights.
+"""What a run's files say together: pairs joined by row id, correlations, concentration of weights.
 
-Pure functions over numbers, and one reader of a run folder. No model is loaded. Formulas:
-docs/report.md.
+One reader of a run folder, `read_pairs`, and pure functions over what it found. No model is loaded.
+Formulas: docs/report.md.
 """
 
 import json
@@ -22,47 +21,26 @@ from ldalign.evaluation.statistics import Array, spearman, superiority
 from ldalign.objective import effective_size
 from ldalign.system.files import read_jsonl
 
-# --------------------------------------------------------------------------------------- statistics
-
-
-def concentration(weights: Array) -> Array:
-    """Share of the total weight that the k heaviest of N pairs carry, k = 0..N: (N + 1,)."""
-    heaviest_first = np.sort(weights)[::-1]
-    total = heaviest_first.sum()
-    return np.concatenate(
-        [[0.0], heaviest_first.cumsum() / total if total > 0 else np.zeros(len(weights))]
-    )
-
-
-def top_share(weights: Array, share: float = 0.1) -> float:
-    """Share of the total weight that the heaviest `share` of the pairs carry
-    (at least one pair).
-    """
-    return float(concentration(weights)[math.ceil(share * len(weights))]) if len(weights) else 0.0
-
+Numbers = dict[str, Any]  # what is known of a policy, a stage or a run, by name
 
 # -------------------------------------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What a method calls the two responses of a pair: the one the loss makes likelier, and the one
-    against it.
-    """
+    """What a method calls the two responses of a pair: the one made likelier, and the other."""
 
     better: str
     worse: str
 
 
-OWN, GIVEN, RANKED = (
-    Sides("real", "generated"),
-    Sides("chosen", "rejected"),
-    Sides("preferred", "rejected"),
-)
+OWN = Sides("real", "generated")
+GIVEN = Sides("chosen", "rejected")
+RANKED = Sides("preferred", "rejected")
 
 
 def sides_of(method: Any) -> Sides:
-    """By the key `method`."""
+    """Returns the names of the sides for a value of the key `method`."""
     return {"dpo": GIVEN, "self_reward": RANKED, "rlaif": RANKED}.get(str(method), OWN)
 
 
@@ -90,14 +68,14 @@ class RunPairs:
     reward_real: Array
     reward_generated: Array
     sides: Sides = OWN
-    # of a judge, for the better of two samples, in [0.5, 1]; NaN: no verdict
-    preference: Array | None = None
+    preference: Array | None = None  # a judge's for the better sample, in [0.5, 1]; NaN: none
     data: Sequence[str] = ()  # the data's own responses, where neither side is one
 
     @property
     def nll(self) -> Array:
-        """Of the generated response under the reference, nats per token (max_length may have cut
-        what was scored).
+        """NLL of the generated response under the reference, nats per token.
+
+        It may be of a part: max_length may have cut what was scored.
         """
         return -self.logp_generated / np.maximum(self.tokens, 1)
 
@@ -108,8 +86,7 @@ class RunPairs:
         return np.array(gaps, dtype=np.float64)
 
 
-# What a distance is laid against: key, the name with its unit, and the values of an iteration's
-# pairs
+# What a distance is laid against: key, name with its unit, the values of an iteration's pairs.
 MEASURES: tuple[tuple[str, str, Callable[[RunPairs], Array]], ...] = (
     ("tokens", "length of the generated response, tokens", lambda p: p.tokens),
     ("length_gap", "difference in length, characters", lambda p: p.length_gap),
@@ -123,20 +100,15 @@ MEASURES: tuple[tuple[str, str, Callable[[RunPairs], Array]], ...] = (
 
 
 def read_pairs(run: Path, t: int) -> RunPairs | None:
-    """Iteration t's pairs joined by row id from the run's finished stages; None where there are
-    none (yet).
-    """
+    """Joins iteration t's pairs by row id from the run's finished stages; None without any."""
     folder, data = run / f"iteration_{t}", run / "data/train.jsonl"
     if not data.is_file():
         return None
     rows = {row["id"]: row for row in read_jsonl(data)}
     if not (folder / "responses/responses.jsonl").is_file():
         return _given_pairs(folder, t, rows)
-    records = [
-        record
-        for record in read_jsonl(folder / "responses/responses.jsonl")
-        if record["id"] in rows
-    ]
+    sampled = read_jsonl(folder / "responses/responses.jsonl")
+    records = [record for record in sampled if record["id"] in rows]
     if len({record["id"] for record in records}) < len(records):
         return _ranked_pairs(folder, t, rows, records)
     real = [_response(rows[record["id"]]) for record in records]
@@ -144,21 +116,16 @@ def read_pairs(run: Path, t: int) -> RunPairs | None:
 
 
 def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> RunPairs | None:
-    """Preference data's: chosen and rejected, once the reference has scored them."""
+    """Joins preference data's pairs, chosen and rejected, once the reference has scored them."""
     if not (folder / "reference/rows.json").is_file():
         return None
     scored = json.loads((folder / "reference/rows.json").read_text(encoding="utf-8"))
     used = [rows[id_] for id_ in scored if "rejected" in rows.get(id_, ())]
     if not used:
         return None
+    whole = {"n_tokens": math.nan, "finish_reason": "stop"}  # the data's responses have ends
     records = [
-        {
-            "id": row["id"],
-            "response": row["rejected"][-1]["content"],
-            "n_tokens": math.nan,
-            "finish_reason": "stop",
-        }
-        for row in used
+        {"id": row["id"], "response": row["rejected"][-1]["content"], **whole} for row in used
     ]
     return replace(_join(folder, t, rows, [_response(row) for row in used], records), sides=GIVEN)
 
@@ -166,8 +133,9 @@ def _given_pairs(folder: Path, t: int, rows: Mapping[str, Any]) -> RunPairs | No
 def _ranked_pairs(
     folder: Path, t: int, rows: Mapping[str, Any], records: Sequence[Any]
 ) -> RunPairs | None:
-    """Of two samples a prompt, the one the judge prefers against the other; None before it has
-    judged.
+    """Joins the two samples of each prompt, the one the judge prefers against the other.
+
+    None before the judge has judged.
     """
     path = folder / "judged/judged.jsonl"
     if not path.is_file():
@@ -196,9 +164,7 @@ def _response(row: Mapping[str, Any]) -> str:
 def _join(
     folder: Path, t: int, rows: Mapping[str, Any], real: list[str], records: Sequence[Any]
 ) -> RunPairs:
-    """`real` against the records' responses, with all that the iteration's stages say of them by
-    row id.
-    """
+    """Joins `real` and the records' responses with all that the stages say of them by row id."""
     ids = [record["id"] for record in records]
     used = [rows[id_] for id_ in ids]
     generated = [record["response"] for record in records]
@@ -234,9 +200,7 @@ def _verdict(row: Mapping[str, Any], text: str, finished: bool) -> float:
 
 
 def _columns(path: Path, ids: list[str], *names: str) -> Array:
-    """(names, N) values of a JSON Lines file with ids; NaN where it has no such row, or is not
-    there.
-    """
+    """Reads (names, N) values of a JSON Lines file by row id; NaN where it has no such row."""
     found = {record["id"]: record for record in read_jsonl(path)} if path.is_file() else {}
     missing: dict[str, float] = {}
     return np.array(
@@ -246,8 +210,9 @@ def _columns(path: Path, ids: list[str], *names: str) -> Array:
 
 
 def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, Array]:
-    """Which of `ids` were scored (None: nothing was), and their log-probs (2, N): of the real, of
-    the generated.
+    """Reads which of `ids` the reference scored, and their log-probs (2, N): real, then generated.
+
+    The first is None where nothing was scored. Log-probs are sums over a response, in nats.
     """
     logps = np.full((2, len(ids)), math.nan)
     if not (folder / "rows.json").is_file():
@@ -256,16 +221,17 @@ def _reference(folder: Path, ids: list[str]) -> tuple[NDArray[np.bool_] | None, 
     place = {id_: i for i, id_ in enumerate(scored)}
     known = np.array([id_ in place for id_ in ids], dtype=bool)
     if scored:
-        # (pairs, 2)
-        table = load_file(folder / "reference.safetensors")["logps"].astype(np.float64)
-        logps[:, known] = table[[place[id_] for id_ in ids if id_ in place]].T
+        table = load_file(folder / "reference.safetensors")["logps"]  # (pairs, 2)
+        picked = table[[place[id_] for id_ in ids if id_ in place]]
+        logps[:, known] = picked.astype(np.float64).T
     return known, logps
 
 
-def summarise(pairs: RunPairs) -> dict[str, Any]:
-    """What table.json keeps of an iteration: rank correlations of distance, and how concentrated
-    the weights are.
-    """
+# ------------------------------------------------------------------------------------------ figures
+
+
+def summarise(pairs: RunPairs) -> Numbers:
+    """Returns what table.json keeps of an iteration: correlations of distance, concentration."""
     kept = pairs.trained
     distance, weight = pairs.distance[kept], pairs.weight[kept]
     if not len(distance) or not np.isfinite(distance).all():
@@ -281,3 +247,16 @@ def summarise(pairs: RunPairs) -> dict[str, Any]:
         "spearman": {key: vars(found) for key, found in correlations.items() if found},
         **({"wrong_is_farther": vars(farther)} if farther else {}),
     }
+
+
+def concentration(weights: Array) -> Array:
+    """Share of the total weight that the k heaviest of N pairs carry, k = 0..N: (N + 1,)."""
+    heaviest_first = np.sort(weights)[::-1]
+    total = heaviest_first.sum()
+    shares = heaviest_first.cumsum() / total if total > 0 else np.zeros(len(weights))
+    return np.concatenate([[0.0], shares])
+
+
+def top_share(weights: Array, share: float = 0.1) -> float:
+    """Share of the total weight that the heaviest `share` of the pairs carry, at least one."""
+    return float(concentration(weights)[math.ceil(share * len(weights))]) if len(weights) else 0.0

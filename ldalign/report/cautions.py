@@ -1,37 +1,33 @@
-"""What a reader of a run's numbers must know before believing them: cautions, from every guide and
-every iteration.
-"""
+"""Cautions: what a reader of a run's numbers must know before believing them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from ldalign.report.analysis import Numbers
 from ldalign.run.folder import shown_name
 
-Numbers = Mapping[str, Any]
 NEAR_ZERO = 0.01  # nats per token: a change of 1 % in a token's probability
-# of the loss, from the last quarter but one to the last, above which training was cut short
-STILL_FALLING = 0.05
+STILL_FALLING = 0.05  # the loss fell by this share over the last two quarters: cut short
 FEW = 0.3  # share of the pairs, as an effective sample size
 MANY = 0.25  # share of texts that were cut
-FEWEST_RECORDS = 8
+FEWEST_RECORDS = 8  # training records, below which no trend is looked for
 
 
 def cautions(
     table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]], commit: str | None = None
 ) -> list[str]:
-    """Sentences; [] where nothing speaks against the run.
+    """Looks at every guide and policy; returns sentences, [] where nothing speaks against a run.
 
     table: what table.json holds. guide_steps: each guide's training records by stage name. commit:
     the code's.
     """
     out: list[str] = []
     for name, losses in table["guides"].items():
-        out += _of_guide(guide_name(name), losses, guide_steps.get(name, ()))
+        out += _guide_cautions(guide_name(name), losses, guide_steps.get(name, ()))
     for row in table["policies"]:
         if row["policy"].startswith("iteration_"):
-            out += _of_iteration(row, table["analysis"].get(row["policy"], {}))
+            out += _iteration_cautions(row, table["analysis"].get(row["policy"], {}))
         if row.get("truncated_frac", 0) > MANY:
             out.append(
                 f"{_cap(row['policy'])}: {row['truncated_frac']:.0%} of the held-out answers were "
@@ -46,12 +42,12 @@ def cautions(
 
 
 def guide_name(stage: str) -> str:
-    """How a reader calls the guide of a stage: "the guide", "iteration 1's guide"."""
+    """Says how a reader calls the guide of a stage: "the guide", "iteration 1's guide"."""
     return "the guide" if stage == "guide" else f"{stage.split('/')[0].replace('_', ' ')}'s guide"
 
 
-def _of_guide(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]:
-    """Of one guide: its held-out losses (nats per token), and its training records."""
+def _guide_cautions(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]:
+    """Looks at one guide's held-out losses (nats per token) and its training records."""
     out: list[str] = []
     gain, sibling = losses.get("latent_gain"), losses.get("sibling_gain")
     if gain is not None and gain <= 0:
@@ -80,10 +76,8 @@ def _of_guide(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]
     loss = [step["loss"] for step in steps if "loss" in step]
     if len(loss) >= FEWEST_RECORDS:
         quarter = len(loss) // 4
-        before, last = (
-            float(np.mean(loss[-2 * quarter : -quarter])),
-            float(np.mean(loss[-quarter:])),
-        )
+        before = float(np.mean(loss[-2 * quarter : -quarter]))
+        last = float(np.mean(loss[-quarter:]))
         if last < (1 - STILL_FALLING) * before:
             out.append(
                 f"{_cap(name)}'s training loss was still falling at its end, from {before:.3f} to "
@@ -93,8 +87,8 @@ def _of_guide(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]
     return out
 
 
-def _of_iteration(row: Numbers, analysis: Numbers) -> list[str]:
-    """Of one iteration: its pairs, its weights, its training."""
+def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[str]:
+    """Looks at one iteration's pairs, weights and training."""
     name = _cap(row["policy"])
     out: list[str] = []
     cut = row.get("responses/losers/truncated_frac", 0)

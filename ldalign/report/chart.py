@@ -1,4 +1,9 @@
-"""What all figures share: size, colours, one way to a file and into a page."""
+"""What all drawings share: size, colours, scales, and the way to a file and into a page.
+
+Colours differ for colour-blind readers too, and series differ by line style and marker besides.
+Backgrounds are transparent. `inline_svg` hands the colours over to the page's CSS, so that one
+drawing suits a light and a dark page.
+"""
 
 import io
 import re
@@ -16,6 +21,7 @@ from matplotlib.ticker import NullFormatter
 from ldalign.evaluation.statistics import Array
 
 INK, GRID = "#1b1f24", "#d5d9de"
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.2)))
 MARKERS = "osD^v<"
@@ -63,8 +69,9 @@ class Chart:
 
 
 def write_chart(chart: Chart, folder: Path) -> str:
-    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page, "" where
-    there is no figure.
+    """Writes NAME.svg and NAME.png (on white); returns the SVG as it goes into a page.
+
+    Without a figure it returns "", and removes the files of an earlier report.
     """
     if chart.figure is None:
         for suffix in (".svg", ".png"):  # of an earlier report
@@ -81,9 +88,7 @@ def write_chart(chart: Chart, folder: Path) -> str:
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """An SVG file as part of an HTML page: no prolog, ids of its own, a label, colours from the
-    page's CSS.
-    """
+    """Makes an SVG file a part of an HTML page: no prolog, ids of its own, a label, CSS colours."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -102,18 +107,15 @@ def inline_svg(svg: str, name: str, title: str) -> str:
 
 
 def chart(name: str, title: str, draw: Callable[[], tuple[Figure, str] | str]) -> Chart:
-    """`draw` returns the figure and its caption, or the reason why there is none."""
+    """Makes a Chart of what `draw` returns: the figure and its caption, or why there is none."""
     with matplotlib.rc_context(STYLE):
         drawn = draw()
-    return (
-        Chart(name, title, drawn, None)
-        if isinstance(drawn, str)
-        else Chart(name, title, drawn[1], drawn[0])
-    )
+    figure, caption = (None, drawn) if isinstance(drawn, str) else drawn
+    return Chart(name, title, caption, figure)
 
 
 def choose_scale(values: Array) -> str:
-    """Logarithmic for positive values with a long tail."""
+    """Returns "log" for positive values with a long tail, else "linear"."""
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     if not len(positive) or (values < 0).any() or (values == 0).mean() > 0.05:
@@ -122,7 +124,7 @@ def choose_scale(values: Array) -> str:
 
 
 def bins(values: Array) -> tuple[Array, str]:
-    """Edges of about the square root of N bins, at most 40, and the scale they are even on."""
+    """Returns edges of about sqrt(N) bins, at most 40, and the scale that they are even on."""
     scale, count = choose_scale(values), int(np.clip(np.sqrt(len(values)), 6, 40))
     if scale == "log":
         positive = values[values > 0]

@@ -1,15 +1,14 @@
-"""The report's drawings: each function makes one Chart, or says why there is nothing to draw. Needs
-matplotlib.
+"""The report's drawings: each function makes one Chart, or says why there is nothing to draw.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; iterations differ by line
-style and marker too. Backgrounds are transparent. `inline_svg` hands the colours over to the page's
-CSS, so that one drawing suits a light and a dark page.
+The common part is chart.py. Needs matplotlib.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -29,80 +28,70 @@ from ldalign.report.chart import (
     chart,
     choose_scale,
 )
-from ldalign.report.table import duration
+from ldalign.report.table import HELD_OUT, duration
 from ldalign.run.folder import shown_name
 
-MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
+MOST_POINTS = 800  # of a scatter; of more, so many are drawn at random, as the caption says
+# The stages that have a colour of their own, in the order of SERIES.
+COLOURED = ("policy", "responses", "evaluation", "guide", "reference", "distances")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def interval(found: Mapping[str, float]) -> str:
-    """A rank correlation with its interval."""
-    return (
-        f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} "
-        "pairs)"
-    )
+@dataclass(frozen=True)
+class Relation:
+    """A quantity that the latent distance is drawn over, and what to say of it.
 
-
-def contrasts(summary: Mapping[str, Any]) -> Chart:
-    """Of a comparison of methods (`ldalign.report.comparison`): every difference with its interval,
-    each seed beside it.
+    key: its name among the measures of table.json's analysis. reading: how to read the drawing.
+    absent: why there is none where no pair has the quantity.
     """
 
-    def draw() -> tuple[Figure, str]:
-        rows = {
-            f"{name} - start": row["difference"]
-            for name, row in summary["policies"].items()
-            if row["difference"]
-        }
-        rows = {name: gaps for name, gaps in rows.items() if name != "start - start"} | summary[
-            "contrasts"
-        ]
-        measures = [
-            (key, factor, label)
-            for key, factor, label in (
-                ("sampled", 100, "sampled accuracy, points"),
-                ("greedy", 100, "greedy accuracy, points"),
-                ("nll", 1, "NLL, nats/token"),
-            )
-            if key in next(iter(rows.values()))
-        ]
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
-        panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
-        places = np.arange(len(rows))
-        for n, (axes, (key, factor, label)) in enumerate(zip(panels, measures, strict=True)):
-            means = np.array([factor * gaps[key]["mean"] for gaps in rows.values()])
-            errors = np.array([factor * NORMAL_95 * gaps[key]["se"] for gaps in rows.values()])
-            for place, gaps in zip(places, rows.values(), strict=True):
-                seeds = [factor * gap for gap in gaps[key]["by_seed"]]
-                axes.plot(seeds, [place + 0.22] * len(seeds), "|", ms=5, color=INK, alpha=0.6)
-            axes.errorbar(
-                means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n]
-            )
-            axes.axvline(0, color=INK, lw=0.8)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.set_xlabel(label)
-        panels[0].set_yticks(places, list(rows))
-        panels[0].set_ylim(len(rows) - 0.4, -0.6)
-        return figure, (
-            "Bars: 95 % intervals over prompts. Small strokes: each seed's own difference."
-        )
+    name: str
+    title: str
+    values: Callable[[RunPairs], Array]
+    xlabel: str
+    key: str
+    reading: str
+    absent: str
 
-    return chart("comparison", "Differences between methods", draw)
+
+LENGTH = Relation(
+    "distance_length",
+    "Distance and length",
+    lambda p: p.tokens,
+    "generated response, tokens",
+    "tokens",
+    "A strong relation would mean that the weights mostly follow length.",
+    "the responses' lengths are not known.",
+)
+LIKELIHOOD = Relation(
+    "distance_nll",
+    "Distance and likelihood",
+    lambda p: p.nll,
+    "NLL of the generated response, nats/token",
+    "nll",
+    "NLL is under the reference, the policy that sampled the response: far to the right are "
+    "responses that the policy itself found unlikely.",
+    "no reference log-probs yet.",
+)
+REWARD = Relation(
+    "distance_reward",
+    "Distance and reward",
+    lambda p: p.reward_real - p.reward_generated,
+    "reward, real - generated",
+    "reward_gap",
+    "If the distance knew what the reward model knows, points would rise to the right.",
+    "no responses were scored by a reward model.",
+)
 
 
 # ----------------------------------------------------------------------------------------- held out
 
 
 def held_out(rows: Rows) -> Chart:
-    """Accuracy of every policy with its interval, and the likelihood of the real responses."""
+    """Draws every policy's accuracy with its interval, and the likelihood of the real responses."""
 
     def draw() -> tuple[Figure, str] | str:
-        scores = [
-            key
-            for key in ("accuracy/greedy", "accuracy/sampled")
-            if any(key in row for row in rows)
-        ]
+        scores = [key for key, _ in HELD_OUT if any(key in row for row in rows)]
         likely = [row for row in rows if "nll/real" in row]
         if not likely:
             return "no policy was evaluated on held-out rows (evaluation.rows=0, or not yet)."
@@ -154,7 +143,7 @@ def held_out(rows: Rows) -> Chart:
 
 
 def distances(iterations: Sequence[RunPairs]) -> Chart:
-    """How the latent distances of an iteration's pairs are distributed."""
+    """Draws how the latent distances of an iteration's pairs are distributed."""
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -195,20 +184,12 @@ def distances(iterations: Sequence[RunPairs]) -> Chart:
     return chart("distances", "Latent distances by iteration", draw)
 
 
-def against(
-    name: str,
-    title: str,
-    iterations: Sequence[RunPairs],
-    values: Callable[[RunPairs], Array],
-    xlabel: str,
-    found: Mapping[str, Any],
-    key: str,
-    reading: str,
-    absent: str,
-) -> Chart:
-    """Distance over another quantity, a panel an iteration. found: table.json's analysis; key: the
-    measure's name.
+def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
+    """Draws the distance over another quantity, a panel an iteration.
+
+    found: table.json's analysis, by iteration's name; so too in the functions below.
     """
+    values, key = relation.values, relation.key
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -216,10 +197,10 @@ def against(
             return known
         known = [p for p in known if np.isfinite(values(p)[p.trained]).any()]
         if not known:
-            return absent
+            return relation.absent
         scales = [
-            choose_scale(np.concatenate([q(p)[p.trained] for p in known]))
-            for q in (values, _distance)
+            choose_scale(np.concatenate([quantity(p)[p.trained] for p in known]))
+            for quantity in (values, _distance)
         ]
         figure = Figure(figsize=(WIDTH, 3.1))
         panels = figure.subplots(1, len(known), sharex=True, sharey=True, squeeze=False)[0]
@@ -233,29 +214,29 @@ def against(
             )
             for side, scale in zip("xy", scales, strict=True):
                 apply_scale(axes, side, scale)
-            axes.set(title=f"iteration {p.iteration}", xlabel=xlabel)
+            axes.set(title=f"iteration {p.iteration}", xlabel=relation.xlabel)
         panels[0].set_ylabel("latent distance d")
         seen = [
             f"Iteration {p.iteration}: "
-            f"{interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
+            f"{_interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
             for p in known
             if key in found[f"iteration_{p.iteration}"].get("spearman", {})
         ]
-        measured = (
-            f"{'; '.join(seen)} (Spearman's rank correlation, 95 % interval). " if seen else ""
-        )
-        sampled = (
-            f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of all."
-            if cut
-            else ""
-        )
-        return figure, measured + reading + sampled
+        caption = relation.reading
+        if seen:
+            caption = f"{'; '.join(seen)} (Spearman's rank correlation, 95 % interval). {caption}"
+        if cut:
+            caption += (
+                f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of "
+                "all."
+            )
+        return figure, caption
 
-    return chart(name, title, draw)
+    return chart(relation.name, relation.title, draw)
 
 
 def verdicts(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
-    """Distances of generated answers that are right, and of those that are wrong."""
+    """Draws distances of generated answers that are right, and of those that are wrong."""
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -275,40 +256,14 @@ def verdicts(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
                 values = p.distance[p.trained & (p.right == verdict)]
                 place = n * 2.4 + m
                 labels.append((place, f"iteration {p.iteration}, {word} ({len(values)})"))
-                if not len(values):
-                    continue
-                colour = SERIES[2] if verdict else SERIES[1]
-                axes.boxplot(
-                    values,
-                    positions=[place],
-                    orientation="horizontal",
-                    widths=0.7,
-                    whis=(5, 95),
-                    patch_artist=True,
-                    showfliers=len(values) <= MOST_POINTS,
-                    flierprops={"marker": ".", "ms": 3, "mec": colour},
-                    medianprops={"color": INK, "lw": 1.6},
-                    boxprops={"facecolor": colour + "55", "edgecolor": colour},
-                    whiskerprops={"color": colour},
-                    capprops={"color": colour},
-                )
+                if len(values):
+                    _box(axes, values, place, SERIES[2] if verdict else SERIES[1])
         axes.set_yticks(*zip(*labels, strict=True))
         axes.set_ylim(labels[-1][0] + 0.7, -0.7)
         apply_scale(axes, "x", choose_scale(np.concatenate([p.distance[p.trained] for p in known])))
         axes.set_xlabel("latent distance d")
         axes.grid(axis="y", visible=False)
-        seen = []
-        for p in known:
-            words = found[f"iteration_{p.iteration}"]
-            if "wrong_is_farther" in words:
-                share = words["wrong_is_farther"]
-                seen.append(
-                    f"Iteration {p.iteration}: {interval(words['spearman']['wrong'])}, and a wrong "
-                    f"answer lies farther than a right one with probability {share['value']:.2f} "
-                    f"({share['low']:.2f} to {share['high']:.2f})"
-                )
-            else:
-                seen.append(f"Iteration {p.iteration}: too few of one kind for an interval")
+        seen = [_verdict_sentence(p.iteration, found[f"iteration_{p.iteration}"]) for p in known]
         return figure, (
             "Boxes: quartiles and median; whiskers: 5th to 95th percentile; dots: pairs beyond; "
             "the number of pairs in brackets. If the distance knew quality, wrong answers would "
@@ -320,8 +275,38 @@ def verdicts(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
     return chart("distance_verdict", "Distance and the checker's verdict", draw)
 
 
+def _box(axes: Axes, values: Array, place: float, colour: str) -> None:
+    """Draws a lying box with whiskers at `place`."""
+    axes.boxplot(
+        values,
+        positions=[place],
+        orientation="horizontal",
+        widths=0.7,
+        whis=(5, 95),
+        patch_artist=True,
+        showfliers=len(values) <= MOST_POINTS,
+        flierprops={"marker": ".", "ms": 3, "mec": colour},
+        medianprops={"color": INK, "lw": 1.6},
+        boxprops={"facecolor": colour + "55", "edgecolor": colour},
+        whiskerprops={"color": colour},
+        capprops={"color": colour},
+    )
+
+
+def _verdict_sentence(iteration: int, analysis: Mapping[str, Any]) -> str:
+    """Says of an iteration how distance and verdict go together."""
+    if "wrong_is_farther" not in analysis:
+        return f"Iteration {iteration}: too few of one kind for an interval"
+    share = analysis["wrong_is_farther"]
+    return (
+        f"Iteration {iteration}: {_interval(analysis['spearman']['wrong'])}, and a wrong answer "
+        f"lies farther than a right one with probability {share['value']:.2f} ({share['low']:.2f} "
+        f"to {share['high']:.2f})"
+    )
+
+
 def correlations(found: Mapping[str, Any]) -> Chart:
-    """All rank correlations of distance with their intervals."""
+    """Draws all rank correlations of distance with their intervals."""
 
     def draw() -> tuple[Figure, str] | str:
         by_iteration = {name: a["spearman"] for name, a in found.items() if a.get("spearman")}
@@ -338,9 +323,8 @@ def correlations(found: Mapping[str, Any]) -> Chart:
             known = [(place, seen[key]) for place, (key, _) in enumerate(shown) if key in seen]
             values = np.array([e["value"] for _, e in known])
             errors = np.abs(np.array([[e["low"], e["high"]] for _, e in known]).T - values)
-            places = (
-                np.array([place for place, _ in known]) + 0.5 * (n + 0.5) / len(by_iteration) - 0.25
-            )
+            count = len(by_iteration)
+            places = np.array([place for place, _ in known]) + 0.5 * (n + 0.5) / count - 0.25
             axes.errorbar(
                 values,
                 places,
@@ -369,12 +353,30 @@ def correlations(found: Mapping[str, Any]) -> Chart:
     return chart("correlations", "What the distance goes with", draw)
 
 
+def _interval(found: Mapping[str, float]) -> str:
+    """Says a rank correlation with its interval."""
+    return (
+        f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} "
+        "pairs)"
+    )
+
+
+def _with_distances(iterations: Sequence[RunPairs]) -> list[RunPairs] | str:
+    known = [p for p in iterations if p.trained.any() and np.isfinite(p.distance[p.trained]).all()]
+    return known or "this run has no latent distances (another method, or not yet)."
+
+
+def _distance(pairs: RunPairs) -> Array:
+    return pairs.distance
+
+
 # ----------------------------------------------------------------------------------- guide, weights
 
 
 def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
-    """Each guide's held-out losses with the true latent, another row's, and none. guides: losses by
-    stage name.
+    """Draws each guide's held-out losses with the true latent, another row's, and none.
+
+    guides: losses in nats per token, by stage name.
     """
 
     def draw() -> tuple[Figure, str] | str:
@@ -383,20 +385,16 @@ def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
         }
         if not known:
             return "this run trained no guide (another method, or a trained one was given)."
-        kinds = [
-            ("true", "its own latent"),
-            ("none", "no latent"),
-            ("other", "another row's latent"),
-        ]
+        kinds = {"true": "its own latent", "none": "no latent", "other": "another row's latent"}
         figure = Figure(figsize=(WIDTH, 0.8 + 0.9 * len(known)))
         axes = figure.subplots()
         labels = []
         for n, (name, losses) in enumerate(known.items()):
             places = [3.6 * n + m for m in range(3)]
-            values = [losses[key] for key, _ in kinds]
+            values = [losses[key] for key in kinds]
             axes.hlines(places, min(values), values, color=GRID, lw=2)
             axes.scatter(values, places, c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
-            for place, value, (_, label) in zip(places, values, kinds, strict=True):
+            for place, value, label in zip(places, values, kinds.values(), strict=True):
                 axes.annotate(
                     f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center"
                 )
@@ -425,7 +423,7 @@ def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
 
 
 def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
-    """Distribution of the pair weights, and which share of the pull the heaviest pairs have."""
+    """Draws the distribution of the pair weights, and what share of the pull the heaviest have."""
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -474,8 +472,10 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
 
 
 def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
-    """Loss, rewards, log-probs and accuracies over the steps of all iterations; of SFT, its loss.
-    steps: by iteration's name."""
+    """Draws loss, rewards, log-probs and accuracies over the steps of all iterations.
+
+    Without pairs, as in SFT, it draws the loss alone. steps: records by iteration's name.
+    """
 
     def draw() -> tuple[Figure, str] | str:
         known = {
@@ -489,28 +489,12 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
             return "no iteration has trained yet."
         paired = len(panels) > 1
         figure = Figure(figsize=(WIDTH, 5.4 if paired else 2.6))
-        grid = (
-            figure.subplots(2, 2, sharex=True, squeeze=False)
-            if paired
-            else figure.subplots(1, 1, squeeze=False)
-        )
+        side = 2 if paired else 1
+        grid = figure.subplots(side, side, sharex=paired, squeeze=False)
         begin = 0
         for name, rows in known.items():
-            at = begin + np.arange(1, len(rows) + 1)
             for axes, names in zip(grid.flat, panels.values(), strict=True):
-                for key, (label, n) in names.items():
-                    values = np.array([row.get(key, np.nan) for row in rows])
-                    axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
-                    axes.plot(
-                        at,
-                        _smooth(values),
-                        color=SERIES[n],
-                        ls=DASHES[n],
-                        lw=1.6,
-                        label="" if begin else label,
-                    )
-                if begin:
-                    axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
+                _draw_steps(axes, names, rows, begin)
                 if len(known) > 1:
                     axes.annotate(
                         shown_name(name),
@@ -533,27 +517,34 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
         for axes in grid[-1]:
             axes.set_xlabel("optimizer step" + (", iterations in turn" if len(known) > 1 else ""))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        thin = (
-            "Thin: every step, another batch each; thick: a running mean over about a tenth of an "
-            "iteration."
-        )
-        if not paired:
-            return figure, (
-                f"{thin} How unlikely the responses trained on are to the policy; lower is better."
-            )
-        return figure, (
-            f"{thin} A reward is β times what a response has gained in log-prob over the "
-            f"reference; the margin is that of the {sides.better} response minus that of the "
-            f"{sides.worse} one, and is what the loss raises: look at it first. With reference: "
-            "iteration each iteration starts again from 0, as its reference is the policy it "
-            "starts from."
-        )
+        return figure, _training_caption(sides if paired else None)
 
     return chart("training", "Training, step by step", draw)
 
 
+def _draw_steps(axes: Axes, names: Mapping[str, tuple[str, int]], rows: Rows, begin: int) -> None:
+    """Draws metrics of one iteration, whose first step is number `begin` + 1, thin and smoothed.
+
+    names: of each metric the label and the place in SERIES and DASHES.
+    """
+    at = begin + np.arange(1, len(rows) + 1)
+    for key, (label, n) in names.items():
+        values = np.array([row.get(key, np.nan) for row in rows])
+        smooth = {"color": SERIES[n], "ls": DASHES[n], "label": "" if begin else label}
+        axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
+        axes.plot(at, _smooth(values), lw=1.6, **smooth)
+    if begin:
+        axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
+
+
+def _smooth(values: Array) -> Array:
+    """Takes the running mean over about a tenth of the steps, shorter at the ends."""
+    half = max(1, len(values) // 20)
+    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
 def _panels(sides: Sides) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
-    """(title, unit) -> metric -> label, place in SERIES and DASHES."""
+    """Returns (title, unit) -> metric -> label, place in SERIES and DASHES."""
     return {
         ("loss, all weights 1", "nats a pair"): {"loss/unweighted": ("loss", 0)},
         ("rewards", "β × nats a response"): {
@@ -571,26 +562,27 @@ def _panels(sides: Sides) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
     }
 
 
-def _smooth(values: Array) -> Array:
-    """Running mean over about a tenth of the steps, shorter at the ends."""
-    half = max(1, len(values) // 20)
-    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+def _training_caption(sides: Sides | None) -> str:
+    """Says what to see in the training figure; sides: None where responses have no pairs."""
+    thin = (
+        "Thin: every step, another batch each; thick: a running mean over about a tenth of an "
+        "iteration."
+    )
+    if sides is None:
+        return f"{thin} How unlikely the responses trained on are to the policy; lower is better."
+    return (
+        f"{thin} A reward is β times what a response has gained in log-prob over the reference; "
+        f"the margin is that of the {sides.better} response minus that of the {sides.worse} one, "
+        "and is what the loss raises: look at it first. With reference: iteration each iteration "
+        "starts again from 0, as its reference is the policy it starts from."
+    )
 
 
 # ------------------------------------------------------------------------------------------- budget
 
-STAGE_KINDS = {
-    "policy": "training",
-    "responses": "sampling",
-    "evaluation": "evaluation",
-    "guide": "guide",
-    "reference": "reference",
-    "distances": "distances",
-}
-
 
 def budget(seconds: Mapping[str, float]) -> Chart:
-    """Wall time of every stage."""
+    """Draws the wall time of every stage. seconds: by stage name."""
 
     def draw() -> tuple[Figure, str] | str:
         if not sum(seconds.values()):
@@ -600,7 +592,7 @@ def budget(seconds: Mapping[str, float]) -> Chart:
         kinds = [
             "evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds
         ]
-        colours = dict(zip(STAGE_KINDS, SERIES, strict=True))
+        colours = dict(zip(COLOURED, SERIES, strict=True))
         drawn = axes.barh(
             range(len(seconds)),
             list(seconds.values()),
@@ -622,13 +614,50 @@ def budget(seconds: Mapping[str, float]) -> Chart:
     return chart("budget", "Wall time by stage", draw)
 
 
-# ------------------------------------------------------------------------------------------- shared
+# -------------------------------------------------------------------------- a comparison of methods
 
 
-def _with_distances(iterations: Sequence[RunPairs]) -> list[RunPairs] | str:
-    known = [p for p in iterations if p.trained.any() and np.isfinite(p.distance[p.trained]).all()]
-    return known or "this run has no latent distances (another method, or not yet)."
+def contrasts(summary: Mapping[str, Any]) -> Chart:
+    """Draws every difference between methods with its interval, each seed beside it.
 
+    summary: what `ldalign.report.comparison.summarise` returns.
+    """
 
-def _distance(pairs: RunPairs) -> Array:
-    return pairs.distance
+    def draw() -> tuple[Figure, str]:
+        rows = {
+            f"{name} - start": row["difference"]
+            for name, row in summary["policies"].items()
+            if row["difference"] and name != "start"
+        }
+        rows |= summary["contrasts"]
+        measures = [
+            (key, factor, label)
+            for key, factor, label in (
+                ("sampled", 100, "sampled accuracy, points"),
+                ("greedy", 100, "greedy accuracy, points"),
+                ("nll", 1, "NLL, nats/token"),
+            )
+            if key in next(iter(rows.values()))
+        ]
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
+        panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
+        places = np.arange(len(rows))
+        for n, (axes, (key, factor, label)) in enumerate(zip(panels, measures, strict=True)):
+            means = np.array([factor * gaps[key]["mean"] for gaps in rows.values()])
+            errors = np.array([factor * NORMAL_95 * gaps[key]["se"] for gaps in rows.values()])
+            for place, gaps in zip(places, rows.values(), strict=True):
+                seeds = [factor * gap for gap in gaps[key]["by_seed"]]
+                axes.plot(seeds, [place + 0.22] * len(seeds), "|", ms=5, color=INK, alpha=0.6)
+            axes.errorbar(
+                means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n]
+            )
+            axes.axvline(0, color=INK, lw=0.8)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_xlabel(label)
+        panels[0].set_yticks(places, list(rows))
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)
+        return figure, (
+            "Bars: 95 % intervals over prompts. Small strokes: each seed's own difference."
+        )
+
+    return chart("comparison", "Differences between methods", draw)

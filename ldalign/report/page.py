@@ -1,5 +1,4 @@
-"""report.html: one self-contained page that tells somebody who did not run it what a run did,
-reached and cost.
+"""report.html: one self-contained page that tells an outsider what a run did, reached and cost.
 
 Derived from the run folder alone, from whatever stages are finished, without loading a model:
 `train/report.py run=RUN` makes it again at any time. The page itself is page.html, a jinja2
@@ -18,9 +17,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ldalign.report import words
-from ldalign.report.analysis import RunPairs, read_pairs, sides_of
+from ldalign.report.analysis import Numbers, RunPairs, read_pairs, sides_of
 from ldalign.report.cautions import cautions
-from ldalign.report.table import Numbers, collect, read_steps, read_summaries
+from ldalign.report.table import collect, read_steps, read_summaries
 from ldalign.run.folder import iterations
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import write_text
@@ -31,8 +30,9 @@ PAGE = "report/report.html"
 
 
 def try_page(run: Path) -> str:
-    """`write_page` at the end of a run: one line, either where the page is or why there is none.
-    Never raises.
+    """Writes the page at the end of a run; says in one line where it is, or why there is none.
+
+    Never raises: the run is done all the same.
     """
     try:
         return f"The report: {write_page(run)}"
@@ -72,7 +72,7 @@ def write_page(run: Path) -> Path:
 
 
 def gather(run: Path) -> dict[str, Any]:
-    """Everything the template shows; the figures are drawn and written on the way."""
+    """Returns everything that the template shows; the figures are drawn and written on the way."""
     table, summaries = collect(run), read_summaries(run)
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text) or {}
@@ -82,9 +82,9 @@ def gather(run: Path) -> dict[str, Any]:
     steps = {name.removesuffix("/policy"): records for name, records in trained.items()}
     method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
+    policy = words.short_name(config.get("policy", "a policy"))
     return {
-        "title": f"{words.method_name(config)} on "
-        f"{words.short_name(config.get('policy', 'a policy'))}",
+        "title": f"{words.method_name(config)} on {policy}",
         "meta": words.origin(run, machine),
         "headline": words.headline(table, config),
         "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
@@ -125,9 +125,7 @@ def _charts(
     steps: Mapping[str, list[Numbers]],
     method: str,
 ) -> dict[str, Numbers]:
-    """Draws and writes every figure: name -> title, caption, SVG ("" where there is nothing to
-    draw).
-    """
+    """Draws and writes every figure: name -> title, caption, SVG ("" where there is no figure)."""
     from ldalign.report import figures
     from ldalign.report.chart import write_chart
 
@@ -136,41 +134,10 @@ def _charts(
         figures.held_out(table["policies"]),
         figures.distances(joined),
         figures.correlations(found),
-        figures.against(
-            "distance_length",
-            "Distance and length",
-            joined,
-            lambda p: p.tokens,
-            "generated response, tokens",
-            found,
-            "tokens",
-            "A strong relation would mean that the weights mostly follow length.",
-            "the responses' lengths are not known.",
-        ),
-        figures.against(
-            "distance_nll",
-            "Distance and likelihood",
-            joined,
-            lambda p: p.nll,
-            "NLL of the generated response, nats/token",
-            found,
-            "nll",
-            "NLL is under the reference, the policy that sampled the response: far to the right "
-            "are responses that the policy itself found unlikely.",
-            "no reference log-probs yet.",
-        ),
+        figures.against(figures.LENGTH, joined, found),
+        figures.against(figures.LIKELIHOOD, joined, found),
         figures.verdicts(joined, found),
-        figures.against(
-            "distance_reward",
-            "Distance and reward",
-            joined,
-            lambda p: p.reward_real - p.reward_generated,
-            "reward, real - generated",
-            found,
-            "reward_gap",
-            "If the distance knew what the reward model knows, points would rise to the right.",
-            "no responses were scored by a reward model.",
-        ),
+        figures.against(figures.REWARD, joined, found),
         figures.guide(table["guides"]),
         figures.weights(joined, found),
         figures.training(steps, sides_of(method)),

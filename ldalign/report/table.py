@@ -1,32 +1,32 @@
-"""table.md and table.json: what every policy of a run reached, and what it took. The page is
-page.py's.
+"""table.json and table.md: what every policy of a run reached, and what it took.
+
+`collect` reads the finished stages into the former, `render` makes the latter of it. The page
+(page.py) shows the same numbers.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldalign.evaluation import statistics
 from ldalign.evaluation.statistics import standard_error
 from ldalign.report import analysis
+from ldalign.report.analysis import Numbers
 from ldalign.report.cautions import cautions, guide_name
 from ldalign.run.folder import STEPS, SUMMARY, benchmark_summaries, iterations, stage_names
 from ldalign.system.files import make_folder, read_jsonl, write_text
 from ldalign.system.metrics import say
 
-Numbers = dict[str, Any]  # one policy: its name, and numbers by metric name
 HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
-# Which of a benchmark's metrics stands for it in the comparison: the first of these it has
+# Which of a benchmark's metrics stands for it in a comparison: the first of these that it has.
 LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible")
+Column = tuple[str, Callable[[Numbers], str]]  # of a Markdown table: its title, a policy's cell
 
 
 def write_report(run: Path) -> str:
-    """Collects the finished stages of a run folder into report/table.json and report/table.md;
-    returns the latter.
-    """
+    """Collects a run's finished stages into report/table.json and table.md; returns the text."""
     table = collect(run)
     make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
@@ -35,9 +35,35 @@ def write_report(run: Path) -> str:
     return text
 
 
+def say_table(run: Path) -> None:
+    """Prints the benchmark scores of all policies of a run, and how they were measured."""
+    lines = []
+    for name, summary in benchmark_summaries(run).items():
+        policy, _, task = name.partition("/benchmarks/")
+        about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
+        scores = ", ".join(
+            f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
+            for key, value in summary.items()
+            if f"{key}_se" in summary
+        )
+        lines.append(
+            f"| {policy} | {task} | {scores} | {summary['rows']:.0f} | {summary['shots']:.0f} | "
+            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | "
+            f"{about['lm_eval']} |"
+        )
+    if lines:
+        head = "| policy | benchmark | score, % +- standard error | rows | shots | chat template | "
+        head += "version | lm-eval |"
+        say("\n".join(["", head, "|---" * 8 + "|", *lines]))
+
+
+# --------------------------------------------------------------------------------------- collecting
+
+
 def collect(run: Path) -> Numbers:
-    """What table.json holds: every number of the finished stages, by policy, and the analysis of
-    every iteration.
+    """Returns what table.json holds: each finished stage's numbers, by policy, and the analysis.
+
+    The analysis is `analysis.summarise` of every iteration.
     """
     summaries = read_summaries(run)
     names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
@@ -62,18 +88,18 @@ def collect(run: Path) -> Numbers:
 
 
 def read_summaries(run: Path) -> dict[str, Numbers]:
-    """Every finished stage's summary, in the order of the method."""
+    """Reads every finished stage's summary, in the order of the method."""
     return {name: _read(run / name / SUMMARY) for name in stage_names(run)}
 
 
 def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
-    """metrics.jsonl of the named stages that have one."""
+    """Reads metrics.jsonl of the named stages that have one."""
     files = {name: run / name / "metrics.jsonl" for name in names}
     return {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
 
 
 def _collect(run: Path, summaries: dict[str, Numbers], name: str) -> Numbers:
-    """Everything known of one policy; {} where nothing was measured."""
+    """Returns everything known of one policy; {} where nothing was measured."""
     parts = {step: summaries.get(f"{name}/{step}", {}) for step in STEPS}
     benchmarks = {
         key.rpartition("/")[2]: value
@@ -96,25 +122,14 @@ def _collect(run: Path, summaries: dict[str, Numbers], name: str) -> Numbers:
     }
 
 
-def leading(benchmark: Numbers) -> str | None:
-    """The metric that stands for a benchmark in the comparison; None where its summary has none we
-    know.
-    """
-    return next((name for name in LEADING if name in benchmark), None)
-
-
 def _scores(row: Numbers) -> dict[str, float]:
-    """What the mean relative gain is taken over: the benchmarks, or the held-out accuracies where
-    there is none.
-    """
+    """Returns the scores of the mean relative gain: benchmarks, or else held-out accuracies."""
     found = {task: b[name] for task, b in row["benchmarks"].items() if (name := leading(b))}
     return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
 def _difference(run: Path, first: str, name: str) -> Numbers:
-    """Accuracy minus the first policy's, with the standard error of the paired difference over
-    prompts.
-    """
+    """Returns accuracy minus the first policy's, with the standard error over prompts, paired."""
     files = [run / policy / "evaluation/answers.jsonl" for policy in (first, name)]
     if first == name or not all(path.is_file() for path in files):
         return {}
@@ -135,65 +150,25 @@ def _difference(run: Path, first: str, name: str) -> Numbers:
     return out
 
 
+def _read(path: Path) -> Numbers:
+    value: Numbers = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
 # ----------------------------------------------------------------------------------------- Markdown
 
 
 def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
-    """The Markdown page of what table.json holds. guide_steps: as in `cautions`."""
+    """Writes the Markdown page of what table.json holds. guide_steps: as in `cautions`."""
     rows: list[Numbers] = table["policies"]
     first = rows[0]["policy"] if rows else "start"
     found = cautions(table, guide_steps)
     parts = [
         "".join(f"Caution: {text}\n\n" for text in found),
-        _table(
-            "Held out",
-            rows,
-            [
-                ("greedy accuracy, %", lambda r: _percent(r, "accuracy/greedy", "{:.1f}")),
-                ("sampled accuracy, %", lambda r: _percent(r, "accuracy/sampled", "{:.1f}")),
-                (
-                    f"greedy - {first}, points",
-                    lambda r: _percent(r, "difference/greedy", "{:+.1f}"),
-                ),
-                (
-                    f"sampled - {first}, points",
-                    lambda r: _percent(r, "difference/sampled", "{:+.1f}"),
-                ),
-                ("answers cut, %", lambda r: _number(r, "truncated_frac", "{:.1f}", 100)),
-                ("NLL of real responses, nats/token", lambda r: _number(r, "nll/real", "{:.4f}")),
-                ("reward of greedy answers", _reward),
-                ("they beat the real ones, %", lambda r: _percent(r, "reward/win_rate", "{:.1f}")),
-                (
-                    f"they beat those of {first}, %",
-                    lambda r: _percent(r, "reward/win_rate_first", "{:.1f}"),
-                ),
-            ],
-        ),
+        _table("Held out", rows, _held_out_columns(first)),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
-        _table(
-            "Training",
-            rows,
-            [
-                ("latent distance, mean (p10, p50, p90)", _distances),
-                (
-                    "latent gain of its own guide",
-                    lambda r: _number(r, "guide/latent_gain", "{:+.4f}"),
-                ),
-                ("weight spread: deviation (min, max)", _spread),
-                ("effective sample size", lambda r: _number(r, "weight/ess", "{:.2f}")),
-                ("reward margin", lambda r: _number(r, "train/rewards/margins", "{:+.3f}")),
-                ("reward accuracy", lambda r: _number(r, "train/rewards/accuracies", "{:.3f}")),
-                ("loss", lambda r: _number(r, "train/loss", "{:.4f}")),
-                ("pairs skipped", lambda r: _number(r, "train/skipped_pairs", "{:.0f}")),
-                (
-                    "losers cut, %",
-                    lambda r: _number(r, "responses/losers/truncated_frac", "{:.1f}", 100),
-                ),
-                ("tokens generated", lambda r: _number(r, "responses/tokens", "{:.0f}")),
-                ("tokens trained", lambda r: _number(r, "train/tokens", "{:.0f}")),
-            ],
-        ),
+        _table("Training", rows, _training_columns()),
         *(_guide(name, losses) for name, losses in table["guides"].items()),
         _times(table["seconds"], [r["policy"] for r in rows]),
         "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over "
@@ -206,10 +181,49 @@ def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _table(
-    title: str, rows: list[Numbers], columns: list[tuple[str, Callable[[Numbers], str]]]
-) -> str:
-    """A Markdown table, without the columns that no row has a value for."""
+def _held_out_columns(first: str) -> list[Column]:
+    return [
+        ("greedy accuracy, %", _percents("accuracy/greedy", "{:.1f}")),
+        ("sampled accuracy, %", _percents("accuracy/sampled", "{:.1f}")),
+        (f"greedy - {first}, points", _percents("difference/greedy", "{:+.1f}")),
+        (f"sampled - {first}, points", _percents("difference/sampled", "{:+.1f}")),
+        ("answers cut, %", _numbers("truncated_frac", "{:.1f}", 100)),
+        ("NLL of real responses, nats/token", _numbers("nll/real", "{:.4f}")),
+        ("reward of greedy answers", _reward),
+        ("they beat the real ones, %", _percents("reward/win_rate", "{:.1f}")),
+        (f"they beat those of {first}, %", _percents("reward/win_rate_first", "{:.1f}")),
+    ]
+
+
+def _benchmark_columns(rows: list[Numbers]) -> list[Column]:
+    def column(task: str) -> Column:
+        name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
+        score = _percents(str(name), "{:.1f}")
+        return f"{task} {name}, %", lambda r: score(r["benchmarks"].get(task, {}))
+
+    gain = ("mean relative gain, %", _numbers("mean_relative_gain", "{:+.2f}", 100))
+    columns = [column(task) for task in tasks_of(rows)]
+    return [*columns, gain] if columns else []
+
+
+def _training_columns() -> list[Column]:
+    return [
+        ("latent distance, mean (p10, p50, p90)", _distances),
+        ("latent gain of its own guide", _numbers("guide/latent_gain", "{:+.4f}")),
+        ("weight spread: deviation (min, max)", _spread),
+        ("effective sample size", _numbers("weight/ess", "{:.2f}")),
+        ("reward margin", _numbers("train/rewards/margins", "{:+.3f}")),
+        ("reward accuracy", _numbers("train/rewards/accuracies", "{:.3f}")),
+        ("loss", _numbers("train/loss", "{:.4f}")),
+        ("pairs skipped", _numbers("train/skipped_pairs", "{:.0f}")),
+        ("losers cut, %", _numbers("responses/losers/truncated_frac", "{:.1f}", 100)),
+        ("tokens generated", _numbers("responses/tokens", "{:.0f}")),
+        ("tokens trained", _numbers("train/tokens", "{:.0f}")),
+    ]
+
+
+def _table(title: str, rows: list[Numbers], columns: list[Column]) -> str:
+    """Writes a Markdown table, without the columns that no row has a value for."""
     cells = [(name, [form(r) for r in rows]) for name, form in columns]
     cells = [(name, values) for name, values in cells if any(value != "-" for value in values)]
     lines = [
@@ -221,23 +235,6 @@ def _table(
         for i, r in enumerate(rows)
     ]
     return f"**{title}**\n\n" + "\n".join(lines) + "\n" if cells else ""
-
-
-def tasks_of(rows: Sequence[Numbers]) -> list[str]:
-    """The benchmarks that any policy has."""
-    return sorted({task for row in rows for task in row["benchmarks"]})
-
-
-def _benchmark_columns(rows: list[Numbers]) -> list[tuple[str, Callable[[Numbers], str]]]:
-    def column(task: str) -> tuple[str, Callable[[Numbers], str]]:
-        name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
-        return f"{task} {name}, %", lambda r: _percent(
-            r["benchmarks"].get(task, {}), str(name), "{:.1f}"
-        )
-
-    gain = ("mean relative gain, %", lambda r: _number(r, "mean_relative_gain", "{:+.2f}", 100))
-    columns = [column(task) for task in tasks_of(rows)]
-    return [*columns, gain] if columns else []
 
 
 def _moved(rows: list[Numbers]) -> str:
@@ -253,20 +250,9 @@ def _verdict(row: Numbers) -> str:
     for key in ("sampled", "greedy"):
         if f"difference/{key}" in row:
             gap, error = row[f"difference/{key}"], row[f"difference/{key}_se"]
-            parts.append(
-                f"{key} accuracy {movement(gap, error)} ({100 * gap:+.1f} +- {100 * error:.1f} "
-                "points)"
-            )
+            points = f"{100 * gap:+.1f} +- {100 * error:.1f} points"
+            parts.append(f"{key} accuracy {movement(gap, error)} ({points})")
     return "; ".join(parts)
-
-
-def movement(gap: float, error: float) -> str:
-    """What a difference with its standard error amounts to, as a verb."""
-    return (
-        ("rose" if gap > 0 else "fell")
-        if abs(gap) > 2 * error
-        else ("did not move beyond two standard errors")
-    )
 
 
 def _guide(name: str, losses: Numbers) -> str:
@@ -282,7 +268,7 @@ def _guide(name: str, losses: Numbers) -> str:
 
 
 def _times(seconds: dict[str, float], policies: list[str]) -> str:
-    """Wall time, one row a policy and one column a stage."""
+    """Writes a table of wall times, one row a policy and one column a stage."""
     columns = [step for step in STEPS if any(f"{p}/{step}" in seconds for p in policies)]
     if not columns:
         return ""
@@ -294,80 +280,71 @@ def _times(seconds: dict[str, float], policies: list[str]) -> str:
         own = [seconds.get(f"{policy}/{step}") for step in columns]
         shown = " | ".join("-" if s is None else f"{s:.0f}" for s in own)
         lines.append(f"| {policy} | {shown} | {sum(s for s in own if s is not None):.0f} |")
-    once = "".join(
-        f"{name} {seconds[name]:.0f} s, " for name in ("data", "guide") if name in seconds
-    )
+    shared = [name for name in ("data", "guide") if name in seconds]
+    once = "".join(f"{name} {seconds[name]:.0f} s, " for name in shared)
     return "\n".join(lines) + f"\n\nOnce a run: {once}everything {sum(seconds.values()):.0f} s.\n"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a reader wants them."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _numbers(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers], str]:
+    """Makes the cells of a metric: `form` of its value, "-" where it is not there."""
+    return lambda row: form.format(factor * row[key]) if key in row else "-"
 
 
-def _number(row: Numbers, key: str, form: str, factor: float = 1.0) -> str:
-    return form.format(factor * row[key]) if key in row else "-"
+def _percents(key: str, form: str) -> Callable[[Numbers], str]:
+    """Makes the cells of a share, in per cent, with its standard error where that is known."""
 
+    def cell(row: Numbers) -> str:
+        if key not in row:
+            return "-"
+        error = f" +- {100 * row[f'{key}_se']:.1f}" if f"{key}_se" in row else ""
+        return f"{form.format(100 * row[key])}{error}"
 
-def _percent(row: Numbers, key: str, form: str) -> str:
-    if key not in row:
-        return "-"
-    error = f" +- {100 * row[f'{key}_se']:.1f}" if f"{key}_se" in row else ""
-    return f"{form.format(100 * row[key])}{error}"
+    return cell
 
 
 def _reward(row: Numbers) -> str:
     if "reward/mean" not in row:
         return "-"
-    return (
-        f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f} (real {row['reward/real']:+.3f})"
-    )
+    mean = f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f}"
+    return f"{mean} (real {row['reward/real']:+.3f})"
 
 
 def _distances(row: Numbers) -> str:
     if "distance/mean" not in row:
         return "-"
-    return ("{:.3g} ({:.3g}, {:.3g}, {:.3g})").format(
-        *(row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90"))
-    )
+    values = (row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90"))
+    return "{:.3g} ({:.3g}, {:.3g}, {:.3g})".format(*values)
 
 
 def _spread(row: Numbers) -> str:
     if "weight/std" not in row:
         return "-"
-    return ("{:.2f} ({:.2f}, {:.2f})").format(
-        *(row[f"weight/{key}"] for key in ("std", "min", "max"))
-    )
+    values = (row[f"weight/{key}"] for key in ("std", "min", "max"))
+    return "{:.2f} ({:.2f}, {:.2f})".format(*values)
 
 
-def _read(path: Path) -> Numbers:
-    value: Numbers = json.loads(path.read_text(encoding="utf-8"))
-    return value
+# ----------------------------------------------------------------------------- shared with the page
 
 
-def say_table(run: Path) -> None:
-    """The scores of all policies of a run folder, with standard errors and how
-    they were measured.
-    """
-    lines = []
-    for name, summary in benchmark_summaries(run).items():
-        policy, _, task = name.partition("/benchmarks/")
-        about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
-        scores = ", ".join(
-            f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
-            for key, value in summary.items()
-            if f"{key}_se" in summary
-        )
-        lines.append(
-            f"| {policy} | {task} | {scores} | {summary['rows']:.0f} | {summary['shots']:.0f} | "
-            f"{'on' if summary['chat_template'] else 'off'} | {about['version']:g} | "
-            f"{about['lm_eval']} |"
-        )
-    if lines:
-        head = (
-            "| policy | benchmark | score, % +- standard error | rows | shots | chat template | "
-            "version | lm-eval |"
-        )
-        say("\n".join(["", head, "|---" * 8 + "|", *lines]))
+def leading(benchmark: Numbers) -> str | None:
+    """Returns the metric that stands for a benchmark; None where its summary has none we know."""
+    return next((name for name in LEADING if name in benchmark), None)
+
+
+def tasks_of(rows: Sequence[Numbers]) -> list[str]:
+    """Lists the benchmarks that any policy has."""
+    return sorted({task for row in rows for task in row["benchmarks"]})
+
+
+def movement(gap: float, error: float) -> str:
+    """Says what a difference with its standard error amounts to, as a verb."""
+    if abs(gap) <= 2 * error:
+        return "did not move beyond two standard errors"
+    return "rose" if gap > 0 else "fell"
+
+
+def duration(seconds: float) -> str:
+    """Says seconds as a reader wants them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

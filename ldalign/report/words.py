@@ -1,8 +1,6 @@
-"""What the report's page says beside its figures: the result in words, the run, tables, samples,
-budget.
+"""What the page says beside its figures: the result in words, the run, tables, samples, budget.
 
-Each function turns numbers and files of a run into plain texts for page.html, which escapes
-them.
+Each function turns numbers and files of a run into plain texts for page.html, which escapes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,77 +10,66 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.report.analysis import GIVEN, RunPairs, Sides
-from ldalign.report.table import HELD_OUT, Numbers, duration, leading, movement, tasks_of
+from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
+from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
 from ldalign.run.settings import unread
 from ldalign.system.files import read_jsonl
 
 METHODS = {
-    "ld_align": "LD-Align: the policy answered every prompt of the data set by itself; the data's "
-    "response counts as the better of the two, its own as the worse, and no human "
-    "preference is used. A small conditional autoencoder, the guide, was trained on "
-    "both kinds of responses, and the distance between their latents says how far the "
-    "policy's response is from the data's. The policy was then trained with the DPO "
-    "loss on these pairs, each weighted by its distance over the mean distance; every "
-    "iteration repeats this from the policy before.",
-    "spin": "SPIN: the policy answered every prompt of the data set by itself; the data's response "
-    "counts as the better of the two, its own as the worse, and no human preference is "
-    "used. The policy was then trained with the DPO loss on these pairs, all with weight "
-    "1. Every iteration repeats this from the policy before.",
-    "dpo": "DPO: the policy was trained on given preference pairs, a chosen and a rejected "
-    "response a prompt. The loss raises the log-prob of the chosen over that of the "
-    "rejected, each measured against the policy it started from. All pairs have weight 1.",
-    "sft": "Supervised fine-tuning: the policy was trained to predict the data set's responses. "
-    "There are no pairs, no generated responses and no distances.",
-    "self_reward": "Self-rewarding: the policy gave two answers to every prompt and judged them "
-    "itself through a prompt. The one it preferred is the better side of a pair, "
-    "the other the worse. The policy was then trained with the DPO loss on these "
-    "pairs, all with weight 1. The data's responses serve for held-out measurements "
-    "alone.",
-    "rlaif": "AI feedback: the policy gave two answers to every prompt, and the judge that "
-    "judge.model names decided between them. The one it preferred is the better side of a "
-    "pair, the other the worse. The policy was then trained with the DPO loss on these "
-    "pairs, all with weight 1. The data's responses serve for held-out measurements "
-    "alone.",
+    "ld_align": (
+        "LD-Align: the policy answered every prompt of the data set by itself; the data's response "
+        "counts as the better of the two, its own as the worse, and no human preference is used. A "
+        "small conditional autoencoder, the guide, was trained on both kinds of responses, and the "
+        "distance between their latents says how far the policy's response is from the data's. The "
+        "policy was then trained with the DPO loss on these pairs, each weighted by its distance "
+        "over the mean distance; every iteration repeats this from the policy before."
+    ),
+    "spin": (
+        "SPIN: the policy answered every prompt of the data set by itself; the data's response "
+        "counts as the better of the two, its own as the worse, and no human preference is used. "
+        "The policy was then trained with the DPO loss on these pairs, all with weight 1. Every "
+        "iteration repeats this from the policy before."
+    ),
+    "dpo": (
+        "DPO: the policy was trained on given preference pairs, a chosen and a rejected response a "
+        "prompt. The loss raises the log-prob of the chosen over that of the rejected, each "
+        "measured against the policy it started from. All pairs have weight 1."
+    ),
+    "sft": (
+        "Supervised fine-tuning: the policy was trained to predict the data set's responses. There "
+        "are no pairs, no generated responses and no distances."
+    ),
+    "self_reward": (
+        "Self-rewarding: the policy gave two answers to every prompt and judged them itself "
+        "through a prompt. The one it preferred is the better side of a pair, the other the worse. "
+        "The policy was then trained with the DPO loss on these pairs, all with weight 1. The "
+        "data's responses serve for held-out measurements alone."
+    ),
+    "rlaif": (
+        "AI feedback: the policy gave two answers to every prompt, and the judge that judge.model "
+        "names decided between them. The one it preferred is the better side of a pair, the other "
+        "the worse. The policy was then trained with the DPO loss on these pairs, all with weight "
+        "1. The data's responses serve for held-out measurements alone."
+    ),
 }
+METHOD_NAMES = {
+    "ld_align": "LD-Align",
+    "spin": "SPIN",
+    "dpo": "DPO",
+    "sft": "SFT",
+    "self_reward": "self-rewarding",
+    "rlaif": "RLAIF",
+}
+# The keys of a config that the page shows, in this order.
 SETTINGS = (
-    "policy",
-    "data",
-    "method",
-    "weights",
-    "weight_clip",
-    "mix_previous",
-    "judge.model",
-    "iterations",
-    "max_rows",
-    "max_new_tokens",
-    "max_length",
-    "sampling.temperature",
-    "global_batch",
-    "learning_rate",
-    "beta",
-    "reference",
-    "training.epochs",
-    "training.steps",
-    "training.optimizer",
-    "training.schedule",
-    "guide.folder",
-    "guide.backbone",
-    "distance",
-    "guide.retrain",
-    "guide.latent_tokens",
-    "guide.latent_width",
-    "guide.epochs",
-    "sft.epochs",
-    "sft.rows",
-    "continual_sft.epochs",
-    "evaluation.rows",
-    "evaluation.samples",
-    "seed",
-    "dtype",
-)
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+    "policy data method weights weight_clip mix_previous judge.model iterations max_rows "
+    "max_new_tokens max_length sampling.temperature global_batch learning_rate beta reference "
+    "training.epochs training.steps training.optimizer training.schedule guide.folder "
+    "guide.backbone distance guide.retrain guide.latent_tokens guide.latent_width guide.epochs "
+    "sft.epochs sft.rows continual_sft.epochs evaluation.rows evaluation.samples seed dtype"
+).split()
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distance, at which samples are shown
 ANSWERS_SHOWN = 4
 
 
@@ -90,7 +77,7 @@ ANSWERS_SHOWN = 4
 
 
 def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
-    """What came out, from the numbers: the main result first, then what stands beside it."""
+    """Says what came out: the main result first, then what stands beside it."""
     rows: list[Numbers] = table["policies"]
     aligned = [row for row in rows if row["policy"].startswith("iteration_")]
     if not rows:
@@ -103,14 +90,13 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
     last = aligned[-1]
     done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
     sentences: list[str] = []
-    names = [
-        (key, name)
+    scores = [
+        (key, name, f"difference/{key.removeprefix('accuracy/')}")
         for key, name in reversed(HELD_OUT)
-        if f"difference/{key.removeprefix('accuracy/')}" in last
     ]
-    for key, name in names:
-        short = key.removeprefix("accuracy/")
-        gap, error = last[f"difference/{short}"], last[f"difference/{short}_se"]
+    scores = [score for score in scores if score[2] in last]
+    for key, name, difference in scores:
+        gap, error = last[difference], last[f"{difference}_se"]
         sentence = (
             f"{name} on held-out prompts {movement(gap, error)}: from {100 * first[key]:.1f} % to "
             f"{100 * last[key]:.1f} % ({100 * gap:+.1f} ± {100 * error:.1f} points, paired by "
@@ -132,7 +118,7 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
     baseline = next((row for row in rows if row["policy"] == "continual_sft"), None)
-    measured = [key for key, _ in names if baseline and key in baseline]
+    measured = [key for key, _, _ in scores if baseline and key in baseline]
     if baseline and measured:
         sentences.append(
             f"The baseline, {shown_name('continual_sft')} from the same start, reached "
@@ -151,72 +137,53 @@ def _said(row: Numbers, key: str) -> str:
 
 
 def method_text(config: Mapping[str, Any]) -> str:
-    """What the method does, for somebody who does not know it; a control in the weights' place is
-    named.
-    """
+    """Says what the method does, for somebody who does not know it, and names a control."""
     text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
     weights = config.get("weights", "latent")
-    return (
-        text
-        if weights == "latent"
-        else (f"{text} In this run the weights are a control in their place: {weights}.")
-    )
+    if weights == "latent":
+        return text
+    return f"{text} In this run the weights are a control in their place: {weights}."
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """As the papers write it."""
-    names = {
-        "ld_align": "LD-Align",
-        "spin": "SPIN",
-        "dpo": "DPO",
-        "sft": "SFT",
-        "self_reward": "self-rewarding",
-        "rlaif": "RLAIF",
-    }
-    return names.get(str(config.get("method")), str(config.get("method")))
+    """Returns the method's name as the papers write it."""
+    method = str(config.get("method"))
+    return METHOD_NAMES.get(method, method)
 
 
 def short_name(policy: Any) -> str:
-    """A model folder's or hub name's last part."""
+    """Returns the last part of a model folder's or a hub name."""
     return Path(str(policy)).name or str(policy)
 
 
 def origin(run: Path, machine: Numbers) -> str:
-    """Folder, time (of the stages' files) and version, in one line."""
+    """Says folder, time (of the stages' files) and version in one line."""
     times = [path.stat().st_mtime for path in run.rglob(SUMMARY)]
     parts = [f"run folder {run.resolve().name}"]
     if times:
-        first, last = (
-            datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M")
-            for t in (min(times), max(times))
-        )
-        parts.append(
-            f"stages finished {first} to {last} UTC" if first != last else f"finished {last} UTC"
-        )
+        ends = (datetime.fromtimestamp(t, UTC) for t in (min(times), max(times)))
+        first, last = (end.strftime("%Y-%m-%d %H:%M") for end in ends)
+        one = f"finished {last} UTC"
+        parts.append(one if first == last else f"stages finished {first} to {last} UTC")
     commit = machine.get("git_commit")
-    parts.append(
-        f"ldalign {machine.get('ldalign')}, commit {commit[:12]}"
-        if commit
-        else "ldalign outside a checkout"
-    )
+    version = f"ldalign {machine.get('ldalign')}, commit {commit[:12]}" if commit else None
+    parts.append(version or "ldalign outside a checkout")
     return " · ".join(parts)
 
 
 def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]:
-    """The settings that matter, by their keys, and how many rows there were; those that are off are
-    left out.
+    """Lists the settings that matter, by their keys, after the number of rows.
+
+    Those that are off, or that the method does not read, are left out.
     """
     counts = table["data"]
     out: list[tuple[str, Any]] = []
     if counts:
-        dropped = f", {counts['rows/dropped']:.0f} dropped" if counts.get("rows/dropped") else ""
-        out.append(
-            (
-                "rows",
-                f"{counts.get('rows/train', 0):.0f} training, {counts.get('rows/heldout', 0):.0f} "
-                "held out" + dropped,
-            )
-        )
+        rows = f"{counts.get('rows/train', 0):.0f} training"
+        rows += f", {counts.get('rows/heldout', 0):.0f} held out"
+        if counts.get("rows/dropped"):
+            rows += f", {counts['rows/dropped']:.0f} dropped"
+        out.append(("rows", rows))
     for key in SETTINGS:
         if unread(str(config.get("method", "ld_align")), [key]):
             continue
@@ -233,7 +200,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
 
 
 def machine_line(machine: Numbers) -> str:
-    """Device, ranks and versions in a sentence, of environment.json."""
+    """Says device, ranks and versions in a sentence. machine: environment.json."""
     packages = machine.get("packages", {})
     device = "; ".join(machine.get("gpus") or []) or (
         f"{machine.get('cpu')}, {machine.get('cores')} cores, no GPU"
@@ -246,55 +213,21 @@ def machine_line(machine: Numbers) -> str:
 
 
 def command(config: Mapping[str, Any], machine: Numbers) -> str:
-    """How to run the same again, as one types it."""
-    checkout = (
-        (f"git checkout {commit.removesuffix('-dirty')}\n")
-        if (commit := machine.get("git_commit"))
-        else ""
-    )
+    """Says how to run the same again, as one types it."""
+    commit = machine.get("git_commit")
+    checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
     ranks = machine.get("world_size", 1)
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
-    return (
-        f"{checkout}{start} train/align.py --config config.yaml "
-        f"run={config.get('run', 'runs/this')}-again"
-    )
+    run = f"{config.get('run', 'runs/this')}-again"
+    return f"{checkout}{start} train/align.py --config config.yaml run={run}"
 
 
 # ------------------------------------------------------------------------------------------ results
 
 
 def results(rows: Sequence[Numbers]) -> Numbers:
-    """The table in the paper's form: policies by scores, each with its relative gain over the first
-    policy.
-    """
-    columns = [
-        {"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
-        for key, name in HELD_OUT
-        if any(key in row for row in rows)
-    ]
-    if any("nll/real" in row for row in rows):
-        columns.append(
-            {
-                "title": "NLL of real responses",
-                "unit": "nats/token, lower is better",
-                "get": (None, "nll/real"),
-                "percent": False,
-            }
-        )
-    for task in tasks_of(rows):
-        seen = next(row["benchmarks"][task] for row in rows if task in row["benchmarks"])
-        if metric := leading(seen):
-            shots = f", {seen['shots']:.0f}-shot" if "shots" in seen else ""
-            template = ", chat template" if seen.get("chat_template") else ""
-            count = f", {seen['rows']:.0f} rows" if "rows" in seen else ""
-            columns.append(
-                {
-                    "title": task,
-                    "unit": f"{metric}, %{shots}{template}{count}",
-                    "get": (task, metric),
-                    "percent": True,
-                }
-            )
+    """Makes the table in the paper's form: policies by scores, with gains over the first."""
+    columns = _result_columns(rows)
     lines = []
     for row in rows:
         cells = [_cell(column, row, rows[0]) for column in columns]
@@ -303,10 +236,9 @@ def results(rows: Sequence[Numbers]) -> Numbers:
     over = "the benchmarks" if tasks_of(rows) else "the held-out accuracies"
     shown = [{"title": c["title"], "unit": c["unit"]} for c in columns]
     first = f" over {_shown(rows[0])}" if rows else ""
+    last = {"title": "mean relative gain", "unit": f"of {over}"}
     return {
-        "columns": [*shown, {"title": "mean relative gain", "unit": f"of {over}"}]
-        if columns
-        else [],
+        "columns": [*shown, last] if columns else [],
         "rows": lines,
         "note": (
             "Real responses: the data set's own (of preference data, the chosen ones). ±: one "
@@ -318,16 +250,38 @@ def results(rows: Sequence[Numbers]) -> Numbers:
     }
 
 
+def _result_columns(rows: Sequence[Numbers]) -> list[Numbers]:
+    """Lists the scores: title, unit, where it is (task or None, key), whether it is a share."""
+    columns: list[Numbers] = [
+        {"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
+        for key, name in HELD_OUT
+        if any(key in row for row in rows)
+    ]
+    if any("nll/real" in row for row in rows):
+        title, unit = "NLL of real responses", "nats/token, lower is better"
+        columns.append({"title": title, "unit": unit, "get": (None, "nll/real"), "percent": False})
+    for task in tasks_of(rows):
+        seen = next(row["benchmarks"][task] for row in rows if task in row["benchmarks"])
+        if metric := leading(seen):
+            unit = f"{metric}, %"
+            if "shots" in seen:
+                unit += f", {seen['shots']:.0f}-shot"
+            if seen.get("chat_template"):
+                unit += ", chat template"
+            if "rows" in seen:
+                unit += f", {seen['rows']:.0f} rows"
+            columns.append({"title": task, "unit": unit, "get": (task, metric), "percent": True})
+    return columns
+
+
 def _cell(column: Numbers, row: Numbers, first: Numbers) -> dict[str, str]:
     task, key = column["get"]
     values, base = ((r if task is None else r["benchmarks"].get(task, {})) for r in (row, first))
     if key not in values:
         return {"value": "–", "below": ""}
-    gain = (
-        (f"{100 * (values[key] / base[key] - 1):+.1f} %")
-        if row is not first and base.get(key)
-        else ""
-    )
+    gain = ""
+    if row is not first and base.get(key):
+        gain = f"{100 * (values[key] / base[key] - 1):+.1f} %"
     if not column["percent"]:
         return {"value": f"{values[key]:.4f}", "below": gain}
     error = f" ± {100 * values[f'{key}_se']:.1f}" if f"{key}_se" in values else ""
@@ -342,11 +296,10 @@ def _shown(row: Numbers) -> str:
 
 
 def kinds(rows: Sequence[Numbers]) -> Numbers:
-    """Accuracy by kind of task: (kind, one text a policy)."""
+    """Makes the table of accuracies by kind of task: (kind, one text a policy)."""
     known = [row for row in rows if "accuracy/greedy" in row]
-    kinds = sorted(
-        {key.split("/")[2] for row in known for key in row if key.startswith("accuracy/greedy/")}
-    )
+    keys = {key for row in known for key in row if key.startswith("accuracy/greedy/")}
+    kinds = sorted({key.split("/")[2] for key in keys})
 
     def text(row: Numbers, kind: str) -> str:
         pair = [row.get(f"{key}/{kind}") for key, _ in HELD_OUT]
@@ -359,7 +312,7 @@ def kinds(rows: Sequence[Numbers]) -> Numbers:
 
 
 def rewards(rows: Sequence[Numbers]) -> Numbers:
-    """The reward model's numbers: their names, and (policy, a text a number)."""
+    """Makes the table of the reward model's numbers: their names, and (policy, a text a number)."""
     names = sorted({key for row in rows for key in row if key.startswith("reward/")})
     known = [row for row in rows if any(name in row for name in names)]
     return {
@@ -369,28 +322,24 @@ def rewards(rows: Sequence[Numbers]) -> Numbers:
 
 
 def agreement(found: Numbers) -> Numbers:
-    """The rate of agreement in words, and every number beside it; {} where it was not measured."""
+    """Says the rate of agreement, and lists every number beside it; {} where there is none."""
     values = {
         key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"
     }
     if not values:
         return {}
+    numbers = [(key, _plain(value)) for key, value in values.items()]
     if "rate" not in values:
-        return {
-            "sentence": "No pair was decided: the samples were alike, or the judge or the "
-            "distances tied.",
-            "numbers": [(key, _plain(value)) for key, value in values.items()],
-        }
-    between = (
-        (f" (95 % {values['low']:.1%} to {values['high']:.1%})")
-        if {"low", "high"} <= values.keys()
-        else ""
-    )
-    chance = f"; chance is {values['chance']:.1%}" if "chance" in values else ""
-    return {
-        "sentence": f"The judge agreed in {values['rate']:.1%} of the cases{between}{chance}.",
-        "numbers": [(key, _plain(value)) for key, value in values.items()],
-    }
+        sentence = (
+            "No pair was decided: the samples were alike, or the judge or the distances tied."
+        )
+        return {"sentence": sentence, "numbers": numbers}
+    sentence = f"The judge agreed in {values['rate']:.1%} of the cases"
+    if {"low", "high"} <= values.keys():
+        sentence += f" (95 % {values['low']:.1%} to {values['high']:.1%})"
+    if "chance" in values:
+        sentence += f"; chance is {values['chance']:.1%}"
+    return {"sentence": f"{sentence}.", "numbers": numbers}
 
 
 def _plain(value: Any) -> str:
@@ -398,7 +347,7 @@ def _plain(value: Any) -> str:
 
 
 def fallen(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> str:
-    """What the rewards of both sides did in the last iteration, in words."""
+    """Says what the rewards of both sides did in the last iteration; "" where none has steps."""
     known = [(name, rows) for name, rows in steps.items() if rows and "rewards/chosen" in rows[0]]
     if not known:
         return ""
@@ -418,9 +367,7 @@ def fallen(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> str:
 
 
 def samples(joined: Sequence[RunPairs]) -> Numbers:
-    """A few training rows with the responses of every iteration, chosen by
-    quantiles of distance.
-    """
+    """Picks a few training rows, by quantiles of distance, with every iteration's responses."""
     if not joined:
         return {"samples": [], "sample_rule": ""}
     first = joined[0]
@@ -435,53 +382,38 @@ def samples(joined: Sequence[RunPairs]) -> Numbers:
     else:
         order = order if len(order) else np.arange(len(first.ids))
         rule = "the first, the last and three evenly spaced between them, in the data's order."
-    picks = (
-        dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in QUANTILES)
-        if len(order)
-        else {}
-    )
-    places = [
-        {
-            id_: [i for i in range(len(p.ids)) if p.ids[i] == id_]
-            for id_ in (first.ids[k] for k in picks)
-        }
-        for p in joined
-    ]
+    places = (int(order[round(q * (len(order) - 1))]) for q in QUANTILES if len(order))
     samples = []
-    for i in picks:
-        sides = first.sides
-        answers = [
-            {
-                "title": "the data's response" if first.data else sides.better,
-                "text": (first.data or first.real)[i],
-                "note": "",
-            }
-        ]
-        for p, place in zip(joined, places, strict=True):
-            of = "" if sides == GIVEN else f", iteration {p.iteration}"
-            for k in place[first.ids[i]]:
-                if p.data:
-                    answers.append({"title": f"{sides.better}{of}", "text": p.real[k], "note": ""})
-                answers.append(
-                    {"title": f"{sides.worse}{of}", "text": p.generated[k], "note": _note(p, k)}
-                )
-        samples.append(
-            {"label": f"row {first.ids[i]}", "prompt": first.prompts[i], "answers": answers}
-        )
+    for i in dict.fromkeys(places):
+        own = "the data's response" if first.data else first.sides.better
+        answers = [{"title": own, "text": (first.data or first.real)[i], "note": ""}]
+        for p in joined:
+            answers += _sample_answers(p, first.ids[i], first.sides)
+        label = f"row {first.ids[i]}"
+        samples.append({"label": label, "prompt": first.prompts[i], "answers": answers})
     return {"samples": samples, "sample_rule": rule}
+
+
+def _sample_answers(pairs: RunPairs, row_id: str, sides: Sides) -> list[dict[str, str]]:
+    """Lists an iteration's answers to a row: the worse side, and the better if it is a sample."""
+    out = []
+    when = "" if sides == GIVEN else f", iteration {pairs.iteration}"
+    for k in (k for k, id_ in enumerate(pairs.ids) if id_ == row_id):
+        if pairs.data:
+            out.append({"title": f"{sides.better}{when}", "text": pairs.real[k], "note": ""})
+        worse = f"{sides.worse}{when}"
+        out.append({"title": worse, "text": pairs.generated[k], "note": _note(pairs, k)})
+    return out
 
 
 def _note(pairs: RunPairs, i: int) -> str:
     parts = []
     if not pairs.trained[i]:
-        equal = pairs.generated[i] == pairs.real[i]
-        why = (
-            f"equal to the {pairs.sides.better} one: "
-            if equal
-            else "a tie: "
-            if pairs.preference is not None
-            else ""
-        )
+        why = ""
+        if pairs.generated[i] == pairs.real[i]:
+            why = f"equal to the {pairs.sides.better} one: "
+        elif pairs.preference is not None:
+            why = "a tie: "
         parts.append(f"{why}not trained on")
     elif pairs.preference is not None:
         parts.append(f"the judge preferred the other, p = {pairs.preference[i]:.3f}")
@@ -495,9 +427,7 @@ def _note(pairs: RunPairs, i: int) -> str:
 
 
 def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
-    """Held-out prompts whose greedy answer changed between the first policy and
-    the last iteration.
-    """
+    """Picks held-out prompts whose greedy answer the last iteration changed."""
     files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
     found = {
         name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r}
@@ -513,24 +443,14 @@ def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
     rest = [i for i in changed if i not in set(turned)]
     answers = []
     for i in (turned + rest)[:ANSWERS_SHOWN]:
-        given = [
-            {
-                "title": _shown({"policy": name}),
-                "text": records[i]["greedy"],
-                "note": ("wrong", "right")[records[i]["correct"][0]]
-                if records[i]["correct"]
-                else "",
-            }
-            for name, records in found.items()
-            if i in records
-        ]
-        answers.append(
-            {
-                "label": f"row {i}",
-                "prompt": old[i]["prompt"],
-                "answers": [{"title": "real", "text": old[i]["real"], "note": ""}, *given],
-            }
-        )
+        given = [{"title": "real", "text": old[i]["real"], "note": ""}]
+        for name, records in found.items():
+            if i in records:
+                correct = records[i]["correct"][:1]
+                note = "" if not correct else "right" if correct[0] else "wrong"
+                title = shown_name(name)
+                given.append({"title": title, "text": records[i]["greedy"], "note": note})
+        answers.append({"label": f"row {i}", "prompt": old[i]["prompt"], "answers": given})
     rule = (
         f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to "
         f"{aligned[-1].replace('_', ' ')}; {sum(new[i]['correct'][0] for i in turned)} became "
@@ -544,11 +464,10 @@ def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
 
 
 def budget(summaries: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
-    """A line a stage, and one for all: tokens generated, tokens trained on, seconds, share, tokens
-    a second.
+    """Lists, a line a stage and one for all: tokens made, tokens read, time, its share, tokens/s.
 
-    A guide's tokens are those of its own tokenizer: they stand in its line, not in the sum of the
-    policy's.
+    Made is generated, read is trained on. A guide's tokens are those of its own tokenizer: they
+    stand in its line, not in the sum of the policy's.
     """
     total = sum(summary["seconds"] for summary in summaries.values())
     if not total:
@@ -556,12 +475,12 @@ def budget(summaries: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
     lines = []
     all_made = all_read = 0.0
     for name, summary in summaries.items():
+        step = name.rpartition("/")[2]
         made = summary.get("tokens_generated", 0) if name.endswith("/evaluation") else 0
-        if name.rpartition("/")[2] in ("responses", "agreement_samples") and not summary.get(
-            "losers/given"
-        ):
+        sampled = step in ("responses", "agreement_samples")
+        if sampled and not summary.get("losers/given"):
             made = summary.get("tokens", 0)
-        read = summary.get("tokens", 0) if name.rpartition("/")[2] in ("policy", "guide") else 0
+        read = summary.get("tokens", 0) if step in ("policy", "guide") else 0
         all_made, all_read = all_made + made, all_read + (read if name.endswith("/policy") else 0)
         lines.append(_budget_line(name, made, read, summary["seconds"], total))
     return [*lines, _budget_line("all", all_made, all_read, total, total)]

@@ -1,10 +1,9 @@
-"""Configuration: frozen dataclasses, filled from a YAML file and `key=value` overrides, checked as
-a whole.
+"""Configuration: frozen dataclasses, filled from a YAML file and `key=value`, checked as a whole.
 
 A config class lists its keys with `setting(default, help, check=...)` and its groups of keys with
-`group(Class)`; annotations are the types. `load_config` reads both sources, refuses what it does
-not know, and reports every problem it finds in one error. Nothing is adjusted in silence. The
-concrete classes follow the machinery.
+`group(Class)`; annotations are the types. `load_config` reads file and overrides, refuses what it
+does not know, and reports every problem it finds in one error. Nothing is adjusted in silence. The
+program's own config classes are in ldalign/run/settings.py.
 """
 
 import dataclasses
@@ -26,8 +25,20 @@ from ldalign.system.errors import InputError
 T = TypeVar("T")
 
 BASE = "base"  # in a file: the config file whose keys hold where this one says nothing
-# as a setting's default: the key must be given (the class then needs kw_only=True)
-REQUIRED: Any = object()
+REQUIRED: Any = object()  # a default: the key must be given (its class then needs kw_only=True)
+MAX_BYTES = 10**6  # the most that a config file may have
+
+# YAML 1.1 reads 010 as eight and 1:30 as ninety; here an integer is written the plain way.
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
+_NULLS = ("None", "none")  # beside YAML's own null and ~: what Python users write
+_NAMES: dict[Any, str] = {  # of types, in messages and in help
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    types.NoneType: "null",
+}
 
 
 # ------------------------------------------------------------------------------- declaring settings
@@ -47,17 +58,17 @@ not_empty = Check(lambda value: len(value) > 0, "not empty")
 
 
 def between(low: float, high: float) -> Check:
-    """low <= value <= high."""
+    """Bounds a number: low <= value <= high."""
     return Check(lambda value: low <= value <= high, f"between {low} and {high}")
 
 
 def at_least(low: float) -> Check:
-    """value >= low."""
+    """Bounds a number from below: value >= low."""
     return Check(lambda value: value >= low, f"{low} or greater")
 
 
 def each(check: Check) -> Check:
-    """`check` of a value, or of every value of a list."""
+    """Applies `check` to a value, or to every value of a list."""
 
     def holds(value: Any) -> bool:
         return all(map(check.holds, value)) if isinstance(value, list) else check.holds(value)
@@ -66,15 +77,15 @@ def each(check: Check) -> Check:
 
 
 def above_up_to(low: float, high: float) -> Check:
-    """low < value <= high."""
+    """Bounds a number: low < value <= high."""
     return Check(lambda value: low < value <= high, f"greater than {low}, at most {high}")
 
 
 def setting(default: Any, help: str, *, check: Check | None = None) -> Any:
-    """A dataclass field for one key. `help` gives meaning, unit and "off" value; `check` is skipped
-    for None.
+    """Declares one key: the default and the help of a dataclass field.
 
-    A list given as the default is copied for each config.
+    `help` gives meaning, unit and "off" value; `check` is skipped for None. A list given as the
+    default is copied for each config.
     """
     metadata = {"help": help, "check": check}
     if default is REQUIRED:
@@ -85,7 +96,7 @@ def setting(default: Any, help: str, *, check: Check | None = None) -> Any:
 
 
 def group(cls: type, help: str = "") -> Any:
-    """A dataclass field for a group of keys, itself a config class.
+    """Declares a group of keys, itself a config class, as a dataclass field.
 
     If `cls` has a class attribute SHORTHAND, a plain value given for the group sets that key of it:
     with SHORTHAND = "folder", `guide=PATH` means `guide.folder=PATH`.
@@ -98,17 +109,14 @@ def group(cls: type, help: str = "") -> Any:
 
 @dataclass(frozen=True)
 class _Given:
-    """A value as the user wrote it, and where: "run.yaml:3" or
-    "learning_rate=x" for an override.
-    """
+    """A value as the user wrote it, and where: "run.yaml:3", or "seed=1" for an override."""
 
     node: yaml.Node
     where: str
 
 
 def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Build `cls` from its defaults, then the YAML file at `path`, then `key=value` overrides (a
-    later one wins).
+    """Builds `cls` from its defaults, then the file at `path`, then the `key=value` overrides.
 
     A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted
     (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is taken as it
@@ -131,21 +139,17 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
             f"{path or 'key=value'}: nested too deeply, or an alias within itself"
         ) from None
     if problems or config is None:
-        raise InputError(
-            problems[0]
-            if len(problems) == 1
-            else f"{len(problems)} problems: " + " | ".join(problems)
-        )
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise InputError(count + " | ".join(problems))
     return config
 
 
 def given_keys(
     cls: type, path: Path | None, overrides: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The dotted keys that the file at `path` gives itself (its `base:` apart), and those that the
-    overrides give.
+    """Returns the dotted keys that the file at `path` gives itself, and those on the command line.
 
-    For what `load_config` has read without complaint.
+    A file's `base:` does not count. Both sources must be ones that `load_config` accepts.
     """
     in_file: dict[str, _Given] = {}
     on_line: dict[str, _Given] = {}
@@ -153,16 +157,14 @@ def given_keys(
         _read_file(cls, path, in_file, [])
     for override in overrides:
         _read_override(cls, override, on_line, [])
-    return [key for key, value in in_file.items() if value.where.startswith(f"{path}:")], list(
-        on_line
-    )
+    own = [key for key, value in in_file.items() if value.where.startswith(f"{path}:")]
+    return own, list(on_line)
 
 
 def split_argv(
     argv: Sequence[str], flags: Sequence[str] = ()
 ) -> tuple[Path | None, list[str], set[str]]:
-    """Split a command line `[--config FILE] [flag ...] [key=value ...]` into config file, overrides
-    and flags given.
+    """Splits `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags.
 
     `flags` are the flags the command knows, with their dashes. Raises InputError for anything else.
     """
@@ -184,9 +186,6 @@ def split_argv(
         else:
             overrides.append(argument)
     return path, overrides, seen
-
-
-MAX_BYTES = 10**6  # of a config file
 
 
 def _read_file(
@@ -261,12 +260,9 @@ def _read_override(cls: type, override: str, given: dict[str, _Given], problems:
     for part in groups:
         inner = _group_class(owner, part)
         if inner is None:
-            is_key = part in _fields(owner)
-            problem = (
-                (f"{prefix}{part} is a key, not a group of keys")
-                if is_key
-                else _unknown(owner, prefix, part)
-            )
+            problem = _unknown(owner, prefix, part)
+            if part in _fields(owner):
+                problem = f"{prefix}{part} is a key, not a group of keys"
             problems.append(f"{override}: {problem}")
             return
         owner, prefix = inner, f"{prefix}{part}."
@@ -281,8 +277,9 @@ def _flatten(
     given: dict[str, _Given],
     problems: list[str],
 ) -> None:
-    """Put each key of a YAML mapping into `given` under its dotted name. `file` is None inside an
-    override.
+    """Puts each key of a YAML mapping into `given` under its dotted name.
+
+    file: the config file, for messages; None inside an override.
     """
     seen: dict[str, int] = {}
     for key_node, node in mapping.value:
@@ -311,9 +308,7 @@ def _place(
     given: dict[str, _Given],
     problems: list[str],
 ) -> None:
-    """Put the value given for `key` of `cls` into `given`; a group's value is spread over the
-    group's keys.
-    """
+    """Puts the value given for `key` of `cls` into `given`, a group's value key by key."""
     if key not in _fields(cls):
         problems.append(f"{where}: {_unknown(cls, prefix, key)}")
         return
@@ -334,7 +329,7 @@ def _place(
 
 
 def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: list[str]) -> T | None:
-    """The config object of `cls`, or None if a value in it (or below it) is wrong."""
+    """Makes the config object of `cls`; None if a value in it (or below it) is wrong."""
     values: dict[str, Any] = {}
     before = len(problems)
     for name, declared in _fields(cls).items():
@@ -376,13 +371,8 @@ class _Mismatch(Exception):
     """A value is not of the annotated type; the text says what was found and what was expected."""
 
 
-# YAML 1.1 reads 010 as eight and 1:30 as ninety; here an integer is written the plain way.
-_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
-_NULLS = ("None", "none")  # beside YAML's own null and ~: what Python users write
-
-
 def _convert(node: yaml.Node, annotation: Any) -> Any:
-    """The Python value of a YAML node for a type annotation. Raises _Mismatch."""
+    """Returns the Python value of a YAML node for a type annotation. Raises _Mismatch."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -393,8 +383,6 @@ def _convert(node: yaml.Node, annotation: Any) -> Any:
         if not isinstance(node, yaml.SequenceNode):
             raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
         return origin(_convert(item, arguments[0]) for item in node.value)
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return _convert_dataclass(node, annotation)
     if not isinstance(node, yaml.ScalarNode):
         raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
     return _convert_scalar(node, annotation)
@@ -428,7 +416,7 @@ def _convert_scalar(node: yaml.ScalarNode, annotation: Any) -> Any:
 
 
 def _finite(raw: str, wrong: _Mismatch) -> float:
-    """`raw` as a float. YAML 1.1 takes 1e-4 for text; Python's own reading of it is meant here."""
+    """Reads `raw` as Python does, since YAML 1.1 takes 1e-4 for text. Raises _Mismatch."""
     try:
         value = float(raw.lstrip(".") if raw.lower() in (".nan", ".inf") else raw)
     except ValueError:
@@ -439,11 +427,10 @@ def _finite(raw: str, wrong: _Mismatch) -> float:
 
 
 def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
-    """The first member that fits. None is tried first; text, which fits nearly everything, last."""
+    """Takes the first member that fits; None is tried first, text, which fits nearly all, last."""
     failures: list[tuple[Any, _Mismatch]] = []
-    for member in sorted(
-        members, key=lambda member: (member in (str, Path), member is not types.NoneType)
-    ):
+    in_turn = sorted(members, key=lambda m: (m in (str, Path), m is not types.NoneType))
+    for member in in_turn:
         try:
             return _convert(node, member)
         except _Mismatch as error:
@@ -451,9 +438,7 @@ def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
     meant = [failure for member, failure in failures if member is not types.NoneType]
     if len(meant) == 1:
         raise meant[0]
-    raise _Mismatch(
-        f"{_shown(node)} is not {' or '.join(_type_name(member) for member in members)}"
-    )
+    raise _Mismatch(f"{_shown(node)} is not {' or '.join(map(_type_name, members))}")
 
 
 def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:
@@ -462,23 +447,8 @@ def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:
             if node.value == str(choice):
                 return choice
     names = [str(choice) for choice in choices]
-    raise _Mismatch(
-        f"{_shown(node)} is not one of "
-        f"{', '.join(names)}{_nearest(getattr(node, 'value', ''), names)}"
-    )
-
-
-def _convert_dataclass(node: yaml.Node, cls: type) -> Any:
-    """A config class inside a list, e.g. one part {path: x, weight: 2} of a data mixture."""
-    if not isinstance(node, yaml.MappingNode):
-        raise _Mismatch(f"{_shown(node)} is not {_type_name(cls)}")
-    given: dict[str, _Given] = {}
-    problems: list[str] = []
-    _flatten(cls, node, "", None, given, problems)
-    value = _build(cls, "", given, problems)
-    if problems:
-        raise _Mismatch(", ".join(problem.removeprefix(": ") for problem in problems))
-    return value
+    nearest = _nearest(getattr(node, "value", ""), names)
+    raise _Mismatch(f"{_shown(node)} is not one of {', '.join(names)}{nearest}")
 
 
 def _is_null(node: yaml.ScalarNode) -> bool:
@@ -495,18 +465,8 @@ def _kind(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
-_NAMES: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-    types.NoneType: "null",
-}
-
-
 def _type_name(annotation: Any) -> str:
-    """The annotation in words, for messages and help."""
+    """Says an annotation in words, for messages and help."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is Literal:
@@ -515,8 +475,6 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(argument) for argument in arguments)
     if origin in (list, tuple):
         return f"a list, each {_type_name(arguments[0])}"
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return "{" + ", ".join(_fields(annotation)) + "}"
     return _NAMES.get(annotation, str(annotation))
 
 
@@ -529,15 +487,10 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def _group_class(cls: type, name: str) -> type | None:
-    """The config class of the group `name` of `cls`, or None if that is an
-    ordinary key or unknown.
-    """
+    """Returns the config class of the group `name` of `cls`; None if that is a key, or unknown."""
     annotation = _types(cls).get(name) if name in _fields(cls) else None
-    return (
-        annotation
-        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-        else None
-    )
+    is_group = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    return annotation if is_group else None
 
 
 def _unknown(cls: type, prefix: str, key: str) -> str:
@@ -553,7 +506,7 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists, text and numbers: what YAML and JSON can hold."""
+    """Returns the config as plain dicts, lists, text and numbers: what YAML and JSON can hold."""
     return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
 
 
@@ -566,15 +519,16 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    """Writes the resolved config as YAML; `load_config` reads it back to an equal config."""
     return yaml.dump(
         to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
     )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text "None", which here means null, and escapes what is not printable (PyYAML
-    loses a U+0085).
+    """Quotes the text "None", which here means null, and escapes what is not printable.
+
+    PyYAML itself loses a U+0085.
     """
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
@@ -586,9 +540,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def describe(cls: type) -> str:
-    """Every key of `cls` with default, type, bound and help, one paragraph a key: the text of
-    `--help`.
-    """
+    """Says every key of `cls` with default, type, bound and help: the text of `--help`."""
     return "\n".join(_describe_lines(cls, ""))
 
 
@@ -600,9 +552,7 @@ def _describe_lines(cls: type, prefix: str) -> list[str]:
         if inner is not None:
             shorthand = getattr(inner, "SHORTHAND", None)
             short = f"{key}=VALUE is short for {key}.{shorthand}=VALUE" if shorthand else ""
-            help_text = " ".join(
-                part for part in (declared.metadata.get("help", ""), short) if part
-            )
+            help_text = " ".join(filter(None, (declared.metadata.get("help", ""), short)))
             lines += [f"{key}:  {help_text}".rstrip(), *_describe_lines(inner, f"{key}.")]
             continue
         check: Check | None = declared.metadata.get("check")

@@ -34,7 +34,7 @@ from ldalign.system.memory import OutOfMemory, keep_freed_memory
 T = TypeVar("T")
 
 LONGEST_WORK = timedelta(hours=24)  # of one rank while the others wait at a barrier
-# Connections of a host that is gone without a word, as TCP finds out: in 2 minutes.
+# With these TCP finds out in 2 minutes that the host of a connection is gone without a word.
 KEEPALIVE = {
     "SO_KEEPALIVE": 1,
     "TCP_KEEPIDLE": 60,
@@ -42,6 +42,13 @@ KEEPALIVE = {
     "TCP_KEEPCNT": 6,
     "TCP_USER_TIMEOUT": 120_000,
 }
+# Errors that reach every rank as what they are: `on_rank0`.
+_SHARED_ERRORS: dict[str, type[LdalignError]] = {
+    cls.__name__: cls for cls in (InputError, EnvironmentProblem, OutOfMemory, NumericsError)
+}
+
+
+# --------------------------------------------------------------------------------- start, meet, end
 
 
 def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
@@ -80,16 +87,14 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
-    return (
-        torch.device(device, torch.cuda.current_device())
-        if device == "cuda"
-        else torch.device("cpu")
-    )
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 @functools.cache
 def _meeting() -> dist.ProcessGroup:
-    """All ranks, for what they may wait for long."""
+    """Makes the group of all ranks in which they may wait long for each other."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
     _keep_alive()
     peers: list[Any] = [None] * world_size()
@@ -105,26 +110,23 @@ def _keep_alive() -> None:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
-                if (
-                    connection.family in (socket.AF_INET, socket.AF_INET6)
-                    and connection.type == socket.SOCK_STREAM
-                ):
-                    for option, value in KEEPALIVE.items():
-                        level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
-                        connection.setsockopt(level, getattr(socket, option), value)
+                over_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if not over_ip or connection.type != socket.SOCK_STREAM:
+                    continue
+                for option, value in KEEPALIVE.items():
+                    level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
+                    connection.setsockopt(level, getattr(socket, option), value)
 
 
 def use_onednn_for_float32() -> bool:
-    """Gives float32 products to oneDNN where they stay float32 there; whether it did. MKL is often
-    slower.
+    """Gives float32 products to oneDNN where they stay float32 there; returns whether it did.
 
-    torch offers oneDNN only by asking for "medium" precision, which a CPU without bfloat16 matrix
-    units answers in full float32 and another in bfloat16: a product is made to see which.
+    MKL, the default, is often slower. torch offers oneDNN only by asking for "medium" precision,
+    which a CPU without bfloat16 matrix units answers in full float32 and another in bfloat16: a
+    product is made to see which.
     """
-    a, b = (
-        torch.linspace(-1, 1, 256 * 256).view(256, 256),
-        torch.linspace(1, 3, 256 * 256).view(256, 256),
-    )
+    a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
+    b = torch.linspace(1, 3, 256 * 256).view(256, 256)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     exact = a.double() @ b.double()
@@ -143,12 +145,12 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process's number, 0 to world_size() - 1."""
+    """Returns this process's number, 0 to world_size() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work on this run."""
+    """Returns how many processes work on this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -159,7 +161,7 @@ def barrier() -> None:
 
 
 def on_rank0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only and return its result on every rank; must be called by all ranks.
+    """Runs `work` on rank 0 alone and returns its result on every rank. All ranks must call it.
 
     If it raises, every rank raises: an ldalign error as the same class with the same text, any
     other as RuntimeError on the other ranks. So no rank is left waiting. The result travels by
@@ -176,8 +178,7 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 def on_all(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank and return all results, by rank, on every rank; must be called by
-    all ranks.
+    """Runs `work` on every rank and returns all results, by rank, on each. All ranks must call it.
 
     If it raises on one, every rank raises, as with `on_rank0`; so `work` itself may contain no
     collective operation.
@@ -191,7 +192,7 @@ def on_all(work: Callable[[], T]) -> list[T]:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[tuple[T | None, str, str], Exception | None]:
-    """(result, kind of error, its text), which can travel, and the error itself."""
+    """Runs `work`: (result, kind of error, its text), which can travel, and the error itself."""
     try:
         return (work(), "", ""), None
     except Exception as error:
@@ -209,19 +210,14 @@ def _results(outcomes: Sequence[Any], failure: Exception | None) -> list[Any]:
     return [result for result, _, _ in outcomes]
 
 
-_SHARED_ERRORS: dict[str, type[LdalignError]] = {
-    cls.__name__: cls for cls in (InputError, EnvironmentProblem, OutOfMemory, NumericsError)
-}
+# -------------------------------------------------------------------------------------------- FSDP2
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model in training lies on the ranks. None of it changes the result, only memory and
-    communication.
-    """
+    """How a model in training lies on the ranks: it changes memory and messages, not results."""
 
-    # ranks that share one copy of the model (the GPUs of a node, say); None: all
-    ranks: int | None = None
+    ranks: int | None = None  # that share one copy of the model (the GPUs of a node); None: all
     # what a rank keeps whole until a step's last backward
     whole: Literal["nothing", "gradients", "all"] = "gradients"
 
@@ -234,16 +230,15 @@ def shard(
     sharding: Sharding = Sharding(),
     methods: Sequence[str] = (),
 ) -> nn.Module:
-    """FSDP2: each block a group of its own, the rest (embedding, final norm, head) one more. Done
-    once; then a no-op.
+    """Wraps a model for FSDP2: each block is a group; embedding, norm and head are one more.
 
-    Weights are gathered in `compute_dtype`; the model keeps its own dtype, sharded by rows, and so
-    do its gradients. They are *summed* over ranks, and over micro-batches, in float32: the loss is
-    already divided by the global count, so any split gives the same gradient. A meta-device model
-    is only cut: `weights.load_model` then reads the pieces. A rank alone whose weights have the
-    compute dtype already has nothing to gather, cast or reduce: its model is left as it is.
-    methods: of the model, for which weights are gathered as for `forward`. Raises InputError where
-    `sharding.ranks` does not divide the number of ranks.
+    A second call does nothing. Weights are gathered in `compute_dtype`; the model keeps its own
+    dtype, sharded by rows, and so do its gradients. They are *summed* over ranks, and over
+    micro-batches, in float32: the loss is already divided by the global count, so any split gives
+    the same gradient. A meta-device model is only cut: `weights.load_model` then reads the pieces.
+    A rank alone whose weights have the compute dtype already has nothing to gather, cast or reduce:
+    its model is left as it is. methods: of the model, for which weights are gathered as for
+    `forward`. Raises InputError where `sharding.ranks` does not divide the number of ranks.
     """
     several = world_size() > 1
     if isinstance(model, FSDPModule) or not (
@@ -256,11 +251,9 @@ def shard(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in (*blocks, model):
-        # The backward begins with the last block and the head, so letting go of these would be for
-        # nothing.
-        reshard = (
-            several and sharding.whole != "all" and module is not model and module is not blocks[-1]
-        )
+        # The backward begins with the head and the last block: these are not let go of.
+        needed_first = module is model or module is blocks[-1]
+        reshard = several and sharding.whole != "all" and not needed_first
         wrapped = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         wrapped.set_force_sum_reduction_for_comms(True)
         if several:  # alone, a factor would cost one more copy of the gradients
@@ -271,16 +264,14 @@ def shard(
 
 
 def copies(shard_ranks: int | None) -> int:
-    """How many copies of the model all ranks hold together, where each copy lies on `shard_ranks`
-    of them.
+    """Returns how many copies of the model all ranks hold together, each on `shard_ranks` of them.
+
+    Raises InputError where these do not divide the number of ranks.
     """
     found, rest = divmod(world_size(), shard_ranks or world_size())
     if rest:
-        nearest = max(
-            n
-            for n in range(1, world_size() + 1)
-            if world_size() % n == 0 and n <= (shard_ranks or n)
-        )
+        divisors = [n for n in range(1, world_size() + 1) if world_size() % n == 0]
+        nearest = max(n for n in divisors if n <= (shard_ranks or n))
         raise InputError(
             f"training.shard_ranks={shard_ranks}: {world_size()} ranks cannot be split so; the "
             f"nearest that can: training.shard_ranks={nearest}"
@@ -290,8 +281,9 @@ def copies(shard_ranks: int | None) -> int:
 
 @functools.cache
 def _mesh(device_type: str, copies: int) -> DeviceMesh:
-    """All ranks, (S,), or (copies, S) for hybrid sharding. Cached, as a mesh of two dimensions
-    makes process groups.
+    """Arranges all ranks as (S,), or as (copies, S) for hybrid sharding.
+
+    Cached, as a mesh of two dimensions makes process groups.
     """
     if copies == 1:
         return init_device_mesh(device_type, (world_size(),))
@@ -300,7 +292,7 @@ def _mesh(device_type: str, copies: int) -> DeviceMesh:
 
 
 def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) -> None:
-    """Before each micro-batch of a global batch: what it may leave out because it is not the last.
+    """Says, before each micro-batch of a global batch, what it may leave out as it is not the last.
 
     Gradients are reduced over ranks after the last one alone, where a rank has the memory to add
     them up whole until then (Sharding.whole "gradients", "all"); otherwise each adds to the shards,
@@ -316,8 +308,9 @@ def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) ->
 
 
 def local_rows(p: Tensor) -> tuple[int, int]:
-    """The rows [start, stop) of a parameter that this rank holds: FSDP cuts the first axis, as
-    `torch.chunk` does.
+    """Returns the rows [start, stop) of a parameter that this rank holds.
+
+    FSDP cuts the first axis, as `torch.chunk` does.
     """
     if not isinstance(p, DTensor):
         return 0, len(p)
@@ -327,19 +320,16 @@ def local_rows(p: Tensor) -> tuple[int, int]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of gathered weights that a forward without backward may have left: parameters are
-    shards again.
-    """
+    """Lets go of gathered weights that a forward without backward may have left on a rank."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All parameters by name, whole, on the CPU in `dtype`; empty but on rank 0. Every rank must
-    call it.
+    """Returns all parameters by name, whole, on the CPU in `dtype`; an empty dict but on rank 0.
 
-    Gathered one at a time, in `dtype`, and by rank 0 alone.
+    All ranks must call it. Parameters are gathered one at a time, in `dtype`, and by rank 0 alone.
     """
     reshard(model)
     state = {name: _whole(p, dtype) for name, p in model.named_parameters()}
@@ -361,8 +351,11 @@ def _whole(p: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if parts is None else torch.cat([x.cpu() for x in parts])[: len(p)]
 
 
+# ----------------------------------------------------------------------------------- over all ranks
+
+
 def total(values: Tensor) -> Tensor:
-    """The elementwise sum over all ranks, the same on each."""
+    """Returns the elementwise sum over all ranks, the same on each."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -370,36 +363,33 @@ def total(values: Tensor) -> Tensor:
 
 
 def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
-    """Results of all ranks, (count, ...) float64 on the CPU, by row; each rank gives the rows
-    `mine` it worked on.
+    """Joins the rows of all ranks: (count, ...) float64 on the CPU, the same on each.
+
+    mine: the rows that this rank worked on. values: their results, (len(mine), ...).
     """
     on_gpu = dist.is_initialized() and dist.get_backend() != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     out = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=device)
-    out[torch.tensor(list(mine), dtype=torch.int64, device=device)] = values.to(
-        device, torch.float64
-    )
+    places = torch.tensor(list(mine), dtype=torch.int64, device=device)
+    out[places] = values.to(device, torch.float64)
     barrier()  # a rank may be slower by more than the timeout
     return total(out).cpu()
 
 
 def clip_grad_norm(model: nn.Module, most: float) -> Tensor:
-    """Scales all gradients so that their global L2 norm is at most `most` (0: no clipping); returns
-    the norm before.
+    """Scales all gradients to a global L2 norm of at most `most`; returns the norm before.
 
-    Each rank adds up the squares of its own shards; one number travels. () float32, the same on all
-    ranks.
+    most: 0 for no clipping. Each rank adds up the squares of its own shards; one number travels.
+    The norm is () float32, the same on all ranks.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    # In float32 also where gradients are bfloat16: a norm in their dtype would be off by up to 0.4
-    # %.
-    squares = (
-        torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float32)).double().square().sum()
-    )
+    # In float32 for bfloat16 gradients too: a norm in their dtype would be off by up to 0.4 %.
+    norms = torch._foreach_norm(local, 2.0, dtype=torch.float32)
+    squares = torch.stack(norms).double().square().sum()
     mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
     if mesh is not None and mesh.size(-1) > 1:
-        # the copies of hybrid sharding hold the same
+        # the last axis alone: the copies of hybrid sharding hold the same gradients
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = squares.sqrt().float()
     if 0 < most < norm < math.inf:

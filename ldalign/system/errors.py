@@ -1,4 +1,4 @@
-"""The errors a user may meet.
+"""The errors a user may meet, and the exit code of each.
 
 A problem that a person can solve is raised as one of the three classes below, with a message of the
 form `FILE:LINE: what is wrong; what to do`; `exits.run` turns it into one line on stderr and an
@@ -13,17 +13,13 @@ class LdalignError(Exception):
 
 
 class InputError(LdalignError, ValueError):
-    """Something the user gave is wrong: a file, a row, a config key, a model
-    folder. Exit code 2.
-    """
+    """What the user gave is wrong: a file, a row, a config key, a model folder. Exit code 2."""
 
     exit_code = 2
 
 
 class EnvironmentProblem(LdalignError, RuntimeError):
-    """The machine is in the way: a missing package, a full disk, an absent device, a held lock.
-    Exit code 3.
-    """
+    """The machine is in the way: no package, no device, a full disk, a held lock. Exit code 3."""
 
     exit_code = 3
 
@@ -37,12 +33,3 @@ class NumericsError(LdalignError, ArithmeticError):
 def is_failure(error: BaseException) -> bool:
     """Whether a library failed, if only by a panic of its Rust code, and nobody asked to stop."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-# ---------------------------------------------------------------------------------- one rank speaks
-#
-# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection,
-# does not bury the cause: who is about to say a line makes a file named by it. Under torchrun it
-# lies beside the workers' error files (torchrun removes that folder), else among the temporary
-# files, named also by what all ranks of a run on a host share: the process that started them, and
-# the port they meet at. So every host says it; better twice than never.

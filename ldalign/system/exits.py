@@ -1,6 +1,6 @@
 """The one way every command ends: one line, from one rank, and an exit code.
 
-Exit codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself
+The codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself
 exits with 1 whatever a worker's code; the worker's own is in the summary that torchrun prints.) In
 a run of several ranks the line begins with the rank that failed.
 """
@@ -21,8 +21,9 @@ from typing import NoReturn
 from ldalign.system import interrupt
 from ldalign.system.errors import LdalignError
 
-# What gloo, NCCL and torch's store say when the other side is gone; they raise plain RuntimeErrors
-# among others.
+PEERS: list[tuple[str, int]] = []  # (host, process number) by rank, once `distributed` knows them
+
+# What gloo, NCCL and torch's store say, most often in a RuntimeError, when the other side is gone.
 _CONNECTION = re.compile(
     r"gloo|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE
 )
@@ -30,20 +31,16 @@ _AGAIN = (
     "its own line, or torchrun's summary, says why; run the same command again: what is finished "
     "is kept"
 )
-# (host, process number) of each rank, once `distributed.start` knows them
-PEERS: list[tuple[str, int]] = []
 
 
 def of_rank(error: BaseException, rank: int) -> BaseException:
-    """`error`, which this rank raises because `rank` did: both would say the same, in that one's
-    name.
-    """
+    """Marks `error`, which this rank raises because `rank` did: it is said in that rank's name."""
     error.__dict__["ldalign_rank"] = rank
     return error
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a command's `main(argv)` and exit: 0, or an error's code after one line on stderr.
+    """Runs a command's `main(argv)` and exits: with 0, or an error's code after one line on stderr.
 
     `--debug` anywhere in the arguments is taken out before `main` sees them and adds the traceback.
     """
@@ -53,8 +50,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     _forget_earlier_lines()
     try:
         _run(main, argv, debug)
-    # here, for a signal may also come while another error is dealt with
-    except interrupt.Stopped as stop:
+    except interrupt.Stopped as stop:  # here: it may come while another error is dealt with
         _exit(str(stop), stop.exit_code, aftermath=True)
     leave(0)
 
@@ -71,14 +67,10 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
             _exit(str(error), error.exit_code, rank=rank, trace=trace)
         if _ranks() > 1 and rank is None and _CONNECTION.search(str(error)):
             line = str(error).strip().splitlines()[0]
-            _exit(
-                f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}",
-                3,
-                aftermath=True,
-                trace=trace,
-            )
-        # then the text has the kind already
+            message = f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}"
+            _exit(message, 3, aftermath=True, trace=trace)
         another = rank is not None and str(rank) != os.environ.get("RANK", "0")
+        # another rank's text has the error's kind already
         text = str(error) if another else f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
         _exit(f"unexpected {text}{hint}", 1, rank=rank, trace=trace)
@@ -87,10 +79,10 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
 def _exit(
     message: str, code: int, *, rank: int | None = None, aftermath: bool = False, trace: str = ""
 ) -> NoReturn:
-    """Print `ldalign: error: message` as one line, unless another rank has, and exit with `code`.
+    """Prints `ldalign: error: message` as one line, unless another rank has, and exits with `code`.
 
-    rank: that failed, where it is not this one. aftermath: what comes of another's end, if anything
-    was said before.
+    rank: the one that failed, where it is not this one. aftermath: this comes of another's end, and
+    is said only where nothing was said before.
     """
     line = " ".join(message.split())
     if _ranks() > 1:
@@ -102,7 +94,7 @@ def _exit(
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, its output written, without Python's own shutdown.
+    """Ends the process at once, its output written, without Python's own shutdown.
 
     A thread of the process group lives on after `destroy_process_group`, as FSDP holds the group;
     one that drops a tensor while the interpreter shuts down ends in C++'s "terminate called without
@@ -114,12 +106,21 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+# ---------------------------------------------------------------------------------- one rank speaks
+#
+# Ranks that fail alike say it once, and one that dies of another's death, of a broken connection,
+# does not bury the cause: who is about to say a line makes a file named by it. Under torchrun it
+# lies beside the workers' error files (torchrun removes that folder), else among the temporary
+# files, named also by what all ranks of a run on a host share: the process that started them, and
+# the port they meet at. So every host says it; better twice than never.
+
+
 def _ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _lines() -> tuple[Path, str]:
-    """The folder of the files that stand for lines said, and what their names begin with."""
+    """Returns the folder of the files that stand for lines said, and their names' beginning."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/<local rank>/error.json
     if error_file:
         return Path(error_file).parent.parent, "ldalign_said_"
@@ -128,9 +129,7 @@ def _lines() -> tuple[Path, str]:
 
 
 def _forget_earlier_lines() -> None:
-    """Removes what this rank left in an earlier run of the same parent, and what any left a day
-    ago.
-    """
+    """Removes what this rank left in an earlier run of the same parent, and what is a day old."""
     if _ranks() == 1:
         return
     folder, prefix = _lines()
@@ -142,18 +141,16 @@ def _forget_earlier_lines() -> None:
 
 
 def _may_speak(line: str, aftermath: bool) -> bool:
-    """Whether this process should print `line`: in a run of several ranks, whether none has."""
+    """Says whether this process should print `line`: of several ranks, only if none has."""
     if _ranks() == 1:
         return True
     folder, prefix = _lines()
     try:
-        if aftermath and any(
-            path.stat().st_uid == os.getuid() for path in folder.glob(f"{prefix}*")
-        ):
+        said = folder.glob(f"{prefix}*")
+        if aftermath and any(path.stat().st_uid == os.getuid() for path in said):
             return False
-        path = (
-            folder / f"{prefix}{hashlib.sha256(line.encode('utf-8', 'replace')).hexdigest()[:16]}"
-        )
+        digest = hashlib.sha256(line.encode("utf-8", "replace")).hexdigest()
+        path = folder / f"{prefix}{digest[:16]}"
         with path.open("x") as file:
             file.write(os.environ.get("RANK", "0"))
     except FileExistsError:
@@ -164,9 +161,7 @@ def _may_speak(line: str, aftermath: bool) -> bool:
 
 
 def _ended() -> str:
-    """Which ranks of this host have ended, in words: those that the connection
-    may have broken for.
-    """
+    """Says which ranks of this host have ended: those that the connection may have broken for."""
     host, deadline = socket.gethostname(), time.monotonic() + 2
     while time.monotonic() < deadline:
         ended = [

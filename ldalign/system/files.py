@@ -1,5 +1,8 @@
-"""Files that are wholly there or not there at all, and errors of the file system that name path and
-bytes.
+"""Files: wholly there or not there at all, with errors that name path and bytes; JSON and hashes.
+
+`writing` turns what the file system refuses into one line; `write_text` and `save_tensors` leave
+nothing half written; below them are our JSON and JSON Lines files, and the hash that manifests
+hold.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ from ldalign.system.errors import EnvironmentProblem
 PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
 HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
 
+# What the machine is to blame for, not the program.
 _MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -37,8 +41,7 @@ _MACHINE_ERRORS = (
 
 @contextlib.contextmanager
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn what the file system refuses into an EnvironmentProblem that names the path and what was
-    to be written.
+    """Turns what the file system refuses within it into an EnvironmentProblem that names the path.
 
     path: what is written, or the folder of it where the error itself does not say. size: in bytes,
     where known.
@@ -56,7 +59,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def _space(error: OSError, path: Path, size: int | None) -> str:
-    """What was to be written, and what there is room for: only where room is what is missing."""
+    """Says what was to be written and what there is room for, the latter where room is missing."""
     parts = [] if size is None else [f"{size} bytes to write"]
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
@@ -65,7 +68,7 @@ def _space(error: OSError, path: Path, size: int | None) -> str:
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or a folder: the latter puts the names in it on disk."""
+    """Puts a file's content on disk (fsync), or, of a folder, the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,8 +77,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are not there; their names are on disk when this
-    returns.
+    """Makes a folder and those above it; their names are on disk when this returns.
 
     Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is
     one.
@@ -89,8 +91,9 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either wholly there, on disk, or not there at all (or still
-    the old one).
+    """Writes a UTF-8 text file: the new one is wholly on disk, or what was there before stays.
+
+    Raises EnvironmentProblem naming the file where it cannot be written; so do all writers here.
     """
     temporary = path.with_name(path.name + PARTIAL)
     with writing(path, len(text)):
@@ -101,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file of contiguous CPU tensors, on disk when this returns.
+    """Writes a safetensors file of contiguous CPU tensors; it is on disk when this returns.
 
     Raises EnvironmentProblem naming the file where it cannot be written.
     """
@@ -125,20 +128,20 @@ def _umask() -> int:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """One JSON value a line."""
+    """Writes one JSON value a line."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     with writing(path, len(text)):
         path.write_text(text, encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSON Lines file of ours."""
+    """Returns the values of a JSON Lines file of ours."""
     # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 

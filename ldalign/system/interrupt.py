@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# Ctrl-C under torchrun comes twice: from the terminal, and passed on by torchrun
-SAME_REQUEST_S = 2.0
+SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, then from torchrun
 
 
 class Stopped(BaseException):
-    """A signal asked to stop; `number` is the signal's. Not an Exception: nothing may take it for a
-    failure.
+    """A signal asked to stop; `number` is the signal's.
+
+    It is no Exception: nothing may take it for a failure.
     """
 
     def __init__(self, number: int, kept: str = "what is finished is kept") -> None:
@@ -56,13 +56,13 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def requested() -> int:
-    """The number of the signal that asked to stop; 0: none did."""
+    """Returns the number of the signal that asked to stop; 0: none did."""
     return _Requests.number
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within it a request waits for someone to ask `requested`; at its end for nobody any more."""
+    """Lets a request wait until someone asks `requested`, at the latest until the block ends."""
     _Requests.held += 1
     try:
         yield

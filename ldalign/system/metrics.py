@@ -1,5 +1,4 @@
-"""Metrics: sums and counts over pairs and ranks, one JSON line a step, one readable line in the
-terminal.
+"""Metrics and what a person watches: means over ranks, a JSON line a step, terminal lines, a bar.
 
 Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are `weight/*`, `len/*`,
 `time/*` and `tokens_per_second`.
@@ -7,7 +6,7 @@ Names are TRL's (`rewards/chosen`, `logps/rejected`, ...); ours in addition are 
 
 import contextlib
 import json
-import logging
+import math
 import sys
 import time
 from collections import defaultdict
@@ -21,12 +20,11 @@ from tqdm import tqdm
 
 from ldalign.system import distributed
 
-log = logging.getLogger(__name__)
+Metrics = dict[str, float]  # a stage's numbers, by name
 
 
 class Mean:
-    """Means by example: sums and counts are kept on the device, added over ranks, and only then
-    divided.
+    """Means by example: sums and counts on the device, added over ranks, divided at the end.
 
     While `muted`, what is added is named but counts for nothing: a rank without rows must still
     know the names.
@@ -45,13 +43,10 @@ class Mean:
         self.counts[name] += values.numel() if count is None else count
 
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """The means over all ranks. Every rank must call it with the same names."""
+        """Returns the means over all ranks. Every rank must call it with the same names."""
         names = sorted(self.sums)
-        table = torch.tensor(
-            [[float(self.sums[n]), self.counts[n]] for n in names],
-            dtype=torch.float64,
-            device=device,
-        )
+        mine = [[float(self.sums[n]), self.counts[n]] for n in names]
+        table = torch.tensor(mine, dtype=torch.float64, device=device)  # (names, 2)
         table = distributed.total(table).cpu().reshape(-1, 2)
         return {n: float(s / c) for n, (s, c) in zip(names, table, strict=True) if c}
 
@@ -63,7 +58,7 @@ class MetricsLog:
         self.path, self.stage = path if distributed.rank() == 0 else None, stage
 
     def write(self, record: Mapping[str, Any], text: str) -> None:
-        """One record, with the stage's name, and the line a person reads."""
+        """Writes one record, with the stage's name, and says the line that a person reads."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, **record}) + "\n")
@@ -71,8 +66,9 @@ class MetricsLog:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, from rank 0 only. A run outlives who reads it: a
-    terminal, a pipe.
+    """Prints a line for the person at the terminal, on stderr, from rank 0 only.
+
+    A run outlives who reads it, a terminal or a pipe: a line that cannot be printed is lost.
     """
     if distributed.rank() == 0:
         with contextlib.suppress(OSError):
@@ -80,26 +76,20 @@ def say(text: str) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: the GPU's where there is one, else resident memory."""
+    """Returns the peak memory of this process, in GiB: the GPU's if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux's VmHWM, in KiB. getrusage would count the parent's memory too, which was shared for a
-    # moment.
+    # Linux's VmHWM, in KiB: getrusage would count the parent's memory too, shared for a moment.
     status = Path("/proc/self/status")
-    lines = (
-        status.read_text(encoding="ascii", errors="replace").splitlines()
-        if status.is_file()
-        else []
-    )
-    return next(
-        (int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan")
-    )
+    if not status.is_file():
+        return math.nan
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    peaks = (int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
+    return next(peaks, math.nan)
 
 
 class Bar:
-    """A progress bar on rank 0, with new tokens per second where tokens are made: `with Bar(...) as
-    progress`.
-    """
+    """A progress bar on rank 0, also of tokens a second: `with Bar(...) as progress`."""
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
@@ -133,6 +123,3 @@ class Bar:
                 f"{self.name}: {self.tokens} tokens in {seconds:.0f} s, "
                 f"{self.tokens / seconds:.0f} tokens/s"
             )
-
-
-Metrics = dict[str, float]

@@ -1,5 +1,4 @@
-"""Rows that are done, on disk while their stage is under way: a run that was killed goes on with
-the rest.
+"""Rows that are done, kept on disk while their stage is under way: a killed run goes on from them.
 
 Every rank appends to a file of its own, a line [index, record] a row; the next start gathers these
 files, however many ranks wrote them or come after. Where a row's last bits depend on the rows it is
@@ -28,6 +27,9 @@ from ldalign.system.files import write_text
 FOLDER = "parts"  # in the temporary folder of a stage; goes when the stage is finished
 
 
+# -------------------------------------------------------------------------------------------- files
+
+
 class Parts:
     """The files of one piece of work: `path` with a suffix each."""
 
@@ -35,10 +37,10 @@ class Parts:
         self.path = path
 
     def gather(self, chunks: Sequence[Sequence[int]] | None = None) -> dict[int, Any]:
-        """The records that are done, by index; they are in one file afterwards. On rank 0 alone,
-        before any `open`.
+        """Returns the records that are done, by index, and leaves them in one file.
 
-        chunks: those of which only the whole ones count; None: rows count one by one.
+        Called on rank 0 alone, before any `open`. chunks: those of which only the whole ones count;
+        None: rows count one by one.
         """
         rows = self.read()
         if chunks is not None:
@@ -51,7 +53,7 @@ class Parts:
         return rows
 
     def read(self) -> dict[int, Any]:
-        """The records in all files, by index; a torn last line does not count."""
+        """Returns the records in all files, by index; a torn last line does not count."""
         rows: dict[int, Any] = {}
         for part in sorted([*self._of_ranks(), *([self._kept] if self._kept.is_file() else [])]):
             for line in part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
@@ -61,13 +63,12 @@ class Parts:
         return rows
 
     def open(self) -> IO[str]:
-        """This rank's own file, to append to."""
-        return self.path.with_name(f"{self.path.name}.rank{distributed.rank()}").open(
-            "a", encoding="utf-8"
-        )
+        """Opens this rank's own file, to append to."""
+        own = self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
+        return own.open("a", encoding="utf-8")
 
     def remove(self) -> None:
-        """On rank 0 alone, when the records are elsewhere."""
+        """Removes the files: called on rank 0 alone, when the records are elsewhere."""
         for part in self._of_ranks():
             part.unlink()
         self._kept.unlink(missing_ok=True)
@@ -91,6 +92,9 @@ def _line(index: int, record: Any) -> str:
     return json.dumps([index, record], ensure_ascii=False) + "\n"
 
 
+# -------------------------------------------------------------------------------------------- table
+
+
 def table(
     chunks: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], Tensor],
@@ -99,13 +103,13 @@ def table(
     path: Path | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """(N, width) float64 on the CPU, the same on all ranks: what `work` makes of each chunk of row
-    indices, (n, width).
+    """Computes a table in chunks of rows: (N, width) float64 on the CPU, the same on all ranks.
 
-    All ranks call it with the same chunks, which hold each of 0 to N - 1 once and do not depend on
-    the ranks, and share them. path: where chunks that are done are kept, and gone on from; None:
-    nowhere. Raises NumericsError on all ranks alike, with refusal(index, value), where a value is
-    not finite; the other chunks are kept.
+    work: makes (n, width) of the n row indices of a chunk. All ranks call this with the same
+    chunks, which hold each of 0 to N - 1 once and do not depend on the ranks, and share them. path:
+    where chunks that are done are kept, and gone on from; None: nowhere. Raises NumericsError on
+    all ranks alike, with refusal(index, value), where a value is not finite; the other chunks are
+    kept.
     """
     parts = None if path is None else Parts(path)
     values: dict[int, list[float]] = {}  # this rank's; rank 0 has those of earlier starts too
@@ -121,12 +125,8 @@ def table(
     with parts.open() if parts else contextlib.nullcontext() as file:
         for chunk in missing[distributed.rank() :: distributed.world_size()]:
             rows = work(chunk).double().tolist()
-            odd = [
-                (i, value)
-                for i, row in zip(chunk, rows, strict=True)
-                for value in row
-                if not math.isfinite(value)
-            ]
+            numbers = [(i, x) for i, row in zip(chunk, rows, strict=True) for x in row]
+            odd = [(i, x) for i, x in numbers if not math.isfinite(x)]
             if odd:
                 break
             values.update(zip(chunk, rows, strict=True))

@@ -1,6 +1,4 @@
-"""The files of a model folder, read as data from a stranger: inside the folder only, of bounded
-size, JSON as JSON.
-"""
+"""The files of a model folder, read as a stranger's data: within bounds, within the folder."""
 
 import json
 import re
@@ -9,14 +7,14 @@ from typing import Any
 
 from ldalign.system.errors import InputError
 
-MAX_JSON_BYTES = (
-    10**7
-)  # of a config or a header: a hundred times the largest real one; parsed, it takes many times that
+# A config or a header: a hundred times the largest real one. Parsed, it takes many times that.
+MAX_JSON_BYTES = 10**7
 MAX_TOKENIZER_BYTES = 10**8  # tokenizer.json of 250,000 entries has 35 MB
+READ_LATER = (".json", ".jinja", ".safetensors", ".txt", ".model")  # files that stages use
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` stays in the model folder `folder` when its links are followed.
+    """Says whether `path` stays in the model folder `folder` when its links are followed.
 
     A hub's cache (models--ORGANISATION--NAME/snapshots/COMMIT) links every file to one in blobs/ of
     the same model: such a link is followed, there alone.
@@ -29,29 +27,26 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def refuse_link_out(path: Path, folder: Path) -> None:
-    """InputError where `path` is a link out of the model folder `folder`."""
+    """Raises InputError where `path` is a link out of the model folder `folder`."""
     if not is_inside(path, folder):
         raise InputError(f"{path}: is a link out of the model folder; put the file itself there")
 
 
 def refuse_links_out(folder: Path, *subfolders: str) -> None:
-    """InputError where a file that a later stage reads, copies or hashes, or a subfolder, is a link
-    out of it.
+    """Raises InputError where a link leads out of the model folder.
+
+    What counts are the subfolders and the files that a later stage reads, copies or hashes.
     """
     for path in sorted(folder.iterdir()):
-        read = (
-            path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model")
-            or path.name in subfolders
-        )
-        if read:
+        if path.suffix in READ_LATER or path.name in subfolders:
             refuse_link_out(path, folder)
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a file of the model folder it lies in. InputError for a link out, a device, or
-    too large a file.
+    """Reads a file of the model folder it lies in, of at most `most` bytes.
 
-    Raises FileNotFoundError where there is none.
+    Raises InputError for a link out, a device, or too large a file; FileNotFoundError where there
+    is none.
     """
     refuse_link_out(path, path.parent)
     try:
@@ -71,17 +66,17 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for anything else, and for a key given twice, of which one
-    would be lost.
+    """Parses a JSON object.
+
+    Raises InputError for anything else, and for a key given twice, of which one would be lost.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(
-                f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice"
-            )
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"key {twice!r} is given twice")
         return found
 
     try:
@@ -103,8 +98,9 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 def read_json(
     path: Path, missing: dict[str, Any] | None = None, most: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """The JSON object in `path`; a copy of `missing` if there is no such file and a default is
-    given.
+    """Reads the JSON object in `path`; with no such file, returns a copy of `missing`, if given.
+
+    Raises InputError as `parse_json` does, and for an absent file without `missing`.
     """
     try:
         return parse_json(read_bytes(path, most), path)
@@ -115,10 +111,9 @@ def read_json(
 
 
 def read_text(path: Path) -> str:
-    """A text file of the folder."""
+    """Reads a UTF-8 text file of the folder. Raises InputError as `read_bytes` does."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 text (byte {error.start}); download it again"
-        ) from None
+        at = f"byte {error.start}"
+        raise InputError(f"{path}: not UTF-8 text ({at}); download it again") from None

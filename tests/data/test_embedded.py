@@ -1,6 +1,4 @@
-"""The embedded data set: the same rows everywhere, splits that share nothing, a checker that is not
-talked round.
-"""
+"""The embedded data: the same rows everywhere, splits apart, a checker that is not talked round."""
 
 import datetime
 import hashlib
@@ -141,8 +139,9 @@ def weekday(name):
 
 
 def solve(task):
-    """The answer worked out from the prompt's own text (from the parameters where wordings differ
-    too much).
+    """Works the answer out from the prompt's own text.
+
+    Where wordings differ too much, it takes the parameters.
     """
     if task.kind == "arithmetic":
         a, b, c = numbers(task.prompt)

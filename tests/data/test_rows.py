@@ -1,6 +1,4 @@
-"""Every input shape, every kind of bad row with its place, ids, weights; then arbitrary bytes and
-conversations.
-"""
+"""Every input shape, every bad row with its place, ids, weights; then arbitrary bytes and chats."""
 
 import json
 import sys

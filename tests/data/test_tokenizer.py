@@ -1,6 +1,4 @@
-"""Chat templates and ids against transformers; control tokens in messages; hostile and broken model
-folders.
-"""
+"""Chat templates and ids against transformers; control tokens in messages; hostile folders."""
 
 import json
 from pathlib import Path
@@ -38,9 +36,7 @@ def transformers_tokenizer(folder):
 
 
 def check_against_transformers(folder: Path, turns) -> None:
-    """Prompt and response ids are those of apply_chat_template, after the one BOS the model may
-    want.
-    """
+    """Checks that ids are those of apply_chat_template, after the one BOS the model may want."""
     ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
     pair = ours.pair_ids(as_row(turns))
     chat = messages(turns)
@@ -145,9 +141,7 @@ def test_smollm2_ids_are_the_published_ones(smollm2_folder):
 
 
 def renamed(folder: Path, target: Path, renames: dict[str, str]) -> Path:
-    """The same tokenizer and template with other spellings of its control tokens: the oracle for
-    D8.
-    """
+    """Spells the control tokens of tokenizer and template otherwise, to see that all follow."""
     target.mkdir()
     for path in folder.iterdir():
         text = path.read_text(encoding="utf-8")

@@ -1,6 +1,4 @@
-"""Judge agreement: its figures by hand, and train/judge.py on a whole toy run's
-policy and guide.
-"""
+"""Judge agreement: its figures by hand, and train/judge.py on a toy run's policy and guide."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""The benchmarks: definitions against lm-eval's own, perfect and random models, local files, stages
-of a run.
-"""
+"""The benchmarks: definitions against lm-eval's, perfect and random models, files, stages."""
 
 import importlib.metadata
 import json

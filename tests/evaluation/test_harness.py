@@ -124,7 +124,8 @@ exits.run(main)
 @pytest.mark.slow
 def test_two_ranks_have_what_one_has(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(RANKS_SCRIPT)
+    here = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    script.write_text(here + RANKS_SCRIPT)
     done = run_script(script, folder, tmp_path / "result", ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"result{rank}").read_text()) for rank in (0, 1))

@@ -114,9 +114,7 @@ Reply = tuple[int, dict[str, Any] | str]
 
 
 class Server:
-    """An OpenAI-compatible server on this machine: POST /v1/chat/completions. `reply` answers each
-    question.
-    """
+    """An OpenAI-compatible server: POST /v1/chat/completions. `reply` answers each question."""
 
     def __init__(self) -> None:
         self.reply: Callable[[str, dict[str, Any]], Reply] = lambda question, body: (200, "A")

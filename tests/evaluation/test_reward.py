@@ -1,6 +1,4 @@
-"""Rewards: a tiny random DeBERTa against transformers row by row, and the stage beside each
-evaluation.
-"""
+"""Rewards: a tiny random DeBERTa against transformers row by row, and the stages of rewards."""
 
 import json
 import re
@@ -42,9 +40,7 @@ WORDS = "what is the sum of two and one three four five more it a an answer righ
 
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout of OpenAssistant's model: DebertaV2ForSequenceClassification, one logit, [CLS] q
-    [SEP] a [SEP].
-    """
+    """Makes a folder laid out like OpenAssistant's: DebertaV2, one logit, [CLS] q [SEP] a [SEP]."""
     folder = tmp_path_factory.mktemp("reward") / "deberta"
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
@@ -136,8 +132,9 @@ def test_what_is_no_reward_model(
 
 
 def test_the_conversion_in_the_docs(deberta: Path, tmp_path: Path) -> None:
-    """Of a folder with a pickle of weights: the same scores. Without tokenizer.json the folder is
-    refused.
+    """A folder with a pickle of weights, converted, gives the same scores.
+
+    Without tokenizer.json the folder is refused.
     """
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()

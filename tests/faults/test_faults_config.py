@@ -1,6 +1,4 @@
-"""The matrix's C rows: settings and run folders that cannot work; and that all checks come before
-any weights.
-"""
+"""The matrix's C rows: settings and runs that cannot work, all found before any weights."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""The matrix's D rows: data files that are broken, odd or change; and that nothing of it gets past
-the readers.
-"""
+"""The matrix's D rows: data files that are broken, odd or change; nothing gets past readers."""
 
 import json
 import time

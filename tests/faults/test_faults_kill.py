@@ -1,5 +1,4 @@
-"""Whole runs, killed, stopped and denied writes: what is left after the same command is what an
-undisturbed run leaves.
+"""Whole runs, killed, stopped and denied writes: the same command leaves the same in the end.
 
 Named by the rows of the fault matrix (docs/reliability.md). All on the small run of faults.py:
 every stage, two iterations, a checkpoint after every step. "The same" is every file of the run
@@ -38,8 +37,9 @@ def run(driver: Driver, toy_cache: Path, tmp_path: Path) -> Callable[..., Trial]
 def finish(
     run: Callable[..., Trial], folder: Path, expected: dict[str, Any], ranks: int = 1
 ) -> str:
-    """The same command again, to its end: the result must be the undisturbed one. Returns what it
-    said.
+    """Runs the same command again, to its end, and compares; returns what it said.
+
+    The result must be the undisturbed one.
     """
     trial = run(folder=folder, ranks=ranks)
     assert trial.codes == [0] * ranks, trial.said
@@ -58,9 +58,7 @@ def spread(count: int, points: int) -> list[int]:
 def kill_until_done(
     run: Callable[..., Trial], folder: Path, kills: int, seed: int, ranks: int = 1
 ) -> int:
-    """Starts the run, kills it after a random time, starts it again, ...; after `kills` of them it
-    may end.
-    """
+    """Starts the run, kills it after a random time, starts it again, ...; at most `kills` times."""
     draw, killed = random.Random(seed), 0
     while killed < kills:
         seconds = draw.uniform(0.3, 2.5)

@@ -194,8 +194,9 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def watched() -> None:
-    """From here on OPENED gets the real path of every file Python opens (an audit hook cannot be
-    removed).
+    """Gives OPENED the real path of every file that Python opens from here on.
+
+    An audit hook cannot be removed.
     """
     sys.addaudithook(watch)
 

@@ -1,6 +1,4 @@
-"""The matrix's rows on the run folder as a whole: its date, what a refused command leaves of it,
-room on the disk.
-"""
+"""The matrix's rows on the run folder: its date, what a refused command leaves, disk room."""
 
 import json
 import shutil
@@ -57,9 +55,7 @@ def set_day(monkeypatch: pytest.MonkeyPatch) -> SetDay:
 
 @pytest.fixture
 def begun(tmp_path: Path, set_day: SetDay, in_process: None) -> Path:
-    """A run folder with rows and responses, begun on 30 January 2026 by a model whose template
-    writes the date.
-    """
+    """A run folder with rows and responses, begun on 30 January 2026; its template writes dates."""
     model = toy.write_toy_model(tmp_path / "model")
     (model / "chat_template.jinja").write_text(DATED)
     set_day(2026, 1, 30)
@@ -226,8 +222,9 @@ def test_the_worst_moment_is_counted() -> None:
     ],
 )
 def test_no_more_checkpoints_are_counted_than_can_be(keys: str, most: int, toy_cache: Path) -> None:
-    """Of a stage of 8 steps: those kept and one more, none after the last step; by time, they may
-    follow any step.
+    """A stage of 8 steps counts the checkpoints kept and one more, none after the last step.
+
+    By time, they may follow any step.
     """
     ctx = open_toy(toy_cache, *keys.split())
     assert disk._checkpoints(ctx, 8) == most and disk._checkpoints(ctx, 0) == 0

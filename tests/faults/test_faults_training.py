@@ -1,5 +1,4 @@
-"""Faults inside a training stage, on a tiny model: damaged checkpoints, NaN, no memory, other
-ranks, epoch ends.
+"""Faults within training, on a tiny model: damaged checkpoints, NaN, no memory, other ranks.
 
 Named by the rows of the fault matrix (docs/reliability.md).
 """
@@ -540,9 +539,7 @@ def test_T15_dropout_in_config_json(tmp_path: Path) -> None:
 
 
 def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
-    """The models that reference and policy stage load for one step on four pairs of the toy run's
-    rows.
-    """
+    """Runs reference and policy stage for one step on four pairs of the toy run; their models."""
     loaded: list[nn.Module] = []
     for stage in (policy_module, reference_module):
         monkeypatch.setattr(

@@ -1,6 +1,4 @@
-"""A short sample of `make fuzz`: what it mutates is read or refused, and the fuzzer sees what it
-should.
-"""
+"""A short sample of `make fuzz`: mutants are read or refused, and the fuzzer sees failures."""
 
 import json
 import random

@@ -1,6 +1,4 @@
-"""The page of the fault matrix: every test that it names is there, and every test named by an id
-says what it does.
-"""
+"""The page of the fault matrix: each test it names is there, each named by an id says why."""
 
 from pathlib import Path
 

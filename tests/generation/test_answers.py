@@ -1,6 +1,4 @@
-"""Answers to many prompts: killed anywhere, gone on with, merged by row; and losers that were made
-elsewhere.
-"""
+"""Answers to many prompts: killed anywhere, gone on with, merged; losers made elsewhere."""
 
 import json
 import logging

@@ -1,6 +1,4 @@
-"""Continuous batching: decoders against the whole forward, rows against rows alone, memory against
-its budget.
-"""
+"""Continuous batching: decoders against the whole forward, rows alone, and a memory budget."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -240,9 +238,7 @@ def test_memory_stays_in_its_budget(kind: str) -> None:
 
 
 class Poor(Spy):
-    """A decoder whose machine has memory for so many pages and, after its third step, for steps of
-    so many tokens.
-    """
+    """A decoder with memory for so many pages and, after three steps, for so many tokens."""
 
     def __init__(
         self, decoder: Decoder, most_pages: int, most_tokens: int, error: Exception
@@ -273,9 +269,7 @@ OUT_OF_MEMORY = [
 def test_out_of_memory_halves_the_batch(
     kind: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """failures.md G6: fewer rows at a time, the same text; said once for the cache and once for the
-    steps.
-    """
+    """Fewer rows at a time, the same text; said once for the cache and once for the steps."""
     requests = requests_of(tiny.prompts(10, longest=20))
     free = run(
         Engine(decoder_of(kind, model_of()), Sampling(30), [2], 0, longest=50, rows=10), requests

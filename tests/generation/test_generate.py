@@ -1,6 +1,4 @@
-"""Generation against transformers and the training path; the sampling distribution; independence of
-the batch.
-"""
+"""Generation against transformers and the training path; sampling's distribution; batches."""
 
 import math
 from typing import Any
@@ -139,9 +137,7 @@ def teacher_forced(model: torch.nn.Module, pair: Pair, sampling: Sampling) -> fl
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What `sampling` makes of (V,) logits without ties: tempered, the k largest, the smallest set
-    of mass top_p.
-    """
+    """Does to (V,) logits what `sampling` does: tempered, top k, the least set of mass top_p."""
     probs = np.exp((logits - logits.max()) / sampling.temperature)
     order = np.argsort(-probs)
     if sampling.top_k:

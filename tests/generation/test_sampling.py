@@ -1,6 +1,4 @@
-"""The sampler: C++ and eager against the reference in float64, and the reference against
-transformers' own cuts.
-"""
+"""The sampler: C++ and eager against the reference in float64; the reference against others."""
 
 from collections.abc import Iterator
 from types import ModuleType

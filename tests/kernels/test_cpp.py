@@ -39,9 +39,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 13 rows of 601 float32 logits (6 float64, 26 of 16 bits), so that small shapes have
-    several.
-    """
+    """Makes pieces of 13 rows of 601 float32 logits (6 float64, 26 of 16 bits): several a case."""
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", 13 * 601 * 4)
 
 

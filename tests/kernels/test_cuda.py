@@ -1,5 +1,4 @@
-"""The CUDA C++ backend: it compiles with no spills; and its ops against the reference, on the CPU
-and on a GPU.
+"""The CUDA C++ backend: it compiles with no spills; its ops on the CPU and on a GPU.
 
 On the CPU the same kernels and the same host code run under tests/support/cuda_on_cpu, which has
 the few parts of CUDA they use as plain C++: every index, sum and product is checked without a GPU;
@@ -146,9 +145,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
-    """float32 products in float32: the error rule is no rule for TF32, which a training run may
-    choose.
-    """
+    """Keeps float32 products in float32: the error rule is no rule for TF32, a run's choice."""
     kept = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -165,9 +162,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 class Case:
-    """One head and one batch, in one dtype on one device; the same in float64 and in eager PyTorch
-    beside it.
-    """
+    """One head and one batch, in one dtype on one device; beside it float64 and eager PyTorch."""
 
     beta, scale = 0.3, 0.7
 

@@ -18,9 +18,7 @@ from ldalign.kernels import flash
 
 
 class FakeFlashAttention:
-    """flash_attn.flash_attn_interface, played: varlen forward and backward with their real
-    parameters.
-    """
+    """Plays flash_attn.flash_attn_interface: varlen forward and backward, their real parameters."""
 
     def __init__(self) -> None:
         self.causal: list[bool] = []

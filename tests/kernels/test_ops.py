@@ -1,5 +1,4 @@
-"""The ops against the reference, through autograd, on every backend a CPU has; and packing against
-one by one.
+"""The ops against the reference, through autograd, on every CPU backend; packing, one by one.
 
 float64 must agree to rounding. Otherwise float64 judges: on the same rounded inputs the error is at
 most twice that of eager PyTorch running the reference in that dtype, three times for gradients.
@@ -48,9 +47,7 @@ def head_case(N: int, D: int, V: int) -> Case:
 
 
 def pair_case(lengths: list[int], D: int, V: int) -> Case:
-    """Weights of 0 to 2 and references near the log-probs, so that coefficients differ from pair to
-    pair.
-    """
+    """Makes weights of 0 to 2 and references near the log-probs: coefficients differ by pair."""
     N, P = sum(lengths), len(lengths) // 2
     target, weight = targets(N, V), normal(P, seed=2).abs()
     near = normal(2 * P, seed=3, scale=2) - torch.tensor(lengths) * math.log(V)
@@ -196,9 +193,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None
 ) -> list[Tensor]:
-    """The value and the gradient of every input, under a random upstream gradient unless one is
-    given.
-    """
+    """Returns the value and all inputs' gradients, under a random upstream one unless given."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     if upstream is None:

@@ -1,5 +1,4 @@
-"""The reference maths against independent oracles: Python loops, complex numbers, formulas and
-numbers worked by hand.
+"""The reference maths against independent oracles: loops, complex numbers, hand-worked numbers.
 
 All in float64 unless the dtype is the point. Upstream gradients are random and uneven, weights are
 never ones.

@@ -1,5 +1,4 @@
-"""The Triton kernels against the reference, in Triton's interpreter here and natively where a CUDA
-device is.
+"""The Triton kernels against the reference: interpreted here, native where a CUDA device is.
 
 float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running
 the reference in that dtype, three times for gradients. The same comparison must fail for results
@@ -28,9 +27,7 @@ DTYPES = [torch.float32, *HALVES]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks, pieces and runs so small that small shapes have several of each: 13 rows of 601
-    logits in float32.
-    """
+    """Makes blocks, pieces and runs so small (13 rows of 601 logits) that a case has several."""
     monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 13 * 640 * 4)
     monkeypatch.setattr(triton_head, "SLAB_BYTES", 250 * 4 * 45)
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 256)

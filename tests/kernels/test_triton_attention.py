@@ -1,5 +1,4 @@
-"""Triton's pair attention against its definition, in Triton's interpreter here and natively where a
-CUDA device is.
+"""Triton's pair attention against its definition: interpreted here, native on a CUDA device.
 
 float64 judges, as in test_triton.py: on the same rounded inputs the error is at most twice that of
 eager PyTorch in that dtype, three times for gradients, for each of out, lse, dq, dk and dv. The

@@ -1,5 +1,6 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 at its production shapes, without a GPU, and its
-code is sound.
+"""Every Triton kernel compiles for sm_80 and sm_90 at production shapes, and its code is sound.
+
+No GPU is needed.
 
 `python -m ldalign.kernels.compile_check` prints the same facts as a table.
 """

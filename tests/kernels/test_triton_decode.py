@@ -1,5 +1,4 @@
-"""Triton's generation against the reference, in Triton's interpreter here and natively where a CUDA
-device is.
+"""Triton's generation against the reference: interpreted here, native on a CUDA device.
 
 float64 judges attention: on the same rounded inputs the error is at most twice that of eager
 PyTorch running the reference in that dtype. The same comparison must fail for wrong windows, pages

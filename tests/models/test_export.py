@@ -1,6 +1,4 @@
-"""The exported policy in transformers: equal tensors, ids and logits, the same greedy text, a stop
-where it ends.
-"""
+"""The exported policy in transformers: equal tensors, ids, logits, greedy text and ends."""
 
 import json
 from pathlib import Path
@@ -71,9 +69,7 @@ def test_smollm2_export_runs_in_transformers(smollm2_folder: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that names a window, a head of its own and two end tokens; its weights do not
-    matter.
-    """
+    """A folder that names a window, a head of its own and two end tokens; weights do not matter."""
     folder = tmp_path_factory.mktemp("source")
     tokenizer = byte_level_tokenizer()
     write_tokenizer_folder(folder, tokenizer, CHATML_TEMPLATE, eos_token="<|im_end|>")

@@ -1,6 +1,4 @@
-"""From a name to a model folder: GGUF conversion against gguf's own packing and transformers; every
-way to fail.
-"""
+"""From a name to a model folder: GGUF conversion against gguf's own packing; ways to fail."""
 
 import hashlib
 import json
@@ -294,9 +292,7 @@ def test_unwritable_cache_is_an_environment_problem(tmp_path):
 
 
 def fake_making(monkeypatch, content="x"):
-    """Replace the conversion by one small file with its manifest; returns the
-    list of folders made.
-    """
+    """Puts one small file with its manifest in the conversion's place; returns the folders made."""
     made = []
 
     def make(folder, scratch, cache):

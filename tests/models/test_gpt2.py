@@ -1,6 +1,4 @@
-"""The hand-written GPT-2 against transformers: tiny ones in every form of file, and once at its
-full 124M size.
-"""
+"""The hand-written GPT-2 against transformers: tiny ones of every form, and 124M once."""
 
 import json
 from pathlib import Path

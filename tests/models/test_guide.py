@@ -1,6 +1,4 @@
-"""The guide: what it stores, what its distance obeys, and that its latent is used where it is
-needed.
-"""
+"""The guide: what it stores, what its distance obeys, that its latent is used when needed."""
 
 import json
 import random
@@ -325,8 +323,9 @@ def one_rank(in_process: None) -> Iterator[None]:
 
 
 def secret_rows(count: int) -> list[tuple[str, str, str]]:
-    """Prompts that say nothing; responses of two of twenty words. Only the latent can tell the
-    first word.
+    """Makes prompts that say nothing: only the latent can tell the first of a response's words.
+
+    A response is two of twenty words.
     """
     words = (
         "cat dog sun tree moon star fish milk rain snow book lamp door road hill lake bird ship "

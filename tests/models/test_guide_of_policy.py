@@ -1,6 +1,4 @@
-"""A guide whose towers are the policy's own network: its distances, its folder, its training, whole
-runs with it.
-"""
+"""A guide whose towers are the policy's own network: distances, folder, training, whole runs."""
 
 import json
 from collections.abc import Sequence

@@ -1,6 +1,4 @@
-"""The hand-written Mistral against transformers, on random weights large enough for every part to
-matter.
-"""
+"""The hand-written Mistral against transformers, on random weights that make all parts matter."""
 
 import json
 from pathlib import Path
@@ -41,9 +39,7 @@ TEXT = (
 
 
 def random_peer(config: Any, seed: int = 0) -> Any:
-    """A transformers model in float32 whose weights make logits of several units and sharp
-    attention.
-    """
+    """Makes a float32 transformers model with logits of several units and sharp attention."""
     peer = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         .float()

@@ -1,6 +1,4 @@
-"""Model folders: what is written loads again; everything damaged or hostile
-ends in one InputError.
-"""
+"""Model folders: what is written loads again; what is damaged or hostile is one InputError."""
 
 import json
 import subprocess
@@ -193,8 +191,9 @@ assert "torch._dynamo" not in sys.modules, "importing dynamo takes seconds"
 
 
 def write_large(folder: Path, width: int, stored: str) -> int:
-    """A model folder of some 75 million weights, a third of them in one tensor, the tied head
-    stored twice; bytes.
+    """Writes a model folder of some 75 million weights; returns its bytes.
+
+    A third of them are in one tensor, and the tied head is stored twice.
     """
     raw = MISTRAL | {
         "vocab_size": 24_000,
@@ -222,11 +221,9 @@ def write_large(folder: Path, width: int, stored: str) -> int:
 
 
 def least_peak(script: str, *arguments: object) -> list[float]:
-    """What `script` prints, of the run with the smallest first number, the peak, out of three or
-    until it is 1.1.
+    """Returns what `script` printed in the run of the smallest first number, the peak.
 
-    A busy kernel takes file pages of torch's libraries away and gives them back: that is no memory
-    of ours.
+    There are three runs, or fewer if one stays below 1.1.
     """
     found: list[list[float]] = []
     while len(found) < 3 and (not found or found[-1][0] > 1.1):
@@ -282,7 +279,7 @@ print((peak() - before) * 1024 / share, number("/proc/self/io", "rchar") - read,
     not Path("/proc/self/io").exists(), reason="reads the high-water mark and bytes read from /proc"
 )
 def test_a_rank_reads_and_holds_its_share(tmp_path: Path) -> None:
-    """Of four: a quarter of the bytes, and at most 1.1 x the quarter in memory."""
+    """One of four ranks reads a quarter of the bytes, and holds at most 1.1 x the quarter."""
     size = write_large(tmp_path, 1024, "float32")
     peak, read, share = least_peak(SHARE, tmp_path, 2, 4)
     assert share == pytest.approx(size / 4, rel=0.01) and read == pytest.approx(share, rel=0.01)
@@ -299,9 +296,7 @@ def test_all_ranks_shares_are_the_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Uneven rows, parameters that files keep in parts or transposed: what the ranks read is what
-    was written.
-    """
+    """Uneven rows, parameters in parts or transposed: the ranks read what was written."""
     monkeypatch.setattr(stored_tensors, "READ_BYTES", read_bytes)
     model = write_folder(tmp_path, raw, shard_bytes=2000)
     shares: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The interfaces that stay: the calls of the design's section 3, letter by letter."""
+"""The public calls stay as they are: names, arguments and results, letter by letter."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""The benchmarks: that every script runs, that all sides do the same work, that costs and
-attribution are right.
-"""
+"""The benchmarks: every script runs, all sides do the same work, costs and parts are right."""
 
 import importlib
 import importlib.util
@@ -28,9 +26,7 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of bench/, and forgets all of them after the test: their names are not ours
-    alone.
-    """
+    """Imports a module of bench/, and forgets all of them after the test: the names are common."""
     for folder in (BENCH / "peers", BENCH):
         monkeypatch.syspath_prepend(str(folder))
     before = set(sys.modules)
@@ -43,9 +39,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def run_bench(
     script: str, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A benchmark as `make bench` runs it, on one thread; a script's own folder is on its import
-    path.
-    """
+    """Runs a benchmark as `make bench` does, its own folder on its import path, on one thread."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     command = [sys.executable, str(BENCH / script), *map(str, arguments)]
     done = subprocess.run(

@@ -1,6 +1,4 @@
-"""Rank correlations, intervals and weights against hand-made numbers; the join of a run's files by
-row id.
-"""
+"""Correlations, intervals and weights against hand-made numbers; the join of a run by row id."""
 
 import json
 import math

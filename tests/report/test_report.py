@@ -1,6 +1,4 @@
-"""The tables, from summaries written by hand; the page, from the toy run: what a browser would make
-of it.
-"""
+"""The tables, from summaries written by hand; the page, from a toy run, as a browser reads it."""
 
 import json
 import math
@@ -192,9 +190,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Text, elements with their attributes, and complaints: unclosed or crossed elements, repeated
-    ids.
-    """
+    """A page's text, elements and complaints: unclosed or crossed elements, repeated ids."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

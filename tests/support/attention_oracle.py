@@ -1,6 +1,4 @@
-"""Pair attention by its definition: a dense mask and a softmax. What every backend's tests compare
-with.
-"""
+"""Pair attention by its definition, a dense mask and a softmax: every backend's oracle."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,9 +10,7 @@ from ldalign.kernels.reference import accumulate_dtype
 
 
 def pack(*pairs: Sequence[int]) -> Tensor:
-    """segments (S, 4) of texts laid end to end, each the lengths (prompt, response, response, ...)
-    of its parts.
-    """
+    """Makes segments (S, 4) of texts laid end to end, each (prompt, response, response, ...)."""
     rows, at = [], 0
     for lengths in pairs:
         starts = list(itertools.accumulate(lengths, initial=at))
@@ -40,8 +36,9 @@ def sees(segments: Tensor, window: int | None) -> Tensor:
 def attention(
     qkv: Tensor, heads: int, segments: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """out (N, H, E) in qkv's dtype and log-sum-exps (N, H) wide: products in qkv's dtype, the
-    softmax wide.
+    """Returns out (N, H, E) in qkv's dtype and log-sum-exps (N, H) wide.
+
+    Products are in qkv's dtype, the softmax is wide.
     """
     K = (qkv.shape[1] - heads) // 2
     q, k, v = (x.transpose(0, 1) for x in qkv.split([heads, K, K], dim=1))

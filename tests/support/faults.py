@@ -1,5 +1,4 @@
-"""Runs that are killed, stopped or denied a write, and the question whether the result is the same
-all the same.
+"""Runs that are killed, stopped or denied a write; is the result the same all the same?
 
 `Driver` is a process that has imported everything and forks once a trial, so that a trial takes a
 second, not ten. Its file layer is failing_files.c. Run as a script this file is that process.
@@ -52,9 +51,7 @@ EACH_START = {"config.yaml", "environment.json", "lock", "started.json"}
 
 @dataclass
 class Trial:
-    """How one forked run ended: per rank its exit code (negative: a signal) and its write points;
-    what all said.
-    """
+    """How one forked run ended: exit code (negative: a signal) and write points by rank, words."""
 
     codes: list[int]
     points: list[int]
@@ -70,8 +67,9 @@ class Driver:
     trials: int = field(default=0)
 
     def run(self, run: Path, *arguments: str, ranks: int = 1, **fault: Any) -> Trial:
-        """One small run of align.py on `run`. fault: at and mode (of the file layer, on `rank`), or
-        signal, or clock.
+        """Makes one small run of align.py on `run`.
+
+        fault: at and mode (of the file layer, on `rank`), or signal, or clock.
 
         signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after`
         seconds later. clock: seconds by which the time of day is wrong. unread: what is said goes
@@ -104,8 +102,9 @@ class Driver:
 
 
 def build_failing_files(folder: Path) -> Path:
-    """Compiles failing_files.c into `folder`; raises CalledProcessError or FileNotFoundError
-    without a compiler.
+    """Compiles failing_files.c into `folder`.
+
+    Raises CalledProcessError, or FileNotFoundError without a compiler.
     """
     library = folder / "failing_files.so"
     command = [
@@ -138,9 +137,7 @@ def start_driver(folder: Path) -> Driver:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything a run leaves, by file: what must be equal to the bit between an undisturbed run
-    and any other.
-    """
+    """Returns all that a run leaves, by file: equal to the bit for undisturbed and other runs."""
     left: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
@@ -267,9 +264,7 @@ def _trial(
 
 
 class _Watched:
-    """stderr of rank 0, which sends the signal right after a line was said: at the same place every
-    time.
-    """
+    """Rank 0's stderr, which sends the signal right after a line was said, always the same."""
 
     def __init__(self, order: dict[str, Any], ranks: list[int]) -> None:
         self.stream, self.order, self.ranks = sys.stderr, order, ranks
@@ -303,8 +298,9 @@ def _send_after(order: dict[str, Any], children: list[int]) -> None:
 
 
 def _wait(children: list[int]) -> list[int]:
-    """The exit codes, by rank. Ranks that outlive the first dead one by LIMIT_S are killed: their
-    code is LATE.
+    """Returns the exit codes, by rank.
+
+    Ranks that outlive the first dead one by LIMIT_S are killed: their code is LATE.
     """
     codes: dict[int, int] = {}
     deadline = None

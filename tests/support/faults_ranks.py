@@ -1,6 +1,4 @@
-"""What tests/faults/test_faults_training.py has several ranks do: `main([what, folder, ...])`, run
-by faults.Driver.
-"""
+"""What several ranks do for tests/faults/test_faults_training.py, run by faults.Driver."""
 
 import math
 import os
@@ -47,9 +45,7 @@ def pairs() -> list[Pair]:
 def trained(
     folder: Path, chosen: list[Pair] | None = None, **settings: Any
 ) -> tuple[dict[str, Tensor], Any]:
-    """Trains tiny.mistral() with a checkpoint after every step; (its weights, on rank 0; the
-    summary).
-    """
+    """Trains tiny.mistral() with a checkpoint a step: (weights, on rank 0; the summary)."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny.mistral()
     summary = train(
@@ -67,12 +63,12 @@ def trained(
 
 
 def main(argv: list[str]) -> None:
-    """Trains into FOLDER, and then: resume FOLDER STEP MICRO: is asked to stop after STEP (0: is
-    not).
+    """Trains into FOLDER, and then, by the first argument:
 
-    explode FOLDER: an infinite gradient on the last rank. raise FOLDER: an error in a forward of
-    the last rank's. alone FOLDER: no training, but an error of the last rank's in work that every
-    rank does. nan FOLDER: no training, but a distance that is NaN.
+    resume FOLDER STEP MICRO: is asked to stop after STEP (0: is not). explode FOLDER: an infinite
+    gradient on the last rank. raise FOLDER: an error in a forward of the last rank's. alone FOLDER:
+    no training, but an error of the last rank's in work that every rank does. nan FOLDER: no
+    training, but a distance that is NaN.
     """
     what, folder = argv[0], Path(argv[1])
     distributed.start("cpu")

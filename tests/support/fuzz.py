@@ -1,5 +1,6 @@
-"""`make fuzz`: readers against damaged and hostile files. Every outcome must be success or an
-ldalign error.
+"""`make fuzz`: readers against damaged and hostile files, which succeed or say what is wrong.
+
+Every outcome must be success or an ldalign error.
 
     python tests/support/fuzz.py [--count 10000] [--minutes 10] [--seed 0] [--reader NAME ...]
     [--jobs N] [--keep FOLDER]
@@ -198,9 +199,7 @@ def change_document(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_header(data: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with its JSON header changed, and the length before it
-    made right again.
-    """
+    """Changes the JSON header of a safetensors file, and makes the length before it right again."""
     length = int.from_bytes(data[:8], "little")
     header = change_document(data[8 : 8 + length], draw)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
@@ -340,8 +339,9 @@ def change_template(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass
 class Reader:
-    """make(folder) writes a sound input and returns the files to change; read(folder, draw) reads
-    it.
+    """A reader: make(folder) writes sound input, read(folder, draw) reads it.
+
+    make returns the files to change.
     """
 
     make: Callable[[Path], list[Path]]
@@ -595,9 +595,7 @@ def save(keep: Path, name: str, number: int, file: str, content: bytes, why: str
 
 
 class Worker:
-    """A process that examines inputs, watched: one that dies or hangs is counted and kept, and
-    another goes on.
-    """
+    """A watched process that examines inputs; one that dies or hangs counts, another goes on."""
 
     def __init__(
         self, name: str, seed: int, numbers: range, folder: Path, keep: Path, until: float
@@ -664,9 +662,7 @@ class Worker:
 
 
 def fuzz(name: str, count: int, minutes: float, seed: int, keep: Path, jobs: int) -> dict[str, Any]:
-    """Reads `count` inputs in `jobs` processes, or as many as the time allows;
-    what came of them.
-    """
+    """Reads `count` inputs in `jobs` processes, or what time allows; returns what came of it."""
     began = time.time()
     memory = Path("/dev/shm")  # opening a file costs more than reading it on many a disk
     with tempfile.TemporaryDirectory(

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ldalign.data.rows import Row
 
-# Zephyr's template (methods.md, section 2), as its model folder has it
+# Zephyr's template, as its model folder has it
 ZEPHYR_TEMPLATE = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>\n' + message['content'] + eos_token }}
@@ -58,8 +58,9 @@ def write_tokenizer_folder(
 
 
 def sentencepiece_tokenizer(prefix: str = "legacy") -> tokenizers.Tokenizer:
-    """A small BPE laid out like Mistral's: byte fallback; ``prefix``: legacy (Prepend), first or
-    always (Metaspace).
+    """Makes a small BPE laid out like Mistral's, with byte fallback.
+
+    ``prefix``: legacy (Prepend), first or always (Metaspace).
     """
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -129,9 +129,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_gguf(path, *, tied: bool):
-    """A tiny Llama as llama.cpp would pack it (Q4_1 where rows allow); returns the weights a reader
-    must find.
-    """
+    """Writes a tiny Llama as llama.cpp packs it (Q4_1 if rows allow); returns its weights."""
     import gguf
 
     rng = np.random.default_rng(1)

@@ -1,5 +1,4 @@
-"""The block's and the head's operations as test cases: any backend's raw functions against the
-reference.
+"""The block's and the head's ops as test cases: a backend's raw functions, the reference.
 
 float64 judges: on the same rounded inputs the error is at most twice that of eager PyTorch running
 the reference in that dtype, three times for gradients; float64 itself must agree to rounding.
@@ -18,9 +17,7 @@ from ldalign.kernels import reference
 
 @dataclass
 class Case:
-    """An op: float64 inputs; how many of its results are values (gradients follow); which input is
-    a plain weight.
-    """
+    """An op: float64 inputs, how many results are values (gradients follow), the plain weight."""
 
     ours: Callable[..., Any]
     eager: Callable[..., Any]

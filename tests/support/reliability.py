@@ -1,5 +1,8 @@
-"""docs/reliability.md from the tests: `python tests/support/reliability.py RESULTS.xml [...]`,
-files of pytest --junitxml.
+"""Makes docs/reliability.md from the tests' results.
+
+    python tests/support/reliability.py RESULTS.xml [...]
+
+The files are of pytest --junitxml.
 
 --files prints the test files that it is made of instead.
 

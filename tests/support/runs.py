@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_script(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """A training script by path, as a person types it: one thread, one rank or several under
-    torchrun.
+    """Runs a training script by path, as a person types it: one thread, one rank or several.
+
+    Several run under torchrun.
     """
     return subprocess.run(
         script_command(*arguments, ranks=ranks), capture_output=True, text=True, env=one_thread()

@@ -65,9 +65,7 @@ def without_measured(value: Any) -> Any:
 
 
 def content(path: Path) -> str:
-    """What is compared of a file: a hash of its bytes, of its JSON values without times, or of
-    its untimed lines.
-    """
+    """Returns what is compared of a file: a hash of its bytes, or of its values without times."""
     if path.name == "table.md":
         text = "\n".join(line for line in path.read_text().splitlines() if not timed_line(line))
     elif path.name == "manifest.json":
@@ -83,9 +81,7 @@ def content(path: Path) -> str:
 
 
 def timed_line(line: str) -> bool:
-    """Whether a line of table.md holds a wall time: the table of times, its sum, and the time
-    columns of policies.
-    """
+    """Says whether a line of table.md holds a wall time, or the titles of such columns."""
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     of_times = len(cells) == 7 and all(re.fullmatch(r"-|\d+", cell) for cell in cells[1:])
     return of_times or line.startswith("Once a run:")

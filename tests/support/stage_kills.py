@@ -18,9 +18,7 @@ class Killed(Exception):
 
 
 class Appends:
-    """Counts the rows that are added to files of parts, and kills the writer after so many writes
-    of them.
-    """
+    """Counts writes of rows to files of parts, and kills the writer after so many of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = self.writes = 0
@@ -66,8 +64,9 @@ def contents(stage: Path) -> dict[str, Any]:
 def check_resume(
     make: Make, stage: str, run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after its first, a middle and its last write but one, by a rank that is gone
-    afterwards.
+    """Checks a stage that is killed after its first, a middle and its last write but one.
+
+    It is killed by a rank that is gone afterwards.
 
     run: a folder of this name with all that the stage reads. Nothing that was written is computed
     again, and the stage ends with the bytes of an undisturbed one.

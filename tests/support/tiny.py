@@ -55,9 +55,7 @@ def prompts(count: int, seed: int = 0, longest: int = 14) -> list[list[int]]:
 
 
 def pairs(count: int, seed: int = 0, weights: Sequence[float] | None = None) -> list[Pair]:
-    """Pairs of uneven lengths; the references are made-up numbers unless `with_reference` sets
-    them.
-    """
+    """Makes pairs of uneven lengths; references are made up, or set with `with_reference`."""
     draw = random.Random(seed)
 
     def ids(least: int, most: int) -> list[int]:
@@ -78,9 +76,7 @@ def pairs(count: int, seed: int = 0, weights: Sequence[float] | None = None) -> 
 
 
 def logps(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """(n,) log-probs of the response's tokens by the plainest means: one row, whole logits,
-    log_softmax.
-    """
+    """Returns (n,) log-probs of the response by the plainest means: one row, whole logits."""
     ids = torch.tensor([[*prompt, *response]])
     table = model(ids)[0].log_softmax(-1)
     return torch.stack([table[len(prompt) - 1 + t, token] for t, token in enumerate(response)])

@@ -1,6 +1,4 @@
-"""The Triton backend for its tests: compiled where a CUDA device is, else in Triton's interpreter.
-Import it first.
-"""
+"""The Triton backend for its tests: compiled on a CUDA device, else interpreted; import first."""
 
 import importlib.util
 import os
@@ -14,9 +12,7 @@ NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def load_backend() -> ModuleType:
-    """ldalign.kernels.triton_ops, interpreted where there is no GPU; a copy, so that other tests
-    see what the machine has.
-    """
+    """Returns a copy of ldalign.kernels.triton_ops for these tests, interpreted without a GPU."""
     if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
         assert "triton" not in sys.modules, (
             "a test file imports triton before this one: set TRITON_INTERPRET=1"

@@ -14,12 +14,6 @@ from ldalign.system.errors import InputError
 
 
 @dataclass(frozen=True)
-class Part:
-    path: str = c.setting("", "A file.", check=c.not_empty)
-    weight: float = c.setting(1.0, "Its share.", check=c.positive)
-
-
-@dataclass(frozen=True)
 class Guide:
     SHORTHAND: ClassVar[str] = "folder"
     folder: str | None = c.setting(None, "A finished guide.")
@@ -41,7 +35,7 @@ class Toy:
     method: Literal["ld_align", "spin", "sft"] = c.setting("ld_align", "Pair source.")
     max_rows: int | None = c.setting(None, "Rows used; null for all.", check=c.positive)
     note: str | None = c.setting(None, "Anything.")
-    data: str | list[str] | list[Part] = c.setting("default", "Where the rows are.")
+    data: str | list[str] = c.setting("default", "Where the rows are.")
     betas: tuple[float, ...] = c.setting((0.9, 0.95), "Adam's.")
     cache: Path = c.setting(Path("cache"), "Where models are kept.")
     guide: Guide = c.group(Guide, "The guiding model.")
@@ -112,13 +106,10 @@ def test_shorthand_of_a_group(tmp_path: Path) -> None:
     assert "bare is a group of keys (size)" in refusal("bare=3")
 
 
-def test_union_of_text_list_and_parts() -> None:
+def test_union_of_text_and_list() -> None:
     assert c.load_config(Toy, None, ["data=[a, b]"]).data == ["a", "b"]
-    assert c.load_config(Toy, None, ["data=[{path: a, weight: 2}, {path: b}]"]).data == [
-        Part("a", 2.0),
-        Part("b"),
-    ]
-    assert "data" in refusal("data=[{path: a, wieght: 2}]")
+    assert c.load_config(Toy, None, ["data=a"]).data == "a"
+    assert "a list is not text or a list, each text" in refusal("data=[{path: a, weight: 2}]")
 
 
 def test_unknown_keys_name_the_nearest() -> None:
@@ -237,7 +228,7 @@ TEXT = st.sampled_from(
     learning_rate=st.floats(min_value=1e-300, max_value=1e300),
     seed=st.integers(0, 2**63),
     note=st.none() | TEXT,
-    data=TEXT | st.lists(TEXT) | st.lists(st.builds(Part, TEXT.filter(len)), min_size=1),
+    data=TEXT | st.lists(TEXT),
     folder=st.none() | TEXT,
 )
 def test_yaml_round_trip(

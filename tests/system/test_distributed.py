@@ -1,6 +1,4 @@
-"""Several gloo ranks on one machine give what one rank gives. The ranks run this very file, under
-torchrun.
-"""
+"""Several gloo ranks on one machine give what one gives. They run this very file."""
 
 import json
 import os
@@ -69,9 +67,7 @@ def training_pairs() -> list[Pair]:
 
 
 def work(folder: Path) -> dict[str, Any]:
-    """What every rank does; rank 0's findings go to `folder`, the other ranks' results are compared
-    with its own.
-    """
+    """Does what every rank does; rank 0's findings go to `folder`, others' must be the same."""
     device = distributed.start("cpu")
     rank, world = distributed.rank(), distributed.world_size()
     pairs = training_pairs()
@@ -151,9 +147,7 @@ def save_tiny(folder: Path, rank: int) -> None:
 def norms(
     pairs: list[Pair], sharding: Sharding, device: torch.device, model: Mistral | None = None
 ) -> dict[str, Any]:
-    """Of one global batch: loss, metrics, the gradient norm before and after clipping, and the
-    plain norm's formula.
-    """
+    """Returns a global batch's loss, metrics and gradient norms: before clipping, after, plain."""
     mean, model = Mean(), model or tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
     loss = accumulate_gradients(
@@ -188,8 +182,9 @@ class Collectives(TorchDispatchMode):
 
 
 def calls(pairs: list[Pair], sharding: Sharding, device: torch.device) -> dict[str, int]:
-    """How often one global batch of several micro-batches gathers, scatters and sums; and its
-    micro-batches.
+    """Counts how often a global batch of several micro-batches gathers, scatters and sums.
+
+    Its micro-batches are returned too.
     """
     model = tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)

@@ -66,8 +66,9 @@ def test_floats_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Of two ranks' files; one ends in half a chunk and a torn line. Other chunks than before ask
-    for other rows.
+    """Files of two ranks, one of which ends in half a chunk and a torn line.
+
+    Other chunks than before ask for other rows.
     """
     path = tmp_path / "parts/x"
     path.parent.mkdir()

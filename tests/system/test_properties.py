@@ -1,6 +1,4 @@
-"""Properties of readers' counterparts that any input must have: packing, dealing, manifests. (Rows:
-test_data.py.)
-"""
+"""Properties that any input must have: packing, dealing, manifests. (Rows: data/test_rows.py.)"""
 
 import json
 import tempfile

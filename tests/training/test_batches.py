@@ -1,6 +1,4 @@
-"""Row order, micro-batches and packing: every row once, whatever the split, and no label off by
-one.
-"""
+"""Row order, micro-batches and packing: every row once, any split, no label off by one."""
 
 import random
 import time

@@ -1,6 +1,4 @@
-"""The training step against a plain eager loop, its independence of the split, its refusals and its
-metrics.
-"""
+"""The training step against a plain eager loop, its splits, its refusals and its metrics."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""The benchmarks: their definitions (tasks/*.yaml), their rows, and a harness task
-made of both.
+"""The benchmarks: their definitions (tasks/*.yaml), their rows, and harness tasks made of both.
 
 A definition is a YAML file as the harness reads them. Its rows come from the hub's data set that it
 names, or from local JSON Lines files. lm-eval is imported when a task is made, not before.
@@ -30,7 +29,7 @@ FEWSHOT_SEED = 1234  # the harness's own
 
 
 def no_harness(error: ImportError) -> EnvironmentProblem:
-    """What to raise where lm-eval cannot be imported."""
+    """Returns what to raise where lm-eval cannot be imported."""
     return EnvironmentProblem(
         f"benchmarks need lm-eval, which cannot be imported ({error}): pip install "
         "'ldalign[eval]', or, in the repository, run them by `make evaluate`"
@@ -38,17 +37,16 @@ def no_harness(error: ImportError) -> EnvironmentProblem:
 
 
 def names() -> list[str]:
-    """Of all benchmarks."""
+    """Lists the names of all benchmarks, sorted."""
     return sorted(path.stem for path in DEFINITIONS.glob("*.yaml"))
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark with its data: where rows come from and how many examples stand in front of
-    each.
+    """One benchmark: where its rows come from, and how many examples stand in front of each.
 
-    data: folder of local files; None: the hub. shots None: the definition's. Raises InputError for
-    an unknown name and a missing file.
+    data: a folder of local files; None: the hub. shots: None: as many as the definition says.
+    Raises InputError for an unknown name and a missing file.
     """
 
     name: str
@@ -57,7 +55,7 @@ class Benchmark:
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """The YAML file, its functions resolved."""
+        """The content of the YAML file, its functions resolved."""
         if self.name not in names():
             close = difflib.get_close_matches(self.name, names(), n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(names())}"
@@ -66,20 +64,18 @@ class Benchmark:
 
     @property
     def version(self) -> float:
-        """Of the definition; the same as that of lm-eval's definition that it agrees with."""
+        """The definition's version: that of lm-eval's own definition that it agrees with."""
         return float(self.definition["metadata"]["version"])
 
     @property
     def used_shots(self) -> int:
-        """Examples in front of every row."""
+        """How many examples stand in front of every row."""
         return int(self.definition["num_fewshot"] if self.shots is None else self.shots)
 
     @property
     def definition_hash(self) -> str:
-        """sha256 of the definition, functions by their names."""
-        text = json.dumps(
-            self.definition, sort_keys=True, default=lambda function: function.__qualname__
-        )
+        """The sha256 of the definition, in hexadecimal; functions count by their names."""
+        text = json.dumps(self.definition, sort_keys=True, default=lambda f: f.__qualname__)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -89,19 +85,16 @@ class Benchmark:
 
     @cached_property
     def examples_file(self) -> Path | None:
-        """The local file that examples are drawn from; None: they are the first rows of `file`, or
-        the hub's.
-        """
+        """The local file of examples; None: the first rows of `file` serve, or the hub's split."""
         return self._local("_train") if self.used_shots else None
 
     def _local(self, suffix: str) -> Path | None:
         if self.data is None:
             return None
         stems = self.definition["metadata"]["files"]
-        paths = [
-            self.data / f"{stem.removesuffix('_test') if suffix else stem}{suffix}.jsonl"
-            for stem in stems
-        ]
+        if suffix:
+            stems = [stem.removesuffix("_test") for stem in stems]
+        paths = [self.data / f"{stem}{suffix}.jsonl" for stem in stems]
         found = next((path for path in paths if path.is_file()), None)
         if found is None and not suffix:
             raise InputError(
@@ -115,16 +108,17 @@ class Benchmark:
     def source(self) -> str:
         """What the rows are, for a manifest: hashes of local files, or the hub's name."""
         if self.file is None:
-            return (
-                f"hub: {self.definition['dataset_path']} "
-                f"{self.definition.get('dataset_name') or ''}"
-            ).strip()
+            name = self.definition.get("dataset_name") or ""
+            return f"hub: {self.definition['dataset_path']} {name}".strip()
         files = [self.file, *([self.examples_file] if self.examples_file else [])]
         return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
     def task(self) -> "ConfigurableTask":
-        """The harness's task with its rows. Raises InputError for a bad row (FILE:LINE),
-        EnvironmentProblem where lm-eval or the hub cannot be had."""
+        """Makes the harness's task with its rows.
+
+        Raises InputError for a bad row (FILE:LINE), EnvironmentProblem where lm-eval or the hub
+        cannot be had.
+        """
         try:
             from lm_eval.api.task import ConfigurableTask
         except ImportError as error:
@@ -150,14 +144,14 @@ class Benchmark:
         return task
 
     def _local_splits(self, file: Path) -> dict[str, Any]:
-        """The part of a task's config that says where rows are."""
+        """Returns the part of a task's config that says where rows are."""
         shots = self.used_shots
         process = self.definition.get("process_docs")
         rows = read_rows(file, process)
         if self.examples_file is not None:
             examples, sampler = read_rows(self.examples_file, process), "default"
         else:
-            # Never scored. The same for every row and in one order, so that they are computed once.
+            # Never scored; one order for every row, so that they are computed once.
             examples, rows, sampler = rows[:shots], rows[shots:], "first_n"
         if not rows or len(examples) < shots:
             raise InputError(
@@ -217,12 +211,13 @@ class Rows(list[LocalRow]):
 
     @property
     def features(self) -> dict[str, Any]:
-        """By column name."""
+        """The columns, by name."""
         return dict.fromkeys(self[0]) if self else {}
 
     def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
-        """The rows with what `function` returns for each put into it; InputError names the row it
-        fails on.
+        """Returns the rows with what `function` returns for each put into it.
+
+        Raises InputError naming the row that it fails on.
         """
         out = type(self)()
         for row in self:
@@ -245,8 +240,9 @@ def _reason(error: Exception) -> str:
 
 
 def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
-    """The rows of a JSON Lines file, one object a line, processed. Raises InputError (FILE:LINE)
-    for a bad line.
+    """Reads a JSON Lines file, one object a line, and processes the rows.
+
+    Raises InputError (FILE:LINE) for a bad line.
     """
     rows = Rows()
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -267,17 +263,14 @@ def read_rows(path: Path, process: Callable[[Any], Any] | None = None) -> Rows:
 
 @lru_cache
 def _compiled(text: str) -> tuple[jinja2.Template, list[str]]:
-    """A template, and the columns it needs."""
+    """Compiles a template, and lists the columns that it needs."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(text), sorted(
-        jinja2.meta.find_undeclared_variables(environment.parse(text))
-    )
+    columns = jinja2.meta.find_undeclared_variables(environment.parse(text))
+    return environment.from_string(text), sorted(columns)
 
 
 def check_row(definition: dict[str, Any], row: LocalRow) -> None:
-    """InputError where the definition's templates cannot be filled from the row, or name a choice
-    it does not have.
-    """
+    """Raises InputError where the row does not fill the templates or names no choice."""
 
     def filled(key: str) -> Any:
         value = definition[key]
@@ -296,11 +289,8 @@ def check_row(definition: dict[str, Any], row: LocalRow) -> None:
         if "doc_to_choice" in definition:
             choices = filled("doc_to_choice")
             choices = ast.literal_eval(choices) if isinstance(choices, str) else choices
-            if not (
-                isinstance(choices, list)
-                and choices
-                and all(isinstance(c, str) and c for c in choices)
-            ):
+            texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+            if not (texts and choices):
                 raise ValueError("the choices are no list of texts")
             if not 0 <= int(target) < len(choices):
                 raise ValueError(f"the answer {target} is none of {len(choices)} choices")

@@ -1,9 +1,10 @@
-"""Our models under the lm-evaluation-harness (lm-eval): a `TemplateLM` over the training path and
-our generation.
+"""Our models under lm-eval: a `TemplateLM` over the training path and our generation.
 
 Importing this module needs the extra `eval`. `ldalign.evaluation.benchmarks.runner` runs our
-benchmarks with it; for any other task of the harness, with lm-eval's own options: `python -m
-ldalign.evaluation.benchmarks.harness --model ldalign --model_args policy=FOLDER --tasks NAME`.
+benchmarks with it; for any other task of the harness, with lm-eval's own options:
+
+    python -m ldalign.evaluation.benchmarks.harness --model ldalign
+        --model_args policy=FOLDER --tasks NAME
 
 Log-probs: a context is computed once for all its continuations, and so is a beginning that many
 contexts share, such as few-shot examples: a micro-batch is packed as [prefix | branch | branch ...]
@@ -52,12 +53,12 @@ TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context id
 
 @register_model("ldalign")
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model.
+    """A model of ours as the harness asks for one.
 
     model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in
     `dtype` on `device`. micro_tokens: token budget of one forward. batch_rows: responses generated
     at a time. max_length: longest context and continuation together, beyond which the context loses
-    its beginning; None: the model's.
+    its beginning; None: the model's. Raises InputError for an unknown argument.
     """
 
     def __init__(
@@ -82,14 +83,11 @@ class HarnessModel(TemplateLM):
         if model is None or tokenizer is None:
             if policy is None:
                 raise InputError("model_args: policy=FOLDER is missing")
-            where = distributed.start(
-                "cuda" if device and device.startswith("cuda") else device or "auto"
-            )
+            on_gpu = device is not None and device.startswith("cuda")
+            where = distributed.start("cuda" if on_gpu else device or "auto")
             folder = resolve_model(policy, Path.home() / ".cache/ldalign")
-            model, tokenizer = (
-                cast(Mistral, load_model(folder, getattr(torch, dtype), where)),
-                load_tokenizer(folder),
-            )
+            model = cast(Mistral, load_model(folder, getattr(torch, dtype), where))
+            tokenizer = load_tokenizer(folder)
         self.model, self.ids_of = model.eval(), tokenizer
         self.micro_tokens, self.batch_rows, self.seed = micro_tokens, batch_rows, seed
         self.max_length = max_length or model.config.max_position_embeddings
@@ -111,21 +109,17 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the folder, for the harness's cache of requests."""
+        """The folder's path as a name, for the harness's cache of requests."""
         return str(self.ids_of.folder).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, if one is asked for. A name is not: our tokenizers have one
-        template.
-        """
+        """Returns the template's text, if one is asked for; ours have one each, unnamed."""
         return self.ids_of.template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; without a generation prompt it ends where its last message
-        ends.
-        """
+        """Returns a conversation's text; without a generation prompt the last message ends it."""
         text = self.ids_of.render(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
@@ -135,8 +129,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text in which the names of special tokens are these tokens, as in a rendered
-        chat.
+        """Encodes a text in which the names of special tokens are these tokens, as in a chat.
 
         add_special_tokens: whether to put the BOS in front; None: where the model wants one and the
         text has none.
@@ -148,8 +141,9 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation, whether it is the greedy one) of texts; a context may be
-        empty.
+        """Returns of each text (the continuation's log-prob, whether it is the greedy one).
+
+        Log-probs are natural logs, summed over tokens. A context may be empty.
         """
         # the harness's own bar for tokenising: as ours, no lines in a file
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
@@ -158,38 +152,37 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation, whether it is the greedy one) of each request, in their
-        order.
-        """
+        """Does the work of `loglikelihood` on token ids; results are in the requests' order."""
         scored = [self._cut(context, continuation) for _, context, continuation in requests]
         trees = plan_trees(scored, self.micro_tokens)
         mine: list[int] = []
         values: list[tuple[float, bool]] = []
         plan = deal([tree.tokens for tree in trees], distributed.world_size(), self.micro_tokens)
-        with Bar(
-            "log-probs", -(-len(requests) // distributed.world_size()), "requests"
-        ) as progress:
+        share = -(-len(requests) // distributed.world_size())
+        with Bar("log-probs", share, "requests") as progress:
             for micro in plan[distributed.rank()]:
                 chosen = [trees[t] for t in micro]
                 members = [i for tree in chosen for i in tree.members]
                 mine += members
                 values += self._score(chosen) if chosen else []
                 progress(len(members), 0)
+        columns = [[logp for logp, _ in values], [flag for _, flag in values]]
         logps, is_greedy = (
-            distributed.merge_rows(
-                len(requests), mine, torch.tensor(column, dtype=torch.float64)
-            ).tolist()
-            for column in ([logp for logp, _ in values], [flag for _, flag in values])
+            distributed.merge_rows(len(requests), mine, torch.tensor(column, dtype=torch.float64))
+            for column in columns
         )
-        results = [(logp, bool(flag)) for logp, flag in zip(logps, is_greedy, strict=True)]
+        pairs = zip(logps.tolist(), is_greedy.tolist(), strict=True)
+        results = [(logp, bool(flag)) for logp, flag in pairs]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:  # windows of a rolling likelihood have none
                 self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
     def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
-        """The request without what does not fit: the beginning of the context. The model reads all
-        but the last id.
+        """Returns the request without what does not fit, the beginning of the context.
+
+        The model reads all but the last id. Raises InputError where a continuation is empty or too
+        long.
         """
         if not continuation:
             raise InputError(
@@ -207,13 +200,11 @@ class HarnessModel(TemplateLM):
     def _tell_truncation(self, cut: bool) -> None:
         if cut and not self._truncated:
             self._truncated = True
-            say(
-                f"benchmarks: WARNING: contexts beyond {self.max_length} tokens lose their "
-                "beginning"
-            )
+            most = f"{self.max_length} tokens"
+            say(f"benchmarks: WARNING: contexts beyond {most} lose their beginning")
 
     def _score(self, trees: Sequence["Tree"]) -> list[tuple[float, bool]]:
-        """Of the requests in the trees, in their order, by one forward."""
+        """Scores the requests in the trees by one forward, as `loglikelihood` does, in order."""
         ids, parts, rows, targets, lengths = flatten(trees)
         layout = Packed(parts, self.device)
         chosen, wanted = (torch.tensor(values, device=self.device) for values in (rows, targets))
@@ -230,8 +221,9 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, each token once, in windows of the model's length; the first follows the
-        prefix token.
+        """Returns the log-prob of whole texts, each token once, in windows of the model's length.
+
+        The first token of a text follows the prefix token.
         """
         windows: list[TokenRequest] = []
         counts = []
@@ -251,7 +243,7 @@ class HarnessModel(TemplateLM):
     # ----------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts, each up to the first of its stop strings; greedy unless do_sample is asked for."""
+        """Returns texts, each up to the first of its stop strings; greedy without do_sample."""
         self._decoder = self._decoder or new_decoder(self.model)
         arguments = [request.args for request in requests]
         mine = range(distributed.rank(), len(requests), distributed.world_size())
@@ -275,7 +267,7 @@ class HarnessModel(TemplateLM):
         arguments: Sequence[tuple[str, dict[str, Any]]],
         progress: Callable[[int, int], None],
     ) -> Iterator[str]:
-        """The texts of requests that share their settings."""
+        """Yields the texts of requests that share their settings."""
         sampling = sampling_of(arguments[chosen[0]][1])
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -306,7 +298,7 @@ class HarnessModel(TemplateLM):
 
 
 def sampling_of(kwargs: dict[str, Any]) -> Sampling:
-    """A task's generation settings as ours. Raises InputError for one that we do not have."""
+    """Translates a task's generation settings. Raises InputError for one that we do not have."""
     settings = {key: value for key, value in kwargs.items() if value is not None}
     until = settings.pop("until", [])
     # the harness's, in its order
@@ -314,20 +306,17 @@ def sampling_of(kwargs: dict[str, Any]) -> Sampling:
     given = [settings.pop(name) for name in names if name in settings]
     unknown = sorted(settings.keys() - SAMPLING_KWARGS)
     if unknown:
+        named = ", ".join(unknown)
         raise InputError(
-            f"benchmarks: generation_kwargs: {', '.join(unknown)}: not offered by ldalign's "
-            "generation"
+            f"benchmarks: generation_kwargs: {named}: not offered by ldalign's generation"
         )
     sampled = settings.pop("do_sample", settings.get("temperature", 0.0) > 0)
     if not sampled:
-        settings = {"temperature": 0.0} | {
-            k: v for k, v in settings.items() if k == "repetition_penalty"
-        }
-    return Sampling(
-        int(given[0]) if given else MAX_GEN_TOKS,
-        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
-        **settings,
-    )
+        kept = {k: v for k, v in settings.items() if k == "repetition_penalty"}
+        settings = {"temperature": 0.0} | kept
+    stops = [until] if isinstance(until, str) else until
+    new_tokens = int(given[0]) if given else MAX_GEN_TOKS
+    return Sampling(new_tokens, stop=tuple(stop for stop in stops if stop), **settings)
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -348,9 +337,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Tree:
-    """Requests whose contexts begin alike: the prefix is computed once, and each request goes on
-    from it.
-    """
+    """Requests whose contexts begin alike: the prefix is computed once, and each goes on there."""
 
     prefix: tuple[int, ...]
     members: list[int]  # indices of requests
@@ -363,13 +350,12 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """That the model reads."""
+        """How many tokens the model reads."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
 def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
-    """All requests in trees that save tokens: by equal contexts, or by a shared beginning where
-    that reads fewer.
+    """Puts all requests into trees, by equal contexts or a shared beginning, to save tokens.
 
     A tree of several contexts has at most `budget` tokens.
     """
@@ -379,8 +365,7 @@ def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
     run: list[list[int]] = []
     for group in groups:
         longer = _tree(requests, [*run, group])
-        # In a run, a context costs what follows the shared beginning, once for each of its
-        # continuations.
+        # In a run, a context costs what follows the shared beginning, for each continuation.
         own = len(requests[group[0]].context)
         if run and (len(group) * (own - len(longer.prefix)) >= own or longer.tokens > budget):
             trees += _cheaper(requests, run)
@@ -390,7 +375,7 @@ def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
 
 
 def _cheaper(requests: Sequence[Scored], run: list[list[int]]) -> list[Tree]:
-    """One tree of all groups, or one of each, whichever reads fewer tokens."""
+    """Returns one tree of all groups, or one of each, whichever reads fewer tokens."""
     apart = [_tree(requests, [group]) for group in run]
     together = _tree(requests, run)
     return [together] if together.tokens < sum(tree.tokens for tree in apart) else apart
@@ -398,20 +383,19 @@ def _cheaper(requests: Sequence[Scored], run: list[list[int]]) -> list[Tree]:
 
 def _tree(requests: Sequence[Scored], groups: Iterable[Sequence[int]]) -> Tree:
     members = [i for group in groups for i in group]
-    # sorted: these differ first
+    # They are sorted: what the first and the last context share, all share.
     first, last = requests[members[0]].context, requests[members[-1]].context
-    shared = next(
-        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
+    both = enumerate(zip(first, last, strict=False))
+    shared = next((n for n, (a, b) in both if a != b), min(len(first), len(last)))
     return Tree(first[:shared], members, [requests[i] for i in members])
 
 
 def flatten(
     trees: Sequence[Tree],
 ) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
-    """(ids, part lengths for `Packed`, rows that predict, targets, targets a request) of trees laid
-    end to end.
+    """Lays trees end to end: (ids, part lengths, rows that predict, targets, targets a request).
+
+    The part lengths are as `Packed` wants them.
     """
     ids: list[int] = []
     parts: list[list[int]] = []
@@ -438,24 +422,18 @@ def flatten(
 def greedy(
     hidden: Tensor, weight: Tensor, targets: Tensor, logps: Tensor, lengths: Sequence[int]
 ) -> list[bool]:
-    """Whether every target of a segment is the likeliest token: hidden (M, D), weight (V, D),
-    targets (M,), logps (M,).
+    """Says of each segment whether every target is the likeliest token, with few logits.
 
-    Logits are made for the least likely target of each segment, and for the others only where that
-    passes.
+    hidden (M, D), weight (V, D), targets (M,), logps (M,). Logits are made for the least likely
+    target of each segment, and for the others only where that passes.
     """
     starts = list(itertools.accumulate(lengths, initial=0))
     spans = [range(a, b) for a, b in itertools.pairwise(starts)]
     values = logps.tolist()
     worst = [min(span, key=lambda row: values[row]) for span in spans]
     passed = _likeliest(hidden, weight, targets, worst)
-    rest = [
-        row
-        for span, low, ok in zip(spans, worst, passed, strict=True)
-        if ok
-        for row in span
-        if row != low
-    ]
+    hopeful = zip(spans, worst, passed, strict=True)
+    rest = [row for span, low, ok in hopeful if ok for row in span if row != low]
     others = dict(zip(rest, _likeliest(hidden, weight, targets, rest), strict=True))
     return [
         ok and all(others.get(row, True) for row in span)
@@ -464,7 +442,7 @@ def greedy(
 
 
 def _likeliest(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Sequence[int]) -> list[bool]:
-    """Whether these rows' targets have the highest logit, the first of several where they tie."""
+    """Says whether these rows' targets have the highest logit; of several, the first counts."""
     out: list[bool] = []
     for chunk in torch.tensor(rows, dtype=torch.int64, device=hidden.device).split(64):
         out += ((hidden[chunk] @ weight.T).argmax(-1) == targets[chunk]).tolist()

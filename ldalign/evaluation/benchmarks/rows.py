@@ -1,9 +1,7 @@
-"""The parts of the benchmark definitions that are no template: how rows are brought into shape, and
-two scores.
+"""What in the benchmark definitions is no template: how rows are brought into shape, two scores.
 
-The YAML files of tasks/ name these functions (`!function
-ldalign.evaluation.benchmarks.rows.NAME`). `rows` is anything with `map(function of a row)`: a data
-set of the hub, or local rows.
+The YAML files of tasks/ name these functions (`!function ldalign.evaluation.benchmarks.rows.NAME`).
+`rows` is anything with `map(function of a row)`: a data set of the hub, or local rows.
 """
 
 import re
@@ -12,63 +10,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-# of one choice: its log-prob, natural log; whether it is the greedy continuation
+# What the harness knows of one choice: its log-prob (natural), whether it is the greedy one.
 Result = tuple[float, bool]
 
-
-class Mapped(Protocol):
-    """What a definition gets of its rows."""
-
-    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
-        """The rows with what `function` returns for each put into it."""
-        ...
-
-
-def hellaswag(rows: Mapped) -> Mapped:
-    """`query` and `choices` out of the hub's columns; rows that have them
-    already stay as they are.
-    """
-    return rows.map(_hellaswag)
-
-
-def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
-    if "query" in row:
-        return {}
-    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return {
-        "query": _without_brackets(f"{row['activity_label']}: {context}"),
-        "choices": [_without_brackets(ending) for ending in row["endings"]],
-    }
-
-
-def _without_brackets(text: str) -> str:
-    """Without WikiHow's marks: [title] begins a sentence, [step], [substeps] and the like are
-    nothing.
-    """
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-def truthfulqa(rows: Mapped) -> Mapped:
-    """Checked: the score takes the first of the mc1 choices to be the true one."""
-    return rows.map(_truthfulqa)
-
-
-def _truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
-    if list(row["mc1_targets"]["labels"])[:1] != [1]:
-        raise ValueError("the first choice of mc1_targets must be the true one (label 1)")
-    return {}
-
-
-def true_probability(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
-    """TruthfulQA's mc2: the share of the probability of all choices that the true ones have."""
-    logprobs = np.array([logprob for logprob, _ in results])
-    shares = np.exp(logprobs - logprobs.max())
-    return {"acc": float(shares[np.array(row["mc2_targets"]["labels"]) == 1].sum() / shares.sum())}
-
-
-# Space before punctuation, and quotation marks, as the data set's tokeniser left them; in this
-# order.
+# Space before punctuation, and quotation marks, as MuTual's tokeniser left them; in this order.
 SPACED = (
     (" '", "'"),
     (" \n", "\n"),
@@ -85,14 +30,61 @@ SPACED = (
 )
 
 
+class Mapped(Protocol):
+    """What a definition gets of its rows."""
+
+    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
+        """The rows with what `function` returns for each put into it."""
+        ...
+
+
+def hellaswag(rows: Mapped) -> Mapped:
+    """Makes `query` and `choices` of the hub's columns, where a row has them not yet."""
+    return rows.map(_hellaswag)
+
+
+def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
+    if "query" in row:
+        return {}
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {
+        "query": _without_brackets(f"{row['activity_label']}: {context}"),
+        "choices": [_without_brackets(ending) for ending in row["endings"]],
+    }
+
+
+def _without_brackets(text: str) -> str:
+    """Takes out WikiHow's marks: [title] begins a sentence, [step] and the like are nothing."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def truthfulqa(rows: Mapped) -> Mapped:
+    """Checks the rows: the score takes the first of the mc1 choices to be the true one."""
+    return rows.map(_truthfulqa)
+
+
+def _truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
+    if list(row["mc1_targets"]["labels"])[:1] != [1]:
+        raise ValueError("the first choice of mc1_targets must be the true one (label 1)")
+    return {}
+
+
+def true_probability(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
+    """Computes TruthfulQA's mc2: the true choices' share of the probability of all."""
+    logprobs = np.array([logprob for logprob, _ in results])
+    shares = np.exp(logprobs - logprobs.max())
+    return {"acc": float(shares[np.array(row["mc2_targets"]["labels"]) == 1].sum() / shares.sum())}
+
+
 def mutual(rows: Mapped) -> Mapped:
-    """The article and the options as ordinary text."""
-    return rows.map(
-        lambda row: {
-            "article": _joined(row["article"]),
-            "options": [_joined(o) for o in row["options"]],
-        }
-    )
+    """Makes ordinary text of the article and the options."""
+    return rows.map(_mutual)
+
+
+def _mutual(row: dict[str, Any]) -> dict[str, Any]:
+    options = [_joined(option) for option in row["options"]]
+    return {"article": _joined(row["article"]), "options": options}
 
 
 def _joined(text: str) -> str:
@@ -102,8 +94,9 @@ def _joined(text: str) -> str:
 
 
 def recall_of_four(row: Mapping[str, Any], results: Sequence[Result]) -> dict[str, float]:
-    """MuTual's r@1, r@2 and reciprocal rank of the right option, by log-prob; a tie counts against
-    it.
+    """Computes MuTual's r@1, r@2 and reciprocal rank of the right option, by log-prob.
+
+    A tie counts against it.
     """
     logprobs = [logprob for logprob, _ in results]
     right = "ABCD".index(row["answers"])

@@ -1,8 +1,7 @@
-"""Benchmarks as stages: every task of a policy is a folder of its own, NAME/benchmarks/TASK, so a
-finished one is kept whatever becomes of the next.
+"""Runs one benchmark on a model through lm-eval: its metrics, and a sample of every row.
 
-A folder holds summary.json (metrics, each with its standard error as METRIC_se), task.json
-(definition, versions) and samples.jsonl (every row: prompt, log-probs or generated text, verdict).
+run/stages/benchmarks.py makes a stage of it: every task of a policy is a folder of its own, so a
+finished one is kept whatever becomes of the next.
 """
 
 import importlib.metadata
@@ -13,22 +12,18 @@ from typing import Any
 from ldalign.evaluation.benchmarks.definitions import Benchmark, no_harness
 from ldalign.system.metrics import Metrics
 
-Sample = dict[str, Any]
-FILTERS = {
-    "none": "",
-    "strict-match": "/strict",
-    "flexible-extract": "/flexible",
-}  # the harness's -> ending of a metric
+Sample = dict[str, Any]  # what is kept of one row
+# The harness's filters of a generated answer: what the names of their metrics end in here.
+FILTERS = {"none": "", "strict-match": "/strict", "flexible-extract": "/flexible"}
 
 
 def run_benchmark(
     model: Any, benchmark: Benchmark, limit: int | None = None, chat_template: bool = False
 ) -> tuple[Metrics, list[Sample]]:
-    """Metrics and samples of one benchmark, the same on every rank; `model` is any model of the
-    harness.
+    """Runs one benchmark: metrics and samples, the same on every rank.
 
-    Metrics: rows, shots, chat_template (0 or 1), version, and every score with its standard error,
-    as lm-eval gives them.
+    model: any model of the harness. Metrics: rows, shots, chat_template (0 or 1), version, and
+    every score with its standard error (METRIC_se), as lm-eval gives them.
     """
     from lm_eval.evaluator import evaluate
 
@@ -55,26 +50,22 @@ def run_benchmark(
     for key, value in scores.items():
         metric, _, filter_name = key.partition(",")
         if filter_name in FILTERS:
-            error = metric.endswith("_stderr")
-            named = metric.removesuffix("_stderr") + FILTERS[filter_name] + ("_se" if error else "")
-            # of one row there is no standard error
-            metrics[named] = 0.0 if value == "N/A" else float(value)
+            ending = FILTERS[filter_name] + ("_se" if metric.endswith("_stderr") else "")
+            # N/A: one row has no standard error
+            metrics[metric.removesuffix("_stderr") + ending] = (
+                0.0 if value == "N/A" else float(value)
+            )
     return metrics, samples
 
 
 def _samples(logged: Sequence[Sample]) -> list[Sample]:
-    """The harness's samples, one a row: of a generated answer it has one a filter."""
+    """Joins the harness's samples to one a row: of a generated answer it has one a filter."""
     rows: dict[int, Sample] = {}
     for sample in logged:
         arguments, ending = sample["arguments"], FILTERS[sample["filter"]]
-        row = rows.setdefault(
-            sample["doc_id"],
-            {
-                "row": sample["doc_id"],
-                "prompt": arguments[0][0],
-                "target": sample["target"],
-            },
-        )
+        number = sample["doc_id"]
+        begun = {"row": number, "prompt": arguments[0][0], "target": sample["target"]}
+        row = rows.setdefault(number, begun)
         if isinstance(arguments[0][1], str):
             row["choices"] = [continuation for _, continuation in arguments]
             row["logprobs"] = [response[0] for response in sample["filtered_resps"]]
@@ -87,7 +78,7 @@ def _samples(logged: Sequence[Sample]) -> list[Sample]:
 
 
 def harness_version() -> str:
-    """Of the installed lm-eval. EnvironmentProblem where it is not installed."""
+    """Returns the installed lm-eval's version. Raises EnvironmentProblem where there is none."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError as error:
