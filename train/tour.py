@@ -278,7 +278,8 @@ def loss_of_the_equations(batch: Batch, policy: Mistral) -> tuple[Tensor, list[T
     losses = dpo_loss(delta, weights, BETA)
     loss = losses.mean()  # over the pairs of the global batch
     loss.backward()
-    real, generated, delta, losses = (v.detach() for v in (real, generated, delta, losses))
+    real, generated, delta = real.detach(), generated.detach(), delta.detach()
+    losses, loss = losses.detach(), loss.detach()
     show("log pi(y | x)", f"{float(real[0]):.4f} nats: pi is pi_ref still")
     show("log pi(y' | x)", f"{float(generated[0]):.4f} nats")
     show("margin Delta", f"{float(delta[0]):.4f} nats: 0 up to rounding")
@@ -286,7 +287,7 @@ def loss_of_the_equations(batch: Batch, policy: Mistral) -> tuple[Tensor, list[T
     show("loss without s", f"{float(unweighted[0]):.6f}; ln 2 = {math.log(2):.6f}")
     show("loss of the pair", f"{float(losses[0]):.6f} = s ln 2")
     show("loss of the batch", f"{float(loss):.6f}, the mean of its {len(losses)} pairs")
-    return loss.detach(), take_gradients(policy)
+    return loss, take_gradients(policy)
 
 
 def fused_loss(batch: Batch, policy: Mistral, loss: Tensor, gradients: Sequence[Tensor]) -> None:
