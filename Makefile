@@ -3,6 +3,7 @@
 #   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
 #   make evaluate   one policy, on held-out rows and public benchmarks; make evaluate ARGS="policy=FOLDER key=value ..."
 #   make compare   SFT, SPIN, LD-Align and a control from one start, about an hour; make compare COMPARE=FILE.yaml ARGS="..."
+#   make tour    one pair through the whole method with its numbers, a minute (docs/tour.md); make tour ARGS="policy=toy"
 #   make report RUN=FOLDER   a run folder's report again
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make test-slow   the long ones: every write point, a hundred kills; some hours; ARGS="-k T1_" for the kills, minutes
@@ -19,7 +20,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align evaluate compare report test test-slow reliability fuzz lint bench profile gpu
+.PHONY: setup check-env align tour evaluate compare report test test-slow reliability fuzz lint bench profile gpu
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
@@ -44,6 +45,10 @@ align: $(VENV)/.product
 	if [ "$$gpus" -gt 1 ]; then \
 		exec $(VENV)/bin/torchrun --standalone --nproc-per-node "$$gpus" train/align.py --config $(CONFIG) $(ARGS); \
 	else exec $(PY) train/align.py --config $(CONFIG) $(ARGS); fi
+
+# One pair through the whole method, told in docs/tour.md.
+tour: $(VENV)/.product
+	@$(PY) train/tour.py $(ARGS)
 
 evaluate: $(VENV)/.eval
 	@$(PY) train/evaluate.py $(ARGS)
