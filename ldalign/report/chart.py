@@ -133,6 +133,7 @@ def bins(values: Array) -> tuple[Array, str]:
 
 
 def apply_scale(axes: Axes, side: str, scale: str) -> None:
+    """Gives the axis `side`, "x" or "y", the scale: logarithmic, with plain numbers, or linear."""
     if scale == "log":
         (axes.set_xscale if side == "x" else axes.set_yscale)("log")
         axis = axes.xaxis if side == "x" else axes.yaxis

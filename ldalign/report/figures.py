@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ldalign.evaluation.statistics import NORMAL_95, Array
-from ldalign.report.analysis import MEASURES, RunPairs, Sides, concentration
+from ldalign.report.analysis import MEASURES, Numbers, RunPairs, Sides, concentration
 from ldalign.report.cautions import guide_name
 from ldalign.report.chart import (
     DASHES,
@@ -34,7 +34,6 @@ from ldalign.run.folder import shown_name
 MOST_POINTS = 800  # of a scatter; of more, so many are drawn at random, as the caption says
 # The stages that have a colour of their own, in the order of SERIES.
 COLOURED = ("policy", "responses", "evaluation", "guide", "reference", "distances")
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ REWARD = Relation(
 # ----------------------------------------------------------------------------------------- held out
 
 
-def held_out(rows: Rows) -> Chart:
+def held_out(rows: Sequence[Numbers]) -> Chart:
     """Draws every policy's accuracy with its interval, and the likelihood of the real responses."""
 
     def draw() -> tuple[Figure, str] | str:
@@ -471,7 +470,7 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
 # ----------------------------------------------------------------------------------------- training
 
 
-def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
+def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> Chart:
     """Draws loss, rewards, log-probs and accuracies over the steps of all iterations.
 
     Without pairs, as in SFT, it draws the loss alone. steps: records by iteration's name.
@@ -522,7 +521,9 @@ def training(steps: Mapping[str, Rows], sides: Sides) -> Chart:
     return chart("training", "Training, step by step", draw)
 
 
-def _draw_steps(axes: Axes, names: Mapping[str, tuple[str, int]], rows: Rows, begin: int) -> None:
+def _draw_steps(
+    axes: Axes, names: Mapping[str, tuple[str, int]], rows: Sequence[Numbers], begin: int
+) -> None:
     """Draws metrics of one iteration, whose first step is number `begin` + 1, thin and smoothed.
 
     names: of each metric the label and the place in SERIES and DASHES.

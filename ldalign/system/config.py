@@ -532,6 +532,7 @@ class _Dumper(yaml.SafeDumper):
     """
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Quotes `text` where a reader would take it for something else."""
         style = None if text.isprintable() and text not in _NULLS else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -147,6 +147,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; a stage does so in a folder that is renamed when whole."""
     text = json.dumps(value, indent=1) + "\n"
     with writing(path, len(text)):
         path.write_text(text, encoding="utf-8")

@@ -106,6 +106,7 @@ class Bar:
         return self.add
 
     def add(self, rows: int, tokens: int) -> None:
+        """Moves the bar on by `rows`, in which `tokens` new tokens were made."""
         self.tokens += tokens
         if self.tokens:
             self.tqdm.set_postfix_str(

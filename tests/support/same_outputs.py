@@ -67,7 +67,7 @@ def without_measured(value: Any) -> Any:
 def content(path: Path) -> str:
     """Returns what is compared of a file: a hash of its bytes, or of its values without times."""
     if path.name == "table.md":
-        text = "\n".join(line for line in path.read_text().splitlines() if not timed_line(line))
+        text = without_times(path.read_text())
     elif path.name == "manifest.json":
         manifest = json.loads(path.read_text())
         manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.endswith(TIMED)}
@@ -80,11 +80,10 @@ def content(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def timed_line(line: str) -> bool:
-    """Says whether a line of table.md holds a wall time, or the titles of such columns."""
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    of_times = len(cells) == 7 and all(re.fullmatch(r"-|\d+", cell) for cell in cells[1:])
-    return of_times or line.startswith("Once a run:")
+def without_times(page: str) -> str:
+    """Takes the wall times out of table.md: the rows of their table, and its sums."""
+    rows = re.compile(r"^(\| wall time, s .*\n\|---.*\n)(?:\|.*\n)*", re.MULTILINE)
+    return re.sub(r"^Once a run:.*$", "", rows.sub(r"\1", page), flags=re.MULTILINE)
 
 
 def contents(run: Path) -> dict[str, str]:

@@ -86,5 +86,5 @@ def harness_version() -> str:
 
 
 def quiet() -> None:
-    # It warns of what our definitions do on purpose.
+    """Silences lm-eval's warnings: they are of what our definitions do on purpose."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
