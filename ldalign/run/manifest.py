@@ -327,6 +327,3 @@ def _files(folder: Path) -> list[Path]:
         )
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
-
-
-# --------------------------------------------------------------------------------------- run folder
