@@ -31,6 +31,14 @@ from ldalign.report.chart import (
 )
 from ldalign.report.table import duration
 from ldalign.run.folder import shown_name
+from ldalign.run.plan import stage_of
+from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
+from ldalign.run.stages.distances import DISTANCES_STAGE
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.guide import GUIDE_STAGE
+from ldalign.run.stages.policy import POLICY_STAGE
+from ldalign.run.stages.reference import REFERENCE_STAGE
+from ldalign.run.stages.responses import RESPONSES_STAGE
 
 MOST_POINTS = 800  # of a scatter; more are drawn at random, and the caption says so
 Rows = Sequence[Mapping[str, Any]]
@@ -579,14 +587,15 @@ def _smooth(values: Array) -> Array:
 
 # ------------------------------------------------------------------------------------------- budget
 
-STAGE_KINDS = {
-    "policy": "training",
-    "responses": "sampling",
-    "evaluation": "evaluation",
-    "guide": "guide",
-    "reference": "reference",
-    "distances": "distances",
-}
+# The stages with a colour of their own; benchmarks have that of the evaluation.
+COLOURED = (
+    POLICY_STAGE,
+    RESPONSES_STAGE,
+    EVALUATION_STAGE,
+    GUIDE_STAGE,
+    REFERENCE_STAGE,
+    DISTANCES_STAGE,
+)
 
 
 def budget(seconds: Mapping[str, float]) -> Chart:
@@ -597,15 +606,13 @@ def budget(seconds: Mapping[str, float]) -> Chart:
             return "no stage has finished yet."
         figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(seconds)))
         axes = figure.subplots()
-        kinds = [
-            "evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds
-        ]
-        colours = dict(zip(STAGE_KINDS, SERIES, strict=True))
+        colours = dict(zip(COLOURED, SERIES, strict=True))
+        colours[BENCHMARKS_STAGE] = colours[EVALUATION_STAGE]
         drawn = axes.barh(
             range(len(seconds)),
             list(seconds.values()),
             height=0.7,
-            color=[colours.get(kind, GRID) for kind in kinds],
+            color=[colours.get(stage_of(name), GRID) for name in seconds],
         )
         axes.bar_label(drawn, [duration(s) for s in seconds.values()], padding=3, fontsize=8)
         axes.set_yticks(range(len(seconds)), list(seconds))

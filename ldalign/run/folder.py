@@ -192,7 +192,7 @@ class RunFolder:
 def stage_names(run: Path) -> list[str]:
     """The finished stages of a run folder, in the order of the method."""
     # Iteration 0 also where only its guide is there, which lies in the run folder itself.
-    policies = ("start", "sft", *sorted({0, *iterations(run)}), "continual_sft")
+    policies: list[str | int] = ["start", "sft", *sorted({0, *iterations(run)}), "continual_sft"]
     names = [
         *(stage.folder() for stage in FIRST),
         *(name for policy in policies for stage in STEPS for name in _folders(run, stage, policy)),

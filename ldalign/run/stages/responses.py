@@ -17,6 +17,7 @@ from ldalign.run.context import Context
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
 from ldalign.run.stage import Cost, Stage
+from ldalign.run.stages.data import DATA_STAGE
 from ldalign.system import distributed
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Bar, Metrics
@@ -65,7 +66,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
     def make(folder: Path) -> Metrics:
         path = folder / "responses.jsonl"
         if given is not None:
-            prompts = ctx.run.path / "data/train.jsonl"
+            prompts = ctx.run.path / DATA_STAGE.folder() / "train.jsonl"
             losers = read_losers(given, rows, pairs, ctx.train.rows, ctx.tokenizer, prompts)
             records = [
                 record(request, loser) for request, loser in zip(requests, losers, strict=True)
