@@ -44,13 +44,18 @@ class Run(Protocol):
     path: Path
 
     @property
-    def began(self) -> date: ...
+    def began(self) -> date:
+        """The day this run was begun."""
 
     def stage(
         self, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False
-    ) -> Metrics: ...
+    ) -> Metrics:
+        """Makes the folder `name` of this run with `make`, unless it is there; returns its
+        summary.
+        """
 
-    def record(self) -> None: ...
+    def record(self) -> None:
+        """Writes settings, machine and date down, once."""
 
 
 @dataclass(frozen=True)
