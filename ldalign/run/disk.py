@@ -22,7 +22,7 @@ RECORD_BYTES = 40  # a sampled token in its file: text and id
 
 
 class Need(NamedTuple):
-    """Bytes of one stage."""
+    """The bytes that one stage needs."""
 
     kept: int  # when it is finished
     most: int  # while it is made

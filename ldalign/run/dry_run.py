@@ -97,17 +97,19 @@ def _data_lines(ctx: Context) -> list[str]:
     lines = []
     for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
         if prepared.rows:
-            parts = [
-                f"{what} {np.mean(sizes):.0f} tokens (95 %: {np.percentile(sizes, 95):.0f}, most "
-                f"{max(sizes)})"
-                for what, sizes in (
-                    ("prompt", [len(p.prompt) for p in prepared.pairs]),
-                    ("response", [len(p.real) for p in prepared.pairs]),
-                )
-            ]
             lost = f"{len(prepared.dropped)} dropped, {prepared.cut} responses cut"
-            lines.append(f"{name} rows: {len(prepared.rows)} ({lost}); {', '.join(parts)}")
+            prompts = _tokens([len(p.prompt) for p in prepared.pairs])
+            responses = _tokens([len(p.real) for p in prepared.pairs])
+            lines.append(
+                f"{name} rows: {len(prepared.rows)} ({lost}); prompt {prompts}, "
+                f"response {responses}"
+            )
     return lines
+
+
+def _tokens(sizes: Sequence[int]) -> str:
+    high = np.percentile(sizes, 95)
+    return f"{np.mean(sizes):.0f} tokens (95 %: {high:.0f}, most {max(sizes)})"
 
 
 def _memory_lines(ctx: Context, model: Mistral) -> list[str]:

@@ -166,8 +166,8 @@ class RunFolder:
 
     @staticmethod
     def lock(path: Path) -> IO[str]:
-        """The run folder's lock, held until the file is closed. EnvironmentProblem where another
-        process has it.
+        """The run folder's lock, held until the file is closed. Raises EnvironmentProblem where
+        another process has it.
         """
         file = (path / "lock").open("a+", encoding="utf-8")
         try:

@@ -37,8 +37,8 @@ class TrainingPairs:
 
 
 def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section
-    4).
+    """Makes pairs (real, generated, s) by responses, guide (once), distances and reference (arXiv
+    2404.06390, section 4).
     """
     responses = responses_stage(ctx, t, policy)
     guide = guide_stage(ctx, t if ctx.config.guide.retrain else 0, start)
@@ -51,8 +51,8 @@ def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last
-    iteration's losers too.
+    """Makes pairs (real, generated, 1) by responses and reference (arXiv 2401.01335); with
+    mix_previous those of the iteration before too.
     """
     pairs, cut = _against_own(ctx, responses_stage(ctx, t, policy))
     made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
@@ -67,25 +67,29 @@ def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(chosen, rejected, 1) of preference data (arXiv 2305.18290): reference alone."""
+    """Makes pairs (chosen, rejected, 1) of preference data, by reference alone (arXiv
+    2305.18290).
+    """
     rows, pairs = ctx.used
     pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
     return TrainingPairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 
 
 def sft(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """Real responses without losers."""
+    """Makes pairs of a real response and no loser, by no stage."""
     return TrainingPairs(ctx.used[1], {})
 
 
 def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(better, worse, 1) of two own samples, as the policy itself judges (arXiv 2401.10020)."""
+    """Makes pairs (better, worse, 1) of two own samples, as the policy itself judges them (arXiv
+    2401.10020).
+    """
     return _of_two_samples(ctx, t, policy, start, POLICY)
 
 
 def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv
-    2309.00267).
+    """Makes pairs (better, worse, 1) of two own samples, as the judge that judge.* names says
+    (arXiv 2309.00267).
     """
     return _of_two_samples(ctx, t, policy, start, None)
 

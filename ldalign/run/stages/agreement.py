@@ -27,8 +27,8 @@ AGREEMENT_STAGE = Stage("agreement")
 
 
 def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
-    """How often the guide and the judge agree on the policy's samples, in agreement/, with every
-    pair they saw.
+    """Counts how often the guide and the judge agree on which of two samples of the policy's is
+    worse, into agreement/ with every pair they saw; returns the figures.
     """
     samples = agreement_samples_stage(ctx, policy)
     rows = ctx.heldout.rows[: ctx.config.agreement.rows]
@@ -73,8 +73,8 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
 
 
 def find_guide(ctx: Context) -> Path:
-    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a
-    GPT-2, maybe).
+    """The folder of the trained guide: the one that the key guide.folder gives, else the run's own
+    (begun from a GPT-2, maybe).
 
     Raises InputError where there is none.
     """

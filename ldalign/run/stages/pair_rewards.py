@@ -17,8 +17,8 @@ PAIR_REWARDS_STAGE = Stage("pair_rewards")
 
 
 def pair_rewards_stage(ctx: Context, t: int) -> None:
-    """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are
-    compared with.
+    """Scores both sides of iteration t's pairs with the reward model, into
+    iteration_t/pair_rewards: what the report compares distances with.
     """
     r, (rows, _) = ctx.config.reward, ctx.used
     model = find_model(ctx.config, str(r.model))

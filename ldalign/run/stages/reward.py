@@ -21,8 +21,8 @@ REWARDS = "rewards.jsonl"
 
 
 def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
-    """Rewards of the greedy answers in NAME/evaluation and of the real responses, in
-    NAME/reward/rewards.jsonl.
+    """Scores the greedy answers in NAME/evaluation and the real responses with the reward model,
+    into NAME/reward/rewards.jsonl; returns the figures.
 
     The real responses are scored once, with the policy called `first`; the others are also compared
     with it.
