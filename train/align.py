@@ -11,9 +11,17 @@ same command again goes on after the last finished stage.
 from ldalign.run import methods
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
+from ldalign.run.plan import in_order
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.policy import policy_stage, sft_stage, start_name, start_stage
-from ldalign.run.stages.rewards import pair_rewards_stage
+from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE, pair_rewards_stage
+from ldalign.run.stages.policy import (
+    POLICY_STAGE,
+    planned_start,
+    policy_stage,
+    sft_stage,
+    start_name,
+    start_stage,
+)
 from ldalign.system import exits
 from ldalign.train.command import run_stages
 
@@ -33,7 +41,7 @@ def align(ctx: Context) -> str:
     policy = start
     for t in range(config.iterations):
         source = methods.SOURCES[config.method](ctx, t, policy, start)
-        if config.reward.model is not None and config.method == "ld_align":
+        if scores_pairs(config):
             pair_rewards_stage(ctx, t)
         policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
         measure(ctx, f"iteration_{t}", policy, first)
@@ -45,25 +53,23 @@ def align(ctx: Context) -> str:
 
 
 def planned(config: RunConfig) -> list[str]:
-    """The stages of the whole run, by name."""
-    names = ["sft/policy"] if config.sft.epochs else []
-    names += measurements(config, start_name(config))
-    steps = [*methods.planned(config), "policy"]
-    if config.reward.model is not None and config.method == "ld_align":
-        steps.insert(-1, "pair_rewards")
+    """The names of the stages of the whole run, in the order of the method."""
+    names = [*planned_start(config), *measurements(config, start_name(config))]
     for t in range(config.iterations):
-        names += [
-            *(f"iteration_{t}/{step}" for step in steps),
-            *measurements(config, f"iteration_{t}"),
-        ]
-    if config.method == "ld_align":
-        for t in range(config.iterations if config.guide.retrain else min(1, config.iterations)):
-            names.insert(
-                names.index(f"iteration_{t}/distances"), f"iteration_{t}/guide" if t else "guide"
-            )
+        steps = [*methods.planned(config, t), POLICY_STAGE.folder(t)]
+        steps += [PAIR_REWARDS_STAGE.folder(t)] if scores_pairs(config) else []
+        names += [*in_order(steps), *measurements(config, f"iteration_{t}")]
     if config.continual_sft.epochs:
-        names += ["continual_sft/policy", *measurements(config, "continual_sft")]
+        baseline = "continual_sft"
+        names += [POLICY_STAGE.folder(baseline), *measurements(config, baseline)]
     return names
+
+
+def scores_pairs(config: RunConfig) -> bool:
+    """Whether a reward model scores every iteration's pairs, for the report to hold the latent
+    distances against.
+    """
+    return config.reward.model is not None and config.method == "ld_align"
 
 
 if __name__ == "__main__":

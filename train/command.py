@@ -13,8 +13,9 @@ from ldalign.run.disk import check_disk
 from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.measures import check_measurements
+from ldalign.run.plan import stage_of
 from ldalign.run.settings import RunConfig, unread
-from ldalign.run.stages.benchmarks import check_benchmarks
+from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.data import data_stage
 from ldalign.run.stages.guide import check_guide
 from ldalign.system import distributed
@@ -38,8 +39,7 @@ def run_stages(
     check: Callable[[RunConfig], None] = lambda config: None,
     by_method: bool = False,
 ) -> None:
-    """The body of a script: `work(ctx)` does its stages and returns a closing line, `planned` names
-    them.
+    """Runs a script: `work(ctx)` makes its stages and returns a closing line, `planned` names them.
 
     doc: the script's docstring. check: raises InputError for settings with which the script has
     nothing to do. by_method: the key `method` says what the script reads, so keys that it does not
@@ -51,7 +51,7 @@ def run_stages(
     check(config)
     if by_method:
         check_method_reads(argv, config.method)
-    if any("/benchmarks/" in name for name in planned(config)):
+    if any(stage_of(name) is BENCHMARKS_STAGE for name in planned(config)):
         check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
     check_measurements(config, planned(config))
@@ -74,7 +74,9 @@ def run_stages(
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
-    """The run folder, locked, with its rows written down: what the planned stages work in."""
+    """Opens and locks the run folder and writes its rows down; yields the context that the planned
+    stages work in.
+    """
     with RunFolder(Path(config.run), to_yaml(config)) as run:
         ctx = open_context(run, config, planned)
         check_guide(config, planned)
@@ -86,9 +88,7 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
 def read_config(
     argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig
 ) -> RunConfig | None:
-    """The settings that the command line asks for; None where it asks for help,
-    which is printed.
-    """
+    """The settings that the command line asks for; None where it asks for help, printed here."""
     path, overrides, flags = split_argv(argv, FLAGS)
     if "--help" in flags:
         print(doc.strip(), USAGE, describe(cls), sep="\n")

@@ -27,7 +27,7 @@ from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.settings import CompareConfig
 from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks
-from ldalign.run.stages.policy import start_name
+from ldalign.run.stages.policy import POLICY_STAGE, start_name
 from ldalign.system import distributed, exits
 from ldalign.system.config import to_yaml
 from ldalign.system.metrics import say
@@ -52,12 +52,12 @@ def main(argv: list[str]) -> None:
 
 
 def compare(config: CompareConfig, run: RunFolder) -> None:
-    """The start, the search, the other seeds, the table."""
+    """Makes the start, searches the learning rates, trains the other seeds, writes the table."""
     arms = [Arm.of(name) for name in config.compare.methods]
     first_config = start_config(config)
     with open_run(first_config, align.planned(first_config)) as ctx:
         align.align(ctx)
-        start = ctx.run.path / "sft/policy" if config.sft.epochs else ctx.start
+        start = ctx.run.path / POLICY_STAGE.folder("sft") if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
     run.record()
     validation, _ = validation_ids(config)
@@ -81,15 +81,13 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
         own = replace(own, benchmarks=config.benchmarks)
         with open_run(own, align.planned(own)) as ctx:
             name = f"iteration_{config.iterations - 1}"
-            benchmark_stages(ctx, name, ctx.run.path / name / "policy")
-    say(
-        "\n"
-        + comparison.write_comparison(config, comparison.summarise(config, arms, chosen, searched))
-    )
+            benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
+    summary = comparison.summarise(config, arms, chosen, searched)
+    say(f"\n{comparison.write_comparison(config, summary)}")
 
 
 def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> Path:
-    """One training with its evaluation; returns its run folder."""
+    """Makes one training with its evaluation; returns its run folder."""
     own = arm_config(config, start, arm, seed, rate)
     folder = Path(own.run)
     say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")

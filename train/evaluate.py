@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """There must be something to evaluate on."""
+    """Raises InputError where there is nothing to evaluate on."""
     need(
         config.evaluation.rows > 0 or bool(config.benchmarks.tasks),
         "evaluation.rows=0: nothing to evaluate on; give evaluation.rows=200, say, or "
@@ -30,7 +30,7 @@ def check(config: RunConfig) -> None:
 
 
 def evaluate(ctx: Context) -> str:
-    """All measurements."""
+    """Measures the given policy; returns the closing line."""
     measure(ctx, "start", ctx.start, "start")
     return (
         f"Every answer: {ctx.run.path / 'start'}, evaluation/answers.jsonl and "
@@ -39,7 +39,7 @@ def evaluate(ctx: Context) -> str:
 
 
 def planned(config: RunConfig) -> list[str]:
-    """Their names."""
+    """The names of the stages that `evaluate` makes."""
     return measurements(config, "start")
 
 

@@ -30,8 +30,14 @@ from ldalign.models.weights import load_model
 from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
-from ldalign.run.stages.policy import start_stage
-from ldalign.run.stages.responses import new_engine, responses_stage, sampling_of
+from ldalign.run.stages.policy import planned_start, start_stage
+from ldalign.run.stages.responses import (
+    RESPONSES,
+    RESPONSES_STAGE,
+    new_engine,
+    responses_stage,
+    sampling_of,
+)
 from ldalign.system import distributed, exits
 from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
@@ -45,7 +51,7 @@ ANSWERS = "answers.jsonl"
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """Three keys more than the other scripts."""
+    """The keys of `train/generate.py`: a run's, and three of its own."""
 
     prompts: str | None = setting(None, "JSON Lines file of prompts; null: the run's own data")
     output: str | None = setting(None, "folder for the answers; needed with prompts")
@@ -83,14 +89,14 @@ def main(argv: list[str]) -> None:
 
 
 def responses(ctx: Context) -> str:
-    """Samples for the run's data."""
+    """Samples for the run's own data; returns the closing line."""
     responses_stage(ctx, 0, start_stage(ctx))
-    return f"The responses: {ctx.run.path / 'iteration_0/responses/responses.jsonl'}"
+    return f"The responses: {ctx.run.path / RESPONSES.format(0)}"
 
 
 def planned(config: RunConfig) -> list[str]:
-    """The stages that takes."""
-    return [*(["sft/policy"] if config.sft.epochs else []), "iteration_0/responses"]
+    """The names of the stages that `responses` makes."""
+    return [*planned_start(config), RESPONSES_STAGE.folder(0)]
 
 
 def answer(
@@ -151,8 +157,8 @@ def answer(
 
 
 def began(output: Path) -> date | None:
-    """The day for the prompts of answers that are there or were begun; None where no date is in
-    their prompts.
+    """The day that prompts of answers already there, or begun, give as today's; None where they
+    give none.
     """
     day = on_rank0(lambda: stage_parents(output).get(TEMPLATE_DATE))
     try:
@@ -162,7 +168,7 @@ def began(output: Path) -> date | None:
 
 
 def open_decoder(config: RunConfig, folder: Path) -> Decoder:
-    """The policy, ready to generate."""
+    """Loads a policy to generate with; `folder` is its model folder."""
     device = distributed.start(config.device)
     return new_decoder(
         cast(Mistral, load_model(folder, choose_dtype(config, device), device)), release=True
@@ -170,8 +176,8 @@ def open_decoder(config: RunConfig, folder: Path) -> Decoder:
 
 
 def chat(config: GenerateConfig) -> None:
-    """A conversation: a line in, an answer out as it comes. /new forgets what was said, the end of
-    input leaves.
+    """Holds a conversation: a line in, an answer out as it comes. /new forgets what was said, the
+    end of input leaves.
     """
     folder = open_policy(config)
     tokenizer = load_tokenizer(folder)

@@ -9,9 +9,9 @@ The guides that guide.retrain asks for are align.py's.
 
 from ldalign.run.context import Context
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.guide import guide_stage
-from ldalign.run.stages.policy import start_stage
-from ldalign.run.stages.responses import responses_stage
+from ldalign.run.stages.guide import GUIDE_STAGE, guide_stage
+from ldalign.run.stages.policy import planned_start, start_stage
+from ldalign.run.stages.responses import RESPONSES_STAGE, responses_stage
 from ldalign.system import exits
 from ldalign.train.command import need, run_stages
 
@@ -22,12 +22,12 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """There must be rows to work on."""
+    """Raises InputError for a method without a guide."""
     need(config.method == "ld_align", f"method={config.method}: has no guide; give method=ld_align")
 
 
 def guide(ctx: Context) -> str:
-    """The guide and what it needs."""
+    """Trains the guide, after what it needs; returns the closing line."""
     rows, _ = ctx.used
     losers = [row.rejected for row in rows if row.rejected is not None]
     if len(losers) == len(rows):
@@ -39,8 +39,8 @@ def guide(ctx: Context) -> str:
 
 
 def planned(config: RunConfig) -> list[str]:
-    """The stages, where the data has no generated responses."""
-    return [*(["sft/policy"] if config.sft.epochs else []), "iteration_0/responses", "guide"]
+    """The names of the stages that `guide` makes where the data has no generated responses."""
+    return [*planned_start(config), RESPONSES_STAGE.folder(0), GUIDE_STAGE.folder(0)]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ldalign.run.context import Context
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.agreement import agreement_stage, find_guide
-from ldalign.run.stages.policy import start_stage
+from ldalign.run.stages.agreement import AGREEMENT_STAGE, agreement_stage, find_guide
+from ldalign.run.stages.agreement_samples import AGREEMENT_SAMPLES_STAGE
+from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.system import exits
 from ldalign.train.command import need, run_stages
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """There must be prompts to answer."""
+    """Raises InputError where there are no prompts to answer."""
     need(
         config.evaluation.rows > 0,
         "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say",
@@ -32,7 +33,7 @@ def check(config: RunConfig) -> None:
 
 
 def judge(ctx: Context) -> str:
-    """The two stages."""
+    """Samples and judges, after SFT where that is asked for; returns the closing line."""
     need(
         bool(ctx.heldout.rows),
         "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE",
@@ -40,13 +41,13 @@ def judge(ctx: Context) -> str:
     guide = find_guide(ctx)
     given = ctx.config.agreement.policy
     agreement_stage(ctx, Path(given).expanduser() if given else start_stage(ctx), guide)
-    return f"Every pair: {ctx.run.path / 'agreement/agreement.jsonl'}"
+    return f"Every pair: {ctx.run.path / AGREEMENT_STAGE.folder() / 'agreement.jsonl'}"
 
 
 def planned(config: RunConfig) -> list[str]:
-    """Their names."""
-    start = ["sft/policy"] if config.sft.epochs and config.agreement.policy is None else []
-    return [*start, "agreement_samples", "agreement"]
+    """The names of the stages that `judge` makes."""
+    start = planned_start(config) if config.agreement.policy is None else []
+    return [*start, AGREEMENT_SAMPLES_STAGE.folder(), AGREEMENT_STAGE.folder()]
 
 
 if __name__ == "__main__":

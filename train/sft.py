@@ -9,7 +9,7 @@ this script with policy=RUN/sft/policy and a run folder of its own.
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.policy import sft_stage
+from ldalign.run.stages.policy import planned_start, sft_stage
 from ldalign.system import exits
 from ldalign.train.command import need, run_stages
 
@@ -20,20 +20,20 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """There must be something to train."""
+    """Raises InputError where there is nothing to train."""
     need(config.sft.epochs > 0, "sft.epochs=0: nothing to train; give sft.epochs=1 or more")
 
 
 def sft(ctx: Context) -> str:
-    """The stages."""
+    """Trains and measures; returns the closing line."""
     policy = sft_stage(ctx, "sft", ctx.start)
     measure(ctx, "sft", policy, "sft")
     return f"The policy: {policy}"
 
 
 def planned(config: RunConfig) -> list[str]:
-    """Their names."""
-    return ["sft/policy", *measurements(config, "sft")]
+    """The names of the stages that `sft` makes."""
+    return [*planned_start(config), *measurements(config, "sft")]
 
 
 if __name__ == "__main__":

@@ -30,10 +30,26 @@ from ldalign.report.chart import (
 )
 from ldalign.report.table import HELD_OUT, duration
 from ldalign.run.folder import shown_name
+from ldalign.run.plan import stage_of
+from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
+from ldalign.run.stages.distances import DISTANCES_STAGE
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.guide import GUIDE_STAGE
+from ldalign.run.stages.policy import POLICY_STAGE
+from ldalign.run.stages.reference import REFERENCE_STAGE
+from ldalign.run.stages.responses import RESPONSES_STAGE
 
 MOST_POINTS = 800  # of a scatter; of more, so many are drawn at random, as the caption says
-# The stages that have a colour of their own, in the order of SERIES.
-COLOURED = ("policy", "responses", "evaluation", "guide", "reference", "distances")
+# The stages that have a colour of their own, in the order of SERIES; benchmarks have that of the
+# evaluation.
+COLOURED = (
+    POLICY_STAGE,
+    RESPONSES_STAGE,
+    EVALUATION_STAGE,
+    GUIDE_STAGE,
+    REFERENCE_STAGE,
+    DISTANCES_STAGE,
+)
 
 
 @dataclass(frozen=True)
@@ -590,15 +606,13 @@ def budget(seconds: Mapping[str, float]) -> Chart:
             return "no stage has finished yet."
         figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(seconds)))
         axes = figure.subplots()
-        kinds = [
-            "evaluation" if "/benchmarks/" in name else name.rpartition("/")[2] for name in seconds
-        ]
         colours = dict(zip(COLOURED, SERIES, strict=True))
+        colours[BENCHMARKS_STAGE] = colours[EVALUATION_STAGE]
         drawn = axes.barh(
             range(len(seconds)),
             list(seconds.values()),
             height=0.7,
-            color=[colours.get(kind, GRID) for kind in kinds],
+            color=[colours.get(stage_of(name), GRID) for name in seconds],
         )
         axes.bar_label(drawn, [duration(s) for s in seconds.values()], padding=3, fontsize=8)
         axes.set_yticks(range(len(seconds)), list(seconds))

@@ -1,6 +1,4 @@
-"""Several methods from one start, on the same prompts and the same budget: runs
-and their figures.
-"""
+"""Several methods from one start, on the same prompts, with the same budget: their runs."""
 
 import os
 import shutil
@@ -13,12 +11,22 @@ import numpy as np
 
 from ldalign.run.folder import STARTED
 from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.stages.data import DATA_STAGE
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.guide import GUIDE_STAGE
+from ldalign.run.stages.reference import REFERENCE_STAGE
+from ldalign.run.stages.responses import RESPONSES_STAGE
 from ldalign.system.distributed import on_rank0
 from ldalign.system.files import make_folder, read_jsonl, write_text
 
 START = "start"
 # What runs of one seed have in common, whatever their method.
-SHARED = ("start/evaluation", "guide", "iteration_0/responses", "iteration_0/reference")
+SHARED = (
+    EVALUATION_STAGE.folder("start"),
+    GUIDE_STAGE.folder(0),
+    RESPONSES_STAGE.folder(0),
+    REFERENCE_STAGE.folder(0),
+)
 FIGURES = ("sampled", "greedy", "nll")
 
 
@@ -32,7 +40,7 @@ class Arm:
 
     @classmethod
     def of(cls, name: str) -> "Arm":
-        """Of "ld_align" or "ld_align/shuffled"."""
+        """The method of that name: "ld_align" or "ld_align/shuffled"."""
         method, _, weights = name.partition("/")
         return cls(name, method, weights or "latent")
 
@@ -55,7 +63,7 @@ def arm_config(
     """One training of one method: from the start policy, on the rows that the start's run wrote
     down.
     """
-    data = Path(config.run) / START / "data"
+    data = Path(config.run) / START / DATA_STAGE.folder()
     return _plain(
         config,
         run=str(arm_folder(config, arm, seed, learning_rate)),
@@ -74,7 +82,7 @@ def arm_config(
 
 
 def arm_folder(config: CompareConfig, arm: Arm, seed: int, learning_rate: float) -> Path:
-    """Where that training lies."""
+    """The run folder of one training of one method."""
     return Path(config.run) / f"seed_{seed}" / f"{arm.name.replace('/', '-')}-{learning_rate:g}"
 
 
@@ -114,11 +122,13 @@ def share(config: CompareConfig, seed: int, folder: Path) -> None:
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, float]]:
-    """Figures of one policy for every held-out row, by id: sampled and greedy (shares right), nll
-    (nats a token).
+    """The figures of one policy for every held-out row, by id: sampled and greedy (shares right),
+    nll (nats a token).
+
+    folder: the policy's in the run ("RUN/iteration_0").
     """
     figures: dict[str, dict[str, float]] = {}
-    for r in read_jsonl(folder / "evaluation/answers.jsonl"):
+    for r in read_jsonl(folder / EVALUATION_STAGE.name / "answers.jsonl"):
         figures[r["id"]] = {"nll": -r["logp"] / r["n_tokens"]}
         greedy, sampled = r.get("correct", [])[:1], r.get("correct", [])[1:]
         if greedy:
@@ -146,5 +156,8 @@ def score(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> float:
 
 def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:
     """The held-out rows that learning rates are chosen on, and those that are reported."""
-    ids = [r["id"] for r in read_jsonl(Path(config.run) / START / "data/heldout.jsonl")]
+    ids = [
+        r["id"]
+        for r in read_jsonl(Path(config.run) / START / DATA_STAGE.folder() / "heldout.jsonl")
+    ]
     return ids[: config.compare.validation_rows], ids[config.compare.validation_rows :]

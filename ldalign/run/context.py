@@ -4,11 +4,12 @@ in token ids.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +20,7 @@ from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
-from ldalign.models.weights import check_model
-from ldalign.run.folder import RunFolder
+from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.manifest import CHECKPOINTS, Parents
 from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.system import distributed
@@ -28,12 +28,34 @@ from ldalign.system.config import to_dict
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
-from ldalign.system.metrics import say
+from ldalign.system.metrics import Metrics, say
 from ldalign.system.seeds import permutation
 from ldalign.training.checkpoint import Plan
 
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
+
+
+class Run(Protocol):
+    """What a stage asks of the run's folder. `ldalign.run.folder.RunFolder` is it: it knows the
+    order of all stages, so it stands above them.
+    """
+
+    path: Path
+
+    @property
+    def began(self) -> date:
+        """The day this run was begun."""
+
+    def stage(
+        self, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False
+    ) -> Metrics:
+        """Makes the folder `name` of this run with `make`, unless it is there; returns its
+        summary.
+        """
+
+    def record(self) -> None:
+        """Writes settings, machine and date down, once."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ class Context:
     the rows in ids.
     """
 
-    run: RunFolder
+    run: Run
     config: RunConfig
     device: torch.device
     dtype: torch.dtype
@@ -60,13 +82,18 @@ class Context:
 
     @cached_property
     def used_hash(self) -> str:
-        """Of the rows in `used`."""
+        """sha256 of the rows in `used`."""
         return data_hash(self.used[0])
 
     @cached_property
     def heldout_hash(self) -> str:
-        """Of the held-out rows."""
+        """sha256 of the held-out rows."""
         return data_hash(self.heldout.rows)
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of the policy's weights, from the headers of its files."""
+        return count_parameters(check_model(self.start))
 
     def keys(self, *names: str) -> Parents:
         """The values of config keys, for a manifest; a group's name stands for all its keys."""
@@ -199,9 +226,7 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
     return out
 
 
-def open_context(
-    run: RunFolder, config: RunConfig, planned: Sequence[str] | None = None
-) -> Context:
+def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = None) -> Context:
     """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing
     is written.
 
@@ -245,7 +270,9 @@ def open_context(
 
 
 def _check_guide(guide: GuideKeys) -> None:
-    """What depends on what lies in `guide.folder`."""
+    """Raises InputError for a guide that is asked for in two ways, by what lies in
+    `guide.folder`.
+    """
     if guide.folder is None:
         return
     trained = is_trained_guide(Path(guide.folder).expanduser())
@@ -262,8 +289,8 @@ def _check_guide(guide: GuideKeys) -> None:
 
 
 def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
-    """Of the policies that are trained: all that the config asks for, or those among the `planned`
-    stages.
+    """Raises InputError where a policy that is trained has fewer rows than one global batch: any
+    that the config asks for, or that is among the `planned` stages.
     """
     config, rows = ctx.config, len(ctx.train.rows)
     needs = (

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 from ldalign.models.mistral import Mistral, MistralConfig
-from ldalign.models.weights import check_model, count_parameters
+from ldalign.models.weights import check_model
 from ldalign.run.context import Context
 from ldalign.run.disk import check_disk, described
 from ldalign.run.folder import RunFolder
-from ldalign.run.plan import Work, guide_is_policy, guide_tokens, stage_work, to_do
+from ldalign.run.plan import stage_of, to_do
+from ldalign.run.stage import Cost
 from ldalign.run.stages.data import check_sources
-from ldalign.run.stages.guide import check_guide
+from ldalign.run.stages.guide import GUIDE_STAGE, check_guide, guide_is_policy, guide_tokens
+from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
@@ -33,7 +35,7 @@ OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
 
 
 def dry_run(ctx: Context, planned: Sequence[str]) -> str:
-    """Checks what `open_context` has not checked; returns the page to print.
+    """Checks what `open_context` has not checked; returns the page to print. All ranks call it.
 
     Raises InputError for a model, guide or run folder that cannot be used, EnvironmentProblem where
     the disk has no room.
@@ -42,26 +44,23 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
     check_guide(ctx.config, planned)
     check_sources(ctx)
-    todo = to_do(ctx, planned)
-    work = [stage_work(ctx, name) for name in todo]
-    parameters = count_parameters(model)
+    costs = {name: stage_of(name).cost(ctx, name) for name in to_do(ctx, planned)}
     lines = [
-        f"policy: {ctx.start}: {parameters / 1e6:.1f} million weights, all names and shapes right",
+        f"policy: {ctx.start}: {ctx.parameters / 1e6:.1f} million weights, "
+        "all names and shapes right",
         *_data_lines(ctx),
-        f"stages: {len(todo)} to be made, {len(planned) - len(todo)} are there",
-        *(
-            f"{w.name}: {w.steps} optimizer steps, {w.trained} tokens to train on"
-            for w in work
-            if w.steps
-        ),
-        *(_memory_lines(ctx, model) if any(w.name.endswith("/policy") for w in work) else []),
-        *(
-            _guide_memory_lines(ctx, model)
-            if "guide" in todo and guide_is_policy(ctx.config.guide)
-            else []
-        ),
+        f"stages: {len(costs)} to be made, {len(planned) - len(costs)} are there",
+    ]
+    for name, cost in costs.items():
+        if cost.trained:
+            lines.append(f"{name}: {cost.steps} optimizer steps, {cost.trained} tokens to train on")
+    if any(stage_of(name) is POLICY_STAGE for name in costs):
+        lines += _memory_lines(ctx, model)
+    if GUIDE_STAGE.folder(0) in costs and guide_is_policy(ctx.config.guide):
+        lines += _guide_memory_lines(ctx, model)
+    lines += [
         _disk_line(ctx, planned),
-        _time_line(ctx, model.config, work, parameters),
+        _time_line(ctx, model.config, list(costs.values())),
         "dry run: nothing was made",
     ]
     return "\n".join(lines)
@@ -98,32 +97,30 @@ def _data_lines(ctx: Context) -> list[str]:
     lines = []
     for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
         if prepared.rows:
-            parts = [
-                f"{what} {np.mean(sizes):.0f} tokens (95 %: {np.percentile(sizes, 95):.0f}, most "
-                f"{max(sizes)})"
-                for what, sizes in (
-                    ("prompt", [len(p.prompt) for p in prepared.pairs]),
-                    ("response", [len(p.real) for p in prepared.pairs]),
-                )
-            ]
             lost = f"{len(prepared.dropped)} dropped, {prepared.cut} responses cut"
-            lines.append(f"{name} rows: {len(prepared.rows)} ({lost}); {', '.join(parts)}")
+            prompts = _tokens([len(p.prompt) for p in prepared.pairs])
+            responses = _tokens([len(p.real) for p in prepared.pairs])
+            lines.append(
+                f"{name} rows: {len(prepared.rows)} ({lost}); prompt {prompts}, "
+                f"response {responses}"
+            )
     return lines
 
 
+def _tokens(sizes: Sequence[int]) -> str:
+    high = np.percentile(sizes, 95)
+    return f"{np.mean(sizes):.0f} tokens (95 %: {high:.0f}, most {max(sizes)})"
+
+
 def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains. Steps are taken to be of full micro-batches, half of their
-    tokens responses.
+    """Peak of one rank while it trains. Steps are taken to be of full micro-batches, with their
+    share of response tokens.
     """
     t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
     pairs = ctx.used[1] or ctx.train.pairs
-    longest = max(len(p.prompt) + 2 * len(p.real) for p in pairs)
-    step = (
-        config.global_batch
-        * sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
-        / len(pairs)
-        / ranks
-    )
+    sizes = [len(p.prompt) + 2 * len(p.real) for p in pairs]
+    longest, both = max(sizes), sum(sizes)
+    step = config.global_batch * both / len(pairs) / ranks
     tokens = int(max(longest, min(t.micro_tokens, step)))
     adamw = t.optimizer == "adamw" or config.sft.epochs or config.continual_sft.epochs
     shape = TrainingShape(
@@ -132,9 +129,7 @@ def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
         compute_bytes=ctx.dtype.itemsize,
         checkpointing=t.checkpointing,
         tokens=tokens,
-        responses=sum(2 * len(p.real) for p in pairs)
-        * tokens
-        // sum(len(p.prompt) + 2 * len(p.real) for p in pairs),
+        responses=sum(2 * len(p.real) for p in pairs) * tokens // both,
         micros=max(1, round(step / tokens)),
         ranks=ranks,
         shards=t.shard_ranks or ranks,
@@ -166,8 +161,8 @@ def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) ->
 
 
 def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains a guide of the policy's size: two towers
-    in float32, AdamW.
+    """Peak of one rank while it trains a guide of the policy's size: two towers in float32,
+    AdamW.
     """
     g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
     encoded, decoded = guide_tokens(ctx)
@@ -193,25 +188,23 @@ def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
 
 
 def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
-    # it tries the lock
+    # `_existing` tries the lock, so one rank alone calls it.
     folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))
     disk = check_disk(ctx, planned, folder)
     return f"disk: {described(disk)}; {disk.free / 2**30:.1f} GiB free in {folder}"
 
 
-def _time_line(ctx: Context, config: MistralConfig, work: Sequence[Work], parameters: int) -> str:
+def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> str:
     """From the measured speed of two products: 6 operations a weight and token to train, 2 to score
     or generate.
     """
     wide = _flops(ctx, config, ctx.config.training.micro_tokens)
     narrow = _flops(ctx, config, min(ctx.config.sampling.batch_rows, len(ctx.used[1])))
-    seconds = (
-        sum(
-            parameters * ((6 * w.trained + 2 * w.scored) / wide + 2 * w.generated / narrow)
-            for w in work
-        )
-        / distributed.world_size()
+    seconds = sum(
+        ctx.parameters * ((6 * cost.trained + 2 * cost.scored) / wide + 2 * cost.generated / narrow)
+        for cost in costs
     )
+    seconds /= distributed.world_size()
     left_out = "loading" if guide_is_policy(ctx.config.guide) else "the guide and loading"
     return (
         f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a "

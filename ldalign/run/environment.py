@@ -39,7 +39,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Tick:
-    """One line of the list. A missing `required` item means ldalign cannot run here."""
+    """One line of the tick list. A missing `required` item means ldalign cannot run here."""
 
     name: str
     found: bool
@@ -51,7 +51,7 @@ class Tick:
 
 
 def tick_list() -> list[Tick]:
-    """Every item, in the order printed."""
+    """Every item of the tick list, in the order that they are printed."""
     return [
         _python(),
         _torch(),
@@ -150,14 +150,10 @@ def _triton() -> Tick:
 
 def _gpus() -> list[Tick]:
     if not torch.cuda.is_available():
-        why = (
-            ("this torch is built without CUDA")
-            if torch.version.cuda is None
-            else "torch sees no device"
-        )
-        return [
-            Tick("GPU", False, f"{why}; runs go to the CPU, {_cpu_name()}, {_usable_cores()} cores")
-        ]
+        built = torch.version.cuda is not None
+        why = "torch sees no device" if built else "this torch is built without CUDA"
+        cpu = f"{_cpu_name()}, {_usable_cores()} cores"
+        return [Tick("GPU", False, f"{why}; runs go to the CPU, {cpu}")]
     ticks = []
     for index in range(torch.cuda.device_count()):
         name = f"GPU {index}"
@@ -198,7 +194,7 @@ def git_commit() -> str | None:
     """The commit of the checkout this code runs from, "-dirty" added if files differ; None outside
     a checkout.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed copy may lie inside someone else's repository
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"]).strip()
@@ -261,7 +257,7 @@ def _run(command: list[str]) -> str | None:
 
 
 def main(argv: list[str]) -> None:
-    """Print the tick list; raises EnvironmentProblem if something required is missing."""
+    """Prints the tick list. Raises EnvironmentProblem if something required is missing."""
     if argv:
         raise errors.InputError(f"{argv[0]}: python -m ldalign.run.environment takes no arguments")
     ticks = tick_list()

@@ -16,6 +16,10 @@ from typing import IO, Self
 
 from ldalign.run import environment
 from ldalign.run.manifest import Parents, run_stage
+from ldalign.run.plan import FIRST, LAST, STEPS, stage_of
+from ldalign.run.stage import Stage
+from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -32,19 +36,6 @@ LOWER = (
     "smaller model"
 )
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
-
-# Of an iteration, in the order of the method. A guide of the first one has no number.
-STEPS = (
-    "responses",
-    "guide",
-    "distances",
-    "judged",
-    "reference",
-    "pair_rewards",
-    "policy",
-    "evaluation",
-    "reward",
-)
 
 
 class RunFolder:
@@ -95,7 +86,8 @@ class RunFolder:
     def stage(
         self, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False
     ) -> Metrics:
-        """`run_stage` for the folder `name` ("guide", "iteration_0/policy") of this run.
+        """Makes the stage in the folder `name` ("guide", "iteration_0/policy") of this run by
+        `manifest.run_stage`.
 
         What `make` returns (on rank 0) and the wall time go into the stage's summary.json, and are
         returned. The run's metrics.jsonl is put together again from all stages, where it is not up
@@ -174,8 +166,8 @@ class RunFolder:
 
     @staticmethod
     def lock(path: Path) -> IO[str]:
-        """The run folder's lock, held until the file is closed. EnvironmentProblem where another
-        process has it.
+        """The run folder's lock, held until the file is closed. Raises EnvironmentProblem where
+        another process has it.
         """
         file = (path / "lock").open("a+", encoding="utf-8")
         try:
@@ -199,44 +191,37 @@ class RunFolder:
 
 def stage_names(run: Path) -> list[str]:
     """The finished stages of a run folder, in the order of the method."""
+    # Iteration 0 also where only its guide is there, which lies in the run folder itself.
+    policies: list[str | int] = ["start", "sft", *sorted({0, *iterations(run)}), "continual_sft"]
     names = [
-        "data",
-        "start/evaluation",
-        "start/reward",
-        "sft/policy",
-        "sft/evaluation",
-        "sft/reward",
+        *(stage.folder() for stage in FIRST),
+        *(name for policy in policies for stage in STEPS for name in _folders(run, stage, policy)),
+        *(stage.folder() for stage in LAST),
     ]
-    names += [f"iteration_{t}/{step}" for t in sorted({0, *iterations(run)}) for step in STEPS]
-    # the first responses' has no number
-    names.insert(names.index("iteration_0/distances"), "guide")
-    names += ["continual_sft/policy", "continual_sft/evaluation", "continual_sft/reward"]
-    names += ["agreement_samples", "agreement"]
-    for name in [name for name in names if name.endswith("/evaluation")]:
-        folders = [
-            path
-            for path in sorted((run / name).parent.glob("benchmarks/*"))
-            if path.suffix != PARTIAL
-        ]
-        names[names.index(name) + 1 : names.index(name) + 1] = [
-            str(path.relative_to(run)) for path in folders
-        ]
     return [name for name in names if (run / name / SUMMARY).is_file()]
 
 
+def _folders(run: Path, stage: Stage, policy: str | int) -> list[str]:
+    """The folders that a stage has for one policy: one, or one a task."""
+    name = stage.folder(policy)
+    if not stage.by_task:
+        return [name]
+    tasks = sorted(path.name for path in run.glob(f"{name}/*") if path.suffix != PARTIAL)
+    return [f"{name}/{task}" for task in tasks]
+
+
 def benchmark_summaries(run: Path) -> dict[str, Metrics]:
-    """What every finished benchmark of a run folder says of itself, by stage name
+    """The summary of every finished benchmark of a run folder, by stage name
     (POLICY/benchmarks/TASK).
     """
-    names = [name for name in stage_names(run) if "/benchmarks/" in name]
+    names = [name for name in stage_names(run) if stage_of(name) is BENCHMARKS_STAGE]
     return {name: json.loads((run / name / SUMMARY).read_text(encoding="utf-8")) for name in names}
 
 
 def shown_name(policy: str) -> str:
-    """A policy's folder as a reader says it: iteration_0 -> iteration 0."""
-    return {"sft": "start (after SFT)", "continual_sft": "continual SFT"}.get(
-        policy, policy.replace("_", " ")
-    )
+    """The name of a policy's folder as a reader says it: iteration_0 -> iteration 0."""
+    said = {"sft": "start (after SFT)", "continual_sft": "continual SFT"}
+    return said.get(policy, policy.replace("_", " "))
 
 
 def iterations(run: Path) -> list[int]:
@@ -253,14 +238,10 @@ def _join_metrics(run: Path) -> None:
     for name in stage_names(run):
         path = run / name / "metrics.jsonl"
         lines += [path.read_text(encoding="utf-8")] if path.is_file() else []
-        prefix = "eval_" if name.endswith("/evaluation") else ""
+        prefix = "eval_" if stage_of(name) is EVALUATION_STAGE else ""
         summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
-        lines.append(
-            json.dumps(
-                {"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}
-            )
-            + "\n"
-        )
+        record = {"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}
+        lines.append(json.dumps(record) + "\n")
     path, text = run / "metrics.jsonl", "".join(lines)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)

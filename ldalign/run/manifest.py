@@ -123,7 +123,7 @@ def _hash_unchanged(path: Path, _size: int, _mtime_ns: int) -> str:
 def run_stage(
     folder: Path, parents: Parents, make: Callable[[Path], None], resume: bool = False
 ) -> bool:
-    """Make the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks
+    """Makes the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks
     call this.
 
     `parents` names everything the output depends on: hashes of data, template, model and settings,
@@ -223,7 +223,7 @@ def stage_parents(folder: Path) -> dict[str, Any]:
 
 
 def check_stage(folder: Path, parents: Parents | None = None) -> None:
-    """Check a finished stage: its files against its manifest and, if given, its parents.
+    """Checks a finished stage: its files against its manifest and, if given, its parents.
 
     Raises InputError naming the damaged file, or each parent that differs with its old and its new
     value.
@@ -284,7 +284,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> None:
-    """Sync everything, write the manifest, and give the stage its name."""
+    """Syncs everything, writes the manifest, and gives the stage its name."""
     with writing(folder):
         files = {}
         for path in _files(partial):
@@ -302,8 +302,8 @@ def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) 
 
 
 def _name(folder: Path, partial: Path) -> None:
-    """What only an unfinished stage needs goes, now that it has a manifest;
-    then it gets its name.
+    """Removes what only an unfinished stage needs, now that it has a manifest; then gives it its
+    name.
     """
     for inner in (CHECKPOINTS, PARTS):
         if (partial / inner).exists():
@@ -327,6 +327,3 @@ def _files(folder: Path) -> list[Path]:
         )
         assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
     return paths
-
-
-# --------------------------------------------------------------------------------------- run folder

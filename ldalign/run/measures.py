@@ -8,17 +8,21 @@ from pathlib import Path
 
 from ldalign.evaluation.reward import check_reward_model
 from ldalign.run.context import Context, find_model
+from ldalign.run.plan import in_order, stage_of
 from ldalign.run.settings import RunConfig
+from ldalign.run.stages.agreement import AGREEMENT_STAGE
 from ldalign.run.stages.benchmarks import benchmark_stages, planned_benchmarks
-from ldalign.run.stages.evaluation import evaluation_stage
-from ldalign.run.stages.judged import check_judge
-from ldalign.run.stages.rewards import reward_stage
+from ldalign.run.stages.evaluation import EVALUATION_STAGE, evaluation_stage
+from ldalign.run.stages.judged import JUDGED_STAGE, check_judge
+from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE
+from ldalign.run.stages.reward import REWARD_STAGE, reward_stage
 from ldalign.system.errors import EnvironmentProblem
 
 
 def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
-    """All measurements of `policy`, in folders of NAME. first: the name of the policy its rewards
-    are compared with.
+    """Makes all measurements of `policy`, in the folder NAME of the run.
+
+    first: the name of the policy that its rewards are compared with.
     """
     evaluation_stage(ctx, name, policy)
     if ctx.config.reward.model is not None and ctx.heldout.rows:
@@ -27,14 +31,15 @@ def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
 
 
 def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
-    """Whether what planned stages ask other models for can be had, before anything is computed; all
-    ranks call it.
+    """Checks, before anything is computed, that the other models which planned stages ask are
+    there. All ranks call it.
 
     Raises InputError for a folder that is none, EnvironmentProblem for a missing package.
     """
-    if any(name.endswith(("/judged", "agreement")) for name in planned):
+    stages = {stage_of(name) for name in planned}
+    if stages & {JUDGED_STAGE, AGREEMENT_STAGE}:
         check_judge(config)
-    if any(name.endswith(("/reward", "/pair_rewards")) for name in planned):
+    if stages & {REWARD_STAGE, PAIR_REWARDS_STAGE}:
         if importlib.util.find_spec("transformers") is None:
             raise EnvironmentProblem(
                 "reward.model: transformers is missing; pip install ldalign[reward]"
@@ -43,8 +48,10 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:
-    """The stages that `measure` makes, by name."""
-    names = [f"{name}/evaluation"] if config.evaluation.rows else []
-    if config.reward.model is not None and config.evaluation.rows:
-        names.append(f"{name}/reward")
-    return names + planned_benchmarks(config, name)
+    """The names of the stages that `measure` makes, in the order of the method."""
+    names = planned_benchmarks(config, name)
+    if config.evaluation.rows:
+        names.append(EVALUATION_STAGE.folder(name))
+    if config.evaluation.rows and config.reward.model is not None:
+        names.append(REWARD_STAGE.folder(name))
+    return in_order(names)

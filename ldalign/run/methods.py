@@ -15,24 +15,30 @@ from ldalign.generation.sampling import Response
 from ldalign.run.context import Context, file_hash
 from ldalign.run.manifest import Parents
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.distances import distances_stage
-from ldalign.run.stages.guide import guide_stage
-from ldalign.run.stages.judged import judged_stage
-from ldalign.run.stages.reference import reference_stage
-from ldalign.run.stages.responses import RESPONSES, read_responses, responses_stage
+from ldalign.run.stage import Stage
+from ldalign.run.stages.distances import DISTANCES_STAGE, distances_stage
+from ldalign.run.stages.guide import GUIDE_STAGE, guide_stage
+from ldalign.run.stages.judged import JUDGED, JUDGED_STAGE, judged_stage
+from ldalign.run.stages.reference import REFERENCE_STAGE, reference_stage
+from ldalign.run.stages.responses import (
+    RESPONSES,
+    RESPONSES_STAGE,
+    read_responses,
+    responses_stage,
+)
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """What an iteration trains on."""
+    """The pairs that an iteration trains on."""
 
     pairs: list[Pair]
     made_from: Parents  # what their tokens depend on, beside the data
 
 
 def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(real, generated, s): sample, guide (once), distances, reference (arXiv 2404.06390, section
-    4).
+    """Makes pairs (real, generated, s) by responses, guide (once), distances and reference (arXiv
+    2404.06390, section 4).
     """
     responses = responses_stage(ctx, t, policy)
     guide = guide_stage(ctx, t if ctx.config.guide.retrain else 0, start)
@@ -45,13 +51,14 @@ def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(real, generated, 1): sample, reference (arXiv 2401.01335). mix_previous: the last
-    iteration's losers too.
+    """Makes pairs (real, generated, 1) by responses and reference (arXiv 2401.01335); with
+    mix_previous those of the iteration before too.
     """
     pairs, cut = _against_own(ctx, responses_stage(ctx, t, policy))
-    made_from: dict[str, str | int | float] = {"responses": file_hash(ctx, RESPONSES.format(t))}
+    made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
     if ctx.config.mix_previous and t > 0:
-        made_from["previous responses"] = file_hash(ctx, RESPONSES.format(t - 1))
+        previous = file_hash(ctx, RESPONSES.format(t - 1))
+        made_from = {**made_from, "previous responses": previous}
         older, _ = _against_own(ctx, read_responses(ctx, t - 1))
         pairs += [replace(pair, id=f"{pair.id} of iteration {t - 1}") for pair in older]
     return TrainingPairs(
@@ -60,25 +67,29 @@ def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(chosen, rejected, 1) of preference data (arXiv 2305.18290): reference alone."""
+    """Makes pairs (chosen, rejected, 1) of preference data, by reference alone (arXiv
+    2305.18290).
+    """
     rows, pairs = ctx.used
     pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
     return TrainingPairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 
 
 def sft(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """Real responses without losers."""
+    """Makes pairs of a real response and no loser, by no stage."""
     return TrainingPairs(ctx.used[1], {})
 
 
 def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(better, worse, 1) of two own samples, as the policy itself judges (arXiv 2401.10020)."""
+    """Makes pairs (better, worse, 1) of two own samples, as the policy itself judges them (arXiv
+    2401.10020).
+    """
     return _of_two_samples(ctx, t, policy, start, POLICY)
 
 
 def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """(better, worse, 1) of two own samples, as the judge that judge.* names says (arXiv
-    2309.00267).
+    """Makes pairs (better, worse, 1) of two own samples, as the judge that judge.* names says
+    (arXiv 2309.00267).
     """
     return _of_two_samples(ctx, t, policy, start, None)
 
@@ -86,8 +97,8 @@ def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 def _of_two_samples(
     ctx: Context, t: int, policy: Path, start: Path, judge: str | None
 ) -> TrainingPairs:
-    """Samples two responses a prompt, has them judged, drops ties, takes the
-    reference of the rest.
+    """Samples two responses a prompt, has them judged, drops ties, takes the reference of the
+    rest.
     """
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)
@@ -98,7 +109,7 @@ def _of_two_samples(
     ranked = ranked_pairs(ctx.used[1], samples, preferences, ctx.config.max_length)
     made_from: Parents = {
         "responses": file_hash(ctx, RESPONSES.format(t)),
-        "judged": file_hash(ctx, f"iteration_{t}/judged/judged.jsonl"),
+        "judged": file_hash(ctx, f"{JUDGED_STAGE.folder(t)}/{JUDGED}"),
     }
     pairs = [pair for pair in ranked if pair is not None]
     return TrainingPairs(
@@ -113,9 +124,8 @@ def _reference(ctx: Context, policy: Path, start: Path) -> Path:
 def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], int]:
     """Real responses against sampled ones, and how many of the latter max_length cut."""
     pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
-    return pairs, sum(
-        len(r.ids) > len(p.generated or ()) for r, p in zip(responses, pairs, strict=True)
-    )
+    cut = [len(r.ids) > len(p.generated or ()) for r, p in zip(responses, pairs, strict=True)]
+    return pairs, sum(cut)
 
 
 SOURCES: dict[str, Callable[[Context, int, Path, Path], TrainingPairs]] = {
@@ -128,13 +138,20 @@ SOURCES: dict[str, Callable[[Context, int, Path, Path], TrainingPairs]] = {
 }
 
 
-def planned(config: RunConfig) -> list[str]:
-    """The stages that make an iteration's pairs, by name, but for the guide."""
-    return {
-        "ld_align": ["responses", "distances", "reference"],
-        "spin": ["responses", "reference"],
-        "dpo": ["reference"],
-        "sft": [],
-        "self_reward": ["responses", "judged", "reference"],
-        "rlaif": ["responses", "judged", "reference"],
-    }[config.method]
+# The stages that each of them makes; their order is that of `ldalign.run.plan`.
+STAGES: dict[str, frozenset[Stage]] = {
+    "ld_align": frozenset({RESPONSES_STAGE, GUIDE_STAGE, DISTANCES_STAGE, REFERENCE_STAGE}),
+    "spin": frozenset({RESPONSES_STAGE, REFERENCE_STAGE}),
+    "dpo": frozenset({REFERENCE_STAGE}),
+    "sft": frozenset(),
+    "self_reward": frozenset({RESPONSES_STAGE, JUDGED_STAGE, REFERENCE_STAGE}),
+    "rlaif": frozenset({RESPONSES_STAGE, JUDGED_STAGE, REFERENCE_STAGE}),
+}
+
+
+def planned(config: RunConfig, t: int) -> list[str]:
+    """The names of the stages that make iteration t's pairs, in no order."""
+    stages = STAGES[config.method]
+    if t > 0 and not config.guide.retrain:
+        stages -= {GUIDE_STAGE}  # the first iteration's serves all
+    return [stage.folder(t) for stage in stages]

@@ -392,7 +392,7 @@ class RunConfig:
         return value[t] if isinstance(value, list) else value
 
     def problems(self) -> list[str]:
-        """Contradictions between keys."""
+        """The contradictions between keys, a sentence each; [] where there are none."""
         found = []
         for name in ("learning_rate", "beta"):
             value = getattr(self, name)
@@ -518,7 +518,7 @@ class CompareConfig(RunConfig):
     compare: CompareKeys = group(CompareKeys, "the comparison")
 
     def problems(self) -> list[str]:
-        """Contradictions between keys."""
+        """The contradictions between keys, a sentence each; [] where there are none."""
         found = super().problems()
         weights = get_args(get_type_hints(RunConfig)["weights"])
         for name in self.compare.methods:

@@ -29,7 +29,7 @@ from ldalign.run.context import open_context
 from ldalign.run.folder import RunFolder, stage_names
 from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages import rewards
+from ldalign.run.stages import pair_rewards
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.files import read_jsonl, write_jsonl
@@ -223,7 +223,7 @@ def test_a_killed_stage_is_gone_on_with(
         if not path.exists():
             path.parent.mkdir(parents=True)
             write_jsonl(path, responses)
-        rewards.pair_rewards_stage(replace(ctx, run=RunFolder(run, "")), 0)
+        pair_rewards.pair_rewards_stage(replace(ctx, run=RunFolder(run, "")), 0)
 
     check_resume(make, "iteration_0/pair_rewards", lambda name: tmp_path / name, monkeypatch)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT
 
 from ldalign.run import environment
 
@@ -57,6 +58,13 @@ def test_machine_is_plain_data() -> None:
     assert json.loads(json.dumps(machine)) == machine
     assert machine["packages"]["torch"] == torch.__version__
     assert machine["cpu"] and machine["cores"] >= 1
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_the_commit_is_that_of_the_checkout() -> None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert str(environment.git_commit()).removesuffix("-dirty") == head
 
 
 def test_command() -> None:

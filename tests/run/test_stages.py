@@ -3,11 +3,13 @@ says.
 """
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT
 from toy_context import config_of, open_toy, rows_file
 
 from ldalign.data import rows
@@ -15,7 +17,7 @@ from ldalign.data.pairs import Pair
 from ldalign.generation.sampling import Response
 from ldalign.models import toy
 from ldalign.models.mistral import MistralConfig
-from ldalign.run import context, dry_run, methods
+from ldalign.run import context, dry_run, methods, plan
 from ldalign.run.folder import stage_names
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages import data, guide, reference
@@ -254,6 +256,30 @@ def test_stage_names_are_in_the_order_of_the_method(tmp_path: Path) -> None:
     (tmp_path / "iteration_11").mkdir()
     (tmp_path / "iteration_old").mkdir()
     assert stage_names(tmp_path) == names
+
+
+def test_every_stage_says_its_name_in_the_file_of_that_name_and_has_one_place() -> None:
+    files = {path.stem for path in (ROOT / "ldalign/run/stages").glob("*.py")} - {"__init__"}
+    said = {}
+    for name in files:
+        module = importlib.import_module(f"ldalign.run.stages.{name}")
+        said[name] = getattr(module, f"{name.upper()}_STAGE")
+    assert {name: stage.name for name, stage in said.items()} == {name: name for name in files}
+    assert len(plan.ORDER) == len(said) and set(plan.ORDER) == set(said.values())
+
+
+def test_folders_and_their_stages() -> None:
+    assert guide.GUIDE_STAGE.folder(0) == "guide"
+    assert guide.GUIDE_STAGE.folder(1) == "iteration_1/guide"
+    assert reference.REFERENCE_STAGE.folder(0) == "iteration_0/reference"
+    assert reference.REFERENCE_STAGE.folder("iteration_0") == "iteration_0/reference"
+    assert data.DATA_STAGE.folder() == "data"
+    for stage in plan.ORDER:
+        assert all(plan.stage_of(stage.folder(group)) is stage for group in ("", "sft", 0, 12))
+        # A task may be called as a stage is.
+        assert plan.stage_of(f"{stage.folder('sft')}/policy") is stage
+    names = ["sft/reward", "sft/benchmarks/b", "sft/policy", "sft/benchmarks/a", "sft/evaluation"]
+    assert plan.in_order(names) == [names[i] for i in (2, 4, 1, 3, 0)]
 
 
 def test_prompt_text() -> None:

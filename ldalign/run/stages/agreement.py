@@ -1,90 +1,36 @@
-"""agreement: whether a judge calls the sample that lies farther away the worse one."""
+"""The stage agreement: whether a judge calls the sample that lies farther away the worse one."""
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ldalign.data.rows import data_hash
 from ldalign.evaluation.agreement import CHANCE, summary, verdict
-from ldalign.generation.answers import make_answers
-from ldalign.generation.decoders import new_decoder
-from ldalign.generation.engine import Request
-from ldalign.generation.generate import text_of
-from ldalign.generation.sampling import Response
 from ldalign.models.guide_folder import is_trained_guide
-from ldalign.models.mistral import Mistral
-from ldalign.models.weights import load_model
 from ldalign.run.context import Context
-from ldalign.run.manifest import Parents, hash_model_folder
-from ldalign.run.settings import SAMPLING_KEYS
+from ldalign.run.manifest import Parents
+from ldalign.run.stage import Stage
+from ldalign.run.stages.agreement_samples import (
+    AGREEMENT_SAMPLES_STAGE,
+    SAMPLES,
+    agreement_samples_stage,
+)
 from ldalign.run.stages.distances import latent_distances
-from ldalign.run.stages.guide import guide_hash
+from ldalign.run.stages.guide import GUIDE_STAGE, guide_hash
 from ldalign.run.stages.judged import judge_parents, open_judge
-from ldalign.run.stages.responses import new_engine, sampling_of
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
-from ldalign.system.files import hash_file, read_jsonl, write_jsonl
-from ldalign.system.metrics import Bar, Metrics, say
+from ldalign.system.files import hash_file, write_jsonl
+from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 
-
-def samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
-    """Two samples a held-out prompt, in agreement_samples/samples.jsonl; returns its records, two a
-    row in turn.
-
-    A run that was cut short is gone on with.
-    """
-    rows, pairs = ctx.heldout.rows[: ctx.config.agreement.rows], ctx.heldout.pairs
-    sampling = sampling_of(ctx.config)
-    requests = [
-        Request(f"agreement/{row.id}/{n}", pair.prompt, 2 * i + n)
-        for i, (row, pair) in enumerate(zip(rows, pairs, strict=False))
-        for n in (0, 1)
-    ]
-
-    def record(request: Request, r: Response) -> dict[str, Any]:
-        text = text_of(ctx.tokenizer.decode(r.ids), sampling)
-        return {
-            "id": rows[request.index // 2].id,
-            "sample": request.index % 2,
-            "response": text,
-            "finish_reason": r.finish_reason,
-            "n_tokens": len(r.ids),
-        }
-
-    def make(folder: Path) -> Metrics:
-        decoder = new_decoder(
-            cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True
-        )
-        with Bar(
-            "agreement_samples", -(-len(requests) // distributed.world_size()), "samples"
-        ) as progress:
-            made = make_answers(
-                folder / "samples.jsonl",
-                requests,
-                decoder,
-                new_engine(ctx.config, requests, ctx.tokenizer),
-                record,
-                progress,
-            )
-        return {"rows": len(rows), "tokens": sum(r["n_tokens"] for r in made)}
-
-    parents: Parents = {
-        "policy": hash_model_folder(policy),
-        "data (held-out rows)": data_hash(rows),
-        "dtype": str(ctx.dtype),
-        **ctx.tokenizer.template_parents,
-        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
-    }
-    ctx.run.stage("agreement_samples", parents, make, resume=True)
-    return read_jsonl(ctx.run.path / "agreement_samples/samples.jsonl")
+AGREEMENT_STAGE = Stage("agreement")
 
 
 def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
-    """How often the guide and the judge agree on the policy's samples, in agreement/, with every
-    pair they saw.
+    """Counts how often the guide and the judge agree on which of two samples of the policy's is
+    worse, into agreement/ with every pair they saw; returns the figures.
     """
-    samples = samples_stage(ctx, policy)
+    samples = agreement_samples_stage(ctx, policy)
     rows = ctx.heldout.rows[: ctx.config.agreement.rows]
 
     def make(folder: Path) -> Metrics:
@@ -115,26 +61,26 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
             write_jsonl(folder / "agreement.jsonl", records)
         return summary(records)
 
-    samples_file = ctx.run.path / "agreement_samples/samples.jsonl"
-    parents = {
-        "samples": hash_file(samples_file),
+    parents: Parents = {
+        "samples": hash_file(ctx.run.path / AGREEMENT_SAMPLES_STAGE.folder() / SAMPLES),
         "guide": guide_hash(guide),
         **judge_parents(ctx, policy),
         **ctx.keys("distance"),
     }
-    metrics = ctx.run.stage("agreement", parents, make, resume=True)
+    metrics = ctx.run.stage(AGREEMENT_STAGE.folder(), parents, make, resume=True)
     say(_sentence(metrics))
     return metrics
 
 
 def find_guide(ctx: Context) -> Path:
-    """The trained guide: the one that the key guide.folder gives, else the run's own (begun from a
-    GPT-2, maybe).
+    """The folder of the trained guide: the one that the key guide.folder gives, else the run's own
+    (begun from a GPT-2, maybe).
 
     Raises InputError where there is none.
     """
     given = Path(ctx.config.guide.folder).expanduser() if ctx.config.guide.folder else None
-    folder = given if given is not None and is_trained_guide(given) else ctx.run.path / "guide"
+    own = ctx.run.path / GUIDE_STAGE.folder(0)
+    folder = given if given is not None and is_trained_guide(given) else own
     if not is_trained_guide(folder):
         raise InputError(
             f"{folder}: no trained guide is there; make one with train/guide.py, or give it "

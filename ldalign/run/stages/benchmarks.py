@@ -1,4 +1,4 @@
-"""POLICY/benchmarks/TASK: public benchmarks of a policy."""
+"""The stages POLICY/benchmarks/TASK: public benchmarks of a policy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,12 @@ from ldalign.models.weights import load_model
 from ldalign.run.context import Context
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import RunConfig
+from ldalign.run.stage import Stage
 from ldalign.system import distributed
 from ldalign.system.files import write_json, write_jsonl
 from ldalign.system.metrics import Metrics
+
+BENCHMARKS_STAGE = Stage("benchmarks", by_task=True)
 
 
 def wanted(config: RunConfig) -> list[Benchmark]:
@@ -24,8 +27,10 @@ def wanted(config: RunConfig) -> list[Benchmark]:
 
 
 def check_benchmarks(config: RunConfig) -> None:
-    """Everything that can be wrong with them before a run begins: names, files, every row, lm-eval,
-    the hub.
+    """Checks what can be wrong with the benchmarks before a run begins: names, files, every row,
+    lm-eval, the hub.
+
+    Raises InputError or EnvironmentProblem, which name it.
     """
     found = wanted(config)
     if found:
@@ -36,8 +41,12 @@ def check_benchmarks(config: RunConfig) -> None:
 
 
 def planned_benchmarks(config: RunConfig, name: str) -> list[str]:
-    """The stages of the policy called `name`."""
-    return [f"{name}/benchmarks/{task}" for task in dict.fromkeys(config.benchmarks.tasks)]
+    """The names of the benchmark stages of the policy that the run calls `name`."""
+    return [_folder(name, task) for task in dict.fromkeys(config.benchmarks.tasks)]
+
+
+def _folder(name: str, task: str) -> str:
+    return f"{BENCHMARKS_STAGE.folder(name)}/{task}"
 
 
 def benchmark_stages(ctx: Context, name: str, policy: Path) -> None:
@@ -102,4 +111,4 @@ def _benchmark_stage(
         "lm-eval": harness_version(),
         **(ctx.tokenizer.template_parents if settings.chat_template else {}),
     }
-    return ctx.run.stage(f"{name}/benchmarks/{task}", parents, make)
+    return ctx.run.stage(_folder(name, task), parents, make)

@@ -1,4 +1,4 @@
-"""data: the rows as they are used, after reading, splitting and dropping."""
+"""The stage data: the rows as they are used, after reading, splitting and dropping."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from ldalign.data.rows import Row, data_hash, files_of
 from ldalign.run.context import EMBEDDED, Context
 from ldalign.run.manifest import MANIFEST, Parents
+from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
@@ -14,11 +15,23 @@ from ldalign.system.files import hash_file, write_json, write_jsonl
 from ldalign.system.metrics import Metrics
 
 SOURCES = "sources.json"  # in the data stage: the files that were read, and their sha256
+ROW_BYTES = 100  # of a row in its file, beside its text: id, roles, quotes
+
+
+def _cost(ctx: Context, name: str) -> Cost:
+    kept = 0
+    for row in [*ctx.train.rows, *ctx.heldout.rows]:
+        history = sum(len(message["content"]) for message in row.history)
+        kept += ROW_BYTES + len(row.response) + len(row.rejected or "") + history
+    return Cost(kept=kept)
+
+
+DATA_STAGE = Stage("data", _cost)
 
 
 def data_stage(ctx: Context) -> None:
-    """The rows as they are used, after reading, splitting and dropping: data/train.jsonl and
-    data/heldout.jsonl.
+    """Writes the rows down as they are used, after reading, splitting and dropping:
+    data/train.jsonl and data/heldout.jsonl.
 
     The ids of dropped rows are in data/dropped.jsonl, the files that were read in
     data/sources.json.
@@ -49,7 +62,7 @@ def data_stage(ctx: Context) -> None:
 
     parents = _data_parents(ctx)
     on_rank0(lambda: check_sources(ctx))
-    ctx.run.stage("data", {**parents, **ctx.keys("turns", "max_length")}, make)
+    ctx.run.stage(DATA_STAGE.folder(), {**parents, **ctx.keys("turns", "max_length")}, make)
 
 
 def _data_parents(ctx: Context) -> Parents:
@@ -72,7 +85,7 @@ def check_sources(ctx: Context) -> None:
 
     A file that changed without changing the rows that are used is none of the run's business.
     """
-    folder = ctx.run.path / "data"
+    folder = ctx.run.path / DATA_STAGE.folder()
     try:
         began = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parents"]
         old = dict(json.loads((folder / SOURCES).read_text(encoding="utf-8")))

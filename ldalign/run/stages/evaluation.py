@@ -1,4 +1,4 @@
-"""POLICY/evaluation: held-out likelihood and accuracy, with every answer."""
+"""The stage POLICY/evaluation: held-out likelihood and accuracy, with every answer."""
 
 from pathlib import Path
 from typing import cast
@@ -8,19 +8,36 @@ from ldalign.generation.sampling import Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
-from ldalign.run.manifest import hash_model_folder
+from ldalign.run.manifest import Parents, hash_model_folder
+from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
 from ldalign.system.files import write_jsonl
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 
 
+def _cost(ctx: Context, name: str) -> Cost:
+    # Where no program checks the answers, one is asked for if it gets a reward.
+    checked, unchecked = 1 + ctx.config.evaluation.samples, int(ctx.config.reward.model is not None)
+    asked = [
+        (unchecked if row.kind is None else checked, pair)
+        for row, pair in zip(ctx.heldout.rows, ctx.heldout.pairs, strict=True)
+    ]
+    return Cost(
+        scored=sum(pair.tokens + answers * len(pair.prompt) for answers, pair in asked),
+        generated=sum(answers * len(pair.real) for answers, pair in asked),
+    )
+
+
+EVALUATION_STAGE = Stage("evaluation", _cost)
+
+
 def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
-    """Held-out metrics of `policy` in NAME/evaluation, with every answer it gave; {} where no rows
-    are held out.
+    """Measures `policy` on the held-out rows, into NAME/evaluation with every answer it gave;
+    returns the metrics, {} where no rows are held out.
     """
     e, config = ctx.config.evaluation, ctx.config
-    name = f"{name}/evaluation"
+    name = EVALUATION_STAGE.folder(name)
     if not ctx.heldout.rows:
         return {}
     settings = EvaluationSettings(
@@ -53,17 +70,16 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
             write_jsonl(folder / "answers.jsonl", records)
         return metrics
 
-    parents: dict[str, str | int | float] = {
+    every_row = settings.answer_all and unchecked
+    parents: Parents = {
         "policy": hash_model_folder(policy),
         "data (held-out rows)": ctx.heldout_hash,
         "dtype": str(ctx.dtype),
         **ctx.tokenizer.template_parents,
-        **ctx.keys(
-            "max_length", "max_new_tokens", "evaluation.samples", "evaluation.temperature", "seed"
-        ),
+        **ctx.keys("max_length", "max_new_tokens", "seed"),
+        **ctx.keys("evaluation.samples", "evaluation.temperature"),
+        **({"answers": "to every row, for reward.model"} if every_row else {}),
     }
-    if settings.answer_all and unchecked:
-        parents["answers"] = "to every row, for reward.model"
     metrics = ctx.run.stage(name, parents, make, resume=True)
     if "accuracy/greedy" in metrics:
         say(

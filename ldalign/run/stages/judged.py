@@ -1,4 +1,4 @@
-"""iteration_t/judged: which of two samples a judge prefers."""
+"""The stage iteration_t/judged: which of two samples a judge prefers."""
 
 import importlib.util
 import math
@@ -16,6 +16,7 @@ from ldalign.models.weights import check_model, load_model
 from ldalign.run.context import Context, file_hash, find_model
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import RunConfig
+from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import RESPONSES, response_texts
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -23,9 +24,16 @@ from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
-JUDGED = "judged.jsonl"
-
+JUDGED = "judged.jsonl"  # in the stage folder
 ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
+
+
+def _cost(ctx: Context, name: str) -> Cost:
+    # Both orders of both answers.
+    return Cost(scored=2 * sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1]))
+
+
+JUDGED_STAGE = Stage("judged", _cost)
 
 
 def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
@@ -60,8 +68,9 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
 
 
 def check_judge(config: RunConfig) -> None:
-    """Everything that can be wrong with the judge before anything is sampled; all ranks call it. As
-    `open_judge`.
+    """Checks what can be wrong with the judge before anything is sampled. All ranks call it.
+
+    Raises InputError where it is no judge, EnvironmentProblem for a missing package.
     """
     if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
         return
@@ -111,12 +120,13 @@ def _check_kind(folder: Path) -> None:
 def judged_stage(
     ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None
 ) -> list[float]:
-    """How surely the first of each prompt's two responses is the better one, in [0, 1]:
-    iteration_t/judged.
+    """Has both responses to every prompt judged; returns how surely the first is the better one, in
+    [0, 1], nan where the judge gave no verdict.
 
-    judge: as in `open_judge`.
+    responses: two a row of `ctx.used`, one after the other. judge: the argument `model` of
+    `open_judge`.
     """
-    name, (rows, _) = f"iteration_{t}/judged", ctx.used
+    name, (rows, _) = JUDGED_STAGE.folder(t), ctx.used
 
     def make(folder: Path) -> Metrics:
         texts = response_texts(ctx, responses)
@@ -136,7 +146,11 @@ def judged_stage(
             "judged/sureness": sum(sure) / max(1, len(sure)),
         }
 
-    parents = {"responses": file_hash(ctx, RESPONSES.format(t)), "data": ctx.used_hash}
-    ctx.run.stage(name, parents | dict(judge_parents(ctx, policy, judge)), make, resume=True)
+    parents: Parents = {
+        "responses": file_hash(ctx, RESPONSES.format(t)),
+        "data": ctx.used_hash,
+        **judge_parents(ctx, policy, judge),
+    }
+    ctx.run.stage(name, parents, make, resume=True)
     given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
     return [math.nan if p is None else p for p in given]

@@ -1,15 +1,7 @@
-"""The stages of a run, each a folder with a manifest: data, policy (SFT or alignment), responses,
-guide, distances, reference, evaluation.
-
-A stage reads the folders of the stages before it and writes its own; `manifest.run_stage` skips
-what is done and refuses what was made from something else. A stage's parents are what its output
-depends on: contents (hashes of rows, model folders, files of earlier stages) and config keys by
-their own names, so that a refusal names the key. Not among them is what only moves work about and
-changes the last bits at most: micro_tokens, batch_rows, checkpointing, shard_ranks, whole,
-checkpoint.*, the number of ranks. Every function here is called by all ranks.
+"""The stage policy: a policy that is trained, by SFT (sft/policy, continual_sft/policy) or on an
+iteration's pairs (iteration_t/policy). Its folder is a model folder.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +11,20 @@ import torch
 
 from ldalign.data.pairs import Pair, usable
 from ldalign.data.rows import data_hash
+from ldalign.data.tokenizer import COPIED_FILES
 from ldalign.models.weights import load_model, save_model
 from ldalign.run.context import Context, file_hash, plan
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig, SftKeys
+from ldalign.run.stage import Cost, Stage
+from ldalign.run.stages.reference import LOGPS, REFERENCE_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Metrics
+from ldalign.training.batches import count_steps
 from ldalign.training.policy import TrainSettings, train
 
-log = logging.getLogger(__name__)
-
-
+SFT = ("sft", "continual_sft")  # the policies that are trained by SFT, and their groups of keys
 SCHEDULE_KEYS = (
     "training.schedule",
     "training.warmup_ratio",
@@ -41,24 +35,61 @@ SCHEDULE_KEYS = (
 )
 
 
+def _cost(ctx: Context, name: str) -> Cost:
+    config, training = ctx.config, ctx.config.training
+    group = name.partition("/")[0]
+    if group in SFT:
+        sft: SftKeys = getattr(config, group)
+        rows = ctx.train.pairs[: sft.rows]
+        trained = sft.epochs * sum(pair.tokens for pair in rows)
+        steps = count_steps(len(rows), sft.global_batch, sft.epochs)
+    else:
+        pairs = ctx.used[1]
+        both = sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
+        steps = training.steps or count_steps(len(pairs), config.global_batch, training.epochs)
+        trained = both * steps * config.global_batch // max(1, len(pairs))
+    averages = 2 if group in SFT or training.optimizer == "adamw" else 1
+    copied = [ctx.start / file for file in COPIED_FILES if (ctx.start / file).is_file()]
+    written = ctx.parameters * _bytes(config.policy_dtype)
+    weight_and_averages = _bytes(training.master_dtype) + averages * _bytes(training.state_dtype)
+    return Cost(
+        trained=trained,
+        steps=steps,
+        kept=written + sum(path.stat().st_size for path in copied),
+        checkpoint=ctx.parameters * weight_and_averages,
+    )
+
+
+def _bytes(dtype: Literal["float32", "bfloat16"]) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+POLICY_STAGE = Stage("policy", _cost)
+
+
 # ---------------------------------------------------------------------------------------------- SFT
 
 
 def start_stage(ctx: Context) -> Path:
-    """The policy that self-play starts from: the given one, after SFT where the
-    config asks for it.
+    """Returns the folder of the policy that self-play starts from: the given one, after SFT where
+    the config asks for it.
     """
     return sft_stage(ctx, "sft", ctx.start) if ctx.config.sft.epochs else ctx.start
 
 
 def start_name(config: RunConfig) -> str:
-    """What the start policy is called in the run folder and the table."""
+    """The name of the start policy in the run folder and the table."""
     return "sft" if config.sft.epochs else "start"
 
 
+def planned_start(config: RunConfig) -> list[str]:
+    """The name of the stage that `start_stage` makes; none where it makes none."""
+    return [POLICY_STAGE.folder("sft")] if config.sft.epochs else []
+
+
 def sft_stage(ctx: Context, group: Literal["sft", "continual_sft"], start: Path) -> Path:
-    """Supervised fine-tuning of `start` on real responses by one group of config keys; returns the
-    policy's folder.
+    """Fine-tunes `start` on real responses by one group of config keys; returns the policy's
+    folder.
     """
     sft: SftKeys = getattr(ctx.config, group)
     rows, pairs = ctx.train.rows[: sft.rows], ctx.train.pairs[: sft.rows]
@@ -73,7 +104,7 @@ def sft_stage(ctx: Context, group: Literal["sft", "continual_sft"], start: Path)
         f"{group}.epochs", f"{group}.learning_rate", f"{group}.global_batch", "max_length"
     )
     return _train_stage(
-        ctx, f"{group}/policy", start, pairs, settings, {"data": data_hash(rows), **keys}
+        ctx, POLICY_STAGE.folder(group), start, pairs, settings, {"data": data_hash(rows), **keys}
     )
 
 
@@ -152,8 +183,10 @@ def _train_stage(
 def policy_stage(
     ctx: Context, t: int, start: Path, pairs: Sequence[Pair], made_from: Parents
 ) -> Path:
-    """Trains `start` on the iteration's pairs; returns the next policy's folder. made_from: as in
-    `reference_stage`.
+    """Trains `start` on the iteration's pairs; returns the next policy's folder.
+
+    made_from: what the pairs' tokens depend on, beside the data and max_length. Raises InputError
+    where no pair is left to learn from.
     """
     kept = [pair for pair in pairs if usable(pair)]
     if not kept:
@@ -163,32 +196,27 @@ def policy_stage(
             "sampling.temperature"
         )
     skipped = len(pairs) - len(kept)
-    parents: dict[str, str | int | float] = {
+    learning_rate, beta = ctx.config.at("learning_rate", t), ctx.config.at("beta", t)
+    parents = {
         "data": ctx.used_hash,
         **made_from,
         "weights": hash_settings([p.weight for p in kept]),
-        "learning_rate": ctx.config.at("learning_rate", t),
-        **ctx.keys(
-            "method",
-            "global_batch",
-            "max_length",
-            "training.epochs",
-            "training.steps",
-            "training.optimizer",
-        ),
+        "learning_rate": learning_rate,
+        **ctx.keys("method", "global_batch", "max_length"),
+        **ctx.keys("training.epochs", "training.steps", "training.optimizer"),
     }
     if kept[0].generated is not None:
-        reference = file_hash(ctx, f"iteration_{t}/reference/reference.safetensors")
-        parents |= {"beta": ctx.config.at("beta", t), "reference": reference}
+        reference = file_hash(ctx, f"{REFERENCE_STAGE.folder(t)}/{LOGPS}")
+        parents |= {"beta": beta, "reference": reference}
     settings = replace(
         _train_settings(ctx),
-        learning_rate=ctx.config.at("learning_rate", t),
-        beta=ctx.config.at("beta", t),
+        learning_rate=learning_rate,
+        beta=beta,
         steps=ctx.config.training.steps,
     )
     return _train_stage(
         ctx,
-        f"iteration_{t}/policy",
+        POLICY_STAGE.folder(t),
         start,
         kept,
         settings,
@@ -200,6 +228,3 @@ def policy_stage(
             "losers/identical_frac": skipped / len(pairs),
         },
     )
-
-
-# --------------------------------------------------------------------------------------- evaluation

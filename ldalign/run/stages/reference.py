@@ -1,4 +1,4 @@
-"""iteration_t/reference: log-probs of both responses under the reference policy."""
+"""The stage iteration_t/reference: log-probs of both responses under the reference policy."""
 
 import json
 from collections.abc import Sequence
@@ -11,24 +11,34 @@ from ldalign.data.pairs import Pair, usable
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
 from ldalign.run.manifest import Parents, hash_model_folder
+from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
 from ldalign.system.files import save_tensors, write_json
 from ldalign.system.metrics import Bar, Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.training.scoring import response_logps
 
+LOGPS = "reference.safetensors"  # in the stage folder
+
+
+def _cost(ctx: Context, name: str) -> Cost:
+    return Cost(scored=sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1]))
+
+
+REFERENCE_STAGE = Stage("reference", _cost)
+
 
 def reference_stage(
     ctx: Context, t: int, policy: Path, pairs: Sequence[Pair], made_from: Parents, cut: int = 0
 ) -> list[Pair]:
-    """Log-probs of both responses under the reference policy, cached by row id; returns the pairs
-    that carry them.
+    """Scores both responses of every pair under the reference policy; returns the pairs with these
+    log-probs (natural, summed over a response's tokens).
 
     Pairs that will not be trained on are not scored, and carry zeros. made_from: what the pairs'
     tokens depend on, beside the data and max_length. cut: how many of the sampled responses
     max_length cut (they have no end token), for the summary.
     """
-    name = f"iteration_{t}/reference"
+    name = REFERENCE_STAGE.folder(t)
     kept = [pair for pair in pairs if usable(pair)]
 
     def make(folder: Path) -> Metrics:
@@ -43,7 +53,7 @@ def reference_stage(
                 folder / PARTS / "logps",
             )
         if distributed.rank() == 0:
-            save_tensors({"logps": logps}, folder / "reference.safetensors")
+            save_tensors({"logps": logps}, folder / LOGPS)
             write_json(folder / "rows.json", [pair.id for pair in kept])
         if not kept:
             return {"losers/cut": cut}
@@ -61,9 +71,7 @@ def reference_stage(
     ctx.run.stage(name, parents, make, resume=True)
     folder = ctx.run.path / name
     ids = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    logps = dict(
-        zip(ids, load_file(folder / "reference.safetensors")["logps"].tolist(), strict=True)
-    )
+    logps = dict(zip(ids, load_file(folder / LOGPS)["logps"].tolist(), strict=True))
     return [
         replace(pair, ref_real=logps[pair.id][0], ref_generated=logps[pair.id][1])
         if usable(pair)

@@ -1,4 +1,4 @@
-"""iteration_t/responses: what the policy answers to its own data's prompts."""
+"""The stage iteration_t/responses: what the policy answers to its own data's prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +14,25 @@ from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
-from ldalign.run.manifest import hash_model_folder
+from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
+from ldalign.run.stage import Cost, Stage
+from ldalign.run.stages.data import DATA_STAGE
 from ldalign.system import distributed
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Bar, Metrics
 
-RESPONSES = "iteration_{}/responses/responses.jsonl"  # in the run folder
+
+def _cost(ctx: Context, name: str) -> Cost:
+    samples = 2 if ctx.config.method in ("self_reward", "rlaif") else 1
+    return Cost(
+        scored=sum(len(p.prompt) for p in ctx.used[1]),
+        generated=samples * sum(len(p.real) for p in ctx.used[1]),
+    )
+
+
+RESPONSES_STAGE = Stage("responses", _cost)
+RESPONSES = f"{RESPONSES_STAGE.folder('iteration_{}')}/responses.jsonl"  # in the run folder
 
 
 def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> list[Response]:
@@ -29,7 +41,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
 
     The records carry what was sampled, token by token. A run that was cut short is gone on with.
     """
-    name, config = f"iteration_{t}/responses", ctx.config
+    name, config = RESPONSES_STAGE.folder(t), ctx.config
     rows, pairs = ctx.used
     given = Path(config.responses).expanduser() if config.responses and t == 0 else None
     sampling = sampling_of(config)
@@ -54,7 +66,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
     def make(folder: Path) -> Metrics:
         path = folder / "responses.jsonl"
         if given is not None:
-            prompts = ctx.run.path / "data/train.jsonl"
+            prompts = ctx.run.path / DATA_STAGE.folder() / "train.jsonl"
             losers = read_losers(given, rows, pairs, ctx.train.rows, ctx.tokenizer, prompts)
             records = [
                 record(request, loser) for request, loser in zip(requests, losers, strict=True)
@@ -78,39 +90,41 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
             "losers/truncated_frac": cut / len(requests),
         }
 
-    parents: dict[str, str | int | float] = {
-        "data": ctx.used_hash,
-        **ctx.tokenizer.template_parents,
-    }
-    if given is not None:
-        parents["responses"] = hash_file(given) if given.is_file() else "absent"
-    else:
-        parents |= {
-            "policy": hash_model_folder(policy),
-            "iteration": t,
-            "dtype": str(ctx.dtype),
-            **({"samples": samples} if samples > 1 else {}),
-            **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
-        }
-    # a given file is read at once, and may be mended
+    source = _given_parents(given) if given else _sampling_parents(ctx, t, policy, samples)
+    parents = {"data": ctx.used_hash, **ctx.tokenizer.template_parents, **source}
+    # A given file is read at once, and may be mended: there is nothing to go on from.
     ctx.run.stage(name, parents, make, resume=given is None)
     return read_responses(ctx, t)
 
 
+def _given_parents(given: Path) -> Parents:
+    return {"responses": hash_file(given) if given.is_file() else "absent"}
+
+
+def _sampling_parents(ctx: Context, t: int, policy: Path, samples: int) -> Parents:
+    return {
+        "policy": hash_model_folder(policy),
+        "iteration": t,
+        "dtype": str(ctx.dtype),
+        **({"samples": samples} if samples > 1 else {}),
+        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+    }
+
+
 def read_responses(ctx: Context, t: int) -> list[Response]:
-    """What iteration t sampled, a row's responses one after the other."""
+    """The responses that iteration t sampled, those of a row one after the other."""
     records = read_jsonl(ctx.run.path / RESPONSES.format(t))
     return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
 
 
 def response_texts(ctx: Context, responses: Sequence[Response]) -> list[str]:
-    """Their texts, each up to its stop string, as in the records."""
+    """The texts of responses, each up to its stop string, as in the records."""
     sampling = sampling_of(ctx.config)
     return [text_of(ctx.tokenizer.decode(r.ids), sampling) for r in responses]
 
 
 def sampling_of(config: RunConfig) -> Sampling:
-    """How training responses are sampled."""
+    """The sampling of training responses that the config asks for."""
     s = config.sampling
     return Sampling(
         config.max_new_tokens,
@@ -126,7 +140,9 @@ def sampling_of(config: RunConfig) -> Sampling:
 def new_engine(
     config: RunConfig, requests: Sequence[Request], tokenizer: Tokenizer
 ) -> Callable[[Decoder], Engine]:
-    """Of a decoder: the engine that samples as the config says."""
+    """A function that makes, over a decoder, the engine that samples for `requests` as the config
+    says.
+    """
     s = config.sampling
     longest = max((len(request.prompt) for request in requests), default=1) + config.max_new_tokens
     cache_bytes = None if s.cache_gib is None else int(s.cache_gib * 2**30)

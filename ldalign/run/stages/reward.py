@@ -1,4 +1,4 @@
-"""POLICY/reward, iteration_t/pair_rewards: a reward model's scores."""
+"""The stage POLICY/reward: what a reward model gives the greedy answers to held-out prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +9,28 @@ from ldalign.data.rows import Row, prompt_text
 from ldalign.evaluation.reward import RewardModel, summary
 from ldalign.run.context import Context, find_model
 from ldalign.run.manifest import hash_model_folder
-from ldalign.run.stages.responses import RESPONSES
+from ldalign.run.stage import Stage
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
 from ldalign.system import distributed
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 
+REWARD_STAGE = Stage("reward")
+REWARDS = "rewards.jsonl"
+
 
 def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
-    """Rewards of the greedy answers in NAME/evaluation and of the real responses, in
-    NAME/reward/rewards.jsonl.
+    """Scores the greedy answers in NAME/evaluation and the real responses with the reward model,
+    into NAME/reward/rewards.jsonl; returns the figures.
 
     The real responses are scored once, with the policy called `first`; the others are also compared
     with it.
     """
-    r = ctx.config.reward
+    r, stage = ctx.config.reward, REWARD_STAGE.folder(name)
     model = find_model(ctx.config, str(r.model))
-    answers = ctx.run.path / name / "evaluation/answers.jsonl"
-    before = ctx.run.path / first / "reward/rewards.jsonl" if first != name else None
+    answers = ctx.run.path / EVALUATION_STAGE.folder(name) / "answers.jsonl"
+    before = ctx.run.path / REWARD_STAGE.folder(first) / REWARDS if first != name else None
 
     def make(folder: Path) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
@@ -42,7 +46,7 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         else:
             responses = [row.response for row in ctx.heldout.rows]
             real = scorer.score(questions, responses, ids, folder / PARTS / "real").double().numpy()
-        _write_rewards(folder, ctx.heldout.rows, generated, real)
+        write_rewards(folder, ctx.heldout.rows, generated, real)
         return summary(
             generated, real, np.array([record["generated"] for record in old]) if old else None
         )
@@ -54,52 +58,24 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         **ctx.keys("reward.max_tokens"),
         **({f"rewards of {first}": hash_file(before)} if before else {}),
     }
-    metrics = ctx.run.stage(f"{name}/reward", parents, make, resume=True)
+    metrics = ctx.run.stage(stage, parents, make, resume=True)
     say(
-        f"{name}/reward: mean {metrics['reward/mean']:.3f}, real responses "
+        f"{stage}: mean {metrics['reward/mean']:.3f}, real responses "
         f"{metrics['reward/real']:.3f}, better than these on {metrics['reward/win_rate']:.1%}"
     )
     return metrics
 
 
-def pair_rewards_stage(ctx: Context, t: int) -> None:
-    """Rewards of both sides of iteration t's pairs, in iteration_t/pair_rewards: what distances are
-    compared with.
-    """
-    r, (rows, _) = ctx.config.reward, ctx.used
-    model = find_model(ctx.config, str(r.model))
-    responses = ctx.run.path / RESPONSES.format(t)
-
-    def make(folder: Path) -> Metrics:
-        scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
-        questions, ids = [prompt_text(row) for row in rows], [row.id for row in rows]
-        sides = {
-            "generated": [record["response"] for record in read_jsonl(responses)],
-            "real": [row.response for row in rows],
-        }
-        generated, real = (
-            scorer.score(questions, texts, ids, folder / PARTS / side).double().numpy()
-            for side, texts in sides.items()
-        )
-        _write_rewards(folder, rows, generated, real)
-        return {"reward/generated": float(generated.mean()), "reward/real": float(real.mean())}
-
-    parents = {
-        "reward.model": hash_model_folder(model),
-        "responses": hash_file(responses),
-        "data": ctx.used_hash,
-        **ctx.keys("reward.max_tokens"),
-    }
-    ctx.run.stage(f"iteration_{t}/pair_rewards", parents, make, resume=True)
-
-
-def _write_rewards(
+def write_rewards(
     folder: Path, rows: Sequence[Row], generated: np.ndarray, real: np.ndarray
 ) -> None:
-    """rewards.jsonl, a line a row."""
+    """Writes rewards.jsonl into a stage's folder, a line a row. Rank 0 does it.
+
+    generated, real: (N,), the rewards of both responses in the order of the rows.
+    """
     if distributed.rank() == 0:
         columns = zip(rows, generated.tolist(), real.tolist(), strict=True)
         write_jsonl(
-            folder / "rewards.jsonl",
+            folder / REWARDS,
             ({"id": row.id, "generated": g, "real": y} for row, g, y in columns),
         )
