@@ -120,7 +120,7 @@ $(VENV)/.torch: $(VENV)/.made requirements/torch.txt
 	@touch $@
 
 # The extension is built here too: its sources are what the stamp depends on.
-$(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
+$(VENV)/.product: $(VENV)/.torch requirements/product.txt pyproject.toml setup.py $(filter-out %.md,$(wildcard csrc/* csrc/cuda/*))
 	@echo "make: installing what ldalign runs with"
 	@$(PIP) install -r requirements/product.txt
 	@$(PIP) install --no-build-isolation --no-deps -e .

@@ -5,7 +5,7 @@ Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide 
 with guide.retrain), distances, reference, align, evaluate; at the end the report. Other methods
 (method=spin, dpo, sft, self_reward, rlaif) differ in where their pairs come from
 (`ldalign.run.methods`). Every stage leaves its files with a manifest in the run folder; running the
-same command again goes on after the last finished stage.
+same command again goes on where it stopped.
 """
 
 from ldalign.run import methods

@@ -5,10 +5,10 @@ Every row is `{"id", "messages": [user, assistant], "kind", "answer"}`, all valu
 answers with the JSON object alone. `check` wants that convention, which the prompts do not spell
 out: a model learns it from the training rows.
 
-The two splits share nothing but the kinds of task. Wordings and people come from separate
-lists, and a hash of each parameter tuple says which split may use it, whatever the seed. All
-randomness is `random.Random(str)`, drawn with integer methods only, so rows are the same on
-every machine and Python version.
+The two splits share neither wordings nor people, which come from separate lists, nor parameter
+tuples: a hash of each says which split may use it, whatever the seed. Single numbers, goods and
+words do stand in both. All randomness is `random.Random(str)`, drawn with integer methods only, so
+rows are the same on every machine and Python version.
 
     python -m ldalign.data.embedded FOLDER [--seed 0] [--train 4000] [--heldout 600]
 """

@@ -12,9 +12,8 @@ import glob
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,6 @@ def read_rows(
 ) -> list[Row]:
     """Reads all rows of `spec`: a file, folder or glob, or a list of these.
 
-    An entry of the list may be {"path": ..., "weight": n}: a weight of n takes each row n times; of
-    a fraction, that share of the rows, the same ones every time.
-
     turns: which assistant turn of `messages` is the response: first, last, or all (one row for
         each). Preference rows have one response, their last turn.
     bad_rows: "error" stops at the first bad row; "skip" leaves bad rows out, up to 1 % of all.
@@ -80,11 +76,8 @@ def read_rows(
             raise InputError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
     tally = _Tally(skip=bad_rows == "skip")
     rows: list[Row] = []
-    for source, weight in _sources(spec):
-        part: list[Row] = []
-        for path in _files(source):
-            part += _read_file(path, turns, tally)
-        rows += _weighted(part, weight, source)
+    for path in files_of(spec):
+        rows += _read_file(path, turns, tally)
     tally.finish()
     if counts is not None:
         counts.update(skipped=len(tally.bad), repeated=len(rows) - len({row.id for row in rows}))
@@ -93,7 +86,7 @@ def read_rows(
 
 def files_of(spec: Any) -> list[Path]:
     """Returns the files that `read_rows` reads for `spec`, in its order."""
-    return [path for source, _ in _sources(spec) for path in _files(source)]
+    return [path for source in _sources(spec) for path in _files(source)]
 
 
 def data_hash(rows: Iterable[Row]) -> str:
@@ -111,30 +104,18 @@ def data_hash(rows: Iterable[Row]) -> str:
 # -------------------------------------------------------------------------------------- which files
 
 
-def _sources(spec: Any) -> list[tuple[str, float]]:
-    """`spec` as (path, weight) pairs."""
+def _sources(spec: Any) -> list[str]:
+    """`spec` as a list of paths, folders and globs."""
     entries = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not entries:
         raise InputError("data: the list of files is empty")
-    sources = []
-    for entry in entries:
-        path, weight = entry, 1.0
-        if isinstance(entry, Mapping):
-            unknown = sorted(set(entry) - {"path", "weight"})
-            if unknown or "path" not in entry:
-                found = ", ".join(map(str, entry)) or "none"
-                raise InputError(f"data: expected the keys path and weight, found {found}")
-            path, weight = entry["path"], entry.get("weight", 1.0)
+    for path in entries:
         if not isinstance(path, str | Path) or not str(path):
             raise InputError(
                 f"data: {path!r} is not a path; expected a file, a folder, a glob or a list of "
                 "these"
             )
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not 0 < weight < math.inf:
-            raise InputError(f"data: weight {weight!r} of {path}: expected a positive number")
-        sources.append((str(path), float(weight)))
-    return sources
+    return list(map(str, entries))
 
 
 def _files(source: str) -> list[Path]:
@@ -414,27 +395,6 @@ def _type(value: Any) -> str:
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
-
-
-def _weighted(rows: list[Row], weight: float, source: str) -> list[Row]:
-    """Each row `floor(weight)` times, and the remaining share of the rows once more.
-
-    That share is picked by hash, and keeps the file's order.
-    """
-    if weight == 1:
-        return rows
-    copies = int(weight)
-    count = round((weight - copies) * len(rows))
-    hashes = [hashlib.sha256(row.id.encode("utf-8")).digest() for row in rows]
-    by_hash = sorted(range(len(rows)), key=lambda i: (hashes[i], i))
-    picked = set(by_hash[:count])
-    result = rows * copies + [row for i, row in enumerate(rows) if i in picked]
-    if rows and not result:
-        raise InputError(
-            f"data: weight {weight:g} of {source} takes none of its {len(rows)} rows; raise it"
-        )
-    log.info("%s: weight %g: %d rows become %d", source, weight, len(rows), len(result))
-    return result
 
 
 def _distinct(rows: list[Row]) -> list[Row]:

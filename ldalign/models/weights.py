@@ -2,8 +2,8 @@
 
 Reading: config.json names the architecture; `model.safetensors`, or the shards that
 `model.safetensors.index.json` lists. Every name, shape and value is checked. Writing: bf16 by
-default, a tied head once, shards of at most 5 GB; what is written loads unchanged in transformers
-and vLLM. No pickle is ever read, and an index can name no file outside its folder.
+default, a tied head once, shards of at most 5 GB; what is written loads unchanged in
+transformers. No pickle is ever read, and an index can name no file outside its folder.
 
 Files are read, not mapped: mapped pages would count as a second model in memory, and a file cut
 short under a mapping kills the process.

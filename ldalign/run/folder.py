@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 STARTED = "started.json"  # in the run folder: the day it was begun
 # What helps where memory does not suffice and nothing within the stage knows better.
-LOWER = (
+LOWER_IN_A_STAGE = (
     "lower training.micro_tokens, sampling.batch_rows or max_length, or use more ranks or a "
     "smaller model"
 )
@@ -97,7 +97,7 @@ class RunFolder:
         def timed(folder: Path) -> None:
             self.record()
             began = time.perf_counter()
-            with naming(lambda: name, LOWER):
+            with naming(lambda: name, LOWER_IN_A_STAGE):
                 summary = make(folder)
             seconds = round(time.perf_counter() - began, 2)
             if distributed.rank() == 0:

@@ -1,4 +1,4 @@
-"""Every input shape, every bad row with its place, ids, weights; then arbitrary bytes and chats."""
+"""Every input shape, every bad row with its place, ids; then arbitrary bytes and chats."""
 
 import json
 import sys
@@ -248,11 +248,22 @@ def test_file_folder_glob_list(tmp_path):
     assert [row.where for row in read_rows(tmp_path)] == names
     assert [row.where for row in read_rows(f"{tmp_path}/*.json*")] == names
     assert [row.where for row in read_rows([two, str(one)])] == names
-    assert [row.where for row in read_rows([{"path": str(tmp_path)}])] == names
 
 
 @pytest.mark.parametrize(
-    "spec", ["nowhere", "*.nothing", "empty", "empty.jsonl", "blank.jsonl", [], [3], "", None]
+    "spec",
+    [
+        "nowhere",
+        "*.nothing",
+        "empty",
+        "empty.jsonl",
+        "blank.jsonl",
+        [],
+        [3],
+        [{"path": "x"}],
+        "",
+        None,
+    ],
 )
 def test_nothing_to_read_is_an_input_error(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
@@ -263,44 +274,12 @@ def test_nothing_to_read_is_an_input_error(tmp_path, monkeypatch, spec):
         read_rows(spec)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"path": "x", "weight": value}
-        for value in (0, -1, True, "2", float("nan"), float("inf"), None)
-    ]
-    + [{"file": "x"}, {"path": "x", "wieght": 1}, {}],
-)
-def test_bad_weighted_entry(tmp_path, monkeypatch, entry):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "x", GOOD)
-    with pytest.raises(InputError, match="^data: "):
-        read_rows([entry])
-
-
 def test_bad_options(tmp_path):
     path = write(tmp_path / "x", GOOD)
     with pytest.raises(InputError, match="turns='final'"):
         read_rows(path, turns="final")
     with pytest.raises(InputError, match="bad_rows='ignore'"):
         read_rows(path, bad_rows="ignore")
-
-
-def test_weights(tmp_path):
-    path = write(
-        tmp_path / "x", *({"prompt": str(i), "response": "r", "id": str(i)} for i in range(10))
-    )
-    other = write(tmp_path / "y", {**GOOD, "id": "z"})
-    rows = read_rows([{"path": str(path), "weight": 2.5}, str(other)])
-    assert len(rows) == 26 and len({row.id for row in rows}) == 26
-    assert [row.id for row in rows[:10]] == [str(i) for i in range(10)]
-    assert [row.id for row in rows[10:20]] == [f"{i}#2" for i in range(10)]
-    half = read_rows([{"path": str(path), "weight": 0.5}])
-    assert [row.id for row in half] == sorted(row.id for row in half) and len(half) == 5
-    assert half == read_rows([{"path": path, "weight": 0.5}])
-    assert {row.id.split("#")[0] for row in rows[20:25]} == {row.id for row in half}
-    with pytest.raises(InputError, match="takes none of its 10 rows"):
-        read_rows([{"path": path, "weight": 0.01}])
 
 
 # ----------------------------------------------------------------------------------- ids and hashes

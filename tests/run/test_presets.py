@@ -170,9 +170,7 @@ def test_every_config_is_tried() -> None:
 
 
 def test_the_papers_numbers_stand_in_the_presets() -> None:
-    """methods.md: 50,000 prompts, 3 iterations; DPO 2e-7 and SFT 1e-5 for 2 epochs in batches of
-    64; SPIN's scripts.
-    """
+    """The paper: 50,000 prompts, 3 iterations; DPO 2e-7, SFT 1e-5, 2 epochs; SPIN's scripts."""
 
     def read(name: str) -> RunConfig:
         return load_config(RunConfig, ROOT / f"configs/zephyr-7b-{name}.yaml")
