@@ -218,7 +218,7 @@ def weigh(pairs: Sequence[Pair], distances: Tensor) -> list[Pair]:
     kept = [usable(pair) for pair in pairs]
     weights = distance_weights(distances, kept)
     mean = float(distances[torch.tensor(kept)].mean())
-    show("s = d / mean d", f"{float(distances[0]):.4f} / {mean:.4f} = {float(weights[0]):.4f}")
+    show("s = d / mean d", f"{float(distances[0]):.6f} / {mean:.6f} = {float(weights[0]):.6f}")
     show("mean of all s", f"{float(weights[torch.tensor(kept)].mean()):.4f}")
     weighed = [replace(pair, weight=float(s)) for pair, s in zip(pairs, weights, strict=True)]
     batch = [pair for pair in weighed if usable(pair)][:BATCH]
@@ -234,11 +234,11 @@ def pack(pairs: Sequence[Pair], tokenizer: Tokenizer) -> Batch:
     for name, part in zip(("x", "y", "y'"), batch.layout.segments[:3].tolist(), strict=True):
         begin, end, prefix_begin, prefix_end = part
         places = batch.layout.positions[begin:end]
-        sees = (
-            f", sees tokens {prefix_begin}..{prefix_end - 1}" if prefix_end > prefix_begin else ""
+        before = (
+            f"tokens {prefix_begin}..{prefix_end - 1} and " if prefix_end > prefix_begin else ""
         )
         at = f"tokens {begin}..{end - 1} at positions {places[0]}..{places[-1]}"
-        show(f"{name} of the pair", f"{at}{sees} and its own past")
+        show(f"{name} of the pair", f"{at}, sees {before}its own past")
     show("predicted", f"{len(batch.targets)} response tokens, each from the token before it")
     real, generated = batch.lengths[:2]
     for name, i in (("y", 0), ("y'", real)):
