@@ -27,9 +27,9 @@ class PeerMissing(Exception):
 def peer_python(name: str, root: Path = ROOT) -> Path:
     """Returns the interpreter of peer `name`'s environment, ROOT/.venv-NAME.
 
-    It is made, or made again where its pins have changed. LDALIGN_PEER_NAME in the environment, a
-    Python that has the packages already, is used instead: for machines without a network. Raises
-    PeerMissing.
+    It is made, or made again where its pins have changed. LDALIGN_PEER_NAME in the
+    environment, a Python that has the packages already, is used instead: for machines without
+    a network. Raises PeerMissing.
     """
     variable = f"LDALIGN_PEER_{name.upper()}"
     if variable in os.environ:

@@ -2,11 +2,11 @@
 
     python bench/gpu.py [--only tests,kernels,step,step-7b,growth,generate,profile]
 
-Runs every test marked `gpu` and every GPU benchmark, each part under a time limit, and prints one
-table last. A part that fails is named in the table and makes the exit code 3; the parts after it
-still run. The step benchmark's models have random weights in the shapes of SmolLM2-135M and
-Mistral-7B; its peers run where LDALIGN_PEER_TRL and LDALIGN_PEER_TRANSFORMERS name a Python that
-has them.
+Runs every test marked `gpu` and every GPU benchmark, each part under a time limit, and prints
+one table last. A part that fails is named in the table and makes the exit code 3; the parts
+after it still run. The step benchmark's models have random weights in the shapes of
+SmolLM2-135M and Mistral-7B; its peers run where LDALIGN_PEER_TRL and LDALIGN_PEER_TRANSFORMERS
+name a Python that has them.
 """
 
 import argparse

@@ -224,11 +224,11 @@ def step_costs(
 ) -> dict[str, Cost]:
     """Returns the least cost of one training step, by part.
 
-    state_bytes: read and written per weight by the optimizer. A product (N, i) x (i, o) is three in
-    training, each reading two matrices and writing one. Attention looks at the keys that each token
-    sees; windows are taken to be longer than the pairs. Elementwise work reads its inputs and
-    writes its outputs once forward and once backward; its few operations an element are counted
-    roughly.
+    state_bytes: read and written per weight by the optimizer. A product (N, i) x (i, o) is
+    three in training, each reading two matrices and writing one. Attention looks at the keys
+    that each token sees; windows are taken to be longer than the pairs. Elementwise work reads
+    its inputs and writes its outputs once forward and once backward; its few operations an
+    element are counted roughly.
     """
     s, N = shape, tokens_of(pairs)
     M = sum(len(p["real"]) + len(p["generated"]) for p in pairs)

@@ -1,4 +1,4 @@
-"""Kernels: one operation per file, each with a plain PyTorch reference; see reference.py first.
+"""Kernels by backend; reference.py is the maths of them in plain PyTorch: read it first.
 
 Installed as `ldalign.kernels`.
 """

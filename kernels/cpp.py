@@ -64,8 +64,8 @@ def why_not() -> str:
 def build_info() -> dict[str, Any]:
     """Returns what was built and what is used.
 
-    isa: the instruction set in use; isas: all that were built and run here; compiler; threads: any
-    or not.
+    isa: the instruction set in use; isas: all that were built and run here;
+    compiler; threads: any or not.
     """
     ops = torch.ops.ldalign_cpp
     return {
@@ -89,8 +89,8 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T)[target] and the log-sum-exp, (N,) wide each.
 
-    hidden (N, D), weight (V, D), target (N,) int64. A row whose target is ignore_index has log-prob
-    0.
+    hidden (N, D), weight (V, D), target (N,) int64. A row whose target is
+    ignore_index has log-prob 0.
     """
     logp, lse = torch.ops.ldalign_cpp.linear_logprob(
         hidden, weight, target, ignore_index, WORKSPACE_BYTES

@@ -62,8 +62,8 @@ def linear_logprob_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dhidden (N, D) and dweight (V, D) under grad (N,); None where not needed.
 
-    d logp / d logits = one_hot(target) - softmax, from logits made again. Ignored rows come with
-    grad 0.
+    d logp / d logits = one_hot(target) - softmax, from logits made again.
+    Ignored rows come with grad 0.
     """
     out = _Gradients(hidden, weight, need_hidden, need_weight)
     for rows in row_pieces(len(hidden), _rows(weight)):
@@ -150,8 +150,8 @@ def weighted_dpo(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted DPO loss of P pairs, all wide, and what its backward needs.
 
-    Returns loss () = sum of weight * l, l (P,), rewards chosen and rejected (P,), d loss / d real
-    (P,).
+    Returns loss () = sum of weight * l, l (P,), rewards chosen and rejected
+    (P,), d loss / d real (P,).
     """
     chosen, rejected = beta * (real - ref_real), beta * (generated - ref_generated)
     unweighted = -F.logsigmoid(chosen - rejected)
@@ -334,8 +334,8 @@ def pair_attention_backward(
 ) -> Tensor:
     """dqkv (N, H + 2K, E) under the upstream gradient dy (N, H, E).
 
-    With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) / sqrt(E), dq = ds k, dk =
-    ds^T q.
+    With p = exp(scores - lse): dv = p^T dy, ds = p (dy v^T - dy . y) /
+    sqrt(E), dq = ds k, dk = ds^T q.
     """
     K, E = (qkv.shape[1] - heads) // 2, qkv.shape[2]
     wide = accumulate_dtype(qkv.dtype)

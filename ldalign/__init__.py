@@ -1,8 +1,8 @@
 """LD-Align: align a language model with latent distances (arXiv 2404.06390), from data to an
 evaluated policy.
 
-The public names, each imported from its module when it is first used: `import ldalign` alone loads
-nothing.
+The public names, each imported from its module when it is first used: `import
+ldalign` alone loads nothing.
 """
 
 import importlib

@@ -36,8 +36,7 @@ log = logging.getLogger(__name__)
 Metric = Literal["euclidean", "cosine"]
 # What a pair may be weighted by; `latent` is the method, the others are its controls.
 WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse")
-# A share of the mean distance: nearer pairs count as this near, so that no inverse weight is over
-# 10.
+# A share of the mean distance. Nearer pairs count as this near: no inverse weight exceeds 10.
 NEAREST = 0.1
 
 
@@ -67,9 +66,9 @@ def distance_weights(distances: Tensor, kept: Sequence[bool]) -> Tensor:
     """The weights (N,) float64, without a unit: s_i = d_i / mean_j d_j, the mean over the kept
     pairs of the whole iteration (section 4.2.2).
 
-    Pairs not kept have weight 0, so the pairs that are trained on have mean weight 1, as SPIN's
-    have. Where all distances are zero, they say nothing, and every kept pair has weight 1 (with a
-    warning).
+    Pairs not kept have weight 0, so the pairs that are trained on have mean weight 1, as
+    SPIN's have. Where all distances are zero, they say nothing, and every kept pair has
+    weight 1 (with a warning).
     """
     keep = torch.tensor(list(kept), dtype=torch.float64)
     distances = distances.double() * keep
@@ -110,8 +109,8 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """The distances (N,) float32 of latents a and b (N, Z): 1 - cos(a_i, b_i), between 0 and 2,
     exactly 0 where they are equal.
 
-    A zero vector is at distance 1 from any other vector (cos taken as 0) and at 0 from another zero
-    vector.
+    A zero vector is at distance 1 from any other vector (cos taken as 0) and at 0
+    from another zero vector.
     """
     a, b = a.double(), b.double()
     lengths = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
@@ -135,10 +134,13 @@ def pair_weights(
     many of them `clip` lowered.
 
     latent: s_i = d_i / mean_j d_j, the method's. The others are its controls, all with mean 1 over
-    the kept pairs too: uniform, 1 (SPIN); shuffled, the latent ones dealt out
-    among the kept pairs at random, so that only their distribution is left; length, of |n_i - n'_i|
-    tokens instead of d_i; inverse, of 1 / d_i, so that near pairs pull hard. clip: no weight
-    exceeds it; the rest is left as it is.
+    the kept pairs too:
+        uniform: 1, as SPIN has it;
+        shuffled: the latent ones dealt out among the kept pairs at random, so that only their
+            distribution is left;
+        length: of |n_i - n'_i| tokens instead of d_i;
+        inverse: of 1 / d_i, so that near pairs pull hard.
+    clip: no weight exceeds it; the rest is left as it is.
     """
     keep = torch.tensor(list(kept))
     if kind == "uniform":
@@ -161,7 +163,7 @@ def pair_weights(
 
 
 def effective_size(weights: Tensor) -> float:
-    """Effective sample size of weights, (sum w)^2 / sum w^2 (Kish 1965), as a share of their
-    number.
+    """Effective sample size of weights, (sum w)^2 / sum w^2 (Kish 1965), as
+    a share of their number.
     """
     return float(weights.sum() ** 2 / (weights**2).sum() / len(weights)) if len(weights) else 0.0

@@ -257,9 +257,9 @@ def pair_loss(
     reference_sums (S,): the responses' log-probs under the reference.
     pair_weight (P,): the weights s.
 
-    Returns loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); the log-prob sums (S,)
-    and the per-pair metrics of `weighted_dpo_loss`, both detached. All float32 (float64 in
-    float64).
+    Returns loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); the log-prob
+    sums (S,) and the per-pair metrics of `weighted_dpo_loss`, both detached. All
+    float32 (float64 in float64).
 
     It takes three matrix products in all: the logits of whole pairs become their own gradient where
     they stand (docs/kernels.md), so the backward only scales. It can run once, and costs nothing.
@@ -682,8 +682,8 @@ _operator(
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up (..., 2 F), all gates before all ups -> (..., F).
 
-    The reference takes the two apart. Raises ValueError for an odd last axis. Source: arXiv
-    2002.05202.
+    The reference takes the two apart. Raises ValueError for an odd last axis.
+    Source: arXiv 2002.05202.
     """
     if gate_up.ndim < 1 or gate_up.shape[-1] % 2:
         raise ValueError(

@@ -1,3 +1,4 @@
-"""The training scripts, one stage each; run them by path (`torchrun train/align.py`). Installed as
-`ldalign.train`.
+"""The scripts: align.py runs the method, the others a part of it; command.py is what they share.
+
+Run them by path (`torchrun train/align.py`). Installed as `ldalign.train`.
 """

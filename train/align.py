@@ -1,8 +1,9 @@
-"""LD-Align, the whole method (arXiv 2404.06390): `torchrun train/align.py [--config FILE.yaml]
-[key=value ...]`.
+"""LD-Align, the whole method (arXiv 2404.06390).
 
-Stage by stage: SFT warm-up (optional), then for every iteration: sample, guide (once, or each time
-with guide.retrain), distances, reference, align, evaluate; at the end the report. Other methods
+    torchrun train/align.py [--config FILE.yaml] [key=value ...]
+
+Stage by stage: SFT (optional), then for every iteration: responses, guide (once, or each time with
+guide.retrain), distances, reference, policy, evaluation; at the end the report. Other methods
 (method=spin, dpo, sft, self_reward, rlaif) differ in where their pairs come from
 (`ldalign.run.methods`). Every stage leaves its files with a manifest in the run folder; running the
 same command again goes on where it stopped.
@@ -23,12 +24,12 @@ from ldalign.run.stages.policy import (
     start_stage,
 )
 from ldalign.system import exits
-from ldalign.train.command import run_stages
+from ldalign.train.command import run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings and runs all stages that are not done."""
-    run_stages(argv, __doc__ or "", align, planned, by_method=True)
+    run_script(argv, __doc__ or "", align, planned, by_method=True)
 
 
 def align(ctx: Context) -> str:
@@ -40,10 +41,10 @@ def align(ctx: Context) -> str:
 
     policy = start
     for t in range(config.iterations):
-        source = methods.SOURCES[config.method](ctx, t, policy, start)
+        made = methods.SOURCES[config.method](ctx, t, policy, start)
         if scores_pairs(config):
             pair_rewards_stage(ctx, t)
-        policy = policy_stage(ctx, t, policy, source.pairs, source.made_from)
+        policy = policy_stage(ctx, t, policy, made.pairs, made.made_from)
         measure(ctx, f"iteration_{t}", policy, first)
 
     if config.continual_sft.epochs:

@@ -1,5 +1,5 @@
-"""What all training scripts do alike: read the settings, open the run folder and the data, then do
-their stages.
+"""What all training scripts do alike: read the settings, open the run folder and the
+data, then do their stages.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ time, make nothing); --debug (the traceback with an error). Keys, with their def
 """
 
 
-def run_stages(
+def run_script(
     argv: Sequence[str],
     doc: str,
     work: Callable[[Context], str],

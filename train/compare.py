@@ -1,5 +1,6 @@
-"""Methods compared from one start: `torchrun train/compare.py --config configs/compare-smollm2.yaml
-[key=value ...]`.
+"""Methods compared from one start.
+
+    torchrun train/compare.py --config configs/compare-smollm2.yaml [key=value ...]
 
 Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows
 for the same number of optimizer steps: at each of compare.learning_rates with the first seed, then
@@ -15,7 +16,7 @@ from ldalign.report import comparison
 from ldalign.run.comparison import (
     Arm,
     arm_config,
-    last_policy,
+    last_iteration,
     read_answers,
     score,
     share,
@@ -68,7 +69,7 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
         scores = {}
         for rate in config.compare.learning_rates:
             folder = train(config, start, arm, first, rate)
-            figures = read_answers(last_policy(folder, config))
+            figures = read_answers(last_iteration(folder, config))
             scores[rate] = score(figures, validation)
         chosen[arm.name] = max(scores, key=lambda rate: scores[rate])
         searched[arm.name] = {f"{rate:g}": score for rate, score in scores.items()}

@@ -1,5 +1,6 @@
-"""Evaluation alone: `torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml]
-[key=value ...]`.
+"""Evaluation alone.
+
+    torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml] [key=value ...]
 
 Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real
 responses, and for rows that a program can check, greedy and sampled accuracy with every answer
@@ -12,12 +13,12 @@ from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
 from ldalign.system import exits
-from ldalign.train.command import need, run_stages
+from ldalign.train.command import need, run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, evaluates."""
-    run_stages(argv, __doc__ or "", evaluate, planned, check)
+    run_script(argv, __doc__ or "", evaluate, planned, check)
 
 
 def check(config: RunConfig) -> None:

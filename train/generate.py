@@ -1,5 +1,6 @@
-"""Sampling alone: `torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value
-...]`.
+"""Sampling alone.
+
+    torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]
 
 Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id`
 optional), `samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample",
@@ -43,7 +44,7 @@ from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
-from ldalign.train.command import need, read_config, run_stages
+from ldalign.train.command import need, read_config, run_script
 
 CHAT = "--chat"
 ANSWERS = "answers.jsonl"
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
             config.samples == 1,
             f"samples={config.samples}: needs prompts=FILE; a run takes one answer a row",
         )
-        run_stages(argv, __doc__ or "", responses, planned)
+        run_script(argv, __doc__ or "", responses, planned)
         return
     if config.output is None:
         raise InputError("prompts: needs output=FOLDER, where the answers go")
@@ -157,8 +158,8 @@ def answer(
 
 
 def began(output: Path) -> date | None:
-    """The day that prompts of answers already there, or begun, give as today's; None where they
-    give none.
+    """The day that prompts of answers already there, or begun, give as today's;
+    None where they give none.
     """
     day = on_rank0(lambda: stage_parents(output).get(TEMPLATE_DATE))
     try:

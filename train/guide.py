@@ -13,12 +13,12 @@ from ldalign.run.stages.guide import GUIDE_STAGE, guide_stage
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.run.stages.responses import RESPONSES_STAGE, responses_stage
 from ldalign.system import exits
-from ldalign.train.command import need, run_stages
+from ldalign.train.command import need, run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, trains the guide."""
-    run_stages(argv, __doc__ or "", guide, planned, check)
+    run_script(argv, __doc__ or "", guide, planned, check)
 
 
 def check(config: RunConfig) -> None:

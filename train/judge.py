@@ -1,5 +1,6 @@
-"""Judge agreement alone: `torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN
-[key=value ...]`.
+"""Judge agreement alone.
+
+    torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN [key=value ...]
 
 Samples two answers a held-out prompt, calls the one farther from the real response in latent space
 the worse one, and counts how often a judge agrees (paper 5.2), into RUN/agreement. With the
@@ -16,12 +17,12 @@ from ldalign.run.stages.agreement import AGREEMENT_STAGE, agreement_stage, find_
 from ldalign.run.stages.agreement_samples import AGREEMENT_SAMPLES_STAGE
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.system import exits
-from ldalign.train.command import need, run_stages
+from ldalign.train.command import need, run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, samples, judges."""
-    run_stages(argv, __doc__ or "", judge, planned, check)
+    run_script(argv, __doc__ or "", judge, planned, check)
 
 
 def check(config: RunConfig) -> None:

@@ -1,9 +1,9 @@
-"""The report alone: `python train/report.py run=RUN` writes RUN/report/ again, from whatever stages
-are finished.
+"""The report alone: `python train/report.py run=RUN` writes RUN/report/ again, from
+whatever stages are finished.
 
-table.md and table.json, and with matplotlib (`pip install 'ldalign[report]'`) report.html and its
-figures. No model is loaded and nothing but RUN/report/ is written, so it may be called while the
-run goes on.
+table.md and table.json, and with matplotlib (`pip install 'ldalign[report]'`) report.html
+and its figures. No model is loaded and nothing but RUN/report/ is written, so it may be
+called while the run goes on.
 """
 
 from dataclasses import dataclass

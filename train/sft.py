@@ -1,5 +1,6 @@
-"""Supervised fine-tuning alone: `torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value
-...]`.
+"""Supervised fine-tuning alone.
+
+    torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value ...]
 
 Trains `policy` on the real responses (keys sft.*) into RUN/sft/policy and evaluates it: the first
 stages of align.py, which goes on from here with the same settings. Continual SFT, the baseline, is
@@ -11,12 +12,12 @@ from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.policy import planned_start, sft_stage
 from ldalign.system import exits
-from ldalign.train.command import need, run_stages
+from ldalign.train.command import need, run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, trains, evaluates."""
-    run_stages(argv, __doc__ or "", sft, planned, check)
+    run_script(argv, __doc__ or "", sft, planned, check)
 
 
 def check(config: RunConfig) -> None:

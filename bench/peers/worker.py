@@ -1,7 +1,7 @@
 """What every measured process shares: a job in as JSON, its result out as stdout's last line.
 
-Imports torch and nothing of ours: the peers run in environments of their own, where ldalign is not
-installed.
+Imports torch and nothing of ours: the peers run in environments of their own, where
+ldalign is not installed.
 """
 
 import json

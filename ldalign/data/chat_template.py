@@ -156,8 +156,8 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
         """Returns the conversation as the template writes it.
 
-        Raises SecurityError where that takes more than it may; else whatever the template runs
-        into.
+        Raises SecurityError where that takes more than it may; else
+        whatever the template runs into.
         """
         characters = sum(len(text) for message in messages for text in message.values())
         given = characters + 100 * len(messages)

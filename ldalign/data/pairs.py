@@ -22,7 +22,9 @@ TOO_MANY = 0.01
 class Pair:
     """A prompt and its winner, and its loser where there is one; token ids.
 
-    A row for SFT is a pair whose `generated` is None.
+    A row for SFT is a pair whose `generated` is None. What is real and generated here is y
+    and y' in the equations, winner and loser in the pages, chosen and rejected in preference
+    data and in the metrics.
     """
 
     id: str  # of its row
@@ -114,7 +116,7 @@ def rejected_pairs(
         if row.rejected is None:
             raise InputError(
                 f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows "
-                f"are {{prompt, chosen, rejected}}}} (docs/data.md)"
+                f"are {{prompt, chosen, rejected}} (docs/data.md)"
             )
         # The loser as a row of its own, so that the template writes it as it writes the winner.
         loser = replace(row, response=row.rejected, rejected=None)

@@ -63,8 +63,8 @@ class Endpoint:
         """Returns the answers, in order; equal questions are asked once.
 
         Raises InputError where the cap is reached or the endpoint refuses the question,
-        EnvironmentProblem where it refuses the key or does not answer. The answers until then are
-        in the file.
+        EnvironmentProblem where it refuses the key or does not answer. The answers
+        until then are in the file.
         """
         keys = [self._key(question) for question in questions]
         missing = {

@@ -126,9 +126,9 @@ class RewardModel:
 def check_reward_model(folder: Path) -> None:
     """Raises InputError where the folder asks to run code, leads out of itself, or lacks a file.
 
-    This comes before transformers reads any of them: it runs no code here, and reads no pickle, but
-    trusts paths. Without tokenizer.json it may make up an empty vocabulary, and every score would
-    be wrong.
+    This comes before transformers reads any of them: it runs no code here, and reads no
+    pickle, but trusts paths. Without tokenizer.json it may make up an empty vocabulary, and
+    every score would be wrong.
     """
     for pattern, what in NEEDED.items():
         if not any(folder.glob(pattern)):

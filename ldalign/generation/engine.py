@@ -3,11 +3,12 @@
 A row's tokens depend on (seed, its key) and on nothing else: each step takes one uniform number of
 the row's own counter-based stream and inverts the cumulative distribution with it. Whatever the
 batch, the order or the rank, the same row gives the same tokens, as far as its logits have the same
-bits: with the C++ decoder always; with the modules' own forward, whose products change their last
-bits with the number of rows, but for a draw that falls within rounding of a boundary.
+bits. With the C++ decoder they always have. The modules' own forward changes last bits with the
+number of rows: there a draw that falls within rounding of a boundary may differ.
 
-What a step costs in Python does not grow with the rows: the engine keeps one numpy array a property
-of the rows, works on all of them at once, and touches a single row only as it enters and leaves.
+What a step costs in Python does not grow with the rows: the engine keeps one numpy
+array for each property of the rows, works on all rows at once, and touches a single row
+only as it enters and leaves.
 
 A *place* is an index into those arrays: a row has one from its entry to its end. Shapes: R places,
 L the longest row in tokens, P its pages, A places under way, C of them that get a token in a step,

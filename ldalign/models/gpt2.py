@@ -199,8 +199,8 @@ class GPT2(nn.Module):
     def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
         """Returns the final hidden states (N, D) of token embeddings (N, D).
 
-        Position embeddings are added here. Raises InputError for a sequence longer than
-        n_positions.
+        Position embeddings are added here. Raises InputError for a sequence
+        longer than n_positions.
         """
         longest = int(layout.positions.max()) + 1 if len(layout.positions) else 0
         if longest > self.config.n_positions:

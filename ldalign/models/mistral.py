@@ -7,9 +7,9 @@ Face's, but for two: q, k and v are one parameter, and gate and up. Files keep t
 
 `hidden` is the door for callers that bring their own embeddings, as the guide's towers do.
 
-Shapes: B sequences of T tokens; N flat tokens (N = B T, or whatever the layout holds), D width, H
-query heads, K key/value heads (H a multiple of K), E head width, F feed-forward width, V
-vocabulary.
+Shapes: B sequences of T tokens; N flat tokens (N = B T, or whatever the layout holds),
+D width, H query heads, K key/value heads (H a multiple of K), E head width, F
+feed-forward width, V vocabulary.
 """
 
 from collections.abc import Callable

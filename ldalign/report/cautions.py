@@ -19,8 +19,8 @@ def cautions(
 ) -> list[str]:
     """Looks at every guide and policy; returns sentences, [] where nothing speaks against a run.
 
-    table: what table.json holds. guide_steps: each guide's training records by stage name. commit:
-    the code's.
+    table: what table.json holds. guide_steps: each guide's training records by stage
+    name. commit: the code's.
     """
     out: list[str] = []
     for name, losses in table["guides"].items():

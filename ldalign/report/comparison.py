@@ -5,9 +5,9 @@ number of optimizer steps, at each learning rate of one grid (first seed); its b
 validation rows is run with the other seeds and reported on the rest of the held-out rows, which no
 choice has seen. run/comparison.py has the arms and reads their answers.
 
-Differences are paired by prompt: a method's figure for a prompt is the mean over seeds, the
-standard error is over prompts. It holds for these seeds' average; the spread between seeds is
-beside it.
+Differences are paired by prompt: a method's figure for a prompt is the mean over seeds,
+the standard error is over prompts. It holds for these seeds' average; the spread
+between seeds is beside it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ldalign.run.comparison import (
     START,
     Arm,
     arm_folder,
-    last_policy,
+    last_iteration,
     read_answers,
     validation_ids,
 )
@@ -51,7 +51,7 @@ def summarise(
 
     def last_answers(arm: Arm, seed: int) -> dict[str, dict[str, float]]:
         run = arm_folder(config, arm, seed, chosen[arm.name])
-        return read_answers(last_policy(run, config))
+        return read_answers(last_iteration(run, config))
 
     start = _over_seeds([read_answers(_start_of(config, arms, chosen, s)) for s in seeds], test)
     tables = {arm.name: _over_seeds([last_answers(arm, s) for s in seeds], test) for arm in arms}

@@ -1,9 +1,9 @@
 """report.html: one self-contained page that tells an outsider what a run did, reached and cost.
 
-Derived from the run folder alone, from whatever stages are finished, without loading a model:
-`train/report.py run=RUN` makes it again at any time. The page itself is page.html, a jinja2
-template with autoescaping (responses are data); what it shows beside the figures is put in words by
-words.py.
+Derived from the run folder alone, from whatever stages are finished, without loading a
+model: `train/report.py run=RUN` makes it again at any time. The page itself is page.html, a
+jinja2 template with autoescaping (responses are data); what it shows beside the figures is
+put in words by words.py.
 """
 
 import json

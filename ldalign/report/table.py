@@ -16,7 +16,7 @@ from ldalign.report import analysis
 from ldalign.report.analysis import Numbers
 from ldalign.report.cautions import cautions, guide_name
 from ldalign.run.folder import SUMMARY, benchmark_summaries, iterations, stage_names
-from ldalign.run.plan import STEPS
+from ldalign.run.plan import PER_POLICY
 from ldalign.system.files import make_folder, read_jsonl, write_text
 from ldalign.system.metrics import say
 
@@ -101,7 +101,7 @@ def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
 
 def _collect(run: Path, summaries: dict[str, Numbers], name: str) -> Numbers:
     """Returns everything known of one policy; {} where nothing was measured."""
-    parts = {stage.name: summaries.get(stage.folder(name), {}) for stage in STEPS}
+    parts = {stage.name: summaries.get(stage.folder(name), {}) for stage in PER_POLICY}
     benchmarks = {
         key.rpartition("/")[2]: value
         for key, value in summaries.items()
@@ -270,7 +270,7 @@ def _guide(name: str, losses: Numbers) -> str:
 
 def _times(seconds: dict[str, float], policies: list[str]) -> str:
     """Writes a table of wall times, one row a policy and one column a stage."""
-    columns = [s.name for s in STEPS if any(s.folder(p) in seconds for p in policies)]
+    columns = [s.name for s in PER_POLICY if any(s.folder(p) in seconds for p in policies)]
     if not columns:
         return ""
     lines = [

@@ -60,8 +60,8 @@ def start_config(config: CompareConfig) -> RunConfig:
 def arm_config(
     config: CompareConfig, start: Path, arm: Arm, seed: int, learning_rate: float
 ) -> RunConfig:
-    """One training of one method: from the start policy, on the rows that the start's run wrote
-    down.
+    """One training of one method: from the start policy, on the rows that
+    the start's run wrote down.
     """
     data = Path(config.run) / START / DATA_STAGE.folder()
     return _plain(
@@ -138,8 +138,8 @@ def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
-def last_policy(folder: Path, config: CompareConfig) -> Path:
-    """The folder of the last iteration in a training's run."""
+def last_iteration(folder: Path, config: CompareConfig) -> Path:
+    """Returns the folder of the last iteration in a training's run."""
     return folder / f"iteration_{config.iterations - 1}"
 
 

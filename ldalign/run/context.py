@@ -1,5 +1,5 @@
-"""What every stage of a run starts from: the device, the given policy, its tokenizer, and the rows
-in token ids.
+"""What every stage of a run starts from: the device, the given policy, its tokenizer,
+and the rows in token ids.
 """
 
 import json
@@ -30,7 +30,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.seeds import permutation
-from ldalign.training.checkpoint import Plan
+from ldalign.training.checkpoint import CheckpointPlan
 
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
@@ -50,8 +50,8 @@ class Run(Protocol):
     def stage(
         self, name: str, parents: Parents, make: Callable[[Path], Metrics], resume: bool = False
     ) -> Metrics:
-        """Makes the folder `name` of this run with `make`, unless it is there; returns its
-        summary.
+        """Makes the folder `name` of this run with `make`, unless it is there;
+        returns its summary.
         """
 
     def record(self) -> None:
@@ -159,8 +159,8 @@ def open_policy(config: RunConfig) -> Path:
 
 
 def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the config asks; the training rows are the most that any
-    stage uses.
+    """(training rows, held-out rows) as the config asks; the training rows are the
+    most that any stage uses.
 
     counts gets what `read_rows` counts.
     """
@@ -227,8 +227,8 @@ def _with_wrong_answers(rows: list[Row]) -> list[Row]:
 
 
 def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = None) -> Context:
-    """Reads and checks data, tokenizer and template, and the headers of the policy's files; nothing
-    is written.
+    """Reads and checks data, tokenizer and template, and the headers of the policy's
+    files; nothing is written.
 
     planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit,
     fewer of them than one global batch, or a guide that is asked for in two ways.
@@ -309,10 +309,10 @@ def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
             )
 
 
-def plan(ctx: Context, folder: Path) -> Plan:
+def checkpoint_plan(ctx: Context, folder: Path) -> CheckpointPlan:
     """The checkpoints of a stage that is made in `folder`."""
     c = ctx.config.checkpoint
-    return Plan(folder / CHECKPOINTS, c.minutes, c.steps, c.keep)
+    return CheckpointPlan(folder / CHECKPOINTS, c.minutes, c.steps, c.keep)
 
 
 def file_hash(ctx: Context, name: str) -> str:

@@ -96,8 +96,8 @@ def _stage(ctx: Context, name: str) -> tuple[Need, int]:
 
 
 def _checkpoints(ctx: Context, steps: int) -> int:
-    """The most that lie there at a time in a stage of so many steps: those kept and one being
-    written.
+    """The most that lie there at a time in a stage of so many steps: those
+    kept and one being written.
     """
     c = ctx.config.checkpoint
     if c.minutes is not None:  # possibly after every step; none after the last

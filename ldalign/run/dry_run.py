@@ -1,5 +1,5 @@
-"""`--dry-run`: everything that can be checked before work begins, and rough figures of what is left
-to do will take.
+"""`--dry-run`: all that can be checked before work begins, and what the
+work left will roughly take.
 
 Checked: settings, data, template and ids of every row (`open_context`); names and shapes of the
 policy's and the guide's tensors, from their files' headers; the run folder; room on the disk.
@@ -70,8 +70,8 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
 
 
 def _existing(run: Path) -> Path:
-    """The run folder, or the nearest folder above it that is there. Raises where a run could not be
-    made.
+    """The run folder, or the nearest folder above it that is there. Raises where
+    a run could not be made.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file; give a folder (run=NAME)")
@@ -161,8 +161,8 @@ def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) ->
 
 
 def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains a guide of the policy's size: two towers in float32,
-    AdamW.
+    """Peak of one rank while it trains a guide of the policy's size: two towers
+    in float32, AdamW.
     """
     g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
     encoded, decoded = guide_tokens(ctx)
@@ -195,8 +195,8 @@ def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
 
 
 def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> str:
-    """From the measured speed of two products: 6 operations a weight and token to train, 2 to score
-    or generate.
+    """From the measured speed of two products: 6 operations a weight and token to
+    train, 2 to score or generate.
     """
     wide = _flops(ctx, config, ctx.config.training.micro_tokens)
     narrow = _flops(ctx, config, min(ctx.config.sampling.batch_rows, len(ctx.used[1])))

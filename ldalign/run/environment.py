@@ -126,8 +126,8 @@ def _flash_attention() -> Tick:
 
 
 def _backends() -> list[Tick]:
-    """What runs each operation, by device: one line a device, operations that share a backend
-    together.
+    """What runs each operation, by device: one line a device, operations that
+    share a backend together.
     """
     ticks = []
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -191,8 +191,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, "-dirty" added if files differ; None outside
-    a checkout.
+    """The commit of the checkout this code runs from, "-dirty" added if files differ;
+    None outside a checkout.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed copy may lie inside someone else's repository

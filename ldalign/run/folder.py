@@ -16,7 +16,7 @@ from typing import IO, Self
 
 from ldalign.run import environment
 from ldalign.run.manifest import Parents, run_stage
-from ldalign.run.plan import FIRST, LAST, STEPS, stage_of
+from ldalign.run.plan import FIRST, LAST, PER_POLICY, stage_of
 from ldalign.run.stage import Stage
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
@@ -42,11 +42,11 @@ class RunFolder:
     """The folder of one run: made if absent, locked while in use, holding config.yaml and
     environment.json.
 
-    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the writing.
-    The lock is the kernel's (flock), so it ends with the process that holds it, however that dies;
-    the file `lock` says whose it is. The other files are written right before the first stage that
-    is made, or at the end where all were made before: a command that is refused leaves them as they
-    are.
+    Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the
+    writing. The lock is the kernel's (flock), so it ends with the process that holds it,
+    however that dies; the file `lock` says whose it is. The other files are written right
+    before the first stage that is made, or at the end where all were made before: a command
+    that is refused leaves them as they are.
 
     Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem
     if it cannot be written or another live process has it.
@@ -89,9 +89,9 @@ class RunFolder:
         """Makes the stage in the folder `name` ("guide", "iteration_0/policy") of this run by
         `manifest.run_stage`.
 
-        What `make` returns (on rank 0) and the wall time go into the stage's summary.json, and are
-        returned. The run's metrics.jsonl is put together again from all stages, where it is not up
-        to date.
+        What `make` returns (on rank 0) and the wall time go into the stage's summary.json,
+        and are returned. The run's metrics.jsonl is put together again from all stages,
+        where it is not up to date.
         """
 
         def timed(folder: Path) -> None:
@@ -195,7 +195,12 @@ def stage_names(run: Path) -> list[str]:
     policies: list[str | int] = ["start", "sft", *sorted({0, *iterations(run)}), "continual_sft"]
     names = [
         *(stage.folder() for stage in FIRST),
-        *(name for policy in policies for stage in STEPS for name in _folders(run, stage, policy)),
+        *(
+            name
+            for policy in policies
+            for stage in PER_POLICY
+            for name in _folders(run, stage, policy)
+        ),
         *(stage.folder() for stage in LAST),
     ]
     return [name for name in names if (run / name / SUMMARY).is_file()]

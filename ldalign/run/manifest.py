@@ -56,8 +56,8 @@ log = logging.getLogger(__name__)
 
 
 def hash_settings(settings: Any) -> str:
-    """sha256 of a config, dict, list or plain value: equal for equal content, whatever the order of
-    dict keys.
+    """sha256 of a config, dict, list or plain value: equal for equal content,
+    whatever the order of dict keys.
 
     Raises TypeError for what has no canonical text (a set, an arbitrary object) and ValueError for
     NaN and infinity.
@@ -123,8 +123,8 @@ def _hash_unchanged(path: Path, _size: int, _mtime_ns: int) -> str:
 def run_stage(
     folder: Path, parents: Parents, make: Callable[[Path], None], resume: bool = False
 ) -> bool:
-    """Makes the stage `folder` with `make(temporary folder)`, unless it is there already. All ranks
-    call this.
+    """Makes the stage `folder` with `make(temporary folder)`, unless it is there
+    already. All ranks call this.
 
     `parents` names everything the output depends on: hashes of data, template, model and settings,
     or plain values. `make` runs on all ranks and may write files on each of them (different ones).
@@ -150,8 +150,8 @@ def run_stage(
 def _prepare(
     folder: Path, partial: Path, parents: dict[str, str | int | float], resume: bool
 ) -> bool:
-    """Whether the stage is done; if not, a temporary folder is ready: empty, or what can be gone on
-    from.
+    """Whether the stage is done; if not, a temporary folder is ready: empty, or
+    what can be gone on from.
     """
     with writing(folder):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -186,8 +186,8 @@ def _prepare(
 
 
 def _holds_work(partial: Path) -> bool:
-    """Whether anything is in it but what a stage has before its first row or step; else it may be
-    begun anew.
+    """Whether anything is in it but what a stage has before its first row or step;
+    else it may be begun anew.
     """
     rows = (path for path in partial.rglob("*") if path.is_file() and path.name != PARENTS)
     return any(path.stat().st_size for path in rows) or any((partial / CHECKPOINTS).glob("*"))
@@ -212,8 +212,8 @@ def _as_read(parents: Parents) -> dict[str, Any]:
 
 
 def stage_parents(folder: Path) -> dict[str, Any]:
-    """What the stage `folder` was made from, or begun from; {} where it is not there. Raises
-    InputError.
+    """What the stage `folder` was made from, or begun from; {} where it is not
+    there. Raises InputError.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     if (folder / MANIFEST).is_file():
@@ -225,8 +225,8 @@ def stage_parents(folder: Path) -> dict[str, Any]:
 def check_stage(folder: Path, parents: Parents | None = None) -> None:
     """Checks a finished stage: its files against its manifest and, if given, its parents.
 
-    Raises InputError naming the damaged file, or each parent that differs with its old and its new
-    value.
+    Raises InputError naming the damaged file, or each parent that differs with
+    its old and its new value.
     """
     manifest = _read_manifest(folder)
     if parents is not None:
@@ -269,7 +269,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             parts = Path(name).parts
             if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in parts:
                 raise ValueError
-            # of Linux
+            # The longest path and name that Linux takes.
             if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:
                 raise ValueError
     except FileNotFoundError:
@@ -302,8 +302,8 @@ def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) 
 
 
 def _name(folder: Path, partial: Path) -> None:
-    """Removes what only an unfinished stage needs, now that it has a manifest; then gives it its
-    name.
+    """Removes what only an unfinished stage needs, now that it has a
+    manifest; then gives it its name.
     """
     for inner in (CHECKPOINTS, PARTS):
         if (partial / inner).exists():
@@ -325,5 +325,5 @@ def _files(folder: Path) -> list[Path]:
         assert path.is_file() and not path.is_symlink(), (
             f"{path}: a stage may hold plain files only"
         )
-        assert path != folder / MANIFEST, f"{path}: the manifest is the pipeline's to write"
+        assert path != folder / MANIFEST, f"{path}: `run_stage` alone writes the manifest"
     return paths

@@ -1,5 +1,5 @@
-"""What is measured of every policy of a run: the held-out evaluation; where asked for, rewards and
-benchmarks.
+"""What is measured of every policy of a run: the held-out evaluation; where asked
+for, rewards and benchmarks.
 """
 
 import importlib.util

@@ -3,6 +3,10 @@
 Each takes the run, the iteration, the policies that the iteration and the run start from, and
 returns the pairs to train on: tokens, weights, the reference's log-probs. The rest of the run is
 the same for all methods.
+
+A new method is a function here with its lines in `SOURCES` and `STAGES`; a value of the key
+`method` and the keys it does not read in `ldalign.run.settings`; and its words in
+`ldalign.report.words` and `ldalign.report.analysis`.
 """
 
 from collections.abc import Callable
@@ -81,8 +85,8 @@ def sft(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """Makes pairs (better, worse, 1) of two own samples, as the policy itself judges them (arXiv
-    2401.10020).
+    """Makes pairs (better, worse, 1) of two own samples, as the policy itself judges
+    them (arXiv 2401.10020).
     """
     return _of_two_samples(ctx, t, policy, start, POLICY)
 
@@ -97,8 +101,8 @@ def rlaif(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 def _of_two_samples(
     ctx: Context, t: int, policy: Path, start: Path, judge: str | None
 ) -> TrainingPairs:
-    """Samples two responses a prompt, has them judged, drops ties, takes the reference of the
-    rest.
+    """Samples two responses a prompt, has them judged, drops ties, takes the
+    reference of the rest.
     """
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)

@@ -1,7 +1,8 @@
 """The stages of a run in the order of the method, and those of them that are still to be made.
 
-A new stage is a file in `ldalign/run/stages/`, which says the stage's name and cost, and a line
-here, which says its place.
+A new stage is a file in `ldalign/run/stages/`, which says the stage's name and cost and makes its
+folder; a line here, which says its place; and whoever calls it and plans it: a method
+(`ldalign.run.methods`), the measurements (`ldalign.run.measures`) or a script (`train/align.py`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from ldalign.run.stages.reward import REWARD_STAGE
 
 FIRST = (DATA_STAGE,)  # once a run, before all others
 # With every policy: the start's, then each iteration's, then the baseline's. No policy has all.
-STEPS = (
+PER_POLICY = (
     RESPONSES_STAGE,
     GUIDE_STAGE,
     DISTANCES_STAGE,
@@ -40,7 +41,7 @@ STEPS = (
     REWARD_STAGE,
 )
 LAST = (AGREEMENT_SAMPLES_STAGE, AGREEMENT_STAGE)  # once a run, after all others
-ORDER = (*FIRST, *STEPS, *LAST)
+ORDER = (*FIRST, *PER_POLICY, *LAST)
 
 
 def stage_of(name: str) -> Stage:

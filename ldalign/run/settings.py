@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_type_hints
 
+from ldalign.objective import Metric
 from ldalign.system.config import (
     above_up_to,
     at_least,
@@ -162,8 +163,8 @@ class GuideKeys:
 
 @dataclass(frozen=True)
 class CheckpointKeys:
-    """What is kept of a stage in training, so that it can be gone on with after a stop. It changes
-    no result.
+    """What is kept of a stage in training, so that it can be gone on with after a
+    stop. It changes no result.
     """
 
     minutes: float | None = setting(
@@ -310,7 +311,7 @@ class RunConfig:
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
     )
-    distance: Literal["euclidean", "cosine"] = setting(
+    distance: Metric = setting(
         "euclidean",
         "of two latents: length of their difference (the paper's), or 1 - cos of their angle",
     )

@@ -1,8 +1,8 @@
 """What a stage says of itself before it is made: the name of its folder, and what it costs.
 
-Each file of `ldalign/run/stages/` says it once, in a `Stage` of its own; its place among the others
-is its line in `ldalign/run/plan.py`. Order, planned stages, dry run, disk estimate and tables read
-from there.
+Each file of `ldalign/run/stages/` says it once, in a `Stage` of its own; its place among
+the others is its line in `ldalign/run/plan.py`. Order, planned stages, dry run, disk
+estimate and tables read from there.
 """
 
 from collections.abc import Callable

@@ -119,9 +119,9 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
     """Builds `cls` from its defaults, then the file at `path`, then the `key=value` overrides.
 
     A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted
-    (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is taken as it
-    stands. A config class may define `problems(self) -> list[str]` to check its keys against each
-    other.
+    (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is
+    taken as it stands. A config class may define `problems(self) -> list[str]` to check its
+    keys against each other.
 
     Raises InputError with all problems found: unknown keys (nearest name given), repeated keys,
     wrong types, NaN and infinity, values out of bounds, contradictions.

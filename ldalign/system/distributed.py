@@ -54,8 +54,8 @@ _SHARED_ERRORS: dict[str, type[LdalignError]] = {
 def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     """Joins the process group (torchrun's, or a group of one) and returns this rank's device.
 
-    device: auto (CUDA where there is one), cpu or cuda. Raises EnvironmentProblem for a device that
-    is not there.
+    device: auto (CUDA where there is one), cpu or cuda. Raises EnvironmentProblem for a
+    device that is not there.
 
     timeout_minutes: how long a rank waits for another inside a step, where all are about as fast.
     Where one may work alone for hours (`barrier`, `on_rank0`, `on_all`) they meet in a gloo group
@@ -163,10 +163,10 @@ def barrier() -> None:
 def on_rank0(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone and returns its result on every rank. All ranks must call it.
 
-    If it raises, every rank raises: an ldalign error as the same class with the same text, any
-    other as RuntimeError on the other ranks. So no rank is left waiting. The result travels by
-    torch.distributed's object broadcast (between our own processes, never from a file) and should
-    be small.
+    If it raises, every rank raises: an ldalign error as the same class with the same text,
+    any other as RuntimeError on the other ranks. So no rank is left waiting. The result
+    travels by torch.distributed's object broadcast (between our own processes, never from a
+    file) and should be small.
     """
     if world_size() == 1:
         return work()

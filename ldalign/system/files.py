@@ -1,8 +1,8 @@
 """Files: wholly there or not there at all, with errors that name path and bytes; JSON and hashes.
 
-`writing` turns what the file system refuses into one line; `write_text` and `save_tensors` leave
-nothing half written; below them are our JSON and JSON Lines files, and the hash that manifests
-hold.
+`writing` turns what the file system refuses into one line; `write_text` and
+`save_tensors` leave nothing half written; below them are our JSON and JSON Lines files,
+and the hash that manifests hold.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ _MACHINE_ERRORS = (
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
     """Turns what the file system refuses within it into an EnvironmentProblem that names the path.
 
-    path: what is written, or the folder of it where the error itself does not say. size: in bytes,
-    where known.
+    path: what is written, or the folder of it where the error itself does not say.
+    size: in bytes, where known.
     """
     try:
         yield
@@ -79,8 +79,8 @@ def sync(path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it; their names are on disk when this returns.
 
-    Raises NotADirectoryError where something above it is a file, FileExistsError where `path` is
-    one.
+    Raises NotADirectoryError where something above it is a file,
+    FileExistsError where `path` is one.
     """
     if path.is_dir():
         return

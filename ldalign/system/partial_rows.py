@@ -106,10 +106,10 @@ def table(
     """Computes a table in chunks of rows: (N, width) float64 on the CPU, the same on all ranks.
 
     work: makes (n, width) of the n row indices of a chunk. All ranks call this with the same
-    chunks, which hold each of 0 to N - 1 once and do not depend on the ranks, and share them. path:
-    where chunks that are done are kept, and gone on from; None: nowhere. Raises NumericsError on
-    all ranks alike, with refusal(index, value), where a value is not finite; the other chunks are
-    kept.
+    chunks, which hold each of 0 to N - 1 once and do not depend on the ranks, and share them.
+    path: where chunks that are done are kept, and gone on from; None: nowhere. Raises
+    NumericsError on all ranks alike, with refusal(index, value), where a value is not finite;
+    the other chunks are kept.
     """
     parts = None if path is None else Parts(path)
     values: dict[int, list[float]] = {}  # this rank's; rank 0 has those of earlier starts too

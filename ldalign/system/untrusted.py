@@ -45,8 +45,8 @@ def refuse_links_out(folder: Path, *subfolders: str) -> None:
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """Reads a file of the model folder it lies in, of at most `most` bytes.
 
-    Raises InputError for a link out, a device, or too large a file; FileNotFoundError where there
-    is none.
+    Raises InputError for a link out, a device, or too large a file;
+    FileNotFoundError where there is none.
     """
     refuse_link_out(path, path.parent)
     try:

@@ -1,5 +1,4 @@
-"""Pairs, and how they become batches: row order, micro-batches by token budget, packing without
-padding.
+"""How pairs become batches: row order, micro-batches by token budget, packing without padding.
 
 The order of the rows is a function of (seed, epoch) over global indices. Ranks and micro-batches
 only split a global batch; the divisor of the loss is fixed for the whole of it, so any split gives
@@ -24,8 +23,8 @@ from ldalign.system.seeds import permutation
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs packed: sequences [prompt | real | generated] end to end; both responses continue the
-    prompt.
+    """Pairs packed: sequences [prompt | real | generated] end to end; both
+    responses continue the prompt.
     """
 
     pairs: Sequence[Pair]
@@ -70,8 +69,8 @@ class Batch:
 
 
 def token_logprobs(model: LanguageModel, batch: Batch) -> Tensor:
-    """(M,) float32 natural-log probabilities of the batch's response tokens. No logits leave the
-    head.
+    """(M,) float32 natural-log probabilities of the batch's response tokens.
+    No logits leave the head.
     """
     out = model(
         batch.ids,

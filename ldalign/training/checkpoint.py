@@ -1,5 +1,5 @@
-"""Checkpoints inside a training stage: a run that was cut short goes on from one, and ends in the
-same bits.
+"""Checkpoints inside a training stage: a run that was cut short goes on from one,
+and ends in the same bits.
 
 `checkpoint/step_00000012/` in the stage's temporary folder: a safetensors file from every rank that
 holds a part of the model (its own rows of the master weights and of the optimizer's averages), and
@@ -54,9 +54,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where a stage keeps its checkpoints, and how often it makes one. None of it changes the
-    result.
+class CheckpointPlan:
+    """Where a stage keeps its checkpoints, and how often it makes one. None
+    of it changes the result.
     """
 
     folder: Path
@@ -66,15 +66,19 @@ class Plan:
 
 
 class Checkpoints:
-    """The checkpoints of one model in training. Every method is called by all ranks, between two
-    steps.
+    """The checkpoints of one model in training. Every method is called by all
+    ranks, between two steps.
 
     plan None: none are made; requests to stop are honoured all the same. metrics: the stage's
     metrics.jsonl.
     """
 
     def __init__(
-        self, plan: Plan | None, model: nn.Module, optimizer: Optimizer, metrics: Path | None
+        self,
+        plan: CheckpointPlan | None,
+        model: nn.Module,
+        optimizer: Optimizer,
+        metrics: Path | None,
     ) -> None:
         self.plan, self.model, self.optimizer, self.metrics = plan, model, optimizer, metrics
         self.written = time.monotonic()  # the wall clock may be set back
@@ -140,7 +144,7 @@ class Checkpoints:
             )
             raise Stopped(signal.SIGTERM if terminated else signal.SIGINT, kept)
 
-    def _due(self, plan: Plan, step: int) -> bool:
+    def _due(self, plan: CheckpointPlan, step: int) -> bool:
         by_time = plan.minutes is not None and time.monotonic() - self.written >= 60 * plan.minutes
         return by_time or (plan.steps is not None and step % plan.steps == 0)
 
@@ -170,8 +174,8 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------- writing
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, int]]:
-        """(name, the rows of it that this rank holds, the number of the first) of every weight and
-        average.
+        """(name, the rows of it that this rank holds, the number of the first) of
+        every weight and average.
         """
         for name, p in self.model.named_parameters():
             local = p.to_local() if isinstance(p, DTensor) else p
@@ -284,8 +288,8 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, path: Path) -> State:
-        """Weights and averages from any number of files: each tensor's rows are where the manifest
-        says.
+        """Weights and averages from any number of files: each tensor's rows are
+        where the manifest says.
         """
         manifest = _read_manifest(path)
         stored = {name for entry in manifest["files"] for name in entry["rows"]}

@@ -17,7 +17,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.system.seeds import permutation, uniforms
 from ldalign.training.batches import count_steps, deal
-from ldalign.training.checkpoint import Plan, State
+from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import make_optimizer
 
@@ -50,10 +50,9 @@ def train_guide(
     seed: int,
     metrics_path: Path | None = None,
     ids: Sequence[str] | None = None,
-    checkpoints: Plan | None = None,
+    checkpoints: CheckpointPlan | None = None,
 ) -> dict[str, float]:
-    """Minimises -mean log D(y | x, E(x, y)) - mean log D(y' | x, E(x, y')), per response token
-    (paper, section 4.1).
+    """Minimises `objective.reconstruction_loss` over both responses of every row.
 
     rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out
     losses (see `heldout_losses`), and tokens: prompt and response of every example trained on, over
@@ -208,10 +207,10 @@ def heldout_losses(
     reading all tokens.
 
     true: with the row's own latent; other: with another row's (of the same side, real or
-    generated); none: with zeros. latent_gain = other - true. sibling_gain: the same difference with
-    the latent of the row's own other response, over the rows whose two responses differ (0 where
-    none does): what z says beyond the prompt. Needs at least two rows. Every rank computes them
-    all.
+    generated); none: with zeros. latent_gain = other - true. sibling_gain: the same
+    difference with the latent of the row's own other response, over the rows whose two
+    responses differ (0 where none does): what z says beyond the prompt. Needs at least two
+    rows. Every rank computes them all.
     """
     n = len(rows)
     wanted = -(-sum(_costs([e for row in rows for e in row])) // budget)

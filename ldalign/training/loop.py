@@ -24,7 +24,7 @@ from ldalign.system.files import write_text
 from ldalign.system.memory import naming
 from ldalign.system.metrics import MetricsLog
 from ldalign.training.batches import global_batches
-from ldalign.training.checkpoint import Checkpoints, Plan, State
+from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
 from ldalign.training.optim import Optimizer, Schedule, learning_rate_factor
 
 REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
@@ -62,8 +62,8 @@ class Task(Protocol):
     """What is trained: its rows, its gradient, and what its records show. All ranks call each."""
 
     def accumulate(self, epoch: int, indices: np.ndarray) -> float:
-        """Adds the gradient of one global batch to the parameters; returns its loss, over all
-        ranks.
+        """Adds the gradient of one global batch to the parameters; returns
+        its loss, over all ranks.
         """
         ...
 
@@ -100,7 +100,7 @@ def optimize(
     lower: str,
     begin: State,
     metrics_path: Path | None = None,
-    checkpoints: Plan | None = None,
+    checkpoints: CheckpointPlan | None = None,
 ) -> State:
     """Trains `model`, which is sharded already, in place; returns the state at the end.
 

@@ -6,8 +6,9 @@ from ldalign import ops
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import count_parameters
 
-SCATTERED = 1.5  # the same for gradients that lie where the first micro-batch's activations were
-HOLES = 1.15  # the heap that activations of many sizes take, over their sum, as measured
+# As measured: the heap that activations of many sizes take, over the sum of these sizes; and the
+# same for gradients, which lie where the first micro-batch's activations were.
+HOLES, SCATTERED = 1.15, 1.5
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
 
 
 def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
-    """`training_memory` of a guide with two towers like `model`; shape.tokens are those of both
-    together.
+    """`training_memory` of a guide with two towers like `model`; shape.tokens
+    are those of both together.
 
     A rank loads both towers whole before it keeps its part.
     """

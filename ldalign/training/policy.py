@@ -1,4 +1,4 @@
-"""The training loop, the only one: pairs in, policy weights out.
+"""Training the policy: what it hands to the optimizer loop, and its losses, SFT and weighted DPO.
 
 SFT, SPIN and LD-Align differ in their pairs alone (a missing loser, weights of 1, weights from
 latent distances). One model is held: the reference's log-probs are on the pairs. The loss is a sum
@@ -23,7 +23,7 @@ from ldalign.system.distributed import Sharding
 from ldalign.system.errors import NumericsError
 from ldalign.system.metrics import Mean, peak_memory_gib
 from ldalign.training.batches import Batch, count_steps, deal, pair_costs
-from ldalign.training.checkpoint import Plan, State
+from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import Schedule, make_optimizer
 
@@ -47,8 +47,8 @@ PROBED_TOKENS = 64
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training stage needs to know. Lengths of schedules follow from epochs and the number
-    of pairs.
+    """What a training stage needs to know. Lengths of schedules follow from epochs
+    and the number of pairs.
     """
 
     epochs: int
@@ -80,19 +80,19 @@ def train(
     stage: str,
     metrics_path: Path | None = None,
     step0_is_reference: bool = True,
-    checkpoints: Plan | None = None,
+    checkpoints: CheckpointPlan | None = None,
 ) -> dict[str, float]:
     """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last
     epoch, averaged.
 
-    All pairs have a loser, or none has (SFT). The model is sharded over all ranks on return
-    (`distributed.full_state` gathers it). With `checkpoints` it goes on from the newest one that is
-    there.
+    All pairs have a loser, or none has (SFT). The model is sharded over all ranks on
+    return (`distributed.full_state` gathers it). With `checkpoints` it goes on from the
+    newest one that is there.
 
     Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are
-    touched, and where step 0 does not start at ln 2 although policy and reference are the same;
-    EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop, between
-    two steps.
+    touched, and where step 0 does not start at ln 2 although policy and reference are the
+    same; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to
+    stop, between two steps.
     """
     if not pairs:
         raise ValueError("train: no pairs")
@@ -225,9 +225,9 @@ def accumulate_gradients(
     """
     divisor = len(pairs) if preference else sum(len(pair.real) for pair in pairs)
     sizes = [pair.tokens for pair in pairs]
-    plan = deal(sizes, distributed.world_size(), settings.micro_tokens, pair_costs(model, pairs))
+    costs = pair_costs(model, pairs)
+    micros = deal(sizes, distributed.world_size(), settings.micro_tokens, costs)[distributed.rank()]
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    micros = plan[distributed.rank()]
     for i, micro in enumerate(micros):
         distributed.last_micro(model, i == len(micros) - 1, settings.sharding)
         # An empty micro-batch takes part in the collectives with a row that counts for nothing.
@@ -248,12 +248,12 @@ def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, me
     entropy and mean_token_accuracy are those of PROBED_TOKENS tokens spread evenly.
     """
 
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden.index_select(0, batch.rows)
+    def head(hidden: Tensor, output_weight: Tensor) -> Tensor:
+        hidden = hidden.index_select(0, batch.rows)  # (M, D) of the N tokens
         with torch.no_grad():
-            _probe(hidden, weight, batch.targets, batch, mean)
+            _probe(hidden, output_weight, batch, mean)
         loss = _sft if batch.pairs[0].generated is None else _dpo
-        return loss(hidden, weight, batch, beta, scale, mean)
+        return loss(hidden, output_weight, batch, beta, scale, mean)
 
     out = model(batch.ids, batch.layout, head)
     assert isinstance(out, Tensor)
@@ -261,28 +261,36 @@ def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, me
 
 
 def _sft(
-    hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+    hidden: Tensor, output_weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
 ) -> Tensor:
-    """Negative log-likelihood of the response tokens."""
-    loss, logps = ops.sft_loss(hidden, weight, batch.targets, scale)
+    """The loss () of SFT: scale times the summed -log-prob of the response tokens (M,).
+
+    hidden (M, D), output_weight (V, D); beta is read by `_dpo` alone.
+    """
+    loss, logps = ops.sft_loss(hidden, output_weight, batch.targets, scale)
     mean.add("nll", -logps)
     mean.add("len/chosen", torch.tensor(batch.lengths, dtype=torch.float64))
     return loss
 
 
 def _dpo(
-    hidden: Tensor, weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+    hidden: Tensor, output_weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
 ) -> Tensor:
-    """The weighted DPO loss of the batch's pairs."""
+    """The loss () of LD-Align: scale times the sum of `objective.dpo_loss` over the pairs.
+
+    Here a pair's weight becomes a gradient: `ops.pair_loss` makes log-probs, loss and both
+    gradients in one pass, each pair's with its `objective.dpo_coefficient`. hidden (M, D),
+    output_weight (V, D).
+    """
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=hidden.device)
 
     pairs = batch.pairs
-    reference = column([logp for p in pairs for logp in (p.ref_real, p.ref_generated)])
-    weights = column([p.weight for p in pairs])
+    reference = column([logp for p in pairs for logp in (p.ref_real, p.ref_generated)])  # (2P,)
+    weights = column([p.weight for p in pairs])  # (P,), s
     loss, sums, metrics = ops.pair_loss(
-        hidden, weight, batch.targets, batch.lengths, reference, weights, beta, scale
+        hidden, output_weight, batch.targets, batch.lengths, reference, weights, beta, scale
     )
     mean.add("loss/unweighted", metrics.pop("loss"))
     for name, values in metrics.items():
@@ -297,16 +305,19 @@ def _dpo(
     return loss
 
 
-def _probe(hidden: Tensor, weight: Tensor, targets: Tensor, batch: Batch, mean: Mean) -> None:
-    mean_logit = (hidden @ weight.mean(0)).float()
-    sums = ops.segment_sum(mean_logit, batch.lengths)
+def _probe(hidden: Tensor, output_weight: Tensor, batch: Batch, mean: Mean) -> None:
+    """Adds what needs logits, which training does not make: mean logits, which a product with the
+    mean row of the output weight gives, and entropy and accuracy on a few tokens.
+    """
+    targets = batch.targets  # (M,)
+    mean_logit = (hidden @ output_weight.mean(0)).float()  # (M,)
+    sums = ops.segment_sum(mean_logit, batch.lengths)  # (S,), a response each
     sides = 1 if batch.pairs[0].generated is None else 2
     for side, name in enumerate(("logits/chosen", "logits/rejected")[:sides]):
         mean.add(name, sums[side::sides].sum(), sum(batch.lengths[side::sides]))
-    picked = torch.linspace(
-        0, len(targets) - 1, min(PROBED_TOKENS, len(targets)), device=targets.device
-    ).long()
-    logp = (hidden[picked] @ weight.T).float().log_softmax(-1)
+    most = min(PROBED_TOKENS, len(targets))
+    picked = torch.linspace(0, len(targets) - 1, most, device=targets.device).long()
+    logp = (hidden[picked] @ output_weight.T).float().log_softmax(-1)  # (most, V)
     mean.add("entropy", -(logp.exp() * logp).sum(-1))
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
 

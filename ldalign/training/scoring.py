@@ -1,5 +1,5 @@
-"""Log-probs of given responses under a model: the reference pass, and the likelihood of real
-responses.
+"""Log-probs of given responses under a model: the reference pass, and the
+likelihood of real responses.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,8 +35,8 @@ def of_kind(kind):
     ],
 )
 def test_rows_are_pinned(split, digest):
-    """A change here changes every result measured on this data: make it on purpose, and say so in
-    the records.
+    """A change here changes every result measured on this data: make it on purpose,
+    and say so in the records.
     """
     text = json.dumps(make_rows(0, split, 260), sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest() == digest
@@ -249,8 +249,8 @@ def test_every_response_passes_its_own_check(row_set):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_answers_fail(kind):
-    """Another row's answer under this row's right working, and this answer with one character
-    changed.
+    """Another row's answer under this row's right working, and this answer
+    with one character changed.
     """
     rows = of_kind(kind)
     rng = random.Random(kind)

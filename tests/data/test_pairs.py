@@ -112,8 +112,8 @@ def test_every_kind_of_weight_has_mean_one_over_the_kept(kind: str) -> None:
 
 
 def test_the_kinds_of_weights_by_hand() -> None:
-    """Kept distances 1, 4, 0.01, 2.99 have mean 2; length differences are 3, 0, 1, 6, with mean
-    2.5.
+    """Kept distances 1, 4, 0.01, 2.99 have mean 2; length differences are
+    3, 0, 1, 6, with mean 2.5.
     """
     assert weigh("latent") == pytest.approx([0.5, 2.0, 0.005, 0, 1.495])
     assert weigh("uniform") == [1, 1, 1, 0, 1]
@@ -158,8 +158,8 @@ def test_rejected_responses_get_ids_as_chosen_ones_do(chatml_folder: Path) -> No
 
 
 def test_samples_are_ranked_and_ties_are_none() -> None:
-    """Preference for the first: 0.9 yes, 0.2 no, 0.5 and NaN say nothing; both sides are cut to
-    max_length.
+    """Preference for the first: 0.9 yes, 0.2 no, 0.5 and NaN say nothing; both
+    sides are cut to max_length.
     """
     pairs = [Pair(f"row{i}", [1], [2]) for i in range(4)]
     samples = [([5, 5, 5], [6, 6])] * 4

@@ -70,8 +70,8 @@ def test_summary() -> None:
 
 
 def test_wilson() -> None:
-    """The interval's ends are the shares that lie 1.96 of their own standard errors away from what
-    was seen.
+    """The interval's ends are the shares that lie 1.96 of their own standard errors
+    away from what was seen.
     """
     for hits, count in ((3, 4), (60, 100), (0, 7), (7, 7)):
         low, high = wilson(hits, count)

@@ -77,8 +77,8 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_knows_gets_everything_right(task: str, data: Path) -> None:
-    """The greedy flag is False for every choice: lm-eval's own MuTual scores would be 0.25 or so
-    here.
+    """The greedy flag is False for every choice: lm-eval's own MuTual scores
+    would be 0.25 or so here.
     """
     perfect = Answers(
         lambda _, text: -0.01 * len(text) if RIGHT in text else -9.0 * len(text),
@@ -233,8 +233,8 @@ def test_default_shots_and_versions() -> None:
 
 
 def test_examples_are_never_scored(data: Path, tmp_path: Path) -> None:
-    """Without a file of examples the first rows are; with one, it is drawn from and every row is
-    scored.
+    """Without a file of examples the first rows are; with one, it is drawn from
+    and every row is scored.
     """
     task = Benchmark("arc_easy", data, 2).task()
     prompts = [context for context, _ in requests_of(task)][::4]

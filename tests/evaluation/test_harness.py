@@ -78,8 +78,8 @@ def test_loglikelihoods(ours: HarnessModel, theirs: Any, capfd: pytest.CaptureFi
 
 
 def test_greedy_continuations_are_told(ours: HarnessModel, theirs: Any) -> None:
-    """In token ids: what the model would say, the same with its last or its first id changed, and
-    one id of it.
+    """In token ids: what the model would say, the same with its last or its first id
+    changed, and one id of it.
     """
     prompts = [ours.tok_encode(text) for text in ("The quick", "Say two", "fox")]
     made = generate_ids(ours.model, prompts, ["a", "b", "c"], [], Sampling(5, temperature=0.0), 0)
@@ -149,8 +149,8 @@ def test_rolling(ours: HarnessModel, theirs: Any) -> None:
 
 
 def test_generation(ours: HarnessModel, theirs: Any) -> None:
-    """Equal texts, also where a stop string spans tokens: it is cut out of what is generated
-    without one.
+    """Equal texts, also where a stop string spans tokens: it is cut out of what
+    is generated without one.
     """
     free = ours.generate_until(
         instances("generate_until", [(c, {"max_gen_toks": 16}) for c in CONTEXTS])
@@ -198,8 +198,8 @@ def test_one_bos(zephyr_folder: Path) -> None:
 
 
 def test_contexts_are_computed_once() -> None:
-    """Four choices of one context, and a long beginning that many contexts share; what is alone
-    stays alone.
+    """Four choices of one context, and a long beginning that many contexts share;
+    what is alone stays alone.
     """
     context = tuple(range(50))
     (tree,) = plan_trees([Scored(context, (n, 1)) for n in range(4)], 1000)

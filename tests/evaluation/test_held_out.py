@@ -146,8 +146,8 @@ def test_standard_error_is_over_prompts(measure: Callable[[Answer], dict[str, fl
 
 
 def test_a_real_model(toy: Any, tmp_path: Path) -> None:
-    """Nothing stubbed: nll against whole logits, tokens counted, rows without a kind not generated
-    for.
+    """Nothing stubbed: nll against whole logits, tokens counted, rows without
+    a kind not generated for.
     """
     model, tokenizer, rows, pairs = toy
     plain = [*rows[:3], Row("x", rows[3].history, rows[3].response)]

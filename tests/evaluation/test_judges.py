@@ -327,8 +327,8 @@ def test_models_that_refuse_a_parameter_are_asked_without(server: Server, tmp_pa
 def test_a_run_of_rlaif_asks_an_endpoint(
     server: Server, tmp_path: Path, toy_cache: Path, in_process: None
 ) -> None:
-    """From samples to policy: the endpoint likes the shorter answer, so the winners are. Asked
-    once.
+    """From samples to policy: the endpoint likes the shorter answer, so the
+    winners are. Asked once.
     """
 
     def reply(question: str, body: dict[str, Any]) -> Reply:

@@ -269,8 +269,8 @@ def test_faults_are_found_before_any_weights(
 
 
 def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:
-    """--dry-run in the folder of a run whose data file was changed says so, as the run itself
-    would.
+    """--dry-run in the folder of a run whose data file was changed says so,
+    as the run itself would.
     """
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

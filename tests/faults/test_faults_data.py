@@ -142,8 +142,8 @@ def test_D4_bom_crlf_blank_lines(tmp_path: Path) -> None:
 def test_D5_hostile_bytes(line: bytes, message: str, tmp_path: Path) -> None:
     """Invalid UTF-8, half a surrogate pair, NUL, a row of 10 MB, 10,000 nested brackets.
 
-    Expected: one line with file and line; memory bounded. The same for prompts and responses made
-    elsewhere.
+    Expected: one line with file and line; memory bounded. The same for prompts and
+    responses made elsewhere.
     """
     path = write(tmp_path / "rows.jsonl", GOOD, line, GOOD)
     before = forget_peak()
@@ -290,8 +290,8 @@ def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
 
 
 def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
-    """The loser equals the winner, at once or only after both are cut; or the model said nothing at
-    all.
+    """The loser equals the winner, at once or only after both are cut; or the
+    model said nothing at all.
 
     Expected: such pairs are not trained on (`losers/identical_frac` counts them).
     """
@@ -306,8 +306,8 @@ def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
 def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:
     """A data file is changed between a run's start and its resume.
 
-    Expected: one line with the file, its old and its new hash; nothing is made. Unused changes do
-    not matter.
+    Expected: one line with the file, its old and its new hash; nothing is made.
+    Unused changes do not matter.
     """
     path = rows_file(tmp_path / "rows.jsonl", 200)
     options = [

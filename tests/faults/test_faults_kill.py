@@ -130,8 +130,8 @@ def killed_at(
 def test_T2_sigkill_at_write_points(
     run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """SIGKILL right before one write, sync or rename, and in the middle of another, far apart in
-    the run.
+    """SIGKILL right before one write, sync or rename, and in the middle of
+    another, far apart in the run.
 
     Expected: no half folder is used; files bit-identical after the same command.
     """
@@ -161,11 +161,11 @@ def test_T2_sigkill_at_every_write_point(
 def test_T2_writes_of_another_rank(
     run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, mode: str
 ) -> None:
-    """2 ranks; rank 1 is killed right before, or in the middle of, each of its writes, or is denied
-    it.
+    """2 ranks; rank 1 is killed right before, or in the middle of, each of its
+    writes, or is denied it.
 
-    Expected: both end within 60 s (denied: exit 3, path named); files bit-identical after the same
-    command.
+    Expected: both end within 60 s (denied: exit 3, path named); files
+    bit-identical after the same command.
     """
     expected = undisturbed(2)[0]
     points = run(ranks=2, rank=1).points[1]
@@ -293,8 +293,8 @@ def test_T6_no_write_possible(
 ) -> None:
     """ENOSPC from one write on, and EIO at one write, at one place of the run each.
 
-    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the
-    same command.
+    Expected: exit 3, path and bytes named; the last good state kept: files
+    bit-identical after the same command.
     """
     expected, points = undisturbed(1)
     for number, point in enumerate(spread(2, points)):
@@ -309,8 +309,8 @@ def test_T6_no_write_possible_anywhere(
 ) -> None:
     """ENOSPC from every write on, and EIO at every write.
 
-    Expected: exit 3, path and bytes named; the last good state kept: files bit-identical after the
-    same command.
+    Expected: exit 3, path and bytes named; the last good state kept: files
+    bit-identical after the same command.
     """
     expected, points = undisturbed(1)
     for point in range(part, points, PARTS):
@@ -377,8 +377,8 @@ def test_T12_moved_and_the_clock_set_back(
 def test_T12_nobody_reads_what_is_said(
     run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Metrics go to a file and to the terminal: the latter, a pipe here, has gone before the run
-    begins.
+    """Metrics go to a file and to the terminal: the latter, a pipe here, has
+    gone before the run begins.
 
     Expected: training goes on to the end, exit 0; files bit-identical.
     """

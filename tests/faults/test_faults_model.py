@@ -438,8 +438,8 @@ def test_M4_only_a_hubs_blobs_may_be_linked_to(
 ) -> None:
     """A file in a folder named `snapshots` links to what lies beside it.
 
-    Expected: followed to a blob of the same model, in the layout of a hub's cache, and nowhere
-    else.
+    Expected: followed to a blob of the same model, in the layout of a hub's
+    cache, and nowhere else.
     """
     for path in (tmp_path / folder, (tmp_path / target).parent):
         path.mkdir(parents=True, exist_ok=True)
@@ -551,8 +551,8 @@ def test_M5_reward_models_folder(tmp_path: Path, fault: str) -> None:
     """A reward model's folder with only pickles, code to run, paths out of it, an adapter, or
     broken headers.
 
-    Expected: one line with the file, before anything is computed and before transformers sees the
-    folder.
+    Expected: one line with the file, before anything is computed and before
+    transformers sees the folder.
     """
     folder = toy.write_toy_model(tmp_path / "model")
     check_reward_model(folder)
@@ -592,8 +592,8 @@ class Evil:
 
 
 def test_M5_planted_pickles_are_never_read(tmp_path: Path, toy_run: Path) -> None:
-    """Pickles lie in a model folder, a guide folder and a run folder, under every name that others
-    read.
+    """Pickles lie in a model folder, a guide folder and a run folder, under
+    every name that others read.
 
     Expected: everything loads as if they were not there; none is executed.
     """
@@ -861,8 +861,8 @@ SHORT = {
 
 @pytest.mark.parametrize("name", IN_USE)
 def test_M10_templates_in_use_stay_within_the_limits(name: str, zephyr_folder: Path) -> None:
-    """Templates that do what Mistral's, Llama's and Qwen's do; conversations of 4 turns, and of 400
-    long ones.
+    """Templates that do what Mistral's, Llama's and Qwen's do; conversations of 4
+    turns, and of 400 long ones.
 
     Expected: rendered as jinja2 alone renders them; one BOS where the template writes it.
     """

@@ -74,8 +74,8 @@ def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
 def test_T12_prompts_keep_the_day_the_run_began(
     begun: Path, set_day: SetDay, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A chat template writes today's date (strftime_now), and the run is gone on with on another
-    day.
+    """A chat template writes today's date (strftime_now), and the run is
+    gone on with on another day.
 
     Expected: the same prompts, nothing is made again; a new run has its own day. A lost or other
     date is refused.
@@ -137,8 +137,8 @@ def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) 
     ids=["settings", "data", "model", "lock"],
 )
 def test_C3_a_refused_command_changes_nothing(begun: Path, change: str, message: str) -> None:
-    """A command with other settings, data or model than the run's, or while another process holds
-    the lock.
+    """A command with other settings, data or model than the run's, or while
+    another process holds the lock.
 
     Expected: config.yaml and environment.json stay, like every other file.
     """

@@ -105,8 +105,8 @@ def test_T1_killed_after_any_step(
 ) -> None:
     """A training stage killed after each of its steps; both optimizers, averages in bfloat16 too.
 
-    Expected: weights, metrics and summary bit-identical to the undisturbed run's; two checkpoints
-    kept.
+    Expected: weights, metrics and summary bit-identical to the undisturbed
+    run's; two checkpoints kept.
     """
     expected = trained(tmp_path / "whole", **settings)
     for step in range(1, STEPS + 1) if not settings else (5,):
@@ -142,8 +142,8 @@ def test_T5_other_ranks_and_micro_batches(driver: Driver, tmp_path: Path) -> Non
     """Stopped after step 3 on 1 rank, gone on with on 2 until step 6, then on 4; another
     micro-batch each time.
 
-    Expected: exit 143 twice; fp32 losses within 1e-6 of one rank's, mean drift within 1e-7; the
-    same rows.
+    Expected: exit 143 twice; fp32 losses within 1e-6 of one rank's, mean drift
+    within 1e-7; the same rows.
     """
     expected, _ = trained(tmp_path / "whole")
     for ranks, stop, micro, code in ((1, 3, 45, 143), (2, 6, 20, 143), (4, 0, 10_000, 0)):
@@ -163,8 +163,8 @@ def test_T5_other_ranks_and_micro_batches(driver: Driver, tmp_path: Path) -> Non
 
 
 def test_T4_one_rank_raises(driver: Driver, tmp_path: Path) -> None:
-    """An error of rank 1's, of 2: in the forward of a step, and in work that each rank does before
-    all meet.
+    """An error of rank 1's, of 2: in the forward of a step, and in work that each
+    rank does before all meet.
 
     Expected: both end at once, one line that names rank 1; resumed: bit-identical.
     """
@@ -367,8 +367,8 @@ def test_T10_out_of_memory(
 ) -> None:
     """No memory in step 3, as a GPU, a CPU and Python say it.
 
-    Expected: exit 3; stage, step, the shapes and the settings to lower are named; the checkpoint is
-    there.
+    Expected: exit 3; stage, step, the shapes and the settings to lower are named;
+    the checkpoint is there.
     """
     plain, calls = policy_training.accumulate_gradients, [0]
 
@@ -511,8 +511,8 @@ def test_T13_nan_distance_on_one_of_two_ranks(driver: Driver, tmp_path: Path) ->
 def test_T15_dropout_in_config_json(tmp_path: Path) -> None:
     """config.json asks for dropout of 0.1.
 
-    Expected: off in policy and reference: the loss of step 0 is ln 2, and what is computed twice is
-    equal.
+    Expected: off in policy and reference: the loss of step 0 is ln 2, and what is
+    computed twice is equal.
     """
     folder = write_toy_model(
         tmp_path / "model", attention_dropout=0.1, hidden_dropout=0.1, resid_pdrop=0.1

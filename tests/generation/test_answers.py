@@ -78,8 +78,8 @@ def test_merged_answers_are_not_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_after", [0, 1, 7, 13, 22])
 def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: int) -> None:
-    """To the bit what it would have been; and no finished chunk (row, where rows stand alone) is
-    made again.
+    """To the bit what it would have been; and no finished chunk (row, where rows
+    stand alone) is made again.
     """
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     assert [r["key"] for r in whole] == [f"row{i}" for i in range(COUNT)]

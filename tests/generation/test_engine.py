@@ -118,8 +118,8 @@ def requests_of(prompts: Sequence[Sequence[int]]) -> list[Request]:
 @pytest.mark.skipif(not ISAS, reason="no C++ backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_company(isa: None, dtype: torch.dtype) -> None:
-    """Log-probs to the last bit: alone, in any batch, with prompts computed whole or a few tokens a
-    step.
+    """Log-probs to the last bit: alone, in any batch, with prompts computed
+    whole or a few tokens a step.
     """
     decoder = PackedDecoder(model_of(dtype))
     assert decoder.row_exact
@@ -158,8 +158,8 @@ class Spy:
 
 
 def test_a_finished_row_makes_room_at_once(kind: str) -> None:
-    """Rows of very different lengths: no place is empty while somebody waits, no step is longer
-    than allowed.
+    """Rows of very different lengths: no place is empty while somebody waits, no
+    step is longer than allowed.
     """
     spy = Spy(decoder_of(kind, model_of()))
     requests = requests_of(tiny.prompts(20, longest=30))
@@ -200,8 +200,8 @@ def test_samples_of_a_prompt_share_its_pages(kind: str) -> None:
 
 
 def test_a_common_beginning_is_computed_once(kind: str) -> None:
-    """Forty tokens alike, two full pages; one prompt is that beginning alone, one leaves it in the
-    second page.
+    """Forty tokens alike, two full pages; one prompt is that beginning alone, one
+    leaves it in the second page.
     """
     draw = np.random.default_rng(3)
     system = draw.integers(3, 61, 40).tolist()

@@ -48,8 +48,8 @@ def peer() -> Any:
 
 
 def test_greedy_equals_transformers(peer: Any) -> None:
-    """Mixed prompt lengths in one batch; transformers answers them one by one, through a cache of
-    its own.
+    """Mixed prompt lengths in one batch; transformers answers them one by one,
+    through a cache of its own.
     """
     prompts = tiny.prompts(9)
     ours = generate_ids(tiny.mistral(), prompts, [str(i) for i in range(9)], [2], GREEDY, seed=0)
@@ -167,8 +167,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     ],
 )
 def test_sampling_distribution(sampling: Sampling) -> None:
-    """A hundred thousand evenly spread uniforms give each token its probability, and a cut token
-    never.
+    """A hundred thousand evenly spread uniforms give each token its
+    probability, and a cut token never.
     """
     logits = torch.tensor([0.3, -1.0, 2.0, 1.9, -4.0, 0.9, 0.0, -0.5])
     n = 100_000
@@ -183,8 +183,8 @@ def test_sampling_distribution(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("u", [0.0, 1.0 - 2.0**-53])
 def test_no_cut_token_at_the_ends_of_the_unit_interval(u: float) -> None:
-    """The first and last tokens of the vocabulary are cut: rounding at the ends must not fall on
-    them.
+    """The first and last tokens of the vocabulary are cut: rounding at the
+    ends must not fall on them.
     """
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 2000, generator=draw)

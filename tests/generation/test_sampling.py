@@ -105,8 +105,8 @@ def test_cuts_are_those_of_transformers() -> None:
 
 
 def test_equal_logits(backend: ModuleType) -> None:
-    """Ties: greedy takes the first; all that equal the k-th stay; of equals, top_p keeps the lower
-    ids.
+    """Ties: greedy takes the first; all that equal the k-th stay; of equals,
+    top_p keeps the lower ids.
     """
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
 

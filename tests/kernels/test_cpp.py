@@ -145,8 +145,8 @@ def test_vocabularies(V: int, dtype: torch.dtype, isa: None) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_comparison_can_fail(name: str, small: None) -> None:
-    """Zeros, results a row off, two rows swapped, results without the weight: the comparison sees
-    each of them.
+    """Zeros, results a row off, two rows swapped, results without the weight: the
+    comparison sees each of them.
     """
     case = CASES[name]()
     inputs = case.rounded(torch.bfloat16)
@@ -176,8 +176,8 @@ def test_comparison_can_fail(name: str, small: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RAGGED)
 def test_strides_repeats_and_inputs(name: str, dtype: torch.dtype, small: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
-    an input.
+    """Any strides, an expanded upstream gradient, the same bits each time, and
+    nothing written to an input.
     """
     case = CASES[name]()
     inputs = case.rounded(dtype)
@@ -218,8 +218,8 @@ def test_same_bits_for_any_number_of_threads(name: str) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_nan_stays(name: str, isa: None, small: None) -> None:
-    """NaN in row 2 of the first input: its row of every result of N rows has NaN, and no later row
-    has.
+    """NaN in row 2 of the first input: its row of every result of N rows has
+    NaN, and no later row has.
     """
     for dtype in (torch.float64, torch.float32, *HALVES):
         case = CASES[name]()
@@ -270,8 +270,8 @@ def test_ignored_rows(share: float, ignore_index: int, isa: None, small: None) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_logits(dtype: torch.dtype, isa: None, small: None) -> None:
-    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not
-    -inf.
+    """Logits of +-1e4: exact values, finite gradients, and a target with no
+    chance is -2e4, not -inf.
     """
     h = torch.tensor([[1e4], [-1e4]] * 60).to(dtype)
     w = torch.tensor([[1.0], [-1.0], *[[0.5]] * 599]).to(dtype)
@@ -379,8 +379,8 @@ def test_exponential(isa: None) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_16_bit_conversions(dtype: torch.dtype, isa: None) -> None:
-    """Every 16-bit pattern is read exactly, and sums are rounded as torch rounds them, from tiny to
-    infinite.
+    """Every 16-bit pattern is read exactly, and sums are rounded as torch rounds
+    them, from tiny to infinite.
     """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     weight = torch.ones(2**16)

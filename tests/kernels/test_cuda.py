@@ -307,8 +307,8 @@ def test_against_reference(name: str, shape: str, dtype: torch.dtype, device: st
 def test_in_pieces(
     name: str, shape: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 tokens at a time in bfloat16, 2 in float64: groups of pairs, pairs visited twice, sums of
-    products.
+    """8 tokens at a time in bfloat16, 2 in float64: groups of pairs, pairs visited
+    twice, sums of products.
     """
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 16 * SHAPES[shape][2])
     check(name, Case(*SHAPES[shape], dtype, device))
@@ -320,8 +320,8 @@ def test_in_pieces(
 def test_scores_in_the_memory_of_dw(
     name: str, N: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More tokens than the workspace holds, not more than it and dw hold; over two slabs of the
-    vocabulary.
+    """More tokens than the workspace holds, not more than it and dw hold; over two
+    slabs of the vocabulary.
     """
     V, D = 1_500, 64
     size = torch.finfo(dtype).bits // 8
@@ -395,8 +395,8 @@ def test_weighted_dpo_far_out(device: str) -> None:
 def test_repeats_strides_and_inputs(
     name: str, workspace: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bits each time and for any strides, an expanded gradient, and nothing written to an
-    input.
+    """The same bits each time and for any strides, an expanded gradient, and
+    nothing written to an input.
     """
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", workspace)
     case = Case(*SHAPES["ragged"], torch.bfloat16, device)
@@ -419,8 +419,8 @@ def test_repeats_strides_and_inputs(
 def test_only_what_is_needed(
     name: str, workspace: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One gradient alone, or none: None for the other, and the same value, whichever way the work
-    is cut.
+    """One gradient alone, or none: None for the other, and the same value,
+    whichever way the work is cut.
     """
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", workspace)
     case = Case(*SHAPES["ragged"], dtype, device)
@@ -492,8 +492,8 @@ def test_nan_comes_out_as_nan(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_check_can_fail(name: str, device: str) -> None:
-    """Zeros, two rows swapped, a pair's weight dropped: each must be seen, in the value and in both
-    gradients.
+    """Zeros, two rows swapped, a pair's weight dropped: each must be seen, in the
+    value and in both gradients.
     """
     case = Case(*SHAPES["ragged"], torch.bfloat16, device)
     good = OPS[name][0](case)

@@ -263,8 +263,8 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "vocabulary" not in name])
 def test_strides_repeats_and_inputs(name: str, small_pieces: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
-    an input.
+    """Any strides, an expanded upstream gradient, the same bits each time, and
+    nothing written to an input.
     """
     function, _, inputs = CASES[name]
     inputs = [x.float() for x in inputs]
@@ -316,8 +316,8 @@ def test_head_makes_no_logits_of_all_rows(small_pieces: None) -> None:
 
 @pytest.mark.parametrize("name", ["pairs", "sft"])
 def test_backward_of_a_fused_loss_makes_nothing(name: str) -> None:
-    """Both gradients are there after the forward: not even zeros of their size are made in the
-    backward.
+    """Both gradients are there after the forward: not even zeros of their size
+    are made in the backward.
     """
     function, _, inputs = CASES[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -339,8 +339,8 @@ def test_head_with_one_side_frozen(which: int, small_pieces: None) -> None:
 
 
 def test_head_of_huge_logits(small_pieces: None) -> None:
-    """Logits of +-1e4: exact values, finite gradients, and a target with no chance is -2e4, not
-    -inf.
+    """Logits of +-1e4: exact values, finite gradients, and a target with no
+    chance is -2e4, not -inf.
     """
     hidden = torch.tensor([[1e4], [-1e4]] * 6, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], *[[0.5]] * 99], requires_grad=True)
@@ -531,8 +531,8 @@ def test_nan_comes_out_as_nan(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_opcheck(name: str) -> None:
-    """Schema and fake of the operators a case calls; the compiled block below covers autograd and
-    tracing.
+    """Schema and fake of the operators a case calls; the compiled block below
+    covers autograd and tracing.
     """
     function, _, inputs = CASES[name]
     with Operators() as seen:
@@ -588,8 +588,8 @@ def test_compiled_block_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_shared_prompts_are_separate_sequences(window: int | None) -> None:
-    """[prompt | a | b] is [prompt | a] and [prompt | b], and the gradient of the prompt is the sum
-    of both.
+    """[prompt | a | b] is [prompt | a] and [prompt | b], and the gradient of the
+    prompt is the sum of both.
     """
     parts: list[int | tuple[int, ...]] = [(6, 3, 9), 5, (1, 4, 4), (2, 7), (8, 1, 2, 5)]
     packed = Packed(parts)

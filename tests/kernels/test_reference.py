@@ -1,7 +1,7 @@
 """The reference maths against independent oracles: loops, complex numbers, hand-worked numbers.
 
-All in float64 unless the dtype is the point. Upstream gradients are random and uneven, weights are
-never ones.
+All in float64 unless the dtype is the point. Upstream gradients are random and
+uneven, weights are never ones.
 """
 
 import cmath
@@ -136,8 +136,8 @@ def test_dpo_gradient_formula() -> None:
 
 
 def test_dpo_at_the_start_and_at_the_ends() -> None:
-    """Policy = reference: loss ln 2, accuracy one half. Margins of +-1e4: loss 0 and 1e4, finite
-    gradients.
+    """Policy = reference: loss ln 2, accuracy one half. Margins of +-1e4: loss 0
+    and 1e4, finite gradients.
     """
     logp = torch.tensor([-7.0, -7.0])
     loss, metrics = reference.weighted_dpo_loss(logp, logp, logp, logp, torch.ones(2), 0.1)
@@ -212,8 +212,8 @@ def test_rope_products_depend_on_distance_alone() -> None:
 
 
 def test_rope_keeps_the_wider_dtype() -> None:
-    """float64 states are not rounded to the float32 tables; bf16 states are turned in float32 and
-    rounded once.
+    """float64 states are not rounded to the float32 tables; bf16 states are turned in
+    float32 and rounded once.
     """
     angles = normal(4, 3, scale=3).float()
     cos, sin = angles.cos(), angles.sin()

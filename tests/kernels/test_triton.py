@@ -98,8 +98,8 @@ def test_op_against_reference(name: str, dtype: torch.dtype, device: str, small:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_comparison_can_fail(name: str, device: str, small: None) -> None:
-    """Zeros, results a row off, and results without the weight: the comparison must see each of
-    them.
+    """Zeros, results a row off, and results without the weight: the
+    comparison must see each of them.
     """
     case = CASES[name]()
     inputs = placed(case, torch.bfloat16, device)
@@ -121,8 +121,8 @@ def test_comparison_can_fail(name: str, device: str, small: None) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_strides_repeats_and_inputs(name: str, device: str, small: None) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
-    an input.
+    """Any strides, an expanded upstream gradient, the same bits each time, and
+    nothing written to an input.
     """
     case = CASES[name]()
     inputs = placed(case, torch.float32, device)
@@ -247,8 +247,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(device: str) -> None:
 def test_pieces_change_nothing_but_rounding(
     name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One piece, several, one row at a time: dW stays within one rounding to its dtype, however
-    many pieces.
+    """One piece, several, one row at a time: dW stays within one rounding to its
+    dtype, however many pieces.
     """
     D, V = 20, 150
     makers = {
@@ -339,8 +339,8 @@ def on_meta(op: str, N: int, D: int, V: int, dtype: torch.dtype) -> Allocations:
 
 @pytest.mark.parametrize(("D", "V"), [(4096, 128_256), (4096, 32_000), (576, 49_152)])
 def test_memory_at_production_shapes(D: int, V: int) -> None:
-    """At most 1 GiB beside the gradients for the loss; for log-probs alone a few numbers a row and
-    slab.
+    """At most 1 GiB beside the gradients for the loss; for log-probs alone a
+    few numbers a row and slab.
     """
     N = 8192
     made = on_meta("pair_loss", N, D, V, torch.bfloat16)

@@ -161,8 +161,8 @@ def test_comparison_sees_zeros_rolls_and_swapped_heads(device: str) -> None:
 
 
 def test_strides_repeats_and_inputs(device: str) -> None:
-    """Any strides, an expanded upstream gradient, the same bits each time, and nothing written to
-    an input.
+    """Any strides, an expanded upstream gradient, the same bits each time, and
+    nothing written to an input.
     """
     case = Case(MIXED, K=2, G=2)
     qkv, grad = case.inputs(torch.float32, device)
@@ -207,8 +207,8 @@ def test_no_tokens(device: str) -> None:
 
 
 def test_tiles_of_keys_have_exactly_the_readers_of_the_mask() -> None:
-    """Every (query, key) of the mask once, and what is beside the mask only within a tile that has
-    some of it.
+    """Every (query, key) of the mask once, and what is beside the mask only within a
+    tile that has some of it.
     """
     chance = random.Random(0)
     for _ in range(50):
@@ -270,8 +270,8 @@ def test_work_is_made_once_for_a_batch_and_forgotten_with_it() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 3, 64, None), (8, 4, 128, 4096), (8, 4, 128, 300)], ids=str)
 def test_production_shape(shape: tuple[int, int, int, int | None]) -> None:
-    """Pairs of many lengths in bfloat16, in the tiles and pipelines of the real GPU; the host never
-    waits for it.
+    """Pairs of many lengths in bfloat16, in the tiles and pipelines of the real GPU; the
+    host never waits for it.
     """
     if not NATIVE:
         pytest.skip("needs a CUDA device")

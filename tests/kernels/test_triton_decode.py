@@ -127,8 +127,8 @@ def test_attention_against_the_reference(name: str, dtype: torch.dtype, device: 
 def test_query_tiles_longer_than_key_tiles(
     window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the last queries of a tile see nothing in its first keys, and the first nothing
-    in its last.
+    """As on a GPU: the last queries of a tile see nothing in its first keys, and the
+    first nothing in its last.
     """
     if not NATIVE:
         monkeypatch.setattr(triton_decode, "tiles", lambda *_: triton_decode.Tiles(64, 16, 1, 1))
@@ -378,8 +378,8 @@ def test_sampler_against_the_reference(how: How, V: int, device: str, small: Non
 
 @pytest.mark.parametrize("how", [How(), How(0.5), How(min_p=0.2), How(1.1, 5, 0.7)], ids=str)
 def test_distribution(how: How, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evenly spread numbers give each token its probability, but for one draw, and a cut token
-    never.
+    """Evenly spread numbers give each token its probability, but for one
+    draw, and a cut token never.
     """
     monkeypatch.setattr(triton_decode, "BLOCK", 4)  # three blocks
     n, logits = (
@@ -411,8 +411,8 @@ def test_distribution(how: How, device: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_cut_token_at_the_ends_of_the_unit_interval(
     u: float, how: How, device: str, small: None
 ) -> None:
-    """The first block of the vocabulary and the end of the last are cut: rounding must not fall on
-    them.
+    """The first block of the vocabulary and the end of the last are cut:
+    rounding must not fall on them.
     """
     logits = normal(20, 80).to(device)
     logits[:, :17], logits[:, -3:] = -9.0, -9.0
@@ -559,8 +559,8 @@ def lengths(R: int, longest: int) -> list[int]:
 @pytest.mark.parametrize("shape", [(3, 3, 64, None), (8, 4, 128, 300)], ids=str)
 @pytest.mark.parametrize("R", [1, 4, 64])
 def test_decoding_in_a_graph(R: int, shape: tuple[int, int, int, int | None]) -> None:
-    """In the tiles, pipelines and splits of the real GPU; captured once and replayed for other rows
-    and tokens.
+    """In the tiles, pipelines and splits of the real GPU; captured once and replayed
+    for other rows and tokens.
     """
     if not NATIVE:
         pytest.skip("needs a CUDA device")

@@ -26,8 +26,8 @@ def peer_ids(folder: Path, conversation: list[dict[str, str]]) -> torch.Tensor:
 
 
 def test_smollm2_export_runs_in_transformers(smollm2_folder: Path, tmp_path: Path) -> None:
-    """Weights changed as by training, written in bf16; transformers knows the folder and nothing of
-    ours.
+    """Weights changed as by training, written in bf16; transformers knows the
+    folder and nothing of ours.
     """
     model = ldalign.load_model(smollm2_folder, torch.float32)
     generator = torch.Generator().manual_seed(0)

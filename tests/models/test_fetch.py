@@ -21,8 +21,8 @@ from ldalign.system.errors import EnvironmentProblem, InputError
 
 
 def test_permutation_is_undone_and_rotations_agree():
-    """Rotating neighbouring rows of the GGUF layout equals rotating the halves of the Hugging Face
-    layout.
+    """Rotating neighbouring rows of the GGUF layout equals rotating the halves of
+    the Hugging Face layout.
     """
     rng = np.random.default_rng(0)
     heads, width = 3, 8

@@ -181,8 +181,8 @@ def test_longer_than_the_positions_is_refused(tiny: GPT2) -> None:
 
 
 def test_init_weights() -> None:
-    """GPT-2's deviations, the same values for the same seed, and a model nearly uniform over its
-    vocabulary.
+    """GPT-2's deviations, the same values for the same seed, and a model nearly
+    uniform over its vocabulary.
     """
     models = []
     for seed in (7, 7, 8):

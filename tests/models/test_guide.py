@@ -89,8 +89,8 @@ def test_cosine_distance_is_one_minus_the_cosine(guide: Guide) -> None:
 
 
 def test_cosine_distance_at_its_limits() -> None:
-    """Defined for zero vectors, never negative, exact where 1 - cos would be rounding, whatever the
-    lengths.
+    """Defined for zero vectors, never negative, exact where 1 - cos would be
+    rounding, whatever the lengths.
     """
     v = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     zero = torch.zeros(6, 9)
@@ -284,8 +284,8 @@ def test_each_example_is_decoded_with_the_latent_it_is_told(guide: Guide) -> Non
 
 
 def test_a_shared_prompt_is_read_once() -> None:
-    """Latents of examples that share prompts, in any order, are those of each by itself; the batch
-    is shorter.
+    """Latents of examples that share prompts, in any order, are those of each by
+    itself; the batch is shorter.
     """
     guide = new_guide(CONFIG, 0, None, TEXTS, SIZE)
     texts = [
@@ -358,8 +358,8 @@ def trained(rows: list[tuple[str, str, str]], **settings: Any) -> tuple[Guide, d
 def test_the_latent_is_used_where_the_prompt_says_nothing(
     one_rank: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On rows it has not seen: another row's latent costs much, the own other response's too, none
-    as well.
+    """On rows it has not seen: another row's latent costs much, the own other
+    response's too, none as well.
     """
     _, losses = trained(secret_rows(300))
     assert losses["latent_gain"] > 0.3 and losses["sibling_gain"] > 0.3
@@ -380,8 +380,8 @@ def test_a_latent_without_use_is_warned_of(
 
 
 def test_dropout_is_a_function_of_the_rows_key(one_rank: None) -> None:
-    """Whatever the micro-batches, the loss and the gradient of a batch are the same; another epoch
-    draws anew.
+    """Whatever the micro-batches, the loss and the gradient of a batch are the same;
+    another epoch draws anew.
     """
     rows = secret_rows(8)
 

@@ -69,8 +69,8 @@ def test_ops() -> None:
 
 
 def test_generate_stays_the_function() -> None:
-    """The module of the same name is imported by half of the program; the public name must not turn
-    into it.
+    """The module of the same name is imported by half of the program; the public
+    name must not turn into it.
     """
     import ldalign.run.stages.responses
 

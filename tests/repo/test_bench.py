@@ -106,8 +106,8 @@ def test_benchmarks_are_chosen_by_name() -> None:
 
 @pytest.mark.slow
 def test_the_padded_loop_trains_on_the_same_loss(tmp_path: Path, toy_cache: Path) -> None:
-    """Float32, one model folder, the same pairs in the same order: the losses of the first step are
-    one number.
+    """Float32, one model folder, the same pairs in the same order: the losses of the
+    first step are one number.
     """
     pytest.importorskip("transformers")
     run_bench(
@@ -188,8 +188,8 @@ def test_pairs_have_the_lengths_of_gsm8k(bench: Any) -> None:
 
 
 def test_what_is_said_of_the_pairs(bench: Any) -> None:
-    """Two pairs of (2, 3, 1) and (1, 1, 4) tokens: 12 in all, 3 of them prompt; padded, 4 rows of
-    5.
+    """Two pairs of (2, 3, 1) and (1, 1, 4) tokens: 12 in all, 3 of them
+    prompt; padded, 4 rows of 5.
     """
     pair = {"prompt": [1] * 2, "real": [1] * 3, "generated": [1]}
     other = {"prompt": [1], "real": [1], "generated": [1] * 4}

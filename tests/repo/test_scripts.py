@@ -74,8 +74,8 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, main: object, more: str, mess
 def test_keys_that_a_method_does_not_read(
     tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused on the command line, named where the config file has them, in silence where its base
-    does.
+    """Refused on the command line, named where the config file has them, in
+    silence where its base does.
     """
     options = arguments(tmp_path / "run", toy_cache, "iterations=1", "--dry-run")
     for method, key in (
@@ -210,8 +210,8 @@ def test_generate_answers_a_file(tmp_path: Path, toy_cache: Path, in_process: No
 
 
 def test_chat_remembers_until_told_to_forget(tmp_path: Path, toy_cache: Path) -> None:
-    """Typed lines in, one answer a line out, as it comes; the same words first get the same answer
-    again.
+    """Typed lines in, one answer a line out, as it comes; the same words first
+    get the same answer again.
     """
     keys = (
         "--chat",
@@ -246,8 +246,8 @@ def test_chat_remembers_until_told_to_forget(tmp_path: Path, toy_cache: Path) ->
 def test_losers_made_elsewhere(
     tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
 ) -> None:
-    """First the prompts, with a line that says what to do; then the stage, marked; other losers are
-    refused.
+    """First the prompts, with a line that says what to do; then the stage, marked;
+    other losers are refused.
     """
     file = tmp_path / "losers.jsonl"
     options = arguments(tmp_path / "run", toy_cache, f"responses={file}", "sft.epochs=0")

@@ -59,8 +59,8 @@ def test_spearman_says_nothing_without_numbers() -> None:
 
 
 def test_the_interval_covers() -> None:
-    """95 % intervals of 400 samples of correlated normals hold the true rank correlation about 95
-    times in 100.
+    """95 % intervals of 400 samples of correlated normals hold the true rank
+    correlation about 95 times in 100.
     """
     rng, rho = np.random.default_rng(0), 0.5
     true = 6 / math.pi * math.asin(rho / 2)

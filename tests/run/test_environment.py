@@ -27,8 +27,8 @@ def test_what_is_here_is_ticked() -> None:
 def test_compilers_are_tried_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None
 ) -> None:
-    """None on the path; one that fails; and, the control, one that works as far as its exit status
-    tells.
+    """None on the path; one that fails; and, the control, one that works as far
+    as its exit status tells.
     """
     for name in ("c++", "nvcc") if body else ():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")

@@ -38,8 +38,8 @@ MISTRAL_7B = {
 
 @pytest.fixture(scope="module")
 def seven_billion(tmp_path_factory: pytest.TempPathFactory, zephyr_folder: Path) -> Path:
-    """A model folder in Mistral-7B's shapes whose 14 GB take no room: the file is a hole behind its
-    header.
+    """A model folder in Mistral-7B's shapes whose 14 GB take no room: the file is
+    a hole behind its header.
     """
     folder = Path(shutil.copytree(zephyr_folder, tmp_path_factory.mktemp("large") / "zephyr"))
     (folder / "config.json").write_text(json.dumps(MISTRAL_7B))

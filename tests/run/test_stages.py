@@ -1,5 +1,5 @@
-"""What stages share: data as the config asks, parents, files of several ranks, and what --dry-run
-says.
+"""What stages share: data as the config asks, parents, files of several ranks,
+and what --dry-run says.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
-    """A prompt that fills max_length costs the row; a sampled response too long for it loses its
-    end.
+    """A prompt that fills max_length costs the row; a sampled response too
+    long for it loses its end.
     """
     path = rows_file(tmp_path / "rows.jsonl", 200)
     long = {"id": "long", "prompt": "Say it again. " * 100, "response": "no"}
@@ -199,8 +199,8 @@ def test_a_stage_names_what_it_depends_on(toy_run: Path, stage: str) -> None:
 
 
 def test_iterations_follow_each_other(toy_run: Path) -> None:
-    """The second iteration samples from, and is measured against, the first one's policy, not the
-    start.
+    """The second iteration samples from, and is measured against, the first
+    one's policy, not the start.
     """
 
     def parent(stage: str) -> str:

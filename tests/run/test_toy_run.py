@@ -1,5 +1,5 @@
-"""A whole run on a tiny model: what it leaves, and that it continues, refuses and splits over ranks
-as promised.
+"""A whole run on a tiny model: what it leaves, and that it continues, refuses and
+splits over ranks as promised.
 """
 
 import hashlib
@@ -436,8 +436,8 @@ def test_methods_without_sampling(
 def test_methods_of_two_samples(
     method: str, judge: str | None, tmp_path: Path, toy_cache: Path, in_process: None
 ) -> None:
-    """Two samples a prompt, one of them the winner where the judge has a preference; ties are not
-    trained on.
+    """Two samples a prompt, one of them the winner where the judge has a preference;
+    ties are not trained on.
     """
     options = [
         f"method={method}",
@@ -488,8 +488,8 @@ def test_no_iterations_is_sft_and_evaluation(
 def test_reference_initial(
     tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
 ) -> None:
-    """Against the run's start as reference, the second iteration does not begin at ln 2, and that
-    is no error.
+    """Against the run's start as reference, the second iteration does not begin at ln
+    2, and that is no error.
     """
     run = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for name in ("iteration_1/reference", "iteration_1/policy", "iteration_1/evaluation"):

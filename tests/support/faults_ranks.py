@@ -20,7 +20,7 @@ from ldalign.models.guide_folder import new_guide
 from ldalign.system import distributed
 from ldalign.system.metrics import MetricsLog
 from ldalign.training import policy
-from ldalign.training.checkpoint import Plan
+from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.policy import TrainSettings, train
 from ldalign.training.scoring import response_logps
 
@@ -57,7 +57,7 @@ def trained(
         seed=0,
         stage="policy",
         metrics_path=folder / "metrics.jsonl",
-        checkpoints=Plan(folder / "checkpoint", steps=1),
+        checkpoints=CheckpointPlan(folder / "checkpoint", steps=1),
     )
     return distributed.full_state(model, torch.float32), summary
 

@@ -261,11 +261,11 @@ def test_gradient_norm_is_global(results: Results, ranks: int, name: str) -> Non
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_nothing_is_gathered_or_reduced_for_nothing(results: Results, ranks: int) -> None:
-    """Two blocks and the rest: three groups. Only the first block is let go of between forward and
-    backward.
+    """Two blocks and the rest: three groups. Only the first block is let go of
+    between forward and backward.
 
-    Two copies of the model: on 2 ranks each is whole, so that nothing is gathered and nothing
-    scattered.
+    Two copies of the model: on 2 ranks each is whole, so that nothing is
+    gathered and nothing scattered.
     """
     calls = results[ranks][1]["calls"]
     micro = calls["all"]["micro"]

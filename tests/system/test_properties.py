@@ -28,8 +28,8 @@ PAIRS = st.lists(
 @FEW
 @given(PAIRS)
 def test_a_packed_batch_predicts_every_response_token_once(pairs: list[Pair]) -> None:
-    """Each target is a response's token, and its row is the token before it in [prompt | that
-    response].
+    """Each target is a response's token, and its row is the token before it in
+    [prompt | that response].
     """
     batch = Batch.pack(pairs)
     responses = [(pair, response) for pair in pairs for response in pair.responses]
@@ -45,8 +45,8 @@ def test_a_packed_batch_predicts_every_response_token_once(pairs: list[Pair]) ->
 @FEW
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_segments_cover_the_tokens_and_see_only_their_own_prompt(lengths: list[list[int]]) -> None:
-    """Segments lie end to end; a response's prefix is its own sequence's prompt, and positions go
-    on after it.
+    """Segments lie end to end; a response's prefix is its own sequence's prompt, and
+    positions go on after it.
     """
     layout = Packed(lengths)
     begin, end, prefix_begin, prefix_end = layout.segments.unbind(1)
@@ -71,8 +71,8 @@ def test_segments_cover_the_tokens_and_see_only_their_own_prompt(lengths: list[l
 def test_every_item_is_dealt_once_within_the_budget(
     sizes: list[int], ranks: int, budget: int
 ) -> None:
-    """All ranks get the same number of micro-batches; none is over the budget unless it is a single
-    item.
+    """All ranks get the same number of micro-batches; none is over the budget
+    unless it is a single item.
     """
     dealt = deal(sizes, ranks, budget)
     assert len(dealt) == ranks and len({len(micros) for micros in dealt}) == 1

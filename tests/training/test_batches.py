@@ -79,8 +79,8 @@ def test_deal_every_size(count: int) -> None:
 
 
 def test_deal_balances_ranks_and_micro_batches() -> None:
-    """All micro-batches cost about the same, those that run together nearly exactly; none is left
-    over.
+    """All micro-batches cost about the same, those that run together nearly
+    exactly; none is left over.
     """
     draw = random.Random(0)
     costs = [draw.randint(50, 900) for _ in range(64)]
@@ -131,8 +131,8 @@ def test_pair_costs_count_every_product(pair: Pair, window: int | None) -> None:
 
 
 def test_pack_by_hand() -> None:
-    """Prompt (7, 8), response (9, 10, 2): token 9 is predicted at 8, 10 at 9, 2 at 10, and nothing
-    at 2.
+    """Prompt (7, 8), response (9, 10, 2): token 9 is predicted at 8, 10 at 9, 2
+    at 10, and nothing at 2.
     """
     batch = Batch.pack([Pair("a", [7, 8], [9, 10, 2])])
     assert batch.ids.tolist() == [7, 8, 9, 10, 2]

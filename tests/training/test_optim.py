@@ -79,8 +79,8 @@ needs_cpp = pytest.mark.skipif(not cpp.available(), reason=f"no C++ backend: {cp
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_is_the_formula(dtype: torch.dtype, state: torch.dtype, name: str) -> None:
-    """The same random bits: a bfloat16 value may differ only where float32 rounding tips the
-    balance.
+    """The same random bits: a bfloat16 value may differ only where float32
+    rounding tips the balance.
     """
     for ours, theirs in zip(*both_steps(dtype, state, name), strict=True):
         if ours.dtype == dtype == state == torch.float32:

@@ -130,8 +130,8 @@ def test_checkpointing_changes_nothing(checkpointing: str) -> None:
 
 
 def test_weights_scale_each_pairs_gradient() -> None:
-    """The gradient of a weighted batch is the weighted sum of its pairs' own, over the number of
-    pairs.
+    """The gradient of a weighted batch is the weighted sum of its pairs' own,
+    over the number of pairs.
     """
     pairs = tiny.pairs(3, weights=[0.5, 0.0, 2.0])
     _, whole, _ = gradient(pairs)
@@ -210,8 +210,8 @@ def test_step_0_must_start_at_ln_2() -> None:
 def test_a_non_finite_step_leaves_the_weights_alone(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN loss, and a finite loss whose gradient is infinite; the message names rows of the
-    batch.
+    """A NaN loss, and a finite loss whose gradient is infinite; the message
+    names rows of the batch.
     """
     pairs = with_reference(tiny.pairs(8))
     if where == "loss":
@@ -248,8 +248,8 @@ def test_both_optimizers_lower_both_losses(optimizer: str, kind: str, tmp_path: 
 
 
 def test_metrics_have_trl_names_and_means_over_examples(tmp_path: Path) -> None:
-    """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are those of its own 8
-    pairs.
+    """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are
+    those of its own 8 pairs.
     """
     pairs = with_reference(tiny.pairs(11, weights=[*WEIGHTS, 1.0, 2.0, 0.0]))
     records, _ = run(pairs, tmp_path / "m.jsonl")

@@ -181,8 +181,8 @@ class HarnessModel(TemplateLM):
     def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
         """Returns the request without what does not fit, the beginning of the context.
 
-        The model reads all but the last id. Raises InputError where a continuation is empty or too
-        long.
+        The model reads all but the last id. Raises InputError where a
+        continuation is empty or too long.
         """
         if not continuation:
             raise InputError(

@@ -14,7 +14,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, write_json, write_jsonl
 from ldalign.system.metrics import Metrics
 
-SOURCES = "sources.json"  # in the data stage: the files that were read, and their sha256
+SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, and their sha256
 ROW_BYTES = 100  # of a row in its file, beside its text: id, roles, quotes
 
 
@@ -51,7 +51,9 @@ def data_stage(ctx: Context) -> None:
                 for id_ in prepared.dropped
             ]
             write_jsonl(folder / "dropped.jsonl", dropped)
-            write_json(folder / SOURCES, {str(path): hash_file(path) for path in _data_files(ctx)})
+            write_json(
+                folder / SOURCES_FILE, {str(path): hash_file(path) for path in _data_files(ctx)}
+            )
         return {
             "rows/train": len(ctx.train.rows),
             "rows/heldout": len(ctx.heldout.rows),
@@ -80,15 +82,15 @@ def _data_files(ctx: Context) -> list[Path]:
 
 
 def check_sources(ctx: Context) -> None:
-    """Raises InputError where the run's rows are others than when it began, and a data file is why:
-    it is named.
+    """Raises InputError where the run's rows are others than when it began, and a data
+    file is why: it is named.
 
     A file that changed without changing the rows that are used is none of the run's business.
     """
     folder = ctx.run.path / DATA_STAGE.folder()
     try:
         began = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parents"]
-        old = dict(json.loads((folder / SOURCES).read_text(encoding="utf-8")))
+        old = dict(json.loads((folder / SOURCES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # no such stage yet, or a damaged one, which says so itself
     if all(began.get(key) == value for key, value in _data_parents(ctx).items()):

@@ -21,7 +21,7 @@ from ldalign.models.guide_folder import (
 )
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import check_model, count_parameters
-from ldalign.run.context import Context, plan
+from ldalign.run.context import Context, checkpoint_plan
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.run.stage import Cost, Stage
@@ -84,8 +84,8 @@ def _positions(guide: GuideKeys) -> int:
 
 
 def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
-    """Checks the given guide's files, from their headers, where a planned stage needs it. Raises
-    InputError.
+    """Checks the given guide's files, from their headers, where a planned stage
+    needs it. Raises InputError.
     """
     guide = config.guide
     if GUIDE_STAGE.folder(0) not in planned or guide.folder is None:
@@ -148,7 +148,7 @@ def guide_stage(
             seed=ctx.config.seed,
             metrics_path=folder / "metrics.jsonl",
             ids=[row.id for row in rows],
-            checkpoints=plan(ctx, folder),
+            checkpoints=checkpoint_plan(ctx, folder),
         )
         state = distributed.full_state(guide, torch.float32)
         if distributed.rank() == 0:

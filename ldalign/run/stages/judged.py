@@ -37,8 +37,8 @@ JUDGED_STAGE = Stage("judged", _cost)
 
 
 def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
-    """The judge that the keys judge.* name; "policy" is the model folder `policy`. All ranks call
-    it.
+    """The judge that the keys judge.* name; "policy" is the model folder
+    `policy`. All ranks call it.
 
     model: POLICY or CHECKER, whatever the keys say. Raises InputError where it is no judge.
     """
@@ -87,8 +87,8 @@ def check_judge(config: RunConfig) -> None:
 
 
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
-    """What a judge's verdicts depend on, for a stage's manifest; the arguments are those of
-    `open_judge`.
+    """What a judge's verdicts depend on, for a stage's manifest; the arguments
+    are those of `open_judge`.
     """
     j = ctx.config.judge
     if model is None and j.endpoint is not None:
@@ -123,8 +123,8 @@ def judged_stage(
     """Has both responses to every prompt judged; returns how surely the first is the better one, in
     [0, 1], nan where the judge gave no verdict.
 
-    responses: two a row of `ctx.used`, one after the other. judge: the argument `model` of
-    `open_judge`.
+    responses: two a row of `ctx.used`, one after the other. judge: the argument
+    `model` of `open_judge`.
     """
     name, (rows, _) = JUDGED_STAGE.folder(t), ctx.used
 

@@ -13,7 +13,7 @@ from ldalign.data.pairs import Pair, usable
 from ldalign.data.rows import data_hash
 from ldalign.data.tokenizer import COPIED_FILES
 from ldalign.models.weights import load_model, save_model
-from ldalign.run.context import Context, file_hash, plan
+from ldalign.run.context import Context, checkpoint_plan, file_hash
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig, SftKeys
 from ldalign.run.stage import Cost, Stage
@@ -88,8 +88,8 @@ def planned_start(config: RunConfig) -> list[str]:
 
 
 def sft_stage(ctx: Context, group: Literal["sft", "continual_sft"], start: Path) -> Path:
-    """Fine-tunes `start` on real responses by one group of config keys; returns the policy's
-    folder.
+    """Fine-tunes `start` on real responses by one group of config keys;
+    returns the policy's folder.
     """
     sft: SftKeys = getattr(ctx.config, group)
     rows, pairs = ctx.train.rows[: sft.rows], ctx.train.pairs[: sft.rows]
@@ -137,8 +137,8 @@ def _train_stage(
     step0_is_reference: bool = True,
     extra: Metrics | None = None,
 ) -> Path:
-    """Trains `start` on pairs; the stage folder is a model folder that also holds metrics.jsonl and
-    summary.json.
+    """Trains `start` on pairs; the stage folder is a model folder that also holds
+    metrics.jsonl and summary.json.
     """
 
     def make(folder: Path) -> Metrics:
@@ -158,7 +158,7 @@ def _train_stage(
             stage=name,
             metrics_path=folder / "metrics.jsonl",
             step0_is_reference=step0_is_reference,
-            checkpoints=plan(ctx, folder),
+            checkpoints=checkpoint_plan(ctx, folder),
         )
         dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
         state = distributed.full_state(model, dtype)

@@ -140,8 +140,8 @@ def sampling_of(config: RunConfig) -> Sampling:
 def new_engine(
     config: RunConfig, requests: Sequence[Request], tokenizer: Tokenizer
 ) -> Callable[[Decoder], Engine]:
-    """A function that makes, over a decoder, the engine that samples for `requests` as the config
-    says.
+    """A function that makes, over a decoder, the engine that samples for
+    `requests` as the config says.
     """
     s = config.sampling
     longest = max((len(request.prompt) for request in requests), default=1) + config.max_new_tokens

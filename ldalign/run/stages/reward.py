@@ -24,8 +24,8 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
     """Scores the greedy answers in NAME/evaluation and the real responses with the reward model,
     into NAME/reward/rewards.jsonl; returns the figures.
 
-    The real responses are scored once, with the policy called `first`; the others are also compared
-    with it.
+    The real responses are scored once, with the policy called `first`; the others
+    are also compared with it.
     """
     r, stage = ctx.config.reward, REWARD_STAGE.folder(name)
     model = find_model(ctx.config, str(r.model))
