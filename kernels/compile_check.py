@@ -142,12 +142,13 @@ def compiled() -> list[Compiled]:
     done: dict[str, Compiled] = {}
     for capability in CAPABILITIES:
         for dtype in DTYPES:
+            arch, kind = capability[0] * 10 + capability[1], TYPES[dtype]
 
             def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
                 launch = _Launch(kernel, args, options)
                 key = f"{capability} {launch.key}"  # noqa: B023  called only inside this iteration
                 if key not in done:
-                    done[key] = launch.compile(capability[0] * 10 + capability[1], TYPES[dtype])  # noqa: B023
+                    done[key] = launch.compile(arch, kind)  # noqa: B023
 
             with recording(capability, record):
                 run_production(dtype)

@@ -192,7 +192,8 @@ _Loader.add_constructor("!function", _function)
 
 
 def _read_definition(path: Path) -> dict[str, Any]:
-    definition: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    text = path.read_text(encoding="utf-8")
+    definition: dict[str, Any] = yaml.load(text, Loader=_Loader)  # noqa: S506
     included = definition.pop("include", None)
     return {**(_read_definition(path.parent / included) if included else {}), **definition}
 
