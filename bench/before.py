@@ -9,10 +9,7 @@ the ratio of each round's medians, beside the least and the greatest, which say 
 machine is. Not part of `make bench`: it is for a change that must not cost time.
 """
 
-import json
-import os
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +49,8 @@ def main(argv: list[str]) -> None:
             for name, job in jobs.items():
                 common.say(f"before: round {number + 1}, {name} ...")
                 old, new = (
-                    seconds_of(checkout, job) for checkout in (args.old, common.HERE.parent)
+                    common.measure("ours.py", job, checkout=checkout)["seconds"]
+                    for checkout in (args.old, None)
                 )
                 ratios[name].append(statistics.median(old) / statistics.median(new))
     result = common.result("before", args, device=str(device), rounds=args.rounds, ratios=ratios)
@@ -104,23 +102,6 @@ def generation_job(dtype: str, config: dict[str, Any], small: bool) -> dict[str,
     prompts = [pair["prompt"] for pair in pairs]
     batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
     return {"task": "generation", "dtype": dtype, "new_tokens": new, "batches": batches}
-
-
-def seconds_of(checkout: Path, job: dict[str, Any]) -> list[float]:
-    """The times of a job's pieces of work, done by the bench/ours.py of a checkout."""
-    root = checkout.resolve()
-    done = subprocess.run(
-        [str(root / ".venv/bin/python"), str(root / "bench/ours.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **common.QUIET, "PYTHONPATH": str(root / "bench/peers")},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise common.Failed(f"{root}: {job['task']} ended with {done.returncode}: {last}")
-    return json.loads(lines[-1])["seconds"]  # type: ignore[no-any-return]
 
 
 def render(result: dict[str, Any]) -> list[str]:

@@ -96,18 +96,23 @@ def measure(
     job: Mapping[str, Any],
     peer: str | None = None,
     environment: Mapping[str, str] | None = None,
+    checkout: Path | None = None,
 ) -> dict[str, Any]:
     """The result of one job, done by bench/SCRIPT in a process of its own.
 
-    peer: whose environment it runs in; None: ldalign's. Raises PeerMissing and Failed.
+    peer: whose environment it runs in; None: ldalign's. checkout: of ldalign, whose scripts and
+    .venv are used in place of these. Raises PeerMissing and Failed.
     """
     python = Path(sys.executable) if peer is None else peer_python(peer)
+    folder = HERE
+    if checkout is not None:
+        python, folder = checkout.resolve() / ".venv/bin/python", checkout.resolve() / "bench"
     done = subprocess.run(
-        [str(python), str(HERE / script)],
+        [str(python), str(folder / script)],
         input=json.dumps(job),
         capture_output=True,
         text=True,
-        env={**os.environ, **QUIET, "PYTHONPATH": str(HERE / "peers"), **(environment or {})},
+        env={**os.environ, **QUIET, "PYTHONPATH": str(folder / "peers"), **(environment or {})},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not lines:

@@ -5,7 +5,7 @@ Runs `configs/toy.yaml` by each of the six methods in both checkouts (folders wi
 folders: policies, guides, responses, distances, reference log-probs, answers, metrics, manifests,
 tables. What a clock or the machine's memory says is taken out first: seconds, rates, peaks;
 environment.json, the page and its figures are left out whole. Prints a line a method, and every
-file that differs; exits with 1 if there is one. Some four minutes on two cores. It is how a change
+file that differs; exits with 1 if there is one. Some two minutes on two cores. It is how a change
 of structure is shown to change nothing else:
 
     git worktree add ../before main~1 && make -C ../before setup
