@@ -5,8 +5,9 @@
 Samples two answers a held-out prompt, calls the one farther from the real response in latent space
 the worse one, and counts how often a judge agrees (paper 5.2), into RUN/agreement. With the
 settings of a run of align.py and its folder: on that run's start policy, or agreement.policy, by
-its guide. WHO: checker, policy, a model folder, or with judge.endpoint=URL the name of a model
-there. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
+its guide. WHO: checker, policy, a model folder, with judge.endpoint=URL the name of a model there,
+or embedding: which sample is closer to the real response, by the sentence-embedding model in
+judge.folder=FOLDER. Other keys: agreement.*, judge.*, evaluation.rows, sampling.*.
 """
 
 from pathlib import Path

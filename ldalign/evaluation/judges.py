@@ -4,7 +4,8 @@ A judge is `checker`, the embedded data's program; or a language model of ours, 
 trained or any other folder, asked for one letter; or a model behind an OpenAI-compatible endpoint
 (LLM-as-a-judge, arXiv 2306.05685; as a source of pairs: Self-Rewarding Language Models, 2401.10020,
 and RLAIF, 2309.00267). What a model says depends on which answer it reads first, so it is asked in
-both orders and the two are averaged, as in RLAIF.
+both orders and the two are averaged, as in RLAIF. `embedding` asks nothing: a sentence-embedding
+model measures which of the two answers lies closer to the real response.
 """
 
 import math
@@ -19,15 +20,17 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Message, Row, prompt_text
 from ldalign.data.tokenizer import Tokenizer
+from ldalign.evaluation.embedding import EmbeddingModel
 from ldalign.evaluation.endpoint import Endpoint
 from ldalign.models.mistral import Mistral
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
-from ldalign.system.metrics import Bar
+from ldalign.system.metrics import Bar, say
 from ldalign.training.scoring import response_logps
 
 CHECKER = "checker"
 POLICY = "policy"
+EMBEDDING = "embedding"
 LETTERS = ("A", "B")
 QUESTION = """Two answers to a question are given below. Decide which one is better: \
 more correct, more helpful, closer to what was asked. Neither the length of an answer nor its \
@@ -64,7 +67,8 @@ class Judge(Protocol):
 
         Values are in [0, 1]: 0.5 is a tie, NaN no verdict. All ranks call it with the same
         arguments and get the same result. A row matters by its history, and by what a checker
-        needs. path: as in `partial_rows.table`, for a stage that can be gone on with.
+        or an embedding needs. path: as in `partial_rows.table`, for a stage that can be gone on
+        with.
         """
         ...
 
@@ -179,6 +183,47 @@ class EndpointJudge:
             return [(there + 1 - back) / 2 for there, back in orders]
 
         return on_rank0(ask)
+
+
+class EmbeddingJudge:
+    """The closeness of an answer to the row's real response, by a sentence-embedding model.
+
+    It knows the real response, which a judge of quality does not, and nothing of the question.
+    """
+
+    def __init__(self, model: EmbeddingModel) -> None:
+        self.model = model
+
+    def prefer(
+        self,
+        rows: Sequence[Row],
+        first: Sequence[str],
+        second: Sequence[str],
+        path: Path | None = None,
+    ) -> list[float]:
+        """Returns 0.5 + (cos(first, real) - cos(second, real)) / 4 for each row, a tie where both
+        are as close; prefer(a, b) is exactly 1 - prefer(b, a).
+
+        Raises NumericsError naming a row whose embedding is not finite, OutOfMemory.
+        """
+        real, ids = [row.response for row in rows], [row.id for row in rows]
+        with Bar("judge", len(rows), "pairs") as progress:
+            distances = self.model.distances(
+                real, [first, second], ids, path, lambda pairs: progress(pairs, 0)
+            )
+        if self.model.cut:
+            say(
+                f"judge: texts longer than the {self.model.longest} tokens that judge.folder "
+                f"reads, compared by their beginning: {self.model.cut}"
+            )
+        return [_closer(*pair) for pair in distances.tolist()]
+
+
+def _closer(first: float, second: float) -> float:
+    """How surely the first is closer, in [0, 1], from both distances 1 - cos in [0, 2]."""
+    # The surer side is rounded, the other made from it: 1 - (1 - p) is p to the bit.
+    surer = 0.5 + abs(second - first) / 4
+    return surer if first <= second else 1 - surer
 
 
 def _question(row: Row, a: str, b: str) -> str:

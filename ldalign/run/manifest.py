@@ -47,6 +47,7 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "sentence_bert_config.json",
 )
 
 log = logging.getLogger(__name__)

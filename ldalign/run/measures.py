@@ -2,11 +2,11 @@
 for, rewards and benchmarks.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldalign.evaluation.reward import check_reward_model
+from ldalign.evaluation.reward import REWARD, check_reward_model
+from ldalign.evaluation.transformers_folder import need_transformers
 from ldalign.run.context import Context, find_model
 from ldalign.run.plan import in_order, stage_of
 from ldalign.run.settings import RunConfig
@@ -16,7 +16,6 @@ from ldalign.run.stages.evaluation import EVALUATION_STAGE, evaluation_stage
 from ldalign.run.stages.judged import JUDGED_STAGE, check_judge
 from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE
 from ldalign.run.stages.reward import REWARD_STAGE, reward_stage
-from ldalign.system.errors import EnvironmentProblem
 
 
 def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
@@ -40,10 +39,7 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
     if stages & {JUDGED_STAGE, AGREEMENT_STAGE}:
         check_judge(config)
     if stages & {REWARD_STAGE, PAIR_REWARDS_STAGE}:
-        if importlib.util.find_spec("transformers") is None:
-            raise EnvironmentProblem(
-                "reward.model: transformers is missing; pip install ldalign[reward]"
-            )
+        need_transformers(REWARD.key)
         check_reward_model(find_model(config, str(config.reward.model)))
 
 

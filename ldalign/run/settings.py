@@ -203,8 +203,14 @@ class JudgeKeys:
 
     model: str = setting(
         "checker",
-        "checker: the embedded data's own; policy: the policy itself; a model folder or name; with "
-        "an endpoint, its name for the model",
+        "checker: the embedded data's own; policy: the policy itself; embedding: closeness to the "
+        "real response, by judge.folder; a model folder or name; with an endpoint, its name for "
+        "the model",
+    )
+    folder: str | None = setting(
+        None,
+        "of judge=embedding: sentence-embedding model, folder or name, such as "
+        "sentence-transformers/all-MiniLM-L6-v2",
     )
     endpoint: str | None = setting(
         None,
@@ -447,10 +453,26 @@ class RunConfig:
                 found.append(
                     f"judge.endpoint={self.judge.endpoint} must be a URL, http:// or https://"
                 )
-            if self.judge.model in ("checker", "policy"):
+            if self.judge.model in ("checker", "policy", "embedding"):
                 found.append(
                     f"judge.model={self.judge.model} must be the endpoint's name for a model"
                 )
+        return found + self._folder_problems()
+
+    def _folder_problems(self) -> list[str]:
+        """The contradictions about judge.folder between what reads it and what is given."""
+        found = []
+        readers = {"judge=embedding": self.judge.model == "embedding"}
+        for reader, reads in readers.items():
+            if reads and self.judge.folder is None:
+                found.append(
+                    f"{reader}: needs the folder of a sentence-embedding model; give judge.folder"
+                )
+        if self.judge.folder is not None and not any(readers.values()):
+            found.append(
+                f"judge.folder={self.judge.folder}: is read by {', '.join(readers)} alone; leave "
+                "it out"
+            )
         return found
 
 

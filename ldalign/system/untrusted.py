@@ -42,13 +42,14 @@ def refuse_links_out(folder: Path, *subfolders: str) -> None:
             refuse_link_out(path, folder)
 
 
-def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """Reads a file of the model folder it lies in, of at most `most` bytes.
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES, folder: Path | None = None) -> bytes:
+    """Reads a file of a model folder, of at most `most` bytes.
 
-    Raises InputError for a link out, a device, or too large a file;
-    FileNotFoundError where there is none.
+    folder: the model folder, where the file lies in a subfolder of it; None: the folder it lies in.
+    Raises InputError for a link out, a device, or too large a file; FileNotFoundError where
+    there is none.
     """
-    refuse_link_out(path, path.parent)
+    refuse_link_out(path, folder or path.parent)
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is no ordinary file")
@@ -66,9 +67,17 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object.
+    """Parses a JSON object. Raises InputError for anything else, and as `parse_any` does."""
+    raw = parse_any(text, path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
-    Raises InputError for anything else, and for a key given twice, of which one would be lost.
+
+def parse_any(text: bytes, path: Path) -> Any:
+    """Parses JSON.
+
+    Raises InputError for what is none, and for a key given twice, of which one would be lost.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,20 +99,22 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: holds half of a surrogate pair, which is no text; download it again"
             ) from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw
 
 
 def read_json(
-    path: Path, missing: dict[str, Any] | None = None, most: int = MAX_JSON_BYTES
+    path: Path,
+    missing: dict[str, Any] | None = None,
+    most: int = MAX_JSON_BYTES,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Reads the JSON object in `path`; with no such file, returns a copy of `missing`, if given.
 
-    Raises InputError as `parse_json` does, and for an absent file without `missing`.
+    folder: as in `read_bytes`. Raises InputError as `parse_json` does, and for an absent file
+    without `missing`.
     """
     try:
-        return parse_json(read_bytes(path, most), path)
+        return parse_json(read_bytes(path, most, folder), path)
     except FileNotFoundError:
         if missing is not None:
             return dict(missing)

@@ -43,7 +43,7 @@ FOREIGN = {
     "datasets",
 }
 # What a module may import inside a function, for an extra; never at its top.
-LAZY = {"ldalign.evaluation.reward": {"transformers"}}
+LAZY = {"ldalign.evaluation.transformers_folder": {"transformers"}}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -7,8 +7,24 @@ from pathlib import Path
 from typing import cast
 
 from ldalign.data.tokenizer import load_tokenizer, template_date
+from ldalign.evaluation.embedding import (
+    FOLDER_KEY,
+    EmbeddingModel,
+    check_embedding_model,
+    naming_the_key,
+)
 from ldalign.evaluation.endpoint import Endpoint
-from ldalign.evaluation.judges import CHECKER, POLICY, Checker, EndpointJudge, Judge, ModelJudge
+from ldalign.evaluation.judges import (
+    CHECKER,
+    EMBEDDING,
+    POLICY,
+    Checker,
+    EmbeddingJudge,
+    EndpointJudge,
+    Judge,
+    ModelJudge,
+)
+from ldalign.evaluation.transformers_folder import need_transformers
 from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.stored_tensors import read_config
@@ -57,6 +73,8 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
         )
     if (model or j.model) == CHECKER:
         return Checker()
+    if (model or j.model) == EMBEDDING:
+        return EmbeddingJudge(EmbeddingModel(embedding_folder(ctx.config), ctx.device))
     folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
     return ModelJudge(
@@ -80,6 +98,10 @@ def check_judge(config: RunConfig) -> None:
                 "judge.endpoint: openai is missing; pip install ldalign[judge]"
             )
         return
+    if config.judge.model == EMBEDDING:
+        need_transformers(FOLDER_KEY)
+        check_embedding_model(embedding_folder(config))
+        return
     folder = find_model(config, config.judge.model)
     _check_kind(folder)
     check_model(folder)
@@ -95,9 +117,22 @@ def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Paren
         return ctx.keys("judge.model", "judge.endpoint", "judge.answer_tokens")
     if (model or j.model) == CHECKER:
         return {"judge.model": CHECKER}
+    if (model or j.model) == EMBEDDING:
+        found = hash_model_folder(embedding_folder(ctx.config))
+        return {"judge.model": EMBEDDING, "judge.folder": found}
     folder = _folder(ctx, policy, model or j.model)
     dated = template_date(folder, ctx.run.began)
     return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
+
+
+def embedding_folder(config: RunConfig) -> Path:
+    """The folder of the sentence-embedding model that judge.folder stands for, fetched by rank 0
+    where it is not there yet. All ranks call it.
+
+    Raises InputError where there is none.
+    """
+    with naming_the_key():
+        return find_model(config, str(config.judge.folder))
 
 
 def _folder(ctx: Context, policy: Path, model: str) -> Path:
