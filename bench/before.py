@@ -2,8 +2,9 @@
 
     python bench/before.py OLD [--rounds 3] [--only step,guide]
 
-OLD: a checkout with a `.venv` of its own, as `make setup` leaves it. Both do the same DPO steps,
-guide training, distances and sampling, each in a process of its own, in turns: old, new, old, new.
+OLD: a checkout with a `.venv` of its own, as `make setup` leaves it, and with this one's form of
+guide folders (else --only step,generation). Both do the same DPO steps, guide training, distances
+and sampling, each in a process of its own, in turns: old, new, old, new.
 A line says how long the old one took for what the new one takes 1 for: the median over rounds of
 the ratio of each round's medians, beside the least and the greatest, which say how noisy the
 machine is. Not part of `make bench`: it is for a change that must not cost time.
@@ -19,8 +20,8 @@ import guide as guide_bench
 import step as step_bench
 from work import LENGTHS, make_pairs
 
+from ldalign.models.toy import write_toy_model
 from ldalign.system.exits import run
-from ldalign.training.batches import global_batches
 
 ROWS = 8  # sampled at a time
 
@@ -40,8 +41,7 @@ def main(argv: list[str]) -> None:
         if "step" in wanted:
             jobs["step"] = model | step_job(dtype, config, scratch, args.small)
         if "guide" in wanted:
-            shared = guide_job(Path(scratch), str(device), args.small)
-            jobs |= {f"guide {name}": shared | {"task": f"guide_{name}"} for name in GUIDE_TASKS}
+            jobs |= guide_jobs(Path(scratch), dtype, model, args.small)
         if "generation" in wanted:
             jobs["generation"] = model | generation_job(dtype, config, args.small)
         ratios: dict[str, list[float]] = {name: [] for name in jobs}
@@ -55,9 +55,6 @@ def main(argv: list[str]) -> None:
                 ratios[name].append(statistics.median(old) / statistics.median(new))
     result = common.result("before", args, device=str(device), rounds=args.rounds, ratios=ratios)
     common.save(result, render(result), args.results, f"before-{device.type}")
-
-
-GUIDE_TASKS = ("training", "distance")
 
 
 def step_job(dtype: str, config: dict[str, Any], scratch: str, small: bool) -> dict[str, Any]:
@@ -78,21 +75,31 @@ def step_job(dtype: str, config: dict[str, Any], scratch: str, small: bool) -> d
     }
 
 
-def guide_job(scratch: Path, device: str, small: bool) -> dict[str, Any]:
-    """Training steps and distances of a small new guide."""
-    steps, batch = (1, 2) if small else (4, guide_bench.BATCH)
-    texts = guide_bench.make_texts("short" if small else "gsm8k", batch * (steps + 1))
-    batches = global_batches(len(texts["prompts"]), batch, 1, 0)
-    return texts | {
-        "guide": str(guide_bench.make_guide("toy" if small else "small", scratch / "guide")),
-        "device": device,
-        "batch": batch,
-        "epochs": 1,
-        "repeat": 2,
-        "batches": [list(map(int, indices)) for _, indices in batches],
-        "learning_rate": 1e-4,
+def guide_jobs(
+    scratch: Path, dtype: str, model: dict[str, Any], small: bool
+) -> dict[str, dict[str, Any]]:
+    """Training steps and distances of a guide whose frozen tower is the policy (--small: the
+    toy's), and training steps of a new one.
+    """
+    lengths, size, batch, count = ("short", "toy", 2, 2) if small else ("gsm8k", "small", 8, 5)
+    policy = Path(model["folder"]) if model["folder"] else write_toy_model(scratch / "policy")
+    frozen = guide_bench.policy_guide(policy, scratch / "frozen", True, dtype)
+    batches = guide_bench.make_batches(lengths, batch, count, model["config"]["vocab_size"])
+    new, of_new = guide_bench.new_gpt2(size, scratch / "new", lengths, batch, count)
+    rows = [pair for batch in batches for pair in batch]
+    jobs = {
+        "guide training": guide_bench.training_job(
+            frozen, batches, guide_bench.FROZEN, dtype, dtype
+        ),
+        "guide distance": guide_bench.distance_job(frozen, dtype, rows, 1 if small else 2),
+        "new guide's training": guide_bench.training_job(new, of_new, guide_bench.TRAINED),
+    }
+    shared = {
+        "device": model["device"],
+        "scratch": str(scratch),
         "micro_tokens": guide_bench.MICRO_TOKENS,
     }
+    return {name: job | shared for name, job in jobs.items()}
 
 
 def generation_job(dtype: str, config: dict[str, Any], small: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ldalign.data.pairs import Pair
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Sampling
+from ldalign.models.guide import GuideLoss
 from ldalign.models.guide_folder import load_guide
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import load_model
@@ -28,7 +29,7 @@ from ldalign.system.seeds import permutation
 from ldalign.training.guide import GuideTrainSettings, train_guide
 from ldalign.training.policy import TrainSettings, train
 
-SEED = 0
+SEED, STAGE = 0, "bench"  # what the order of the rows depends on
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def dpo(job: Job) -> Result:
         compute_dtype=precision.compute,
         device=device,
         seed=SEED,
-        stage="bench",
+        stage=STAGE,
         metrics_path=metrics,
         step0_is_reference=False,
     )
@@ -88,7 +89,8 @@ def dpo(job: Job) -> Result:
 def in_train_order(pairs: list[dict[str, list[int]]]) -> list[Pair]:
     """The pairs laid so that training, which shuffles, takes them in the order given."""
     laid: list[Any] = [None] * len(pairs)
-    for pair, place in zip(pairs, permutation(SEED, "epoch/0", len(pairs)), strict=True):
+    order = permutation(SEED, f"{STAGE}/epoch/0", len(pairs))
+    for pair, place in zip(pairs, order, strict=True):
         laid[int(place)] = Pair(str(place), pair["prompt"], pair["real"], pair["generated"])
     return laid
 
@@ -141,27 +143,19 @@ def generation(job: Job) -> Result:
 def guide_training(job: Job) -> Result:
     """Times optimizer steps of `train_guide`, from the end of one to the end of the next."""
     device = distributed.start(job["device"])
-    guide = load_guide(job["guide"], device)
-    texts = zip(job["prompts"], job["real"], job["generated"], strict=True)
-    rows = [
-        (guide.example(prompt, real), guide.example(prompt, generated))
-        for prompt, real, generated in texts
-    ]
-    # it holds two rows out: these, which cost next to nothing
-    held = guide.example("a", "b"), guide.example("a", "c")
-    place = [int(i) for i in permutation(SEED, "guide/heldout", len(rows) + 2)]
-    laid: list[Any] = [None] * len(place)
-    for i, row in zip(place, [held, held, *rows], strict=True):
-        laid[i] = row
+    guide = load_guide(job["guide"], device, getattr(torch, job["dtype"]))
+    if guide.shared:  # one tower that is both is not trained
+        guide.encoder.requires_grad_(False)
     settings = GuideTrainSettings(
-        epochs=job["epochs"],
-        global_batch=job["batch"],
+        epochs=1,
+        global_batch=len(job["batches"][0]),
         learning_rate=job["learning_rate"],
         micro_tokens=job["micro_tokens"],
-        heldout_fraction=1e-9,
+        loss=GuideLoss(**job["loss"]),
         weight_decay=0.0,
         warmup_ratio=0.0,
     )
+    metrics = Path(job["scratch"]) / f"metrics-{time.monotonic_ns()}.jsonl"
     ends: list[float] = []
 
     def note(*_: object) -> None:
@@ -169,21 +163,33 @@ def guide_training(job: Job) -> Result:
         ends.append(time.perf_counter())
 
     register_optimizer_step_post_hook(note)
-    train_guide(guide, laid, settings, device=device, seed=SEED)
+    train_guide(
+        guide,
+        in_train_order([pair for batch in job["batches"] for pair in batch]),
+        settings,
+        compute_dtype=getattr(torch, job["compute"]),
+        device=device,
+        seed=SEED,
+        stage=STAGE,
+        metrics_path=metrics,
+    )
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     distributed.stop()
-    return {"seconds": [b - a for a, b in pairwise(ends)]}
+    return {
+        "seconds": [b - a for a, b in pairwise(ends)],
+        "losses": [r["loss"] for r in records],
+    }
 
 
 def guide_distance(job: Job) -> Result:
-    """Times `Guide.distance` of the job's texts; the first time warms up."""
+    """Times `Guide.pair_distances` of the job's pairs; the first time warms up."""
     device = distributed.start(job["device"])
-    guide = load_guide(job["guide"], device)
+    guide = load_guide(job["guide"], device, getattr(torch, job["dtype"]))
+    pairs = [Pair(str(i), **pair) for i, pair in enumerate(job["pairs"])]
     seconds: list[float] = []
     for _ in range(job["repeat"] + 1):
         with timed(seconds, device):
-            distances = guide.distance(
-                job["prompts"], job["real"], job["generated"], job["micro_tokens"]
-            )
+            distances = guide.pair_distances(pairs, job["micro_tokens"])
     distributed.stop()
     return {"seconds": seconds[1:], "distances": distances.tolist()}
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 Metric = Literal["euclidean", "cosine"]
 # What a pair may be weighted by; `latent` is the method, the others are its controls.
-WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse")
+WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse", "semantic")
 # A share of the mean distance. Nearer pairs count as this near: no inverse weight exceeds 10.
 NEAREST = 0.1
 
@@ -43,14 +43,12 @@ NEAREST = 0.1
 # ----------------------------------------------------------------------------- the five equations
 
 
-def reconstruction_loss(logps: Tensor) -> Tensor:
+def reconstruction_loss(real: Tensor, generated: Tensor) -> Tensor:
     """The guide's loss (), in nats a token: -mean of the log-probs (M,) that the decoder gives to
-    the tokens of both responses, each with its own latent (section 4.1).
-
-    The paper averages over real and over generated responses apart; here one mean is taken over the
-    tokens of both, so that a long response counts by its length.
+    the tokens of the real responses, and -mean of those (M',) of the generated ones, each response
+    with its own latent (section 4.1).
     """
-    return -logps.mean()
+    return -real.mean() - generated.mean()
 
 
 def latent_distance(real: Tensor, generated: Tensor, metric: Metric = "euclidean") -> Tensor:
@@ -122,6 +120,18 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return half.where(~one_is_zero, 1.0).clamp(max=2.0).float()
 
 
+def contrast_loss(own: Tensor, sibling: Tensor) -> Tensor:
+    """The guide's sibling contrast (N,), in nats: softplus(-G) of its sibling gain G, which is
+    log D(y | x, z_y) - log D(y | x, z_y'): of the summed log-probs (N,) of a response with its own
+    latent, and with that of the other response to the same prompt.
+
+    Ours, not the paper's. It is InfoNCE (arXiv 1807.03748) with one negative: ln 2 minus its mean
+    bounds the information that a latent has about which of the two responses is its own, which a
+    decoder that knows the language has no other reason to use.
+    """
+    return F.softplus(sibling - own)
+
+
 def pair_weights(
     kind: str,
     distances: Tensor,
@@ -139,7 +149,8 @@ def pair_weights(
         shuffled: the latent ones dealt out among the kept pairs at random, so that only their
             distribution is left;
         length: of |n_i - n'_i| tokens instead of d_i;
-        inverse: of 1 / d_i, so that near pairs pull hard.
+        inverse: of 1 / d_i, so that near pairs pull hard;
+        semantic: as latent, where the distances are of sentence embeddings.
     clip: no weight exceeds it; the rest is left as it is.
     """
     keep = torch.tensor(list(kept))

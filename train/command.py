@@ -17,7 +17,7 @@ from ldalign.run.plan import stage_of
 from ldalign.run.settings import RunConfig, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.data import data_stage
-from ldalign.run.stages.guide import check_guide
+from ldalign.run.stages.guide import check_guide, say_guide
 from ldalign.system import distributed
 from ldalign.system.config import describe, given_keys, load_config, split_argv, to_yaml
 from ldalign.system.errors import InputError
@@ -81,6 +81,7 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
         ctx = open_context(run, config, planned)
         check_guide(config, planned)
         check_disk(ctx, planned, run.path)
+        say_guide(ctx, planned)
         data_stage(ctx)
         yield ctx
 

@@ -9,9 +9,10 @@ align.py goes on from here with the same settings; any other run takes the guide
 The guides that guide.retrain asks for are align.py's.
 """
 
+from ldalign.data.pairs import rejected_pairs, with_losers
 from ldalign.run.context import Context
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.guide import GUIDE_STAGE, guide_stage
+from ldalign.run.stages.guide import GUIDE_STAGE, guide_plan, guide_stage
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.run.stages.responses import RESPONSES_STAGE, responses_stage
 from ldalign.system import exits
@@ -24,20 +25,26 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """Raises InputError for a method without a guide."""
+    """Raises InputError for settings without a guide."""
     need(config.method == "ld_align", f"method={config.method}: has no guide; give method=ld_align")
+    need(
+        config.needs_guide,
+        f"distance={config.distance} weights={config.weights}: no guide is read; leave them out",
+    )
 
 
 def guide(ctx: Context) -> str:
     """Trains the guide, after what it needs; returns the closing line."""
-    rows, _ = ctx.used
-    losers = [row.rejected for row in rows if row.rejected is not None]
-    if len(losers) == len(rows):
-        start = start_stage(ctx) if ctx.config.guide.backbone == "policy" else None
-        return f"The guide: {guide_stage(ctx, 0, start, losers)}"
-    start = start_stage(ctx)
-    responses_stage(ctx, 0, start)
-    return f"The guide: {guide_stage(ctx, 0, start)}"
+    rows, pairs = ctx.used
+    if all(row.rejected is not None for row in rows):
+        pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
+        # Self-play's start is made for a guide that begins as it, and for no other.
+        start = start_stage(ctx) if guide_plan(ctx).reads_ids else ctx.start
+    else:
+        start = start_stage(ctx)
+        losers = responses_stage(ctx, 0, start)
+        pairs = with_losers(pairs, [r.ids for r in losers], ctx.config.max_length)
+    return f"The guide: {guide_stage(ctx, 0, start, pairs)}"
 
 
 def planned(config: RunConfig) -> list[str]:

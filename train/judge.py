@@ -40,16 +40,15 @@ def judge(ctx: Context) -> str:
         bool(ctx.heldout.rows),
         "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE",
     )
-    guide = find_guide(ctx)
-    given = ctx.config.agreement.policy
-    agreement_stage(ctx, Path(given).expanduser() if given else start_stage(ctx), guide)
+    guide = find_guide(ctx) if ctx.config.needs_guide else None
+    given, start = ctx.config.agreement.policy, start_stage(ctx)
+    agreement_stage(ctx, Path(given).expanduser() if given else start, guide, start)
     return f"Every pair: {ctx.run.path / AGREEMENT_STAGE.folder() / 'agreement.jsonl'}"
 
 
 def planned(config: RunConfig) -> list[str]:
     """The names of the stages that `judge` makes."""
-    start = planned_start(config) if config.agreement.policy is None else []
-    return [*start, AGREEMENT_SAMPLES_STAGE.folder(), AGREEMENT_STAGE.folder()]
+    return [*planned_start(config), AGREEMENT_SAMPLES_STAGE.folder(), AGREEMENT_STAGE.folder()]
 
 
 if __name__ == "__main__":

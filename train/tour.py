@@ -1,13 +1,13 @@
 """The method on one pair, with its numbers: `python train/tour.py [seed=0] [policy=NAME]`.
 
 One prompt and its two responses are followed from the file to the update of the policy: token ids,
-sampling, latents, distance, weight, packed batch, log-probs, loss, gradient, optimizer step. Every
-step is one function below and calls the functions that a run calls; the lines after its title say
-which, and where they are. docs/tour.md tells the same walk in words. Nothing is kept: no run folder
-is made, and the policy's folder stays as it is.
+sampling, guide, latents, distance, weight, packed batch, log-probs, loss, gradient, optimizer step.
+Every step is one function below and calls the functions that a run calls; the lines after its title
+say which, and where they are. docs/tour.md tells the same walk in words. Nothing is kept: no run
+folder is made, and the policy's folder stays as it is.
 
-A run (arXiv 2404.06390) has thousands of rows; here there are 32, so that two cores need less than
-a minute. The pair that is followed is the first of the file. All is computed in float32 on the CPU:
+A run (arXiv 2404.06390) has thousands of rows; here there are 32, so that two cores need about a
+minute. The pair that is followed is the first of the file. All is computed in float32 on the CPU:
 on one machine, the same seed prints the same numbers.
 """
 
@@ -27,16 +27,17 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair, prepare, usable, with_losers
-from ldalign.data.rows import Row, prompt_text, read_rows
+from ldalign.data.rows import Row, read_rows
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
+from ldalign.evaluation.guide import heldout_figures, tells_apart
 from ldalign.generation.generate import generate_ids
 from ldalign.generation.sampling import Sampling
-from ldalign.models.gpt2 import GPT2Config
-from ldalign.models.guide import Guide, GuideConfig
-from ldalign.models.guide_folder import new_guide
+from ldalign.models.guide import NO_LATENT, Guide, GuideConfig, Reading
+from ldalign.models.guide_folder import pretrained_guide
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.objective import (
+    contrast_loss,
     distance_weights,
     dpo_coefficient,
     dpo_loss,
@@ -51,13 +52,14 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import write_jsonl
 from ldalign.system.metrics import say
 from ldalign.training.batches import Batch
-from ldalign.training.guide import GuideTrainSettings, train_guide
+from ldalign.training.guide import GuideTrainSettings, split, train_guide
 from ldalign.training.optim import Optimizer, make_optimizer
 from ldalign.training.scoring import response_logps
 
 ROWS = 32  # the iteration: what the guide learns from, and what the mean distance is taken over
 BATCH = 8  # pairs of the one optimizer step; the pair that is followed is the first
 MAX_NEW_TOKENS, MAX_LENGTH = 48, 256
+LATENT_WIDTH = 8  # of the guide: few enough to print
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 8e-6, 1.0  # those of configs/smollm2-135m.yaml
 MICRO_TOKENS = 4096  # of one forward: all that is here fits
 CPU = torch.device("cpu")
@@ -91,10 +93,10 @@ def main(argv: list[str]) -> None:
 
     rows = read_file(keys.seed)
     pairs = make_ids(rows, tokenizer)
-    pairs, losers = sample_losers(pairs, policy, tokenizer, keys.seed)
-    guide = make_guide(rows, losers, keys.seed)
-    distances = measure_distances(rows, losers, guide)
-    pairs = weigh(pairs, distances)
+    pairs = sample_losers(pairs, policy, tokenizer, keys.seed)
+    guide = make_guide(pairs, folder, keys.seed)
+    read_again(pairs, guide)
+    pairs = weigh(pairs, guide)
     batch = pack(pairs, tokenizer)
     batch = score_reference(batch, policy)
     loss, gradients = loss_of_the_equations(batch, policy)
@@ -143,8 +145,8 @@ def make_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Pair]:
 
 def sample_losers(
     pairs: Sequence[Pair], policy: Mistral, tokenizer: Tokenizer, seed: int
-) -> tuple[list[Pair], list[str]]:
-    """The policy's own response to every prompt, one sample at temperature 1: ids and texts."""
+) -> list[Pair]:
+    """The pairs with the policy's own response to every prompt, one sample at temperature 1."""
     step(3, "The loser: what the policy answers itself", generate_ids, with_losers, usable)
     responses = generate_ids(
         policy,
@@ -154,10 +156,9 @@ def sample_losers(
         Sampling(MAX_NEW_TOKENS, temperature=1.0),
         seed,
     )
-    losers = [tokenizer.decode(response.ids) for response in responses]
     pairs = with_losers(pairs, [response.ids for response in responses], MAX_LENGTH)
     first = responses[0]
-    show("y', the loser", quoted(losers[0]))
+    show("y', the loser", quoted(tokenizer.decode(first.ids)))
     show(f"ids of y' ({len(first.ids)})", first.ids)
     show("finish reason", f"{first.finish_reason} (stop: an end token; length: cut)")
     show("log-prob", f"{first.logp:.4f} nats, summed over its tokens")
@@ -166,55 +167,83 @@ def sample_losers(
     if not usable(pairs[0]):
         raise InputError(f"seed={seed}: y' is y, so this pair teaches nothing; give another seed")
     show("usable", f"{sum(map(usable, pairs))} of {len(pairs)}: y' is not y")
-    return pairs, losers
+    return pairs
 
 
-def make_guide(rows: Sequence[Row], losers: Sequence[str], seed: int) -> Guide:
-    """A small guide, trained on both responses of every row."""
-    step(4, "The guide: an autoencoder of responses", new_guide, Guide.example, train_guide)
-    config = GuideConfig(latent_tokens=1, latent_width=8, max_tokens=256)
-    size = GPT2Config(vocab_size=512, n_positions=257, n_embd=64, n_layer=1, n_head=4)
-    texts = [
-        (prompt_text(row), row.response, loser) for row, loser in zip(rows, losers, strict=True)
-    ]
-    guide = new_guide(config, seed, None, [text for row in texts for text in row], size)
-    examples = [(guide.example(x, y), guide.example(x, other)) for x, y, other in texts]
-    show("parameters", f"{sum(p.numel() for p in guide.parameters())}, all of them new")
-    x, y = examples[0][0].prompt, examples[0][0].response
-    show("its own ids", f"{len(x)} of x, {len(y)} of y, {len(examples[0][1].response)} of y'")
+def make_guide(pairs: Sequence[Pair], folder: Path, seed: int) -> Guide:
+    """A guide whose one tower is the policy as it is, trained on both responses of most rows."""
+    functions = (pretrained_guide, Guide.fit, split, train_guide, heldout_figures, tells_apart)
+    step(4, "The guide: the policy and a latent", *functions)
+    config = GuideConfig(latent_width=LATENT_WIDTH, max_tokens=MAX_LENGTH)
+    guide = pretrained_guide(config, seed, folder, frozen=True, dtype=torch.float32)
+    read = [guide.fit(pair) for pair in pairs]
+    seen, unseen = split(read[1:], 0.25, seed)
+    unseen = [read[0], *unseen]  # nothing that is said of the pair below was learnt from it
+    own, _, sibling, *_ = readings(guide, read[0])
+    tower, between = (sum(p.numel() for p in m.parameters()) for m in (guide.encoder, guide.latent))
+    show("tower", f"the policy: {tower} weights, encoder and decoder at once, not trained")
+    show("trained", f"{between} weights: from its states to {LATENT_WIDTH} numbers, and back")
+    show("rows", f"{len(seen)} are trained on, {len(unseen)} held out, the followed one too")
+    show("log D(y | x) before", f"{own:.4f} with its own latent, {sibling:.4f} with that of y'")
     settings = GuideTrainSettings(
-        epochs=10, global_batch=8, learning_rate=3e-3, micro_tokens=MICRO_TOKENS
+        epochs=4, global_batch=4, learning_rate=2e-3, micro_tokens=MICRO_TOKENS
     )
-    losses = train_guide(guide, examples, settings, device=CPU, seed=seed)
-    show("loss, held out", f"{losses['true']:.4f} nats a token with the response's own latent")
-    show("", f"{losses['other']:.4f} with another row's, {losses['none']:.4f} with none")
-    show("latent gain", f"{losses['latent_gain']:.4f} (another row's - its own)")
-    show(
-        "sibling gain", f"{losses['sibling_gain']:.4f} (that of the row's other response - its own)"
-    )
+    train_guide(guide, seen, settings, compute_dtype=torch.float32, device=CPU, seed=seed)
+    f = heldout_figures(guide, unseen, MICRO_TOKENS)
+    for name, key in (("sibling gain", "sibling"), ("gain over no latent", "none")):
+        gain, error = f[f"{key}_gain"], f[f"{key}_gain_se"]
+        show(name, f"{gain:+.4f} +- {error:.4f} nats a response, held out")
+    show("own latent is better", f"in {f['own_better']:.0%} of the held-out responses")
+    show("tells apart", "yes" if tells_apart(f) else "no: a run would stop here (guide.gate)")
     return guide
 
 
-def measure_distances(rows: Sequence[Row], losers: Sequence[str], guide: Guide) -> Tensor:
-    """Latents of the pair that is followed, and the distances (ROWS,) of all."""
-    step(5, "Latents and distance", Guide.encode, latent_distance, Guide.distance)
-    x = prompt_text(rows[0])
+def read_again(pairs: Sequence[Pair], guide: Guide) -> None:
+    """Latents of the pair that is followed, and its responses predicted with each of them."""
+    step(5, "Latents and readings", Guide.encode, Reading, Guide.forward, contrast_loss)
+    pair = guide.fit(pairs[0])
     with torch.no_grad():
-        z = guide.encode([guide.example(x, rows[0].response), guide.example(x, losers[0])])
-    for name, latent in (("E(x, y)", z[0]), ("E(x, y')", z[1]), ("difference", z[0] - z[1])):
-        show(name, numbers(latent))
+        z = guide.encode([pair])  # (2, Z)
+    show("E(x, y)", numbers(z[0]))
+    show("E(x, y')", numbers(z[1]))
+    y, other, y_sibling, other_sibling, y_none, other_none = readings(guide, pair)
+    for name, whose, own, sibling, none in (
+        ("y", "y'", y, y_sibling, y_none),
+        ("y'", "y", other, other_sibling, other_none),
+    ):
+        show(
+            f"log D({name} | x, .)",
+            f"{own:.4f} with its own latent, {sibling:.4f} with that of {whose}, "
+            f"{none:.4f} with none",
+        )
+    gains = torch.tensor([y - y_sibling, other - other_sibling])
+    contrasts = contrast_loss(gains, torch.zeros(2))
+    show("sibling gain G", f"{float(gains[0]):+.4f} of y, {float(gains[1]):+.4f} of y'")
+    show("contrast", f"{float(contrasts[0]):.4f} of y, {float(contrasts[1]):.4f} of y'")
+
+
+@torch.no_grad()
+def readings(guide: Guide, pair: Pair) -> list[float]:
+    """log D in nats of y and of y': with the own latent, with the other's, and with none."""
+    latents = [(0, 0), (1, 1), (0, 1), (1, 0), (0, NO_LATENT), (1, NO_LATENT)]
+    wanted = [Reading(response, latent) for response, latent in latents]
+    logps, _ = guide([pair], wanted)
+    lengths = [len(pair.responses[reading.response]) for reading in wanted]
+    return [float(part.sum()) for part in logps.split(lengths)]
+
+
+def weigh(pairs: Sequence[Pair], guide: Guide) -> list[Pair]:
+    """The pairs with their weights; of the usable ones, the first BATCH."""
+    step(6, "Distance and weight", latent_distance, Guide.pair_distances, distance_weights)
+    read = [guide.fit(pair) for pair in pairs]
+    with torch.no_grad():
+        z = guide.encode(read[:1])
+    show("difference", numbers(z[0] - z[1]))
     show("d = its length", f"{float(latent_distance(z[:1], z[1:])):.4f}")
-    prompts, real = [prompt_text(row) for row in rows], [row.response for row in rows]
-    distances = guide.distance(prompts, real, losers, MICRO_TOKENS)
+    distances = guide.pair_distances(read, MICRO_TOKENS)
     show("the same in a run", f"{float(distances[0]):.4f}")
     low, mean, high = (float(x) for x in (distances.min(), distances.mean(), distances.max()))
     show("all rows", f"least {low:.4f}, mean {mean:.4f}, most {high:.4f}")
-    return distances
-
-
-def weigh(pairs: Sequence[Pair], distances: Tensor) -> list[Pair]:
-    """The pairs with their weights; of the usable ones, the first BATCH."""
-    step(6, "Weight", distance_weights)
     kept = [usable(pair) for pair in pairs]
     weights = distance_weights(distances, kept)
     mean = float(distances[torch.tensor(kept)].mean())
@@ -342,9 +371,10 @@ def update(policy: Mistral) -> None:
     """One step of AdamW."""
     step(12, "The update", make_optimizer, Optimizer.step)
     optimizer = make_optimizer(policy, "adamw", LEARNING_RATE)
-    weight = policy.blocks[0].self_attn.qkv_proj.weight
-    assert weight.grad is not None
-    before, slope = float(weight[0, 0]), float(weight.grad[0, 0])
+    gradient = policy.blocks[0].self_attn.qkv_proj.weight.grad
+    weight = policy.blocks[0].self_attn.qkv_proj.weight.detach()
+    assert gradient is not None
+    before, slope = float(weight[0, 0]), float(gradient[0, 0])
     optimizer.step()
     show("learning rate", f"{LEARNING_RATE:g}")
     show("one weight", f"{before:.8f} -> {float(weight[0, 0]):.8f}; its gradient was {slope:.1e}")

@@ -1,72 +1,89 @@
-"""The guide's work on transformers' GPT-2, padded: the same weights, texts, batches, losses.
+"""The guide's work on transformers, padded: the same weights, token ids, batches, losses.
 
-Encoder: [x; y; queries], right-padded; decoder: [W z; x; y], right-padded, with word dropout; all
-logits, one softmax. Float32, as the guide is.
+A latent is a linear map of the mean of the response tokens' last states, of [x; y] right-padded;
+what is made of it scales and shifts the states that the decoder's head reads.
 """
 
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, GPT2Model
+from transformers import AutoModel
 from worker import Job, Result, main, optimizer_of, settle, timed
 
-END = "<|endoftext|>"
-TOKEN_DROPOUT, LATENT_DROPOUT = 0.5, 0.1  # the guide's defaults
+WAY_OUT = 0.2  # ldalign/models/guide.py
+Row = dict[str, list[int]]  # prompt, real, generated: token ids
+
+WAY_OUT = 0.2  # ldalign's factor on both
 
 
-class Guide(nn.Module):
-    """The two GPT-2s and the projections between them, from a guide folder."""
+class Encoder(nn.Module):
+    """The network of a guide folder's encoder, and the map to the latent."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_pretrained(folder / "encoder", dtype=dtype)
+        latent = load_file(folder / "latent.safetensors")
+        weight, bias = latent["to_latent.weight"], latent["to_latent.bias"]
+        self.to_latent = nn.Linear(weight.shape[1], weight.shape[0])
+        self.to_latent.load_state_dict({"weight": weight, "bias": bias})
+
+    def encode(self, ids: Tensor, seen: Tensor, response: Tensor) -> Tensor:
+        """The latents (R, Z) float32 of R responses; ids, seen, response: (R, T), see `padded`."""
+        states = self.encoder(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
+        share = response.float() / response.sum(1, keepdim=True)  # (R, T)
+        return self.to_latent((share[:, None] @ states.float())[:, 0])
+
+
+class Guide(Encoder):
+    """Both GPT-2s of a guide folder and what lies between them; the decoder's head is tied."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        options = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "dtype": torch.float32}
-        self.encoder = GPT2Model.from_pretrained(folder / "encoder", **options)
-        self.decoder = GPT2LMHeadModel.from_pretrained(folder / "decoder", **options)
+        super().__init__(folder, torch.float32)
+        self.decoder = AutoModel.from_pretrained(folder / "decoder", dtype=torch.float32)
         latent = load_file(folder / "latent.safetensors")
-        self.queries = nn.Parameter(latent["queries"])
-        for name in ("to_latent", "from_latent"):
-            weight, bias = latent[f"{name}.weight"], latent[f"{name}.bias"]
-            linear = nn.Linear(weight.shape[1], weight.shape[0])
-            linear.load_state_dict({"weight": weight, "bias": bias})
-            self.add_module(name, linear)
-
-    def encode(self, examples: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The latents (B, Z)."""
-        device, m = self.queries.device, len(self.queries)
-        lengths = torch.tensor([len(x) + len(y) for x, y in examples], device=device)
-        ids, seen = _padded([x + y + [0] * m for x, y in examples], device)
-        at = lengths[:, None] + torch.arange(m, device=device)  # (B, m)
-        rows = torch.arange(len(examples), device=device)[:, None]
-        embedded = self.encoder.wte(ids).index_put(
-            (rows, at), self.queries.expand(len(examples), -1, -1)
+        self.null, self.mask = (nn.Parameter(latent[name]) for name in ("null", "mask"))
+        # (D, Z) each: what scales the decoder's states, and what shifts them
+        self.to_scale, self.to_output = (
+            nn.Parameter(latent[f"{name}.weight"]) for name in ("to_scale", "to_output")
         )
-        hidden = self.encoder(
+
+    def loss(
+        self, rows: list[Row], kept: Tensor, what: dict[str, float], means: Tensor, contrasts: float
+    ) -> Tensor:
+        """What these rows add to the loss () of a global batch, in training.
+
+        kept (R,) bool: the responses that are read with their latent. means (R,): one over the
+        batch's number of response tokens of that side. contrasts: kept responses of the batch.
+        """
+        ids, seen, response = padded(rows, kept.device)
+        latents = self.encode(ids, seen, response)  # (R, Z)
+        share = torch.rand(len(ids), 1, device=ids.device) * what["token_dropout"]
+        hidden = response & (torch.rand(ids.shape, device=ids.device) < share)
+        embedded = self.decoder.get_input_embeddings()(ids)
+        embedded = torch.where(hidden[..., None], self.mask, embedded)
+        states = self.decoder(
             inputs_embeds=embedded, attention_mask=seen, use_cache=False
         ).last_hidden_state
-        return self.to_latent(hidden[rows, at]).flatten(1)
+        # The head reads where the next token is one of a response.
+        of_row, place = response[:, 1:].nonzero(as_tuple=True)  # (M,)
+        states, targets = states[of_row, place], ids[of_row, place + 1]
 
-    def loss(self, examples: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Summed negative log-likelihood of the responses, in training."""
-        device, m = self.queries.device, len(self.queries)
-        latents = self.encode(examples)
-        latents = latents * (torch.rand(len(examples), 1, device=device) >= LATENT_DROPOUT)
-        ids, seen = _padded([[0] * m + x + y for x, y in examples], device)
-        response, _ = _padded([[0] * (m + len(x)) + [1] * len(y) for x, y in examples], device)
-        hidden = (response == 1) & (torch.rand(response.shape, device=device) < TOKEN_DROPOUT)
-        embedded = self.decoder.transformer.wte(ids).masked_fill(hidden[..., None], 0.0)
-        prefix = self.from_latent(latents.unflatten(1, (m, -1)))
-        embedded = torch.cat([prefix, embedded[:, m:]], dim=1)
-        logits = self.decoder(inputs_embeds=embedded, attention_mask=seen, use_cache=False).logits
-        targets = ids.masked_fill(response == 0, -100)[:, 1:]
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
+        def logps(z: Tensor) -> Tensor:  # (R,), summed over a response's tokens
+            scale = 1 + WAY_OUT * (z @ self.to_scale.T)[of_row]
+            shift = WAY_OUT * (z @ self.to_output.T)[of_row]
+            logits = (states * scale + shift) @ self.decoder.get_input_embeddings().weight.T
+            each = -F.cross_entropy(logits, targets, reduction="none")
+            return torch.zeros(len(ids), device=ids.device).index_add(0, of_row, each)
+
+        own = logps(torch.where(kept[:, None], latents, self.null))
+        sibling = logps(latents.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+        contrast = what["contrast"] / contrasts * (F.softplus(sibling - own) * kept).sum()
+        return contrast - (own * means).sum()
 
 
 def guide_training(job: Job) -> Result:
@@ -74,59 +91,61 @@ def guide_training(job: Job) -> Result:
 
     A step lasts from the end of the one before to its own.
     """
-    device = torch.device(job["device"])
-    guide = Guide(Path(job["guide"])).to(device).train()
-    rows = _examples(job)
+    device, what = torch.device(job["device"]), job["loss"]
+    guide = Guide(Path(job["guide"])).to(device).eval()  # ours has no dropout either
     optimizer = optimizer_of(guide, "adamw", job["learning_rate"])
-    ends = []
+    ends: list[float] = []
+    losses: list[float] = []
     for batch in job["batches"]:
-        examples = [example for i in batch for example in rows[i]]
-        divisor = sum(len(y) for _, y in examples)
-        for start in range(0, len(examples), 2 * job["rows"]):
-            (guide.loss(examples[start : start + 2 * job["rows"]]) / divisor).backward()
+        kept = torch.rand(2 * len(batch), device=device) >= what["latent_dropout"]
+        tokens = [sum(len(row[side]) for row in batch) for side in ("real", "generated")]
+        means = (1 / torch.tensor(tokens, device=device)).repeat(len(batch))
+        total = 0.0
+        for start in range(0, len(batch), job["rows"]):
+            these = slice(2 * start, 2 * (start + job["rows"]))
+            rows = batch[start : start + job["rows"]]
+            loss = guide.loss(rows, kept[these], what, means[these], float(kept.sum().clamp(min=1)))
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         settle(device)
         ends.append(perf_counter())
-    return {"seconds": [b - a for a, b in pairwise(ends)]}
+        losses.append(total)
+    return {"seconds": [b - a for a, b in pairwise(ends)], "losses": losses}
 
 
 @torch.no_grad()
 def guide_distance(job: Job) -> Result:
-    """||E(x, y) - E(x, y')|| of the job's texts, `rows` at a time; the first time warms up."""
+    """Times ||E(x, y) - E(x, y')|| of all rows, in the job's batches; the first time warms up."""
     device = torch.device(job["device"])
-    guide = Guide(Path(job["guide"])).to(device).eval()
+    guide = Encoder(Path(job["guide"]), getattr(torch, job["dtype"])).to(device).eval()
     seconds: list[float] = []
+    distances = [0.0] * len(job["pairs"])
     for _ in range(job["repeat"] + 1):
-        out: list[float] = []
         with timed(seconds, device):
-            rows = _examples(job)
-            for start in range(0, len(rows), job["rows"]):
-                z = guide.encode(
-                    [example for row in rows[start : start + job["rows"]] for example in row]
-                )
-                out += (z[0::2] - z[1::2]).norm(dim=1).tolist()
-    return {"seconds": seconds[1:], "distances": out}
+            for batch in job["row_batches"]:
+                z = guide.encode(*padded([job["pairs"][i] for i in batch], device))
+                found = (z[0::2] - z[1::2]).norm(dim=1).tolist()
+                for i, distance in zip(batch, found, strict=True):
+                    distances[i] = distance
+    return {"seconds": seconds[1:], "distances": distances}
 
 
-def _examples(job: Job) -> list[tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]]:
-    """Each row's real and generated example, ids as the guide makes them."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(Path(job["guide"]) / "tokenizer.json"))
-    end = tokenizer.token_to_id(END)
-
-    def ids(text: str) -> list[int]:
-        return [*tokenizer.encode(text, add_special_tokens=False).ids, end]
-
-    texts = zip(job["prompts"], job["real"], job["generated"], strict=True)
-    return [((ids(x), ids(y)), (ids(x), ids(other))) for x, y, other in texts]
-
-
-def _padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)
-    seen = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=device)
-    return ids, seen
+def padded(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """[x; y] of both responses of every row, right-padded: ids, what is no padding, and what is
+    response (bool), each (R, T); the responses real, generated, real, ...
+    """
+    sequences = [(row["prompt"], row[side]) for row in rows for side in ("real", "generated")]
+    longest = max(len(x) + len(y) for x, y in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    seen, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for i, (x, y) in enumerate(sequences):
+        ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
+        seen[i, : len(x) + len(y)] = 1
+        response[i, len(x) : len(x) + len(y)] = True
+    return ids.to(device), seen.to(device), response.to(device)
 
 
 if __name__ == "__main__":

@@ -423,12 +423,22 @@ def _distinct(rows: list[Row]) -> list[Row]:
 
 
 def prompt_text(row: Row) -> str:
-    """Returns what the guide reads as the prompt.
+    """Returns what judges and reward models read as the question.
 
     It is the user's text, or for a longer history every turn with its role. The system turn is left
-    out: it is the same for most rows of a data set.
+    out: it is no part of what the user asks.
     """
-    turns = [m for m in row.history if m["role"] != "system"]
+    return _turns([m for m in row.history if m["role"] != "system"])
+
+
+def history_text(history: Sequence[Message]) -> str:
+    """Returns what a guide that knows no chat template reads as the prompt: the user's text where
+    it stands alone, else every turn with its role, the system turn among them.
+    """
+    return _turns(history)
+
+
+def _turns(turns: Sequence[Message]) -> str:
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)

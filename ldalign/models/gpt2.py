@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
+from ldalign.system.seeds import normals
 
 R = TypeVar("R")
 # GPT-2's files keep these as (inputs, outputs); nn.Linear has (outputs, inputs).
@@ -214,12 +215,12 @@ class GPT2(nn.Module):
         return self.transformer.ln_f(x)
 
 
-def init_weights(model: GPT2, seed: int) -> None:
-    """Fills the model as GPT-2 was: N(0, 0.02), biases 0, norms 1; a function of `seed`.
+def init_weights(model: GPT2, seed: int, stream: str = "gpt2") -> None:
+    """Fills the model as GPT-2 was: N(0, 0.02), biases 0, norms 1; a function of `seed` and of the
+    `stream`, the name of this model among those drawn from the seed.
 
     The two projections of a block that write to the stream are divided by sqrt(2 n_layer).
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(".bias"):
@@ -230,4 +231,4 @@ def init_weights(model: GPT2, seed: int) -> None:
                 # Two projections a block write to the stream: so its size does not grow with depth.
                 residual = name.endswith("c_proj.weight")
                 std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                p.copy_(normals(seed, f"{stream}/{name}", *p.shape) * std)

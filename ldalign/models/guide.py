@@ -1,37 +1,45 @@
 """The guide: a conditional autoencoder whose latents tell how far two responses are apart.
 
-Encoder: GPT-2 reads [x; y; m query embeddings]; their final hidden states are projected to z (m x
-k). Decoder: GPT-2 reads [W z as m prefix embeddings; x; y] and predicts y (LD-Align, arXiv
-2404.06390, sections 3 and 4.1; m, k and the dropouts are ldalign's choices, see `GuideConfig`). The
-distance of two responses to one prompt is ||E(x, y) - E(x, y')||_2 over the whole latent, in
-float32 (`ldalign.objective.latent_distance`, which can also measure the angle). Towers may also
-start as the policy (`ldalign.models.guide_folder.policy_guide`).
+Encoder E: a transformer reads [x | y | y'], and each response becomes a latent z. Decoder D: a
+transformer reads [x | y] and predicts y with the help of z (LD-Align, arXiv 2404.06390, sections 3
+and 4.1). The distance of two responses to one prompt is ||E(x, y) - E(x, y')||_2 over the whole
+latent, in float32 (`ldalign.objective.latent_distance`, which can also measure the angle).
 
-A strong decoder can ignore z and predict y from its own past. Against that, training hides a share
-of the response tokens the decoder reads (word dropout, arXiv 1511.06349), and the held-out losses
-always say whether z is used: `latent_gain` = loss with another row's z - loss with the true z, in
-nats per token. A new guide's blocks start wider than GPT-2's 0.02 (`new_guide`): at small widths,
-0.02 leaves z without a trace of the text for hundreds of steps.
+The paper says no more than that. What is ldalign's own, each against a way in which text
+autoencoders come to ignore their latent (docs/guide.md derives and measures it):
 
-The guide reads text through a tokenizer of its own: that of the model its towers start from, or a
-byte-level BPE trained on the data. It adds no chat template and no BOS.
+* readout: z is a linear map of the mean of the response tokens' states (arXiv 1911.03976), or of
+  the states of query tokens after the response.
+* injection: the states that the decoder's head reads are scaled and shifted by vectors made of z
+  (FiLM, arXiv 1709.07871), or soft tokens made of z stand between prompt and response, or both.
+* the sibling contrast, beside the paper's loss: a response must be likelier with its own latent
+  than with that of the other response to the same prompt (`objective.contrast_loss`).
+* one tower that is not trained, such as the policy, may be encoder and decoder at once: then one
+  forward pass serves both, and what is trained lies between them (`Latent`).
 
-Shapes: B examples, N flat tokens, M response tokens of all examples, D width, V vocabulary; m
-latent tokens of width k, Z = m k latent width.
+Shapes: P pairs, R = 2 P responses in the order real, generated, real, ...; N flat tokens, M
+response tokens of all responses, D width, V vocabulary; m latent tokens of width k, Z = m k latent
+width; Q readings, in which one response is predicted with one latent.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldalign import ops
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Message, Row, history_text
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.layout import Packed
 from ldalign.models.weights import LanguageModel
-from ldalign.objective import Metric, latent_distance
+from ldalign.objective import Metric, contrast_loss, latent_distance
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
@@ -39,39 +47,150 @@ from ldalign.system.partial_rows import table
 END = "<|endoftext|>"
 # What helps where the memory does not hold a batch of latents.
 LOWER_FOR_LATENTS = "lower training.micro_tokens, or guide.max_tokens for another guide"
-NO_LATENT = -1  # of `Guide.forward`: an example that is decoded with zeros for its latent
+NO_LATENT = -1  # of a reading: the learned latent that stands for none
+
+# Adam moves every entry of a matrix by the learning rate in a step, and hundreds of places of a
+# latent add up to a shift: at the rate that the map to the latent needs, log-probs would move by
+# whole nats a step, and own latents end as worse than none. So the way out is slower than the way
+# in, which lags anyhow (arXiv 1901.05534).
+WAY_OUT = 0.2
+
+Readout = Literal["mean", "queries"]
+Injection = Literal["output", "prefix", "both"]
+LatentNorm = Literal["none", "layer"]
 
 
 @dataclass(frozen=True)
 class GuideConfig:
-    """What the two towers do not say themselves; kept in the guide folder's guide.json."""
+    """What a distance depends on, beside the weights; kept in the guide folder's guide.json."""
 
+    readout: Readout = "mean"
     latent_tokens: int = 1  # m
     latent_width: int = 256  # k
-    token_dropout: float = 0.5  # share of response tokens hidden from the decoder in training
-    # Share of training examples without z, so that the loss without z means something.
-    latent_dropout: float = 0.1
-    max_tokens: int = 512  # prompt and response together; the prompt loses its beginning first
-    end_token: str = END  # ends prompts and responses; a guide.json may lack the key
+    # layer: z is centred and scaled to unit variance, so that no response is far from all others
+    # by the length of its latent alone
+    latent_norm: LatentNorm = "none"
+    injection: Injection = "output"
+    max_tokens: int | None = 512  # prompt and longer response together; None: whatever comes
+    end_token: str = END  # ends the responses that ended by themselves
 
 
 @dataclass(frozen=True)
-class Example:
-    """One prompt and one response, in the guide's own token ids.
+class GuideLoss:
+    """What training minimises beside the paper's loss, and what it keeps from the decoder."""
 
-    The response ends with the end token, also where the policy's sample was cut at `max_new_tokens`
-    and has none: the guide reads texts. Only one that `max_tokens` cuts here loses it.
+    contrast: float = 1.0  # weight of the sibling contrast; 0: the paper's loss alone
+    bag_of_words: float = 0.0  # weight of predicting a response's tokens from its latent alone
+    token_dropout: float = 0.0  # a response's share of hidden tokens is drawn between 0 and this
+    latent_dropout: float = 0.1  # share of responses that are read with no latent
+    latent_noise: float = 0.0  # deviation of the noise on latents, over their root mean square
+    tokens: int | None = None  # most tokens of a response that count, drawn anew each time
+
+
+class Reading(NamedTuple):
+    """One response predicted with one latent; both are numbers of responses of the batch."""
+
+    response: int
+    latent: int  # or NO_LATENT
+
+
+class States(NamedTuple):
+    """What the encoder makes of the responses of P pairs."""
+
+    read: Tensor  # (R, D) mean states, or (R m, D) states of the query tokens
+    before: Tensor  # (M, D) the state in front of each response token, which predicts it
+
+
+def joined(states: Sequence[States]) -> States:
+    """Returns the states of several lists of pairs as those of one."""
+    return States(*(torch.cat(x) for x in zip(*states, strict=True)))
+
+
+class Counts(NamedTuple):
+    """What a global batch's sums are divided by, whatever ranks and micro-batches see of it."""
+
+    real: int  # response tokens
+    generated: int
+    contrasts: int  # responses that are told from their sibling
+
+
+class Latent(nn.Module):
+    """What lies between the towers: readout, latent and injection; float32, whatever they are in.
+
+    FSDP gathers its weights for each of METHODS.
     """
 
-    prompt: list[int]
-    response: list[int]
+    METHODS = (
+        "read",
+        "own_or_null",
+        "shift",
+        "scale",
+        "soft_tokens",
+        "query_tokens",
+        "hidden_token",
+    )
+
+    def __init__(self, config: GuideConfig, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.config = config
+        m, k = config.latent_tokens, config.latent_width
+        # A pooled state becomes all m latents, a query's state its own.
+        pooled = config.readout == "mean"
+        self.to_latent = nn.Linear(encoder_width, m * k if pooled else k)
+        self.null = nn.Parameter(torch.zeros(m * k))
+        self.mask = nn.Parameter(torch.zeros(decoder_width))
+        if not pooled:
+            self.queries = nn.Parameter(torch.zeros(m, encoder_width))
+        if config.injection != "prefix":
+            self.to_output = nn.Linear(m * k, decoder_width, bias=False)
+            self.to_scale = nn.Linear(m * k, decoder_width, bias=False)
+        if config.injection != "output":
+            self.to_prefix = nn.Linear(k, decoder_width)
+            self.soft_size = nn.Parameter(torch.ones(1))  # root mean square of a soft token
+
+    def read(self, states: Tensor) -> Tensor:
+        """The latents (R, Z) float32 of R responses, of `States.read`."""
+        z = self.to_latent(states.float())  # a distance is a difference of close numbers
+        if self.config.readout == "queries":
+            # (R, Z) of (R m, k); a copy, as FSDP warns of views
+            z = z.unflatten(0, (-1, self.config.latent_tokens)).flatten(1).clone()
+        return F.layer_norm(z, z.shape[1:]) if self.config.latent_norm == "layer" else z
+
+    def own_or_null(self, latents: Tensor, whose: Sequence[int]) -> Tensor:
+        """The latents (Q, Z) of Q readings, of latents (R, Z)."""
+        table = torch.cat([latents, self.null[None]])
+        return table[torch.tensor([i % len(table) for i in whose], device=table.device)]
+
+    def shift(self, latents: Tensor) -> Tensor:
+        """What is added to the states that the head reads: latents (Q, Z) -> (Q, D)."""
+        return WAY_OUT * self.to_output(latents)
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """What the states that the head reads are multiplied by: latents (Q, Z) -> (Q, D)."""
+        return 1 + WAY_OUT * self.to_scale(latents)
+
+    def soft_tokens(self, latents: Tensor) -> Tensor:
+        """The soft tokens before a response: latents (Q, Z) -> (Q m, D), all of a learned size."""
+        tokens = self.to_prefix(latents.unflatten(1, (self.config.latent_tokens, -1))).flatten(0, 1)
+        return F.rms_norm(tokens, tokens.shape[1:], eps=1e-6) * self.soft_size
+
+    def query_tokens(self) -> Tensor:
+        """The query tokens' embeddings (m, D)."""
+        return self.queries.clone()
+
+    def hidden_token(self) -> Tensor:
+        """The embedding (D,) that stands for a token which the decoder may not read."""
+        return self.mask.clone()
 
 
 class Guide(nn.Module):
-    """Encoder, latent, decoder.
+    """Encoder, latent, decoder; the encoder may be the decoder, where it is not trained.
 
-    `forward` gives the reconstruction log-probs and `loss` their sum in training: FSDP gathers the
-    weights for these two.
+    `forward` gives the reconstruction log-probs and `loss` what training minimises: FSDP gathers
+    the weights for these two.
+
+    tokenizer: reads the texts. chat: the policy's tokenizer, whose chat template renders prompts;
+    None: a prompt is read as plain text, with a blank line after it.
     """
 
     def __init__(
@@ -80,14 +199,14 @@ class Guide(nn.Module):
         decoder: LanguageModel,
         config: GuideConfig,
         tokenizer: tokenizers.Tokenizer,
+        chat: Tokenizer | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.chat = config, tokenizer, chat
         self.encoder, self.decoder = encoder, decoder
-        width = encoder.embedding.embedding_dim
-        self.queries = nn.Parameter(torch.zeros(config.latent_tokens, width))
-        self.to_latent = nn.Linear(width, config.latent_width)
-        self.from_latent = nn.Linear(config.latent_width, decoder.embedding.embedding_dim)
+        self.latent = Latent(
+            config, encoder.embedding.embedding_dim, decoder.embedding.embedding_dim
+        )
         end = tokenizer.token_to_id(config.end_token)
         if end is None:
             raise InputError(
@@ -97,185 +216,410 @@ class Guide(nn.Module):
         self.end_id: int = end
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response by itself."""
+        return (self.end_id,) if self.chat is None else tuple(self.chat.end_ids)
+
+    @property
+    def shared(self) -> bool:
+        """Whether one tower is both."""
+        return self.decoder is self.encoder
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the decoder reads what the encoder has read, unless tokens are hidden from it:
+        then one forward pass makes the states of both.
+        """
+        plain = self.config.readout == "mean" and self.config.injection == "output"
+        return self.shared and plain
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of both towers: what FSDP wraps one by one."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
+        """The transformer blocks of the towers: what FSDP wraps one by one."""
+        towers = [self.encoder] if self.shared else [self.encoder, self.decoder]
+        return [block for tower in towers for block in tower.blocks]
 
-    def example(self, prompt: str, response: str) -> Example:
-        """Returns a pair of texts as token ids: [prompt, end] and [response, end].
+    # ------------------------------------------------------------------------------ texts to tokens
 
-        Together they have at most `max_tokens`. The end token serves as separator too. Of a pair
-        that is too long, a response above three quarters of the room keeps its beginning and loses
-        its end token; then the prompt keeps its end.
+    def pair(
+        self,
+        name: str,
+        prompt: str | Sequence[Message],
+        real: str,
+        generated: str,
+        ended: tuple[bool, bool] = (True, True),
+    ) -> Pair:
+        """Returns two responses to a prompt in the guide's own token ids, cut to fit (`fit`).
+
+        prompt: the user's text, or the turns before the response. ended: whether each response
+        ended by itself; one that was cut gets no end token.
         """
-        x = [*self.tokenizer.encode(prompt, add_special_tokens=False).ids, self.end_id]
-        y = [*self.tokenizer.encode(response, add_special_tokens=False).ids, self.end_id]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = [
+            self._response_ids(turns, *given)
+            for given in zip((real, generated), ended, strict=True)
+        ]
+        if self.chat is not None:
+            return self.fit(Pair(name, list(self.chat.prompt_ids(turns)), ids[0], ids[1]))
+        text = f"{history_text(turns)}\n\n"
+        x = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.fit(Pair(name, x, ids[0], ids[1]))
+
+    def _response_ids(self, turns: Sequence[Message], text: str, ended: bool) -> list[int]:
+        if self.chat is not None:
+            ids = list(self.chat.pair_ids(Row("", tuple(turns), text)).response)
+            return ids if ended or len(ids) == 1 else ids[:-1]
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*ids, self.end_id] if ended or not ids else ids
+
+    def fit(self, pair: Pair) -> Pair:
+        """Returns a pair whose prompt and longer response have at most `max_tokens` together.
+
+        A response above three quarters of the room loses its end; then the prompt, which both
+        responses share, loses its beginning. An empty response becomes an end token.
+        """
         most = self.config.max_tokens
-        if len(x) + len(y) > most:
-            y = y[: most * 3 // 4]  # a quarter stays for the prompt
-        return Example(x[-max(1, most - len(y)) :], y)
+        real, generated = (list(y) or [self.end_id] for y in (pair.real, pair.generated or []))
+        prompt = list(pair.prompt)
+        if most is not None and len(prompt) + max(len(real), len(generated)) > most:
+            # a quarter stays for the prompt
+            real, generated = real[: most * 3 // 4], generated[: most * 3 // 4]
+            prompt = prompt[-max(1, most - max(len(real), len(generated))) :]
+        return Pair(pair.id, prompt, real, generated)
 
-    def encode(self, examples: Sequence[Example]) -> Tensor:
-        """Returns the latents (B, Z) float32 of B examples.
+    # ---------------------------------------------------------------------------- encode and decode
 
-        A prompt that several of them share is read once.
+    def encode(self, pairs: Sequence[Pair]) -> Tensor:
+        """Returns the latents (R, Z) float32 of the responses of P pairs; a prompt is read once."""
+        return self.latent.read(self.states(pairs).read)
+
+    def states(self, pairs: Sequence[Pair]) -> States:
+        """Returns the encoder's states of P pairs: of [x | y | y'], each response with its query
+        tokens after it. Where `one_pass` holds, they are all that a latent and the decoder need.
         """
-        device, m = self.queries.device, self.config.latent_tokens
-        by_prompt: dict[tuple[int, ...], list[int]] = {}  # the examples of each prompt
-        for i, example in enumerate(examples):
-            by_prompt.setdefault(tuple(example.prompt), []).append(i)
-        ids: list[int] = []  # N of them: [x; y; m queries; y'; m queries; ...], prompt by prompt
-        lengths: list[list[int]] = []
-        at: list[list[int]] = [[]] * len(examples)  # where each example's queries stand in ids
-        for prompt, members in by_prompt.items():
-            ids += prompt
-            lengths.append([len(prompt)])
-            for i in members:
-                # Id 0 where a query goes: its embedding is replaced below.
-                ids += [*examples[i].response, *[0] * m]
-                lengths[-1].append(len(examples[i].response) + m)
-                at[i] = list(range(len(ids) - m, len(ids)))
-        places = torch.tensor(at, device=device).flatten()  # (B m,)
-        embedded = self.encoder.embedding(torch.tensor(ids, device=device))  # (N, D)
-        queries = self.queries.to(embedded.dtype).repeat(len(examples), 1)  # (B m, D)
-        embedded = embedded.index_copy(0, places, queries)
-        hidden = self.encoder.hidden(embedded, Packed(lengths, device))[places]  # (B m, D)
-        # float32 whatever the towers compute in: a distance is a difference of close numbers.
-        latents = self.to_latent(hidden).float()  # (B m, k)
-        return latents.unflatten(0, (len(examples), m)).flatten(1)
+        device = self.latent.null.device
+        m = 0 if self.config.readout == "mean" else self.config.latent_tokens
+        parts = _pack(pairs, [p.responses for p in pairs], after=m)
+        embedded = self.encoder.embedding(torch.tensor(parts.ids, device=device))  # (N, D)
+        at = torch.tensor([end + i for end in parts.ends for i in range(m)], device=device)
+        if m:
+            queries = self.latent.query_tokens().to(embedded.dtype).repeat(len(parts.ends), 1)
+            embedded = embedded.index_copy(0, at, queries)  # (R m, D) of them
+        states = self.encoder.hidden(embedded, Packed(parts.lengths, device))
+        before = states[torch.tensor(parts.predictors(), device=device)]
+        if m:
+            return States(states[at], before)
+        # A product with the rows' averages repeats bit for bit, as adding at places may not.
+        averages = torch.zeros(len(parts.ends), len(parts.ids))  # (R, N)
+        for i, (start, end) in enumerate(zip(parts.starts, parts.ends, strict=True)):
+            averages[i, start:end] = 1.0 / (end - start)
+        return States(averages.to(device) @ states.float(), before)
 
     def decode(
-        self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None = None
+        self,
+        pairs: Sequence[Pair],
+        latents: Tensor,
+        readings: Sequence[Reading],
+        hidden_tokens: Tensor | None = None,
     ) -> Tensor:
-        """The log-probs (M,) float32 of all response tokens, given latents (B, Z).
+        """Returns the log-probs float32 of all tokens of Q readings, one reading after the other.
 
-        hidden_tokens (M,) bool: the response tokens the decoder may not read; None: it reads all.
+        latents (R, Z). readings: pair by pair. hidden_tokens (M,) bool: the tokens of the R
+        responses that the decoder may not read; None: it reads all.
         """
-        return ops.linear_logprob(*self._head_inputs(examples, latents, hidden_tokens))
+        return ops.linear_logprob(*self._written(pairs, latents, readings, hidden_tokens, None))
 
     def forward(
-        self, examples: Sequence[Example], latents_of: Sequence[int] | None = None
-    ) -> Tensor:
-        """The log-probs (M,) float32 of the examples' response tokens.
-
-        latents_of: whose latent each example is decoded with, as an index into `examples`;
-        NO_LATENT: zeros; None: its own.
+        self, pairs: Sequence[Pair], readings: Sequence[Reading], states: States | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes all responses; returns the log-probs float32 of all tokens of Q readings, as
+        `decode` with no token hidden, and the latents (R, Z). states: as in `loss`.
         """
-        latents = self.encode(examples)  # (B, Z)
-        if latents_of is not None:
-            index = torch.tensor(list(latents_of), device=latents.device)
-            latents = latents[index.clamp(min=0)] * (index != NO_LATENT)[:, None]
-        return self.decode(examples, latents)
+        states = self.states(pairs) if states is None else states
+        latents = self.latent.read(states.read)
+        before = states.before if self.one_pass else None
+        return ops.linear_logprob(*self._written(pairs, latents, readings, None, before)), latents
 
     def loss(
-        self, examples: Sequence[Example], kept: Tensor, hidden_tokens: Tensor, scale: float
+        self,
+        pairs: Sequence[Pair],
+        kept: Sequence[bool],
+        tokens: Sequence[Sequence[int]],
+        hidden_tokens: Tensor | None,
+        noise: Tensor | None,
+        what: GuideLoss,
+        counts: Counts,
+        states: States | None = None,
     ) -> Tensor:
-        """scale times the summed reconstruction loss () of the examples, in training: fused, no
-        log-prob a token is kept (`objective.reconstruction_loss` is this with scale 1 / M).
+        """Returns what these pairs add to the loss () of a global batch, in training.
 
-        kept (B,) bool: the examples that are decoded with their latent, the others with zeros.
-        hidden_tokens (M,) bool: the response tokens that the decoder may not read.
+        The loss is `objective.reconstruction_loss`, plus `contrast` times the mean of
+        `objective.contrast_loss` over the responses that differ from their sibling, plus
+        `bag_of_words` times the reconstruction loss of the latent by itself.
+
+        kept (R,): the responses that are read with their latent; the others are read with none, and
+        no contrast. tokens: of each of the R responses, the places of the tokens that count.
+        hidden_tokens (M,) bool: as in `decode`. noise (R, Z): is added to the latents, in units of
+        each one's root mean square. counts: of the global batch. states: of these pairs, where they
+        are known already; None: they are made.
         """
-        latents = self.encode(examples)  # (B, Z)
-        latents = latents * kept[:, None].to(latents)
-        return ops.sft_loss(*self._head_inputs(examples, latents, hidden_tokens), scale)[0]
+        states = self.states(pairs) if states is None else states
+        latents = self.latent.read(states.read)
+        if noise is not None:
+            # Of each latent by itself: of a micro-batch's it would depend on what is in there.
+            latents = latents + noise * latents.detach().square().mean(1, keepdim=True).sqrt()
+        readings, rivals = training_readings(pairs, kept, what.contrast > 0)
+        before = states.before if self.one_pass and hidden_tokens is None else None
+        written = self._written(pairs, latents, readings, hidden_tokens, before, tokens)
+        lengths = [len(tokens[r.response]) for r in readings]
+        sums = ops.segment_sum(ops.linear_logprob(*written), lengths)  # (Q,)
+        own = [i for i, r in enumerate(readings) if r.latent in (r.response, NO_LATENT)]  # R
+        means = torch.tensor([1 / counts[i % 2] for i in range(len(own))], device=sums.device)
+        loss = -(sums[own] * means).sum()
+        if rivals:
+            mine, theirs = zip(*rivals, strict=True)
+            gaps = contrast_loss(sums[list(mine)], sums[list(theirs)])
+            loss = loss + what.contrast / counts.contrasts * gaps.sum()
+        if what.bag_of_words:
+            alone = self.latent.shift(latents) @ self.decoder.output_weight.float().T  # (R, V)
+            logps = alone.log_softmax(dim=1)
+            bags = torch.stack(
+                [
+                    row[torch.tensor(y, device=row.device)[list(chosen)]].sum()
+                    for row, y, chosen in zip(
+                        logps, (y for p in pairs for y in p.responses), tokens, strict=True
+                    )
+                ]
+            )
+            loss = loss - what.bag_of_words * (bags * means).sum()
+        return loss
 
-    def _head_inputs(
-        self, examples: Sequence[Example], latents: Tensor, hidden_tokens: Tensor | None
+    def _written(
+        self,
+        pairs: Sequence[Pair],
+        latents: Tensor,
+        readings: Sequence[Reading],
+        hidden_tokens: Tensor | None,
+        before: Tensor | None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder's head takes: the hidden states (M, D) that predict the response tokens,
-        the output weight (V, D), and those tokens (M,).
-        """
-        device, m = latents.device, self.config.latent_tokens
-        sizes = [m + len(e.prompt) + len(e.response) for e in examples]
-        ids = torch.tensor(
-            [t for e in examples for t in (*[0] * m, *e.prompt, *e.response)], device=device
-        )  # (N,), id 0 where the latent goes
-        ends = torch.tensor(sizes, device=device).cumsum(0)  # (B,)
-        starts = ends - torch.tensor(sizes, device=device)
-        prefix = (starts[:, None] + torch.arange(m, device=device)).flatten()  # (B m,)
-        lengths = torch.tensor([len(e.response) for e in examples], device=device)
-        response = _ranges(ends - lengths, lengths)  # (M,) positions of the response tokens
-        embedded = self.decoder.embedding(ids)  # (N, D)
-        if hidden_tokens is not None:
-            embedded = embedded.index_fill(0, response[hidden_tokens], 0.0)
-        latents = latents.unflatten(1, (m, -1)).to(embedded.dtype)  # (B, m, k)
-        prefix_embeddings = self.from_latent(latents).flatten(0, 1)  # (B m, D)
-        embedded = embedded.index_copy(0, prefix, prefix_embeddings.to(embedded.dtype))
-        hidden = self.decoder.hidden(embedded, Packed(sizes, device))
-        # The token before a response token predicts it; before the first is the prompt's last.
-        return hidden[response - 1], self.decoder.output_weight, ids[response]
+        """What the decoder's head takes: the states that predict the tokens of all readings, the
+        output weight (V, D), and those tokens.
 
-    @torch.no_grad()
+        before (M, D): the states in front of each response token, where the encoder has made them.
+        tokens: of each response, the places of those to predict; None: all.
+        """
+        device = latents.device
+        responses = [y for p in pairs for y in p.responses]
+        places = [range(len(y)) for y in responses] if tokens is None else tokens
+        z = self.latent.own_or_null(latents, [r.latent for r in readings])  # (Q, Z)
+        # With soft tokens in front, a response is read anew for each latent; else once.
+        soft = self.latent.soft_tokens(z) if self.config.injection != "output" else None
+        parts = list(range(len(responses))) if soft is None else [r.response for r in readings]
+        if before is None:
+            before = self._decoder_states(pairs, parts, soft, hidden_tokens)
+        starts = np.cumsum([0, *(len(responses[i]) for i in parts)])
+        of_reading = [r.response if soft is None else q for q, r in enumerate(readings)]
+        rows = [
+            int(starts[i]) + place
+            for i, reading in zip(of_reading, readings, strict=True)
+            for place in places[reading.response]
+        ]
+        hidden = before[torch.tensor(rows, device=device)]
+        if self.config.injection != "prefix":
+            counts = torch.tensor([len(places[r.response]) for r in readings], device=device)
+            scale, shift = (
+                change(z).repeat_interleave(counts, dim=0)
+                for change in (self.latent.scale, self.latent.shift)
+            )
+            hidden = (hidden.float() * scale + shift).to(hidden.dtype)
+        targets = [responses[r.response][place] for r in readings for place in places[r.response]]
+        return hidden, self.decoder.output_weight, torch.tensor(targets, device=device)
+
+    def _decoder_states(
+        self,
+        pairs: Sequence[Pair],
+        which: Sequence[int],
+        soft: Tensor | None,
+        hidden_tokens: Tensor | None,
+    ) -> Tensor:
+        """The decoder's states in front of each token of responses `which`, pair by pair: all their
+        tokens, one response after the other.
+
+        soft: the soft tokens in front of each, all of them. hidden_tokens (M,): as in `decode`.
+        """
+        device, m = self.latent.null.device, 0 if soft is None else len(soft) // len(which)
+        of_pair: list[list[list[int]]] = [[] for _ in pairs]
+        for i in which:
+            of_pair[i // 2].append(pairs[i // 2].responses[i % 2])
+        parts = _pack(pairs, of_pair, before=m)
+        embedded = self.decoder.embedding(torch.tensor(parts.ids, device=device))  # (N, D)
+        if hidden_tokens is not None:
+            flags = hidden_tokens.cpu().split([len(y) for p in pairs for y in p.responses])
+            hidden = torch.zeros(len(parts.ids), dtype=torch.bool)
+            for i, start, end in zip(which, parts.starts, parts.ends, strict=True):
+                hidden[start:end] = flags[i]
+            token = self.latent.hidden_token().to(embedded.dtype)
+            embedded = torch.where(hidden.to(device)[:, None], token, embedded)
+        if soft is not None:
+            at = [start - m + i for start in parts.starts for i in range(m)]
+            embedded = embedded.index_copy(
+                0, torch.tensor(at, device=device), soft.to(embedded.dtype)
+            )
+        states = self.decoder.hidden(embedded, Packed(parts.lengths, device))
+        return states[torch.tensor(parts.predictors(), device=device)]
+
+    # ------------------------------------------------------------------------------------ distances
+
     def distance(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Message]],
         real: Sequence[str],
         generated: Sequence[str],
         batch_tokens: int = 8192,
         metric: Metric = "euclidean",
         ids: Sequence[str] | None = None,
-        path: Path | None = None,
-        progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
         """Returns how far two responses are apart, for each of N prompts: (N,) float32 on the CPU.
 
-        It is `ldalign.objective.latent_distance` of E(x, y) and E(x, y'), without dropout. All
-        ranks call it with the same rows and share the work; the batches, and so the result, are the
-        same for any number of them.
+        A prompt is the user's text, or the turns before the response; both responses are taken to
+        have ended by themselves. Otherwise as `pair_distances`.
+        """
+        names = [str(i) for i in range(len(prompts))] if ids is None else ids
+        rows = zip(names, prompts, real, generated, strict=True)
+        return self.pair_distances([self.pair(*row) for row in rows], batch_tokens, metric)
 
-        batch_tokens: the most tokens of a batch of pairs.
-        ids: the rows' names in errors; None: their numbers.
+    def pair_distances(
+        self,
+        pairs: Sequence[Pair],
+        batch_tokens: int = 8192,
+        metric: Metric = "euclidean",
+        path: Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Tensor:
+        """Returns how far the responses of N pairs are apart: (N,) float32 on the CPU; by the
+        guide's own latents, else as `distances_by`.
+        """
+        return self.distances_by([self.latent], pairs, batch_tokens, metric, path, progress)[:, 0]
+
+    @torch.no_grad()
+    def distances_by(
+        self,
+        latents: Sequence[Latent],
+        pairs: Sequence[Pair],
+        batch_tokens: int = 8192,
+        metric: Metric = "euclidean",
+        path: Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Tensor:
+        """Returns how far the responses of N pairs are apart, by each of L maps of the encoder's
+        states to latents: (N, L) float32 on the CPU.
+
+        It is `ldalign.objective.latent_distance` of E(x, y) and E(x, y'). All ranks call it with
+        the same pairs and share the work; the batches, and so the result, are the same for any
+        number of them.
+
+        latents: the guide's own, or others for the same encoder, which have the same queries.
+        pairs: in the guide's token ids (`pair`, `fit`). batch_tokens: the most tokens of a batch.
         path, progress: as in `partial_rows.table`, for a stage that can be gone on with.
 
         Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
-        pairs = [
-            (self.example(x, y), self.example(x, g))
-            for x, y, g in zip(prompts, real, generated, strict=True)
-        ]
-        costs = [_size(real) + _size(other) for real, other in pairs]  # tokens
-        names = range(len(pairs)) if ids is None else ids
+        costs = [pair.tokens for pair in pairs]
 
         def measure(batch: Sequence[int]) -> Tensor:
             what = f"latents of {len(batch)} pairs of {sum(costs[i] for i in batch)} tokens"
             with naming(lambda: what, LOWER_FOR_LATENTS):
-                # A pair's two responses lie side by side, so that they share their prompt.
-                z = self.encode([e for i in batch for e in pairs[i]])  # (2 rows, Z)
-                return latent_distance(z[0::2], z[1::2], metric)[:, None].cpu()  # (rows, 1)
+                read = self.states([pairs[i] for i in batch]).read
+                both = [latent.read(read) for latent in latents]  # (2 rows, Z) each
+                found = [latent_distance(z[0::2], z[1::2], metric) for z in both]
+                return torch.stack(found, dim=1).cpu()  # (rows, L)
 
         def refusal(i: int, value: float) -> str:
             return (
-                f"row {names[i]}: the latent distance is {value}; look at its texts and at the "
+                f"row {pairs[i].id}: the latent distance is {value}; look at its texts and at the "
                 "guide's losses"
             )
 
         # Longest first: pairs of a batch are about as long, and memory peaks at once.
         longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
-        batches = _runs(longest_first, costs, batch_tokens)
-        return table(batches, measure, 1, refusal, path, progress)[:, 0].float()
+        batches = runs(longest_first, costs, batch_tokens)
+        return table(batches, measure, len(latents), refusal, path, progress).float()
 
 
-def _size(example: Example) -> int:
-    """The tokens of an example."""
-    return len(example.prompt) + len(example.response)
+def training_readings(
+    pairs: Sequence[Pair], kept: Sequence[bool], contrast: bool
+) -> tuple[list[Reading], list[tuple[int, int]]]:
+    """Returns the readings of a loss, pair by pair, and the rivals of its contrast as numbers of
+    readings: (with the own latent, with the sibling's).
+
+    kept (R,): the responses that are read with their latent. A pair has the readings of its two
+    responses first, then with contrast those with the sibling's latent, of responses that are kept
+    and differ.
+    """
+    readings: list[Reading] = []
+    rivals: list[tuple[int, int]] = []
+    for p, pair in enumerate(pairs):
+        both = (2 * p, 2 * p + 1)
+        at = len(readings)
+        readings += [Reading(i, i if kept[i] else NO_LATENT) for i in both]
+        if contrast and pair.real != pair.generated:
+            for side, i in enumerate(both):
+                if kept[i]:
+                    rivals.append((at + side, len(readings)))
+                    readings.append(Reading(i, both[1 - side]))
+    return readings, rivals
 
 
-def _runs(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive items in runs of at most `budget` cost; a dearer item gets a run of its own."""
-    runs: list[list[int]] = []
+class _Parts(NamedTuple):
+    """Prompts with what follows them, packed end to end: [x | slots, y, slots | slots, y', ...].
+
+    One entry a part in `starts`, `ends`, `before`.
+    """
+
+    ids: list[int]  # 0 in a slot
+    lengths: list[list[int]]  # as `Packed` takes them
+    starts: list[int]  # where the response begins, after its slots
+    ends: list[int]  # and where it ends
+    before: list[int]  # the token before its first: the last slot, or the prompt's last token
+
+    def predictors(self) -> list[int]:
+        """The places of the tokens that predict those of all responses, one after the other: each
+        is predicted by the one before it.
+        """
+        parts = zip(self.starts, self.ends, self.before, strict=True)
+        return [i for start, end, first in parts for i in (first, *range(start, end - 1))]
+
+
+def _pack(
+    pairs: Sequence[Pair], parts: Sequence[Sequence[list[int]]], before: int = 0, after: int = 0
+) -> _Parts:
+    """Packs the pairs' prompts, each with its parts (responses), which have empty slots for
+    embeddings before and after them.
+    """
+    packed = _Parts([], [], [], [], [])
+    for pair, responses in zip(pairs, parts, strict=True):
+        packed.ids.extend(pair.prompt)
+        last = len(packed.ids) - 1
+        packed.lengths.append([len(pair.prompt)])
+        for response in responses:
+            start = len(packed.ids) + before
+            packed.ids.extend([*[0] * before, *response, *[0] * after])
+            packed.lengths[-1].append(before + len(response) + after)
+            packed.starts.append(start)
+            packed.ends.append(start + len(response))
+            packed.before.append(start - 1 if before else last)
+    return packed
+
+
+def runs(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Returns consecutive items in runs of at most `budget` cost; a dearer item gets its own."""
+    found: list[list[int]] = []
     room = 0
     for i in items:
-        if not runs or costs[i] > room:
-            runs.append([])
+        if not found or costs[i] > room:
+            found.append([])
             room = budget
-        runs[-1].append(i)
+        found[-1].append(i)
         room -= costs[i]
-    return runs
-
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """[s, s + 1, ..., s + n - 1] for each start s and length n, end to end."""
-    offsets = lengths.cumsum(0) - lengths  # where each range begins in the result
-    steps = torch.arange(int(lengths.sum()), device=starts.device)
-    return steps + (starts - offsets).repeat_interleave(lengths)
+    return found

@@ -18,9 +18,10 @@ from ldalign.data import embedded
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import save_model
 from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.seeds import normals
 
 TOY_MODEL = "toy"
-RECIPE = 1  # raise it when the folder changes: it is part of the folder's name in the cache
+RECIPE = 2  # raise it when the folder changes: it is part of the folder's name in the cache
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}"
@@ -100,13 +101,12 @@ def random_mistral(config: MistralConfig, seed: int) -> Mistral:
     """Returns a float32 model with seeded normal weights of deviation 0.02, norms 1."""
     with torch.device("meta"):
         model = Mistral(config)
-    generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, p in model.named_parameters():
         if p.ndim == 1:  # the norms
             state[name] = torch.ones(p.shape)
         else:
-            state[name] = torch.randn(p.shape, generator=generator) * 0.02
+            state[name] = normals(seed, f"toy/{name}", *p.shape) * 0.02
     model.load_state_dict(state, assign=True)
     return model
 

@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ldalign.evaluation.guide import SURE, tells_apart
 from ldalign.report.analysis import Numbers
+from ldalign.report.guides import gain_text, guide_name, is_known, older
 from ldalign.run.folder import shown_name
 
-NEAR_ZERO = 0.01  # nats per token: a change of 1 % in a token's probability
+MOSTLY = 0.5  # share of the variance of distances that something else explains
 STILL_FALLING = 0.05  # the loss fell by this share over the last two quarters: cut short
 FEW = 0.3  # share of the pairs, as an effective sample size
 MANY = 0.25  # share of texts that were cut
+FEW_ROWS = 20  # held out, of whose standard errors little is to be had
 FEWEST_RECORDS = 8  # training records, below which no trend is looked for
 
 
@@ -19,12 +22,17 @@ def cautions(
 ) -> list[str]:
     """Looks at every guide and policy; returns sentences, [] where nothing speaks against a run.
 
+    First comes what makes all weights doubtful: a guide that does not tell two responses apart.
     table: what table.json holds. guide_steps: each guide's training records by stage
     name. commit: the code's.
     """
+    guides: Mapping[str, Numbers] = table["guides"]
     out: list[str] = []
-    for name, losses in table["guides"].items():
-        out += _guide_cautions(guide_name(name), losses, guide_steps.get(name, ()))
+    for caution in (_untold, _unsure):
+        for name, figures in guides.items():
+            out += caution(guide_name(name), figures)
+    for name, figures in guides.items():
+        out += _guide_cautions(guide_name(name), figures, guide_steps.get(name, ()))
     for row in table["policies"]:
         if row["policy"].startswith("iteration_"):
             out += _iteration_cautions(row, table["analysis"].get(row["policy"], {}))
@@ -41,38 +49,46 @@ def cautions(
     return out
 
 
-def guide_name(stage: str) -> str:
-    """Says how a reader calls the guide of a stage: "the guide", "iteration 1's guide"."""
-    return "the guide" if stage == "guide" else f"{stage.split('/')[0].replace('_', ' ')}'s guide"
+def _untold(name: str, figures: Numbers) -> list[str]:
+    """Says that a guide does not tell a row's two responses apart."""
+    if not is_known(figures) or figures["differing"] < 2 or tells_apart(figures):
+        return []
+    return [
+        f"{_cap(name)} does not tell a row's two responses apart, so the distances and weights "
+        f"made with it are near noise: a response is only {gain_text(figures, 'sibling_gain')} "
+        "nats likelier with its own latent than with that of the other response, on "
+        f"{figures['differing']:.0f} held-out rows, which is not {SURE:.0f} standard errors above "
+        "0."
+    ]
 
 
-def _guide_cautions(name: str, losses: Numbers, steps: Sequence[Numbers]) -> list[str]:
-    """Looks at one guide's held-out losses (nats per token) and its training records."""
+def _unsure(name: str, figures: Numbers) -> list[str]:
+    """Says that it is not known whether a guide tells a row's two responses apart."""
+    if not is_known(figures):
+        return [
+            f"{older(name)}: whether it tells a row's two responses apart, or distances and "
+            "weights are near noise, is not known."
+        ]
+    if figures["differing"] >= FEW_ROWS or _untold(name, figures):
+        return []
+    return [
+        f"{_cap(name)} was tried on only {figures['differing']:.0f} held-out rows whose responses "
+        "differ: whether it tells the two apart, or distances and weights are near noise, is not "
+        f"sure, as the standard error of so few is rough ({gain_text(figures, 'sibling_gain')} "
+        "nats a response; max_rows, guide.heldout_fraction)."
+    ]
+
+
+def _guide_cautions(name: str, figures: Numbers, steps: Sequence[Numbers]) -> list[str]:
+    """Looks at one guide's other held-out figures and its training records."""
     out: list[str] = []
-    gain, sibling = losses.get("latent_gain"), losses.get("sibling_gain")
-    if gain is not None and gain <= 0:
+    if {"true", "none"} <= figures.keys() and figures["true"] >= figures["none"]:
         out.append(
-            f"{_cap(name)}'s latent gain is {gain:+.4f} nats/token, not positive: its decoder "
-            "ignores the latent, and the distances and weights made with it say nothing."
+            f"{_cap(name)} reconstructs no better with the right latent ({figures['true']:.4f} "
+            f"nats/token) than with none ({figures['none']:.4f})."
         )
-    elif gain is not None and gain < NEAR_ZERO:
-        out.append(
-            f"{_cap(name)}'s latent gain is only {gain:+.4f} nats/token: with another row's latent "
-            "its decoder does nearly as well, so distances and weights made with it say little."
-        )
-    if sibling is not None and sibling < NEAR_ZERO and (gain is None or gain > 0):
-        likely = "no less likely than" if sibling <= 0 else "nearly as likely as"
-        out.append(
-            f"{_cap(name)}'s sibling gain is {sibling:+.4f} nats/token: with the latent of the "
-            f"row's other response, a held-out response is {likely} with its own. The latent does "
-            "not tell the two responses of a row apart, so the distance between them, and with it "
-            "the weight, rests on little that sets them apart."
-        )
-    if gain is not None and losses["true"] >= losses["none"]:
-        out.append(
-            f"{_cap(name)} reconstructs no better with the right latent ({losses['true']:.4f} "
-            f"nats/token) than with none ({losses['none']:.4f})."
-        )
+    found = {key: figures.get(f"{key}_share", 0.0) for key in ("length", "cut")}
+    out += _explained(f"{_cap(name)}'s held-out distances", found)
     loss = [step["loss"] for step in steps if "loss" in step]
     if len(loss) >= FEWEST_RECORDS:
         quarter = len(loss) // 4
@@ -81,10 +97,24 @@ def _guide_cautions(name: str, losses: Numbers, steps: Sequence[Numbers]) -> lis
         if last < (1 - STILL_FALLING) * before:
             out.append(
                 f"{_cap(name)}'s training loss was still falling at its end, from {before:.3f} to "
-                f"{last:.3f} nats/token between the last two quarters of its steps: it had not "
-                "converged (guide.epochs)."
+                f"{last:.3f} between the last two quarters of its steps: it had not converged "
+                "(guide.epochs)."
             )
     return out
+
+
+def _explained(whose: str, shares: Mapping[str, float]) -> list[str]:
+    """Says where something simpler explains most of the variance of distances."""
+    by = {
+        "length": "the difference in length of the two responses",
+        "cut": "how many of the two responses were cut, so that they have no end,",
+    }
+    return [
+        f"{whose} mostly follow something simpler: {words} explains {shares[key]:.0%} of their "
+        "variance, so the weights say little that this does not."
+        for key, words in by.items()
+        if shares[key] > MOSTLY
+    ]
 
 
 def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[str]:
@@ -97,6 +127,8 @@ def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[str]:
             f"{name}: {cut:.0%} of its sampled responses were cut at max_new_tokens and have no "
             "end."
         )
+    found = {key: row.get(f"distance/{key}_share", 0.0) for key in ("length", "cut")}
+    out += _explained(f"{name}'s distances", found)
     ties, none = row.get("judged/ties", 0), row.get("judged/none", 0)
     if ties + none > 0.5:
         out.append(

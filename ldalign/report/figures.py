@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from ldalign.evaluation.statistics import NORMAL_95, Array
 from ldalign.report.analysis import MEASURES, Numbers, RunPairs, Sides, concentration
-from ldalign.report.cautions import guide_name
 from ldalign.report.chart import (
     DASHES,
     GRID,
@@ -28,6 +27,7 @@ from ldalign.report.chart import (
     chart,
     choose_scale,
 )
+from ldalign.report.guides import GAINS, gain_text, guide_name, is_known
 from ldalign.report.table import HELD_OUT, duration
 from ldalign.run.folder import shown_name
 from ldalign.run.plan import stage_of
@@ -157,8 +157,10 @@ def held_out(rows: Sequence[Numbers]) -> Chart:
 # ---------------------------------------------------------------------------------------- distances
 
 
-def distances(iterations: Sequence[RunPairs]) -> Chart:
-    """Draws how the latent distances of an iteration's pairs are distributed."""
+def distances(iterations: Sequence[RunPairs], policies: Sequence[Numbers]) -> Chart:
+    """Draws how the latent distances of an iteration's pairs are distributed. policies: as in
+    table.json.
+    """
 
     def draw() -> tuple[Figure, str] | str:
         known = _with_distances(iterations)
@@ -185,18 +187,30 @@ def distances(iterations: Sequence[RunPairs]) -> Chart:
         axes.legend()
         zero = sum(int((p.distance[p.trained] == 0).sum()) for p in known)
         caption = (
-            "Distance between the guide's latents of the real and of the generated response, over "
-            "the pairs trained on; vertical lines are medians. It has no unit, and no meaning "
-            "across guides: only its ratios count. With one guide for all iterations, a shrinking "
+            "Distance between the latents of the real and of the generated response, over the "
+            "pairs trained on; vertical lines are medians. It has no unit, and no meaning across "
+            "guides: only its ratios count. With one guide for all iterations, a shrinking "
             "distance would mean that the policy's responses come closer to the data's. Pairs "
             "whose responses are equal are left out of training and of this figure, so those that "
             "remain are the harder ones."
         )
-        return figure, caption + (
-            f" Not drawn: distances of exactly 0 ({zero})." if zero and scale == "log" else ""
-        )
+        if zero and scale == "log":
+            caption += f" Not drawn: distances of exactly 0 ({zero})."
+        return figure, caption + "".join(map(_explained, policies))
 
     return chart("distances", "Latent distances by iteration", draw)
+
+
+def _explained(row: Numbers) -> str:
+    """Says what explains an iteration's distances; "" where it is not known."""
+    if "distance/length_share" not in row:
+        return ""
+    by = [f"{row[f'distance/{key}_share']:.0%}" for key in ("length", "cut")]
+    return (
+        f" {shown_name(row['policy']).capitalize()}: the difference of the two lengths explains "
+        f"{by[0]} of their variance (a straight line, in tokens), how many of the two were cut "
+        f"{by[1]}."
+    )
 
 
 def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
@@ -389,49 +403,54 @@ def _distance(pairs: RunPairs) -> Array:
 
 
 def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
-    """Draws each guide's held-out losses with the true latent, another row's, and none.
+    """Draws what each guide's own latent adds on held-out rows, over four others, with intervals.
 
-    guides: losses in nats per token, by stage name.
+    guides: held-out figures by stage name.
     """
 
     def draw() -> tuple[Figure, str] | str:
-        known = {
-            guide_name(name): losses for name, losses in guides.items() if "latent_gain" in losses
-        }
+        if not guides:
+            return (
+                "this run trained no guide (another method or a control, or a trained one was "
+                "given)."
+            )
+        known = {guide_name(name): found for name, found in guides.items() if is_known(found)}
         if not known:
-            return "this run trained no guide (another method, or a trained one was given)."
-        kinds = {"true": "its own latent", "none": "no latent", "other": "another row's latent"}
-        figure = Figure(figsize=(WIDTH, 0.8 + 0.9 * len(known)))
-        axes = figure.subplots()
-        labels = []
-        for n, (name, losses) in enumerate(known.items()):
-            places = [3.6 * n + m for m in range(3)]
-            values = [losses[key] for key in kinds]
-            axes.hlines(places, min(values), values, color=GRID, lw=2)
-            axes.scatter(values, places, c=[SERIES[0], SERIES[2], SERIES[1]], s=46, zorder=3)
-            for place, value, label in zip(places, values, kinds.values(), strict=True):
+            return "the guide's held-out figures are of an older version, without standard errors."
+        figure = Figure(figsize=(WIDTH, 1.0 + 0.5 * len(known)))
+        panels = figure.subplots(1, len(GAINS), sharey=True)
+        places = np.arange(len(known))
+        for n, (axes, (key, words, unit)) in enumerate(zip(panels, GAINS, strict=True)):
+            values = np.array([found[key] for found in known.values()])
+            errors = np.array([NORMAL_95 * found[f"{key}_se"] for found in known.values()])
+            colour = SERIES[0] if n == 0 else INK
+            axes.errorbar(
+                values, places, xerr=errors, fmt=MARKERS[n], ms=5, lw=1.6, capsize=3, color=colour
+            )
+            axes.axvline(0, color=INK, lw=0.8, ls=":")
+            for place, found in zip(places, known.values(), strict=True):
                 axes.annotate(
-                    f"{value:.4f}", (value, place), (8, 0), textcoords="offset points", va="center"
+                    gain_text(found, key).replace("+-", "±"),
+                    (found[key], place),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
                 )
-                labels.append((place, f"{name}: {label}" if len(known) > 1 else label))
-        axes.set_yticks(*zip(*labels, strict=True))
-        axes.set(
-            ylim=(labels[-1][0] + 0.6, -0.6), xlabel="held-out reconstruction loss, nats/token"
-        )
-        axes.margins(x=0.12)
-        gains = [
-            f"{name[0].upper()}{name[1:]}: latent gain {losses['latent_gain']:+.4f} nats/token"
-            f"{'' if losses['latent_gain'] > 0 else ' (NOT POSITIVE: the distances say nothing)'}"
-            f", sibling gain {losses.get('sibling_gain', float('nan')):+.4f}"
-            for name, losses in known.items()
-        ]
+            axes.set(title=words.removeprefix("own latent "), xlabel=unit)
+            axes.margins(x=0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(places, list(known))
+        panels[0].set_ylim(len(known) - 0.5, -0.6)
         return figure, (
-            "How badly the guide's decoder predicts held-out responses, given a latent; left is "
-            "better. Latent gain: the loss with another row's latent minus that with the right "
-            "one; above 0, the decoder uses the latent. Sibling gain: the same with the latent of "
-            "the row's other response, over rows whose two responses differ; it is what a distance "
-            "between the two rests on, and near 0 the latent does not tell them apart. "
-            f"{'. '.join(gains)}. The horizontal axis does not start at 0."
+            "By how much a response's own latent makes it likelier to the guide's decoder, on "
+            "held-out rows; right of the dotted line, at 0, it helps. First and in colour: over "
+            "the latent of the other response to the same prompt, its sibling, which is what a "
+            "distance between the two rests on. Where that bar is not clear of 0, the latent does "
+            "not tell the two apart, and distances and weights are near noise, however large the "
+            "gains over no latent and over another row's are. Bars: 95 % intervals over rows; "
+            "beside them ± one standard error. Every panel has a scale of its own."
         )
 
     return chart("guide", "What the guide's latent is worth", draw)

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ldalign.report import words
 from ldalign.report.analysis import Numbers, RunPairs, read_pairs, sides_of
 from ldalign.report.cautions import cautions
-from ldalign.report.table import collect, read_steps, read_summaries
+from ldalign.report.table import collect, read_config, read_steps, read_summaries
 from ldalign.run.folder import iterations
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import write_text
@@ -75,7 +74,7 @@ def gather(run: Path) -> dict[str, Any]:
     """Returns everything that the template shows; the figures are drawn and written on the way."""
     table, summaries = collect(run), read_summaries(run)
     text = (run / "config.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(text) or {}
+    config = read_config(run)
     machine = _json(run / "environment.json")
     joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
     trained = read_steps(run, (f"iteration_{t}/policy" for t in iterations(run)))
@@ -97,10 +96,12 @@ def gather(run: Path) -> dict[str, Any]:
         "machine": words.machine_line(machine),
         "results": words.results(rows),
         "kinds": words.kinds(rows),
+        "measured_in": words.measured_in(config),
+        "guides": words.guide_figures(table["guides"]),
         "charts": _charts(run, table, joined, steps, str(method)),
         "fallen": words.fallen(steps, sides),
         "rewards": words.rewards(rows),
-        "agreement": words.agreement(table["agreement"]),
+        "agreement": words.judge_agreement(table["agreement"]),
         **words.samples(joined),
         **words.answers(run, rows),
         "budget": words.budget(summaries),
@@ -132,7 +133,7 @@ def _charts(
     found = table["analysis"]
     drawn = [
         figures.held_out(table["policies"]),
-        figures.distances(joined),
+        figures.distances(joined, table["policies"]),
         figures.correlations(found),
         figures.against(figures.LENGTH, joined, found),
         figures.against(figures.LIKELIHOOD, joined, found),

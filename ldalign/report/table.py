@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from ldalign.evaluation import statistics
 from ldalign.evaluation.statistics import standard_error
-from ldalign.report import analysis
+from ldalign.report import agreement, analysis, guides
 from ldalign.report.analysis import Numbers
-from ldalign.report.cautions import cautions, guide_name
+from ldalign.report.cautions import cautions
 from ldalign.run.folder import SUMMARY, benchmark_summaries, iterations, stage_names
 from ldalign.run.plan import PER_POLICY
 from ldalign.system.files import make_folder, read_jsonl, write_text
@@ -23,7 +24,7 @@ from ldalign.system.metrics import say
 HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
 # Which of a benchmark's metrics stands for it in a comparison: the first of these that it has.
 LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible")
-Column = tuple[str, Callable[[Numbers], str]]  # of a Markdown table: its title, a policy's cell
+Column = tuple[str, Callable[[Numbers], str]]  # of a Markdown table: its title, a row's cell
 
 
 def write_report(run: Path) -> str:
@@ -77,15 +78,21 @@ def collect(run: Path) -> Numbers:
             of = sum(bool(base.get(key)) for key in scores)  # a score of 0 has no relative gain
             row |= {} if gain is None else {"mean_relative_gain": gain, "mean_relative_gain_of": of}
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
-    agreement = run / "agreement" / SUMMARY
     return {
         "policies": rows,
         "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
         "data": summaries.get("data", {}),
-        "agreement": _read(agreement) if agreement.is_file() else {},
+        "agreement": agreement.read_agreement(run, read_config(run)),
         "analysis": {f"iteration_{pairs.iteration}": analysis.summarise(pairs) for pairs in joined},
         "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
     }
+
+
+def read_config(run: Path) -> Numbers:
+    """Reads the settings of the run folder's last command; {} where there are none."""
+    path = run / "config.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def read_summaries(run: Path) -> dict[str, Numbers]:
@@ -169,15 +176,18 @@ def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
         _table("Held out", rows, _held_out_columns(first)),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
+        _guides(table["guides"]),
         _table("Training", rows, _training_columns()),
-        *(_guide(name, losses) for name, losses in table["guides"].items()),
+        _agreement(table["agreement"]),
         _times(table["seconds"], [r["policy"] for r in rows]),
         "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over "
         "prompts, and the differences are paired by prompt. NLL: of the data set's own responses. "
         "Reward margin, reward accuracy and loss: means over the last epoch of training. Weight: "
-        "distance over its mean; its effective sample size is a share of the pairs. Tokens "
-        "generated: sampled for training. Tokens trained: read in training, a prompt once a "
-        "pair.\n",
+        "distance over its mean; its effective sample size is a share of the pairs. Distance "
+        "explained: the share of the variance of the pairs' distances that a straight line "
+        "explains in the difference of the two lengths, in tokens, and in how many of the two "
+        "responses were cut. Tokens generated: sampled for training. Tokens trained: read in "
+        "training, a prompt once a pair.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -210,7 +220,7 @@ def _benchmark_columns(rows: list[Numbers]) -> list[Column]:
 def _training_columns() -> list[Column]:
     return [
         ("latent distance, mean (p10, p50, p90)", _distances),
-        ("latent gain of its own guide", _numbers("guide/latent_gain", "{:+.4f}")),
+        ("distance explained by length / by the cut, %", _explained),
         ("weight spread: deviation (min, max)", _spread),
         ("effective sample size", _numbers("weight/ess", "{:.2f}")),
         ("reward margin", _numbers("train/rewards/margins", "{:+.3f}")),
@@ -223,19 +233,47 @@ def _training_columns() -> list[Column]:
     ]
 
 
+def _guides(found: Mapping[str, Numbers]) -> str:
+    """Writes the table of the guides' held-out figures, and what it says."""
+    parts = [
+        f"{guides.older_figures(guides.guide_name(name), figures)}\n"
+        for name, figures in found.items()
+        if not guides.is_known(figures)
+    ]
+    names, lines = guides.guide_rows(found)
+    if names:
+        parts += [_texts("The guide", guides.WHAT, names, lines), f"{guides.NOTE}\n"]
+    return "\n".join(parts)
+
+
+def _agreement(found: Numbers) -> str:
+    """Writes what the judge says of the distances, in a sentence and in a table."""
+    if not found:
+        return ""
+    titles, lines = agreement.agreement_rows(found)
+    said = f"{agreement.sentence(found)}\n"
+    if not titles:
+        return f"**Agreement with a judge**\n\n{said}"
+    table = _texts("Agreement with a judge", agreement.WHO, titles, lines)
+    return f"{table}\n{said}\n{agreement.NOTE}\n"
+
+
 def _table(title: str, rows: list[Numbers], columns: list[Column]) -> str:
-    """Writes a Markdown table, without the columns that no row has a value for."""
+    """Writes a table of the policies, without the columns that no row has a value for."""
     cells = [(name, [form(r) for r in rows]) for name, form in columns]
     cells = [(name, values) for name, values in cells if any(value != "-" for value in values)]
-    lines = [
-        "| policy | " + " | ".join(name for name, _ in cells) + " |",
-        "|---" * (len(cells) + 1) + "|",
-    ]
-    lines += [
-        f"| {r['policy']} | " + " | ".join(values[i] for _, values in cells) + " |"
-        for i, r in enumerate(rows)
-    ]
-    return f"**{title}**\n\n" + "\n".join(lines) + "\n" if cells else ""
+    lines = [(r["policy"], [values[i] for _, values in cells]) for i, r in enumerate(rows)]
+    return _texts(title, "policy", [name for name, _ in cells], lines) if cells else ""
+
+
+def _texts(
+    title: str, corner: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]
+) -> str:
+    """Writes a Markdown table. corner: the title of the lines' names. lines: name and cells."""
+    rows = [(corner, columns), *lines]
+    head, *body = ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows]
+    rule = "|---" * (len(columns) + 1) + "|"
+    return f"**{title}**\n\n" + "\n".join([head, rule, *body]) + "\n"
 
 
 def _moved(rows: list[Numbers]) -> str:
@@ -254,18 +292,6 @@ def _verdict(row: Numbers) -> str:
             points = f"{100 * gap:+.1f} +- {100 * error:.1f} points"
             parts.append(f"{key} accuracy {movement(gap, error)} ({points})")
     return "; ".join(parts)
-
-
-def _guide(name: str, losses: Numbers) -> str:
-    if "latent_gain" not in losses:
-        return ""
-    verdict = "" if losses["latent_gain"] > 0 else " (NOT POSITIVE: the distances say nothing)"
-    return (
-        f"{guide_name(name).capitalize()}, held-out loss in nats/token: true latent "
-        f"{losses['true']:.4f}, another row's {losses['other']:.4f}, none {losses['none']:.4f}; "
-        f"latent gain {losses['latent_gain']:+.4f}, over the row's other response "
-        f"{losses['sibling_gain']:+.4f}{verdict}.\n"
-    )
 
 
 def _times(seconds: dict[str, float], policies: list[str]) -> str:
@@ -315,6 +341,12 @@ def _distances(row: Numbers) -> str:
         return "-"
     values = (row[f"distance/{key}"] for key in ("mean", "p10", "p50", "p90"))
     return "{:.3g} ({:.3g}, {:.3g}, {:.3g})".format(*values)
+
+
+def _explained(row: Numbers) -> str:
+    if "distance/length_share" not in row:
+        return "-"
+    return " / ".join(f"{100 * row[f'distance/{key}_share']:.0f}" for key in ("length", "cut"))
 
 
 def _spread(row: Numbers) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ldalign.report import agreement, guides
 from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
 from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
@@ -20,7 +21,7 @@ METHODS = {
     "ld_align": (
         "LD-Align: the policy answered every prompt of the data set by itself; the data's response "
         "counts as the better of the two, its own as the worse, and no human preference is used. A "
-        "small conditional autoencoder, the guide, was trained on both kinds of responses, and the "
+        "conditional autoencoder, the guide, was trained on both kinds of responses, and the "
         "distance between their latents says how far the policy's response is from the data's. The "
         "policy was then trained with the DPO loss on these pairs, each weighted by its distance "
         "over the mean distance; every iteration repeats this from the policy before."
@@ -66,8 +67,9 @@ SETTINGS = (
     "policy data method weights weight_clip mix_previous judge.model iterations max_rows "
     "max_new_tokens max_length sampling.temperature global_batch learning_rate beta reference "
     "training.epochs training.steps training.optimizer training.schedule guide.folder "
-    "guide.backbone distance guide.retrain guide.latent_tokens guide.latent_width guide.epochs "
-    "sft.epochs sft.rows continual_sft.epochs evaluation.rows evaluation.samples seed dtype"
+    "guide.backbone guide.towers distance guide.retrain guide.readout guide.injection "
+    "guide.latent_tokens guide.latent_width guide.contrast guide.epochs guide.gate sft.epochs "
+    " sft.rows continual_sft.epochs evaluation.rows evaluation.samples seed dtype"
 ).split()
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distance, at which samples are shown
 ANSWERS_SHOWN = 4
@@ -140,9 +142,23 @@ def method_text(config: Mapping[str, Any]) -> str:
     """Says what the method does, for somebody who does not know it, and names a control."""
     text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
     weights = config.get("weights", "latent")
+    if config.get("distance") == "pooled":
+        text += (
+            " In this run no guide was trained: as a control, the distance is between the mean "
+            "states of the two responses under the start policy."
+        )
     if weights == "latent":
         return text
     return f"{text} In this run the weights are a control in their place: {weights}."
+
+
+def measured_in(config: Mapping[str, Any]) -> str:
+    """Says in what the distances of a config are measured."""
+    if config.get("weights") == "semantic":
+        return "the space of a sentence-embedding model (weights=semantic)"
+    if config.get("distance") == "pooled":
+        return "the space of the start policy's mean states (distance=pooled)"
+    return "the guide's latent space"
 
 
 def method_name(config: Mapping[str, Any]) -> str:
@@ -238,6 +254,7 @@ def results(rows: Sequence[Numbers]) -> Numbers:
     first = f" over {_shown(rows[0])}" if rows else ""
     last = {"title": "mean relative gain", "unit": f"of {over}"}
     return {
+        "what": "policy",
         "columns": [*shown, last] if columns else [],
         "rows": lines,
         "note": (
@@ -321,25 +338,43 @@ def rewards(rows: Sequence[Numbers]) -> Numbers:
     }
 
 
-def agreement(found: Numbers) -> Numbers:
-    """Says the rate of agreement, and lists every number beside it; {} where there is none."""
-    values = {
-        key.removeprefix("agreement/"): value for key, value in found.items() if key != "seconds"
-    }
-    if not values:
+def guide_figures(found: Mapping[str, Numbers]) -> Numbers:
+    """Makes the table of the guides' held-out figures, a column a guide; an older version's are in
+    its note.
+    """
+    names, lines = guides.guide_rows(found)
+    old = {guides.guide_name(n): f for n, f in found.items() if not guides.is_known(f)}
+    notes = [guides.NOTE] * bool(names)
+    notes += [guides.older_figures(name, figures) for name, figures in old.items()]
+    return _scores(guides.WHAT, names, lines, " ".join(notes))
+
+
+def judge_agreement(found: Numbers) -> Numbers:
+    """Says the rate of agreement, and tables it beside its rivals'; {} where there is none."""
+    if not found:
         return {}
-    numbers = [(key, _plain(value)) for key, value in values.items()]
-    if "rate" not in values:
-        sentence = (
-            "No pair was decided: the samples were alike, or the judge or the distances tied."
-        )
-        return {"sentence": sentence, "numbers": numbers}
-    sentence = f"The judge agreed in {values['rate']:.1%} of the cases"
-    if {"low", "high"} <= values.keys():
-        sentence += f" (95 % {values['low']:.1%} to {values['high']:.1%})"
-    if "chance" in values:
-        sentence += f"; chance is {values['chance']:.1%}"
-    return {"sentence": f"{sentence}.", "numbers": numbers}
+    titles, lines = agreement.agreement_rows(found)
+    table = _scores(agreement.WHO, titles, lines, agreement.NOTE)
+    return {"sentence": agreement.sentence(found), **(table if lines else {"rows": []})}
+
+
+def _scores(
+    corner: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]], note: str
+) -> Numbers:
+    """Makes a table of texts that table.md has too, with the page's signs."""
+
+    def shown(text: str) -> str:
+        return "–" if text == "-" else text.replace("+-", "±")
+
+    return {
+        "what": corner,
+        "columns": [{"title": title, "unit": ""} for title in columns],
+        "rows": [
+            {"name": name, "cells": [{"value": shown(cell), "below": ""} for cell in cells]}
+            for name, cells in lines
+        ],
+        "note": shown(note),
+    }
 
 
 def _plain(value: Any) -> str:

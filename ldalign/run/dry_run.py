@@ -23,12 +23,17 @@ from ldalign.run.folder import RunFolder
 from ldalign.run.plan import stage_of, to_do
 from ldalign.run.stage import Cost
 from ldalign.run.stages.data import check_sources
-from ldalign.run.stages.guide import GUIDE_STAGE, check_guide, guide_is_policy, guide_tokens
+from ldalign.run.stages.guide import GUIDE_STAGE, check_guide, guide_plan, guide_tokens
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.memory import available_bytes
-from ldalign.training.memory_model import TrainingShape, guide_memory, training_memory
+from ldalign.training.memory_model import (
+    TrainingShape,
+    frozen_guide_memory,
+    guide_memory,
+    training_memory,
+)
 
 PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
@@ -52,12 +57,15 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
         f"stages: {len(costs)} to be made, {len(planned) - len(costs)} are there",
     ]
     for name, cost in costs.items():
-        if cost.trained:
-            lines.append(f"{name}: {cost.steps} optimizer steps, {cost.trained} tokens to train on")
+        if cost.steps:
+            tokens = f", {cost.trained} tokens to train on" if cost.trained else ""
+            lines.append(f"{name}: {cost.steps} optimizer steps{tokens}")
     if any(stage_of(name) is POLICY_STAGE for name in costs):
         lines += _memory_lines(ctx, model)
-    if GUIDE_STAGE.folder(0) in costs and guide_is_policy(ctx.config.guide):
-        lines += _guide_memory_lines(ctx, model)
+    if GUIDE_STAGE.folder(0) in costs:
+        lines.append(guide_plan(ctx).why)
+        if guide_plan(ctx).reads_ids:
+            lines += _guide_memory_lines(ctx, model)
     lines += [
         _disk_line(ctx, planned),
         _time_line(ctx, model.config, list(costs.values())),
@@ -161,30 +169,29 @@ def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) ->
 
 
 def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
-    """Peak of one rank while it trains a guide of the policy's size: two towers
-    in float32, AdamW.
+    """Peak of one rank while it trains a guide of the policy's size: one tower as it is, or two in
+    float32 with AdamW.
     """
-    g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
-    encoded, decoded = guide_tokens(ctx)
-    rows, read = max(1, len(pairs)), encoded + decoded
+    g, ranks, pairs, plan = ctx.config.guide, distributed.world_size(), ctx.used[1], guide_plan(ctx)
+    # Two towers read it all.
+    rows, read = max(1, len(pairs)), guide_tokens(ctx) * (1 if plan.frozen else 2)
     step = g.global_batch * read / rows / ranks
     tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
-    responses = sum(min(len(p.real), g.max_tokens) for p in pairs)
+    responses = 2 * sum(min(len(p.real), g.loss_tokens or len(p.real)) for p in pairs)
     shape = TrainingShape(
         weight_bytes=4,
         state_bytes=8,
-        compute_bytes=4,
+        compute_bytes=ctx.dtype.itemsize,
         checkpointing="none",
         tokens=tokens,
-        responses=2 * responses * tokens // max(1, read),
+        responses=responses * tokens // max(1, read),
         micros=max(1, round(step / tokens)),
         ranks=ranks,
         shards=ranks,
         device=ctx.device.type,
     )
-    return _shown(
-        ctx, "guide memory", guide_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}, tokens
-    )
+    parts = (frozen_guide_memory if plan.frozen else guide_memory)(model, shape)
+    return _shown(ctx, "guide memory", parts | {"program": OVERHEAD_GIB * 2**30}, tokens)
 
 
 def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
@@ -205,7 +212,8 @@ def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> st
         for cost in costs
     )
     seconds /= distributed.world_size()
-    left_out = "loading" if guide_is_policy(ctx.config.guide) else "the guide and loading"
+    small = ctx.config.needs_guide and not guide_plan(ctx).reads_ids
+    left_out = "the guide and loading" if small else "loading"
     return (
         f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a "
         f"product of {ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and "

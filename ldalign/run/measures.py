@@ -12,8 +12,9 @@ from ldalign.run.plan import in_order, stage_of
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.agreement import AGREEMENT_STAGE
 from ldalign.run.stages.benchmarks import benchmark_stages, planned_benchmarks
+from ldalign.run.stages.distances import DISTANCES_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE, evaluation_stage
-from ldalign.run.stages.judged import JUDGED_STAGE, check_judge
+from ldalign.run.stages.judged import JUDGED_STAGE, check_embedding, check_judge
 from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE
 from ldalign.run.stages.reward import REWARD_STAGE, reward_stage
 
@@ -41,6 +42,8 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
     if stages & {REWARD_STAGE, PAIR_REWARDS_STAGE}:
         need_transformers(REWARD.key)
         check_reward_model(find_model(config, str(config.reward.model)))
+    if DISTANCES_STAGE in stages and config.weights == "semantic":
+        check_embedding(config)
 
 
 def measurements(config: RunConfig, name: str) -> list[str]:

@@ -45,9 +45,9 @@ def ld_align(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     2404.06390, section 4).
     """
     responses = responses_stage(ctx, t, policy)
-    guide = guide_stage(ctx, t if ctx.config.guide.retrain else 0, start)
     pairs, cut = _against_own(ctx, responses)
-    pairs = distances_stage(ctx, t, guide, pairs, responses)
+    guide = _guide(ctx, t, start, pairs)
+    pairs = distances_stage(ctx, t, guide, start, pairs)
     made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
     return TrainingPairs(
         reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
@@ -121,6 +121,16 @@ def _of_two_samples(
     )
 
 
+def _guide(ctx: Context, t: int, start: Path, pairs: list[Pair]) -> Path | None:
+    """The guide of iteration t: the first one's, or with guide.retrain its own."""
+    if not ctx.config.needs_guide:
+        return None
+    if ctx.config.guide.retrain or t == 0:
+        return guide_stage(ctx, t, start, pairs)
+    first, _ = _against_own(ctx, read_responses(ctx, 0))
+    return guide_stage(ctx, 0, start, first)
+
+
 def _reference(ctx: Context, policy: Path, start: Path) -> Path:
     return policy if ctx.config.reference == "iteration" else start
 
@@ -156,6 +166,6 @@ STAGES: dict[str, frozenset[Stage]] = {
 def planned(config: RunConfig, t: int) -> list[str]:
     """The names of the stages that make iteration t's pairs, in no order."""
     stages = STAGES[config.method]
-    if t > 0 and not config.guide.retrain:
+    if not config.needs_guide or (t > 0 and not config.guide.retrain):
         stages -= {GUIDE_STAGE}  # the first iteration's serves all
     return [stage.folder(t) for stage in stages]

@@ -5,10 +5,10 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args, get_type_hints
 
-from ldalign.objective import Metric
+from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
     above_up_to,
     at_least,
@@ -115,13 +115,18 @@ class GuideKeys:
 
     folder: str | None = setting(
         None,
-        "GPT-2 model folder to start from, or a trained guide to use as it is; null: a new one of "
-        "the sizes below",
+        "GPT-2 model folder to start from, or a trained guide to use as it is; null: none",
     )
-    backbone: Literal["gpt2", "policy"] = setting(
-        "gpt2",
-        "both towers: GPT-2 (the paper's), or the policy's own network with its tokenizer and the "
-        "weights that self-play starts from",
+    backbone: Literal["auto", "policy", "gpt2"] = setting(
+        "auto",
+        "what the towers start as: policy, the weights that self-play starts from; gpt2, those of "
+        "`folder`, or a new one of the sizes below where there is none; auto: `folder` where it is "
+        "given, else the policy, else (many rows and a large policy) a new one",
+    )
+    towers: Literal["auto", "frozen", "trained"] = setting(
+        "auto",
+        "frozen: one tower is encoder and decoder, and only what lies between is trained; trained: "
+        "two, both trained (the paper's); auto: frozen where they start as another model",
     )
     layers: int = setting(4, "of each tower, when new (choice)", check=positive)
     width: int = setting(256, "of each tower, when new (choice)", check=positive)
@@ -129,30 +134,76 @@ class GuideKeys:
     vocabulary: int = setting(
         4096, "entries of the tokenizer trained on the data, when new (choice)", check=at_least(257)
     )
-    latent_tokens: int = setting(1, "latent query tokens m (choice)", check=positive)
+    readout: Readout = setting(
+        "mean",
+        "what becomes the latent: the mean of the response tokens' states, or the states of query "
+        "tokens after the response (choice)",
+    )
+    latent_tokens: int = setting(1, "latent tokens m (choice)", check=positive)
     latent_width: int = setting(256, "width k of each (choice)", check=positive)
-    token_dropout: float = setting(
-        0.5, "share of response tokens the decoder may not read (choice)", check=between(0, 1)
+    latent_norm: LatentNorm = setting(
+        "none", "layer: every latent is centred and scaled to unit variance (choice)"
+    )
+    injection: Injection = setting(
+        "output",
+        "how the decoder gets the latent: it scales and shifts the states that the head reads, is "
+        "soft tokens between prompt and response, or both (choice)",
+    )
+    contrast: float = setting(
+        1.0,
+        "weight of the sibling contrast: a response must be likelier with its own latent than with "
+        "the other response's (choice); 0: the paper's loss alone",
+        check=non_negative,
+    )
+    bag_of_words: float = setting(
+        0.0,
+        "weight of predicting a response's tokens from its latent alone (choice); 0: off",
+        check=non_negative,
+    )
+    token_dropout: float | None = setting(
+        None,
+        "most of a response's tokens that the decoder may not read, a share drawn between 0 and it "
+        "(choice); null: 0 with frozen towers, else 1",
+        check=between(0, 1),
     )
     latent_dropout: float = setting(
-        0.1, "share of examples trained without latent (choice)", check=between(0, 1)
+        0.1, "share of responses read with no latent (choice)", check=between(0, 0.9)
     )
-    max_tokens: int = setting(
-        512, "of prompt and response together, in the guide's tokens", check=at_least(8)
+    latent_noise: float = setting(
+        0.0,
+        "deviation of the noise on latents, over their size (choice); 0: off",
+        check=non_negative,
+    )
+    loss_tokens: int | None = setting(
+        None,
+        "most tokens of a response that the loss is taken of, drawn anew; null: all",
+        check=positive,
+    )
+    max_tokens: int | None = setting(
+        None,
+        "of prompt and longer response together, in the guide's tokens; null: as max_length cuts "
+        "them with the policy's towers, else 512",
+        check=at_least(8),
     )
     epochs: int = setting(
-        3, "passes over both responses of every row not held out (choice)", check=positive
+        4, "passes over both responses of every row not held out (choice)", check=positive
     )
-    learning_rate: float = setting(
-        1e-3,
-        "peak, AdamW, cosine (choice; a pretrained GPT-2 or the policy wants about 1e-4)",
+    learning_rate: float | None = setting(
+        None,
+        "peak, AdamW, cosine (choice); null: 2e-3 with a frozen tower, 1e-3 with new ones, 1e-4 "
+        "where towers that start as another model are trained",
         check=positive,
     )
     global_batch: int = setting(
-        32, "rows (two examples each) an optimizer step (choice)", check=positive
+        8, "rows (two responses each) an optimizer step (choice)", check=positive
     )
     heldout_fraction: float = setting(
-        0.1, "share of the rows kept for the held-out losses", check=above_up_to(0, 0.5)
+        0.1, "share of the rows kept for the held-out figures", check=above_up_to(0, 0.5)
+    )
+    gate: Literal["stop", "warn"] = setting(
+        "stop",
+        "where the guide does not tell a row's two responses apart (the sibling gain is below two "
+        "standard errors): stop before any policy is trained by it, or warn",
     )
     retrain: bool = setting(
         False,
@@ -317,12 +368,15 @@ class RunConfig:
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
     )
-    distance: Metric = setting(
+    distance: Literal["euclidean", "cosine", "pooled"] = setting(
         "euclidean",
-        "of two latents: length of their difference (the paper's), or 1 - cos of their angle",
+        "of two latents: length of their difference (the paper's), or 1 - cos of their angle; "
+        "pooled, a control: of the start policy's mean states, without a guide",
     )
-    weights: Literal["latent", "uniform", "shuffled", "length", "inverse"] = setting(
-        "latent", "of ld_align's pairs: the method's, or a control in its place (docs/methods.md)"
+    weights: Literal["latent", "uniform", "shuffled", "length", "inverse", "semantic"] = setting(
+        "latent",
+        "of ld_align's pairs: the method's, or a control in its place (docs/methods.md); semantic: "
+        "of the distance of sentence embeddings (judge.folder), without a guide",
     )
     weight_clip: float | None = setting(
         None, "most that a pair weighs (the mean is 1); null: off", check=positive
@@ -398,6 +452,13 @@ class RunConfig:
         value: float | list[float] = getattr(self, name)
         return value[t] if isinstance(value, list) else value
 
+    @property
+    def needs_guide(self) -> bool:
+        """Whether the weights come of a guide."""
+        return (
+            self.method == "ld_align" and self.distance != "pooled" and self.weights != "semantic"
+        )
+
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
         found = []
@@ -442,6 +503,28 @@ class RunConfig:
                 f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; "
                 f"the nearest: max_length={self.max_new_tokens + 1}"
             )
+        if self.weights == "semantic" and self.distance != "euclidean":
+            found.append(
+                f"distance={self.distance}: weights=semantic has a distance of its own; leave "
+                "distance out"
+            )
+        without = self.method == "ld_align" and not self.needs_guide
+        if without and (self.guide.folder is not None or self.guide.retrain):
+            found.append(
+                f"guide.folder, guide.retrain: distance={self.distance} weights={self.weights} "
+                "come of no guide; leave them out"
+            )
+        new = self.guide.backbone == "gpt2" and self.guide.folder is None
+        if new and self.guide.towers == "frozen":
+            found.append(
+                "guide.towers=frozen: a new GPT-2 knows nothing and must be trained; give "
+                "guide.folder or guide.backbone=policy"
+            )
+        if self.guide.bag_of_words and self.guide.injection == "prefix":
+            found.append(
+                "guide.bag_of_words: predicts through what guide.injection=output adds; give "
+                "guide.injection=both"
+            )
         if self.guide.width % self.guide.heads:
             nearest = self.guide.heads * max(1, round(self.guide.width / self.guide.heads))
             found.append(
@@ -462,7 +545,10 @@ class RunConfig:
     def _folder_problems(self) -> list[str]:
         """The contradictions about judge.folder between what reads it and what is given."""
         found = []
-        readers = {"judge=embedding": self.judge.model == "embedding"}
+        readers = {
+            "judge=embedding": self.judge.model == "embedding",
+            "weights=semantic": self.weights == "semantic",
+        }
         for reader, reads in readers.items():
             if reads and self.judge.folder is None:
                 found.append(
@@ -470,8 +556,8 @@ class RunConfig:
                 )
         if self.judge.folder is not None and not any(readers.values()):
             found.append(
-                f"judge.folder={self.judge.folder}: is read by {', '.join(readers)} alone; leave "
-                "it out"
+                f"judge.folder={self.judge.folder}: is read by {' and '.join(readers)} alone; "
+                "leave it out"
             )
         return found
 
@@ -480,7 +566,12 @@ class RunConfig:
 _OF_LD_ALIGN = ("guide", "distance", "weights", "weight_clip")
 _OF_JUDGES = ("judge", "agreement")
 UNREAD: dict[str, tuple[str, ...]] = {
-    "ld_align": ("mix_previous", *_OF_JUDGES),
+    # judge.folder is what weights=semantic reads; elsewhere it is refused (`RunConfig.problems`)
+    "ld_align": (
+        "mix_previous",
+        *(f"judge.{key.name}" for key in fields(JudgeKeys) if key.name != "folder"),
+        "agreement",
+    ),
     "spin": (*_OF_LD_ALIGN, *_OF_JUDGES),
     "dpo": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses"),
     "sft": (

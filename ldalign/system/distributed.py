@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -229,6 +229,7 @@ def shard(
     device: torch.device,
     sharding: Sharding = Sharding(),
     methods: Sequence[str] = (),
+    exact: Mapping[nn.Module, Sequence[str]] = {},
 ) -> nn.Module:
     """Wraps a model for FSDP2: each block is a group; embedding, norm and head are one more.
 
@@ -238,28 +239,37 @@ def shard(
     the same gradient. A meta-device model is only cut: `weights.load_model` then reads the pieces.
     A rank alone whose weights have the compute dtype already has nothing to gather, cast or reduce:
     its model is left as it is. methods: of the model, for which weights are gathered as for
-    `forward`. Raises InputError where `sharding.ranks` does not divide the number of ranks.
+    `forward`. exact: small modules of it that are gathered in float32, which they have, each with
+    the methods that need their weights. Raises InputError where `sharding.ranks` does not divide
+    the number of ranks.
     """
     several = world_size() > 1
-    if isinstance(model, FSDPModule) or not (
-        several or any(p.dtype != compute_dtype for p in model.parameters())
-    ):
+    apart = {p for module in exact for p in module.parameters()}
+    cast = any(p.dtype != compute_dtype for p in model.parameters() if p not in apart)
+    if isinstance(model, FSDPModule) or not (several or cast):
         return model
     mesh = _mesh(device.type, copies(sharding.ranks))
     # The rotary tables enter the blocks in float32 and must stay so: inputs are not cast.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for module in (*blocks, model):
+    plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*exact, *blocks, model):
         # The backward begins with the head and the last block: these are not let go of.
-        needed_first = module is model or module is blocks[-1]
+        needed_first = module is model or module is blocks[-1] or module in exact
         reshard = several and sharding.whole != "all" and not needed_first
-        wrapped = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        wrapped = fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=plain if module in exact else policy,
+            reshard_after_forward=reshard,
+        )
         wrapped.set_force_sum_reduction_for_comms(True)
         if several:  # alone, a factor would cost one more copy of the gradients
             wrapped.set_gradient_divide_factor(1.0)
-    for name in methods:
-        register_fsdp_forward_method(model, name)
+    for module, names in {model: methods, **exact}.items():
+        for name in names:
+            register_fsdp_forward_method(module, name)
     return model
 
 
@@ -326,13 +336,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns all parameters by name, whole, on the CPU in `dtype`; an empty dict but on rank 0.
+def full_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Returns all parameters by name, whole, on the CPU in `dtype` (None: each in its own); an
+    empty dict but on rank 0.
 
     All ranks must call it. Parameters are gathered one at a time, in `dtype`, and by rank 0 alone.
     """
     reshard(model)
-    state = {name: _whole(p, dtype) for name, p in model.named_parameters()}
+    state = {name: _whole(p, dtype or p.dtype) for name, p in model.named_parameters()}
     return {name: p for name, p in state.items() if p is not None}
 
 

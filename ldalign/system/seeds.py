@@ -6,11 +6,21 @@ A key names stage, iteration and row. The generator is Philox (Salmon et al. 201
 import hashlib
 
 import numpy as np
+import torch
 
 
 def uniforms(seed: int, key: str, count: int) -> np.ndarray:
     """Draws `count` float64 numbers in [0, 1): the beginning of the stream of (seed, key)."""
     return _stream(seed, key).random(count)
+
+
+def normals(seed: int, key: str, *shape: int) -> torch.Tensor:
+    """Draws normal numbers of mean 0 and deviation 1: `shape` float32, the stream of (seed, key).
+
+    Each tensor that is drawn for a model has a key of its own: of two that shared a stream, one
+    would be the beginning of the other.
+    """
+    return torch.from_numpy(_stream(seed, key).standard_normal(shape, dtype=np.float32))
 
 
 def permutation(seed: int, key: str, count: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """How pairs become batches: row order, micro-batches by token budget, packing without padding.
 
-The order of the rows is a function of (seed, epoch) over global indices. Ranks and micro-batches
-only split a global batch; the divisor of the loss is fixed for the whole of it, so any split gives
-the same gradient.
+The order of the rows is a function of (seed, stage, epoch) over global indices. Ranks and
+micro-batches only split a global batch; the divisor of the loss is fixed for the whole of it, so
+any split gives the same gradient.
 """
 
 import heapq
@@ -84,13 +84,13 @@ def token_logprobs(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def global_batches(
-    count: int, size: int, epochs: int, seed: int
+    count: int, size: int, epochs: int, seed: int, stage: str
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, row indices) of each optimizer step. The last batch of an epoch holds what is left:
-    no row is skipped.
+    """(epoch, row indices) of each optimizer step of a stage. The last batch of an epoch holds what
+    is left: no row is skipped.
     """
     for epoch in range(epochs):
-        order = permutation(seed, f"epoch/{epoch}", count)
+        order = permutation(seed, f"{stage}/epoch/{epoch}", count)
         for start in range(0, count, size):
             yield epoch, order[start : start + size]
 

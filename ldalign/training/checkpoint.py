@@ -175,9 +175,11 @@ class Checkpoints:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, int]]:
         """(name, the rows of it that this rank holds, the number of the first) of
-        every weight and average.
+        every weight that is trained, and of its averages.
         """
         for name, p in self.model.named_parameters():
+            if not p.requires_grad:  # as it is in the folder that it was loaded from
+                continue
             local = p.to_local() if isinstance(p, DTensor) else p
             first = distributed.local_rows(p)[0]
             yield f"weight/{name}", local.detach(), first

@@ -1,5 +1,5 @@
-"""Training the guide on both responses of every pair, and the held-out losses that say what its
-latent is worth.
+"""Training the guide on both responses of every pair (`ldalign.evaluation.guide` says what came of
+it).
 """
 
 import time
@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign.models.guide import NO_LATENT, Example, Guide
+from ldalign.data.pairs import Pair
+from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joined, runs
+from ldalign.models.guide_folder import standardise
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
-from ldalign.system.metrics import MetricsLog, say
-from ldalign.system.seeds import permutation, uniforms
+from ldalign.system.memory import naming
+from ldalign.system.seeds import normals, permutation, uniforms
 from ldalign.training.batches import count_steps, deal
 from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import make_optimizer
 
 # What to lower where memory does not suffice.
-LOWER_TO_TRAIN_GUIDE = (
-    "lower training.micro_tokens, guide.max_tokens or guide.width, or use more ranks"
-)
+LOWER_TO_TRAIN_GUIDE = "lower training.micro_tokens or guide.max_tokens, or use more ranks"
+KEPT_BYTES = 2 * 2**30  # most that a frozen tower's states may take, kept from epoch to epoch
 
 
 @dataclass(frozen=True)
@@ -32,51 +33,71 @@ class GuideTrainSettings:
     """The guide's own schedule: AdamW, warm-up, cosine."""
 
     epochs: int
-    global_batch: int  # rows an optimizer step; each row gives two examples
+    global_batch: int  # pairs an optimizer step
     learning_rate: float
     micro_tokens: int
-    heldout_fraction: float = 0.1
+    loss: GuideLoss = GuideLoss()
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
 
 
+def split(
+    pairs: Sequence[Pair], fraction: float, seed: int, stage: str = "guide"
+) -> tuple[list[Pair], list[Pair]]:
+    """Returns the pairs that are trained on and those that are held out: `fraction` of them, and at
+    least two, for each to be the other's "another row".
+
+    Raises InputError where none is left to train on.
+    """
+    heldout = max(2, round(len(pairs) * fraction))
+    if heldout >= len(pairs):
+        raise InputError(
+            f"guide: {len(pairs)} rows are too few to hold any out; use at least 3 (max_rows)"
+        )
+    order = permutation(seed, f"{stage}/heldout", len(pairs))
+    return [pairs[i] for i in order[heldout:]], [pairs[i] for i in order[:heldout]]
+
+
 def train_guide(
     guide: Guide,
-    rows: Sequence[tuple[Example, Example]],
+    pairs: Sequence[Pair],
     settings: GuideTrainSettings,
     *,
+    compute_dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    stage: str = "guide",
     metrics_path: Path | None = None,
-    ids: Sequence[str] | None = None,
     checkpoints: CheckpointPlan | None = None,
-) -> dict[str, float]:
-    """Minimises `objective.reconstruction_loss` over both responses of every row.
+    states: list[States] | None = None,
+) -> int:
+    """Minimises `Guide.loss` over both responses of every pair; returns how many tokens that were,
+    over all epochs.
 
-    rows: each row's real and generated response, tokenised by `guide.example`. Returns the held-out
-    losses (see `heldout_losses`), and tokens: prompt and response of every example trained on, over
-    all epochs. All ranks take part; the guide is sharded on return. With `checkpoints` it goes on
-    from the newest one that is there. ids: of the rows, for errors. Raises NumericsError on a
-    non-finite step, before the weights are touched; EnvironmentProblem where memory does not
-    suffice; Stopped where a signal asked to stop.
+    pairs: in the guide's token ids. states: of each, where the caller has them (`keep_states`). All
+    ranks take part; the guide is sharded on return. With `checkpoints` it goes on from the newest
+    one that is there. Raises NumericsError on a non-finite step, before the weights are touched;
+    EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop.
     """
-    # two, for each to be the other's "another row"
-    heldout = max(2, round(len(rows) * settings.heldout_fraction))
-    if heldout >= len(rows):
-        raise InputError(
-            f"guide: {len(rows)} rows are too few to hold any out; use at least 3 (max_rows)"
-        )
-    order = permutation(seed, "guide/heldout", len(rows))
-    unseen, seen = [rows[i] for i in order[:heldout]], [int(i) for i in order[heldout:]]
-    distributed.shard(guide, guide.blocks, torch.float32, device, methods=("loss",))
+    standardise(guide, pairs)
+    distributed.shard(
+        guide,
+        guide.blocks,
+        compute_dtype,
+        device,
+        methods=("loss",),
+        exact={guide.latent: Latent.METHODS},
+    )
     guide.train()
+    if states is None and keeps_states(guide, pairs, settings):
+        states = keep_states(guide, pairs, settings.micro_tokens)
     optimizer = make_optimizer(
         guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98)
     )
-    steps = count_steps(len(seen), settings.global_batch, settings.epochs)
+    steps = count_steps(len(pairs), settings.global_batch, settings.epochs)
     loop = LoopSettings(
-        rows=len(seen),
+        rows=len(pairs),
         global_batch=settings.global_batch,
         epochs=settings.epochs,
         steps=steps,
@@ -89,27 +110,17 @@ def train_guide(
     optimize(
         guide,
         optimizer,
-        _GuideTask(guide, rows, seen, settings, steps, device, seed, ids),
+        _GuideTask(guide, pairs, settings, steps, device, seed, stage, states),
         loop,
         seed=seed,
-        stage="guide",
+        stage=stage,
         lower=LOWER_TO_TRAIN_GUIDE,
         begin={},
         metrics_path=metrics_path,
         checkpoints=checkpoints,
     )
     guide.eval()
-    losses = heldout_losses(guide, unseen, settings.micro_tokens, device)
-    text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-    MetricsLog(metrics_path, "guide").write(losses, f"held-out nats/token: {text}")
-    if losses["latent_gain"] <= 0:
-        say(
-            f"guide: WARNING: latent_gain is {losses['latent_gain']:.4f}, not positive: the "
-            "decoder ignores the latent and distances say nothing; raise guide.epochs, "
-            "guide.latent_tokens or guide.token_dropout, or add data"
-        )
-    tokens = sum(len(e.prompt) + len(e.response) for i in seen for e in rows[i])
-    return losses | {"tokens": settings.epochs * tokens}
+    return settings.epochs * sum(pair.tokens for pair in pairs)
 
 
 @dataclass
@@ -117,20 +128,23 @@ class _GuideTask:
     """The guide's part of the loop (`loop.Task`)."""
 
     guide: Guide
-    rows: Sequence[tuple[Example, Example]]
-    seen: Sequence[int]  # the rows that are trained on, by their numbers in `rows`
+    pairs: Sequence[Pair]  # that are trained on
     settings: GuideTrainSettings
     steps: int
     device: torch.device
     seed: int
-    names: Sequence[str] | None  # of all rows, for errors
+    stage: str
+    states: list[States] | None  # of each pair, where they are kept (`keep_states`)
     began: float = field(default_factory=time.perf_counter)
 
     def accumulate(self, epoch: int, indices: np.ndarray) -> float:
-        # The key of a row's dropout: the same whatever the ranks and micro-batches.
-        keyed = [(self.rows[self.seen[i]], f"guide/{epoch}/{self.seen[i]}") for i in indices]
-        budget = self.settings.micro_tokens
-        return accumulate_gradients(self.guide, keyed, budget, self.seed, self.device)
+        chosen = [self.pairs[i] for i in indices]
+        # The key of a pair's draws: the same whatever the ranks and micro-batches.
+        keys = [f"{self.stage}/{epoch}/{pair.id}" for pair in chosen]
+        known = None if self.states is None else [self.states[i] for i in indices]
+        return accumulate_gradients(
+            self.guide, chosen, keys, self.settings, self.seed, self.device, known
+        )
 
     def check(self, step: int) -> None:
         """Nothing is known of a guide's first step."""
@@ -149,11 +163,10 @@ class _GuideTask:
         return record, f"step {step.number}/{self.steps}  loss {step.loss:.4f}  {seconds:.0f} s"
 
     def ids(self, indices: np.ndarray) -> list[str]:
-        rows = [self.seen[i] for i in indices]
-        return [self.names[i] if self.names else f"row {i}" for i in rows]
+        return [self.pairs[i].id for i in indices]
 
     def largest(self, indices: np.ndarray) -> str:
-        longest = max(sum(_costs(self.rows[self.seen[i]])) for i in indices)
+        longest = max(self.pairs[i].tokens for i in indices)
         return (
             f"a micro-batch of at most {self.settings.micro_tokens} tokens (the longest row of the "
             f"step takes {longest})"
@@ -162,84 +175,107 @@ class _GuideTask:
 
 def accumulate_gradients(
     guide: Guide,
-    keyed: Sequence[tuple[tuple[Example, Example], str]],
-    budget: int,
+    pairs: Sequence[Pair],
+    keys: Sequence[str],
+    settings: GuideTrainSettings,
     seed: int,
     device: torch.device,
+    known: Sequence[States] | None = None,
 ) -> float:
-    """The gradient of one global batch, split over ranks and micro-batches; returns its loss in
-    nats per token.
+    """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss,
+    over all ranks.
 
-    Both examples of a row stay together: the encoder reads their prompt once.
+    keys: what the draws of each pair depend on, beside the seed. known: the states of each pair,
+    where they are kept.
     """
-    divisor = sum(len(example.response) for row, _ in keyed for example in row)
-    plan = deal([sum(_costs(row)) for row, _ in keyed], distributed.world_size(), budget)[
-        distributed.rank()
+    what = settings.loss
+    draws = [_draw(guide, pair, key, what, seed) for pair, key in zip(pairs, keys, strict=True)]
+    contrasts = [
+        sum(draw.kept) if what.contrast and pair.real != pair.generated else 0
+        for pair, draw in zip(pairs, draws, strict=True)
     ]
+    counts = Counts(
+        sum(len(draw.tokens[0]) for draw in draws),
+        sum(len(draw.tokens[1]) for draw in draws),
+        max(1, sum(contrasts)),
+    )
+    sizes = [pair.tokens for pair in pairs]
+    plan = deal(sizes, distributed.world_size(), settings.micro_tokens)[distributed.rank()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro in enumerate(plan):
         distributed.last_micro(guide, i == len(plan) - 1)
-        chosen = [keyed[j] for j in micro] or [keyed[0]]
-        kept, hidden = [], []
-        for row, key in chosen:
-            for side, example in enumerate(row):
-                # Dropout depends on row and side alone, so neither ranks nor micro-batches change
-                # it.
-                draw = uniforms(seed, f"{key}/{side}", 1 + len(example.response))
-                kept.append(draw[0] >= guide.config.latent_dropout)
-                hidden.append(draw[1:] < guide.config.token_dropout)
-        dropout = (
-            torch.tensor(kept, device=device),
-            torch.from_numpy(np.concatenate(hidden)).to(device),
+        # An empty micro-batch takes part in the collectives with a pair that counts for nothing.
+        chosen = list(micro) or [0]
+        hidden = noise = None
+        if what.token_dropout:
+            hidden = torch.cat([draws[j].hidden for j in chosen]).to(device)
+        if what.latent_noise:
+            noise = what.latent_noise * torch.cat([draws[j].noise for j in chosen]).to(device)
+        kept = [keep for j in chosen for keep in draws[j].kept]
+        tokens = [places for j in chosen for places in draws[j].tokens]
+        states = None
+        if known is not None:
+            states = joined([known[j] for j in chosen])
+        loss = guide.loss(
+            [pairs[j] for j in chosen], kept, tokens, hidden, noise, what, counts, states
         )
-        scale = 1.0 / divisor if micro else 0.0
-        loss = guide.loss([e for row, _ in chosen for e in row], *dropout, scale)
+        loss = loss * (1.0 if micro else 0.0)
         loss.backward()
         total += loss.detach().double()
     return float(distributed.total(total))
 
 
-@torch.no_grad()
-def heldout_losses(
-    guide: Guide, rows: Sequence[tuple[Example, Example]], budget: int, device: torch.device
-) -> dict[str, float]:
-    """Reconstruction losses, nats per response token, of rows the guide has not seen, the decoder
-    reading all tokens.
-
-    true: with the row's own latent; other: with another row's (of the same side, real or
-    generated); none: with zeros. latent_gain = other - true. sibling_gain: the same
-    difference with the latent of the row's own other response, over the rows whose two
-    responses differ (0 where none does): what z says beyond the prompt. Needs at least two
-    rows. Every rank computes them all.
+def keeps_states(guide: Guide, pairs: Sequence[Pair], settings: GuideTrainSettings) -> bool:
+    """Says whether the states of all pairs are made once, and not in every epoch: they are the same
+    in each where the tower is frozen and no token hidden. Not where they would take more than
+    KEPT_BYTES, and not on several ranks, each of which would have to make them all.
     """
-    n = len(rows)
-    wanted = -(-sum(_costs([e for row in rows for e in row])) // budget)
-    sums = dict.fromkeys(("true", "other", "none", "sibling", "true_of_differing"), 0.0)
-    tokens = differing = 0
-    # Runs of nearly the same size, of two rows at least.
-    for indices in np.array_split(np.arange(n), max(1, min(wanted, n // 2))):
-        run, m = [rows[i] for i in indices], len(indices)
-        examples = [row[side] for side in (0, 1) for row in run]
-        whose: dict[str, list[int] | None] = {
-            "true": None,
-            "other": [*range(1, m), 0, *range(m + 1, 2 * m), m],
-            "none": [NO_LATENT] * (2 * m),
-            "sibling": [*range(m, 2 * m), *range(m)],
-        }
-        counts = [len(e.response) for e in examples]
-        differ = torch.tensor([a.response != b.response for a, b in run] * 2, device=device)
-        differ = differ.repeat_interleave(torch.tensor(counts, device=device))
-        for name, latents_of in whose.items():
-            logps: Tensor = guide(examples, latents_of=latents_of)
-            sums[name] -= float((logps * differ if name == "sibling" else logps).double().sum())
-            if name == "true":
-                sums["true_of_differing"] -= float((logps * differ).double().sum())
-        tokens += sum(counts)
-        differing += int(differ.sum())
-    losses = {name: sums[name] / tokens for name in ("true", "other", "none")}
-    sibling_gain = (sums["sibling"] - sums["true_of_differing"]) / max(1, differing)
-    return losses | {"latent_gain": losses["other"] - losses["true"], "sibling_gain": sibling_gain}
+    weight = guide.encoder.output_weight
+    size = sum(len(y) for p in pairs for y in p.responses) * weight.shape[1] * weight.element_size()
+    same = guide.one_pass and not settings.loss.token_dropout and settings.epochs > 1
+    return same and size <= KEPT_BYTES and distributed.world_size() == 1
 
 
-def _costs(examples: Sequence[Example]) -> list[int]:
-    return [2 * (len(e.prompt) + len(e.response)) for e in examples]
+@torch.no_grad()
+def keep_states(guide: Guide, pairs: Sequence[Pair], budget: int) -> list[States]:
+    """Returns the states of every pair, made by a tower that is not trained; budget: the most
+    tokens at a time.
+    """
+    costs = [pair.tokens for pair in pairs]
+    kept: dict[int, States] = {}
+    longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
+    for run in runs(longest_first, costs, budget):
+        with naming(lambda: f"the guide's states of {len(pairs)} rows", LOWER_TO_TRAIN_GUIDE):
+            read, before = guide.states([pairs[i] for i in run])
+        lengths = [sum(map(len, pairs[i].responses)) for i in run]
+        for i, two, own in zip(run, read.split(2), before.split(lengths), strict=True):
+            kept[i] = States(two.clone(), own.clone())
+    return [kept[i] for i in range(len(pairs))]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What chance says of one pair in one epoch."""
+
+    kept: list[bool]  # of each response: read with its latent
+    tokens: list[Sequence[int]]  # of each response: the places of the tokens that count
+    hidden: Tensor  # (tokens of both responses,) bool: those the decoder may not read
+    noise: Tensor  # (2, Z), or empty
+
+
+def _draw(guide: Guide, pair: Pair, key: str, what: GuideLoss, seed: int) -> _Draw:
+    """Draws depend on pair and side alone, so neither ranks nor micro-batches change them."""
+    kept, hidden, noise = [], [], []
+    tokens: list[Sequence[int]] = []
+    for side, response in enumerate(pair.responses):
+        draw = uniforms(seed, f"{key}/{side}", 2 + len(response))
+        kept.append(bool(draw[0] >= what.latent_dropout))
+        hidden.append(torch.from_numpy(draw[2:] < what.token_dropout * draw[1]))
+        tokens.append(range(len(response)))
+        if what.tokens is not None and what.tokens < len(response):
+            order = permutation(seed, f"{key}/{side}/tokens", len(response))
+            tokens[-1] = sorted(order[: what.tokens].tolist())
+        if what.latent_noise:
+            width = guide.config.latent_tokens * guide.config.latent_width
+            noise.append(normals(seed, f"{key}/{side}/noise", width))
+    return _Draw(kept, tokens, torch.cat(hidden), torch.stack(noise) if noise else torch.zeros(0))

@@ -116,7 +116,7 @@ def optimize(
     keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
     state: State = keeper.resume() or {"step": 0, **begin}
     forget_refused_step(metrics_path)
-    batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed)
+    batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
     with interrupt.held():  # a request to stop waits until a checkpoint can be written
         for step, (epoch, indices) in enumerate(batches):
             if step == settings.stop:

@@ -86,6 +86,26 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     }
 
 
+def frozen_guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
+    """Peak bytes of one rank by part while it trains a guide whose one tower is `model`, as it is:
+    forward passes, and two readings of every response by the head.
+    """
+    config, itemsize, tokens = model.config, shape.compute_bytes, shape.tokens
+    parameters, block = count_parameters(model), count_parameters(model.blocks[0])
+    rest = parameters - block * len(model.blocks)
+    gathered = min(parameters, rest + 2 * block) * itemsize if shape.ranks > 1 else 0
+    logits = min(ops.workspace_bytes(shape.device), 8 * config.vocab_size * shape.responses)
+    # The head's input and its gradient of each reading, and the float32 sums they are made by.
+    head = 2 * shape.responses * config.hidden_size * (2 * itemsize + 8)
+    inner = tokens * itemsize * (3 * config.intermediate_size + 4 * config.hidden_size)
+    return {
+        "weights": parameters * itemsize / shape.shards,
+        "weights gathered": float(gathered),
+        "states": float(tokens * config.hidden_size * (itemsize + 4)),
+        "head or one block": float(max(head + logits, inner)),
+    }
+
+
 def guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     """`training_memory` of a guide with two towers like `model`; shape.tokens
     are those of both together.

@@ -13,11 +13,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from made_bert import LONGEST, WORDS, write_bert
 from runs import ROOT
 from safetensors.torch import load_file, save_file
 from stage_kills import check_resume
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldalign.data.rows import Row
 from ldalign.evaluation.embedding import EmbeddingModel, check_embedding_model
@@ -38,46 +38,13 @@ from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.memory import OutOfMemory
 from ldalign.train import align, judge
 
-WORDS = "what is the sum of two and one three four five more it a an answer right wrong".split()
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("in_process")  # one thread: the model is tiny
-LONGEST = 24  # tokens of a text that the tiny model reads, [CLS] and [SEP] among them
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a folder laid out like all-MiniLM-L6-v2's: BERT without its pooler, its steps."""
-    folder = tmp_path_factory.mktemp("embedding") / "bert"
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    # As all-MiniLM-L6-v2's tokenizer.json has them: neither may count.
-    words.enable_truncation(9)
-    words.enable_padding(length=9)
-    names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in special}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        initializer_range=0.5,
-        max_position_embeddings=40,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    steps = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    modules = [{"path": p, "type": f"sentence_transformers.models.{t}"} for p, t in steps]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LONGEST}))
-    (folder / "1_Pooling").mkdir()
-    modes = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling/config.json").write_text(json.dumps(modes))
-    return folder
+    return write_bert(tmp_path_factory.mktemp("embedding") / "bert")
 
 
 @pytest.fixture
@@ -376,8 +343,8 @@ def test_what_goes_wrong_with_a_text(bert: Path, monkeypatch: pytest.MonkeyPatch
     ("keys", "message"),
     [
         (["judge=embedding"], "judge=embedding: needs the folder .* give judge.folder"),
-        (["judge.folder=x"], "judge.folder=x: is read by judge=embedding alone; leave it out"),
-        (["judge=policy", "judge.folder=x"], "judge.folder=x: is read by judge=embedding alone"),
+        (["judge.folder=x"], "x: is read by judge=embedding and weights=semantic alone; leave it"),
+        (["judge=policy", "judge.folder=x"], "judge.folder=x: is read by judge=embedding and"),
         (
             ["judge=embedding", "judge.folder=x", "judge.endpoint=http://localhost/v1"],
             "judge.model=embedding must be the endpoint's name",

@@ -51,7 +51,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> ModelJudge:
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.mul_(6)  # a random model that has preferences
+                p.mul_(8)  # a random model that has preferences
     return ModelJudge(model, load_tokenizer(folder), 2000, torch.device("cpu"))
 
 

@@ -122,7 +122,8 @@ def test_T18_resumed_at_the_end_of_an_epoch(tmp_path: Path, killed: Callable[...
 
     Expected: every row once an epoch; bit-identical.
     """
-    batches = [(epoch, list(indices)) for epoch, indices in global_batches(11, 4, 3, seed=0)]
+    steps = global_batches(11, 4, 3, 0, "policy")
+    batches = [(epoch, list(indices)) for epoch, indices in steps]
     assert [len(batch) for _, batch in batches] == [4, 4, 3] * 3
     for epoch in range(3):
         assert sorted(i for number, batch in batches if number == epoch for i in batch) == list(
@@ -269,7 +270,7 @@ def test_T8_nan_loss(tmp_path: Path) -> None:
     checkpoint finite.
     """
     chosen = pairs()
-    rows = [int(i) for i in list(global_batches(11, 4, 3, seed=0))[2][1]]
+    rows = [int(i) for i in list(global_batches(11, 4, 3, 0, "policy"))[2][1]]
     chosen[rows[1]] = replace(chosen[rows[1]], ref_real=math.nan)
     with pytest.raises(
         NumericsError, match="policy: step 3: loss nan.*all 3 in .*non_finite_step.json"
@@ -419,14 +420,16 @@ def test_T10_in_the_guides_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(guide_training, "make_optimizer", making)
     small = tiny_guide()
-    rows = [(small.example("Say.", f"It is {i}."), small.example("Say.", "No.")) for i in range(6)]
+    pairs = [small.pair(str(i), "Say.", f"It is {i}.", "No.") for i in range(6)]
     settings = guide_training.GuideTrainSettings(1, 2, 1e-3, micro_tokens=500)
     message = (
         r"^step 1: a micro-batch of at most 500 tokens \(the longest row .*: out of memory; lower "
         r".*guide.max_tokens"
     )
     with pytest.raises(OutOfMemory, match=message):
-        guide_training.train_guide(small, rows, settings, device=CPU, seed=0)
+        guide_training.train_guide(
+            small, pairs, settings, compute_dtype=torch.float32, device=CPU, seed=0
+        )
 
 
 def failing(*arguments: Any, **keywords: Any) -> NoReturn:
@@ -435,7 +438,7 @@ def failing(*arguments: Any, **keywords: Any) -> NoReturn:
 
 def tiny_guide() -> guide.Guide:
     return guide_folder.new_guide(
-        guide.GuideConfig(1, 4), 0, None, ["It is 5."], GPT2Config(300, 1024, 16, 1, 2)
+        guide.GuideConfig(latent_width=4), 0, ["It is 5."], GPT2Config(300, 1024, 16, 1, 2)
     )
 
 
@@ -466,7 +469,7 @@ def score(folder: Path) -> Any:
         ),
         (
             guide.Guide,
-            "encode",
+            "states",
             lambda folder: tiny_guide().distance(["a"], ["b"], ["c"]),
             r"latents of 1 pairs of \d+ tokens: out of memory; lower training.micro_tokens",
         ),

@@ -1,8 +1,9 @@
-"""The guide: what it stores, what its distance obeys, that its latent is used when needed."""
+"""The guide: what its distance obeys, what it reads, how it begins, and what its folder keeps."""
 
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,36 +11,57 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_weights import GPT2_, write_folder
+from runs import ROOT
+from tiny_guides import CPU, SIZE, TEXTS, config_of, own, pairs, policy_guide, stir, text_guide
 
-from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
-from ldalign.models.guide import NO_LATENT, Example, Guide, GuideConfig
-from ldalign.models.guide_folder import is_trained_guide, load_guide, new_guide, save_guide
-from ldalign.models.weights import stored_state, write_weights
+from ldalign.data.pairs import Pair
+from ldalign.models.gpt2 import GPT2
+from ldalign.models.guide import NO_LATENT, Guide, Reading, States, runs
+from ldalign.models.guide_folder import (
+    check_trained_guide,
+    is_trained_guide,
+    load_guide,
+    new_guide,
+    pretrained_guide,
+    redrawn,
+    save_guide,
+)
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model
 from ldalign.objective import cosine_distance
-from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
-from ldalign.training import guide as training
-from ldalign.training.guide import GuideTrainSettings, heldout_losses, train_guide
 
-CPU = torch.device("cpu")
-TEXTS = [
-    "Add 2 and 3.",
-    "The sum is 5.",
-    "Write the words in reverse order: cat, dog.",
-    "dog, cat",
-    "No idea, sorry!",
+# Every way into the latent and out of it.
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"readout": "queries"},
+    {"injection": "prefix", "latent_tokens": 3},
+    {"readout": "queries", "injection": "both", "latent_norm": "layer", "latent_tokens": 3},
 ]
-CONFIG = GuideConfig(latent_tokens=2, latent_width=12, max_tokens=60)
-SIZE = GPT2Config(300, 64, 32, 2, 4)
 
 
 @pytest.fixture(scope="module")
 def guide() -> Guide:
-    return new_guide(CONFIG, 0, None, TEXTS, SIZE).eval()
+    return stir(text_guide())
 
 
-def examples(guide: Guide, count: int = 5) -> list[Example]:
-    return [guide.example(TEXTS[i % 5], TEXTS[(i + 1) % 5] + "!" * i) for i in range(count)]
+@pytest.fixture(scope="module")
+def gpt2(guide: Guide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 folder whose tokenizer is the guide's."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_folder(
+        folder,
+        GPT2_ | {"vocab_size": guide.tokenizer.get_vocab_size(), "n_positions": 80},
+        dtype=torch.float32,
+    )
+    guide.tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("policy") / "model", seed=3)
 
 
 # ---------------------------------------------------------------------------------------- distances
@@ -58,13 +80,14 @@ def test_distance_is_a_distance(guide: Guide) -> None:
     assert guide.distance([], [], []).shape == (0,)
 
 
-def test_distance_is_the_euclidean_norm_over_the_whole_latent(guide: Guide) -> None:
+def latents(guide: Guide, prompt: str, *responses: str) -> torch.Tensor:
     with torch.no_grad():
-        a, b = (
-            guide.encode([guide.example(TEXTS[0], TEXTS[1])]),
-            guide.encode([guide.example(TEXTS[0], TEXTS[4])]),
-        )
-    assert a.shape == (1, 24)  # 2 tokens of 12
+        return guide.encode([guide.pair("x", prompt, *responses)])
+
+
+def test_distance_is_the_euclidean_norm_over_the_whole_latent(guide: Guide) -> None:
+    a, b = latents(guide, TEXTS[0], TEXTS[1], TEXTS[4])
+    assert a.shape == (24,)  # 2 tokens of 12
     expected = float((a - b).square().sum().sqrt())
     assert guide.distance([TEXTS[0]], [TEXTS[1]], [TEXTS[4]]).item() == pytest.approx(
         expected, rel=1e-4
@@ -77,11 +100,8 @@ def test_cosine_distance_is_one_minus_the_cosine(guide: Guide) -> None:
         [TEXTS[1], TEXTS[3], TEXTS[4]],
         [TEXTS[4], TEXTS[1], TEXTS[4]],
     )
-    with torch.no_grad():
-        a, b = (
-            guide.encode([guide.example(p, r) for p, r in zip(x, r, strict=True)]).double().numpy()
-            for r in (y, z)
-        )
+    both = torch.stack([latents(guide, *texts) for texts in zip(x, y, z, strict=True)])
+    a, b = both.double().numpy().swapaxes(0, 1)
     expected = 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     d = guide.distance(x, y, z, metric="cosine")
     assert d.dtype == torch.float32 and bool((d[:2] > 1e-4).all()) and d[2] < 1e-9
@@ -122,327 +142,381 @@ def test_distance_does_not_depend_on_the_batch(guide: Guide) -> None:
     )
 
 
+def test_batches_are_filled_in_order_and_never_over_their_budget() -> None:
+    assert runs([3, 0, 1, 2], [5, 4, 3, 9], 8) == [[3], [0], [1, 2]]
+    assert runs([0, 1, 2], [3, 3, 2], 8) == [[0, 1, 2]] and runs([], [], 8) == []
+
+
 def test_a_distance_that_is_not_finite_names_its_row(
     guide: Guide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = guide.encode
+    plain = guide.states
 
-    def spoil(chosen: Any) -> torch.Tensor:
-        out = plain(chosen)
-        out[2 * [len(e.prompt) for e in chosen][::2].index(max(len(e.prompt) for e in chosen))] = (
-            float("nan")
-        )
-        return out
+    def spoil(chosen: Any) -> States:
+        states = plain(chosen)
+        states.read[2 * [pair.id for pair in chosen].index("1")] = float("nan")
+        return states
 
-    monkeypatch.setattr(guide, "encode", spoil)
+    monkeypatch.setattr(guide, "states", spoil)
     with pytest.raises(NumericsError, match="^row 1: the latent distance is nan"):
         guide.distance([TEXTS[0], TEXTS[2], TEXTS[0]], TEXTS[:3], TEXTS[1:4])
 
 
-# ---------------------------------------------------------------------------- tokens, folders, init
+# ----------------------------------------------------------------------------------- what it reads
 
 
-def test_truncation(guide: Guide) -> None:
-    """At most max_tokens: the prompt loses its beginning, and a long response its end, its end
-    token with it.
+def test_both_responses_are_read_with_one_and_the_same_prompt(guide: Guide) -> None:
+    """A long prompt, one short response and a long one.
+
+    Each response used to be cut for itself, with a prompt that began elsewhere: the distance of two
+    responses was then also that of two prompts.
     """
-    short = guide.example(TEXTS[0], TEXTS[1])
-    assert short.prompt[-1] == short.response[-1] == guide.end_id and len(short.prompt) > 1
-    ids = guide.tokenizer.encode("dog, " * 100).ids
-    long_prompt = guide.example("dog, " * 100, TEXTS[1])
-    assert long_prompt.response == short.response
-    assert long_prompt.prompt == [*ids, guide.end_id][-(60 - len(short.response)) :]
-    both = guide.example("dog, " * 100, "dog, " * 100)
-    assert len(both.response) == 45 and both.response == ids[:45] and len(both.prompt) == 15
-    assert both.prompt[-1] == guide.end_id
+    ids = guide.tokenizer.encode("dog, " * 100 + "\n\n").ids
+    cut = guide.pair("x", "dog, " * 100, TEXTS[1], TEXTS[1] + TEXTS[2])
+    short, long = cut.responses
+    assert len(short) < len(long) < 45 and short[-1] == long[-1] == guide.end_id
+    assert cut.prompt == ids[-(60 - len(long)) :]
+    both = guide.pair("x", "dog, " * 100, "dog, " * 100, "cat, " * 100)
+    assert [len(part) for part in (both.prompt, *both.responses)] == [15, 45, 45]
+    assert both.real == guide.tokenizer.encode("dog, " * 100).ids[:45]
+    assert both.prompt == ids[-15:]
+    whole = guide.pair("x", TEXTS[0], TEXTS[1], TEXTS[3])
+    assert whole.prompt == guide.tokenizer.encode(f"{TEXTS[0]}\n\n").ids
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fit_keeps_the_end_of_the_prompt_and_the_beginnings_of_responses(
+    guide: Guide, seed: int
+) -> None:
+    draw = random.Random(seed)
+    for _ in range(50):
+        sizes = [draw.choice((0, 1, 5, 14, 15, 16, 44, 45, 46, 59, 60, 61, 200)) for _ in "xyy"]
+        prompt, real, generated = (list(range(n)) for n in sizes)
+        pair = Pair("x", [7, *prompt], real, generated)
+        fitted = guide.fit(pair)
+        assert len(fitted.prompt) + max(map(len, fitted.responses)) <= 60
+        assert fitted.prompt == pair.prompt[-len(fitted.prompt) :]
+        for whole, part in zip(pair.responses, fitted.responses, strict=True):
+            assert part == (whole[: len(part)] if whole else [guide.end_id])
+        if len(pair.prompt) + max(len(real), len(generated), 1) <= 60:
+            assert fitted.prompt == pair.prompt and fitted.real == (real or [guide.end_id])
+    with_none = replace(pair, generated=None)
+    assert guide.fit(with_none).generated == [guide.end_id]
+
+
+def test_an_end_token_stands_where_a_response_ended_by_itself(guide: Guide) -> None:
+    """And there alone: one that was cut at the most new tokens used to get one too, so that the
+    guide could not tell a response without an end.
+    """
+    ended = guide.pair("x", TEXTS[0], TEXTS[1], TEXTS[3])
+    assert [y.count(guide.end_id) for y in ended.responses] == [1, 1]
+    assert [y[-1] for y in ended.responses] == [guide.end_id] * 2
+    cut = guide.pair("x", TEXTS[0], TEXTS[1], TEXTS[3], (True, False))
+    assert cut.real == ended.real and cut.generated == ended.responses[1][:-1]
+    other = guide.pair("x", TEXTS[0], TEXTS[1], TEXTS[3], (False, True))
+    assert other.real == ended.real[:-1] and other.generated == ended.generated
+    assert guide.pair("x", TEXTS[0], "", "", (False, True)).responses == [[guide.end_id]] * 2
+    assert guide.end_ids == (guide.end_id,)
 
 
 def test_text_of_an_end_token_is_text(guide: Guide, tmp_path: Path) -> None:
     save_guide(guide, tmp_path)
     for one in (guide, load_guide(tmp_path)):
-        response = one.example("x", "<|endoftext|>").response
+        response = one.pair("x", "x", "<|endoftext|>", "y").real
         assert response.count(one.end_id) == 1 and len(response) > 2
 
 
-def test_save_and_load_round_trip(guide: Guide, tmp_path: Path) -> None:
-    assert not is_trained_guide(tmp_path)
-    save_guide(guide, tmp_path)
-    assert is_trained_guide(tmp_path)
-    again = load_guide(tmp_path)
-    assert again.config == guide.config and not again.training
-    state = again.state_dict()
-    assert all(torch.equal(state[name], p) for name, p in guide.state_dict().items())
-    args = [TEXTS[0], TEXTS[2]], [TEXTS[1], TEXTS[3]], [TEXTS[4], TEXTS[1]]
-    assert torch.equal(again.distance(*args), guide.distance(*args))
+def test_the_system_turn_is_part_of_what_a_text_guide_reads(guide: Guide) -> None:
+    """It used to be left out, though what a response should be depends on it."""
+    user = {"role": "user", "content": "Hi"}
+    system = {"role": "system", "content": "Rhyme."}
+    turns = guide.pair("x", [system, user], "a", "b")
+    assert guide.tokenizer.decode(turns.prompt) == "system: Rhyme.\n\nuser: Hi\n\n"
+    alone = guide.pair("x", [user], "a", "b")
+    assert guide.tokenizer.decode(alone.prompt) == "Hi\n\n" and alone == guide.pair(
+        "x", "Hi", "a", "b"
+    )
+    assert turns.responses == alone.responses
 
 
-def test_a_folder_from_before_there_was_an_end_token_key(guide: Guide, tmp_path: Path) -> None:
-    save_guide(guide, tmp_path)
-    description = json.loads((tmp_path / "guide.json").read_text())
-    assert description.pop("end_token") == "<|endoftext|>"
-    (tmp_path / "guide.json").write_text(json.dumps(description))
-    args = [TEXTS[0]], [TEXTS[1]], [TEXTS[4]]
-    assert torch.equal(load_guide(tmp_path).distance(*args), guide.distance(*args))
+# ----------------------------------------------------------------------------------- how it begins
 
 
 def test_new_guide_is_a_function_of_its_seed() -> None:
-    a, b, c = (new_guide(CONFIG, seed, None, TEXTS, SIZE).state_dict() for seed in (3, 3, 4))
+    a, b, c = (text_guide(seed, injection="both").state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(a[n], b[n]) for n in a)
-    assert not torch.equal(a["queries"], c["queries"]) and not torch.equal(
-        a["to_latent.weight"], c["to_latent.weight"]
-    )
+    for name in ("null", "mask", "to_latent.weight", "to_prefix.weight"):
+        assert not torch.equal(a[f"latent.{name}"], c[f"latent.{name}"]), name
     first = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(a[f"encoder.{first}"], c[f"encoder.{first}"])
     assert not torch.equal(a[f"encoder.{first}"], a[f"decoder.{first}"])
 
 
-def test_guide_from_a_gpt2_folder(guide: Guide, tmp_path: Path) -> None:
-    """Both towers start from the folder's weights, and its tokenizer is used."""
-    folder = tmp_path / "gpt2"
-    folder.mkdir()
-    model = GPT2(replace(SIZE, vocab_size=guide.tokenizer.get_vocab_size()))
-    init_weights(model, 7)
-    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
-    guide.tokenizer.save(str(folder / "tokenizer.json"))
-    write_weights(stored_state(model, model.state_dict()), folder, torch.float32)
-    made = new_guide(CONFIG, 0, folder, TEXTS, SIZE)
-    for name, p in model.state_dict().items():
-        assert torch.equal(made.encoder.state_dict()[name], p) and torch.equal(
-            made.decoder.state_dict()[name], p
-        )
-    assert made.example(TEXTS[0], TEXTS[1]) == guide.example(TEXTS[0], TEXTS[1])
-    assert not is_trained_guide(folder)
+def ratios(values: torch.Tensor) -> torch.Tensor:
+    """(n - 7, 7): at every place, the seven values that follow over the one there."""
+    windows = values.unfold(0, 8, 1)
+    return windows[:, 1:] / windows[:, :1]
 
 
-def test_refusals(guide: Guide, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="max_tokens=63"):
-        new_guide(replace(CONFIG, max_tokens=63), 0, None, TEXTS, SIZE)
-    with pytest.raises(InputError, match="guide.json"):
-        load_guide(tmp_path)
-    save_guide(guide, tmp_path)
-    text = (tmp_path / "guide.json").read_text()
-    (tmp_path / "guide.json").write_text(text.replace('"latent_width": 12', '"latent_width": 13'))
-    with pytest.raises(InputError, match="latent.safetensors"):
-        load_guide(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(InputError, match="gpt2"):
-        new_guide(CONFIG, 0, tmp_path, TEXTS, SIZE)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["new", "frozen", "trained"])
+def test_no_two_tensors_of_a_guide_share_a_stream(kind: str, seed: int, policy: Path) -> None:
+    """No tensor begins with numbers that stand anywhere in another, whatever the scale of both.
+
+    Tensors used to be drawn from generators that began alike: with seed 0 the query tokens were
+    rows of the policy's embedding.
+    """
+    more: dict[str, Any] = {"readout": "queries", "injection": "both", "latent_tokens": 4}
+    if kind == "new":
+        made = text_guide(seed, **more)
+    else:
+        made = policy_guide(policy, kind == "frozen", seed, **more)
+    tensors = {name: p.detach().flatten().double() for name, p in made.named_parameters()}
+    if kind == "trained":  # by intention these are one model
+        assert torch.equal(tensors["encoder.lm_head.weight"], tensors["decoder.lm_head.weight"])
+        tensors = {n: p for n, p in tensors.items() if not n.startswith("decoder.")}
+    drawn = {name: p for name, p in tensors.items() if p.unique().numel() > 8}
+    assert {f"latent.{n}" for n in ("queries", "null", "mask", "to_prefix.weight")} <= drawn.keys()
+    places = {name: ratios(p) for name, p in drawn.items()}
+    for name in drawn:
+        for other, all_of_it in places.items():
+            # 2 %: the policy's files are bfloat16
+            found = torch.isclose(all_of_it, places[name][0], rtol=0.02).all(dim=1)
+            assert int(found.sum()) == (name == other), (name, other)
+
+
+def test_nothing_is_drawn_from_a_generator_that_another_may_share() -> None:
+    """`system.seeds` alone draws numbers, from a stream for each purpose."""
+    for folder in ("ldalign", "kernels", "train"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"manual_seed|torch\.Generator|np\.random\.seed", text), path
+
+
+@pytest.mark.parametrize("kind", ["new", "frozen", "trained"])
+def test_soft_tokens_begin_as_large_as_token_embeddings(kind: str, policy: Path) -> None:
+    """Prefixes, queries and the mask. Soft tokens were as large as the latent happened to be, and
+    the mask was zero.
+    """
+    more: dict[str, Any] = {"readout": "queries", "injection": "prefix", "latent_tokens": 64}
+    if kind == "new":
+        guide = new_guide(config_of(**more), 0, TEXTS, replace(SIZE, n_positions=200))
+    else:
+        guide = policy_guide(policy, kind == "frozen", **more)
+    wanted = float(guide.decoder.embedding.weight.detach().square().mean().sqrt())
+    with torch.no_grad():
+        z = guide.encode(pairs(guide))
+        soft = guide.latent.soft_tokens(torch.cat([z, 100 * z, guide.latent.null[None]]))
+        assert soft.shape[0] == 21 * 64
+        queries, mask = guide.latent.query_tokens(), guide.latent.hidden_token()
+    torch.testing.assert_close(
+        soft.square().mean(1).sqrt(), torch.full((len(soft),), wanted), rtol=1e-3, atol=0.0
+    )
+    assert float(queries.square().mean().sqrt()) == pytest.approx(wanted, rel=0.1)
+    assert float(mask.square().mean().sqrt()) == pytest.approx(wanted, rel=0.4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_guide_from_a_gpt2_folder(frozen: bool, gpt2: Path, guide: Guide) -> None:
+    """Its towers start from the folder's weights, one for both or two, and its tokenizer reads."""
+    start = load_model(gpt2, torch.float32).state_dict()
+    made = pretrained_guide(config_of(), 0, gpt2, frozen, torch.bfloat16)
+    assert made.shared == frozen and made.chat is None
+    dtype = torch.bfloat16 if frozen else torch.float32
+    for tower in (made.encoder, made.decoder):
+        assert all(p.requires_grad == (not frozen) for p in tower.parameters())
+        assert all(torch.equal(p, start[n].to(dtype)) for n, p in tower.state_dict().items())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in made.latent.parameters())
+    args = "x", TEXTS[0], TEXTS[1], TEXTS[2]
+    assert made.pair(*args) == guide.pair(*args)
+    assert not is_trained_guide(gpt2)
+
+
+@pytest.mark.parametrize("kind", ["new", "gpt2", "frozen", "trained"])
+def test_a_guide_drawn_again_is_as_it_was(kind: str, gpt2: Path, policy: Path) -> None:
+    """Whatever training did to it; the frozen tower is the very same, not read again."""
+    made: Callable[[], Guide] = {
+        "new": lambda: text_guide(5, injection="both"),
+        "gpt2": lambda: pretrained_guide(config_of(), 5, gpt2, False, torch.float32),
+        "frozen": lambda: policy_guide(policy, True, 5, readout="queries"),
+        "trained": lambda: policy_guide(policy, False, 5, injection="prefix"),
+    }[kind]
+    guide, before = made(), made()
+    with torch.no_grad():
+        for p in guide.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    again = redrawn(guide, 5, {"new": None, "gpt2": gpt2}.get(kind, policy))
+    assert again.config == before.config and not again.training and again.shared == before.shared
+    assert (again.encoder is guide.encoder) == (kind == "frozen")
+    state = again.state_dict()
+    assert state.keys() == before.state_dict().keys()
+    for name, p in before.state_dict().items():
+        assert torch.equal(state[name], p), name
+    args = [TEXTS[0]], [TEXTS[1]], [TEXTS[2]]
+    assert torch.equal(again.distance(*args), before.eval().distance(*args))
 
 
 # -------------------------------------------------------------------------------- encode and decode
 
 
-def test_examples_of_a_batch_do_not_see_each_other(guide: Guide) -> None:
-    chosen = examples(guide)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_responses_of_a_batch_do_not_see_each_other(kind: dict[str, Any]) -> None:
+    guide = stir(text_guide(**kind))
+    chosen = pairs(guide)
     with torch.no_grad():
-        together = guide(chosen)
-        alone = torch.cat([guide([e]) for e in chosen])
-    assert torch.allclose(together, alone, atol=1e-5) and len(together) == sum(
-        len(e.response) for e in chosen
-    )
+        together, z = guide(chosen, own(5))
+        alone = [guide([p], own(1)) for p in chosen]
+        single = torch.cat([guide.encode([replace(p, generated=[9])])[:1] for p in chosen])
+    assert torch.allclose(together, torch.cat([logps for logps, _ in alone]), atol=1e-5)
+    assert torch.allclose(z, torch.cat([latents for _, latents in alone]), atol=1e-5)
+    assert torch.allclose(z[0::2], single, atol=1e-5)
+    assert len(together) == sum(len(y) for p in chosen for y in p.responses)
+    width = guide.config.latent_tokens * 12
+    assert z.shape == (10, width) and z.dtype == torch.float32
+    if guide.config.latent_norm == "layer":
+        assert torch.allclose(z.mean(1), torch.zeros(10), atol=1e-5)
+        assert torch.allclose(z.square().mean(1), torch.ones(10), atol=1e-3)
+    else:
+        assert z.square().mean(1).std() > 1e-3
 
 
-def test_decode_is_causal_and_predicts_the_right_token(guide: Guide) -> None:
+def changed_at(pair: Pair, place: int) -> Pair:
+    """The pair with another token at a place of its real response."""
+    assert pair.real[place] != 5
+    return replace(pair, real=[*pair.real[:place], 5, *pair.real[place + 1 :]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_is_causal_and_predicts_the_right_token(kind: dict[str, Any]) -> None:
     """Changing token t of the response changes the log-probs of t and later ones, none before."""
-    (example,) = examples(guide, 1)
-    changed = replace(example, response=[*example.response[:3], 5, *example.response[4:]])
-    assert changed.response != example.response
+    guide = stir(text_guide(**kind))
+    (pair,) = pairs(guide, 1)
     with torch.no_grad():
-        z = guide.encode([example])
-        a, b = guide.decode([example], z), guide.decode([changed], z)
-    assert torch.equal(a[:3], b[:3]) and bool((a[3:] != b[3:]).all())
+        z = guide.encode([pair])
+        a, b = (guide.decode([p], z, own(1)) for p in (pair, changed_at(pair, 3)))
+    n = len(pair.real)
+    assert torch.equal(a[:3], b[:3]) and bool((a[3:n] != b[3:n]).all())
+    assert torch.equal(a[n:], b[n:])  # the sibling does not see it
 
 
-def test_word_dropout_hides_a_token(guide: Guide) -> None:
-    """A hidden token may change without a trace in the log-probs of those after it."""
-    (example,) = examples(guide, 1)
-    changed = replace(example, response=[*example.response[:3], 5, *example.response[4:]])
-    hide = torch.zeros(len(example.response), dtype=torch.bool)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hidden_token_leaves_no_trace(kind: dict[str, Any]) -> None:
+    """It may change without a change of the log-probs of those after it, with each latent that its
+    response is read with; what stands for it is not zero.
+    """
+    guide = stir(text_guide(**kind))
+    (pair,) = pairs(guide, 1)
+    n = len(pair.real)
+    hide = torch.zeros(n + len(pair.responses[1]), dtype=torch.bool)
     hide[3] = True
+    readings = [Reading(0, 0), Reading(0, 1), Reading(1, 1)]
     with torch.no_grad():
-        z = guide.encode([example])
-        a, b = guide.decode([example], z, hide), guide.decode([changed], z, hide)
-        seen = guide.decode([example], z)
-    assert a[3] != b[3]  # it is still predicted
-    assert (
-        torch.equal(a[4:], b[4:])
-        and torch.equal(a[:4], seen[:4])
-        and bool((a[4:] != seen[4:]).all())
-    )
+        z = guide.encode([pair])
+        a, b = (guide.decode([p], z, readings, hide) for p in (pair, changed_at(pair, 3)))
+        seen = guide.decode([pair], z, readings)
+        for start in (0, n):
+            assert a[start + 3] != b[start + 3]  # it is still predicted
+            own_ = slice(start, start + 3), slice(start + 4, start + n)
+            assert torch.equal(a[own_[1]], b[own_[1]])
+            torch.testing.assert_close(a[own_[0]], seen[own_[0]])
+            assert bool((a[own_[1]] - seen[own_[1]]).abs().max() > 1e-4)
+        assert torch.equal(a[2 * n :], seen[2 * n :])
+        guide.latent.mask.zero_()
+        assert (guide.decode([pair], z, readings, hide) - a).abs().max() > 1e-4
 
 
-def test_each_example_is_decoded_with_the_latent_it_is_told(guide: Guide) -> None:
-    chosen = examples(guide, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_response_is_read_with_the_latent_it_is_told(kind: dict[str, Any]) -> None:
+    """Another's, its sibling's, or the learned one that stands for none, one or more at a time."""
+    guide = stir(text_guide(**kind))
+    chosen = pairs(guide, 2)
+    lengths = [len(y) for p in chosen for y in p.responses]
+    table = [Reading(i, j) for i in range(4) for j in (0, 1, 2, 3, NO_LATENT)]
     with torch.no_grad():
-        z = guide.encode(chosen)
-        assert torch.equal(guide(chosen, latents_of=[0, 1, 2]), guide(chosen))
-        assert torch.equal(guide(chosen, latents_of=[2, 0, 1]), guide.decode(chosen, z[[2, 0, 1]]))
-        assert torch.equal(
-            guide(chosen, latents_of=[NO_LATENT] * 3), guide.decode(chosen, torch.zeros_like(z))
+        all_of_them, z = guide(chosen, table)
+        assert torch.equal(all_of_them, guide.decode(chosen, z, table))
+        parts = dict(
+            zip(table, all_of_them.split([lengths[r.response] for r in table]), strict=True)
         )
-        assert not torch.allclose(guide(chosen, latents_of=[2, 0, 1]), guide(chosen), atol=1e-4)
+        for order in ([2, 0, 3, 1], [NO_LATENT] * 4):
+            latents_ = torch.stack([guide.latent.null if j < 0 else z[j] for j in order])
+            expected = guide.decode(chosen, latents_, own(2))
+            got = torch.cat([parts[Reading(i, j)] for i, j in enumerate(order)])
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for i in range(4):
+        for j in (0, 1, 2, 3):
+            gap = (parts[Reading(i, j)] - parts[Reading(i, NO_LATENT)]).abs().max()
+            assert gap > 1e-4 and (i == j or not torch.equal(parts[i, j], parts[i, i]))
 
 
-def test_a_shared_prompt_is_read_once() -> None:
-    """Latents of examples that share prompts, in any order, are those of each by
-    itself; the batch is shorter.
-    """
-    guide = new_guide(CONFIG, 0, None, TEXTS, SIZE)
-    texts = [
-        ("a prompt", "one"),
-        ("another", "two words"),
-        ("a prompt", "three"),
-        ("a prompt", "four"),
-    ]
-    chosen = [guide.example(x, y) for x, y in texts]
-    tokens: list[int] = []
-    guide.encoder.transformer.wte.register_forward_pre_hook(
-        lambda module, inputs: tokens.append(len(inputs[0]))
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_read_once(kind: dict[str, Any]) -> None:
+    """By the encoder for both responses; by the decoder for all readings."""
+    guide = stir(text_guide(**kind))
+    chosen, read = pairs(guide, 3), {"encoder": 0, "decoder": 0}
+    for name, tower in (("encoder", guide.encoder), ("decoder", guide.decoder)):
+
+        def count(module: Any, given: Any, name: str = name) -> None:
+            read[name] += len(given[0])
+
+        tower.embedding.register_forward_pre_hook(count)
+    readings = [Reading(i, j) for i in range(6) for j in (i, NO_LATENT)]
     with torch.no_grad():
-        together, alone = guide.encode(chosen), torch.cat([guide.encode([e]) for e in chosen])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    assert tokens[0] == sum(tokens[1:]) - 2 * len(chosen[0].prompt)
+        guide(chosen, readings)
+    m = guide.config.latent_tokens
+    queries = 6 * m if guide.config.readout == "queries" else 0
+    assert read["encoder"] == sum(p.tokens for p in chosen) + queries
+    prompts = sum(len(p.prompt) for p in chosen)
+    responses = sum(p.tokens for p in chosen) - prompts
+    anew = guide.config.injection != "output"  # soft tokens in front: a reading a latent
+    assert read["decoder"] == prompts + (2 * responses + 12 * m if anew else responses)
 
 
-def test_gradient_reaches_every_part() -> None:
-    guide = new_guide(CONFIG, 0, None, TEXTS, SIZE)
-    guide(examples(guide)).sum().backward()
-    # a key's bias never changes a softmax: its gradient is 0 up to rounding, inside c_attn's
-    for name, p in guide.named_parameters():
-        assert p.grad is not None and float(p.grad.abs().max()) > 1e-7, name
+# ------------------------------------------------------------------------------------------ folders
 
 
-# ----------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load_round_trip(kind: dict[str, Any], tmp_path: Path) -> None:
+    guide = stir(text_guide(**kind))
+    assert not is_trained_guide(tmp_path)
+    save_guide(guide, tmp_path)
+    assert is_trained_guide(tmp_path)
+    check_trained_guide(tmp_path)
+    again = load_guide(tmp_path)
+    assert again.config == guide.config and not again.training and not again.shared
+    state = again.state_dict()
+    assert all(torch.equal(state[name], p) for name, p in guide.state_dict().items())
+    args = [TEXTS[0], TEXTS[2]], [TEXTS[1], TEXTS[3]], [TEXTS[4], TEXTS[1]]
+    assert torch.equal(again.distance(*args), guide.distance(*args))
+    assert isinstance(again.encoder, GPT2)
+    half = load_guide(tmp_path, CPU, torch.bfloat16)
+    assert half.encoder.embedding.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in half.latent.parameters())
+    torch.testing.assert_close(half.distance(*args), guide.distance(*args), rtol=0.2, atol=0.05)
 
 
-@pytest.fixture
-def one_rank(in_process: None) -> Iterator[None]:
-    distributed.start("cpu")
-    yield
-
-
-def secret_rows(count: int) -> list[tuple[str, str, str]]:
-    """Makes prompts that say nothing: only the latent can tell the first of a response's words.
-
-    A response is two of twenty words.
-    """
-    words = (
-        "cat dog sun tree moon star fish milk rain snow book lamp door road hill lake bird ship "
-        "king rose"
-    ).split()
-    draw = random.Random(0)
-    return [
-        ("Two words.", *(" ".join(draw.choices(words, k=2)) for _ in range(2)))
-        for _ in range(count)
-    ]
-
-
-def trained(rows: list[tuple[str, str, str]], **settings: Any) -> tuple[Guide, dict[str, float]]:
-    config = GuideConfig(latent_tokens=1, latent_width=16, token_dropout=0.5, max_tokens=24)
-    guide = new_guide(
-        config, 0, None, [t for row in rows for t in row], GPT2Config(300, 32, 48, 1, 4)
-    )
-    pairs = [(guide.example(x, y), guide.example(x, z)) for x, y, z in rows]
-    plan: dict[str, Any] = {
-        "epochs": 8,
-        "global_batch": 16,
-        "learning_rate": 3e-3,
-        "micro_tokens": 4000,
-    }
-    return guide, train_guide(
-        guide, pairs, GuideTrainSettings(**(plan | settings)), device=CPU, seed=0
-    )
-
-
-def test_the_latent_is_used_where_the_prompt_says_nothing(
-    one_rank: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On rows it has not seen: another row's latent costs much, the own other
-    response's too, none as well.
-    """
-    _, losses = trained(secret_rows(300))
-    assert losses["latent_gain"] > 0.3 and losses["sibling_gain"] > 0.3
-    assert losses["none"] > losses["true"]
-    assert losses["latent_gain"] == pytest.approx(losses["other"] - losses["true"])
-    assert "WARNING" not in capsys.readouterr().err
-
-
-def test_a_latent_without_use_is_warned_of(
-    one_rank: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        Guide, "encode", lambda self, chosen: self.to_latent.bias.expand(len(chosen), -1)
-    )
-    _, losses = trained(secret_rows(20), epochs=1)
-    assert losses["latent_gain"] == pytest.approx(0.0, abs=1e-6) and losses["latent_gain"] <= 0
-    assert "WARNING: latent_gain" in capsys.readouterr().err
-
-
-def test_dropout_is_a_function_of_the_rows_key(one_rank: None) -> None:
-    """Whatever the micro-batches, the loss and the gradient of a batch are the same;
-    another epoch draws anew.
-    """
-    rows = secret_rows(8)
-
-    def step(budget: int, epoch: int) -> tuple[float, torch.Tensor]:
-        guide = new_guide(CONFIG, 0, None, [t for row in rows for t in row], SIZE)
-        distributed.shard(guide, guide.blocks, torch.float32, CPU)
-        keyed = [
-            ((guide.example(x, y), guide.example(x, z)), f"guide/{epoch}/{i}")
-            for i, (x, y, z) in enumerate(rows)
-        ]
-        loss = training.accumulate_gradients(guide, keyed, budget, 0, CPU)
-        return loss, guide.queries.grad  # type: ignore[return-value]
-
-    whole, grad = step(10_000, 0)
-    for budget in (1, 60):
-        loss, other = step(budget, 0)
-        assert loss == pytest.approx(whole, rel=1e-6) and (other - grad).norm() < 1e-4 * grad.norm()
-    assert abs(step(10_000, 1)[0] - whole) > 1e-4
-
-
-def test_heldout_losses_compare_with_the_right_latents(
-    guide: Guide, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`other` is never the row itself nor its sibling; runs do not change the sums; equal responses
-    have no sibling.
-    """
-    rows = [
-        (guide.example(TEXTS[0], f"word {i}"), guide.example(TEXTS[0], f"thing {i}!"))
-        for i in range(7)
-    ]
-    rows[2] = (rows[2][0], rows[2][0])
-    whole = heldout_losses(guide, rows, 100_000, CPU)
-    parts = heldout_losses(guide, rows, 1, CPU)
-    for name in ("true", "none", "sibling_gain"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7)
-    asked: list[tuple[int, list[int] | None]] = []
-    plain = guide.forward
-
-    def spy(chosen: Any, latents_of: Any = None) -> torch.Tensor:
-        asked.append((len(chosen), latents_of))
-        return plain(chosen, latents_of)
-
-    monkeypatch.setattr(guide, "forward", spy)
-    heldout_losses(guide, rows, 100_000, CPU)
-    (size, true), (_, other), (_, none), (_, sibling) = asked
-    assert size == 14 and true is None and none == [NO_LATENT] * 14
-    assert other is not None and all(
-        j not in (i, (i + 7) % 14) and (j < 7) == (i < 7) for i, j in enumerate(other)
-    )
-    assert sibling == [(i + 7) % 14 for i in range(14)]
-    same = [(a, a) for a, _ in rows]
-    assert heldout_losses(guide, same, 1000, CPU)["sibling_gain"] == 0.0
-
-
-def test_too_few_rows_is_an_error(one_rank: None) -> None:
-    with pytest.raises(InputError, match="too few"):
-        trained(secret_rows(2))
-
-
-def test_a_non_finite_step_stops(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "accumulate_gradients", lambda *_: float(np.nan))
-    monkeypatch.setattr(distributed, "clip_grad_norm", lambda *_: torch.tensor(1.0))
-    with pytest.raises(NumericsError, match="guide: step 1"):
-        trained(secret_rows(20))
+def test_refusals(guide: Guide, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="guide.max_tokens=79: .* has room for 78; lower it"):
+        new_guide(config_of(max_tokens=79), 0, TEXTS, SIZE)
+    with pytest.raises(InputError, match="guide.json"):
+        load_guide(tmp_path)
+    save_guide(guide, tmp_path)
+    described = json.loads((tmp_path / "guide.json").read_text())
+    for changes, named in (
+        ({"latent_width": 13}, "latent.safetensors: does not fit"),
+        ({"injection": "prefix"}, "latent.safetensors: does not fit"),
+        ({"readout": "mode"}, "guide.json: .*'mode' is none of mean, queries"),
+        ({"latent_norm": None}, "guide.json: .*None is none of none, layer"),
+        ({"latent_tokens": 0}, "guide.json: .*sizes"),
+        ({"max_tokens": "many"}, "guide.json: .*sizes"),
+    ):
+        (tmp_path / "guide.json").write_text(json.dumps(described | changes))
+        with pytest.raises(InputError, match=named):
+            load_guide(tmp_path)
+    # what folders of earlier versions lack
+    for name in ("readout", "injection", "shared", "chat"):
+        kept = {key: value for key, value in described.items() if key != name}
+        (tmp_path / "guide.json").write_text(json.dumps(kept))
+        with pytest.raises(InputError, match=f"guide.json: .*'{name}'.*train/guide.py"):
+            check_trained_guide(tmp_path)

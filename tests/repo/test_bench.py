@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -134,18 +135,35 @@ def test_the_padded_loop_trains_on_the_same_loss(tmp_path: Path, toy_cache: Path
 
 
 @pytest.mark.slow
-def test_the_padded_guide_measures_the_same_distances(tmp_path: Path) -> None:
+def test_the_padded_guide_does_the_same_work(tmp_path: Path) -> None:
+    """Float32, one guide folder, the same pairs, nothing drawn by chance: both measure the same
+    distances, of a policy's tower and of a GPT-2's, and start at the same loss.
+    """
     run_bench(
         "guide.py", "--small", "--results", tmp_path, LDALIGN_PEER_TRANSFORMERS=sys.executable
     )
-    (table,) = json.loads((tmp_path / "guide-cpu.json").read_text())["tables"]
-    assert all(
-        table[task]["ldalign"]["median_seconds"] > 0
-        for task in ("guide_training", "guide_distance")
-    )
+    result = json.loads((tmp_path / "guide-cpu.json").read_text())
+    policy, *guides = result["steps"]["rows"]
+    assert policy["time_ratio"] == 1.0 and len(guides) == 2
+    for guide in guides:  # the toy knows nothing, and no latent says anything yet
+        assert guide["first_loss"] == pytest.approx(2 * math.log(512) + math.log(2), rel=0.01)
+        assert guide["time_ratio"] > 0 < guide["seconds_per_token"]
+    (training,), distances = result["training"], result["distances"]
+    assert [entry["guide"] for entry in distances] == ["policy", "toy"]
+    assert all(entry["ldalign"]["median_seconds"] > 0 for entry in (training, *distances))
     pytest.importorskip("transformers")
-    assert table["guide_distance"]["largest_relative_difference"] < 1e-4
-    assert table["guide_training"]["time_ratio"] > 0
+    assert all(entry["largest_relative_difference"] < 1e-4 for entry in distances)
+    ours, theirs = training["ldalign"]["first_loss"], training["peer"]["first_loss"]
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert all(entry["time_ratio"] > 0 for entry in (training, *distances))
+
+
+@pytest.mark.slow
+def test_a_checkout_is_measured_against_itself(tmp_path: Path) -> None:
+    run_bench("before.py", ROOT, "--small", "--rounds", 1, "--only", "guide", "--results", tmp_path)
+    ratios = json.loads((tmp_path / "before-cpu.json").read_text())["ratios"]
+    assert set(ratios) == {"guide training", "guide distance", "new guide's training"}
+    assert all(ratio > 0 for (ratio,) in ratios.values())
 
 
 def test_ours_trains_in_the_order_given(bench: Any) -> None:
@@ -154,7 +172,9 @@ def test_ours_trains_in_the_order_given(bench: Any) -> None:
     laid = ours.in_train_order(pairs)
     batches = importlib.import_module("ldalign.training.batches")
     taken = [
-        laid[i].prompt for _, batch in batches.global_batches(7, 3, 1, ours.SEED) for i in batch
+        laid[i].prompt
+        for _, batch in batches.global_batches(7, 3, 1, ours.SEED, ours.STAGE)
+        for i in batch
     ]
     assert taken == [pair["prompt"] for pair in pairs]
 

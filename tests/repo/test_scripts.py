@@ -168,6 +168,10 @@ def test_guide_of_given_responses_needs_no_sampling(
     guide.main(arguments(tmp_path / "run", toy_cache, f"data={data}", "global_batch=8"))
     assert stage_names(tmp_path / "run") == ["data", "guide"]
     assert "rejected" in read_jsonl(tmp_path / "run/data/train.jsonl")[0]
+    # A guide that begins as the policy needs the one that self-play starts from.
+    more = (f"data={data}", "global_batch=8", "guide.backbone=policy", "evaluation.rows=0")
+    guide.main(arguments(tmp_path / "other", toy_cache, *more))
+    assert stage_names(tmp_path / "other") == ["data", "sft/policy", "guide"]
 
 
 # ----------------------------------------------------------------------------------------- generate

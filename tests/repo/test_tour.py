@@ -67,11 +67,27 @@ def test_the_first_loss_is_ln_2_times_the_weight(said: str) -> None:
     assert numbers(said, 14, "SPIN's first loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_readings_can_be_checked_by_hand(said: str) -> None:
+    """Gains are differences of readings, contrasts functions of gains; untrained, no latent adds
+    anything to the policy's log-prob.
+    """
+    own, sibling = numbers(said, 4, "log D(y | x) before")
+    assert own == sibling == pytest.approx(numbers(said, 8, "log pi_ref(y | x)")[0], abs=1e-3)
+    gains, contrasts = numbers(said, 5, "sibling gain G"), numbers(said, 5, "contrast")
+    for side, name in enumerate(("log D(y | x, .)", "log D(y' | x, .)")):
+        own, sibling = numbers(said, 5, name)[:2]
+        assert own != sibling and gains[side] == pytest.approx(own - sibling, abs=2e-4)
+        assert contrasts[side] == pytest.approx(math.log1p(math.exp(-gains[side])), abs=1e-4)
+    gain, error = numbers(said, 4, "sibling gain")
+    tells = next(line for line in said.splitlines() if line.startswith("  tells apart"))
+    assert ("yes" in tells) == (gain >= 2 * error)
+
+
 def test_distance_and_coefficient_can_be_checked_by_hand(said: str) -> None:
     real, generated = (numbers(said, 5, name) for name in ("E(x, y) ", "E(x, y')"))
-    (distance,) = numbers(said, 5, "d = its length")
+    (distance,) = numbers(said, 6, "d = its length")
     assert distance == pytest.approx(math.dist(real, generated), abs=5e-4)
-    assert numbers(said, 5, "the same in a run") == pytest.approx([distance], abs=2e-4)
+    assert numbers(said, 6, "the same in a run") == pytest.approx([distance], abs=2e-4)
     weight = numbers(said, 6, "s = d / mean d")[2]
     coefficient = numbers(said, 11, "d loss / d log pi(y)")[0]
     assert coefficient == pytest.approx(-0.1 * weight / 2, abs=1e-5)

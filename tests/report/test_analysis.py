@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
+from ldalign.data.pairs import Pair
 from ldalign.evaluation.statistics import mean_relative_gain, ranks, spearman, superiority
 from ldalign.report.analysis import RunPairs, concentration, read_pairs, summarise, top_share
+from ldalign.run.stages.distances import _distance_summary
 
 
 def array(*values: float) -> np.ndarray:
@@ -90,6 +93,36 @@ def test_concentration() -> None:
     assert top_share(array(*[1.0] * 20)) == pytest.approx(0.1)
     assert top_share(array(9, *[1.0] * 9)) == pytest.approx(0.5)
     assert top_share(array()) == 0 and top_share(array(0, 0)) == 0
+
+
+def test_what_explains_the_distances_of_an_iteration() -> None:
+    """R squared of a straight line, in the difference of lengths and in the number of responses
+    without an end token (0), against least squares; of the kept pairs alone.
+    """
+    rng = np.random.default_rng(5)
+    pairs, gaps, cuts = [], [], []
+    for i in range(40):
+        real = [7] * int(rng.integers(1, 9)) + [0] * int(rng.integers(0, 2))
+        generated = [8] * int(rng.integers(1, 9)) + [0] * int(rng.integers(0, 2))
+        pairs.append(Pair(str(i), [1], real, generated))
+        gaps.append(abs(len(real) - len(generated)))
+        cuts.append((real[-1] != 0) + (generated[-1] != 0))
+    distances = array(*(3 + 0.4 * gap + rng.normal() for gap in gaps))
+    kept = [i % 4 != 1 for i in range(40)]
+
+    def share(by: list[int]) -> float:
+        x, y = np.array(by, dtype=float)[kept], distances[kept]
+        left = y - np.polyval(np.polyfit(x, y, 1), x)
+        return float(1 - (left**2).sum() / ((y - y.mean()) ** 2).sum())
+
+    d, ones = torch.from_numpy(distances), torch.ones(40)
+    found = _distance_summary(d, ones, pairs, kept, (0, 99))
+    assert found["distance/length_share"] == pytest.approx(share(gaps)) and share(gaps) > 0.1
+    assert found["distance/cut_share"] == pytest.approx(share(cuts))
+    assert found["distance/mean"] == pytest.approx(distances[kept].mean())
+    same = _distance_summary(torch.ones(40).double(), ones, pairs, kept, (0,))
+    assert same["distance/length_share"] == same["distance/cut_share"] == 0.0
+    assert _distance_summary(d, ones, pairs, [False] * 40, (0,)) == {}
 
 
 # (TruthfulQA, PIQA, HellaSwag, ARC, OpenbookQA, GSM8k, MuTual) of the paper's table

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ldalign.report import words
+from ldalign.evaluation.agreement import RIVALS
+from ldalign.report import figures, words
+from ldalign.report.agreement import agreement_rows, read_agreement, sentence
 from ldalign.report.analysis import read_pairs
+from ldalign.report.guides import GAINS, gain_text
 from ldalign.report.page import try_page, write_page
 from ldalign.report.table import read_summaries, write_report
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -42,11 +45,43 @@ ACCURACY = {
 DISTANCES = {
     f"distance/{k}": v for k, v in (("mean", 2.0), ("p10", 1.0), ("p50", 1.75), ("p90", 3.25))
 } | {
+    "distance/length_share": 0.253,
+    "distance/cut_share": 0.041,
     "weight/std": 0.4,
     "weight/min": 0.1,
     "weight/max": 2.2,
     "weight/ess": 0.86,
 }
+
+
+# A guide that tells a row's two responses apart, by six standard errors.
+FIGURES = {
+    "rows": 60,
+    "differing": 58,
+    "true": 3.0,
+    "other": 3.5,
+    "none": 3.25,
+    "latent_gain": 0.5,
+    "sibling_gain": 2.4,
+    "sibling_gain_se": 0.4,
+    "first_gain": 0.35,
+    "first_gain_se": 0.05,
+    "own_better": 0.81,
+    "own_better_se": 0.03,
+    "none_gain": 1.5,
+    "none_gain_se": 0.25,
+    "other_gain": 4.5,
+    "other_gain_se": 0.5,
+    "ess": 0.91,
+    "length_share": 0.12,
+    "cut_share": 0.034,
+}
+# What a summary of an earlier version has: nats a token, without errors.
+OLDER = {"true": 3.0, "other": 3.5, "none": 3.25, "latent_gain": 0.5, "sibling_gain": 0.25}
+
+
+def untold(gain: float, error: float) -> dict[str, float]:
+    return FIGURES | {"sibling_gain": gain, "sibling_gain_se": error}
 
 
 @pytest.fixture
@@ -67,11 +102,7 @@ def run(tmp_path: Path) -> Path:
     put(tmp_path, "data", {"rows/train": 10})
     put(tmp_path, "sft/policy", {"loss": 2.0, "tokens": 999})
     put(tmp_path, "sft/evaluation", {"nll/real": 1.25, "truncated_frac": 0.125, **ACCURACY}, before)
-    put(
-        tmp_path,
-        "guide",
-        {"true": 3.0, "other": 3.5, "none": 3.25, "latent_gain": 0.5, "sibling_gain": 0.25},
-    )
+    put(tmp_path, "guide", FIGURES)
     put(tmp_path, "iteration_0/responses", {"tokens": 1234, "losers/truncated_frac": 0.5})
     put(tmp_path, "iteration_0/distances", DISTANCES)
     put(
@@ -92,11 +123,21 @@ def test_every_number_is_in_its_place(run: Path) -> None:
         # 1: mean 1/2
         "| iteration_0 | 50.0 +- 25.0 | 25.0 +- 12.5 | +50.0 +- 28.9 | +37.5 +- 23.9 | - | 1.5000 "
         "|",
-        "| sft | - | - | - | - | - | 2.0000 | - | - | 999 |",
-        "| iteration_0 | 2 (1, 1.75, 3.25) | 0.40 (0.10, 2.20) | 0.86 | +0.123 | 0.750 | 0.6000 | "
-        "50.0 | 1234 | 5678 |",
+        "| sft | - | - | - | - | - | - | 2.0000 | - | - | 999 |",
+        "| iteration_0 | 2 (1, 1.75, 3.25) | 25 / 4 | 0.40 (0.10, 2.20) | 0.86 | +0.123 | 0.750 | "
+        "0.6000 | 50.0 | 1234 | 5678 |",
         "| iteration_0 | 2 | 2 | 2 | 2 | 6 |",
-        "latent gain +0.5000",
+        "| on held-out rows | the guide |\n|---|---|\n"
+        "| own latent over the sibling's, nats a response | +2.400 +- 0.400 |",
+        "| so it tells the two apart (at least 2 standard errors above 0) | yes |",
+        "| the same at the first differing token alone, nats | +0.350 +- 0.050 |",
+        "| own latent better than the sibling's, % of responses | 81 +- 3 |",
+        "| own latent over none, nats a response | +1.500 +- 0.250 |",
+        "| own latent over another row's, nats a response | +4.500 +- 0.500 |",
+        "| rows whose two responses differ | 58 of 60 |",
+        "| effective sample size of the distances, share of the rows | 0.91 |",
+        "| distance explained by length, % of its variance | 12 |",
+        "| distance explained by the cut, % of its variance | 3 |",
     ):
         assert line in text, text
     assert "sampled accuracy did not move beyond two standard errors (+37.5 +- 23.9 points)" in text
@@ -115,22 +156,108 @@ def test_table_json(run: Path) -> None:
         and first["seconds"] == 6.0
     )
     assert table["seconds"]["guide"] == 1.5
+    assert table["guides"]["guide"] == {"seconds": 1.5, **FIGURES}
+    assert first["distance/length_share"] == 0.253
 
 
-def test_a_latent_that_says_nothing_is_shouted(run: Path) -> None:
-    (run / "guide/summary.json").write_text(
-        json.dumps(
-            {
-                "true": 3,
-                "other": 3,
-                "none": 3,
-                "latent_gain": -0.01,
-                "sibling_gain": 0,
-                "seconds": 1,
-            }
-        )
+@pytest.mark.parametrize(("gain", "error"), [(0.7, 0.4), (0.0, 0.0), (-2.4, 0.4)])
+def test_a_guide_near_noise_is_the_first_caution(run: Path, gain: float, error: float) -> None:
+    """Whatever its gains over no latent and over another row's, and whatever else there is."""
+    put(run, "iteration_1/guide", untold(gain, error))
+    put(run, "iteration_1/policy", {"rewards/margins": -0.1, "tokens": 1})
+    (run / "guide/metrics.jsonl").write_text('{"loss": 4.0}\n' * 6 + '{"loss": 2.0}\n' * 2)
+    text = write_report(run)
+    first, *others = (line for line in text.splitlines() if line.startswith("Caution: "))
+    assert "Iteration 1's guide does not tell a row's two responses apart" in first
+    assert "near noise" in first and f"{gain:+.3f} +- {error:.3f} nats" in first.replace(
+        f"{gain:+.1e} +- {error:.1e}", f"{gain:+.3f} +- {error:.3f}"
     )
-    assert "NOT POSITIVE" in write_report(run)
+    assert len(others) == 3 and "The guide's training loss was still falling" in others[0]
+    assert "(at least 2 standard errors above 0) | yes | NO |" in text
+    page = made(run)
+    where = [page.text.index(line.removeprefix("Caution: ")) for line in (first, *others)]
+    assert where == sorted(where)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 19])
+def test_a_guide_tried_on_few_rows_is_cautioned_about(run: Path, rows: int) -> None:
+    """Of one row the standard error is 0, so that any gain seems sure. What is known to be noise
+    comes first all the same.
+    """
+    few = FIGURES | {"differing": rows, "sibling_gain_se": 0.0 if rows < 2 else 0.4}
+    (run / "guide/summary.json").write_text(json.dumps({"seconds": 1, **few}))
+    said = f"Caution: The guide was tried on only {rows} held-out rows whose responses differ"
+    assert write_report(run).startswith(said)
+    put(run, "iteration_1/guide", untold(0.7, 0.4))
+    text = write_report(run)
+    assert text.startswith("Caution: Iteration 1's guide does not tell") and text.count(said) == 1
+
+
+def test_guides_of_an_older_version_are_shown_as_such(run: Path) -> None:
+    """Their figures are in nats a token and without errors; nothing says that they are good."""
+    (run / "guide/summary.json").write_text(json.dumps({"seconds": 1, **OLDER}))
+    text, page = write_report(run), made(run)
+    assert text.startswith("Caution: The guide's held-out figures are of an older version")
+    assert "tells the two apart" not in text and "tells the two apart" not in page.text
+    for said in (text, page.text):
+        assert (
+            "without standard errors. Own latent over another row's +0.5000, over the sibling's "
+            "+0.2500 nats a token."
+        ) in said
+    assert "What the guide's latent is worth: not drawn: the guide's held-out" in page.text
+    put(run, "iteration_1/guide", FIGURES)  # one of each
+    text, page = write_report(run), made(run)
+    assert "| on held-out rows | iteration 1's guide |" in text and "older version" in text
+    assert "+2.400 ± 0.400" in section(page, "pull") and "older version" in section(page, "pull")
+    (run / "guide/summary.json").write_text('{"seconds": 1}')  # and what has no figures at all
+    assert "without standard errors.\n" in write_report(run)
+
+
+def test_distances_that_follow_length_or_cuts_are_cautioned_about(run: Path) -> None:
+    (run / "guide/summary.json").write_text(
+        json.dumps({"seconds": 1, **FIGURES, "length_share": 0.51, "cut_share": 0.5})
+    )
+    shares = {"distance/length_share": 0.2, "distance/cut_share": 0.77}
+    path = run / "iteration_0/distances/summary.json"
+    path.write_text(json.dumps({"seconds": 1.5, **DISTANCES, **shares}))
+    said = [line for line in write_report(run).splitlines() if line.startswith("Caution: ")]
+    assert len(said) == 3
+    assert (
+        "The guide's held-out distances mostly follow something simpler: the difference in length "
+        "of the two responses explains 51%"
+    ) in said[0]
+    assert "Iteration 0's distances mostly follow something simpler: how many" in said[2]
+    assert "explains 77% of their variance" in said[2]
+
+
+def test_the_guide_figure_shows_all_gains_with_their_bars() -> None:
+    found = {"guide": FIGURES, "iteration_1/guide": untold(-0.3, 0.2), "iteration_2/guide": OLDER}
+    chart = figures.guide(found)
+    assert chart.figure is not None
+    panels = chart.figure.axes
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert titles == [
+        "over the sibling's",
+        "at the first differing token",
+        "over none",
+        "over another row's",
+    ]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        "the guide",
+        "iteration 1's guide",
+    ]
+    for panel, (key, _, unit) in zip(panels, GAINS, strict=True):
+        assert panel.get_xlabel() == unit
+        (bars,) = panel.containers
+        (segments,) = bars.lines[2]
+        for place, (segment, name) in enumerate(
+            zip(segments.get_segments(), ("guide", "iteration_1/guide"), strict=True)
+        ):
+            gain, error = found[name][key], found[name][f"{key}_se"]
+            expected = [[gain - 1.959964 * error, place], [gain + 1.959964 * error, place]]
+            np.testing.assert_allclose(segment, expected)
+            assert panel.texts[place].get_text() == gain_text(found[name], key).replace("+-", "±")
+    assert figures.guide({"guide": OLDER}).figure is None and figures.guide({}).figure is None
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
@@ -292,7 +419,7 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     put(
         run,
         "iteration_1/guide",
-        {"true": 3.0, "other": 3.1, "none": 2.9, "latent_gain": 0.1, "sibling_gain": -0.002},
+        untold(0.7, 0.4) | {"none": 2.9},
     )
     losses = [9.0] * 4 + [4.0] * 2 + [2.0] * 2
     (run / "iteration_1/guide/metrics.jsonl").write_text(
@@ -301,7 +428,7 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     put(
         run,
         "iteration_2/guide",
-        {"true": 3.0, "other": 3.004, "none": 3.1, "latent_gain": 0.004, "sibling_gain": 0.2},
+        FIGURES | {"cut_share": 0.6},
     )
     put(run, "iteration_1/judged", {"judged/ties": 0.5, "judged/none": 0.25})
     put(
@@ -313,11 +440,10 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     said = [line for line in write_report(run).splitlines() if line.startswith("Caution: ")]
     for part in (
         "Iteration 0: 50% of its sampled responses were cut",
-        "Iteration 1's guide's sibling gain is -0.0020",
-        "does not tell the two responses of a row apart",
+        "Iteration 1's guide does not tell a row's two responses apart",
         "Iteration 1's guide reconstructs no better",
         "Iteration 1's guide's training loss was still falling at its end, from 4.000 to 2.000",
-        "Iteration 2's guide's latent gain is only +0.0040 nats/token",
+        "Iteration 2's guide's held-out distances mostly follow something simpler: how many",
         "neither sample on 75% of the prompts (25%",
         "Iteration 1 trained on 3 pairs only: 75%",
         "Iteration 1: the mean reward margin over its last epoch is -0.100",
@@ -325,7 +451,8 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     ):
         assert sum(part in line for line in said) == 1, (part, said)
     assert len(said) == 9, said
-    assert all(line.removeprefix("Caution: ") in made(run).text for line in said)
+    page = made(run)
+    assert all(line.removeprefix("Caution: ") in page.text for line in said)
 
 
 def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
@@ -471,6 +598,18 @@ def test_spin_has_no_distances(toy: Path) -> None:
     assert "the first, the last and three evenly spaced" in page.text  # how the samples are chosen
 
 
+def test_a_control_without_a_guide_is_named_as_such(toy: Path) -> None:
+    shutil.rmtree(toy / "guide")
+    config = toy / "config.yaml"
+    config.write_text(config.read_text().replace("distance: euclidean", "distance: pooled"))
+    page = made(toy)
+    assert "lies from the data set's (“real”) in the space of the start policy's mean" in page.text
+    assert "no guide was trained: as a control" in page.text
+    assert "What the guide's latent is worth: not drawn: this run trained no guide" in page.text
+    assert "Iteration 0: the difference of the two lengths explains" in page.text
+    assert "sentence-embedding model" in words.measured_in({"weights": "semantic"})
+
+
 def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each time less is there; what an earlier report drew and the run no longer has is gone."""
     (toy / "report/figures").mkdir(parents=True)
@@ -492,23 +631,128 @@ def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "No stage of this run has results yet." in made(toy).text
 
 
-def test_rewards_and_agreement_are_shown(run: Path) -> None:
+def test_rewards_are_shown(run: Path) -> None:
     put(run, "iteration_0/reward", {"reward/mean": 0.731, "reward/win_rate": 0.25})
-    put(
-        run,
-        "agreement",
-        {
-            "agreement/rate": 0.64,
-            "agreement/low": 0.5,
-            "agreement/high": 0.75,
-            "agreement/chance": 0.5,
-        },
-    )
     page = made(run)
     assert "reward/win_rate" in page.text and "0.731" in page.text
-    assert (
-        "The judge agreed in 64.0% of the cases (95 % 50.0% to 75.0%); chance is 50.0%."
-    ) in page.text
+    assert "Agreement with a judge: not shown: it was not measured." in page.text
+
+
+def agreement(**more: float) -> dict[str, float]:
+    """A summary as `ldalign.evaluation.agreement.summary` makes it; the judge is sure of half."""
+    out: dict[str, float] = {"prompts": 50, "rows": 40, "ties": 7, "no_verdict": 2, "identical": 1}
+    out |= {"rate": 0.65, "low": 0.495, "high": 0.779, "chance": 0.5}
+    out |= {"sure_rows": 20, "sure_rate": 0.8, "sure_low": 0.584, "sure_high": 0.919}
+    for n, name in enumerate(RIVALS):
+        for part, rows in (("", 36), ("_sure", 18)):
+            own = {"rows": rows, "rate": 0.5 + 0.01 * n, "low": 0.3, "high": 0.7}
+            own |= {"behind": 0.15 - 0.01 * n, "behind_se": 0.06}
+            out |= {f"{name}{part}_{key}": value for key, value in own.items()}
+    return {f"agreement/{key}": value for key, value in (out | more).items()}
+
+
+def test_agreement_is_shown_beside_its_rivals(run: Path) -> None:
+    put(run, "agreement", agreement(length_sure_rows=4))
+    manifest = {"parents": {"judge.model": "checker", "guide": "f00d"}}
+    (run / "agreement/manifest.json").write_text(json.dumps(manifest))
+    text, page = write_report(run), made(run)
+    half = "surer half: "
+    head = ("agrees, % (95 % interval)", "pairs", "first row less this, points")
+    titles = ["what calls a sample the worse one", *head, *(half + title for title in head)]
+    for line in (
+        f"| {' | '.join(titles)} |",
+        "| the guide | 65.0 (49.5 to 77.9) | 40 | - | 80.0 (58.4 to 91.9) | 20 | - |",
+        "| the guide before training | 50.0 (30.0 to 70.0) | 36 | +15.0 +- 6.0 | "
+        "50.0 (30.0 to 70.0) | 18 | +15.0 +- 6.0 |",
+        "| the policy's mean states | 51.0 (30.0 to 70.0) | 36 | +14.0 +- 6.0 | ",
+        "| NLL under the policy (higher is worse) | 52.0 (30.0 to 70.0) | 36 | +13.0 +- 6.0 | ",
+        # an error over four pairs says nothing
+        "| length (longer is worse) | 53.0 (30.0 to 70.0) | 36 | +12.0 +- 6.0 | "
+        "53.0 (30.0 to 70.0) | 4 | - |",
+        "The judge (checker) agreed with the guide in 65.0% of the cases (95 % 49.5% to 77.9%); "
+        "chance is 50%: the interval holds chance, so no agreement is shown. Of 50 prompts: 40 "
+        "decided, 7 ties, 2 without a verdict, 1 with two equal samples.",
+    ):
+        assert line in text, text
+    shown = section(page, "judges")
+    for cells in (
+        "<td>the guide</td><td>65.0 (49.5 to 77.9)</td><td>40</td><td>–</td>",
+        "<td>length (longer is worse)</td><td>53.0 (30.0 to 70.0)</td><td>36</td>"
+        "<td>+12.0 ± 6.0</td><td>53.0 (30.0 to 70.0)</td><td>4</td><td>–</td>",
+    ):
+        assert cells in shown, shown
+    assert "The judge (checker) agreed with the guide in 65.0%" in shown and "+-" not in shown
+    table = json.loads((run / "report/table.json").read_text())
+    assert table["agreement"]["judge"] == "checker"
+    assert table["agreement"]["agreement/untrained_behind"] == 0.15
+
+
+def test_what_agreement_amounts_to() -> None:
+    """Chance outside the interval; a judge that is always as sure, an older summary, no pair."""
+    assert "more often than chance" in sentence(agreement(low=0.51))
+    assert "less often than chance" in sentence(agreement(rate=0.3, low=0.2, high=0.45))
+    titles, rows = agreement_rows(agreement(sure_rows=40))
+    assert len(titles) == 3 and len(rows) == 5
+    older = {"agreement/rate": 0.64, "agreement/low": 0.5, "agreement/high": 0.75}
+    assert "in 64.0% of the cases (95 % 50.0% to 75.0%); chance is 50%" in sentence(older)
+    assert agreement_rows(older) == ([], [])
+    older |= {"agreement/rows": 40, "agreement/length_rows": 30, "agreement/length_rate": 0.5}
+    older |= {"agreement/length_low": 0.33, "agreement/length_high": 0.67}
+    titles, rows = agreement_rows(older)
+    assert [cells for _, cells in rows] == [
+        ["64.0 (50.0 to 75.0)", "40"],
+        ["50.0 (33.0 to 67.0)", "30"],
+    ]
+    none = {"agreement/prompts": 3, "agreement/rows": 0, "agreement/identical": 3}
+    assert "decided no pair together" in sentence(none) and agreement_rows(none) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("parents", "config", "name"),
+    [
+        ({"judge.model": "checker"}, {"model": "policy"}, "checker"),
+        ({"judge.model": "f00d"}, {"model": "policy"}, "policy, of its own samples"),
+        ({"judge.model": "f00d"}, {"model": "checker"}, "policy, of its own samples"),
+        ({"judge.model": "beef"}, {"model": "models/Big-7B"}, "language model, Big-7B"),
+        ({"judge.model": "beef"}, {"model": "checker"}, "language model"),
+        ({"judge.model": "embedding"}, {"model": "checker"}, "embedding"),
+        (
+            {"judge.model": "embedding", "judge.folder": "beef"},
+            {"model": "embedding", "folder": "sentence-transformers/all-MiniLM-L6-v2"},
+            "embedding, all-MiniLM-L6-v2",
+        ),
+        (
+            {"judge.model": "gpt", "judge.endpoint": "http://localhost:8000/v1"},
+            {"model": "checker"},
+            "endpoint, gpt",
+        ),
+        ({}, {}, ""),
+    ],
+)
+def test_the_judge_is_named(
+    tmp_path: Path, parents: dict[str, str], config: dict[str, str], name: str
+) -> None:
+    """By what the stage was made from: the config may be a later command's."""
+    put(tmp_path, "agreement", agreement())
+    for stage, made_from in (("agreement", parents), ("agreement_samples", {"policy": "f00d"})):
+        (tmp_path / stage).mkdir(exist_ok=True)
+        (tmp_path / stage / "manifest.json").write_text(json.dumps({"parents": made_from}))
+    found = read_agreement(tmp_path, {"judge": config})
+    assert found["judge"] == name and found["guide"] == "the guide"
+    assert sentence(found).startswith(f"The judge ({name}) agreed" if name else "The judge agreed")
+    (tmp_path / "config.yaml").write_text(json.dumps({"judge": config}))
+    assert sentence(found) in write_report(tmp_path)
+
+
+def test_agreement_without_a_guide_is_of_the_mean_states(tmp_path: Path) -> None:
+    put(tmp_path, "agreement", agreement())
+    manifest = {"parents": {"judge.model": "checker", "guide": "none"}}
+    (tmp_path / "agreement/manifest.json").write_text(json.dumps(manifest))
+    found = read_agreement(tmp_path, {})
+    assert "agreed with the policy's mean states in 65.0%" in sentence(found)
+    names = [who for who, _ in agreement_rows(found)[1]]
+    assert names[0] == "the policy's mean states" and names.count(names[0]) == 1
+    assert read_agreement(tmp_path / "none", {}) == {}
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

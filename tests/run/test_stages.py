@@ -155,14 +155,17 @@ PARENTS = {
     },
     "guide": {
         "data",
-        "responses",
-        "guide.backbone",
+        "pairs",
+        "towers",
+        "frozen",
+        "dtype",
         "guide.epochs",
         "guide.token_dropout",
+        "guide.width",
+        "guide.contrast",
         "seed",
-        "pretrained",
     },
-    "iteration_0/distances": {"guide", "responses", "data", "max_length", "distance"},
+    "iteration_0/distances": {"guide", "responses", "data", "max_length", "distance", "weights"},
     "iteration_0/reference": {"policy", "responses", "data", "template", "max_length", "dtype"},
     "iteration_0/policy": {
         "policy",
@@ -283,15 +286,20 @@ def test_folders_and_their_stages() -> None:
 
 
 def test_prompt_text() -> None:
-    from ldalign.data.rows import Row
-
-    turns = (
+    """Judges are not shown the system turn; a guide that reads text is."""
+    turns: tuple[rows.Message, ...] = (
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "2+2"},
     )
-    assert rows.prompt_text(Row("1", turns[:1], "4")) == "Hi"
-    assert rows.prompt_text(Row("1", turns, "4")) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+    system: rows.Message = {"role": "system", "content": "Count."}
+    for told in ((), (system,)):
+        assert rows.prompt_text(rows.Row("1", (*told, turns[0]), "4")) == "Hi"
+        asked = rows.prompt_text(rows.Row("1", (*told, *turns), "4"))
+        assert asked == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+    assert rows.history_text(turns[:1]) == "Hi"
+    assert rows.history_text(turns) == "user: Hi\n\nassistant: Yes?\n\nuser: 2+2"
+    assert rows.history_text((system, turns[0])) == "system: Count.\n\nuser: Hi"
 
 
 # ------------------------------------------------------------------------------------------ dry run

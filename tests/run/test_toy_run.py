@@ -307,7 +307,7 @@ def test_two_ranks_are_one_rank(tmp_path: Path, toy_run: Path, toy_cache: Path) 
     assert done.returncode == 0, done.stderr
     assert responses(run, 0) == responses(toy_run, 0)
     starts = {
-        "sft/policy": load_file(toy_cache / "toy-1/model.safetensors"),
+        "sft/policy": load_file(toy_cache / "toy-2/model.safetensors"),
         "iteration_0/policy": weights(run, "sft/policy"),
     }
     for stage, start in starts.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldalign.data.pairs import Pair
 from ldalign.models.gpt2 import GPT2Config
-from ldalign.models.guide import Example, GuideConfig
+from ldalign.models.guide import GuideConfig, States
 from ldalign.models.guide_folder import new_guide
 from ldalign.system import distributed
 from ldalign.system.metrics import MetricsLog
@@ -90,16 +90,18 @@ def nan_distance(folder: Path) -> None:
     """Ten rows of one length in chunks of one; of two ranks the last comes upon row 7's."""
     folder.mkdir(exist_ok=True)
     texts = [f"It is {i}." for i in range(10)]
-    guide = new_guide(GuideConfig(1, 4), 0, None, texts, GPT2Config(300, 1024, 16, 1, 2))
-    plain, spoilt = guide.encode, guide.example("Say it.", "It is 7!")
+    size = GPT2Config(300, 1024, 16, 1, 2)
+    guide = new_guide(GuideConfig(latent_width=4), 0, texts, size)
+    plain = guide.states
 
-    def encode(examples: Sequence[Example]) -> Tensor:
-        assert distributed.rank() == 1 or spoilt not in examples
-        return plain(examples) * (math.nan if spoilt in examples else 1.0)
+    def states(pairs: Sequence[Pair]) -> States:
+        made, spoilt = plain(pairs), [pair.id == "row-7" for pair in pairs]
+        assert distributed.rank() == 1 or not any(spoilt)
+        return made._replace(read=made.read * (math.nan if any(spoilt) else 1.0))
 
-    guide.encode = encode  # type: ignore[method-assign]
-    others, ids = [f"It is {i}!" for i in range(10)], [f"row-{i}" for i in range(10)]
-    guide.distance(["Say it."] * 10, texts, others, 1, ids=ids, path=folder / "parts/distances")
+    guide.states = states  # type: ignore[method-assign]
+    chosen = [guide.pair(f"row-{i}", "Say it.", text, f"{text}!") for i, text in enumerate(texts)]
+    guide.pair_distances(chosen, 1, path=folder / "parts/distances")
 
 
 def fail_on_the_last_rank() -> None:

@@ -13,12 +13,11 @@ from runs import ROOT
 from stage_kills import check_resume
 
 from ldalign import ops
-from ldalign.data import rows
 from ldalign.data.pairs import with_losers
 from ldalign.evaluation.judges import POLICY
 from ldalign.generation.sampling import Response
 from ldalign.models.gpt2 import GPT2Config
-from ldalign.models.guide import Guide, GuideConfig
+from ldalign.models.guide import Guide, GuideConfig, States
 from ldalign.models.guide_folder import new_guide, save_guide
 from ldalign.models.toy import write_toy_model
 from ldalign.run import context
@@ -108,10 +107,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_toy_model(folder / "policy")
     words = [f"It is {i}." for i in range(20)]
-    save_guide(
-        new_guide(GuideConfig(2, 4, max_tokens=64), 0, None, words, GPT2Config(300, 96, 16, 1, 2)),
-        folder / "guide",
-    )
+    config = GuideConfig(latent_tokens=2, latent_width=4, max_tokens=64)
+    save_guide(new_guide(config, 0, words, GPT2Config(300, 96, 16, 1, 2)), folder / "guide")
     return folder
 
 
@@ -170,9 +167,8 @@ def reference(ctx: context.Context, models: Path) -> Any:
 
 
 def distances(ctx: context.Context, models: Path) -> Any:
-    losers = sampled(ctx)[::2]
-    pairs = with_losers(ctx.used[1], [r.ids for r in losers], ctx.config.max_length)
-    return distances_stage(ctx, 0, models / "guide", pairs, losers)
+    pairs = with_losers(ctx.used[1], [r.ids for r in sampled(ctx)[::2]], ctx.config.max_length)
+    return distances_stage(ctx, 0, models / "guide", models / "policy", pairs)
 
 
 def judged(ctx: context.Context, models: Path) -> Any:
@@ -184,7 +180,7 @@ def evaluation(ctx: context.Context, models: Path) -> Any:
 
 
 def agreed(ctx: context.Context, models: Path) -> Any:
-    return agreement_stage(ctx, models / "policy", models / "guide")
+    return agreement_stage(ctx, models / "policy", models / "guide", models / "policy")
 
 
 STAGES = {
@@ -250,14 +246,17 @@ def test_a_distance_that_is_nan_names_the_rows_id(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ctx = opened(tmp_path / "run")
-    plain, wanted = Guide.encode, ctx.used[0][3]
+    plain, wanted = Guide.states, ctx.used[0][3]
 
-    def spoil(guide: Guide, examples: Any) -> torch.Tensor:
-        out = plain(guide, examples)
-        mark = guide.example(rows.prompt_text(wanted), wanted.response)
-        return out * torch.tensor([[math.nan if e == mark else 1.0] for e in examples])
+    def spoil(guide: Guide, pairs: Any) -> States:
+        states = plain(guide, pairs)
+        for i, pair in enumerate(pairs):
+            if pair.id == wanted.id:
+                m = len(states.read) // len(pairs)
+                states.read[i * m] = math.nan
+        return states
 
-    monkeypatch.setattr(Guide, "encode", spoil)
+    monkeypatch.setattr(Guide, "states", spoil)
     with pytest.raises(NumericsError, match=f"^row {wanted.id}: the latent distance is nan"):
         distances(ctx, models)
 

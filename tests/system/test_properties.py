@@ -84,7 +84,7 @@ def test_every_item_is_dealt_once_within_the_budget(
 @FEW
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 9))
 def test_every_epoch_has_every_row_once(count: int, size: int, epochs: int, seed: int) -> None:
-    batches = list(global_batches(count, size, epochs, seed))
+    batches = list(global_batches(count, size, epochs, seed, "guide"))
     for epoch in range(epochs):
         rows = [int(i) for e, batch in batches if e == epoch for i in batch]
         assert sorted(rows) == list(range(count))

@@ -23,12 +23,12 @@ from ldalign.training.batches import (
 )
 
 
-def orders(seed: int, count: int = 23, size: int = 5, epochs: int = 3) -> list[list[int]]:
-    return [indices.tolist() for _, indices in global_batches(count, size, epochs, seed)]
+def orders(seed: int, stage: str = "guide", size: int = 5, epochs: int = 3) -> list[list[int]]:
+    return [indices.tolist() for _, indices in global_batches(23, size, epochs, seed, stage)]
 
 
 def test_every_row_once_an_epoch_and_a_ragged_last_batch() -> None:
-    steps = list(global_batches(23, 5, 3, seed=1))
+    steps = list(global_batches(23, 5, 3, 1, "guide"))
     assert len(steps) == count_steps(23, 5, 3) == 15
     for epoch in range(3):
         batches = [indices for e, indices in steps if e == epoch]
@@ -43,6 +43,15 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert orders(1)[:5] != orders(1)[5:10] and orders(1)[0] != [0, 1, 2, 3, 4]
     flat = [row for batch in orders(1, size=5) for row in batch]
     assert flat == [row for batch in orders(1, size=7) for row in batch]  # nor does the batch size
+
+
+def test_two_stages_with_one_seed_read_their_rows_in_different_orders() -> None:
+    """The order was one of seed and epoch alone: SFT, guide and policy all met their rows in it."""
+    stages = ("sft/policy", "guide", "iteration_0/policy", "iteration_1/policy")
+    found = [[row for batch in orders(1, stage) for row in batch] for stage in stages]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 15  # of 69, 3 by chance
 
 
 @settings(max_examples=60, deadline=None)

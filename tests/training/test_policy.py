@@ -264,7 +264,7 @@ def test_metrics_have_trl_names_and_means_over_examples(tmp_path: Path) -> None:
     )
     assert set(trl.split()) <= records[0].keys()
     assert records[0]["loss/unweighted"] == pytest.approx(math.log(2), abs=1e-5)
-    (_, first), (_, second) = global_batches(11, 8, 1, seed=0)
+    (_, first), (_, second) = global_batches(11, 8, 1, 0, "policy")
     for record, rows in ((records[0], first), (records[1], second)):
         chosen = [pairs[i] for i in rows]
         assert record["weight/mean"] == pytest.approx(sum(p.weight for p in chosen) / len(chosen))

@@ -1,34 +1,54 @@
 """The stage agreement: whether a judge calls the sample that lies farther away the worse one."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ldalign.evaluation.agreement import CHANCE, summary, verdict
-from ldalign.models.guide_folder import is_trained_guide
+import torch
+
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Row
+from ldalign.evaluation.agreement import lines, summary, verdict
+from ldalign.models.guide import Latent
+from ldalign.models.guide_folder import (
+    identity_latent,
+    is_trained_guide,
+    pooled_guide,
+    redrawn,
+    standardise,
+)
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import load_model
 from ldalign.run.context import Context
-from ldalign.run.manifest import Parents
+from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Stage
 from ldalign.run.stages.agreement_samples import (
     AGREEMENT_SAMPLES_STAGE,
     SAMPLES,
     agreement_samples_stage,
 )
-from ldalign.run.stages.distances import latent_distances
-from ldalign.run.stages.guide import GUIDE_STAGE, guide_hash
+from ldalign.run.stages.distances import latent_distances, open_guide
+from ldalign.run.stages.guide import GUIDE_STAGE, guide_hash, guide_pairs
 from ldalign.run.stages.judged import judge_parents, open_judge
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, write_jsonl
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
+from ldalign.training.scoring import response_logps
 
 AGREEMENT_STAGE = Stage("agreement")
+SIDES = ("first", "second")
 
 
-def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
+def agreement_stage(ctx: Context, policy: Path, guide: Path | None, start: Path) -> Metrics:
     """Counts how often the guide and the judge agree on which of two samples of the policy's is
     worse, into agreement/ with every pair they saw; returns the figures.
+
+    Beside the guide stand, of the same pairs, what `ldalign.evaluation.agreement.RIVALS` names.
+    guide: its folder; None with distance=pooled. start: the policy that self-play starts from.
     """
     samples = agreement_samples_stage(ctx, policy)
     rows = ctx.heldout.rows[: ctx.config.agreement.rows]
@@ -38,23 +58,19 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
             _pair(one, other) for one, other in zip(samples[0::2], samples[1::2], strict=True)
         ]
         differ = [i for i, r in enumerate(records) if r["first"] != r["second"]]
-        both = [(i, side) for i in differ for side in ("first", "second")]
-        texts = [records[i][side] for i, side in both]
-        distances = latent_distances(
-            ctx, guide, [rows[i] for i, _ in both], texts, folder / PARTS / "distances"
-        ).tolist()
+        parts = folder / PARTS
+        for name, found in _measured(ctx, policy, guide, start, rows, samples, differ, parts):
+            for n, i in enumerate(differ):
+                for side, value in zip(SIDES, found[2 * n : 2 * n + 2].tolist(), strict=True):
+                    records[i][f"{side}_{name}"] = value
         preferences = open_judge(ctx, policy).prefer(
             [rows[i] for i in differ],
             [records[i]["first"] for i in differ],
             [records[i]["second"] for i in differ],
-            folder / PARTS / "judge",
+            parts / "judge",
         )
-        for n, i in enumerate(differ):
-            records[i] |= {
-                "first_distance": distances[2 * n],
-                "second_distance": distances[2 * n + 1],
-                "preference": None if math.isnan(preferences[n]) else preferences[n],
-            }
+        for preference, i in zip(preferences, differ, strict=True):
+            records[i]["preference"] = None if math.isnan(preference) else preference
         for record in records:
             record["verdict"] = verdict(record)
         if distributed.rank() == 0:
@@ -63,13 +79,86 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path) -> Metrics:
 
     parents: Parents = {
         "samples": hash_file(ctx.run.path / AGREEMENT_SAMPLES_STAGE.folder() / SAMPLES),
-        "guide": guide_hash(guide),
+        "guide": "none" if guide is None else guide_hash(guide),
+        "start": hash_model_folder(start),
+        "dtype": str(ctx.dtype),
         **judge_parents(ctx, policy),
-        **ctx.keys("distance"),
+        **ctx.keys("distance", "max_length", "seed"),
     }
     metrics = ctx.run.stage(AGREEMENT_STAGE.folder(), parents, make, resume=True)
-    say(_sentence(metrics))
+    for line in lines(metrics):
+        say(line)
     return metrics
+
+
+def _measured(
+    ctx: Context,
+    policy: Path,
+    guide: Path | None,
+    start: Path,
+    rows: Sequence[Row],
+    samples: Sequence[Mapping[str, Any]],
+    differ: Sequence[int],
+    parts: Path,
+) -> list[tuple[str, torch.Tensor]]:
+    """(name, values (2 n,)) of all that calls a sample worse, larger is worse; of the two samples
+    of the n prompts in `differ`, one after the other.
+    """
+    chosen = [rows[i] for i in differ for _ in SIDES]
+    texts = [samples[2 * i + side] for i in differ for side in (0, 1)]
+    pairs = []
+    for n, i in enumerate(j for j in differ for _ in SIDES):
+        pair = ctx.heldout.pairs[i]
+        room = ctx.config.max_length - len(pair.prompt)
+        # An empty sample is read as one that ended at once.
+        ids = texts[n]["token_ids"][:room] or [ctx.tokenizer.end_ids[0]]
+        pairs.append(replace(pair, generated=list(ids)))
+
+    trained = open_guide(ctx, guide, start)
+    read = guide_pairs(ctx, trained, chosen, pairs)
+    beside: dict[str, Latent] = {}  # that read what the guide's encoder has read
+    before = None
+    if guide is not None:
+        before = redrawn(trained, ctx.config.seed, start if trained.chat else _gpt2(ctx))
+        standardise(before, read)
+        # Of other queries its states are others.
+        if trained.shared and trained.config.readout == "mean":
+            beside["untrained"] = before.latent
+    # The tower of the run's own frozen guide is the policy that the mean states are of.
+    own = guide == ctx.run.path / GUIDE_STAGE.folder(0) and trained.shared
+    if guide is None or (own and trained.chat is not None and trained.config.readout == "mean"):
+        beside["pooled"] = identity_latent(trained).to(ctx.device)
+    columns = latent_distances(ctx, trained, read, parts / "distances", list(beside.values()))
+    found = list(zip(("distance", *beside), columns.unbind(1), strict=True))
+    if before is not None and "untrained" not in beside:
+        values = latent_distances(ctx, before, read, parts / "untrained")[:, 0]
+        found.append(("untrained", values))
+    del trained, before
+    if "pooled" not in beside:
+        pooled = pooled_guide(start, ctx.dtype, ctx.device)
+        read = guide_pairs(ctx, pooled, chosen, pairs)
+        found.append(("pooled", latent_distances(ctx, pooled, read, parts / "pooled")[:, 0]))
+        del pooled
+    found.append(("nll", _nll(ctx, policy, pairs, parts / "nll")))
+    lengths = [float(len(pair.generated or ())) for pair in pairs]
+    found.append(("length", torch.tensor(lengths, dtype=torch.float64)))
+    return found
+
+
+def _nll(ctx: Context, policy: Path, pairs: Sequence[Pair], path: Path) -> torch.Tensor:
+    """(N,) float64: minus the mean log-prob a token of each pair's sample under the policy."""
+    model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device)).requires_grad_(False)
+    micro = ctx.config.training.micro_tokens
+    logps = response_logps(model, pairs, micro, ctx.device, path=path)
+    counts = torch.tensor([len(pair.generated or ()) for pair in pairs], dtype=torch.float64)
+    return -logps[:, 1].double() / counts
+
+
+def _gpt2(ctx: Context) -> Path | None:
+    """The GPT-2 that a guide's towers began as, where the config names it."""
+    given = ctx.config.guide.folder
+    folder = Path(given).expanduser() if given else None
+    return folder if folder is not None and not is_trained_guide(folder) else None
 
 
 def find_guide(ctx: Context) -> Path:
@@ -97,20 +186,3 @@ def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "first_tokens": first["n_tokens"],
         "second_tokens": second["n_tokens"],
     }
-
-
-def _sentence(metrics: Metrics) -> str:
-    rest = (
-        f"of {metrics['agreement/prompts']:.0f} prompts; {metrics['agreement/ties']:.0f} ties, "
-        f"{metrics['agreement/no_verdict']:.0f} without verdict, "
-        f"{metrics['agreement/identical']:.0f} identical"
-    )
-    if "agreement/rate" not in metrics:
-        return f"agreement: no pair was decided, {rest}"
-    rate, low, high, pairs = (
-        metrics[f"agreement/{name}"] for name in ("rate", "low", "high", "rows")
-    )
-    return (
-        f"agreement: {rate:.1%} ({low:.1%} to {high:.1%}; chance {CHANCE:.0%}) on {pairs:.0f} "
-        f"pairs, {rest}; the longer is worse: {metrics.get('agreement/length_rate', math.nan):.1%}"
-    )

@@ -56,6 +56,7 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
             "response": text,
             "finish_reason": r.finish_reason,
             "n_tokens": len(r.ids),
+            "token_ids": r.ids,
         }
 
     def make(folder: Path) -> Metrics:
@@ -77,6 +78,7 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
         "policy": hash_model_folder(policy),
         "data (held-out rows)": data_hash(rows),
         "dtype": str(ctx.dtype),
+        "kept": "token ids",  # which the samples of earlier versions lack
         **ctx.tokenizer.template_parents,
         **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
     }

@@ -5,18 +5,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ldalign.data.pairs import Pair, usable
-from ldalign.data.rows import Row, prompt_text
-from ldalign.generation.sampling import Response
-from ldalign.models.guide_folder import load_guide
-from ldalign.objective import effective_size, pair_weights
+from ldalign.evaluation.embedding import EmbeddingModel
+from ldalign.evaluation.guide import explained
+from ldalign.models.guide import Guide, Latent
+from ldalign.models.guide_folder import load_guide, pooled_guide
+from ldalign.objective import Metric, effective_size, pair_weights
 from ldalign.run.context import Context, file_hash
-from ldalign.run.manifest import Parents
+from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Cost, Stage
-from ldalign.run.stages.guide import guide_hash, guide_is_policy, guide_tokens
-from ldalign.run.stages.responses import RESPONSES, response_texts
+from ldalign.run.stages.guide import guide_hash, guide_pairs, guide_plan, guide_tokens
+from ldalign.run.stages.judged import embedding_folder
+from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
 from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics
@@ -26,29 +29,36 @@ log = logging.getLogger(__name__)
 
 
 def _cost(ctx: Context, name: str) -> Cost:
-    # Another guide is small beside the policy: its tokens are left out.
-    return Cost(scored=guide_tokens(ctx)[0] if guide_is_policy(ctx.config.guide) else 0)
+    # Another guide, and an embedding model, is small beside the policy: its tokens are left out.
+    config = ctx.config
+    of_policy = config.distance == "pooled" or (config.needs_guide and guide_plan(ctx).reads_ids)
+    return Cost(scored=guide_tokens(ctx) if of_policy else 0)
 
 
 DISTANCES_STAGE = Stage("distances", _cost)
 
 
 def distances_stage(
-    ctx: Context, t: int, guide: Path, pairs: Sequence[Pair], responses: Sequence[Response]
+    ctx: Context, t: int, guide: Path | None, start: Path, pairs: Sequence[Pair]
 ) -> list[Pair]:
     """Measures how far each pair's two responses lie apart in latent space; returns the pairs with
     the weights made of these distances (arXiv 2404.06390, section 4.2.2).
 
-    guide: the trained guide's folder. responses: one a row of `ctx.used`, as are the pairs.
+    guide: the trained guide's folder; None where the weights come of none. start: the policy that
+    self-play starts from. pairs: one a row of `ctx.used`, with losers.
     """
     name, config = DISTANCES_STAGE.folder(t), ctx.config
     rows, _ = ctx.used
     kept = [usable(pair) for pair in pairs]
 
     def make(folder: Path) -> Metrics:
-        distances = latent_distances(
-            ctx, guide, rows, response_texts(ctx, responses), folder / PARTS / "distances"
-        )
+        parts = folder / PARTS / "distances"
+        if config.weights == "semantic":
+            distances = semantic_distances(ctx, pairs, parts)
+        else:
+            made = open_guide(ctx, guide, start)
+            read = guide_pairs(ctx, made, rows, pairs)
+            distances = latent_distances(ctx, made, read, parts)[:, 0]
         weights, clipped = pair_weights(
             config.weights, distances, pairs, kept, config.seed + t, config.weight_clip
         )
@@ -66,10 +76,18 @@ def distances_stage(
                 folder / "distances.jsonl",
                 ({"id": r.id, "distance": d, "weight": w} for r, d, w in columns),
             )
-        return _distance_summary(distances, weights, kept) | {"weight/clipped": clipped}
+        found = _distance_summary(distances, weights, pairs, kept, ctx.tokenizer.end_ids)
+        return found | {"weight/clipped": clipped}
 
+    measured: Parents
+    if config.weights == "semantic":
+        measured = {"judge.folder": hash_model_folder(embedding_folder(config))}
+    elif guide is None:
+        measured = {"policy": hash_model_folder(start), "dtype": str(ctx.dtype)}
+    else:
+        measured = {"guide": guide_hash(guide), "dtype": str(ctx.dtype)}
     parents: Parents = {
-        "guide": guide_hash(guide),
+        **measured,
         "responses": file_hash(ctx, RESPONSES.format(t)),
         "data": ctx.used_hash,
         **ctx.keys("max_length", "distance", "weights", "weight_clip"),
@@ -80,38 +98,68 @@ def distances_stage(
     return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
 
 
-def latent_distances(
-    ctx: Context, guide: Path, rows: Sequence[Row], texts: Sequence[str], path: Path
-) -> torch.Tensor:
-    """(N,) float64: how far each text lies from its row's real response, by the key `distance`.
-
-    path: where the rows that are done are kept, as in `Guide.distance`.
+def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:
+    """The trained guide in a folder; or where there is none, the one that reads the mean states of
+    the policy `start` for latents (distance=pooled).
     """
-    distances = load_guide(guide, ctx.device).distance(
-        [prompt_text(row) for row in rows],
-        [row.response for row in rows],
-        texts,
-        ctx.config.training.micro_tokens,
-        ctx.config.distance,
-        [row.id for row in rows],
-        path,
+    if guide is None:
+        return pooled_guide(start, ctx.dtype, ctx.device)
+    return load_guide(guide, ctx.device, ctx.dtype)
+
+
+def latent_distances(
+    ctx: Context,
+    guide: Guide,
+    pairs: Sequence[Pair],
+    path: Path | None,
+    others: Sequence[Latent] = (),
+) -> torch.Tensor:
+    """(N, 1 + L) float64: how far the two responses of pairs in the guide's ids are apart, by the
+    key `distance`; of the guide's latents, and of L others that read its encoder's states.
+
+    path: where the rows that are done are kept, as in `Guide.distances_by`.
+    """
+    metric: Metric = "cosine" if ctx.config.distance == "cosine" else "euclidean"
+    budget = ctx.config.training.micro_tokens
+    return guide.distances_by([guide.latent, *others], pairs, budget, metric, path).double()
+
+
+def semantic_distances(ctx: Context, pairs: Sequence[Pair], path: Path) -> torch.Tensor:
+    """(N,) float64: how far the texts of pairs in the policy's ids are apart by the embedding model
+    judge.folder.
+    """
+    model = EmbeddingModel(embedding_folder(ctx.config), ctx.device)
+    real, generated = (
+        [ctx.tokenizer.decode(pair.responses[side]) for pair in pairs] for side in (0, 1)
     )
-    return distances.double()
+    return model.distance(real, generated, [pair.id for pair in pairs], path).double()
 
 
 def _distance_summary(
-    distances: torch.Tensor, weights: torch.Tensor, kept: Sequence[bool]
+    distances: torch.Tensor,
+    weights: torch.Tensor,
+    pairs: Sequence[Pair],
+    kept: Sequence[bool],
+    end_ids: Sequence[int],
 ) -> Metrics:
-    """Means and spreads over the pairs that are kept; {} if there are none. All are (N,)."""
+    """Means and spreads over the pairs that are kept, and the share of the distances' variance that
+    their lengths and cuts explain; {} if there are none. All are (N,), pairs in the policy's ids,
+    whose responses end with one of end_ids unless they were cut.
+    """
     chosen = torch.tensor(list(kept))
     d, w = distances[chosen], weights[chosen]
     if not len(d):
         return {}
+    responses = [pair.responses for pair, keep in zip(pairs, kept, strict=True) if keep]
+    gaps = [abs(len(real) - len(generated)) for real, generated in responses]
+    cuts = [sum(y[-1] not in end_ids for y in both) for both in responses]
     quantiles = {f"distance/p{q}": float(d.quantile(q / 100)) for q in (10, 50, 90)}
     return {
         "distance/mean": float(d.mean()),
         "distance/std": float(d.std(correction=0)),
         **quantiles,
+        "distance/length_share": explained(d.numpy(), np.array(gaps, dtype=float)),
+        "distance/cut_share": explained(d.numpy(), np.array(cuts, dtype=float)),
         "weight/mean": float(w.mean()),
         "weight/min": float(w.min()),
         "weight/max": float(w.max()),

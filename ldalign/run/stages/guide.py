@@ -4,18 +4,20 @@ RUN/guide is the first iteration's; with guide.retrain the others have theirs in
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-
-from ldalign.data.rows import prompt_text
+from ldalign.data.pairs import Pair
+from ldalign.data.rows import Row, history_text
+from ldalign.evaluation.guide import SURE, heldout_figures, sentence, tells_apart
 from ldalign.models.gpt2 import GPT2Config
-from ldalign.models.guide import Guide, GuideConfig
+from ldalign.models.guide import Guide, GuideConfig, GuideLoss
 from ldalign.models.guide_folder import (
     check_trained_guide,
     is_trained_guide,
     new_guide,
-    policy_guide,
+    pretrained_guide,
     read_guide_tokenizer,
     save_guide,
 )
@@ -23,64 +25,136 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.context import Context, checkpoint_plan
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
-from ldalign.run.settings import GuideKeys, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
-from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
-from ldalign.system.errors import InputError
-from ldalign.system.files import hash_file, read_jsonl
-from ldalign.system.metrics import Metrics
+from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.files import hash_file
+from ldalign.system.metrics import Metrics, MetricsLog, say
 from ldalign.training.batches import count_steps
-from ldalign.training.guide import GuideTrainSettings, train_guide
+from ldalign.training.guide import GuideTrainSettings, split, train_guide
+
+# guide.backbone=auto takes the policy for the towers, but where it has more weights than LARGE and
+# more rows than MANY are at hand: then a small new guide has enough to learn from, and reading all
+# rows through the policy once more would cost about a third of training it.
+LARGE, MANY = 2e9, 20_000
+MAX_TOKENS = 512  # of prompt and response, of a guide that reads text
+
+
+@dataclass(frozen=True)
+class GuidePlan:
+    """What guide a config asks for."""
+
+    towers: Literal["policy", "gpt2", "new"]  # what they start as
+    frozen: bool  # one tower is both, and is not trained
+    why: str  # a sentence for the run's first lines
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether it reads the policy's own token ids."""
+        return self.towers == "policy"
+
+
+def guide_plan(ctx: Context) -> GuidePlan:
+    """The guide that is to be trained."""
+    g, rows = ctx.config.guide, len(ctx.used[1])
+    # A new one is trained: where that is not wanted, the policy it is.
+    many = rows > MANY and ctx.parameters > LARGE and g.towers != "frozen"
+    towers: Literal["policy", "gpt2", "new"]
+    if g.folder is not None:
+        towers, why = "gpt2", f"its towers start as the GPT-2 in {g.folder}"
+    elif g.backbone == "policy" or (g.backbone == "auto" and not many):
+        towers, why = "policy", "its towers are the policy that self-play starts from"
+    else:
+        towers, why = "new", f"new towers of {g.layers} layers and width {g.width}"
+    if g.backbone == "auto" and g.folder is None:
+        why += (
+            f" (guide.backbone=auto: {rows} rows suffice for a new one, and the policy's "
+            f"{ctx.parameters / 1e9:.1f} billion weights would take long)"
+            if many
+            else " (guide.backbone=auto: a pretrained model tells responses apart from few rows)"
+        )
+    frozen = g.towers == "frozen" or (g.towers == "auto" and towers != "new")
+    what = "not trained, one for both" if frozen else "both trained"
+    return GuidePlan(towers, frozen, f"guide: {why}; {what}")
+
+
+def say_guide(ctx: Context, planned: Sequence[str]) -> None:
+    """Says what guide the planned stages will train, and why."""
+    config = ctx.config
+    if GUIDE_STAGE.folder(0) not in planned:
+        return
+    if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder).expanduser()):
+        say(f"guide: the trained one in {config.guide.folder}, as it is")
+    else:
+        say(guide_plan(ctx).why)
+
+
+def train_settings(ctx: Context, plan: GuidePlan) -> GuideTrainSettings:
+    """How the guide is trained, what the config leaves to the towers filled in."""
+    g = ctx.config.guide
+    dropout = g.token_dropout if g.token_dropout is not None else 0.0 if plan.frozen else 1.0
+    usual = 2e-3 if plan.frozen else 1e-3 if plan.towers == "new" else 1e-4
+    rate = g.learning_rate or usual
+    loss = GuideLoss(
+        g.contrast, g.bag_of_words, dropout, g.latent_dropout, g.latent_noise, g.loss_tokens
+    )
+    return GuideTrainSettings(
+        g.epochs, g.global_batch, rate, ctx.config.training.micro_tokens, loss
+    )
 
 
 def _cost(ctx: Context, name: str) -> Cost:
-    g, rows = ctx.config.guide, len(ctx.used[1])
+    g, rows, plan = ctx.config.guide, len(ctx.used[1]), guide_plan(ctx)
     held_out = max(2, round(rows * g.heldout_fraction))
-    weights = 2 * 4 * _tower_parameters(ctx)  # two towers in float32
+    weights = _tower_parameters(ctx, plan)
+    read = g.epochs * guide_tokens(ctx)
+    steps = count_steps(rows - held_out, g.global_batch, g.epochs)
+    if plan.frozen:
+        # A forward pass, and the head's work for two latents, which is about as much again.
+        return Cost(
+            scored=2 * read if plan.reads_ids else 0, steps=steps, kept=ctx.dtype.itemsize * weights
+        )
     return Cost(
-        # Another guide is small beside the policy: its tokens are left out.
-        trained=g.epochs * sum(guide_tokens(ctx)) if guide_is_policy(g) else 0,
-        steps=count_steps(rows - held_out, g.global_batch, g.epochs),
-        kept=weights,
-        checkpoint=3 * weights,  # and AdamW's two averages
+        # Another guide is small beside the policy: its tokens are left out. The decoder reads each
+        # response with two latents.
+        trained=3 * read if plan.reads_ids else 0,
+        steps=steps,
+        kept=2 * 4 * weights,  # two towers in float32
+        checkpoint=3 * 2 * 4 * weights,  # and AdamW's two averages
     )
 
 
 GUIDE_STAGE = Stage("guide", _cost, numbered_from=1)
 
 
-def guide_is_policy(guide: GuideKeys) -> bool:
-    """Whether a guide of the policy's own size is to be trained."""
-    return guide.backbone == "policy" and guide.folder is None
-
-
-def guide_tokens(ctx: Context) -> tuple[int, int]:
-    """How much the guide's encoder and its decoder read of both responses of every row, in tokens
-    of the policy's.
+def guide_tokens(ctx: Context) -> int:
+    """How many tokens of the policy's all rows have, both responses: what a guide reads of them in
+    one pass.
     """
-    g = ctx.config.guide
-    encoded = decoded = 0
-    for pair in ctx.used[1]:
-        prompt, real = len(pair.prompt), len(pair.real)
-        encoded += min(prompt + 2 * real, 2 * g.max_tokens) + 2 * g.latent_tokens
-        decoded += 2 * (min(prompt + real, g.max_tokens) + g.latent_tokens)
-    return encoded, decoded
+    return sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1])
 
 
-def _tower_parameters(ctx: Context) -> int:
-    """The number of weights of one of the guide's two towers."""
+def _tower_parameters(ctx: Context, plan: GuidePlan) -> int:
+    """The number of weights of one of the guide's towers."""
     g = ctx.config.guide
-    if guide_is_policy(g):
+    if plan.towers == "policy":
         return ctx.parameters
     if g.folder is not None:
         return count_parameters(check_model(Path(g.folder).expanduser()))
-    return 12 * g.layers * g.width**2 + (g.vocabulary + _positions(g)) * g.width
+    return 12 * g.layers * g.width**2 + (g.vocabulary + _positions(ctx)) * g.width
 
 
-def _positions(guide: GuideKeys) -> int:
+def _max_tokens(ctx: Context, plan: GuidePlan) -> int | None:
+    """The most tokens of a pair's prompt and longer response that the guide reads."""
+    g = ctx.config.guide
+    return g.max_tokens or (None if plan.reads_ids else MAX_TOKENS)
+
+
+def _positions(ctx: Context) -> int:
     """How many tokens a new tower can read."""
-    return max(1024, guide.max_tokens + guide.latent_tokens)
+    g = ctx.config.guide
+    return max(1024, (g.max_tokens or MAX_TOKENS) + g.latent_tokens)
 
 
 def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
@@ -106,94 +180,134 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     read_guide_tokenizer(folder)
 
 
-def guide_stage(
-    ctx: Context, t: int, start: Path | None = None, generated: Sequence[str] | None = None
-) -> Path:
+def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Path:
     """Trains the guide on real and generated responses, or takes the trained one that is given;
     returns its folder.
 
     It is in guide/ where t is 0, else in iteration_t/guide: a guide of that iteration's own,
     trained anew from what the first began with (seed, folder or start policy). start: the policy
-    that self-play starts from; guide.backbone=policy needs it. generated: a text a row of
-    `ctx.used`; None: the samples in iteration_t/responses.
+    that self-play starts from. pairs: one a row of `ctx.used`, with losers, in the policy's ids.
+    Raises NumericsError where it does not tell the two apart and guide.gate is stop.
     """
     g = ctx.config.guide
     given = Path(g.folder).expanduser() if g.folder else None
     if given is not None and is_trained_guide(given):
         return given
     rows, _ = ctx.used
-    name = GUIDE_STAGE.folder(t)
-    if generated is None:
-        generated = [r["response"] for r in read_jsonl(ctx.run.path / RESPONSES.format(t))]
+    name, plan = GUIDE_STAGE.folder(t), guide_plan(ctx)
 
     def make(folder: Path) -> Metrics:
-        texts = [
-            (prompt_text(row), row.response, loser)
-            for row, loser in zip(rows, generated, strict=True)
-        ]
-        guide = _untrained_guide(ctx, given, start, [text for row in texts for text in row])
-        examples = [(guide.example(x, y), guide.example(x, z)) for x, y, z in texts]
-        settings = GuideTrainSettings(
-            g.epochs,
-            g.global_batch,
-            g.learning_rate,
-            ctx.config.training.micro_tokens,
-            g.heldout_fraction,
-        )
-        losses = train_guide(
-            guide.to(ctx.device),
-            examples,
+        guide = untrained_guide(ctx, plan, start, rows, pairs)
+        read = guide_pairs(ctx, guide, rows, pairs)
+        settings = train_settings(ctx, plan)
+        seen, unseen = split(read, g.heldout_fraction, ctx.config.seed, name)
+        metrics = folder / "metrics.jsonl"
+        tokens = train_guide(
+            guide,
+            seen,
             settings,
+            compute_dtype=ctx.dtype,
             device=ctx.device,
             seed=ctx.config.seed,
-            metrics_path=folder / "metrics.jsonl",
-            ids=[row.id for row in rows],
+            stage=name,
+            metrics_path=metrics,
             checkpoints=checkpoint_plan(ctx, folder),
         )
-        state = distributed.full_state(guide, torch.float32)
+        figures = heldout_figures(guide, unseen, settings.micro_tokens)
+        MetricsLog(metrics, name).write(figures, sentence(figures))
+        state = distributed.full_state(guide, None)
         if distributed.rank() == 0:
             save_guide(guide, folder, state)
-        return losses
+        return figures | {"tokens": tokens}
 
-    ctx.run.stage(name, _guide_parents(ctx, given, start, generated), make, resume=True)
+    parents = _guide_parents(ctx, plan, given, start, pairs)
+    figures = ctx.run.stage(name, parents, make, resume=True)
+    _check_gate(ctx, name, figures)
     return ctx.run.path / name
 
 
-def _untrained_guide(
-    ctx: Context, given: Path | None, start: Path | None, texts: Sequence[str]
+def _check_gate(ctx: Context, name: str, figures: Metrics) -> None:
+    """Stops, or warns, where a guide does not tell a row's two responses apart."""
+    if tells_apart(figures):
+        return
+    gain, error = figures["sibling_gain"], figures["sibling_gain_se"]
+    found = (
+        f"{name}: the guide does not tell a row's two responses apart: its own latent over the "
+        f"other's is worth {gain:+.3f} +- {error:.3f} nats a response, on "
+        f"{figures['differing']:.0f} held-out rows, which is not {SURE:.0f} standard errors above 0"
+    )
+    if ctx.config.guide.gate == "stop":
+        raise NumericsError(
+            f"{found}; its weights would be noise. Use more rows (max_rows), raise guide.epochs or "
+            f"guide.learning_rate, in another run folder or after deleting "
+            f"{ctx.run.path / name}; guide.gate=warn goes on all the same"
+        )
+    say(f"WARNING: {found}: its weights are near noise (guide.gate=warn)")
+
+
+def untrained_guide(
+    ctx: Context, plan: GuidePlan, start: Path, rows: Sequence[Row], pairs: Sequence[Pair]
 ) -> Guide:
-    """The guide that training begins with: two copies of the policy `start`, of the GPT-2 in
-    `given`, or of a new GPT-2 whose tokenizer is trained on `texts`.
+    """The guide that training begins with: the policy `start`, the GPT-2 that is given, or a new
+    GPT-2 whose tokenizer is trained on the texts of rows and pairs.
     """
     g, seed = ctx.config.guide, ctx.config.seed
     config = GuideConfig(
-        g.latent_tokens, g.latent_width, g.token_dropout, g.latent_dropout, g.max_tokens
+        g.readout,
+        g.latent_tokens,
+        g.latent_width,
+        g.latent_norm,
+        g.injection,
+        _max_tokens(ctx, plan),
     )
-    if g.backbone == "policy":
-        assert start is not None
-        return policy_guide(config, seed, start)
-    size = GPT2Config(g.vocabulary, _positions(g), g.width, g.layers, g.heads)
-    return new_guide(config, seed, given, texts, size)
+    if plan.towers == "new":
+        size = GPT2Config(g.vocabulary, _positions(ctx), g.width, g.layers, g.heads)
+        texts = [history_text(row.history) for row in rows]
+        texts += [ctx.tokenizer.decode(y) for pair in pairs for y in pair.responses]
+        return new_guide(config, seed, texts, size).to(ctx.device)
+    folder = start if plan.towers == "policy" else Path(str(g.folder)).expanduser()
+    return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device)
+
+
+def guide_pairs(
+    ctx: Context, guide: Guide, rows: Sequence[Row], pairs: Sequence[Pair]
+) -> list[Pair]:
+    """The pairs in the guide's token ids: the tokens that the policy is trained on, or their text
+    where the guide has another tokenizer. A response has an end token where it ended by itself.
+    """
+    own = guide.chat is not None and hash_file(guide.chat.folder / "tokenizer.json") == hash_file(
+        ctx.tokenizer.folder / "tokenizer.json"
+    )
+    if own:
+        return [guide.fit(pair) for pair in pairs]
+    ends = ctx.tokenizer.end_ids
+    out = []
+    for row, pair in zip(rows, pairs, strict=True):
+        real, generated = (ctx.tokenizer.decode(y) for y in pair.responses)
+        ended = [bool(y) and y[-1] in ends for y in pair.responses]
+        out.append(guide.pair(row.id, row.history, real, generated, (ended[0], ended[1])))
+    return out
 
 
 def _guide_parents(
-    ctx: Context, given: Path | None, start: Path | None, generated: Sequence[str]
+    ctx: Context, plan: GuidePlan, given: Path | None, start: Path, pairs: Sequence[Pair]
 ) -> Parents:
-    of_policy = ctx.config.guide.backbone == "policy"
-    without = {"guide.folder", "guide.retrain"}
-    if of_policy or given is not None:  # the towers' sizes are not ours to say
+    without = {"guide.folder", "guide.retrain", "guide.gate", "guide.backbone", "guide.towers"}
+    if plan.towers != "new":  # the towers' sizes are not ours to say
         without |= {f"guide.{name}" for name in ("layers", "width", "heads", "vocabulary")}
     keys = {name: value for name, value in ctx.keys("guide", "seed").items() if name not in without}
-    if of_policy:
-        assert start is not None
-        begun: Parents = {"policy": hash_model_folder(start)}
-    else:
-        begun = {"pretrained": hash_model_folder(given) if given else "none"}
-    return {**keys, "data": ctx.used_hash, "responses": hash_settings(list(generated)), **begun}
+    begun: Parents = {"towers": plan.towers, "frozen": str(plan.frozen), "dtype": str(ctx.dtype)}
+    if plan.towers == "policy":
+        begun = {**begun, "policy": hash_model_folder(start)}
+    elif given is not None:
+        begun = {**begun, "pretrained": hash_model_folder(given)}
+    read = hash_settings([[pair.prompt, *pair.responses] for pair in pairs])
+    return {**keys, "data": ctx.used_hash, "pairs": read, **begun}
 
 
 def guide_hash(folder: Path) -> str:
-    """sha256 over a trained guide's folder: both towers, latent head, tokenizer and guide.json."""
+    """sha256 over a trained guide's folder: towers, latent head, tokenizer and guide.json."""
     # The folder itself counts as one: latent.safetensors and tokenizer.json lie in it.
-    parts = [hash_model_folder(part) for part in (folder, folder / "encoder", folder / "decoder")]
-    return hash_settings([*parts, hash_file(folder / "guide.json")])
+    parts = [folder, *(folder / name for name in ("encoder", "decoder"))]
+    hashes = [hash_model_folder(part) for part in parts if part.is_dir()]
+    return hash_settings([*hashes, hash_file(folder / "guide.json")])

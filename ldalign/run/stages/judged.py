@@ -99,13 +99,21 @@ def check_judge(config: RunConfig) -> None:
             )
         return
     if config.judge.model == EMBEDDING:
-        need_transformers(FOLDER_KEY)
-        check_embedding_model(embedding_folder(config))
+        check_embedding(config)
         return
     folder = find_model(config, config.judge.model)
     _check_kind(folder)
     check_model(folder)
     load_tokenizer(folder)
+
+
+def check_embedding(config: RunConfig) -> None:
+    """Checks the sentence-embedding model judge.folder. All ranks call it.
+
+    Raises InputError where it is none, EnvironmentProblem without transformers.
+    """
+    need_transformers(FOLDER_KEY)
+    check_embedding_model(embedding_folder(config))
 
 
 def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Parents:
