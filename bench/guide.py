@@ -24,7 +24,7 @@ from work import LENGTHS, Pair, describe, make_pairs, tokens_of
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair as IdPair
 from ldalign.models.gpt2 import GPT2Config
-from ldalign.models.guide import GuideConfig, runs
+from ldalign.models.guide import WAY_OUT, GuideConfig, longest_first
 from ldalign.models.guide_folder import new_guide, pretrained_guide, save_guide, standardise
 from ldalign.models.toy import write_toy_model
 from ldalign.system.exits import run
@@ -153,6 +153,7 @@ def training_job(
         "dtype": dtype,
         "compute": compute,
         "loss": loss,
+        "way_out": WAY_OUT,
         "learning_rate": 1e-4,
         "rows": PEER_ROWS,
     }
@@ -161,12 +162,11 @@ def training_job(
 def distance_job(folder: Path, dtype: str, pairs: list[Pair], repeat: int) -> dict[str, Any]:
     """Distances of pairs by the guide in a folder; the peer gets ldalign's batches of rows."""
     costs = [tokens_of([pair]) for pair in pairs]
-    longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
     return {
         "task": "guide_distance",
         "guide": str(folder),
         "pairs": pairs,
-        "row_batches": runs(longest_first, costs, MICRO_TOKENS),
+        "row_batches": longest_first(costs, MICRO_TOKENS),
         "dtype": dtype,
         "repeat": repeat,
     }

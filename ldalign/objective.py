@@ -157,8 +157,8 @@ def pair_weights(
     if kind == "uniform":
         weights = keep.double()
     elif kind == "length":
-        gaps = [abs(len(p.real) - len(p.generated or ())) for p in pairs]
-        weights = distance_weights(torch.tensor(gaps, dtype=torch.float64), kept)
+        gaps = torch.tensor([pair.length_gap for pair in pairs], dtype=torch.float64)
+        weights = distance_weights(gaps, kept)
     elif kind == "inverse":
         latent = distance_weights(distances, kept)
         weights = distance_weights(1.0 / latent.clamp(min=NEAREST), kept)

@@ -9,7 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from worker import Job, Result, main, optimizer_of, settle
+from worker import Job, Result, main, optimizer_of, padded, settle
 
 
 def dpo(job: Job) -> Result:
@@ -24,7 +24,8 @@ def dpo(job: Job) -> Result:
     for batch in job["batches"]:
         settle(device)
         began = time.perf_counter()
-        ids, seen, answer = padded(batch, device)
+        sides = [(pair["prompt"], pair[side]) for side in ("real", "generated") for pair in batch]
+        ids, seen, answer = padded(sides, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
         token_logps = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
@@ -39,21 +40,6 @@ def dpo(job: Job) -> Result:
         settle(device)
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds[1:], "losses": losses}
-
-
-def padded(
-    batch: list[dict[str, list[int]]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and response mask, each (2 pairs, longest)."""
-    sequences = [(pair["prompt"], pair[side]) for side in ("real", "generated") for pair in batch]
-    longest = max(len(x) + len(y) for x, y in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    seen, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (x, y) in enumerate(sequences):
-        ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
-        seen[i, : len(x) + len(y)] = 1
-        answer[i, len(x) : len(x) + len(y)] = True
-    return ids.to(device), seen.to(device), answer.to(device)
 
 
 def make_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:

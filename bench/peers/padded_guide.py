@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
-from worker import Job, Result, main, optimizer_of, settle, timed
+from worker import Job, Result, main, optimizer_of, padded, settle, timed
 
-WAY_OUT = 0.2  # ldalign/models/guide.py
 Row = dict[str, list[int]]  # prompt, real, generated: token ids
-
-WAY_OUT = 0.2  # ldalign's factor on both
 
 
 class Encoder(nn.Module):
@@ -42,8 +39,9 @@ class Encoder(nn.Module):
 class Guide(Encoder):
     """Both GPT-2s of a guide folder and what lies between them; the decoder's head is tied."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, way_out: float) -> None:
         super().__init__(folder, torch.float32)
+        self.way_out = way_out  # what both are multiplied by
         self.decoder = AutoModel.from_pretrained(folder / "decoder", dtype=torch.float32)
         latent = load_file(folder / "latent.safetensors")
         self.null, self.mask = (nn.Parameter(latent[name]) for name in ("null", "mask"))
@@ -60,7 +58,7 @@ class Guide(Encoder):
         kept (R,) bool: the responses that are read with their latent. means (R,): one over the
         batch's number of response tokens of that side. contrasts: kept responses of the batch.
         """
-        ids, seen, response = padded(rows, kept.device)
+        ids, seen, response = both_responses(rows, kept.device)
         latents = self.encode(ids, seen, response)  # (R, Z)
         share = torch.rand(len(ids), 1, device=ids.device) * what["token_dropout"]
         hidden = response & (torch.rand(ids.shape, device=ids.device) < share)
@@ -74,8 +72,8 @@ class Guide(Encoder):
         states, targets = states[of_row, place], ids[of_row, place + 1]
 
         def logps(z: Tensor) -> Tensor:  # (R,), summed over a response's tokens
-            scale = 1 + WAY_OUT * (z @ self.to_scale.T)[of_row]
-            shift = WAY_OUT * (z @ self.to_output.T)[of_row]
+            scale = 1 + self.way_out * (z @ self.to_scale.T)[of_row]
+            shift = self.way_out * (z @ self.to_output.T)[of_row]
             logits = (states * scale + shift) @ self.decoder.get_input_embeddings().weight.T
             each = -F.cross_entropy(logits, targets, reduction="none")
             return torch.zeros(len(ids), device=ids.device).index_add(0, of_row, each)
@@ -92,7 +90,9 @@ def guide_training(job: Job) -> Result:
     A step lasts from the end of the one before to its own.
     """
     device, what = torch.device(job["device"]), job["loss"]
-    guide = Guide(Path(job["guide"])).to(device).eval()  # ours has no dropout either
+    guide = (
+        Guide(Path(job["guide"]), job["way_out"]).to(device).eval()
+    )  # ours has no dropout either
     optimizer = optimizer_of(guide, "adamw", job["learning_rate"])
     ends: list[float] = []
     losses: list[float] = []
@@ -126,26 +126,16 @@ def guide_distance(job: Job) -> Result:
     for _ in range(job["repeat"] + 1):
         with timed(seconds, device):
             for batch in job["row_batches"]:
-                z = guide.encode(*padded([job["pairs"][i] for i in batch], device))
+                z = guide.encode(*both_responses([job["pairs"][i] for i in batch], device))
                 found = (z[0::2] - z[1::2]).norm(dim=1).tolist()
                 for i, distance in zip(batch, found, strict=True):
                     distances[i] = distance
     return {"seconds": seconds[1:], "distances": distances}
 
 
-def padded(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """[x; y] of both responses of every row, right-padded: ids, what is no padding, and what is
-    response (bool), each (R, T); the responses real, generated, real, ...
-    """
-    sequences = [(row["prompt"], row[side]) for row in rows for side in ("real", "generated")]
-    longest = max(len(x) + len(y) for x, y in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    seen, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (x, y) in enumerate(sequences):
-        ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
-        seen[i, : len(x) + len(y)] = 1
-        response[i, len(x) : len(x) + len(y)] = True
-    return ids.to(device), seen.to(device), response.to(device)
+def both_responses(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`padded` of [x; y] of both responses of every row: real, generated, real, ..."""
+    return padded([(r["prompt"], r[side]) for r in rows for side in ("real", "generated")], device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ ldalign is not installed.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,3 +60,19 @@ def optimizer_of(model: torch.nn.Module, name: str, learning_rate: float) -> tor
     if name == "rmsprop":
         return torch.optim.RMSprop(model.parameters(), lr=learning_rate, foreach=True)
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def padded(
+    sequences: Sequence[tuple[list[int], list[int]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[prompt; response] of R sequences, right-padded: ids, what is no padding, and what is
+    response (bool), each (R, longest).
+    """
+    longest = max(len(x) + len(y) for x, y in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    seen, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for i, (x, y) in enumerate(sequences):
+        ids[i, : len(x) + len(y)] = torch.tensor([*x, *y])
+        seen[i, : len(x) + len(y)] = 1
+        response[i, len(x) : len(x) + len(y)] = True
+    return ids.to(device), seen.to(device), response.to(device)

@@ -45,6 +45,11 @@ class Pair:
         """The number of tokens that a model reads for this pair: the prompt is read once."""
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
+    @property
+    def length_gap(self) -> int:
+        """By how many tokens its two responses differ in length."""
+        return abs(len(self.real) - len(self.generated or ()))
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -121,13 +121,19 @@ def _distance_figures(
         return {}
     d = distances[kept]
     chosen = [pair for pair, keep in zip(pairs, differ, strict=True) if keep]
-    gaps = [abs(len(p.real) - len(p.generated or ())) for p in chosen]
-    cuts = [sum(y[-1] not in guide.end_ids for y in p.responses) for p in chosen]
-    return {
-        "ess": effective_size(d),
-        "length_share": explained(d.numpy(), np.array(gaps, dtype=float)),
-        "cut_share": explained(d.numpy(), np.array(cuts, dtype=float)),
-    }
+    return {"ess": effective_size(d), **explained_shares(d, chosen, guide.end_ids)}
+
+
+def explained_shares(
+    distances: Tensor, pairs: Sequence[Pair], end_ids: Sequence[int]
+) -> dict[str, float]:
+    """The shares of the variance of distances (N,) that are `explained` by the gap of the lengths
+    of each pair's two responses, and by how many of the two were cut: those that end with none of
+    end_ids.
+    """
+    cuts = [sum(y[-1] not in end_ids for y in pair.responses) for pair in pairs]
+    by = {"length_share": [pair.length_gap for pair in pairs], "cut_share": cuts}
+    return {name: explained(distances.numpy(), np.array(x, float)) for name, x in by.items()}
 
 
 def explained(values: np.ndarray, by: np.ndarray) -> float:

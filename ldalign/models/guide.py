@@ -22,7 +22,7 @@ response tokens of all responses, D width, V vocabulary; m latent tokens of widt
 width; Q readings, in which one response is predicted with one latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -202,7 +202,7 @@ class Guide(nn.Module):
         chat: Tokenizer | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tokenizer, self.chat = config, tokenizer, chat
+        self.tokenizer, self.chat = tokenizer, chat
         self.encoder, self.decoder = encoder, decoder
         self.latent = Latent(
             config, encoder.embedding.embedding_dim, decoder.embedding.embedding_dim
@@ -214,6 +214,11 @@ class Guide(nn.Module):
                 "its weights came with"
             )
         self.end_id: int = end
+
+    @property
+    def config(self) -> GuideConfig:
+        """What a distance depends on, beside the weights."""
+        return self.latent.config
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -495,12 +500,11 @@ class Guide(nn.Module):
         batch_tokens: int = 8192,
         metric: Metric = "euclidean",
         path: Path | None = None,
-        progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
         """Returns how far the responses of N pairs are apart: (N,) float32 on the CPU; by the
         guide's own latents, else as `distances_by`.
         """
-        return self.distances_by([self.latent], pairs, batch_tokens, metric, path, progress)[:, 0]
+        return self.distances_by([self.latent], pairs, batch_tokens, metric, path)[:, 0]
 
     @torch.no_grad()
     def distances_by(
@@ -510,7 +514,6 @@ class Guide(nn.Module):
         batch_tokens: int = 8192,
         metric: Metric = "euclidean",
         path: Path | None = None,
-        progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
         """Returns how far the responses of N pairs are apart, by each of L maps of the encoder's
         states to latents: (N, L) float32 on the CPU.
@@ -521,7 +524,7 @@ class Guide(nn.Module):
 
         latents: the guide's own, or others for the same encoder, which have the same queries.
         pairs: in the guide's token ids (`pair`, `fit`). batch_tokens: the most tokens of a batch.
-        path, progress: as in `partial_rows.table`, for a stage that can be gone on with.
+        path: as in `partial_rows.table`, for a stage that can be gone on with.
 
         Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
@@ -541,10 +544,8 @@ class Guide(nn.Module):
                 "guide's losses"
             )
 
-        # Longest first: pairs of a batch are about as long, and memory peaks at once.
-        longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
-        batches = runs(longest_first, costs, batch_tokens)
-        return table(batches, measure, len(latents), refusal, path, progress).float()
+        batches = longest_first(costs, batch_tokens)
+        return table(batches, measure, len(latents), refusal, path).float()
 
 
 def training_readings(
@@ -610,6 +611,13 @@ def _pack(
             packed.ends.append(start + len(response))
             packed.before.append(start - 1 if before else last)
     return packed
+
+
+def longest_first(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Returns all items, by their numbers, in runs of at most `budget` cost, the dearest first: so
+    those of a run cost about as much, and memory peaks at once.
+    """
+    return runs(sorted(range(len(costs)), key=lambda i: (-costs[i], i)), costs, budget)
 
 
 def runs(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:

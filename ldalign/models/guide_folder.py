@@ -148,7 +148,6 @@ def pooled_guide(folder: Path, dtype: torch.dtype, device: str | torch.device = 
     """
     guide = pretrained_guide(GuideConfig(max_tokens=None), 0, folder, True, dtype, device)
     guide.latent = identity_latent(guide).to(device)
-    guide.config = guide.latent.config
     return guide.eval()
 
 

@@ -23,7 +23,13 @@ from ldalign.run.folder import RunFolder
 from ldalign.run.plan import stage_of, to_do
 from ldalign.run.stage import Cost
 from ldalign.run.stages.data import check_sources
-from ldalign.run.stages.guide import GUIDE_STAGE, check_guide, guide_plan, guide_tokens
+from ldalign.run.stages.guide import (
+    GUIDE_STAGE,
+    GuidePlan,
+    check_guide,
+    guide_plan,
+    guide_tokens,
+)
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -63,9 +69,10 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     if any(stage_of(name) is POLICY_STAGE for name in costs):
         lines += _memory_lines(ctx, model)
     if GUIDE_STAGE.folder(0) in costs:
-        lines.append(guide_plan(ctx).why)
-        if guide_plan(ctx).reads_ids:
-            lines += _guide_memory_lines(ctx, model)
+        plan = guide_plan(ctx)
+        lines.append(plan.why)
+        if plan.reads_ids:
+            lines += _guide_memory_lines(ctx, model, plan)
     lines += [
         _disk_line(ctx, planned),
         _time_line(ctx, model.config, list(costs.values())),
@@ -168,11 +175,11 @@ def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) ->
     return lines
 
 
-def _guide_memory_lines(ctx: Context, model: Mistral) -> list[str]:
+def _guide_memory_lines(ctx: Context, model: Mistral, plan: GuidePlan) -> list[str]:
     """Peak of one rank while it trains a guide of the policy's size: one tower as it is, or two in
     float32 with AdamW.
     """
-    g, ranks, pairs, plan = ctx.config.guide, distributed.world_size(), ctx.used[1], guide_plan(ctx)
+    g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
     # Two towers read it all.
     rows, read = max(1, len(pairs)), guide_tokens(ctx) * (1 if plan.frozen else 2)
     step = g.global_batch * read / rows / ranks

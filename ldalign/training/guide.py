@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldalign.data.pairs import Pair
-from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joined, runs
+from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joined, longest_first
 from ldalign.models.guide_folder import standardise
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
@@ -42,15 +42,21 @@ class GuideTrainSettings:
     max_grad_norm: float = 1.0
 
 
+def heldout_count(rows: int, fraction: float) -> int:
+    """Returns how many of the rows are held out: `fraction` of them, and at least two, for each to
+    be the other's "another row".
+    """
+    return max(2, round(rows * fraction))
+
+
 def split(
     pairs: Sequence[Pair], fraction: float, seed: int, stage: str = "guide"
 ) -> tuple[list[Pair], list[Pair]]:
-    """Returns the pairs that are trained on and those that are held out: `fraction` of them, and at
-    least two, for each to be the other's "another row".
+    """Returns the pairs that are trained on and those that are held out (`heldout_count`).
 
     Raises InputError where none is left to train on.
     """
-    heldout = max(2, round(len(pairs) * fraction))
+    heldout = heldout_count(len(pairs), fraction)
     if heldout >= len(pairs):
         raise InputError(
             f"guide: {len(pairs)} rows are too few to hold any out; use at least 3 (max_rows)"
@@ -241,10 +247,8 @@ def keep_states(guide: Guide, pairs: Sequence[Pair], budget: int) -> list[States
     """Returns the states of every pair, made by a tower that is not trained; budget: the most
     tokens at a time.
     """
-    costs = [pair.tokens for pair in pairs]
     kept: dict[int, States] = {}
-    longest_first = sorted(range(len(pairs)), key=lambda i: (-costs[i], i))
-    for run in runs(longest_first, costs, budget):
+    for run in longest_first([pair.tokens for pair in pairs], budget):
         with naming(lambda: f"the guide's states of {len(pairs)} rows", LOWER_TO_TRAIN_GUIDE):
             read, before = guide.states([pairs[i] for i in run])
         lengths = [sum(map(len, pairs[i].responses)) for i in run]

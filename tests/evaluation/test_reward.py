@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_bert import WORDS, save_tokenizer, word_tokenizer
 from runs import ROOT
 from safetensors.torch import load_file, save_file
 from stage_kills import check_resume
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 
 from ldalign.evaluation.reward import RewardModel, check_reward_model, summary
@@ -35,23 +34,12 @@ from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.memory import OutOfMemory
 
-WORDS = "what is the sum of two and one three four five more it a an answer right wrong".split()
-
 
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes a folder laid out like OpenAssistant's: DebertaV2, one logit, [CLS] q [SEP] a [SEP]."""
     folder = tmp_path_factory.mktemp("reward") / "deberta"
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in special}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    save_tokenizer(word_tokenizer(pair="[CLS] $A [SEP] $B:1 [SEP]:1"), folder)
     torch.manual_seed(0)
     config = DebertaV2Config(
         vocab_size=32,

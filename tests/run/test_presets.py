@@ -211,6 +211,7 @@ PAPER = {
         "method": "ld_align",
         "reference": "iteration",
         "guide.folder": "models/gpt2",
+        "guide.towers": "trained",
     },
     "spin": {"method": "spin"},
     "dpo": {

@@ -9,22 +9,33 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 WORDS = "what is the sum of two and one three four five more it a an answer right wrong".split()
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 LONGEST = 24  # tokens of a text that it reads, [CLS] and [SEP] among them
+
+
+def word_tokenizer(**template: str) -> Tokenizer:
+    """A tokenizer of WORDS that puts [CLS] and [SEP] around a text, or as a template says."""
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)], **template
+    )
+    return words
+
+
+def save_tokenizer(words: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer's files into a model folder."""
+    names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in SPECIAL}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
 
 
 def write_bert(folder: Path) -> Path:
     """Makes the model folder: BERT without its pooler, and the steps after it; returns it."""
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
+    words = word_tokenizer()
     # As all-MiniLM-L6-v2's tokenizer.json has them: neither may count.
     words.enable_truncation(9)
     words.enable_padding(length=9)
-    names: dict[str, Any] = {f"{s[1:-1].lower()}_token": s for s in special}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    save_tokenizer(words, folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=32,

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ldalign.data.pairs import Pair, usable
 from ldalign.evaluation.embedding import EmbeddingModel
-from ldalign.evaluation.guide import explained
+from ldalign.evaluation.guide import explained_shares
 from ldalign.models.guide import Guide, Latent
 from ldalign.models.guide_folder import load_guide, pooled_guide
 from ldalign.objective import Metric, effective_size, pair_weights
@@ -150,16 +149,14 @@ def _distance_summary(
     d, w = distances[chosen], weights[chosen]
     if not len(d):
         return {}
-    responses = [pair.responses for pair, keep in zip(pairs, kept, strict=True) if keep]
-    gaps = [abs(len(real) - len(generated)) for real, generated in responses]
-    cuts = [sum(y[-1] not in end_ids for y in both) for both in responses]
+    used = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
+    shares = explained_shares(d, used, end_ids)
     quantiles = {f"distance/p{q}": float(d.quantile(q / 100)) for q in (10, 50, 90)}
     return {
         "distance/mean": float(d.mean()),
         "distance/std": float(d.std(correction=0)),
         **quantiles,
-        "distance/length_share": explained(d.numpy(), np.array(gaps, dtype=float)),
-        "distance/cut_share": explained(d.numpy(), np.array(cuts, dtype=float)),
+        **{f"distance/{name}": share for name, share in shares.items()},
         "weight/mean": float(w.mean()),
         "weight/min": float(w.min()),
         "weight/max": float(w.max()),

@@ -32,7 +32,7 @@ from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, MetricsLog, say
 from ldalign.training.batches import count_steps
-from ldalign.training.guide import GuideTrainSettings, split, train_guide
+from ldalign.training.guide import GuideTrainSettings, heldout_count, split, train_guide
 
 # guide.backbone=auto takes the policy for the towers, but where it has more weights than LARGE and
 # more rows than MANY are at hand: then a small new guide has enough to learn from, and reading all
@@ -106,10 +106,10 @@ def train_settings(ctx: Context, plan: GuidePlan) -> GuideTrainSettings:
 
 def _cost(ctx: Context, name: str) -> Cost:
     g, rows, plan = ctx.config.guide, len(ctx.used[1]), guide_plan(ctx)
-    held_out = max(2, round(rows * g.heldout_fraction))
     weights = _tower_parameters(ctx, plan)
     read = g.epochs * guide_tokens(ctx)
-    steps = count_steps(rows - held_out, g.global_batch, g.epochs)
+    trained_on = rows - heldout_count(rows, g.heldout_fraction)
+    steps = count_steps(trained_on, g.global_batch, g.epochs)
     if plan.frozen:
         # A forward pass, and the head's work for two latents, which is about as much again.
         return Cost(
