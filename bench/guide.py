@@ -25,10 +25,11 @@ from ldalign.data import embedded
 from ldalign.data.pairs import Pair as IdPair
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import WAY_OUT, GuideConfig, longest_first
-from ldalign.models.guide_folder import new_guide, pretrained_guide, save_guide, standardise
+from ldalign.models.guide_folder import new_guide, pretrained_guide, save_guide
 from ldalign.models.toy import write_toy_model
 from ldalign.system.exits import run
 from ldalign.system.seeds import normals
+from ldalign.training.latent_map import standardise
 
 # Layers, width, heads: settings.py's default for a new guide, and GPT-2's smallest size.
 SIZES = {"small": (4, 256, 4), "gpt2": (12, 768, 12), "toy": (2, 32, 2)}
@@ -39,10 +40,10 @@ PEER_ROWS = 16  # the peer's rows at a time, in training
 MICRO_TOKENS = 8192  # ldalign's budget, its default
 # Beside the sibling contrast and dropped latents, which all have: a frozen tower's and a trained
 # one's token dropout (run/stages/guide.py).
-FROZEN = {"contrast": 1.0, "latent_dropout": 0.1, "token_dropout": 0.0}
+FROZEN = {"contrast": 10.0, "latent_dropout": 0.1, "token_dropout": 0.0}
 TRAINED = FROZEN | {"token_dropout": 1.0}
 # With these nothing is drawn, so that both sides of --small have the same losses.
-PLAIN = {"contrast": 1.0, "latent_dropout": 0.0, "token_dropout": 0.0}
+PLAIN = {"contrast": 10.0, "latent_dropout": 0.0, "token_dropout": 0.0}
 TOWERS = {"frozen": "guide, one frozen tower", "trained": "guide, two trained towers"}
 
 

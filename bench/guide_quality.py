@@ -33,7 +33,7 @@ from ldalign.evaluation.agreement import summary, verdict
 from ldalign.evaluation.guide import heldout_figures
 from ldalign.evaluation.statistics import superiority
 from ldalign.models.guide import Guide, States, joined
-from ldalign.models.guide_folder import pooled_guide, standardise
+from ldalign.models.guide_folder import pooled_guide
 from ldalign.models.weights import load_model
 from ldalign.objective import effective_size, latent_distance
 from ldalign.run.context import Context
@@ -47,10 +47,12 @@ from ldalign.system.config import load_config
 from ldalign.system.exits import run
 from ldalign.train.command import open_run
 from ldalign.training.guide import keep_states, keeps_states, train_guide
+from ldalign.training.latent_map import standardise
 from ldalign.training.scoring import response_logps
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "guide_quality.yaml"
+FIGURE_ROWS = 150  # held out, of which a latent's worth is measured; agreement is over all
 FEW = {"max_rows": 24, "evaluation.rows": 12, "guide.epochs": 1}  # what --small puts over the keys
 
 
@@ -74,7 +76,8 @@ def main(argv: list[str]) -> None:
             common.say(f"{name}: left out: {missing}")
             found[name] = {"skipped": missing}
             continue
-        found[name] = measure_set(name, asked, arms, plan["seeds"], args)
+        own = {arm: keys for arm, keys in arms.items() if arm in asked.get("arms", arms)}
+        found[name] = measure_set(name, asked, own, plan["seeds"], args)
     result = common.result("guide_quality", args, sets=found)
     common.save(result, render(result), args.results, "guide-quality")
 
@@ -196,7 +199,7 @@ def measure_arm(rows: Rows, config: RunConfig) -> dict[str, Any]:
     settings = train_settings(ctx, plan)
     pairs = guide_pairs(ctx, guide, ctx.used[0], rows.train)
     # The same frozen tower makes the same states for every arm.
-    share = plan.towers == "policy" and keeps_states(guide, pairs, settings)
+    share = plan.towers == "policy" and keeps_states(guide, pairs, settings, ctx.dtype)
     states = shared_states(rows, 0, guide, pairs, settings.micro_tokens) if share else None
     began = time.perf_counter()
     train_guide(
@@ -236,7 +239,8 @@ def evaluate(
         pairs = guide_pairs(ctx, guide, chosen, own)
         states = shared_states(rows, which, guide, pairs, budget) if share else None
         if which == 1 and trained:
-            figures = heldout_figures(guide, pairs, budget, states)
+            some = None if states is None else states[:FIGURE_ROWS]
+            figures = heldout_figures(guide, pairs[:FIGURE_ROWS], budget, some)
         if states is None:
             distances.append(guide.pair_distances(pairs, budget).tolist())
         else:

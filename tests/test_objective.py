@@ -203,7 +203,7 @@ def plain_loss(
     told = [i for i in range(n) if kept[i] and responses[i] != responses[i ^ 1]]
     assert 0 < len(told) < n
     gaps = [contrast_loss(own[i].sum(), sibling[i].sum()) for i in told]
-    loss = loss + contrast * torch.stack(gaps).mean()
+    loss = loss + contrast * torch.stack(gaps).sum() / sum(len(counted[i]) for i in told)
     if bag_of_words:
         table = (guide.latent.shift(z) @ guide.decoder.output_weight.T).double().log_softmax(1)
         bags = [

@@ -53,6 +53,7 @@ from ldalign.system.files import write_jsonl
 from ldalign.system.metrics import say
 from ldalign.training.batches import Batch
 from ldalign.training.guide import GuideTrainSettings, split, train_guide
+from ldalign.training.latent_map import fit
 from ldalign.training.optim import Optimizer, make_optimizer
 from ldalign.training.scoring import response_logps
 
@@ -172,21 +173,29 @@ def sample_losers(
 
 def make_guide(pairs: Sequence[Pair], folder: Path, seed: int) -> Guide:
     """A guide whose one tower is the policy as it is, trained on both responses of most rows."""
-    functions = (pretrained_guide, Guide.fit, split, train_guide, heldout_figures, tells_apart)
+    functions = (pretrained_guide, Guide.fit, split, fit, train_guide, heldout_figures, tells_apart)
     step(4, "The guide: the policy and a latent", *functions)
-    config = GuideConfig(latent_width=LATENT_WIDTH, max_tokens=MAX_LENGTH)
+    config = GuideConfig(latent_width=LATENT_WIDTH, latent_norm="layer", max_tokens=MAX_LENGTH)
     guide = pretrained_guide(config, seed, folder, frozen=True, dtype=torch.float32)
     read = [guide.fit(pair) for pair in pairs]
     seen, unseen = split(read[1:], 0.25, seed)
     unseen = [read[0], *unseen]  # nothing that is said of the pair below was learnt from it
     own, _, sibling, *_ = readings(guide, read[0])
-    tower, between = (sum(p.numel() for p in m.parameters()) for m in (guide.encoder, guide.latent))
+    tower, into, between = (
+        sum(p.numel() for p in m.parameters())
+        for m in (guide.encoder, guide.latent.to_latent, guide.latent)
+    )
     show("tower", f"the policy: {tower} weights, encoder and decoder at once, not trained")
-    show("trained", f"{between} weights: from its states to {LATENT_WIDTH} numbers, and back")
+    show("fitted", f"{into} weights: from its states to {LATENT_WIDTH} numbers")
+    show("trained", f"{between - into} weights: from those numbers back")
     show("rows", f"{len(seen)} are trained on, {len(unseen)} held out, the followed one too")
     show("log D(y | x) before", f"{own:.4f} with its own latent, {sibling:.4f} with that of y'")
     settings = GuideTrainSettings(
-        epochs=4, global_batch=4, learning_rate=2e-3, micro_tokens=MICRO_TOKENS
+        epochs=4,
+        global_batch=4,
+        learning_rate=2e-3,
+        micro_tokens=MICRO_TOKENS,
+        latent_map="fitted",
     )
     train_guide(guide, seen, settings, compute_dtype=torch.float32, device=CPU, seed=seed)
     f = heldout_figures(guide, unseen, MICRO_TOKENS)

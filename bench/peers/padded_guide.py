@@ -51,12 +51,17 @@ class Guide(Encoder):
         )
 
     def loss(
-        self, rows: list[Row], kept: Tensor, what: dict[str, float], means: Tensor, contrasts: float
+        self,
+        rows: list[Row],
+        kept: Tensor,
+        what: dict[str, float],
+        means: Tensor,
+        contrasted: float,
     ) -> Tensor:
         """What these rows add to the loss () of a global batch, in training.
 
         kept (R,) bool: the responses that are read with their latent. means (R,): one over the
-        batch's number of response tokens of that side. contrasts: kept responses of the batch.
+        batch's number of response tokens of that side. contrasted: tokens of its kept responses.
         """
         ids, seen, response = both_responses(rows, kept.device)
         latents = self.encode(ids, seen, response)  # (R, Z)
@@ -80,7 +85,7 @@ class Guide(Encoder):
 
         own = logps(torch.where(kept[:, None], latents, self.null))
         sibling = logps(latents.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
-        contrast = what["contrast"] / contrasts * (F.softplus(sibling - own) * kept).sum()
+        contrast = what["contrast"] / contrasted * (F.softplus(sibling - own) * kept).sum()
         return contrast - (own * means).sum()
 
 
@@ -90,9 +95,8 @@ def guide_training(job: Job) -> Result:
     A step lasts from the end of the one before to its own.
     """
     device, what = torch.device(job["device"]), job["loss"]
-    guide = (
-        Guide(Path(job["guide"]), job["way_out"]).to(device).eval()
-    )  # ours has no dropout either
+    # ours has no dropout either
+    guide = Guide(Path(job["guide"]), job["way_out"]).to(device).eval()
     optimizer = optimizer_of(guide, "adamw", job["learning_rate"])
     ends: list[float] = []
     losses: list[float] = []
@@ -100,11 +104,13 @@ def guide_training(job: Job) -> Result:
         kept = torch.rand(2 * len(batch), device=device) >= what["latent_dropout"]
         tokens = [sum(len(row[side]) for row in batch) for side in ("real", "generated")]
         means = (1 / torch.tensor(tokens, device=device)).repeat(len(batch))
+        lengths = [len(row[side]) for row in batch for side in ("real", "generated")]
+        contrasted = max(1.0, float(kept.float() @ torch.tensor(lengths, device=device).float()))
         total = 0.0
         for start in range(0, len(batch), job["rows"]):
             these = slice(2 * start, 2 * (start + job["rows"]))
             rows = batch[start : start + job["rows"]]
-            loss = guide.loss(rows, kept[these], what, means[these], float(kept.sum().clamp(min=1)))
+            loss = guide.loss(rows, kept[these], what, means[these], contrasted)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 1.0)

@@ -66,7 +66,7 @@ class GuideConfig:
 
     readout: Readout = "mean"
     latent_tokens: int = 1  # m
-    latent_width: int = 256  # k
+    latent_width: int = 128  # k
     # layer: z is centred and scaled to unit variance, so that no response is far from all others
     # by the length of its latent alone
     latent_norm: LatentNorm = "none"
@@ -79,7 +79,7 @@ class GuideConfig:
 class GuideLoss:
     """What training minimises beside the paper's loss, and what it keeps from the decoder."""
 
-    contrast: float = 1.0  # weight of the sibling contrast; 0: the paper's loss alone
+    contrast: float = 10.0  # weight of the sibling contrast; 0: the paper's loss alone
     bag_of_words: float = 0.0  # weight of predicting a response's tokens from its latent alone
     token_dropout: float = 0.0  # a response's share of hidden tokens is drawn between 0 and this
     latent_dropout: float = 0.1  # share of responses that are read with no latent
@@ -111,7 +111,7 @@ class Counts(NamedTuple):
 
     real: int  # response tokens
     generated: int
-    contrasts: int  # responses that are told from their sibling
+    contrasted: int  # tokens of the responses that are told from their sibling
 
 
 class Latent(nn.Module):
@@ -358,8 +358,8 @@ class Guide(nn.Module):
     ) -> Tensor:
         """Returns what these pairs add to the loss () of a global batch, in training.
 
-        The loss is `objective.reconstruction_loss`, plus `contrast` times the mean of
-        `objective.contrast_loss` over the responses that differ from their sibling, plus
+        The loss is `objective.reconstruction_loss`, plus `contrast` times `objective.contrast_loss`
+        of the responses that differ from their sibling, over the number of their tokens, plus
         `bag_of_words` times the reconstruction loss of the latent by itself.
 
         kept (R,): the responses that are read with their latent; the others are read with none, and
@@ -384,7 +384,7 @@ class Guide(nn.Module):
         if rivals:
             mine, theirs = zip(*rivals, strict=True)
             gaps = contrast_loss(sums[list(mine)], sums[list(theirs)])
-            loss = loss + what.contrast / counts.contrasts * gaps.sum()
+            loss = loss + what.contrast / counts.contrasted * gaps.sum()
         if what.bag_of_words:
             alone = self.latent.shift(latents) @ self.decoder.output_weight.float().T  # (R, V)
             logps = alone.log_softmax(dim=1)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldalign.data.pairs import Pair
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.models.guide import (
@@ -22,7 +21,6 @@ from ldalign.models.guide import (
     Latent,
     LatentNorm,
     Readout,
-    runs,
 )
 from ldalign.models.stored_tensors import read_header
 from ldalign.models.weights import (
@@ -42,8 +40,6 @@ TOWERS = ("encoder", "decoder")  # their folders in a guide's; one that serves a
 DESCRIPTION, LATENT = "guide.json", "latent.safetensors"
 # GPT-2 draws its weights from N(0, 0.02), at width 768 in its smallest size.
 GPT2_WIDTH = 768
-# How many pairs say what a latent's mean and deviation are before training.
-STANDARD_PAIRS, STANDARD_TOKENS = 64, 4096  # and how many tokens are read at a time
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -231,26 +227,6 @@ def _init_latent(guide: Guide, seed: int) -> Guide:
             else:
                 p.zero_()
     return guide
-
-
-@torch.no_grad()
-def standardise(guide: Guide, pairs: Sequence[Pair]) -> None:
-    """Moves and scales the map to the latent so that the latents of the first STANDARD_PAIRS pairs
-    have mean 0 in each place and deviation 1 over all: what is added to the decoder begins as the
-    difference of responses, not as what they share.
-    """
-    if guide.config.latent_norm != "none" or not pairs:
-        return
-    first = pairs[:STANDARD_PAIRS]
-    batches = runs(range(len(first)), [pair.tokens for pair in first], STANDARD_TOKENS)
-    z = torch.cat([guide.encode([first[i] for i in batch]) for batch in batches]).double()  # (R, Z)
-    mean = z.mean(0)
-    deviation = (z - mean).square().mean().sqrt().clamp(min=1e-12)
-    linear = guide.latent.to_latent
-    if len(mean) != len(linear.bias):  # one map makes all m latents
-        mean = mean.unflatten(0, (-1, len(linear.bias))).mean(0)
-    linear.weight.div_(deviation)
-    linear.bias.copy_(((linear.bias.double() - mean) / deviation).to(linear.bias))
 
 
 def _init_tower(tower: GPT2, seed: int, stream: str) -> None:

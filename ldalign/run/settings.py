@@ -20,6 +20,7 @@ from ldalign.system.config import (
     positive,
     setting,
 )
+from ldalign.training.latent_map import LatentMap
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,18 @@ class GuideKeys:
         "tokens after the response (choice)",
     )
     latent_tokens: int = setting(1, "latent tokens m (choice)", check=positive)
-    latent_width: int = setting(256, "width k of each (choice)", check=positive)
-    latent_norm: LatentNorm = setting(
-        "none", "layer: every latent is centred and scaled to unit variance (choice)"
+    latent_width: int = setting(128, "width k of each (choice)", check=positive)
+    latent_map: LatentMap | None = setting(
+        None,
+        "fitted: states become latents by a map that is fitted to them in closed form, and is not "
+        "trained; tuned: it is trained from there on; drawn: it is drawn, and trained (choice); "
+        "null: fitted with frozen towers, tuned with trained ones of another model, else drawn; "
+        "only drawn with readout=queries",
+    )
+    latent_norm: LatentNorm | None = setting(
+        None,
+        "layer: every latent is centred and scaled to unit variance; none: not (choice); null: "
+        "layer where the towers start as another model, else none",
     )
     injection: Injection = setting(
         "output",
@@ -150,9 +160,9 @@ class GuideKeys:
         "soft tokens between prompt and response, or both (choice)",
     )
     contrast: float = setting(
-        1.0,
-        "weight of the sibling contrast: a response must be likelier with its own latent than with "
-        "the other response's (choice); 0: the paper's loss alone",
+        10.0,
+        "weight of the sibling contrast, in nats a token: a response must be likelier with its own "
+        "latent than with the other response's (choice); 0: the paper's loss alone",
         check=non_negative,
     )
     bag_of_words: float = setting(
@@ -519,6 +529,11 @@ class RunConfig:
             found.append(
                 "guide.towers=frozen: a new GPT-2 knows nothing and must be trained; give "
                 "guide.folder or guide.backbone=policy"
+            )
+        if self.guide.readout == "queries" and self.guide.latent_map in ("fitted", "tuned"):
+            found.append(
+                f"guide.latent_map={self.guide.latent_map}: is fitted to mean states; give "
+                "guide.readout=mean, or leave it out"
             )
         if self.guide.bag_of_words and self.guide.injection == "prefix":
             found.append(

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ldalign.data.pairs import Pair
 from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joined, longest_first
-from ldalign.models.guide_folder import standardise
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.seeds import normals, permutation, uniforms
 from ldalign.training.batches import count_steps, deal
 from ldalign.training.checkpoint import CheckpointPlan, State
+from ldalign.training.latent_map import LatentMap, fit, standardise
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import make_optimizer
 
@@ -37,6 +37,7 @@ class GuideTrainSettings:
     learning_rate: float
     micro_tokens: int
     loss: GuideLoss = GuideLoss()
+    latent_map: LatentMap = "drawn"
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
@@ -86,7 +87,9 @@ def train_guide(
     one that is there. Raises NumericsError on a non-finite step, before the weights are touched;
     EnvironmentProblem where memory does not suffice; Stopped where a signal asked to stop.
     """
-    standardise(guide, pairs)
+    if states is None and keeps_states(guide, pairs, settings, compute_dtype):
+        states = keep_states(guide, pairs, settings.micro_tokens)
+    _begin_map(guide, pairs, settings.latent_map, states)
     distributed.shard(
         guide,
         guide.blocks,
@@ -96,8 +99,6 @@ def train_guide(
         exact={guide.latent: Latent.METHODS},
     )
     guide.train()
-    if states is None and keeps_states(guide, pairs, settings):
-        states = keep_states(guide, pairs, settings.micro_tokens)
     optimizer = make_optimizer(
         guide, "adamw", settings.learning_rate, settings.weight_decay, (0.9, 0.98)
     )
@@ -127,6 +128,25 @@ def train_guide(
     )
     guide.eval()
     return settings.epochs * sum(pair.tokens for pair in pairs)
+
+
+def _begin_map(
+    guide: Guide, pairs: Sequence[Pair], how: LatentMap, states: Sequence[States] | None
+) -> None:
+    """Sets the map to the latent, the same on all ranks, before any is sharded."""
+    linear = guide.latent.to_latent
+
+    def begin() -> list[Tensor]:
+        if how == "drawn":
+            standardise(guide, pairs)
+        else:
+            fit(guide, pairs, states)
+        return [p.detach().cpu() for p in linear.parameters()]
+
+    with torch.no_grad():
+        for p, value in zip(linear.parameters(), distributed.on_rank0(begin), strict=True):
+            p.copy_(value)
+    linear.requires_grad_(how != "fitted")
 
 
 @dataclass
@@ -196,14 +216,15 @@ def accumulate_gradients(
     """
     what = settings.loss
     draws = [_draw(guide, pair, key, what, seed) for pair, key in zip(pairs, keys, strict=True)]
-    contrasts = [
-        sum(draw.kept) if what.contrast and pair.real != pair.generated else 0
+    contrasted = [
+        sum(len(places) for places, kept in zip(draw.tokens, draw.kept, strict=True) if kept)
         for pair, draw in zip(pairs, draws, strict=True)
+        if what.contrast and pair.real != pair.generated
     ]
     counts = Counts(
         sum(len(draw.tokens[0]) for draw in draws),
         sum(len(draw.tokens[1]) for draw in draws),
-        max(1, sum(contrasts)),
+        max(1, sum(contrasted)),
     )
     sizes = [pair.tokens for pair in pairs]
     plan = deal(sizes, distributed.world_size(), settings.micro_tokens)[distributed.rank()]
@@ -231,15 +252,21 @@ def accumulate_gradients(
     return float(distributed.total(total))
 
 
-def keeps_states(guide: Guide, pairs: Sequence[Pair], settings: GuideTrainSettings) -> bool:
+def keeps_states(
+    guide: Guide,
+    pairs: Sequence[Pair],
+    settings: GuideTrainSettings,
+    compute_dtype: torch.dtype,
+) -> bool:
     """Says whether the states of all pairs are made once, and not in every epoch: they are the same
-    in each where the tower is frozen and no token hidden. Not where they would take more than
-    KEPT_BYTES, and not on several ranks, each of which would have to make them all.
+    in each where the tower is frozen, in the dtype that it computes in, and no token hidden. Not
+    where they would take more than KEPT_BYTES, and not on several ranks, each of which would have
+    to make them all.
     """
     weight = guide.encoder.output_weight
     size = sum(len(y) for p in pairs for y in p.responses) * weight.shape[1] * weight.element_size()
-    same = guide.one_pass and not settings.loss.token_dropout and settings.epochs > 1
-    return same and size <= KEPT_BYTES and distributed.world_size() == 1
+    same = guide.one_pass and weight.dtype == compute_dtype and not settings.loss.token_dropout
+    return same and settings.epochs > 1 and size <= KEPT_BYTES and distributed.world_size() == 1
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ def test_the_padded_guide_does_the_same_work(tmp_path: Path) -> None:
     policy, *guides = result["steps"]["rows"]
     assert policy["time_ratio"] == 1.0 and len(guides) == 2
     for guide in guides:  # the toy knows nothing, and no latent says anything yet
-        assert guide["first_loss"] == pytest.approx(2 * math.log(512) + math.log(2), rel=0.01)
+        # ln 2 a response for the contrast, ten times, over some 30 tokens each
+        assert 0.1 < guide["first_loss"] - 2 * math.log(512) < 0.4
         assert guide["time_ratio"] > 0 < guide["seconds_per_token"]
     (training,), distances = result["training"], result["distances"]
     assert [entry["guide"] for entry in distances] == ["policy", "toy"]

@@ -24,7 +24,13 @@ from ldalign.models.weights import load_model
 from ldalign.run.context import Context
 from ldalign.run.folder import stage_names
 from ldalign.run.stages import guide as stage
-from ldalign.run.stages.guide import GUIDE_STAGE, guide_pairs, guide_plan, train_settings
+from ldalign.run.stages.guide import (
+    GUIDE_STAGE,
+    guide_config,
+    guide_pairs,
+    guide_plan,
+    train_settings,
+)
 from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import read_jsonl
@@ -92,18 +98,25 @@ def test_which_guide_is_trained(ctx: Context, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
-    """Token dropout and the learning rate have their defaults by what is trained."""
+    """Token dropout, learning rate and the latent's map and norm: by what is trained."""
 
-    def found(**keys: Any) -> tuple[float, float]:
+    def found(**keys: Any) -> tuple[float, float, str, str]:
         asked = with_keys(ctx, **keys)
-        settings = train_settings(asked, guide_plan(asked))
-        assert settings.loss.contrast == 1.0 and settings.epochs == asked.config.guide.epochs
-        return settings.loss.token_dropout, settings.learning_rate
+        plan = guide_plan(asked)
+        settings, norm = train_settings(asked, plan), guide_config(asked, plan).latent_norm
+        assert settings.loss.contrast == 10.0 and settings.epochs == asked.config.guide.epochs
+        return settings.loss.token_dropout, settings.learning_rate, settings.latent_map, norm
 
-    assert found() == (0.0, 2e-3)
-    assert found(towers="trained") == (1.0, 1e-4)
-    assert found(backbone="gpt2") == (1.0, 1e-3)
-    assert found(token_dropout=0.3, learning_rate=0.01) == (0.3, 0.01)
+    assert found() == (0.0, 2e-3, "fitted", "layer")
+    assert found(towers="trained") == (1.0, 1e-4, "tuned", "layer")
+    assert found(backbone="gpt2") == (1.0, 1e-3, "drawn", "none")
+    assert found(readout="queries") == (0.0, 2e-3, "drawn", "layer")
+    assert found(latent_map="tuned", latent_norm="none")[2:] == ("tuned", "none")
+    assert found(backbone="gpt2", latent_map="fitted", latent_norm="layer")[2:] == (
+        "fitted",
+        "layer",
+    )
+    assert found(token_dropout=0.3, learning_rate=0.01)[:2] == (0.3, 0.01)
     assert found(towers="trained", token_dropout=0.0)[0] == 0.0
 
 
@@ -115,6 +128,8 @@ def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
         (("weights=semantic", "judge.folder=x", "distance=cosine"), "a distance of its own"),
         (("weights=semantic",), "weights=semantic.*judge.folder"),
         (("guide.bag_of_words=1", "guide.injection=prefix"), "guide.injection=both"),
+        (("guide.readout=queries", "guide.latent_map=tuned"), "tuned: is fitted to mean states"),
+        (("guide.readout=queries", "guide.latent_map=fitted"), "give guide.readout=mean, or leave"),
         (("guide.latent_dropout=1",), "guide.latent_dropout"),
         (("guide.towers=frozen", "guide.backbone=gpt2"), "must be trained; give guide.folder or"),
     ],

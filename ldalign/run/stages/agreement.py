@@ -17,7 +17,6 @@ from ldalign.models.guide_folder import (
     is_trained_guide,
     pooled_guide,
     redrawn,
-    standardise,
 )
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
@@ -37,6 +36,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, write_jsonl
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
+from ldalign.training.latent_map import standardise
 from ldalign.training.scoring import response_logps
 
 AGREEMENT_STAGE = Stage("agreement")

@@ -33,6 +33,7 @@ from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, MetricsLog, say
 from ldalign.training.batches import count_steps
 from ldalign.training.guide import GuideTrainSettings, heldout_count, split, train_guide
+from ldalign.training.latent_map import LatentMap
 
 # guide.backbone=auto takes the policy for the towers, but where it has more weights than LARGE and
 # more rows than MANY are at hand: then a small new guide has enough to learn from, and reading all
@@ -90,17 +91,38 @@ def say_guide(ctx: Context, planned: Sequence[str]) -> None:
         say(guide_plan(ctx).why)
 
 
+def guide_config(ctx: Context, plan: GuidePlan) -> GuideConfig:
+    """What the guide's distances depend on, what the config leaves to the towers filled in."""
+    g = ctx.config.guide
+    return GuideConfig(
+        g.readout,
+        g.latent_tokens,
+        g.latent_width,
+        g.latent_norm or ("none" if plan.towers == "new" else "layer"),
+        g.injection,
+        _max_tokens(ctx, plan),
+    )
+
+
 def train_settings(ctx: Context, plan: GuidePlan) -> GuideTrainSettings:
     """How the guide is trained, what the config leaves to the towers filled in."""
     g = ctx.config.guide
     dropout = g.token_dropout if g.token_dropout is not None else 0.0 if plan.frozen else 1.0
     usual = 2e-3 if plan.frozen else 1e-3 if plan.towers == "new" else 1e-4
     rate = g.learning_rate or usual
+    usual_map: LatentMap = "fitted" if plan.frozen else "tuned"
+    if plan.towers == "new" or g.readout == "queries":
+        usual_map = "drawn"
     loss = GuideLoss(
         g.contrast, g.bag_of_words, dropout, g.latent_dropout, g.latent_noise, g.loss_tokens
     )
     return GuideTrainSettings(
-        g.epochs, g.global_batch, rate, ctx.config.training.micro_tokens, loss
+        g.epochs,
+        g.global_batch,
+        rate,
+        ctx.config.training.micro_tokens,
+        loss,
+        g.latent_map or usual_map,
     )
 
 
@@ -251,15 +273,7 @@ def untrained_guide(
     """The guide that training begins with: the policy `start`, the GPT-2 that is given, or a new
     GPT-2 whose tokenizer is trained on the texts of rows and pairs.
     """
-    g, seed = ctx.config.guide, ctx.config.seed
-    config = GuideConfig(
-        g.readout,
-        g.latent_tokens,
-        g.latent_width,
-        g.latent_norm,
-        g.injection,
-        _max_tokens(ctx, plan),
-    )
+    g, seed, config = ctx.config.guide, ctx.config.seed, guide_config(ctx, plan)
     if plan.towers == "new":
         size = GPT2Config(g.vocabulary, _positions(ctx), g.width, g.layers, g.heads)
         texts = [history_text(row.history) for row in rows]
