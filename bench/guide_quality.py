@@ -37,6 +37,7 @@ from ldalign.models.guide_folder import pooled_guide
 from ldalign.models.weights import load_model
 from ldalign.objective import effective_size, latent_distance
 from ldalign.run.context import Context
+from ldalign.run.manifest import hash_settings
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.agreement_samples import agreement_samples_stage
 from ldalign.run.stages.guide import guide_pairs, guide_plan, train_settings, untrained_guide
@@ -51,6 +52,9 @@ from ldalign.training.latent_map import standardise
 from ldalign.training.scoring import response_logps
 
 HERE = Path(__file__).resolve().parent
+# What a result depends on beside its keys: it is measured anew where one of these has changed.
+PARTS = ("models/guide.py", "models/guide_folder.py", "training/guide.py", "training/latent_map.py")
+CODE = hash_settings([(HERE.parent / "ldalign" / part).read_text() for part in PARTS])
 CONFIG = HERE / "guide_quality.yaml"
 FIGURE_ROWS = 150  # held out, of which a latent's worth is measured; agreement is over all
 FEW = {"max_rows": 24, "evaluation.rows": 12, "guide.epochs": 1}  # what --small puts over the keys
@@ -115,7 +119,7 @@ def measure_set(
         rows = Rows.of(ctx)
         results = folder / "results"
         results.mkdir(parents=True, exist_ok=True)
-        untrained = kept(results / "untrained.json", lambda: measure_untrained(rows))
+        untrained = kept(results / "untrained.json", {}, lambda: measure_untrained(rows))
         found: dict[str, list[dict[str, Any]]] = {}
         for seed in seeds:
             for arm, changes in arms.items():
@@ -123,7 +127,7 @@ def measure_set(
                 given = [f"{key}={'null' if v is None else v}" for key, v in changes.items()]
                 began = time.perf_counter()
                 own = load_config(RunConfig, path, [*keys, f"seed={seed}", *given])
-                one = kept(place, lambda: measure_arm(rows, own))  # noqa: B023 (called at once)
+                one = kept(place, changes, lambda: measure_arm(rows, own))  # noqa: B023
                 common.say(
                     f"{name}: {arm}, seed {seed}: sibling gain {one['sibling_gain']:+.2f} +- "
                     f"{one['sibling_gain_se']:.2f}, first {one['first_gain']:+.3f}, agreement "
@@ -135,13 +139,20 @@ def measure_set(
     return {"without training": untrained, "arms": found}
 
 
-def kept(path: Path, make: Any) -> dict[str, Any]:
-    """The result in a file, made and written first where it is not there."""
+def kept(path: Path, changes: Mapping[str, Any], make: Any) -> dict[str, Any]:
+    """The result in a file, made and written first where it is not there for these changes, or is
+    of another ldalign.
+    """
+    whose = {"changes": dict(changes), "code": CODE}
     if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("whose") == whose:
+            return dict(stored["result"])
     result = make()
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps({"whose": whose, "result": result}, indent=1) + "\n", encoding="utf-8"
+    )
     os.replace(partial, path)
     return dict(result)
 
@@ -291,7 +302,7 @@ def measure_untrained(rows: Rows) -> dict[str, Any]:
     if plan.towers == "policy":
         guide = untrained_guide(ctx, plan, rows.start, ctx.used[0], rows.train)
         standardise(guide, guide_pairs(ctx, guide, ctx.used[0], rows.train))
-        found["the default before training"] = evaluate(rows, ctx, guide, True, trained=False)
+        found["a drawn map, untrained"] = evaluate(rows, ctx, guide, True, trained=False)
     lengths = [[float(r[f"{side}_length"]) for r in rows.records] for side in ("first", "second")]
     model = load_model(rows.start, ctx.dtype, ctx.device).requires_grad_(False)
     nll = []

@@ -106,7 +106,7 @@ LOSSES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("text", {"injection": "both"}, {"contrast": 0.0, "bag_of_words": 0.5, "tokens": 3}),
     (
         "text",
-        {"injection": "both", "readout": "queries", "latent_norm": "layer"},
+        {"injection": "both", "readout": "queries", "latent_norm": "rms"},
         {
             "contrast": 1.5,
             "bag_of_words": 0.5,

@@ -60,7 +60,7 @@ from ldalign.training.scoring import response_logps
 ROWS = 32  # the iteration: what the guide learns from, and what the mean distance is taken over
 BATCH = 8  # pairs of the one optimizer step; the pair that is followed is the first
 MAX_NEW_TOKENS, MAX_LENGTH = 48, 256
-LATENT_WIDTH = 8  # of the guide: few enough to print
+LATENT_WIDTH = 16  # of the guide: few enough to print
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 8e-6, 1.0  # those of configs/smollm2-135m.yaml
 MICRO_TOKENS = 4096  # of one forward: all that is here fits
 CPU = torch.device("cpu")
@@ -175,19 +175,19 @@ def make_guide(pairs: Sequence[Pair], folder: Path, seed: int) -> Guide:
     """A guide whose one tower is the policy as it is, trained on both responses of most rows."""
     functions = (pretrained_guide, Guide.fit, split, fit, train_guide, heldout_figures, tells_apart)
     step(4, "The guide: the policy and a latent", *functions)
-    config = GuideConfig(latent_width=LATENT_WIDTH, latent_norm="layer", max_tokens=MAX_LENGTH)
+    config = GuideConfig(latent_width=LATENT_WIDTH, latent_norm="rms", max_tokens=MAX_LENGTH)
     guide = pretrained_guide(config, seed, folder, frozen=True, dtype=torch.float32)
     read = [guide.fit(pair) for pair in pairs]
     seen, unseen = split(read[1:], 0.25, seed)
     unseen = [read[0], *unseen]  # nothing that is said of the pair below was learnt from it
     own, _, sibling, *_ = readings(guide, read[0])
-    tower, into, between = (
-        sum(p.numel() for p in m.parameters())
-        for m in (guide.encoder, guide.latent.to_latent, guide.latent)
+    tower, into = (
+        sum(p.numel() for p in m.parameters()) for m in (guide.encoder, guide.latent.to_latent)
     )
+    back = (guide.latent.to_output.weight, guide.latent.to_scale.weight, guide.latent.null)
     show("tower", f"the policy: {tower} weights, encoder and decoder at once, not trained")
     show("fitted", f"{into} weights: from its states to {LATENT_WIDTH} numbers")
-    show("trained", f"{between - into} weights: from those numbers back")
+    show("trained", f"{sum(p.numel() for p in back)} weights: from those numbers back")
     show("rows", f"{len(seen)} are trained on, {len(unseen)} held out, the followed one too")
     show("log D(y | x) before", f"{own:.4f} with its own latent, {sibling:.4f} with that of y'")
     settings = GuideTrainSettings(

@@ -15,7 +15,7 @@ autoencoders come to ignore their latent (docs/guide.md derives and measures it)
 * the sibling contrast, beside the paper's loss: a response must be likelier with its own latent
   than with that of the other response to the same prompt (`objective.contrast_loss`).
 * one tower that is not trained, such as the policy, may be encoder and decoder at once: then one
-  forward pass serves both, and what is trained lies between them (`Latent`).
+  forward pass serves both, and all that is fitted or trained lies between them (`Latent`).
 
 Shapes: P pairs, R = 2 P responses in the order real, generated, real, ...; N flat tokens, M
 response tokens of all responses, D width, V vocabulary; m latent tokens of width k, Z = m k latent
@@ -57,7 +57,7 @@ WAY_OUT = 0.2
 
 Readout = Literal["mean", "queries"]
 Injection = Literal["output", "prefix", "both"]
-LatentNorm = Literal["none", "layer"]
+LatentNorm = Literal["none", "rms"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class GuideConfig:
 
     readout: Readout = "mean"
     latent_tokens: int = 1  # m
-    latent_width: int = 128  # k
-    # layer: z is centred and scaled to unit variance, so that no response is far from all others
-    # by the length of its latent alone
+    latent_width: int = 256  # k
+    # rms: z is scaled to a root mean square of 1, so that a distance is an angle, and no response
+    # far from all others by the length of its latent alone
     latent_norm: LatentNorm = "none"
     injection: Injection = "output"
     max_tokens: int | None = 512  # prompt and longer response together; None: whatever comes
@@ -137,6 +137,7 @@ class Latent(nn.Module):
         # A pooled state becomes all m latents, a query's state its own.
         pooled = config.readout == "mean"
         self.to_latent = nn.Linear(encoder_width, m * k if pooled else k)
+        self.fixed = False  # whether training leaves this map as it is
         self.null = nn.Parameter(torch.zeros(m * k))
         self.mask = nn.Parameter(torch.zeros(decoder_width))
         if not pooled:
@@ -150,11 +151,13 @@ class Latent(nn.Module):
 
     def read(self, states: Tensor) -> Tensor:
         """The latents (R, Z) float32 of R responses, of `States.read`."""
-        z = self.to_latent(states.float())  # a distance is a difference of close numbers
+        own: list[Tensor] = [self.to_latent.weight, self.to_latent.bias]
+        weight, bias = (p.detach() for p in own) if self.fixed else own
+        z = F.linear(states.float(), weight, bias)  # a distance is a difference of close numbers
         if self.config.readout == "queries":
             # (R, Z) of (R m, k); a copy, as FSDP warns of views
             z = z.unflatten(0, (-1, self.config.latent_tokens)).flatten(1).clone()
-        return F.layer_norm(z, z.shape[1:]) if self.config.latent_norm == "layer" else z
+        return F.rms_norm(z, z.shape[1:], eps=1e-6) if self.config.latent_norm == "rms" else z
 
     def own_or_null(self, latents: Tensor, whose: Sequence[int]) -> Tensor:
         """The latents (Q, Z) of Q readings, of latents (R, Z)."""
@@ -528,15 +531,22 @@ class Guide(nn.Module):
 
         Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
-        costs = [pair.tokens for pair in pairs]
+        # A response is no distance from itself, and need not be read to say so.
+        differ = [pair.real != pair.generated for pair in pairs]
+        costs = [pair.tokens * differs for pair, differs in zip(pairs, differ, strict=True)]
 
         def measure(batch: Sequence[int]) -> Tensor:
-            what = f"latents of {len(batch)} pairs of {sum(costs[i] for i in batch)} tokens"
+            distances = torch.zeros(len(batch), len(latents))
+            chosen = [n for n, i in enumerate(batch) if differ[i]]
+            if not chosen:
+                return distances
+            what = f"latents of {len(chosen)} pairs of {sum(costs[i] for i in batch)} tokens"
             with naming(lambda: what, LOWER_FOR_LATENTS):
-                read = self.states([pairs[i] for i in batch]).read
+                read = self.states([pairs[batch[n]] for n in chosen]).read
                 both = [latent.read(read) for latent in latents]  # (2 rows, Z) each
                 found = [latent_distance(z[0::2], z[1::2], metric) for z in both]
-                return torch.stack(found, dim=1).cpu()  # (rows, L)
+                distances[chosen] = torch.stack(found, dim=1).cpu()
+            return distances
 
         def refusal(i: int, value: float) -> str:
             return (

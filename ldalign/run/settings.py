@@ -126,8 +126,8 @@ class GuideKeys:
     )
     towers: Literal["auto", "frozen", "trained"] = setting(
         "auto",
-        "frozen: one tower is encoder and decoder, and only what lies between is trained; trained: "
-        "two, both trained (the paper's); auto: frozen where they start as another model",
+        "frozen: one tower is encoder and decoder, and is not trained; trained: two, both trained "
+        "(the paper's); auto: frozen where they start as another model",
     )
     layers: int = setting(4, "of each tower, when new (choice)", check=positive)
     width: int = setting(256, "of each tower, when new (choice)", check=positive)
@@ -141,18 +141,18 @@ class GuideKeys:
         "tokens after the response (choice)",
     )
     latent_tokens: int = setting(1, "latent tokens m (choice)", check=positive)
-    latent_width: int = setting(128, "width k of each (choice)", check=positive)
+    latent_width: int = setting(256, "width k of each (choice)", check=positive)
     latent_map: LatentMap | None = setting(
         None,
         "fitted: states become latents by a map that is fitted to them in closed form, and is not "
         "trained; tuned: it is trained from there on; drawn: it is drawn, and trained (choice); "
-        "null: fitted with frozen towers, tuned with trained ones of another model, else drawn; "
-        "only drawn with readout=queries",
+        "null: fitted with frozen towers, tuned with trained ones of another model, drawn with new "
+        "ones, with readout=queries and with soft tokens (injection), which it cannot be fitted to",
     )
     latent_norm: LatentNorm | None = setting(
         None,
-        "layer: every latent is centred and scaled to unit variance; none: not (choice); null: "
-        "layer where the towers start as another model, else none",
+        "rms: every latent is scaled to a root mean square of 1; none: not (choice); null: rms "
+        "where the towers start as another model, else none",
     )
     injection: Injection = setting(
         "output",
@@ -530,10 +530,16 @@ class RunConfig:
                 "guide.towers=frozen: a new GPT-2 knows nothing and must be trained; give "
                 "guide.folder or guide.backbone=policy"
             )
-        if self.guide.readout == "queries" and self.guide.latent_map in ("fitted", "tuned"):
+        fitted = self.guide.latent_map in ("fitted", "tuned")
+        if fitted and (self.guide.readout, self.guide.injection) != ("mean", "output"):
             found.append(
-                f"guide.latent_map={self.guide.latent_map}: is fitted to mean states; give "
-                "guide.readout=mean, or leave it out"
+                f"guide.latent_map={self.guide.latent_map}: is fitted to mean states, and gives no "
+                "soft tokens; give guide.readout=mean and guide.injection=output, or leave it out"
+            )
+        if self.guide.latent_tokens * self.guide.latent_width < 2:
+            found.append(
+                "guide.latent_width=1: one number has no direction; the nearest: "
+                "guide.latent_width=2"
             )
         if self.guide.bag_of_words and self.guide.injection == "prefix":
             found.append(

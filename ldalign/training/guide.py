@@ -89,7 +89,7 @@ def train_guide(
     """
     if states is None and keeps_states(guide, pairs, settings, compute_dtype):
         states = keep_states(guide, pairs, settings.micro_tokens)
-    _begin_map(guide, pairs, settings.latent_map, states)
+    _begin_map(guide, pairs, settings, states)
     distributed.shard(
         guide,
         guide.blocks,
@@ -131,22 +131,26 @@ def train_guide(
 
 
 def _begin_map(
-    guide: Guide, pairs: Sequence[Pair], how: LatentMap, states: Sequence[States] | None
+    guide: Guide,
+    pairs: Sequence[Pair],
+    settings: GuideTrainSettings,
+    states: Sequence[States] | None,
 ) -> None:
     """Sets the map to the latent, the same on all ranks, before any is sharded."""
-    linear = guide.latent.to_latent
+    linear, budget = guide.latent.to_latent, settings.micro_tokens
 
     def begin() -> list[Tensor]:
-        if how == "drawn":
-            standardise(guide, pairs)
-        else:
-            fit(guide, pairs, states)
+        with naming(lambda: f"the guide's states of {len(pairs)} rows", LOWER_TO_TRAIN_GUIDE):
+            if settings.latent_map == "drawn":
+                standardise(guide, pairs, budget)
+            else:
+                fit(guide, pairs, states, budget)
         return [p.detach().cpu() for p in linear.parameters()]
 
     with torch.no_grad():
         for p, value in zip(linear.parameters(), distributed.on_rank0(begin), strict=True):
             p.copy_(value)
-    linear.requires_grad_(how != "fitted")
+    guide.latent.fixed = settings.latent_map == "fitted"
 
 
 @dataclass

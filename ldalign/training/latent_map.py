@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldalign.data.pairs import Pair
 from ldalign.models.guide import Guide, States, runs
+from ldalign.system.errors import NumericsError
 
 FIT_PAIRS = 512  # whose states the map is fitted to
 STANDARD_PAIRS = 64  # that say what a drawn map's mean and deviation are
@@ -31,20 +32,30 @@ LatentMap = Literal["fitted", "tuned", "drawn"]
 
 
 @torch.no_grad()
-def fit(guide: Guide, pairs: Sequence[Pair], states: Sequence[States] | None = None) -> None:
+def fit(
+    guide: Guide,
+    pairs: Sequence[Pair],
+    states: Sequence[States] | None = None,
+    budget: int = READ_TOKENS,
+) -> None:
     """Sets the map to the latent of a guide that reads mean states by `discriminant_map`, over both
-    responses of the first FIT_PAIRS pairs. states: of each pair, where they are known.
+    responses of the first FIT_PAIRS pairs. states: of each pair, where they are known; budget: else
+    the most tokens that are read at a time.
 
     The states in front of the tokens stand for those of the tokens: all but one are the same.
+    Raises NumericsError naming rows whose states are not finite.
     """
     first = pairs[:FIT_PAIRS]
     width = guide.encoder.embedding.embedding_dim
     within = torch.zeros(width, width, dtype=torch.float64, device=guide.latent.null.device)
     means, tokens = [], 0
-    read = (
-        _read(guide, first) if states is None else zip(([p] for p in first), states, strict=False)
-    )
-    for batch, own in read:
+    known = None if states is None else zip(([p] for p in first), states, strict=False)
+    for batch, own in _read(guide, first, budget) if known is None else known:
+        if not bool(own.read.isfinite().all() and own.before.isfinite().all()):
+            raise NumericsError(
+                f"row {', '.join(pair.id for pair in batch)}: the guide's states are not finite; "
+                "look at the weights that its towers begin as"
+            )
         within += scatter(own.before, [len(y) for pair in batch for y in pair.responses])
         tokens += len(own.before)
         means.append(own.read)
@@ -67,22 +78,29 @@ def scatter(states: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def discriminant_map(means: Tensor, within: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Returns the weight (Z, D) and bias (Z,), float64, of the map z = W m + b of a response's mean
-    state m to the `width` directions in which the two responses to a prompt differ most, in units
-    in which the tokens of one response vary as much in every direction. z has mean 0, and
+    state m to the `width` directions in which responses differ most, in units in which the tokens
+    of one response vary about as much in every direction (but for SHRINKAGE). z has mean 0, and
     deviation 1 over all.
 
-    means (R, D): the mean states of responses, real, generated, real, ... within (D, D): the
-    covariance of token states about the mean of their response. Where responses differ in fewer
-    directions, the others are zero.
+    The directions are those of all differences of responses. Those of a prompt's two responses
+    alone would be fewer, and would lie along the very differences that are to be measured: rows
+    that were fitted to would be farther apart than others, whatever they say.
+
+    means (R, D): the responses' mean states. within (D, D): the covariance of token states about
+    the mean of their response. Where responses differ in fewer directions, the others are zero.
     """
     means = means.double()
     middle = means.mean(0)
     spread = within.diagonal().mean()
     least = torch.where(spread > 0, SHRINKAGE * spread, 1.0)  # 0: of one token each
     factor = torch.linalg.cholesky(within + torch.diag(least.expand(len(within))))
-    apart = torch.linalg.solve_triangular(factor, (means[0::2] - means[1::2]).T, upper=False)
-    sizes, directions = torch.linalg.eigh(apart @ apart.T)  # the largest last
-    leading = directions.T[sizes > ROUNDING * sizes[-1]].flip(0)[:width]
+    # (D, R) each; equal responses leave no more than the rounding of their mean
+    scaled, whole = (
+        torch.linalg.solve_triangular(factor, x.T, upper=False) for x in (means - middle, means)
+    )
+    sizes, directions = torch.linalg.eigh(scaled @ scaled.T)  # the largest last
+    least = torch.maximum(ROUNDING * sizes[-1], ROUNDING**2 * whole.square().sum())
+    leading = directions.T[sizes > least].flip(0)[:width]
     # An eigenvector's sign is whatever rounding makes it.
     leading = leading * leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()
     weight = torch.zeros(width, len(within)).to(means)
@@ -93,16 +111,16 @@ def discriminant_map(means: Tensor, within: Tensor, width: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def standardise(guide: Guide, pairs: Sequence[Pair]) -> None:
+def standardise(guide: Guide, pairs: Sequence[Pair], budget: int = READ_TOKENS) -> None:
     """Moves and scales the map to the latent so that the latents of the first STANDARD_PAIRS pairs
     have mean 0 in each place and deviation 1 over all: what is added to the decoder begins as the
-    difference of responses, not as what they share.
+    difference of responses, not as what they share. budget: the most tokens read at a time.
     """
     if not pairs:
         return
     linear = guide.latent.to_latent
     queries = guide.config.latent_tokens if guide.config.readout == "queries" else 1
-    read = torch.cat([own.read for _, own in _read(guide, pairs[:STANDARD_PAIRS])]).double()
+    read = torch.cat([own.read for _, own in _read(guide, pairs[:STANDARD_PAIRS], budget)]).double()
     z = read @ linear.weight.double().T + linear.bias.double()  # (R, Z), or (R m, k) of queries
     middle = z.unflatten(0, (-1, queries)).mean(0)
     deviation = (z.unflatten(0, (-1, len(middle))) - middle).square().mean().sqrt()
@@ -111,7 +129,7 @@ def standardise(guide: Guide, pairs: Sequence[Pair]) -> None:
     linear.bias.copy_((linear.bias.double() - middle.mean(0)) / deviation.clamp(min=1e-12))
 
 
-def _read(guide: Guide, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], States]]:
-    for run in runs(range(len(pairs)), [pair.tokens for pair in pairs], READ_TOKENS):
+def _read(guide: Guide, pairs: Sequence[Pair], budget: int) -> Iterator[tuple[list[Pair], States]]:
+    for run in runs(range(len(pairs)), [pair.tokens for pair in pairs], budget):
         batch = [pairs[i] for i in run]
         yield batch, guide.states(batch)

@@ -37,7 +37,7 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"readout": "queries"},
     {"injection": "prefix", "latent_tokens": 3},
-    {"readout": "queries", "injection": "both", "latent_norm": "layer", "latent_tokens": 3},
+    {"readout": "queries", "injection": "both", "latent_norm": "rms", "latent_tokens": 3},
 ]
 
 
@@ -374,8 +374,7 @@ def test_rows_and_responses_of_a_batch_do_not_see_each_other(kind: dict[str, Any
     assert len(together) == sum(len(y) for p in chosen for y in p.responses)
     width = guide.config.latent_tokens * 12
     assert z.shape == (10, width) and z.dtype == torch.float32
-    if guide.config.latent_norm == "layer":
-        assert torch.allclose(z.mean(1), torch.zeros(10), atol=1e-5)
+    if guide.config.latent_norm == "rms":
         assert torch.allclose(z.square().mean(1), torch.ones(10), atol=1e-3)
     else:
         assert z.square().mean(1).std() > 1e-3
@@ -507,7 +506,7 @@ def test_refusals(guide: Guide, tmp_path: Path) -> None:
         ({"latent_width": 13}, "latent.safetensors: does not fit"),
         ({"injection": "prefix"}, "latent.safetensors: does not fit"),
         ({"readout": "mode"}, "guide.json: .*'mode' is none of mean, queries"),
-        ({"latent_norm": None}, "guide.json: .*None is none of none, layer"),
+        ({"latent_norm": None}, "guide.json: .*None is none of none, rms"),
         ({"latent_tokens": 0}, "guide.json: .*sizes"),
         ({"max_tokens": "many"}, "guide.json: .*sizes"),
     ):

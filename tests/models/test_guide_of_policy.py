@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ldalign.models.guide_folder import (
 )
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
+from ldalign.objective import Metric
 from ldalign.run import dry_run
 from ldalign.run.folder import stage_names
 from ldalign.run.manifest import hash_model_folder
@@ -41,7 +43,7 @@ CONFIG_FILE = ROOT / "configs/toy.yaml"
 KINDS: list[tuple[bool, dict[str, Any]]] = [
     (True, {}),
     (True, {"readout": "queries", "injection": "both"}),
-    (True, {"injection": "prefix", "latent_tokens": 3, "latent_norm": "layer"}),
+    (True, {"injection": "prefix", "latent_tokens": 3, "latent_norm": "rms"}),
     (False, {}),
     (False, {"readout": "queries", "injection": "prefix", "latent_tokens": 3}),
 ]
@@ -139,8 +141,8 @@ class Plain:
         else:
             read = [states(self.towers[0], x)[len(prompt) + t] for t in range(len(response))]
             z = w["to_latent.weight"] @ (sum(read[1:], read[0]) / len(read)) + w["to_latent.bias"]
-        if self.config["latent_norm"] == "layer":
-            z = (z - z.mean()) / (z - z.mean()).square().mean().sqrt()
+        if self.config["latent_norm"] == "rms":
+            z = z / z.square().mean().sqrt()
         return z
 
     def logps(self, prompt: Sequence[int], response: Sequence[int], z: Tensor) -> Tensor:
@@ -253,6 +255,25 @@ def test_a_pooled_guide_is_the_policys_mean_states(policy: Path) -> None:
         expected.append((means[0] - means[1]).square().sum().sqrt())
     d = guide.pair_distances(chosen)
     torch.testing.assert_close(d.double(), torch.stack(expected), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_equal_responses_are_not_read(policy: Path, metric: Metric) -> None:
+    """They are no distance apart, wherever they stand; the others are as far as without them."""
+    guide, read = made(policy, True, {}), [0]
+    chosen = pairs(guide)
+    same = [replace(pair, generated=pair.real) for pair in chosen]
+    alone = guide.pair_distances(chosen, 60, metric)
+
+    def count(module: Any, given: Any) -> None:
+        read[0] += len(given[0])
+
+    guide.encoder.embedding.register_forward_pre_hook(count)
+    mixed = guide.pair_distances([same[0], *chosen, *same[1:]], 60, metric)
+    assert read[0] == sum(p.tokens for p in chosen)
+    assert mixed[1:4].tolist() == alone.tolist() and min(alone) > 0
+    assert not mixed[0] and not mixed[4:].any()
+    assert guide.pair_distances(same, 60, metric).tolist() == [0.0] * 3
 
 
 def test_one_reading_serves_several_maps_to_latents(policy: Path) -> None:

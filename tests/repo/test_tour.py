@@ -34,8 +34,9 @@ def steps(text: str) -> dict[str, str]:
 
 
 def numbers(said: str, step: int, name: str) -> list[float]:
-    """The numbers in the first line of that name in a step."""
+    """The numbers in the first line of that name in a step, and in those that it goes on in."""
     text = next(text for title, text in steps(said).items() if title.startswith(f"{step}. "))
+    text = re.sub(r"\n {24}(?=\S)", " ", text)
     line = next(line for line in text.splitlines() if line[2:].startswith(name))
     return [float(number) for number in NUMBER.findall(line[2 + len(name) :])]
 

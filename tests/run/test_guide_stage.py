@@ -107,14 +107,15 @@ def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
         assert settings.loss.contrast == 10.0 and settings.epochs == asked.config.guide.epochs
         return settings.loss.token_dropout, settings.learning_rate, settings.latent_map, norm
 
-    assert found() == (0.0, 2e-3, "fitted", "layer")
-    assert found(towers="trained") == (1.0, 1e-4, "tuned", "layer")
+    assert found() == (0.0, 2e-3, "fitted", "rms")
+    assert found(towers="trained") == (1.0, 1e-4, "tuned", "rms")
     assert found(backbone="gpt2") == (1.0, 1e-3, "drawn", "none")
-    assert found(readout="queries") == (0.0, 2e-3, "drawn", "layer")
+    assert found(readout="queries") == (0.0, 2e-3, "drawn", "rms")
+    assert found(injection="prefix")[2] == found(injection="both")[2] == "drawn"
     assert found(latent_map="tuned", latent_norm="none")[2:] == ("tuned", "none")
-    assert found(backbone="gpt2", latent_map="fitted", latent_norm="layer")[2:] == (
+    assert found(backbone="gpt2", latent_map="fitted", latent_norm="rms")[2:] == (
         "fitted",
-        "layer",
+        "rms",
     )
     assert found(token_dropout=0.3, learning_rate=0.01)[:2] == (0.3, 0.01)
     assert found(towers="trained", token_dropout=0.0)[0] == 0.0
@@ -129,7 +130,14 @@ def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
         (("weights=semantic",), "weights=semantic.*judge.folder"),
         (("guide.bag_of_words=1", "guide.injection=prefix"), "guide.injection=both"),
         (("guide.readout=queries", "guide.latent_map=tuned"), "tuned: is fitted to mean states"),
-        (("guide.readout=queries", "guide.latent_map=fitted"), "give guide.readout=mean, or leave"),
+        (
+            ("guide.injection=both", "guide.latent_map=fitted"),
+            "guide.injection=output, or leave it",
+        ),
+        (
+            ("guide.latent_width=1",),
+            "one number has no direction; the nearest: guide.latent_width=2",
+        ),
         (("guide.latent_dropout=1",), "guide.latent_dropout"),
         (("guide.towers=frozen", "guide.backbone=gpt2"), "must be trained; give guide.folder or"),
     ],

@@ -128,7 +128,7 @@ def test_named_keys() -> None:
         "sampling.top_p": 1.0,
     }
     spread = context.named_keys(config, "guide")
-    assert spread["guide.folder"] == "null" and spread["guide.latent_width"] == 128
+    assert spread["guide.folder"] == "null" and spread["guide.latent_width"] == 256
     assert len(spread) == len(dataclasses.fields(config.guide))
 
 

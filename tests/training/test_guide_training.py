@@ -32,6 +32,7 @@ from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model
 from ldalign.system import distributed, exits
 from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.memory import OutOfMemory
 from ldalign.training import guide as training
 from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.guide import (
@@ -46,9 +47,9 @@ from ldalign.training.latent_map import fit, standardise
 
 # Ways into the latent and out of it that two trained towers have, beside the plain one.
 KINDS: list[dict[str, Any]] = [
-    {"injection": "both", "latent_norm": "layer"},
+    {"injection": "both", "latent_norm": "rms"},
     {"injection": "prefix", "latent_tokens": 3},
-    {"readout": "queries", "injection": "prefix", "latent_tokens": 3, "latent_norm": "layer"},
+    {"readout": "queries", "injection": "prefix", "latent_tokens": 3, "latent_norm": "rms"},
     {"readout": "queries", "injection": "both"},
 ]
 
@@ -358,6 +359,20 @@ def test_the_map_is_left_as_it_was_fitted_or_trained_from_there(
     assert (maps["drawn"] - maps["fit"]).abs().mean() > 0.5 * size
 
 
+@pytest.mark.parametrize("how", ["fitted", "drawn"])
+def test_what_to_lower_where_memory_does_not_hold_the_states(
+    how: str, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states(self: Guide, pairs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    guide = text_guide()
+    chosen = pairs(guide)
+    monkeypatch.setattr(Guide, "states", states)
+    with pytest.raises(OutOfMemory, match="lower training.micro_tokens or guide.max_tokens"):
+        train(guide, chosen, latent_map=how)
+
+
 def test_rows_are_held_out_by_seed_and_stage() -> None:
     rows = [Pair(str(i), [1], [2], [3]) for i in range(40)]
     seen, unseen = split(rows, 0.2, 0)
@@ -506,6 +521,8 @@ def test_gone_on_with_after_a_cut_it_ends_in_the_same_bits(
         patch.setattr(training, "accumulate_gradients", failing)
         with pytest.raises(KeyError):
             train(cut, chosen, checkpoints=plan, **more)
+    # What a fit gives on another machine differs in its last bits; the checkpoint has the map.
+    monkeypatch.setattr(training, "fit", lambda guide, *_: stir(guide))
     resumed = made()
     train(resumed, chosen, checkpoints=plan, **more)
     for (name, a), b, c in zip(

@@ -98,7 +98,7 @@ def guide_config(ctx: Context, plan: GuidePlan) -> GuideConfig:
         g.readout,
         g.latent_tokens,
         g.latent_width,
-        g.latent_norm or ("none" if plan.towers == "new" else "layer"),
+        g.latent_norm or ("none" if plan.towers == "new" else "rms"),
         g.injection,
         _max_tokens(ctx, plan),
     )
@@ -111,7 +111,7 @@ def train_settings(ctx: Context, plan: GuidePlan) -> GuideTrainSettings:
     usual = 2e-3 if plan.frozen else 1e-3 if plan.towers == "new" else 1e-4
     rate = g.learning_rate or usual
     usual_map: LatentMap = "fitted" if plan.frozen else "tuned"
-    if plan.towers == "new" or g.readout == "queries":
+    if plan.towers == "new" or (g.readout, g.injection) != ("mean", "output"):
         usual_map = "drawn"
     loss = GuideLoss(
         g.contrast, g.bag_of_words, dropout, g.latent_dropout, g.latent_noise, g.loss_tokens
