@@ -46,6 +46,11 @@ class Pair:
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
     @property
+    def differs(self) -> bool:
+        """Whether its two responses are not the same tokens."""
+        return self.real != self.generated
+
+    @property
     def length_gap(self) -> int:
         """By how many tokens its two responses differ in length."""
         return abs(len(self.real) - len(self.generated or ()))
@@ -106,7 +111,7 @@ def usable(pair: Pair) -> bool:
     if pair.generated is None:
         return True
     # Equal responses have margin 0 and opposite gradients; an empty loser has no log-prob to lower.
-    return pair.real != pair.generated and len(pair.generated) > 0
+    return pair.differs and len(pair.generated) > 0
 
 
 def rejected_pairs(

@@ -63,9 +63,8 @@ def heldout_figures(
         values = np.array([row[name] for row in rows if name in row])
         figures[name] = float(values.mean()) if len(values) else 0.0
         figures[f"{name}_se"] = standard_error(values)
-    differ = [pair.real != pair.generated for pair in pairs]
-    figures["differing"] = sum(differ)
-    return figures | _distance_figures(guide, pairs, torch.cat(distances), differ)
+    figures["differing"] = sum(pair.differs for pair in pairs)
+    return figures | _distance_figures(guide, pairs, torch.cat(distances))
 
 
 def _rows_of_run(
@@ -78,7 +77,7 @@ def _rows_of_run(
         for side in (0, 1):
             i = 2 * p + side
             latents = {"true": i, "other": 2 * other + side, "none": NO_LATENT}
-            if pair.real != pair.generated:
+            if pair.differs:
                 latents["sibling"] = 2 * p + 1 - side
             readings += [Reading(i, whose) for whose in latents.values()]
             kinds += [(p, side, name) for name in latents]
@@ -93,7 +92,7 @@ def _rows_of_run(
             row[name] = -sum(float(by_kind[p, side, name].sum()) for side in (0, 1))
         row["other_gain"] = (row["other"] - row["true"]) / 2
         row["none_gain"] = (row["none"] - row["true"]) / 2
-        if pair.real != pair.generated:
+        if pair.differs:
             gaps = [own - by_kind[p, side, "sibling"] for side, own in enumerate(true)]
             gains = [float(gap.sum()) for gap in gaps]
             row["sibling_gain"] = sum(gains) / 2
@@ -113,15 +112,13 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def _distance_figures(
-    guide: Guide, pairs: Sequence[Pair], distances: Tensor, differ: Sequence[bool]
-) -> dict[str, float]:
-    kept = torch.tensor(list(differ))
-    if not bool(kept.any()):
+def _distance_figures(guide: Guide, pairs: Sequence[Pair], distances: Tensor) -> dict[str, float]:
+    chosen = [i for i, pair in enumerate(pairs) if pair.differs]
+    if not chosen:
         return {}
-    d = distances[kept]
-    chosen = [pair for pair, keep in zip(pairs, differ, strict=True) if keep]
-    return {"ess": effective_size(d), **explained_shares(d, chosen, guide.end_ids)}
+    d = distances[chosen]
+    shares = explained_shares(d, [pairs[i] for i in chosen], guide.end_ids)
+    return {"ess": effective_size(d), **shares}
 
 
 def explained_shares(

@@ -532,12 +532,11 @@ class Guide(nn.Module):
         Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
         # A response is no distance from itself, and need not be read to say so.
-        differ = [pair.real != pair.generated for pair in pairs]
-        costs = [pair.tokens * differs for pair, differs in zip(pairs, differ, strict=True)]
+        costs = [pair.tokens if pair.differs else 0 for pair in pairs]
 
         def measure(batch: Sequence[int]) -> Tensor:
             distances = torch.zeros(len(batch), len(latents))
-            chosen = [n for n, i in enumerate(batch) if differ[i]]
+            chosen = [n for n, i in enumerate(batch) if pairs[i].differs]
             if not chosen:
                 return distances
             what = f"latents of {len(chosen)} pairs of {sum(costs[i] for i in batch)} tokens"
@@ -574,7 +573,7 @@ def training_readings(
         both = (2 * p, 2 * p + 1)
         at = len(readings)
         readings += [Reading(i, i if kept[i] else NO_LATENT) for i in both]
-        if contrast and pair.real != pair.generated:
+        if contrast and pair.differs:
             for side, i in enumerate(both):
                 if kept[i]:
                     rivals.append((at + side, len(readings)))

@@ -223,7 +223,7 @@ def accumulate_gradients(
     contrasted = [
         sum(len(places) for places, kept in zip(draw.tokens, draw.kept, strict=True) if kept)
         for pair, draw in zip(pairs, draws, strict=True)
-        if what.contrast and pair.real != pair.generated
+        if what.contrast and pair.differs
     ]
     counts = Counts(
         sum(len(draw.tokens[0]) for draw in draws),
