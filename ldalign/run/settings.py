@@ -200,8 +200,8 @@ class GuideKeys:
     )
     learning_rate: float | None = setting(
         None,
-        "peak, AdamW, cosine (choice); null: 2e-3 with a frozen tower, 1e-3 with new ones, 1e-4 "
-        "where towers that start as another model are trained",
+        "peak, AdamW, cosine (choice); null: with a frozen tower 4e-3, or 2e-3 where the map to "
+        "the latent is trained; 1e-3 with new ones, 1e-4 where those of another model are trained",
         check=positive,
     )
     global_batch: int = setting(

@@ -108,21 +108,25 @@ def train_settings(ctx: Context, plan: GuidePlan) -> GuideTrainSettings:
     """How the guide is trained, what the config leaves to the towers filled in."""
     g = ctx.config.guide
     dropout = g.token_dropout if g.token_dropout is not None else 0.0 if plan.frozen else 1.0
-    usual = 2e-3 if plan.frozen else 1e-3 if plan.towers == "new" else 1e-4
-    rate = g.learning_rate or usual
     usual_map: LatentMap = "fitted" if plan.frozen else "tuned"
     if plan.towers == "new" or (g.readout, g.injection) != ("mean", "output"):
         usual_map = "drawn"
+    latent_map = g.latent_map or usual_map
+    if plan.frozen:
+        # Half of it where the latents move too.
+        usual = 4e-3 if latent_map == "fitted" else 2e-3
+    else:
+        usual = 1e-3 if plan.towers == "new" else 1e-4
     loss = GuideLoss(
         g.contrast, g.bag_of_words, dropout, g.latent_dropout, g.latent_noise, g.loss_tokens
     )
     return GuideTrainSettings(
         g.epochs,
         g.global_batch,
-        rate,
+        g.learning_rate or usual,
         ctx.config.training.micro_tokens,
         loss,
-        g.latent_map or usual_map,
+        latent_map,
     )
 
 
