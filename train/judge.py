@@ -32,6 +32,15 @@ def check(config: RunConfig) -> None:
         config.evaluation.rows > 0,
         "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say",
     )
+    need(
+        config.weights != "semantic",
+        "weights=semantic: a guide's distance is judged here, or that of mean states "
+        "(distance=pooled); leave weights out, and let the embedding model judge (judge=embedding)",
+    )
+    need(
+        config.distance != "pooled" or config.guide.folder is None,
+        f"guide={config.guide.folder}: distance=pooled reads no guide; give one of the two",
+    )
 
 
 def judge(ctx: Context) -> str:
@@ -40,7 +49,9 @@ def judge(ctx: Context) -> str:
         bool(ctx.heldout.rows),
         "heldout_fraction=0: no held-out prompts; raise it, or give heldout=FILE",
     )
-    guide = find_guide(ctx) if ctx.config.needs_guide else None
+    # A method without a guide may still be given one to judge.
+    asked = ctx.config.needs_guide or ctx.config.guide.folder is not None
+    guide = find_guide(ctx) if asked else None
     given, start = ctx.config.agreement.policy, start_stage(ctx)
     agreement_stage(ctx, Path(given).expanduser() if given else start, guide, start)
     return f"Every pair: {ctx.run.path / AGREEMENT_STAGE.folder() / 'agreement.jsonl'}"

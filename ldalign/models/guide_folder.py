@@ -189,7 +189,9 @@ def redrawn(guide: Guide, seed: int, begun: Path | None) -> Guide:
 
 def _check_room(config: GuideConfig, positions: int, whose: str) -> None:
     """Raises InputError where max_tokens and the latent take more positions than there are."""
-    longest = positions - config.latent_tokens
+    # Soft tokens and queries have positions of their own.
+    own = config.readout == "queries" or config.injection != "output"
+    longest = positions - (config.latent_tokens if own else 0)
     if config.max_tokens is not None and config.max_tokens > longest:
         raise InputError(
             f"guide.max_tokens={config.max_tokens}: {whose} has room for {longest}; lower it"

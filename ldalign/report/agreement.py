@@ -120,7 +120,7 @@ def agreement_rows(found: Numbers) -> tuple[list[str], list[tuple[str, list[str]
     rows = [
         (words, [cell for part, _ in parts for cell in _cells(found, f"agreement/{name}{part}")])
         for name, words in who.items()
-        if f"agreement/{name}rows" in found and (not name or words != measured)
+        if found.get(f"agreement/{name}rows") and (not name or words != measured)
     ]
     kept = [n for n in range(len(titles)) if any(cells[n] != "-" for _, cells in rows)]
     return [titles[n] for n in kept], [(words, [cells[n] for n in kept]) for words, cells in rows]

@@ -513,7 +513,7 @@ class RunConfig:
                 f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; "
                 f"the nearest: max_length={self.max_new_tokens + 1}"
             )
-        if self.weights == "semantic" and self.distance != "euclidean":
+        if self._semantic and self.distance != "euclidean":
             found.append(
                 f"distance={self.distance}: weights=semantic has a distance of its own; leave "
                 "distance out"
@@ -563,12 +563,17 @@ class RunConfig:
                 )
         return found + self._folder_problems()
 
+    @property
+    def _semantic(self) -> bool:
+        """Whether weights are made of the distance of sentence embeddings."""
+        return self.weights == "semantic"
+
     def _folder_problems(self) -> list[str]:
         """The contradictions about judge.folder between what reads it and what is given."""
         found = []
         readers = {
             "judge=embedding": self.judge.model == "embedding",
-            "weights=semantic": self.weights == "semantic",
+            "weights=semantic": self._semantic,
         }
         for reader, reads in readers.items():
             if reads and self.judge.folder is None:
@@ -651,6 +656,10 @@ class CompareConfig(RunConfig):
     """
 
     compare: CompareKeys = group(CompareKeys, "the comparison")
+
+    @property
+    def _semantic(self) -> bool:
+        return "ld_align/semantic" in self.compare.methods
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""

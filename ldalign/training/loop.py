@@ -189,5 +189,6 @@ def refuse_step(
     first = f"{', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}"
     raise NumericsError(
         f"{stage}: step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not "
-        f"changed. Rows of the batch: {first}{where}. Lower learning_rate or look at these rows"
+        f"changed. Rows of the batch: {first}{where}. Lower the stage's learning_rate or look at "
+        "these rows"
     )

@@ -496,8 +496,8 @@ def test_save_and_load_round_trip(kind: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_refusals(guide: Guide, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="guide.max_tokens=79: .* has room for 78; lower it"):
-        new_guide(config_of(max_tokens=79), 0, TEXTS, SIZE)
+    with pytest.raises(InputError, match="guide.max_tokens=81: .* has room for 80; lower it"):
+        new_guide(config_of(max_tokens=81, injection="output", readout="mean"), 0, TEXTS, SIZE)
     with pytest.raises(InputError, match="guide.json"):
         load_guide(tmp_path)
     save_guide(guide, tmp_path)

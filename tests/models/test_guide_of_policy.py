@@ -354,8 +354,12 @@ def test_it_starts_from_the_policy(frozen: bool, policy: Path, tmp_path: Path) -
 
 def test_refusals(policy: Path, toy_cache: Path, tmp_path: Path) -> None:
     save_guide(text_guide(), tmp_path)
-    with pytest.raises(InputError, match=r"guide.max_tokens=511: .* has room for 510; lower it"):
-        policy_guide(policy, max_tokens=511)
+    with pytest.raises(InputError, match=r"guide.max_tokens=513: .* has room for 512; lower it"):
+        policy_guide(policy, max_tokens=513)
+    policy_guide(policy, max_tokens=512)
+    for keys in ({"readout": "queries"}, {"injection": "prefix"}):
+        with pytest.raises(InputError, match="guide.max_tokens=511: .* has room for 510"):
+            policy_guide(policy, max_tokens=511, latent_tokens=2, **keys)
     for folder, more, message in (
         (policy, "guide.backbone=policy", "is no trained guide, and guide.backbone=policy"),
         (tmp_path, "guide.retrain=true", "is a trained guide, used as it is; guide.retrain=true"),

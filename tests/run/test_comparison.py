@@ -43,6 +43,8 @@ def config_of(*overrides: str) -> CompareConfig:
         ("compare.methods=[spin/shuffled]", "'spin/shuffled' is not METHOD"),
         ("compare.methods=[spin, rlaif]", "'rlaif' is not METHOD"),
         ("weights=uniform", "weights: compare.methods says what is compared"),
+        ("compare.methods=[ld_align/semantic]", "weights=semantic: needs the folder"),
+        ("judge.folder=x", "judge.folder=x: is read by judge=embedding and weights=semantic alone"),
         ("training.steps=null", "training.steps: must be given"),
         ("compare.validation_rows=26", "leaves none of evaluation.rows=26 to report"),
         ("compare.learning_rates=[0.0]", "must be greater than 0"),

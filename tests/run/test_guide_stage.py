@@ -29,6 +29,7 @@ from ldalign.run.stages.guide import (
     guide_config,
     guide_pairs,
     guide_plan,
+    guide_stage,
     train_settings,
 )
 from ldalign.system import distributed
@@ -237,6 +238,44 @@ def test_a_guide_with_another_chat_tokenizer_reads_its_own_template(
 
 
 # -------------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (
+            {"differing": 9.0, "sibling_gain": 0.1, "sibling_gain_se": 0.2},
+            "tell a row's two responses",
+        ),
+        ({"differing": 0.0, "sibling_gain": 0.0, "sibling_gain_se": 0.0}, "of 0 differ"),
+        ({"differing": 9.0, "sibling_gain": 1.0, "sibling_gain_se": 0.2}, None),
+    ],
+)
+def test_a_trained_guide_that_is_given_meets_the_gate(
+    ctx: Context,
+    tmp_path: Path,
+    figures: dict[str, float],
+    message: str | None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By the figures beside it; without them it is said that nothing is known."""
+    save_guide(text_guide(), tmp_path)
+    given = with_keys(ctx, folder=str(tmp_path), gate="stop")
+    pairs = losers(ctx)
+    assert guide_stage(given, 0, ctx.start, pairs) == tmp_path
+    assert "no held-out figures (summary.json)" in capfd.readouterr().err
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": 9, **figures}))
+    if message is None:
+        assert guide_stage(given, 0, ctx.start, pairs) == tmp_path
+        assert "WARNING" not in capfd.readouterr().err
+        return
+    with pytest.raises(NumericsError, match=message):
+        guide_stage(given, 0, ctx.start, pairs)
+    assert guide_stage(with_keys(given, gate="warn"), 0, ctx.start, pairs) == tmp_path
+    assert message in capfd.readouterr().err
+    for weights in ("uniform", "length"):  # which are not made of its distances
+        control = replace(given, config=replace(given.config, weights=weights))
+        assert guide_stage(control, 0, ctx.start, pairs) == tmp_path
 
 
 def test_a_guide_that_tells_nothing_apart_stops_the_run(

@@ -118,15 +118,17 @@ def _measured(
     read = guide_pairs(ctx, trained, chosen, pairs)
     beside: dict[str, Latent] = {}  # that read what the guide's encoder has read
     before = None
-    if guide is not None:
+    # What two trained towers began as is known of the run's own guide alone.
+    own_guide = guide == ctx.run.path / GUIDE_STAGE.folder(0)
+    if guide is not None and (trained.shared or own_guide):
         before = redrawn(trained, ctx.config.seed, start if trained.chat else _gpt2(ctx))
         standardise(before, read)
         # Of other queries its states are others.
         if trained.shared and trained.config.readout == "mean":
             beside["untrained"] = before.latent
     # The tower of the run's own frozen guide is the policy that the mean states are of.
-    own = guide == ctx.run.path / GUIDE_STAGE.folder(0) and trained.shared
-    if guide is None or (own and trained.chat is not None and trained.config.readout == "mean"):
+    same = own_guide and trained.shared and trained.chat is not None
+    if guide is None or (same and trained.config.readout == "mean"):
         beside["pooled"] = identity_latent(trained).to(ctx.device)
     columns = latent_distances(ctx, trained, read, parts / "distances", list(beside.values()))
     found = list(zip(("distance", *beside), columns.unbind(1), strict=True))

@@ -31,6 +31,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, MetricsLog, say
+from ldalign.system.untrusted import read_json
 from ldalign.training.batches import count_steps
 from ldalign.training.guide import GuideTrainSettings, heldout_count, split, train_guide
 from ldalign.training.latent_map import LatentMap
@@ -39,6 +40,8 @@ from ldalign.training.latent_map import LatentMap
 # more rows than MANY are at hand: then a small new guide has enough to learn from, and reading all
 # rows through the policy once more would cost about a third of training it.
 LARGE, MANY = 2e9, 20_000
+SUMMARY = "summary.json"  # of the run that trained a guide, in its folder
+GATE_FIGURES = ("rows", "differing", "sibling_gain", "sibling_gain_se")
 MAX_TOKENS = 512  # of prompt and response, of a guide that reads text
 
 
@@ -218,6 +221,7 @@ def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Pat
     g = ctx.config.guide
     given = Path(g.folder).expanduser() if g.folder else None
     if given is not None and is_trained_guide(given):
+        _check_given(ctx, given)
         return given
     rows, _ = ctx.used
     name, plan = GUIDE_STAGE.folder(t), guide_plan(ctx)
@@ -252,9 +256,37 @@ def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Pat
     return ctx.run.path / name
 
 
+def _check_given(ctx: Context, folder: Path) -> None:
+    """`_check_gate` by the figures that lie beside a trained guide, where its run left them."""
+    figures = read_json(folder / SUMMARY, missing={})
+    if all(isinstance(figures.get(key), int | float) for key in GATE_FIGURES):
+        _check_gate(ctx, str(folder), figures)
+    else:
+        say(
+            f"WARNING: {folder}: has no held-out figures ({SUMMARY}), so it is not known whether "
+            "this guide tells a row's two responses apart"
+        )
+
+
 def _check_gate(ctx: Context, name: str, figures: Metrics) -> None:
-    """Stops, or warns, where a guide does not tell a row's two responses apart."""
-    if tells_apart(figures):
+    """Stops, or warns, where a guide does not tell a row's two responses apart and weights are made
+    of its distances.
+    """
+    if tells_apart(figures) or ctx.config.weights in ("uniform", "length"):
+        return
+    if figures["differing"] < 2:
+        found = (
+            f"{name}: of {figures['rows']:.0f} held-out rows, the two responses of "
+            f"{figures['differing']:.0f} differ, so it is not known whether the guide tells any "
+            "apart"
+        )
+        if ctx.config.guide.gate == "stop":
+            raise NumericsError(
+                f"{found}: the policy answers as the data does; use other or more rows (max_rows, "
+                "guide.heldout_fraction), or a higher sampling.temperature; guide.gate=warn goes "
+                "on all the same"
+            )
+        say(f"WARNING: {found} (guide.gate=warn)")
         return
     gain, error = figures["sibling_gain"], figures["sibling_gain_se"]
     found = (
