@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,10 @@ def test_the_script(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: 
         assert [r[f"{side}_length"] for r in records] == [
             len(s["token_ids"]) for s in samples[n::2]
         ]
-        assert all(math.isfinite(r[f"{side}_{name}"]) for r in records for name in RIVALS)
+        # What the two towers of another run's guide began as is not known.
+        assert not any(f"{side}_untrained" in r for r in records)
+        rivals = RIVALS.keys() - {"untrained"}
+        assert all(math.isfinite(r[f"{side}_{name}"]) for r in records for name in rivals)
     assert all(r["verdict"] == verdict(r) for r in records)
     figures = json.loads((folder / "summary.json").read_text())
     assert {**figures, **summary(records)} == figures and figures["agreement/rows"] + figures[
@@ -256,6 +260,17 @@ def test_the_script(toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: 
     assert (folder / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="judge.model was"):
         main([*given, "judge=checker"])
+
+
+def test_a_runs_own_guide_is_held_against_what_it_began_as(
+    toy_run: Path, toy_cache: Path, tmp_path: Path, in_process: None
+) -> None:
+    shutil.copytree(toy_run, tmp_path / "run")
+    keys = [f"run={tmp_path / 'run'}", f"cache={toy_cache}", "judge=policy", "agreement.rows=4"]
+    main(["--config", str(ROOT / "configs/toy.yaml"), *keys])
+    records = read_jsonl(tmp_path / "run/agreement/agreement.jsonl")
+    assert len(records) == 4
+    assert all(math.isfinite(r[f"first_{name}"]) for r in records for name in RIVALS)
 
 
 def test_what_is_missing_is_named(
