@@ -11,7 +11,7 @@ import torch
 
 from ldalign.data.pairs import Pair, usable
 from ldalign.data.rows import data_hash
-from ldalign.data.tokenizer import COPIED_FILES
+from ldalign.data.tokenizer_export import COPIED_FILES
 from ldalign.models.weights import load_model, save_model
 from ldalign.run.context import Context, checkpoint_plan, file_hash
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
