@@ -24,11 +24,11 @@ from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
-from ldalign.generation.generate import text_of
+from ldalign.generation.generate import check_context, text_of
 from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
-from ldalign.models.weights import load_model
-from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
+from ldalign.models.weights import context_length, load_model
+from ldalign.run.context import Context, choose_dtype, named_keys, open_policy, warn_context
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
 from ldalign.run.stages.policy import planned_start, start_stage
@@ -118,10 +118,15 @@ def answer(
     requests = [
         Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)
     ]
+    context = context_length(folder)
+    for name, prompt in ids.items():
+        check_context(len(prompt), f"{config.prompts}: prompt {name!r}", context)
+    longest = max(map(len, ids.values()))
     say(
-        f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; "
+        f"{len(prompts)} prompts, the longest of {longest} tokens; "
         f"{config.samples} answers each; {device.type}"
     )
+    warn_context(longest + config.max_new_tokens, "the longest prompt + max_new_tokens", context)
     if dry:
         distributed.stop()
         return
@@ -181,7 +186,7 @@ def chat(config: GenerateConfig) -> None:
     end of input leaves.
     """
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, context = load_tokenizer(folder), context_length(folder)
     decoder = open_decoder(config, folder)
     need(distributed.world_size() == 1, "--chat: one process is enough; start it without torchrun")
     say("Your turn; /new begins again, Ctrl-D ends.")
@@ -192,7 +197,9 @@ def chat(config: GenerateConfig) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        request = Request(f"chat/{turn}", tokenizer.prompt_ids(messages))
+        ids = tokenizer.prompt_ids(messages)
+        check_context(len(ids), "--chat: what was said so far", context)
+        request = Request(f"chat/{turn}", ids)
         turn += 1
         engine = new_engine(config, [request], tokenizer)(decoder)
         messages.append({"role": "assistant", "content": _stream(engine, request, tokenizer)})

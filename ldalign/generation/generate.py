@@ -8,6 +8,7 @@ from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
+from ldalign.system.errors import InputError
 
 
 def generate_ids(
@@ -62,17 +63,29 @@ def generate(
 
     Returns their texts; a text ends before a stop string. temperature 0 is greedy. The same (seed,
     index in the list) gives the same text whatever `batch_rows`; `ldalign.generation.engine` says
-    how far. Raises ValueError for settings out of range.
+    how far. Raises ValueError for settings out of range, InputError for a prompt longer than the
+    model's context.
     """
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop)
     )
     prompts = [tokenizer.prompt_ids(c) for c in conversations]
+    for i, prompt in enumerate(prompts):
+        check_context(len(prompt), f"conversation {i}", model.config.max_position_embeddings)
     keys = [str(i) for i in range(len(prompts))]
     responses = generate_ids(
         model, prompts, keys, tokenizer.end_ids, sampling, seed, batch_rows, decode=tokenizer.decode
     )
     return [text_of(tokenizer.decode(r.ids), sampling) for r in responses]
+
+
+def check_context(tokens: int, where: str, context: int) -> None:
+    """Raises InputError naming `where` for a prompt that is longer than the model's context."""
+    if tokens > context:
+        raise InputError(
+            f"{where}: the prompt has {tokens} tokens, and the model was made for {context} "
+            "(max_position_embeddings): shorten it, or give a model with a longer context"
+        )
 
 
 def text_of(text: str, sampling: Sampling) -> str:

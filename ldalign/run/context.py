@@ -20,7 +20,7 @@ from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
-from ldalign.models.weights import check_model, count_parameters
+from ldalign.models.weights import check_model, context_length, count_parameters
 from ldalign.run.manifest import CHECKPOINTS, Parents
 from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.system import distributed
@@ -158,6 +158,16 @@ def open_policy(config: RunConfig) -> Path:
     return folder
 
 
+def warn_context(tokens: int, what: str, context: int) -> None:
+    """Says so where `tokens`, which `what` asks for, are more than the policy's context."""
+    if tokens > context:
+        say(
+            f"WARNING: {what} allows {tokens} tokens, but the policy was made for {context} "
+            "(max_position_embeddings), and what it says beyond them is not to be trusted; lower "
+            "it, or give a policy with a longer context"
+        )
+
+
 def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows) as the config asks; the training rows are the
     most that any stage uses.
@@ -238,6 +248,7 @@ def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = No
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
+    warn_context(config.max_length, "max_length", context_length(start))
     tokenizer = load_tokenizer(start, today=run.began)
     ctx = Context(
         run,
