@@ -540,7 +540,7 @@ OF_TRANSFORMERS: dict[str, tuple[Spoil, str]] = BROKEN | {
     ),
     "adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        "adapter_config.json: an adapter",
+        "adapter_config.json: is an adapter",
     ),
 }
 
