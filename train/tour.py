@@ -27,7 +27,8 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair, prepare, usable, with_losers
-from ldalign.data.rows import Row, read_rows
+from ldalign.data.reading import read_rows
+from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.evaluation.guide import heldout_figures, tells_apart
 from ldalign.generation.generate import generate_ids

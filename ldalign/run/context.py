@@ -15,7 +15,9 @@ import torch
 
 from ldalign.data import embedded
 from ldalign.data.pairs import Pair, Prepared, prepare
-from ldalign.data.rows import Row, data_hash, read_rows
+from ldalign.data.reading import read_rows
+from ldalign.data.rows import Row, data_hash
+from ldalign.data.sources import files_of
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
@@ -137,8 +139,7 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 def find_model(config: RunConfig, name: str) -> Path:
     """The model folder that `name` stands for, fetched by rank 0 where it is not there yet."""
-    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
-    return Path(on_rank0(lambda: str(resolve_model(name, cache))))
+    return Path(on_rank0(lambda: str(resolve_model(name, config.cache_folder))))
 
 
 def open_policy(config: RunConfig) -> Path:
@@ -164,7 +165,15 @@ def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[li
 
     counts gets what `read_rows` counts.
     """
-    options: Any = {"turns": config.turns, "bad_rows": config.bad_rows, "counts": counts}
+    options: Any = {
+        "turns": config.turns,
+        "bad_rows": config.bad_rows,
+        "columns": config.data_columns,
+        "cache": config.cache_folder,
+        "counts": counts,
+    }
+    # Rank 0 fetches what lies on the hub; then every rank finds it in the cache.
+    on_rank0(lambda: len(data_files(config)))
     if config.data == EMBEDDED:
         train_rows, heldout = (
             _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
@@ -190,6 +199,12 @@ def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[li
     ]
     most = None if None in asked else max(n for n in asked if n is not None)
     return train_rows[:most], heldout[: config.evaluation.rows]
+
+
+def data_files(config: RunConfig) -> list[Path]:
+    """The files that `data` and `heldout` stand for, fetched where they are not there yet."""
+    specs = [spec for spec in (config.data, config.heldout) if spec not in (None, EMBEDDED)]
+    return [path for spec in specs for path in files_of(spec, config.cache_folder)]
 
 
 def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:

@@ -6,8 +6,10 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_type_hints
 
+from ldalign.data.columns import Columns
 from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
     above_up_to,
@@ -21,6 +23,19 @@ from ldalign.system.config import (
     setting,
 )
 from ldalign.training.latent_map import LatentMap
+
+
+@dataclass(frozen=True)
+class ColumnsKeys:
+    """What the data's own names of the keys are, where they are others (docs/data.md)."""
+
+    prompt: str | None = setting(None, "text or turns that ask, such as question; null: prompt")
+    response: str | None = setting(None, "the answer, such as answer; null: response")
+    system: str | None = setting(None, "text of the system turn; null: system")
+    messages: str | None = setting(None, "whole conversation; null: messages, conversations")
+    chosen: str | None = setting(None, "preferred answer or conversation; null: chosen")
+    rejected: str | None = setting(None, "the other one; null: rejected")
+    id: str | None = setting(None, "name of a row; null: id")
 
 
 @dataclass(frozen=True)
@@ -353,8 +368,12 @@ class RunConfig:
     guide: GuideKeys = group(GuideKeys, "guiding model")
     data: str | list[str] = setting(
         "embedded",
-        "SFT data: file, folder or glob of JSON Lines or parquet, or a list of them; embedded: "
-        "ldalign's own task rows",
+        "SFT data: file, folder, glob, or name on the Hugging Face hub (org/name:config:split), or "
+        "a list of them; embedded: ldalign's own task rows",
+    )
+    columns: ColumnsKeys = group(ColumnsKeys, "the data's names of the keys that are read")
+    ignore_columns: list[str] = setting(
+        [], "keys of rows and turns to leave out, which are refused otherwise, such as tools"
     )
     turns: Literal["first", "last", "all"] = setting(
         "last", "which assistant turn is the response (first: SPIN's)"
@@ -455,12 +474,25 @@ class RunConfig:
     agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
     reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
     benchmarks: BenchmarksKeys = group(BenchmarksKeys, "public benchmarks")
-    cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
+    cache: str | None = setting(
+        None, "where fetched models and data are kept; null: ~/.cache/ldalign"
+    )
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
         """The value of a key in iteration t."""
         value: float | list[float] = getattr(self, name)
         return value[t] if isinstance(value, list) else value
+
+    @property
+    def data_columns(self) -> Columns:
+        """What is said about the keys of rows, as the reader takes it."""
+        named = {key: name for key, name in vars(self.columns).items() if name is not None}
+        return Columns(named, frozenset(self.ignore_columns))
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where fetched models and data are kept."""
+        return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "ldalign"
 
     @property
     def needs_guide(self) -> bool:
@@ -471,7 +503,7 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
-        found = []
+        found = self.data_columns.problems()
         for name in ("learning_rate", "beta"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.iterations:

@@ -11,8 +11,9 @@ from made_rows import GOOD, a, parquet, s, u, write
 from toy_context import open_toy, rows_file
 
 from ldalign.data.pairs import prepare, usable, with_losers
+from ldalign.data.reading import read_rows
 from ldalign.data.records import json_lines
-from ldalign.data.rows import Row, read_rows
+from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generation.external import read_losers
 from ldalign.run import manifest
@@ -228,7 +229,7 @@ def test_D7_broken_parquet(tmp_path: Path) -> None:
         r"number",
     )
     (tmp_path / "y.parquet").write_bytes(b"\x89PNG\r\n\x1a\n")
-    refusal(tmp_path / "y.parquet", r"y\.parquet:1:1: not UTF-8 text, nor a parquet file")
+    refusal(tmp_path / "y.parquet", r"y\.parquet:1:1: not UTF-8 text, nor parquet, Arrow, gzip")
 
 
 @pytest.mark.parametrize("text", ["a </s> b", "<s>", "</s></s>", "<unk>"])

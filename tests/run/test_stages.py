@@ -51,6 +51,39 @@ def test_no_more_rows_are_read_than_are_used(tmp_path: Path) -> None:
     assert count("sft.rows=null") == 4000
 
 
+def test_keys_of_rows_are_as_the_config_says(tmp_path: Path) -> None:
+    """Training and held-out rows, by columns and ignore_columns; the hub's files by the cache."""
+    path = tmp_path / "rows.jsonl"
+    record = {"question": "q", "answer": "r", "system_prompt": "s", "tools": [1]}
+    path.write_text(f"{json.dumps(record)}\n" * 40)
+    options = [f"data={path}", f"heldout={path}", "columns={prompt: question, response: answer}"]
+    with pytest.raises(InputError, match="rows.jsonl:1: system_prompt: carries meaning"):
+        context.read_data(config_of(tmp_path, *options, "ignore_columns=[tools]"))
+    options += ["columns.system=system_prompt", "ignore_columns=[tools]"]
+    for found in context.read_data(config_of(tmp_path, *options)):
+        assert found[0].history[0] == {"role": "system", "content": "s"}
+        assert (found[0].history[1]["content"], found[0].response) == ("q", "r")
+
+
+def test_data_of_the_hub_are_kept_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetched(name: str, cache: Path, is_data: object) -> list[Path]:
+        asked.append((name, cache))
+        return [rows_file(tmp_path / "rows.jsonl", 40)]
+
+    monkeypatch.setattr("ldalign.data.sources.hub_files", fetched)
+    ctx = open_toy(tmp_path, "data=org/name:train", "evaluation.rows=0", "sft.rows=null")
+    with ctx.run:
+        data.data_stage(ctx)
+    assert set(asked) == {("org/name:train", tmp_path)} and len(ctx.train.rows) == 40
+    sources = json.loads((ctx.run.path / "data/sources.json").read_text())
+    assert list(sources) == [str(tmp_path / "rows.jsonl")]
+    distributed.stop()
+
+
 def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = rows_file(tmp_path / "rows.jsonl", 100, kind="poetry")
     ctx = open_toy(tmp_path, f"data={path}")

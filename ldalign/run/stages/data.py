@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldalign.data.rows import Row, data_hash, files_of
-from ldalign.run.context import EMBEDDED, Context
+from ldalign.data.rows import Row, data_hash
+from ldalign.run.context import Context, data_files
 from ldalign.run.manifest import MANIFEST, Parents
 from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
@@ -52,7 +52,8 @@ def data_stage(ctx: Context) -> None:
             ]
             write_jsonl(folder / "dropped.jsonl", dropped)
             write_json(
-                folder / SOURCES_FILE, {str(path): hash_file(path) for path in _data_files(ctx)}
+                folder / SOURCES_FILE,
+                {str(path): hash_file(path) for path in data_files(ctx.config)},
             )
         return {
             "rows/train": len(ctx.train.rows),
@@ -76,11 +77,6 @@ def _data_parents(ctx: Context) -> Parents:
     }
 
 
-def _data_files(ctx: Context) -> list[Path]:
-    specs = [spec for spec in (ctx.config.data, ctx.config.heldout) if spec not in (None, EMBEDDED)]
-    return [path for spec in specs for path in files_of(spec)]
-
-
 def check_sources(ctx: Context) -> None:
     """Raises InputError where the run's rows are others than when it began, and a data
     file is why: it is named.
@@ -95,7 +91,7 @@ def check_sources(ctx: Context) -> None:
         return  # no such stage yet, or a damaged one, which says so itself
     if all(began.get(key) == value for key, value in _data_parents(ctx).items()):
         return
-    new = {str(path): hash_file(path) for path in _data_files(ctx)}
+    new = {str(path): hash_file(path) for path in data_files(ctx.config)}
     for path in [*old, *new]:
         if path in old and path in new and old[path] != new[path]:
             raise InputError(
