@@ -2,13 +2,13 @@
 
     torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]
 
-Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id`
-optional), `samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample",
-"messages", "response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed
-and id give the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they
-come (in FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the
-terminal instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a
-stage of align.py, which goes on from here with the same settings.
+Answers every prompt of a file ({"prompt": text or messages} or {"messages": [...]}, `id` optional),
+`samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample", "messages",
+"response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed and id give
+the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they come (in
+FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the terminal
+instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a stage of
+align.py, which goes on from here with the same settings.
 """
 
 import sys
@@ -18,8 +18,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.data.records import json_lines
+from ldalign.data.columns import Columns, KeyCounts
+from ldalign.data.records import BadRow, json_lines
 from ldalign.data.rows import Message
+from ldalign.data.shapes import given_id, read_prompt
 from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
@@ -54,7 +56,7 @@ ANSWERS = "answers.jsonl"
 class GenerateConfig(RunConfig):
     """The keys of `train/generate.py`: a run's, and three of its own."""
 
-    prompts: str | None = setting(None, "JSON Lines file of prompts; null: the run's own data")
+    prompts: str | None = setting(None, "file of prompts; null: the run's own data")
     output: str | None = setting(None, "folder for the answers; needed with prompts")
     samples: int = setting(1, "answers a prompt", check=positive)
 
@@ -86,7 +88,8 @@ def main(argv: list[str]) -> None:
         return
     if config.output is None:
         raise InputError("prompts: needs output=FOLDER, where the answers go")
-    answer(config, read_prompts(Path(config.prompts)), Path(config.output), dry="--dry-run" in argv)
+    prompts = read_prompts(Path(config.prompts), config.data_columns)
+    answer(config, prompts, Path(config.output), dry="--dry-run" in argv)
 
 
 def responses(ctx: Context) -> str:
@@ -231,39 +234,28 @@ def _stream(engine: Engine, request: Request, tokenizer: Tokenizer) -> str:
     return text
 
 
-def read_prompts(path: Path) -> dict[str, list[Message]]:
+def read_prompts(path: Path, columns: Columns | None = None) -> dict[str, list[Message]]:
     """Conversations that end with a user turn, by id (the line number where none is given).
 
-    Raises InputError naming file and line.
+    columns: what is said about the keys. Raises InputError naming file and line.
     """
+    columns, counts = columns or Columns(), KeyCounts()
     prompts: dict[str, list[Message]] = {}
-    for where, value in json_lines(path):
-        name, messages = _prompt(value, where)
+    for where, value in json_lines(path, columns):
+        try:
+            messages = read_prompt(value, columns, counts)
+            name = given_id(value, columns) or where.rpartition(":")[2]
+        except BadRow as error:
+            raise InputError(f"{where}: {error}") from None
         need(
             name not in prompts,
             f"{where}: id {name!r} is given twice; give every prompt an id of its own",
         )
         prompts[name] = messages
     need(bool(prompts), f"{path}: holds no prompts")
+    if counts.unknown:
+        say(f"prompts: WARNING: keys that are not known, and not read: {', '.join(counts.unknown)}")
     return prompts
-
-
-def _prompt(record: Any, where: str) -> tuple[str, list[Message]]:
-    try:
-        prompt = record.get("prompt", record.get("messages"))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-        sound = (
-            all(isinstance(text, str) for m in messages for text in m.values())
-            and messages[-1]["role"] == "user"
-        )
-    except (TypeError, KeyError, AttributeError, IndexError):
-        sound = False
-    need(
-        sound,
-        f'{where}: expected {{"prompt": text}} or {{"messages": [...]}} that ends with a user turn',
-    )
-    return str(record.get("id", where.rpartition(":")[2])), messages
 
 
 if __name__ == "__main__":

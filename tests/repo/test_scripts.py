@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 from runs import ROOT, one_thread, run_script, script_command
 
+from ldalign.data.columns import Columns
 from ldalign.run.folder import stage_names
 from ldalign.run.settings import UNREAD, RunConfig
 from ldalign.system.errors import InputError
@@ -279,13 +280,17 @@ def test_losers_made_elsewhere(
     ("text", "message"),
     [
         ("{", "prompts.jsonl:1:2: broken JSON"),
-        ('{"prompt": "a"}\n{"prompt": 1}', "prompts.jsonl:2: expected"),
-        ('{"prompt": "a"}\n[]', "prompts.jsonl:2: expected"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with a user turn"),
+        (
+            '{"prompt": "a"}\n{"prompt": 1}',
+            "prompts.jsonl:2: prompt: is a number; expected text or",
+        ),
+        ('{"prompt": "a"}\n[]', "prompts.jsonl:2: the row is a list; expected"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1 is assistant; expected"),
         (
             '{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}',
             "prompts.jsonl:2: id '1' is given twice",
         ),
+        ('{"prompt": "a", "tools": [1]}', "prompts.jsonl:1: tools: carries meaning"),
         ("\n", "holds no prompts"),
         (None, "cannot be read"),
     ],
@@ -296,6 +301,18 @@ def test_bad_prompts(tmp_path: Path, text: str | None, message: str) -> None:
         path.write_text(text)
     with pytest.raises(InputError, match=message):
         generate.read_prompts(path)
+
+
+def test_null_ids_and_prompts(tmp_path: Path) -> None:
+    """As parquet writes what is not there: the ids are the lines', the messages are read."""
+    asked = [{"role": "user", "content": "q"}]
+    path = tmp_path / "prompts.jsonl"
+    for record in ({"id": None, "prompt": "q"}, {"prompt": None, "messages": asked}):
+        path.write_text(f"{json.dumps(record)}\n" * 4)
+        assert generate.read_prompts(path) == dict.fromkeys("1234", asked)
+    path.write_text('{"question": "q"}\n')
+    columns = Columns({"prompt": "question"})
+    assert generate.read_prompts(path, columns) == {"1": asked}
 
 
 def test_scripts_do_not_touch_another_run(
