@@ -126,13 +126,7 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The compute dtype: as given, or bfloat16 where the device has instructions for it."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return distributed.auto_dtype(device)
 
 
 def find_model(config: RunConfig, name: str) -> Path:
