@@ -11,6 +11,8 @@ terminal instead. Without both it samples for the run's own data, into RUN/itera
 stage of align.py, which goes on from here with the same settings.
 """
 
+import codecs
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
+from ldalign.run.positions import positions_of, reads, warn_of_answers
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.run.stages.responses import (
@@ -118,6 +121,7 @@ def answer(
     requests = [
         Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)
     ]
+    check_prompts(folder, ids, config.max_new_tokens)
     say(
         f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; "
         f"{config.samples} answers each; {device.type}"
@@ -157,6 +161,20 @@ def answer(
     distributed.stop()
 
 
+def check_prompts(folder: Path, ids: dict[str, list[int]], max_new_tokens: int) -> None:
+    """Raises InputError for a prompt (token ids, by name) that fills what the policy in `folder`
+    reads; warns where an answer may run past it.
+    """
+    longest = max(ids, key=lambda name: len(ids[name]))
+    positions = positions_of(folder)
+    need(
+        len(ids[longest]) < positions,
+        f"prompts: {longest!r} has {len(ids[longest])} tokens, and {reads(folder, positions)}; "
+        "shorten it, or leave it out",
+    )
+    warn_of_answers(folder, len(ids[longest]), max_new_tokens)
+
+
 def began(output: Path) -> date | None:
     """The day that prompts of answers already there, or begun, give as today's;
     None where they give none.
@@ -178,11 +196,12 @@ def open_decoder(config: RunConfig, folder: Path) -> Decoder:
 
 def chat(config: GenerateConfig) -> None:
     """Holds a conversation: a line in, an answer out as it comes. /new forgets what was said, the
-    end of input leaves.
+    end of input leaves. A line that makes it longer than the policy reads is left out of it.
     """
     folder = open_policy(config)
     tokenizer = load_tokenizer(folder)
     decoder = open_decoder(config, folder)
+    positions = positions_of(folder)
     need(distributed.world_size() == 1, "--chat: one process is enough; start it without torchrun")
     say("Your turn; /new begins again, Ctrl-D ends.")
     messages: list[Message] = []
@@ -191,8 +210,12 @@ def chat(config: GenerateConfig) -> None:
         if line == "/new":
             messages = []
             continue
+        prompt = tokenizer.prompt_ids([*messages, {"role": "user", "content": line}])
+        if len(prompt) >= positions:
+            say(f"The conversation has {len(prompt)} tokens, and {reads(folder, positions)}: /new")
+            continue
         messages.append({"role": "user", "content": line})
-        request = Request(f"chat/{turn}", tokenizer.prompt_ids(messages))
+        request = Request(f"chat/{turn}", prompt)
         turn += 1
         engine = new_engine(config, [request], tokenizer)(decoder)
         messages.append({"role": "assistant", "content": _stream(engine, request, tokenizer)})
@@ -200,13 +223,21 @@ def chat(config: GenerateConfig) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, without empty lines."""
+    """What is typed, without empty lines. Bytes that are no character are said to be, and replaced:
+    a tokenizer takes no half of one.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Everything that ASCII says, UTF-8 says alike, and a terminal without a locale may send it.
+        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return
+        if "\N{REPLACEMENT CHARACTER}" in line:
+            say(f"Some bytes of this line are no {sys.stdin.encoding}: each is read as U+FFFD")
         if line.strip():
             yield line.strip()
 

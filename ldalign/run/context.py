@@ -22,6 +22,7 @@ from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.manifest import CHECKPOINTS, Parents
+from ldalign.run.positions import check_rows, warn_of_answers
 from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
@@ -33,6 +34,7 @@ from ldalign.system.seeds import permutation
 from ldalign.training.checkpoint import CheckpointPlan
 
 EMBEDDED = "embedded"
+SAMPLED = ("responses", "agreement_samples")  # stages whose answers have max_new_tokens
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 
 
@@ -224,8 +226,9 @@ def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = No
     """Reads and checks data, tokenizer and template, and the headers of the policy's
     files; nothing is written.
 
-    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit,
-    fewer of them than one global batch, or a guide that is asked for in two ways.
+    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit or
+    are longer than the policy reads, fewer of them than one global batch, or a guide that is asked
+    for in two ways.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
@@ -244,6 +247,7 @@ def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = No
         prepare(heldout_rows, tokenizer, config.max_length),
         counts,
     )
+    _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     distributed.copies(config.training.shard_ranks)
     say(
@@ -280,6 +284,15 @@ def _check_guide(guide: GuideKeys) -> None:
             f"guide={guide.folder}: is no trained guide, and guide.backbone=policy starts from the "
             "policy: give one of the two"
         )
+
+
+def _check_positions(ctx: Context, planned: Sequence[str] | None) -> None:
+    """Raises InputError for a row longer than the policy reads; warns where an answer may be."""
+    pairs = [*ctx.train.pairs, *ctx.heldout.pairs]
+    check_rows(ctx.start, ctx.config.max_length, max((p.tokens for p in pairs), default=0))
+    if planned is None or any(name.rpartition("/")[2] in SAMPLED for name in planned):
+        longest = max((len(p.prompt) for p in pairs), default=0)
+        warn_of_answers(ctx.start, longest, ctx.config.max_new_tokens)
 
 
 def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
