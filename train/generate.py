@@ -57,8 +57,10 @@ ANSWERS = "answers.jsonl"
 class GenerateConfig(RunConfig):
     """The keys of `train/generate.py`: a run's, and three of its own."""
 
-    prompts: str | None = setting(None, "JSON Lines file of prompts; null: the run's own data")
-    output: str | None = setting(None, "folder for the answers; needed with prompts")
+    prompts: str | None = setting(
+        None, "JSON Lines file of prompts; null: the run's own data", path=True
+    )
+    output: str | None = setting(None, "folder for the answers; needed with prompts", path=True)
     samples: int = setting(1, "answers a prompt", check=positive)
 
 

@@ -42,7 +42,7 @@ def judge(ctx: Context) -> str:
     )
     guide = find_guide(ctx) if ctx.config.needs_guide else None
     given, start = ctx.config.agreement.policy, start_stage(ctx)
-    agreement_stage(ctx, Path(given).expanduser() if given else start, guide, start)
+    agreement_stage(ctx, Path(given) if given else start, guide, start)
     return f"Every pair: {ctx.run.path / AGREEMENT_STAGE.folder() / 'agreement.jsonl'}"
 
 

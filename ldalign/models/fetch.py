@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def resolve_model(name: str, cache: Path) -> Path:
     Raises InputError for a name that is none of these, EnvironmentProblem when a download
     or a package is missing.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for ~somebody
     if name and path.exists():
         return _checked_folder(path)
     if name == DEFAULT_MODEL:

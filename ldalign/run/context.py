@@ -133,7 +133,7 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 def find_model(config: RunConfig, name: str) -> Path:
     """The model folder that `name` stands for, fetched by rank 0 where it is not there yet."""
-    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
+    cache = Path(config.cache) if config.cache else Path.home() / ".cache" / "ldalign"
     return Path(on_rank0(lambda: str(resolve_model(name, cache))))
 
 
@@ -273,7 +273,7 @@ def _check_guide(guide: GuideKeys) -> None:
     """
     if guide.folder is None:
         return
-    trained = is_trained_guide(Path(guide.folder).expanduser())
+    trained = is_trained_guide(Path(guide.folder))
     if trained and guide.retrain:
         raise InputError(
             f"guide={guide.folder}: is a trained guide, used as it is; guide.retrain=true would "

@@ -117,6 +117,7 @@ class GuideKeys:
     folder: str | None = setting(
         None,
         "GPT-2 model folder to start from, or a trained guide to use as it is; null: none",
+        path=True,
     )
     backbone: Literal["auto", "policy", "gpt2"] = setting(
         "auto",
@@ -267,11 +268,13 @@ class JudgeKeys:
         "checker: the embedded data's own; policy: the policy itself; embedding: closeness to the "
         "real response, by judge.folder; a model folder or name; with an endpoint, its name for "
         "the model",
+        path=True,
     )
     folder: str | None = setting(
         None,
         "of judge=embedding: sentence-embedding model, folder or name, such as "
         "sentence-transformers/all-MiniLM-L6-v2",
+        path=True,
     )
     endpoint: str | None = setting(
         None,
@@ -297,7 +300,9 @@ class AgreementKeys:
 
     rows: int | None = setting(None, "first held-out prompts to use; null: all", check=positive)
     policy: str | None = setting(
-        None, "model folder that answers, such as RUN/iteration_2/policy; null: the start"
+        None,
+        "model folder that answers, such as RUN/iteration_2/policy; null: the start",
+        path=True,
     )
 
 
@@ -313,6 +318,7 @@ class RewardKeys:
         None,
         "sequence classifier with one logit, folder or name, such as OpenAssistant/"
         "reward-model-deberta-v3-large-v2; null: no rewards",
+        path=True,
     )
     max_tokens: int = setting(
         512, "of question and answer together, in its tokens; the longer is cut", check=positive
@@ -331,7 +337,9 @@ class BenchmarksKeys:
     SHORTHAND: ClassVar[str] = "tasks"
 
     tasks: list[str] = setting([], "such as [piqa, arc_easy]; []: none")
-    data: str | None = setting(None, "folder of local files, TASK.jsonl; null: the hub's data sets")
+    data: str | None = setting(
+        None, "folder of local files, TASK.jsonl; null: the hub's data sets", path=True
+    )
     limit: int | None = setting(None, "first rows of each task; null: all", check=positive)
     shots: int | None = setting(
         None, "examples in front of every row; null: the task's own", check=non_negative
@@ -345,16 +353,18 @@ class BenchmarksKeys:
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
 
-    run: str = setting("runs/align", "run folder: everything is written here")
+    run: str = setting("runs/align", "run folder: everything is written here", path=True)
     policy: str = setting(
         "smollm2-135m-instruct",
         "model folder, Hugging Face name (org/name), the embedded default, or toy (tiny, random)",
+        path=True,
     )
     guide: GuideKeys = group(GuideKeys, "guiding model")
     data: str | list[str] = setting(
         "embedded",
         "SFT data: file, folder or glob of JSON Lines or parquet, or a list of them; embedded: "
         "ldalign's own task rows",
+        path=True,
     )
     turns: Literal["first", "last", "all"] = setting(
         "last", "which assistant turn is the response (first: SPIN's)"
@@ -363,7 +373,9 @@ class RunConfig:
         "error", "a row that cannot be used; skip: leave it out and count it, up to 1 % of the rows"
     )
     heldout: str | None = setting(
-        None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)"
+        None,
+        "held-out data; null: heldout_fraction of `data` (embedded: its own split)",
+        path=True,
     )
     heldout_fraction: float = setting(
         0.1,
@@ -374,6 +386,7 @@ class RunConfig:
         None,
         "responses to use in the first iteration instead of sampling them: JSON Lines "
         "(docs/generation.md)",
+        path=True,
     )
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
@@ -455,7 +468,9 @@ class RunConfig:
     agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
     reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
     benchmarks: BenchmarksKeys = group(BenchmarksKeys, "public benchmarks")
-    cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
+    cache: str | None = setting(
+        None, "where fetched models are kept; null: ~/.cache/ldalign", path=True
+    )
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
         """The value of a key in iteration t."""

@@ -157,7 +157,7 @@ def _nll(ctx: Context, policy: Path, pairs: Sequence[Pair], path: Path) -> torch
 def _gpt2(ctx: Context) -> Path | None:
     """The GPT-2 that a guide's towers began as, where the config names it."""
     given = ctx.config.guide.folder
-    folder = Path(given).expanduser() if given else None
+    folder = Path(given) if given else None
     return folder if folder is not None and not is_trained_guide(folder) else None
 
 
@@ -167,7 +167,7 @@ def find_guide(ctx: Context) -> Path:
 
     Raises InputError where there is none.
     """
-    given = Path(ctx.config.guide.folder).expanduser() if ctx.config.guide.folder else None
+    given = Path(ctx.config.guide.folder) if ctx.config.guide.folder else None
     own = ctx.run.path / GUIDE_STAGE.folder(0)
     folder = given if given is not None and is_trained_guide(given) else own
     if not is_trained_guide(folder):

@@ -85,7 +85,7 @@ def say_guide(ctx: Context, planned: Sequence[str]) -> None:
     config = ctx.config
     if GUIDE_STAGE.folder(0) not in planned:
         return
-    if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder).expanduser()):
+    if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder)):
         say(f"guide: the trained one in {config.guide.folder}, as it is")
     else:
         say(guide_plan(ctx).why)
@@ -163,7 +163,7 @@ def _tower_parameters(ctx: Context, plan: GuidePlan) -> int:
     if plan.towers == "policy":
         return ctx.parameters
     if g.folder is not None:
-        return count_parameters(check_model(Path(g.folder).expanduser()))
+        return count_parameters(check_model(Path(g.folder)))
     return 12 * g.layers * g.width**2 + (g.vocabulary + _positions(ctx)) * g.width
 
 
@@ -186,7 +186,7 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     guide = config.guide
     if GUIDE_STAGE.folder(0) not in planned or guide.folder is None:
         return
-    folder = Path(guide.folder).expanduser()
+    folder = Path(guide.folder)
     if not folder.is_dir():
         raise InputError(
             f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py "
@@ -212,7 +212,7 @@ def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Pat
     Raises NumericsError where it does not tell the two apart and guide.gate is stop.
     """
     g = ctx.config.guide
-    given = Path(g.folder).expanduser() if g.folder else None
+    given = Path(g.folder) if g.folder else None
     if given is not None and is_trained_guide(given):
         return given
     rows, _ = ctx.used
@@ -279,7 +279,7 @@ def untrained_guide(
         texts = [history_text(row.history) for row in rows]
         texts += [ctx.tokenizer.decode(y) for pair in pairs for y in pair.responses]
         return new_guide(config, seed, texts, size).to(ctx.device)
-    folder = start if plan.towers == "policy" else Path(str(g.folder)).expanduser()
+    folder = start if plan.towers == "policy" else Path(str(g.folder))
     return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device)
 
 

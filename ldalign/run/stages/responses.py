@@ -43,7 +43,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
     """
     name, config = RESPONSES_STAGE.folder(t), ctx.config
     rows, pairs = ctx.used
-    given = Path(config.responses).expanduser() if config.responses and t == 0 else None
+    given = Path(config.responses) if config.responses and t == 0 else None
     sampling = sampling_of(config)
     keys = [
         f"iteration/{t}/{row.id}" + (f"/{n}" if samples > 1 else "")
