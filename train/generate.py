@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from ldalign.data.records import json_lines
 from ldalign.data.rows import Message
-from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
+from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
@@ -30,7 +30,13 @@ from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
-from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
+from ldalign.run.context import (
+    Context,
+    choose_dtype,
+    named_keys,
+    open_policy,
+    open_tokenizer,
+)
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.run.positions import positions_of, reads, warn_of_answers
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
@@ -116,7 +122,7 @@ def answer(
     )
     device = distributed.start(config.device)
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder, today=began(output))
+    tokenizer = open_tokenizer(config, folder, began(output))
     ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
     named = [(name, n) for name in prompts for n in range(config.samples)]
     # The first answer has the stream of its id alone: asking for more leaves it as it is.
@@ -201,7 +207,7 @@ def chat(config: GenerateConfig) -> None:
     end of input leaves. A line that makes it longer than the policy reads is left out of it.
     """
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(config, folder)
     decoder = open_decoder(config, folder)
     positions = positions_of(folder)
     need(distributed.world_size() == 1, "--chat: one process is enough; start it without torchrun")

@@ -185,10 +185,12 @@ def save_model(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     state: Mapping[str, Tensor] | None = None,
+    template: str | None = None,
 ) -> None:
     """Writes a model folder: weights in `dtype`, config.json and tokenizer files of `source`.
 
     state: the full tensors by name where the model's own are sharded; None: `model.state_dict()`.
+    template: the chat template's text, where it is not that of `source`.
     Raises InputError where `source` describes another network, NumericsError for NaN and Inf.
     """
     folder, source = Path(folder), Path(source)
@@ -206,7 +208,7 @@ def save_model(
     state = model.state_dict() if state is None else state
     write_weights(stored_state(model, state), folder, dtype)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer_files(source, folder)
+    save_tokenizer_files(source, folder, template)
 
 
 def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

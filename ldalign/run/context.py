@@ -31,6 +31,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.seeds import permutation
+from ldalign.system.untrusted import read_text
 from ldalign.training.checkpoint import CheckpointPlan
 
 EMBEDDED = "embedded"
@@ -92,6 +93,11 @@ class Context:
         """sha256 of the held-out rows."""
         return data_hash(self.heldout.rows)
 
+    @property
+    def template(self) -> str | None:
+        """The text of the chat template that the config gives; None: the policy's own."""
+        return None if self.config.template is None else self.tokenizer.template
+
     @cached_property
     def parameters(self) -> int:
         """The number of the policy's weights, from the headers of its files."""
@@ -152,6 +158,23 @@ def open_policy(config: RunConfig) -> Path:
         )
     check_model(folder)
     return folder
+
+
+def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -> Tokenizer:
+    """The tokenizer of the policy's model folder, with the chat template that the config gives.
+
+    Raises InputError as `load_tokenizer` does, and for a template that cannot be read.
+    """
+    if config.template is None:
+        return load_tokenizer(folder, today=today)
+    path = Path(config.template)
+    try:
+        text = read_text(path.resolve())  # a link is as good: the file is the user's own
+    except FileNotFoundError:
+        raise InputError(f"template={path}: no such file") from None
+    if not text.strip():
+        raise InputError(f"template={path}: is empty; leave the key out for the policy's own")
+    return load_tokenizer(folder, text, today)
 
 
 def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
@@ -235,7 +258,7 @@ def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = No
     counts: Counter[str] = Counter(skipped=0, repeated=0)
     train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
-    tokenizer = load_tokenizer(start, today=run.began)
+    tokenizer = open_tokenizer(config, start, run.began)
     ctx = Context(
         run,
         config,

@@ -359,6 +359,12 @@ class RunConfig:
         "model folder, Hugging Face name (org/name), the embedded default, or toy (tiny, random)",
         path=True,
     )
+    template: str | None = setting(
+        None,
+        "file of the chat template (jinja) to use in place of the policy's own, and to write into "
+        "the policies made; null: the policy's",
+        path=True,
+    )
     guide: GuideKeys = group(GuideKeys, "guiding model")
     data: str | list[str] = setting(
         "embedded",

@@ -135,7 +135,7 @@ def _measured(
         found.append(("untrained", values))
     del trained, before
     if "pooled" not in beside:
-        pooled = pooled_guide(start, ctx.dtype, ctx.device)
+        pooled = pooled_guide(start, ctx.dtype, ctx.device, ctx.template)
         read = guide_pairs(ctx, pooled, chosen, pairs)
         found.append(("pooled", latent_distances(ctx, pooled, read, parts / "pooled")[:, 0]))
         del pooled

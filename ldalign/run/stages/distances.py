@@ -102,7 +102,7 @@ def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:
     the policy `start` for latents (distance=pooled).
     """
     if guide is None:
-        return pooled_guide(start, ctx.dtype, ctx.device)
+        return pooled_guide(start, ctx.dtype, ctx.device, ctx.template)
     return load_guide(guide, ctx.device, ctx.dtype)
 
 

@@ -279,8 +279,9 @@ def untrained_guide(
         texts = [history_text(row.history) for row in rows]
         texts += [ctx.tokenizer.decode(y) for pair in pairs for y in pair.responses]
         return new_guide(config, seed, texts, size).to(ctx.device)
-    folder = start if plan.towers == "policy" else Path(str(g.folder))
-    return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device)
+    own = plan.towers == "policy"
+    folder, template = (start, ctx.template) if own else (Path(str(g.folder)), None)
+    return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device, template)
 
 
 def guide_pairs(
@@ -313,6 +314,8 @@ def _guide_parents(
     begun: Parents = {"towers": plan.towers, "frozen": str(plan.frozen), "dtype": str(ctx.dtype)}
     if plan.towers == "policy":
         begun = {**begun, "policy": hash_model_folder(start)}
+        if ctx.template is not None:  # the policy's own counts with its folder
+            begun |= ctx.tokenizer.template_parents
     elif given is not None:
         begun = {**begun, "pretrained": hash_model_folder(given)}
     read = hash_settings([[pair.prompt, *pair.responses] for pair in pairs])

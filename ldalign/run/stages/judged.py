@@ -77,9 +77,10 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
         return EmbeddingJudge(EmbeddingModel(embedding_folder(ctx.config), ctx.device))
     folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
+    template = ctx.template if (model or j.model) == POLICY else None
     return ModelJudge(
         loaded,
-        load_tokenizer(folder, today=ctx.run.began),
+        load_tokenizer(folder, template, ctx.run.began),
         ctx.config.training.micro_tokens,
         ctx.device,
     )
@@ -129,7 +130,10 @@ def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Paren
         found = hash_model_folder(embedding_folder(ctx.config))
         return {"judge.model": EMBEDDING, "judge.folder": found}
     folder = _folder(ctx, policy, model or j.model)
-    dated = template_date(folder, ctx.run.began)
+    if (model or j.model) == POLICY and ctx.template is not None:
+        dated = ctx.tokenizer.template_parents
+    else:
+        dated = template_date(folder, ctx.run.began)
     return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
 
 

@@ -163,7 +163,7 @@ def _train_stage(
         dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
         state = distributed.full_state(model, dtype)
         if distributed.rank() == 0:
-            save_model(model, folder, start, dtype, state)
+            save_model(model, folder, start, dtype, state, ctx.template)
         return summary | (extra or {})
 
     parents = {
