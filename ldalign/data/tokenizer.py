@@ -160,6 +160,15 @@ class Tokenizer:
         """Returns the text of `ids`."""
         return self._plain.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def piece(self, ids: Sequence[int]) -> str:
+        """Returns what a token stands for, or several that are parts of one character, for a person
+        to read: the text with the space it begins with, or where there is none the token's name.
+        """
+        name = self._plain.id_to_token(ids[0]) or f"<{ids[0]}>"
+        if name.startswith("\u2581"):  # SentencePiece's space, which its decoder drops
+            return name.replace("\u2581", " ")
+        return self.decode(ids, skip_special_tokens=False) or name
+
     # -------------------------------------------------------------------------------- conversations
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:

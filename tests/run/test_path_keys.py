@@ -12,11 +12,12 @@ from ldalign.run.settings import CompareConfig, RunConfig
 from ldalign.system.config import load_config, split_argv
 from ldalign.system.errors import InputError
 from ldalign.train.generate import GenerateConfig
+from ldalign.train.inspect_data import InspectConfig
 from ldalign.train.report import ReportConfig
 
-CONFIGS = (RunConfig, CompareConfig, GenerateConfig, ReportConfig)
+CONFIGS = (RunConfig, CompareConfig, GenerateConfig, InspectConfig, ReportConfig)
 # The keys that hold text and name no file. A new key of text must be here, or be a path.
-NO_PATHS = {"sampling.stop", "judge.endpoint", "benchmarks.tasks", "compare.methods"}
+NO_PATHS = {"sampling.stop", "judge.endpoint", "benchmarks.tasks", "compare.methods", "rows"}
 
 
 def text_keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, bool, bool]]:
