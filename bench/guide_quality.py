@@ -179,7 +179,7 @@ class Rows:
         """Makes or reads the policy, its samples and the judge's preferences."""
         start = start_stage(ctx)
         most = ctx.config.max_length
-        losers = [r.ids for r in responses_stage(ctx, 0, start)]
+        losers = responses_stage(ctx, 0, start).tokens
         samples = agreement_samples_stage(ctx, start)
         heldout = ctx.heldout.pairs[: len(samples) // 2]
         both = [

@@ -5,6 +5,7 @@ there is no other setting of ours.
 """
 
 import json
+import resource
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from worker import Job, Result, main, settle, timed
 
 from ldalign.data.pairs import Pair
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Sampling
@@ -24,7 +26,11 @@ from ldalign.models.guide import GuideLoss
 from ldalign.models.guide_folder import load_guide
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import load_model
+from ldalign.run.folder import RunFolder
+from ldalign.run.prepared import open_data
+from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
+from ldalign.system.config import load_config, to_yaml
 from ldalign.system.seeds import permutation
 from ldalign.training.guide import GuideTrainSettings, train_guide
 from ldalign.training.policy import TrainSettings, train
@@ -194,6 +200,24 @@ def guide_distance(job: Job) -> Result:
     return {"seconds": seconds[1:], "distances": distances.tolist()}
 
 
+def prepare(job: Job) -> Result:
+    """Times the opening of a run's rows, which prepares them where they are not there."""
+    overrides = [f"{key}={job[key]}" for key in ("policy", "data", "run", "max_length")]
+    config = load_config(RunConfig, None, overrides)
+    with RunFolder(Path(config.run), to_yaml(config)) as folder:
+        began = time.perf_counter()
+        tokenizer = load_tokenizer(Path(config.policy), today=folder.began)
+        data = open_data(folder, config, tokenizer)
+        seconds = time.perf_counter() - began
+    own, others = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "seconds": seconds,
+        "cpu": own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime,
+        "worker_mib": others.ru_maxrss / 1024,
+        "tokens": int(sum(split.pairs.tokens.sum() for split in (data.train, data.heldout))),
+    }
+
+
 if __name__ == "__main__":
-    tasks = (dpo, generation, guide_training, guide_distance)
+    tasks = (dpo, generation, guide_training, guide_distance, prepare)
     main({task.__name__: task for task in tasks})

@@ -16,7 +16,6 @@ from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
 from ldalign.run.settings import RunConfig, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
-from ldalign.run.stages.data import data_stage
 from ldalign.run.stages.guide import check_guide, say_guide
 from ldalign.system import distributed
 from ldalign.system.config import describe, given_keys, load_config, split_argv, to_yaml
@@ -57,7 +56,8 @@ def run_script(
     check_measurements(config, planned(config))
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
-        say(dry_run(open_context(folder, config, planned(config)), planned(config)))
+        ctx = open_context(folder, config, planned(config), write=False)
+        say(dry_run(ctx, planned(config)))
     else:
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
@@ -74,15 +74,14 @@ def run_script(
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
-    """Opens and locks the run folder and writes its rows down; yields the context that the planned
+    """Opens and locks the run folder and prepares its rows; yields the context that the planned
     stages work in.
     """
     with RunFolder(Path(config.run), to_yaml(config)) as run:
-        ctx = open_context(run, config, planned)
         check_guide(config, planned)
+        ctx = open_context(run, config, planned)
         check_disk(ctx, planned, run.path)
         say_guide(ctx, planned)
-        data_stage(ctx)
         yield ctx
 
 

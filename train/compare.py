@@ -45,7 +45,12 @@ def main(argv: list[str]) -> None:
     distributed.start(config.device, config.timeout_minutes)
     start = start_config(config)
     if "--dry-run" in argv:
-        say(dry_run(open_context(RunFolder(Path(start.run), ""), start), align.planned(start)))
+        say(
+            dry_run(
+                open_context(RunFolder(Path(start.run), ""), start, write=False),
+                align.planned(start),
+            )
+        )
     else:
         with RunFolder(Path(config.run), to_yaml(config)) as run:
             compare(config, run)

@@ -2,15 +2,17 @@
 
     torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]
 
-Answers every prompt of a JSON Lines file ({"prompt": text or messages} or {"messages": [...]}, `id`
-optional), `samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample",
-"messages", "response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed
-and id give the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they
-come (in FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the
-terminal instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a
-stage of align.py, which goes on from here with the same settings.
+Answers every prompt of a file ({"prompt": text or messages} or {"messages": [...]}, `id` optional),
+`samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample", "messages",
+"response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed and id give
+the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they come (in
+FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the terminal
+instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a stage of
+align.py, which goes on from here with the same settings.
 """
 
+import codecs
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,18 +20,27 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.data.records import json_lines
+from ldalign.data.columns import Columns, KeyCounts
+from ldalign.data.records import BadRow, json_lines
 from ldalign.data.rows import Message
-from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer, load_tokenizer
+from ldalign.data.shapes import given_id, read_prompt
+from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
-from ldalign.models.weights import load_model
-from ldalign.run.context import Context, choose_dtype, named_keys, open_policy
+from ldalign.models.weights import context_length, load_model
+from ldalign.run.context import (
+    Context,
+    choose_dtype,
+    named_keys,
+    open_policy,
+    open_tokenizer,
+)
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
+from ldalign.run.positions import reads, warn_of_answers
 from ldalign.run.settings import SAMPLING_KEYS, RunConfig
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.run.stages.responses import (
@@ -54,8 +65,8 @@ ANSWERS = "answers.jsonl"
 class GenerateConfig(RunConfig):
     """The keys of `train/generate.py`: a run's, and three of its own."""
 
-    prompts: str | None = setting(None, "JSON Lines file of prompts; null: the run's own data")
-    output: str | None = setting(None, "folder for the answers; needed with prompts")
+    prompts: str | None = setting(None, "file of prompts; null: the run's own data", path=True)
+    output: str | None = setting(None, "folder for the answers; needed with prompts", path=True)
     samples: int = setting(1, "answers a prompt", check=positive)
 
 
@@ -86,7 +97,8 @@ def main(argv: list[str]) -> None:
         return
     if config.output is None:
         raise InputError("prompts: needs output=FOLDER, where the answers go")
-    answer(config, read_prompts(Path(config.prompts)), Path(config.output), dry="--dry-run" in argv)
+    prompts = read_prompts(Path(config.prompts), config.data_columns)
+    answer(config, prompts, Path(config.output), dry="--dry-run" in argv)
 
 
 def responses(ctx: Context) -> str:
@@ -111,13 +123,14 @@ def answer(
     )
     device = distributed.start(config.device)
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder, today=began(output))
+    tokenizer = open_tokenizer(config, folder, began(output))
     ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
     named = [(name, n) for name in prompts for n in range(config.samples)]
     # The first answer has the stream of its id alone: asking for more leaves it as it is.
     requests = [
         Request(f"{name}/{n}" if n else name, ids[name], i) for i, (name, n) in enumerate(named)
     ]
+    check_prompts(folder, ids, config.max_new_tokens)
     say(
         f"{len(prompts)} prompts, the longest of {max(map(len, ids.values()))} tokens; "
         f"{config.samples} answers each; {device.type}"
@@ -157,6 +170,20 @@ def answer(
     distributed.stop()
 
 
+def check_prompts(folder: Path, ids: dict[str, list[int]], max_new_tokens: int) -> None:
+    """Raises InputError for a prompt (token ids, by name) that fills what the policy in `folder`
+    reads; warns where an answer may run past it.
+    """
+    longest = max(ids, key=lambda name: len(ids[name]))
+    positions = context_length(folder)
+    need(
+        len(ids[longest]) < positions,
+        f"prompts: {longest!r} has {len(ids[longest])} tokens, and {reads(folder, positions)}; "
+        "shorten it, or leave it out",
+    )
+    warn_of_answers(folder, len(ids[longest]), max_new_tokens)
+
+
 def began(output: Path) -> date | None:
     """The day that prompts of answers already there, or begun, give as today's;
     None where they give none.
@@ -178,11 +205,12 @@ def open_decoder(config: RunConfig, folder: Path) -> Decoder:
 
 def chat(config: GenerateConfig) -> None:
     """Holds a conversation: a line in, an answer out as it comes. /new forgets what was said, the
-    end of input leaves.
+    end of input leaves. A line that makes it longer than the policy reads is left out of it.
     """
     folder = open_policy(config)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(config, folder)
     decoder = open_decoder(config, folder)
+    positions = context_length(folder)
     need(distributed.world_size() == 1, "--chat: one process is enough; start it without torchrun")
     say("Your turn; /new begins again, Ctrl-D ends.")
     messages: list[Message] = []
@@ -191,8 +219,12 @@ def chat(config: GenerateConfig) -> None:
         if line == "/new":
             messages = []
             continue
+        prompt = tokenizer.prompt_ids([*messages, {"role": "user", "content": line}])
+        if len(prompt) >= positions:
+            say(f"The conversation has {len(prompt)} tokens, and {reads(folder, positions)}: /new")
+            continue
         messages.append({"role": "user", "content": line})
-        request = Request(f"chat/{turn}", tokenizer.prompt_ids(messages))
+        request = Request(f"chat/{turn}", prompt)
         turn += 1
         engine = new_engine(config, [request], tokenizer)(decoder)
         messages.append({"role": "assistant", "content": _stream(engine, request, tokenizer)})
@@ -200,13 +232,21 @@ def chat(config: GenerateConfig) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, without empty lines."""
+    """What is typed, without empty lines. Bytes that are no character are said to be, and replaced:
+    a tokenizer takes no half of one.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Everything that ASCII says, UTF-8 says alike, and a terminal without a locale may send it.
+        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return
+        if "\N{REPLACEMENT CHARACTER}" in line:
+            say(f"Some bytes of this line are no {sys.stdin.encoding}: each is read as U+FFFD")
         if line.strip():
             yield line.strip()
 
@@ -231,39 +271,28 @@ def _stream(engine: Engine, request: Request, tokenizer: Tokenizer) -> str:
     return text
 
 
-def read_prompts(path: Path) -> dict[str, list[Message]]:
+def read_prompts(path: Path, columns: Columns | None = None) -> dict[str, list[Message]]:
     """Conversations that end with a user turn, by id (the line number where none is given).
 
-    Raises InputError naming file and line.
+    columns: what is said about the keys. Raises InputError naming file and line.
     """
+    columns, counts = columns or Columns(), KeyCounts()
     prompts: dict[str, list[Message]] = {}
-    for where, value in json_lines(path):
-        name, messages = _prompt(value, where)
+    for where, value in json_lines(path, columns):
+        try:
+            messages = read_prompt(value, columns, counts)
+            name = given_id(value, columns) or where.rpartition(":")[2]
+        except BadRow as error:
+            raise InputError(f"{where}: {error}") from None
         need(
             name not in prompts,
             f"{where}: id {name!r} is given twice; give every prompt an id of its own",
         )
         prompts[name] = messages
     need(bool(prompts), f"{path}: holds no prompts")
+    if counts.unknown:
+        say(f"prompts: WARNING: keys that are not known, and not read: {', '.join(counts.unknown)}")
     return prompts
-
-
-def _prompt(record: Any, where: str) -> tuple[str, list[Message]]:
-    try:
-        prompt = record.get("prompt", record.get("messages"))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-        sound = (
-            all(isinstance(text, str) for m in messages for text in m.values())
-            and messages[-1]["role"] == "user"
-        )
-    except (TypeError, KeyError, AttributeError, IndexError):
-        sound = False
-    need(
-        sound,
-        f'{where}: expected {{"prompt": text}} or {{"messages": [...]}} that ends with a user turn',
-    )
-    return str(record.get("id", where.rpartition(":")[2])), messages
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ align.py goes on from here with the same settings; any other run takes the guide
 The guides that guide.retrain asks for are align.py's.
 """
 
-from ldalign.data.pairs import rejected_pairs, with_losers
+from ldalign.data.pairs import with_losers
 from ldalign.run.context import Context
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.guide import GUIDE_STAGE, guide_plan, guide_stage
@@ -35,15 +35,15 @@ def check(config: RunConfig) -> None:
 
 def guide(ctx: Context) -> str:
     """Trains the guide, after what it needs; returns the closing line."""
-    rows, pairs = ctx.used
-    if all(row.rejected is not None for row in rows):
-        pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
+    _, pairs = ctx.used
+    if ctx.train.rejected is not None:
+        losers = ctx.train.rejected[: len(pairs)]
         # Self-play's start is made for a guide that begins as it, and for no other.
         start = start_stage(ctx) if guide_plan(ctx).reads_ids else ctx.start
     else:
         start = start_stage(ctx)
-        losers = responses_stage(ctx, 0, start)
-        pairs = with_losers(pairs, [r.ids for r in losers], ctx.config.max_length)
+        losers = responses_stage(ctx, 0, start).tokens
+    pairs = with_losers(pairs, losers, ctx.config.max_length)
     return f"The guide: {guide_stage(ctx, 0, start, pairs)}"
 
 

@@ -53,7 +53,7 @@ def judge(ctx: Context) -> str:
     asked = ctx.config.needs_guide or ctx.config.guide.folder is not None
     guide = find_guide(ctx) if asked else None
     given, start = ctx.config.agreement.policy, start_stage(ctx)
-    agreement_stage(ctx, Path(given).expanduser() if given else start, guide, start)
+    agreement_stage(ctx, Path(given) if given else start, guide, start)
     return f"Every pair: {ctx.run.path / AGREEMENT_STAGE.folder() / 'agreement.jsonl'}"
 
 

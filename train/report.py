@@ -20,7 +20,7 @@ from ldalign.system.metrics import say
 class ReportConfig:
     """What the report is made of."""
 
-    run: str = setting(REQUIRED, "run folder")
+    run: str = setting(REQUIRED, "run folder", path=True)
 
 
 def main(argv: list[str]) -> None:

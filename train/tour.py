@@ -26,8 +26,10 @@ from torch import Tensor
 
 from ldalign import ops
 from ldalign.data import embedded
-from ldalign.data.pairs import Pair, prepare, usable, with_losers
-from ldalign.data.rows import Row, read_rows
+from ldalign.data.encoding import Fitting, encode_rows
+from ldalign.data.pairs import Pair, Pairs, with_losers
+from ldalign.data.reading import read_rows
+from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.evaluation.guide import heldout_figures, tells_apart
 from ldalign.generation.generate import generate_ids
@@ -97,8 +99,7 @@ def main(argv: list[str]) -> None:
     pairs = sample_losers(pairs, policy, tokenizer, keys.seed)
     guide = make_guide(pairs, folder, keys.seed)
     read_again(pairs, guide)
-    pairs = weigh(pairs, guide)
-    batch = pack(pairs, tokenizer)
+    batch = pack(weigh(pairs, guide), tokenizer)
     batch = score_reference(batch, policy)
     loss, gradients = loss_of_the_equations(batch, policy)
     fused_loss(batch, policy, loss, gradients)
@@ -131,11 +132,11 @@ def read_file(seed: int) -> list[Row]:
     return rows
 
 
-def make_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Pair]:
+def make_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> Pairs:
     """Token ids of prompt and winner."""
-    step(2, "Chat text and token ids", Tokenizer.render, Tokenizer.pair_ids, prepare)
+    step(2, "Chat text and token ids", Tokenizer.render, Tokenizer.pair_ids, encode_rows)
     show("chat text of x", quoted(tokenizer.render(rows[0].history, add_generation_prompt=True)))
-    pairs = prepare(rows, tokenizer, MAX_LENGTH).pairs
+    pairs = encode_rows(rows, tokenizer, Fitting(MAX_LENGTH)).pairs
     show(f"ids of x ({len(pairs[0].prompt)})", pairs[0].prompt)
     show(f"ids of y ({len(pairs[0].real)})", pairs[0].real)
     show("tokens of y", pieces(pairs[0].real, tokenizer))
@@ -144,11 +145,9 @@ def make_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Pair]:
     return pairs
 
 
-def sample_losers(
-    pairs: Sequence[Pair], policy: Mistral, tokenizer: Tokenizer, seed: int
-) -> list[Pair]:
+def sample_losers(pairs: Sequence[Pair], policy: Mistral, tokenizer: Tokenizer, seed: int) -> Pairs:
     """The pairs with the policy's own response to every prompt, one sample at temperature 1."""
-    step(3, "The loser: what the policy answers itself", generate_ids, with_losers, usable)
+    step(3, "The loser: what the policy answers itself", generate_ids, with_losers)
     responses = generate_ids(
         policy,
         [pair.prompt for pair in pairs],
@@ -157,7 +156,7 @@ def sample_losers(
         Sampling(MAX_NEW_TOKENS, temperature=1.0),
         seed,
     )
-    pairs = with_losers(pairs, [response.ids for response in responses], MAX_LENGTH)
+    with_own = with_losers(pairs, [response.ids for response in responses], MAX_LENGTH)
     first = responses[0]
     show("y', the loser", quoted(tokenizer.decode(first.ids)))
     show(f"ids of y' ({len(first.ids)})", first.ids)
@@ -165,10 +164,10 @@ def sample_losers(
     show("log-prob", f"{first.logp:.4f} nats, summed over its tokens")
     stopped = sum(response.finish_reason == "stop" for response in responses)
     show("all rows", f"{stopped} of {len(responses)} ended by themselves")
-    if not usable(pairs[0]):
+    if not with_own[0].usable:
         raise InputError(f"seed={seed}: y' is y, so this pair teaches nothing; give another seed")
-    show("usable", f"{sum(map(usable, pairs))} of {len(pairs)}: y' is not y")
-    return pairs
+    show("usable", f"{sum(with_own.usable)} of {len(pairs)}: y' is not y")
+    return with_own
 
 
 def make_guide(pairs: Sequence[Pair], folder: Path, seed: int) -> Guide:
@@ -253,13 +252,13 @@ def weigh(pairs: Sequence[Pair], guide: Guide) -> list[Pair]:
     show("the same in a run", f"{float(distances[0]):.4f}")
     low, mean, high = (float(x) for x in (distances.min(), distances.mean(), distances.max()))
     show("all rows", f"least {low:.4f}, mean {mean:.4f}, most {high:.4f}")
-    kept = [usable(pair) for pair in pairs]
+    kept = [pair.usable for pair in pairs]
     weights = distance_weights(distances, kept)
     mean = float(distances[torch.tensor(kept)].mean())
     show("s = d / mean d", f"{float(distances[0]):.6f} / {mean:.6f} = {float(weights[0]):.6f}")
     show("mean of all s", f"{float(weights[torch.tensor(kept)].mean()):.4f}")
     weighed = [replace(pair, weight=float(s)) for pair, s in zip(pairs, weights, strict=True)]
-    batch = [pair for pair in weighed if usable(pair)][:BATCH]
+    batch = [pair for pair in weighed if pair.usable][:BATCH]
     show(f"s of the first {len(batch)}", numbers(torch.tensor([pair.weight for pair in batch])))
     return batch
 

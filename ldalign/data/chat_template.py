@@ -32,7 +32,7 @@ import jinja2.filters
 import jinja2.nodes as nodes
 import jinja2.parser
 import jinja2.sandbox
-from jinja2.runtime import BlockReference, Context, LoopContext, Macro
+from jinja2.runtime import BlockReference, Context, LoopContext
 from jinja2.sandbox import SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -59,10 +59,13 @@ FILTERS = frozenset(
     "round safe select selectattr slice sort string sum title trim truncate unique upper "
     "wordcount".split()
 )
+JINJAS_OWN = ("_loop_vars", "_block_vars")  # arguments that the compiler adds to calls
 # Filters whose arguments are no widths or counts, or are looked at elsewhere.
 NO_WIDTHS = frozenset("abs int float round string default d format first last safe".split())
 # Filters that take no longer for a longer value.
 LOOKS = frozenset("count first last length".split())
+# Filters that look at each item of a list and hand on those they were given.
+CHOOSERS = frozenset("list reject rejectattr select selectattr".split())
 
 
 class _Budget:
@@ -88,14 +91,14 @@ class _Budget:
             if now > self.deadline:
                 raise SecurityError(f"takes more than {MAX_SECONDS:g} s")
 
-    def take(self, value: Any, inside: bool = False) -> Any:
-        """`value`, paid for; an iterator pays item by item.
-
-        inside: it becomes part of something.
-        """
-        if hasattr(value, "__next__"):
+    def take(self, value: Any) -> Any:
+        """`value`, paid for; an iterator pays item by item."""
+        if isinstance(value, str):  # nearly always
+            self.spend(1 + len(value))
+        elif hasattr(value, "__next__"):
             return self.items(value, 1)
-        self.spend(self.size(value, inside)[0])
+        else:
+            self.spend(self.size(value)[0])
         return value
 
     def items(self, values: Any, each: int) -> Iterator[Any]:
@@ -105,7 +108,13 @@ class _Budget:
             self.take(value)
             yield value
 
-    def size(self, value: Any, inside: bool = False) -> tuple[int, int]:
+    def turns(self, values: Any, each: int) -> Iterator[Any]:
+        """The values, each paid for with `each`, whatever its size: it is there already."""
+        for value in values:
+            self.spend(each)
+            yield value
+
+    def size(self, value: Any) -> tuple[int, int]:
         """The characters and items of `value` written out, about, and its depth.
 
         Raises SecurityError where that is too much.
@@ -125,10 +134,11 @@ class _Budget:
                     raise SecurityError(f"makes an integer of more than {MAX_BITS} bits")
             elif isinstance(item, Mapping):
                 stack += [(part, level + 1) for pair in item.items() for part in pair]
-            elif isinstance(item, Namespace):  # it can change later, and so what it is in
-                if inside or level:
-                    raise SecurityError("puts a namespace into another value")
-                stack += [(part, 1) for part in item._Namespace__attrs.values()]
+            elif isinstance(item, Namespace):
+                # It can change later, and so what it is in: that is why text is measured again
+                # where it is written. One that holds itself goes round until the budget is spent.
+                attributes = item._Namespace__attrs
+                stack += [(part, level + 1) for pair in attributes.items() for part in pair]
             elif isinstance(item, list | tuple | set | frozenset):
                 stack += [(part, level + 1) for part in item]
             if total > self.left:
@@ -178,7 +188,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
-    # The template's own characters: what one call of a macro or of a recursive loop may write.
+    # The template's own characters: what one turn of a recursive loop, or a block, may write.
     text_size = 0
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
@@ -220,7 +230,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _BUDGET.get()
         budget.spend(1)
-        if isinstance(__obj, Macro | LoopContext | BlockReference):
+        # What jinja passes itself, in a loop or a block: all variables set there, at every call.
+        own = {name: kwargs.pop(name) for name in JINJAS_OWN if name in kwargs}
+        if isinstance(__obj, LoopContext | BlockReference):
             budget.spend(__self.text_size)
         if isinstance(__obj, LoopContext) and args:
             args = (budget.items(args[0], 1 + __self.text_size), *args[1:])
@@ -236,7 +248,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise SecurityError(
                 f"calls the method {name!r} of a {type(owner).__name__}, which no template needs"
             )
-        return budget.take(super().call(__context, __obj, *args, **kwargs))
+        return budget.take(super().call(__context, __obj, *args, **kwargs, **own))
 
 
 def _paid(
@@ -330,11 +342,15 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @jinja2.pass_context
     def filtered(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _BUDGET.get()
+        chooses = name in CHOOSERS and isinstance(value, list | tuple)
         (value, *rest), kwargs = _paid_filter(budget, name, (value, *args), kwargs)
         # What the filter wants as its first argument; `environment` is the only other kind.
         kinds = {None: (), "context": (context,), "eval_context": (context.eval_ctx,)}
         first = kinds.get(getattr(wants, "name", None), (context.environment,))
-        return budget.take(function(*first, value, *rest, **kwargs))
+        result = function(*first, value, *rest, **kwargs)
+        if chooses:  # paid for by the item: what they hold is not copied
+            return result if isinstance(result, list) else budget.turns(result, 1)
+        return budget.take(result)
 
     return filtered
 
@@ -349,6 +365,9 @@ def _paid_filter(
     if name in LOOKS and isinstance(value, str | list | tuple | Mapping):
         # Else `messages|length` in a loop over messages would cost the square of their number.
         budget.spend(1)
+    elif name in CHOOSERS and isinstance(value, list | tuple):
+        # Else a choice of messages in a loop over messages would cost that square, too.
+        budget.spend(1 + len(value))
     else:
         args = (budget.take(value), *args[1:])
     options = [*args[1:], *kwargs.values()]
@@ -425,11 +444,27 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 METERS: dict[str, Callable[..., Any]] = {
     "meter": lambda context, value: _BUDGET.get().take(value),
-    "meter_member": lambda context, value: _BUDGET.get().take(value, inside=True),
-    "meter_loop": lambda context, values, each: _BUDGET.get().items(values, each),
+    "meter_slice": lambda context, value: _slice(_BUDGET.get(), value),
+    "meter_loop": lambda context, values, each: _loop(_BUDGET.get(), values, each),
+    "meter_macro": lambda context, written: _BUDGET.get().spend(written),
     "meter_text": lambda context, value: str(_BUDGET.get().take(value)),
     "meter_joined": lambda context, values: "".join(map(str, _BUDGET.get().take(values))),
 }
+
+
+def _slice(budget: _Budget, value: Any) -> Any:
+    """A slice, paid for: by the character of a text, by the item of a list."""
+    if isinstance(value, list | tuple):
+        budget.spend(1 + len(value))
+        return value
+    return budget.take(value)
+
+
+def _loop(budget: _Budget, values: Any, each: int) -> Iterator[Any]:
+    """What a loop goes through; `each` is what one turn writes."""
+    # The items of a list were paid for when it was made; an iterator makes its own.
+    there = isinstance(values, list | tuple | Mapping)
+    return budget.turns(values, each) if there else budget.items(values, each)
 
 
 class _Metered(NodeTransformer):
@@ -452,12 +487,20 @@ class _Metered(NodeTransformer):
         ]
         return node
 
-    def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
-        self.generic_visit(node)
-        inside = any(True for _ in node.target.find_all(nodes.NSRef))
-        if isinstance(node.target, nodes.NSRef) or inside:
-            node.node = _filter(cast(nodes.Expr, node.node), "meter_member")
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
+        self._pay_each_call(node)
         return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
+        self._pay_each_call(node)
+        return node
+
+    def _pay_each_call(self, node: nodes.Macro | nodes.CallBlock) -> None:
+        """A call costs what its own body writes, not the whole template."""
+        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        paid = _filter(nodes.Const(1 + written, lineno=node.lineno), "meter_macro")
+        node.body.insert(0, nodes.ExprStmt(paid, lineno=node.lineno))
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
@@ -465,7 +508,7 @@ class _Metered(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
-        return _filter(node, "meter") if isinstance(node.arg, nodes.Slice) else node
+        return _filter(node, "meter_slice") if isinstance(node.arg, nodes.Slice) else node
 
     def visit_List(self, node: nodes.List) -> nodes.Filter:
         self.generic_visit(node)

@@ -1,21 +1,24 @@
-"""Pairs of token ids: what training and scoring work on, and how rows become them.
+"""Pairs of token ids: what training and scoring work on.
 
-A row becomes a pair without a loser (`prepare`): its prompt and the data's response, cut to the
-length that the model is trained with. Then it gets a loser: a response that the policy generated
-(`with_losers`), the rejected one that preference data bring (`rejected_pairs`), or the worse of two
+A row becomes a pair without a loser: its prompt and the data's response, cut to the length that the
+model is trained with (`ldalign.data.preparation`). Then it gets a loser: a response that the policy
+generated or the rejected one that preference data bring (`with_losers`), or the worse of two
 samples, the better of which becomes the winner (`ranked_pairs`). Every pair starts with weight 1;
 distances weight them later (`ldalign.objective`). Nothing here needs a model.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar, overload
 
-from ldalign.data.rows import Row
-from ldalign.data.tokenizer import Tokenizer
-from ldalign.system.errors import InputError
+import numpy as np
+import numpy.typing as npt
 
-# Above this share of rows whose prompt alone fills max_length, the setting is wrong, not the rows.
-TOO_MANY = 0.01
+from ldalign.data.ragged import Indices, TokenLists
+
+Item = TypeVar("Item")
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -51,106 +54,201 @@ class Pair:
         return self.real != self.generated
 
     @property
+    def usable(self) -> bool:
+        """Whether it teaches anything: as token ids, its responses differ."""
+        # Equal responses have margin 0 and opposite gradients; an empty loser has no log-prob to
+        # lower.
+        return self.generated is None or (self.differs and len(self.generated) > 0)
+
+    @property
     def length_gap(self) -> int:
         """By how many tokens its two responses differ in length."""
         return abs(len(self.real) - len(self.generated or ()))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows as pairs of token ids, and what was done to fit them."""
+class Pairs(Sequence[Pair]):
+    """Pairs of many rows, column by column: a pair is made when it is asked for.
 
-    rows: list[Row]  # those kept
-    pairs: list[Pair]  # one a kept row, without a loser: an SFT row as it stands
-    dropped: list[str]  # ids of rows whose prompt alone fills max_length
-    cut: int  # responses that lost their end, and with it their end token
-
-
-def prepare(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Prepared:
-    """Turns rows into pairs without losers, at most max_length tokens each.
-
-    The response is what is cut, and loses its end token then; a row whose prompt alone fills
-    max_length is dropped. Raises InputError when those are more than 1 % of the rows.
+    ids: of the rows. prompts, real, generated (None: no pair has a loser): their tokens. weights
+    (N,), references (N, 2): as in `Pair`; None: 1, and 0.
     """
-    kept: list[Row] = []
-    pairs: list[Pair] = []
-    dropped: list[str] = []
-    cut = 0
-    for row in rows:
-        prompt, response = tokenizer.pair_ids(row)
-        room = max_length - len(prompt)
-        if room < 1:  # a pair without a response teaches nothing
-            dropped.append(row.id)
-            continue
-        cut += len(response) > room
-        kept.append(row)
-        pairs.append(Pair(row.id, list(prompt), list(response[:room])))
-    if len(dropped) > TOO_MANY * len(rows):
-        raise InputError(
-            f"max_length={max_length}: the prompt alone fills it in {len(dropped)} of {len(rows)} "
-            f"rows (the first: {dropped[0]}); raise max_length or drop these rows"
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        prompts: TokenLists,
+        real: TokenLists,
+        generated: TokenLists | None = None,
+        weights: Floats | None = None,
+        references: Floats | None = None,
+    ) -> None:
+        self.ids, self.prompts, self.real, self.generated = ids, prompts, real, generated
+        self.weights = np.ones(len(prompts)) if weights is None else weights
+        self.references = np.zeros((len(prompts), 2)) if references is None else references
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> "Pairs":
+        """Copies pairs into columns; what has them already is returned as it is."""
+        if isinstance(pairs, Pairs):
+            return pairs
+        losers = [pair.generated for pair in pairs if pair.generated is not None]
+        return cls(
+            [pair.id for pair in pairs],
+            TokenLists.of(pair.prompt for pair in pairs),
+            TokenLists.of(pair.real for pair in pairs),
+            TokenLists.of(losers) if len(losers) == len(pairs) else None,
+            np.array([pair.weight for pair in pairs]),
+            np.array([(pair.ref_real, pair.ref_generated) for pair in pairs]).reshape(-1, 2),
         )
-    return Prepared(kept, pairs, dropped, cut)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> "Pair | Pairs":
+        if isinstance(index, slice):
+            return self.take(index)
+        return Pair(
+            self.ids[index],
+            self.prompts[index],
+            self.real[index],
+            None if self.generated is None else self.generated[index],
+            float(self.weights[index]),
+            *self.references[index].tolist(),
+        )
+
+    def take(self, indices: Indices) -> "Pairs":
+        """Returns the chosen pairs, in the order in which they were chosen."""
+        ids = self.ids[indices] if isinstance(indices, slice) else Chosen(self.ids, indices)
+        return Pairs(
+            ids,
+            self.prompts.take(indices),
+            self.real.take(indices),
+            None if self.generated is None else self.generated.take(indices),
+            self.weights[indices],
+            self.references[indices],
+        )
+
+    def changed(
+        self,
+        *,
+        ids: Sequence[str] | None = None,
+        real: TokenLists | None = None,
+        generated: TokenLists | None = None,
+        weights: Floats | None = None,
+        references: Floats | None = None,
+    ) -> "Pairs":
+        """Returns the same pairs with other columns."""
+        return Pairs(
+            self.ids if ids is None else ids,
+            self.prompts,
+            self.real if real is None else real,
+            self.generated if generated is None else generated,
+            self.weights if weights is None else weights,
+            self.references if references is None else references,
+        )
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """How many tokens a model reads for each pair, the prompt once: (N,)."""
+        losers = 0 if self.generated is None else self.generated.lengths
+        return self.prompts.lengths + self.real.lengths + losers
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """Says of each pair whether it teaches anything, as `Pair.usable`: (N,)."""
+        if self.generated is None:
+            return np.ones(len(self), dtype=bool)
+        return (self.generated.lengths > 0) & ~self.real.equals(self.generated)
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of the tokens of all pairs, in their order."""
+        digest = hashlib.sha256()
+        for column in (self.prompts, self.real, self.generated):
+            if column is not None:
+                digest.update(column.lengths.tobytes())
+                for i in range(len(column)):
+                    digest.update(column.array(i).tobytes())
+        return digest.hexdigest()
+
+
+class Chosen(Sequence[Item], Generic[Item]):
+    """Some items of a sequence, each got, and changed, when it is asked for.
+
+    indices: which; None: all. change: what is made of each.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        indices: Indices | None = None,
+        change: Callable[[Item], Item] | None = None,
+    ) -> None:
+        self.items, self.change = items, change
+        self.indices = np.arange(len(items))
+        if indices is not None:
+            self.indices = self.indices[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Chosen[Item]": ...
+    def __getitem__(self, index: int | slice) -> "Item | Chosen[Item]":
+        if isinstance(index, slice):
+            return Chosen(self.items, self.indices[index], self.change)
+        item = self.items[self.indices[index]]
+        return item if self.change is None else self.change(item)
 
 
 def with_losers(
     pairs: Sequence[Pair], generated: Sequence[Sequence[int]], max_length: int
-) -> list[Pair]:
-    """Returns the pairs with their sampled losers, token ids, in the same order.
+) -> Pairs:
+    """Returns the pairs with their losers, token ids, in the same order.
 
     A loser is cut so that it has at most max_length tokens with its prompt.
     """
-    return [
-        replace(pair, generated=list(ids[: max_length - len(pair.prompt)]))
-        for pair, ids in zip(pairs, generated, strict=True)
-    ]
+    pairs, losers = Pairs.of(pairs), TokenLists.of(generated)
+    if len(losers) != len(pairs):
+        raise ValueError(f"{len(losers)} losers for {len(pairs)} pairs")
+    return pairs.changed(generated=losers.cut(max_length - pairs.prompts.lengths))
 
 
-def usable(pair: Pair) -> bool:
-    """Says whether a pair teaches anything: as token ids, its responses differ."""
-    if pair.generated is None:
-        return True
-    # Equal responses have margin 0 and opposite gradients; an empty loser has no log-prob to lower.
-    return pair.differs and len(pair.generated) > 0
-
-
-def rejected_pairs(
-    rows: Sequence[Row], pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int
-) -> list[Pair]:
-    """Returns the pairs with the rows' own rejected responses as losers.
-
-    They become ids as the chosen ones do. Raises InputError for a row without one.
-    """
-    losers = []
-    for row in rows:
-        if row.rejected is None:
-            raise InputError(
-                f"{row.where or row.id}: has no rejected response, which method=dpo needs: rows "
-                f"are {{prompt, chosen, rejected}} (docs/data.md)"
-            )
-        # The loser as a row of its own, so that the template writes it as it writes the winner.
-        loser = replace(row, response=row.rejected, rejected=None)
-        losers.append(tokenizer.pair_ids(loser).response)
-    return with_losers(pairs, losers, max_length)
+def joined_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """Returns the pairs of several lists, one after the other, copied."""
+    losers = [part.generated for part in parts if part.generated is not None]
+    return Pairs(
+        [name for part in parts for name in part.ids],
+        TokenLists.joined([part.prompts for part in parts]),
+        TokenLists.joined([part.real for part in parts]),
+        TokenLists.joined(losers) if len(losers) == len(parts) else None,
+        np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.references for part in parts]),
+    )
 
 
 def ranked_pairs(
     pairs: Sequence[Pair],
-    samples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    samples: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
     preferences: Sequence[float],
     max_length: int,
-) -> list[Pair | None]:
-    """Makes the preferred of two samples the winner and the other the loser; None for a tie.
+) -> Pairs:
+    """Makes the preferred of two samples the winner and the other the loser; ties are left out.
 
-    samples: two responses (token ids) a prompt. preferences: how sure it is that the first is the
-    better one, in [0, 1]; 0.5 and NaN (no verdict) are ties.
+    samples: a first and a second response (token ids) of each of N prompts. preferences (N,): how
+    sure it is that the first is the better one, in [0, 1]; 0.5 and NaN (no verdict) are ties.
     """
-    out: list[Pair | None] = []
-    for pair, (first, second), preference in zip(pairs, samples, preferences, strict=True):
-        if not preference < 0.5 and not preference > 0.5:  # 0.5, and NaN: it compares false
-            out.append(None)
-            continue
-        better, worse = (first, second) if preference > 0.5 else (second, first)
-        room = max_length - len(pair.prompt)
-        out.append(replace(pair, real=list(better[:room]), generated=list(worse[:room])))
-    return out
+    sure = np.asarray(preferences, dtype=np.float64)
+    decided = np.flatnonzero((sure < 0.5) | (sure > 0.5))
+    pairs = Pairs.of(pairs).take(decided)
+    both = TokenLists.joined([TokenLists.of(side).take(decided) for side in samples])
+    n, first = len(decided), sure[decided] > 0.5
+    better, worse = np.arange(n) + np.where(first, 0, n), np.arange(n) + np.where(first, n, 0)
+    room = max_length - pairs.prompts.lengths
+    return pairs.changed(real=both.take(better).cut(room), generated=both.take(worse).cut(room))

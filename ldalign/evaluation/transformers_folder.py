@@ -111,11 +111,6 @@ def check_folder(folder: Path, kind: Kind) -> None:
             raise InputError(f"{folder}: has no {what} ({kind.key}); {kind.otherwise}")
     read_config(folder)
     check_files(folder)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        raise InputError(
-            f"{adapter}: an adapter, whose base model is elsewhere; merge them into one folder"
-        )
     settings = read_json(folder / TOKENIZER_CONFIG, missing={})
     if "auto_map" in settings:
         raise InputError(

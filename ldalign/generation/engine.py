@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ldalign.generation.decoders import Decoder
 from ldalign.generation.paged_cache import PAGE, PagePool, SharedPages, pages_for
-from ldalign.generation.sampling import Response, Sampling, sample
-from ldalign.system.errors import InputError
+from ldalign.generation.sampling import Response, Sampling, blank_unsound, sample
+from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.memory import OutOfMemory, available_bytes, is_out_of_memory
 from ldalign.system.seeds import uniforms
 
@@ -42,6 +42,7 @@ class Request:
     key: str  # names the row's random stream
     prompt: Sequence[int]  # token ids, at least one
     index: int = 0  # the caller's own number for it
+    name: str = ""  # what an error calls it; "": its key
 
 
 class Engine:
@@ -141,7 +142,8 @@ class Engine:
         """Yields the responses as they are finished, each with its request.
 
         `requests` is read when there is room for one more. on_tokens gets the new tokens of each
-        step with their requests, to show text as it comes.
+        step with their requests, to show text as it comes. Raises NumericsError, which names the
+        request, for logits that are NaN or infinite.
         """
         waiting = iter(requests)
         following = next(waiting, None)
@@ -203,20 +205,33 @@ class Engine:
         """
         active, new = self._share_out(everyone)
         whole = self.held[active] + new == self.length[active]  # nothing of the prompt is left
-        picked = logp = torch.zeros(0)
+        picked = logp = sound = torch.zeros(0)
 
         def work() -> None:
-            nonlocal picked, logp
-            picked, logp = self._forward(active, new, whole)
+            nonlocal picked, logp, sound
+            picked, logp, sound = self._forward(active, new, whole)
 
         if not self._fits(work):
             self._halve_steps(int(new.sum()))
             return self._step(everyone)
+        self._refuse_unsound(active[whole], sound.cpu().numpy())
         self.held[active] += new
         # A row in its prompt may have filled pages that others wait for.
         for place in active[self.held[active] <= self.begin[active]]:
             self.shared.computed(self.pages[place, : self.held[place] // PAGE])
         return active[whole], picked.cpu().numpy(), logp.cpu().numpy()
+
+    def _refuse_unsound(self, chosen: np.ndarray, sound: np.ndarray) -> None:
+        """Raises NumericsError for the first of the places (C,) that is not `sound` (C,) bool."""
+        if sound.all():
+            return
+        place = int(chosen[int(np.argmin(sound))])
+        request, made = self._request(place), int(self.length[place] - self.begin[place])
+        raise NumericsError(
+            f"generation: {request.name or request.key!r}: the model's logits after a prompt of "
+            f"{len(request.prompt)} tokens and {made} of the answer are NaN or infinite; mend its "
+            "weights, or give dtype=float32 where they overflow in bfloat16"
+        )
 
     def _share_out(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Deals a step's tokens out: the places that compute in it, and how many tokens each."""
@@ -246,11 +261,12 @@ class Engine:
 
     def _forward(
         self, active: np.ndarray, new: np.ndarray, whole: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes `new` (A,) tokens of the places `active` (A,), and samples after the `whole`.
 
-        Returns the next tokens (C,) and their log-probs (C,) of the `whole` ones (A,) bool. Changes
-        nothing but the cache, where doing it again writes the same: so a step can be tried again.
+        Returns of the `whole` ones (A,) bool the next tokens (C,), their log-probs (C,), and
+        whether all their logits are finite (C,). Changes nothing but the cache, where doing it
+        again writes the same: so a step can be tried again.
         """
         # The step's tokens lie end to end, place after place.
         first = np.cumsum(new) - new  # (A,) where each place's run begins
@@ -268,7 +284,8 @@ class Engine:
         )  # (C, V)
         chosen = active[whole]
         if not len(chosen):
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0).bool()
+        sound = blank_unsound(logits)
         seen = None
         if self.sampling.repetition_penalty != 1:
             tokens = self.tokens[chosen, : self.length[chosen].max()]  # (C, longest so far)
@@ -276,7 +293,7 @@ class Engine:
         # The n-th token of a response takes the n-th number of its row's stream.
         draws = self.draws[chosen, self.length[chosen] - self.begin[chosen]]  # (C,)
         uniform = torch.from_numpy(draws).to(logits.device)
-        return sample(logits, uniform, self.sampling, seen)
+        return *sample(logits, uniform, self.sampling, seen), sound
 
     def _append(
         self, chosen: np.ndarray, ids: np.ndarray, logp: np.ndarray

@@ -3,7 +3,7 @@
 A JSON Lines file, one line a training row: `id` (as in RUN/data/train.jsonl) and `response`;
 optional `finish_reason` ("stop", the default, or "length": cut, so without an end token),
 `token_ids` (of the response; without them the text is tokenized) and `prompt_token_ids`, which must
-be the prompt's as ldalign renders it. The names are vLLM's.
+be the prompt's as ldalign renders it; the BOS alone may be missing. The names are vLLM's.
 """
 
 import logging
@@ -65,10 +65,30 @@ def read_losers(
             "%s: no prompt_token_ids, so it cannot be checked that the prompts were rendered alike",
             path,
         )
+    bare = sum(
+        _lacks_bos(given[row.id][1].get("prompt_token_ids"), pair, tokenizer)
+        for row, pair in zip(rows, pairs, strict=True)
+    )
+    if bare:
+        log.warning(
+            "%s: %d of %d prompts lack the BOS (id %s) that training puts in front, and are "
+            "otherwise as they should be; sample with the template of an exported policy, which "
+            "writes it",
+            path,
+            bare,
+            len(rows),
+            tokenizer.bos_id,
+        )
     return [
         _response(*given[row.id], row, pair, tokenizer)
         for row, pair in zip(rows, pairs, strict=True)
     ]
+
+
+def _lacks_bos(theirs: list[int] | None, pair: Pair, tokenizer: Tokenizer) -> bool:
+    """Says whether a prompt's ids are the pair's but for the BOS in front."""
+    bos = tokenizer.bos_id
+    return bos is not None and theirs is not None and [bos, *theirs] == pair.prompt
 
 
 def _record(value: Any, where: str, vocabulary: int) -> dict[str, Any]:
@@ -102,7 +122,8 @@ def _response(
 ) -> Response:
     """The response of a record, in ids that end as the pair's own."""
     theirs = record.get("prompt_token_ids")
-    if theirs is not None and theirs != pair.prompt:
+    same = theirs is None or theirs == pair.prompt or _lacks_bos(theirs, pair, tokenizer)
+    if theirs is not None and not same:
         both = zip(theirs, pair.prompt, strict=False)
         place = next((i for i, (a, b) in enumerate(both) if a != b), None)
         # Where one is the other's beginning, they differ at its end.

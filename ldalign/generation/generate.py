@@ -8,6 +8,7 @@ from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
+from ldalign.system.errors import InputError
 
 
 def generate_ids(
@@ -20,6 +21,7 @@ def generate_ids(
     batch_rows: int = 64,
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
     decode: Callable[[list[int]], str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Response]:
     """Returns the responses to `prompts` (token ids), in their order, `batch_rows` at a time.
 
@@ -27,6 +29,9 @@ def generate_ids(
     keys: the names of the rows' random streams.
     progress: is called with (1, new tokens) as a row is finished.
     decode: ids to text, needed for stop strings alone.
+    names: what an error calls the prompts; None: their keys.
+
+    Raises NumericsError, naming a prompt, for logits that are NaN or infinite.
     """
     if not prompts:
         return []
@@ -38,7 +43,9 @@ def generate_ids(
     decoder = new_decoder(model) if isinstance(model, Mistral) else model
     engine = Engine(decoder, sampling, end_ids, seed, longest=longest, rows=rows, decode=decode)
     done: dict[int, Response] = {}
-    for request, response in engine.run(Request(keys[i], prompts[i], i) for i in order):
+    for request, response in engine.run(
+        Request(keys[i], prompts[i], i, names[i] if names else "") for i in order
+    ):
         done[request.index] = response
         progress(1, len(response.ids))
     return [done[i] for i in range(len(prompts))]
@@ -62,17 +69,29 @@ def generate(
 
     Returns their texts; a text ends before a stop string. temperature 0 is greedy. The same (seed,
     index in the list) gives the same text whatever `batch_rows`; `ldalign.generation.engine` says
-    how far. Raises ValueError for settings out of range.
+    how far. Raises ValueError for settings out of range, InputError for a prompt longer than the
+    model's context, NumericsError for logits that are NaN or infinite.
     """
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop)
     )
     prompts = [tokenizer.prompt_ids(c) for c in conversations]
+    for i, prompt in enumerate(prompts):
+        check_context(len(prompt), f"conversation {i}", model.config.max_position_embeddings)
     keys = [str(i) for i in range(len(prompts))]
     responses = generate_ids(
         model, prompts, keys, tokenizer.end_ids, sampling, seed, batch_rows, decode=tokenizer.decode
     )
     return [text_of(tokenizer.decode(r.ids), sampling) for r in responses]
+
+
+def check_context(tokens: int, where: str, context: int) -> None:
+    """Raises InputError naming `where` for a prompt that is longer than the model's context."""
+    if tokens > context:
+        raise InputError(
+            f"{where}: the prompt has {tokens} tokens, and the model was made for {context} "
+            "(max_position_embeddings): shorten it, or give a model with a longer context"
+        )
 
 
 def text_of(text: str, sampling: Sampling) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import zipfile
 from pathlib import Path
 
 from ldalign.models.gguf import convert_gguf, one_line, write_json
+from ldalign.models.stored_tensors import weight_files
 from ldalign.models.toy import TOY_MODEL, toy_model
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import sync
@@ -41,7 +43,9 @@ RECIPE = 1  # raise it when the written folder changes: older cached folders are
 MANIFEST = "ldalign_source.json"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # never code, never a pickle
+# Never code, never a pickle; and of the weights one copy: a repository may have them again as
+# consolidated.safetensors, in other precisions, or in a subfolder.
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
 
 def resolve_model(name: str, cache: Path) -> Path:
@@ -55,7 +59,7 @@ def resolve_model(name: str, cache: Path) -> Path:
     Raises InputError for a name that is none of these, EnvironmentProblem when a download
     or a package is missing.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for ~somebody
     if name and path.exists():
         return _checked_folder(path)
     if name == DEFAULT_MODEL:
@@ -97,9 +101,15 @@ def _hub_model(name: str, cache: Path) -> Path:
     repo, _, revision = name.partition("@")
     folder = cache / "hub" / re.sub(r"[/@]", "--", name)
     try:
-        snapshot_download(
-            repo, revision=revision or None, local_dir=folder, allow_patterns=HUB_FILES
-        )
+        for patterns in (HUB_FILES, None):  # the second time what the index lists, if there is one
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                local_dir=folder,
+                allow_patterns=weight_files(folder) if patterns is None else patterns,
+            )
+    except InputError:
+        raise
     except errors.GatedRepoError as error:
         raise InputError(
             f"model {name!r}: is gated; accept its terms on huggingface.co and set HF_TOKEN"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldalign.models.config_keys import check_keys
 from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
 from ldalign.system.seeds import normals
@@ -24,6 +25,18 @@ from ldalign.system.seeds import normals
 R = TypeVar("R")
 # GPT-2's files keep these as (inputs, outputs); nn.Linear has (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# Keys of config.json that leave the network as it is, or do so with these values.
+HARMLESS = frozenset(
+    "n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout "
+    "summary_proj_to_labels summary_type summary_use_proj".split()
+)
+OFF: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "tie_word_embeddings": (True,),
+}
 
 
 @dataclass(frozen=True)
@@ -52,17 +65,7 @@ class GPT2Config:
 
         Raises InputError naming `where` and the key for what this code does not do.
         """
-        if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            kind = raw["activation_function"]
-            raise InputError(
-                f"{where}: activation_function {kind!r} is not supported; GPT-2 uses gelu_new"
-            )
-        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-            if raw.get(key):
-                raise InputError(f"{where}: {key} true is not supported")
-        for key in ("scale_attn_weights", "tie_word_embeddings"):
-            if not raw.get(key, True):
-                raise InputError(f"{where}: {key} false is not supported")
+        check_keys(raw, where, cls.__dataclass_fields__, HARMLESS, OFF)
         known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
         missing = [key for key in ("vocab_size", "n_embd", "n_layer", "n_head") if key not in known]
         if missing:

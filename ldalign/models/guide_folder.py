@@ -111,14 +111,16 @@ def pretrained_guide(
     frozen: bool,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    template: str | None = None,
 ) -> Guide:
     """Returns a guide to be trained whose towers start as the model in `folder`, a GPT-2, or a
     mistral or llama such as the policy; what is new is a function of `seed`.
 
     frozen: one tower, in `dtype`, is encoder and decoder and is not trained; else they are two in
     float32, and both are. A guide of a GPT-2 reads plain text through the folder's tokenizer; one
-    of a policy reads its chat template, and the end token is the first that it declares. Raises
-    InputError where the folder cannot be used or its positions run out.
+    of a policy reads its chat template (`template`, where it is another than the folder's), and the
+    end token is the first that it declares. Raises InputError where the folder cannot be used or
+    its positions run out.
     """
     towers = [
         load_model(folder, dtype if frozen else torch.float32, device)
@@ -131,18 +133,24 @@ def pretrained_guide(
         _check_room(config, towers[0].config.n_positions, f"{folder}")
     else:
         _check_room(config, towers[0].config.max_position_embeddings, f"{folder}")
-        chat = load_tokenizer(folder)
+        chat = load_tokenizer(folder, template)
         end = tokenizer.id_to_token(chat.end_ids[0])
         assert end is not None  # load_tokenizer has seen it
         config = replace(config, end_token=end)
     return _init_latent(Guide(towers[0], towers[-1], config, tokenizer, chat), seed).to(device)
 
 
-def pooled_guide(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Guide:
+def pooled_guide(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    template: str | None = None,
+) -> Guide:
     """Returns a guide that was never trained and draws nothing: a response's latent is the mean of
-    its tokens' states under the policy in `folder`.
+    its tokens' states under the policy in `folder`. template: as of `pretrained_guide`.
     """
-    guide = pretrained_guide(GuideConfig(max_tokens=None), 0, folder, True, dtype, device)
+    config = GuideConfig(max_tokens=None)
+    guide = pretrained_guide(config, 0, folder, True, dtype, device, template)
     guide.latent = identity_latent(guide).to(device)
     return guide.eval()
 
@@ -262,7 +270,7 @@ def save_guide(guide: Guide, folder: Path, state: dict[str, Tensor] | None = Non
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
         dtype = next(tower.parameters()).dtype if guide.shared else torch.float32
         if guide.chat is not None:
-            save_model(tower, part, guide.chat.folder, dtype, own)
+            save_model(tower, part, guide.chat.folder, dtype, own, guide.chat.template)
             continue
         write_weights(stored_state(tower, own), part, dtype)
         config = json.dumps(tower.config.to_json(), indent=2) + "\n"

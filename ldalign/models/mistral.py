@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldalign import ops
+from ldalign.models.config_keys import check_keys
 from ldalign.models.layout import Layout, Packed
 from ldalign.system.errors import InputError
 
@@ -50,16 +51,15 @@ class MistralConfig:
 
         Raises InputError naming `where` and the key for what this code does not do.
         """
-        _refuse_unsupported(raw, where)
-        rope = raw.get("rope_parameters") or {}  # where newer files keep rope_theta
         llama = raw["model_type"] == "llama"
+        check_keys(raw, where, READ, HARMLESS, OFF)
         heads = _size(raw, "num_attention_heads", where)
         width = _size(raw, "hidden_size", where)
         # An absent key means what it means to transformers: for Mistral, a window of 4096 and 8
-        # key/value heads; for Llama, no window and as many key/value heads as query heads.
+        # key/value heads; for Llama, as many key/value heads as query heads, and never a window.
         windowed = not llama and raw.get("sliding_window", 4096) is not None
+        windowed = _window_of_layers(raw, where, windowed)
         one_each = llama or "num_key_value_heads" in raw
-        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         config = cls(
             vocab_size=_size(raw, "vocab_size", where),
             hidden_size=width,
@@ -69,10 +69,12 @@ class MistralConfig:
             num_key_value_heads=_size(raw, "num_key_value_heads", where, heads if one_each else 8),
             head_dim=_size(raw, "head_dim", where, width // heads),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-            rope_theta=_positive(theta, "rope_theta", where),
+            rope_theta=_rope_theta(raw, where),
             sliding_window=_size(raw, "sliding_window", where, 4096) if windowed else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=_size(raw, "max_position_embeddings", where, 2048),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+            max_position_embeddings=_size(
+                raw, "max_position_embeddings", where, 2048 if llama else 131072
+            ),
         )
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
@@ -94,9 +96,34 @@ class MistralConfig:
         } | asdict(self)
 
 
-def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    """Raises InputError for a key that asks for another network than this one."""
-    for key in ("rope_scaling", "rope_parameters"):
+# What config.json says of this network; `ldalign.models.config_keys` has what it says beside that.
+READ = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters "
+    "sliding_window tie_word_embeddings max_position_embeddings layer_types".split()
+)
+HARMLESS = frozenset({"original_max_position_embeddings"})
+OFF: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+}
+# What the rotary embedding's own object may say; its type is looked at first.
+ROPE_READ = ("rope_type", "type", "rope_theta")
+ROPE_OFF: dict[str, tuple[Any, ...]] = {
+    "factor": (1.0,),
+    "partial_rotary_factor": (1.0,),
+}
+
+
+def _rope_theta(raw: dict[str, Any], where: str) -> float:
+    """The rotary base, from wherever the file keeps it: that of its object goes first.
+
+    Raises InputError for rotary embeddings of another kind, and for two bases.
+    """
+    for key in ("rope_scaling", "rope_parameters"):  # an older name, a newer name
         rope = raw.get(key) or {}
         kind = rope
         if isinstance(rope, dict):
@@ -106,23 +133,43 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
                 f"{where}: {key}: rope scaling {kind!r} is not supported; use a model with plain "
                 "rotary embeddings"
             )
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise InputError(
-                f"{where}: partial_rotary_factor is not supported; Mistral and Llama rotate whole "
-                "heads"
-            )
-    if raw.get("hidden_act", "silu") != "silu":
+        check_keys(rope, f"{where}: {key}", ROPE_READ, HARMLESS, ROPE_OFF)
+    places = [raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}, raw]
+    given = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
+    bases = [_positive(value, "rope_theta", where) for value in given or [10000.0]]
+    if len(set(bases)) > 1:
         raise InputError(
-            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; Mistral and Llama use "
-            "silu"
+            f"{where}: rope_theta is given as {bases[0]:g} and as {bases[1]:g}; keep the one that "
+            "the model was trained with"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise InputError(
-                f"{where}: {key} true is not supported; Mistral and Llama have no biases"
-            )
-    if raw.get("quantization_config"):
-        raise InputError(f"{where}: quantization_config is set; give the unquantised weights")
+    return bases[0]
+
+
+def _window_of_layers(raw: dict[str, Any], where: str, windowed: bool) -> bool:
+    """Whether all layers have the window; InputError for layers that differ."""
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        return windowed
+    layers = raw.get("num_hidden_layers")
+    known = isinstance(kinds, list) and all(
+        kind in ("full_attention", "sliding_attention") for kind in kinds
+    )
+    if not known or len(kinds) != layers or len(set(kinds)) > 1:
+        raise InputError(
+            f"{where}: layer_types asks for layers of several kinds, or is not one of "
+            f"full_attention and sliding_attention for each of {layers} layers; all layers are "
+            "alike here"
+        )
+    if "sliding_attention" in kinds and not windowed:
+        raise InputError(f"{where}: layer_types asks for a window, sliding_window gives none")
+    return "sliding_attention" in kinds
+
+
+def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{where}: {key} is {value!r}; expected true or false")
+    return bool(value)
 
 
 def _size(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:

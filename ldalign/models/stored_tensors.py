@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldalign.system.errors import InputError
-from ldalign.system.untrusted import MAX_JSON_BYTES, parse_json, read_json, refuse_link_out
+from ldalign.system.untrusted import (
+    LFS_POINTER,
+    MAX_JSON_BYTES,
+    parse_json,
+    read_json,
+    refuse_lfs_pointer,
+    refuse_link_out,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READ_BYTES = 4 * 2**20  # tensors are read, cast and checked in pieces of this size
@@ -86,8 +93,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Returns all tensors of a model folder by name, from the headers of its files alone.
 
-    Raises InputError: no safetensors, a shard missing, damaged or outside the folder, one tensor in
-    two shards, an index that says otherwise than the headers.
+    Raises InputError: no safetensors, a shard missing, damaged, a Git LFS pointer or outside the
+    folder, one tensor in two shards, an index that has it in another shard or not at all, an
+    adapter beside the weights.
     """
     files, weight_map = _weight_files(folder)
     tensors: dict[str, Stored] = {}
@@ -105,9 +113,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 )
             tensors[name] = stored
     held = {name: stored.path.name for name, stored in tensors.items()}
-    if weight_map is not None and held != weight_map:
-        names = held.keys() | weight_map.keys()
-        odd = sorted(name for name in names if held.get(name) != weight_map.get(name))
+    # A name in the index that no shard holds is no matter here: if the network needs it, it is
+    # missed by name; files that were once saved with buffers still list these.
+    odd = [] if weight_map is None else sorted(n for n in held if held[n] != weight_map.get(n))
+    if odd:
         raise InputError(
             f"{folder / INDEX}: disagrees with the shards about {first_few(odd)}; download the "
             "model again"
@@ -115,21 +124,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The names of the files with the weights, and the index's {tensor name: file name}.
+def weight_files(folder: Path) -> list[str]:
+    """Returns the names of the files that hold a folder's weights, whether or not they are there.
 
-    Where the weights are one file there is no index: None.
+    Those of its index; without an index the one file. Raises InputError for an index that names
+    what is no plain file of the folder.
     """
-    single, index = (folder / SINGLE).is_file(), folder / INDEX
-    if not index.is_file():
-        if single:
-            return [SINGLE], None
-        patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-        pickles = sorted(p.name for pattern in patterns for p in folder.glob(pattern))
-        found = "no weights"
-        if pickles:
-            found = f"only pickles ({first_few(pickles, 3)}), which can run code"
-        raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    return sorted(set(_read_index(folder).values()))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The index's {tensor name: file name}, its file names checked."""
+    index = folder / INDEX
     refuse_link_out(index, folder)
     weight_map = read_json(index).get("weight_map")
     names_files = isinstance(weight_map, dict) and all(
@@ -139,19 +147,49 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         raise InputError(
             f"{index}: no weight_map from tensor names to file names; download the file again"
         )
-    files = sorted(set(weight_map.values()))
-    for file in files:
+    for file in sorted(set(weight_map.values())):
         # 255 bytes are what file systems allow.
         if not re.fullmatch(r"[\w.-]+\.safetensors", file) or len(file.encode()) > 255:
             raise InputError(
                 f"{index}: shard {file[:80]!r} is not a plain safetensors file name inside the "
                 "folder"
             )
+    return dict(weight_map)
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The names of the files with the weights, and the index's {tensor name: file name}.
+
+    Where the weights are one file there is no index: None.
+    """
+    single, index = (folder / SINGLE).is_file(), folder / INDEX
+    _refuse_adapter(folder)
+    if not index.is_file():
+        if single:
+            return [SINGLE], None
+        patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+        pickles = sorted(p.name for pattern in patterns for p in folder.glob(pattern))
+        found = "no weights"
+        if pickles:
+            found = f"only pickles ({first_few(pickles, 3)}), which can run code"
+        raise InputError(f"{folder}: {found}; ldalign reads {SINGLE} or shards with {INDEX}")
+    weight_map = _read_index(folder)
+    files = sorted(set(weight_map.values()))
     if single and SINGLE not in files:
         raise InputError(
             f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date"
         )
     return files, weight_map
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raises InputError for an adapter (LoRA and its like), which would be passed over."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            raise InputError(
+                f"{folder / name}: is an adapter to the weights, which is not applied here; merge "
+                "it into them (peft's merge_and_unload, then save_pretrained), or remove it"
+            )
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -164,6 +202,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise InputError(f"{path}: not found; download the model again")
     size = path.stat().st_size
     with path.open("rb") as file:
+        refuse_lfs_pointer(file.read(len(LFS_POINTER)), path)
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise InputError(

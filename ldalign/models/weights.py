@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldalign.data.tokenizer import save_tokenizer_files
+from ldalign.data.tokenizer_export import save_tokenizer_files
 from ldalign.models.gpt2 import GPT2, TRANSPOSED, GPT2Config
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.stored_tensors import (
@@ -58,20 +58,25 @@ def build(raw: Mapping[str, Any], where: str) -> LanguageModel:
 
     Raises InputError naming `where` for a network that is not supported or too large.
     """
-    kind = raw.get("model_type")
     for key in ("num_hidden_layers", "n_layer"):
         if isinstance(raw.get(key), int) and raw[key] > MAX_LAYERS:
             raise InputError(f"{where}: {key} is {raw[key]}; at most {MAX_LAYERS} are built")
     try:
         with torch.device("meta"):
-            if kind in ("mistral", "llama"):
-                return Mistral(MistralConfig.from_json(dict(raw), where))
-            if kind == "gpt2":
-                return GPT2(GPT2Config.from_json(dict(raw), where))
+            config = _architecture(raw, where)
+            return GPT2(config) if isinstance(config, GPT2Config) else Mistral(config)
     except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
         raise InputError(
             f"{where}: describes a network too large to be built ({' '.join(str(error).split())})"
         ) from None
+
+
+def _architecture(raw: Mapping[str, Any], where: str) -> MistralConfig | GPT2Config:
+    kind = raw.get("model_type")
+    if kind in ("mistral", "llama"):
+        return MistralConfig.from_json(dict(raw), where)
+    if kind == "gpt2":
+        return GPT2Config.from_json(dict(raw), where)
     raise InputError(
         f"{where}: model_type {kind!r} is not supported; mistral, llama (no rope scaling) and gpt2 "
         "are"
@@ -182,31 +187,50 @@ def check_files(folder: Path) -> dict[str, Stored]:
 def save_model(
     model: LanguageModel,
     folder: str | Path,
-    source: str | Path,
+    source: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     state: Mapping[str, Tensor] | None = None,
+    template: str | None = None,
 ) -> None:
     """Writes a model folder: weights in `dtype`, config.json and tokenizer files of `source`.
 
+    source: None: weights and a config.json of the network alone, without a tokenizer.
     state: the full tensors by name where the model's own are sharded; None: `model.state_dict()`.
+    template: the chat template's text, where it is not that of `source`.
     Raises InputError where `source` describes another network, NumericsError for NaN and Inf.
     """
-    folder, source = Path(folder), Path(source)
+    folder = Path(folder)
+    raw = model.config.to_json() if source is None else _config_of(model, Path(source))
+    raw["dtype"] = DTYPE_NAMES[dtype]
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state is None else state
+    write_weights(stored_state(model, state), folder, dtype)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if source is not None:
+        save_tokenizer_files(source, folder, template)
+
+
+def _config_of(model: LanguageModel, source: Path) -> dict[str, Any]:
+    """The config.json of `source`, which must describe `model`."""
     where = str(source / "config.json")
     raw = read_config(source)
-    raw.pop("torch_dtype", None)  # the older name of the same key
-    raw["dtype"] = DTYPE_NAMES[dtype]
+    raw.pop("torch_dtype", None)  # the older name of dtype
     raw["tie_word_embeddings"] = isinstance(model, GPT2) or model.config.tie_word_embeddings
     if build(raw, where).config != model.config:
         raise InputError(
             f"{where}: describes another network than the one to be saved; give its own source "
             "folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state is None else state
-    write_weights(stored_state(model, state), folder, dtype)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer_files(source, folder)
+    return raw
+
+
+def context_length(folder: Path) -> int:
+    """Returns how many tokens a folder's model was made for: max_position_embeddings, n_positions.
+
+    Raises InputError as `build` does.
+    """
+    config = _architecture(read_config(folder), str(folder / "config.json"))
+    return config.n_positions if isinstance(config, GPT2Config) else config.max_position_embeddings
 
 
 def stored_state(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

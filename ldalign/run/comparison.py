@@ -75,6 +75,7 @@ def arm_config(
         data=str(data / "train.jsonl"),
         heldout=str(data / "heldout.jsonl"),
         turns="last",
+        shuffle=False,
         sft=replace(config.sft, epochs=0),
         continual_sft=replace(config.continual_sft, epochs=0),
         benchmarks=replace(config.benchmarks, tasks=[]),

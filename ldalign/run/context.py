@@ -3,9 +3,8 @@ and the rows in token ids.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from ldalign.data import embedded
-from ldalign.data.pairs import Pair, Prepared, prepare
-from ldalign.data.rows import Row, data_hash, read_rows
+from ldalign.data.pairs import Pairs
+from ldalign.data.rows import Row
+from ldalign.data.store import Split, data_hash
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.manifest import CHECKPOINTS, Parents
+from ldalign.run.positions import check_rows, warn_of_answers
+from ldalign.run.prepared import open_data
 from ldalign.run.settings import GuideKeys, RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
@@ -29,11 +30,10 @@ from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
 from ldalign.system.metrics import Metrics, say
-from ldalign.system.seeds import permutation
+from ldalign.system.untrusted import read_text
 from ldalign.training.checkpoint import CheckpointPlan
 
-EMBEDDED = "embedded"
-EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
+SAMPLED = ("responses", "agreement_samples")  # stages whose answers have max_new_tokens
 
 
 class Run(Protocol):
@@ -70,15 +70,21 @@ class Context:
     dtype: torch.dtype
     start: Path  # model folder the run starts from, before any SFT
     tokenizer: Tokenizer
-    train: Prepared
-    heldout: Prepared
-    counts: Mapping[str, int] = field(default_factory=dict)  # of rows read: skipped, repeated
+    train: Split
+    heldout: Split
+    counts: Mapping[str, float] = field(default_factory=dict)  # of rows, the data stage's summary
 
     @cached_property
-    def used(self) -> tuple[list[Row], list[Pair]]:
+    def used(self) -> tuple[Sequence[Row], Pairs]:
         """The rows an iteration works on, and their pairs without losers."""
         most = self.config.max_rows
         return self.train.rows[:most], self.train.pairs[:most]
+
+    @cached_property
+    def used_tokens(self) -> int:
+        """The tokens of the rows in `used`, with losers as long as their winners."""
+        _, pairs = self.used
+        return int(pairs.prompts.lengths.sum() + 2 * pairs.real.lengths.sum())
 
     @cached_property
     def used_hash(self) -> str:
@@ -89,6 +95,11 @@ class Context:
     def heldout_hash(self) -> str:
         """sha256 of the held-out rows."""
         return data_hash(self.heldout.rows)
+
+    @property
+    def template(self) -> str | None:
+        """The text of the chat template that the config gives; None: the policy's own."""
+        return None if self.config.template is None else self.tokenizer.template
 
     @cached_property
     def parameters(self) -> int:
@@ -126,19 +137,12 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The compute dtype: as given, or bfloat16 where the device has instructions for it."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return distributed.auto_dtype(device)
 
 
 def find_model(config: RunConfig, name: str) -> Path:
     """The model folder that `name` stands for, fetched by rank 0 where it is not there yet."""
-    cache = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "ldalign"
-    return Path(on_rank0(lambda: str(resolve_model(name, cache))))
+    return Path(on_rank0(lambda: str(resolve_model(name, config.cache_folder))))
 
 
 def open_policy(config: RunConfig) -> Path:
@@ -158,106 +162,48 @@ def open_policy(config: RunConfig) -> Path:
     return folder
 
 
-def read_data(config: RunConfig, counts: Counter[str] | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) as the config asks; the training rows are the
-    most that any stage uses.
+def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -> Tokenizer:
+    """The tokenizer of the policy's model folder, with the chat template that the config gives.
 
-    counts gets what `read_rows` counts.
+    Raises InputError as `load_tokenizer` does, and for a template that cannot be read.
     """
-    options: Any = {"turns": config.turns, "bad_rows": config.bad_rows, "counts": counts}
-    if config.data == EMBEDDED:
-        train_rows, heldout = (
-            _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
-        )
-        if config.method == "dpo":
-            train_rows = _with_wrong_answers(train_rows)
-    else:
-        train_rows, heldout = read_rows(config.data, **options), []
-    if config.heldout is not None:
-        heldout = read_rows(config.heldout, **options)
-    elif config.data != EMBEDDED and config.evaluation.rows:
-        order = permutation(config.seed, "heldout", len(train_rows))
-        chosen = {int(i) for i in order[: round(len(train_rows) * config.heldout_fraction)]}
-        heldout = [row for i, row in enumerate(train_rows) if i in chosen]
-        train_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
-    # A kind of the user's own has no checker here: such rows are read for their likelihood alone.
-    heldout = [
-        r if r.kind in embedded.KINDS else replace(r, kind=None, answer=None) for r in heldout
-    ]
-    asked = [
-        config.max_rows,
-        *(sft.rows for sft in (config.sft, config.continual_sft) if sft.epochs),
-    ]
-    most = None if None in asked else max(n for n in asked if n is not None)
-    return train_rows[:most], heldout[: config.evaluation.rows]
+    if config.template is None:
+        return load_tokenizer(folder, today=today)
+    path = Path(config.template)
+    try:
+        text = read_text(path.resolve())  # a link is as good: the file is the user's own
+    except FileNotFoundError:
+        raise InputError(f"template={path}: no such file") from None
+    if not text.strip():
+        raise InputError(f"template={path}: is empty; leave the key out for the policy's own")
+    return load_tokenizer(folder, text, today)
 
 
-def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
-    # A system turn of our own, because SmolLM2's template else puts a longer one in front of every
-    # prompt.
-    system = {"role": "system", "content": "Be brief."}
-    return [
-        Row(
-            r["id"],
-            (system, r["messages"][0]),
-            r["messages"][1]["content"],
-            kind=r["kind"],
-            answer=r["answer"],
-            where=f"embedded:{r['id']}",
-        )
-        for r in embedded.make_rows(seed, split, count)
-    ]
-
-
-def _with_wrong_answers(rows: list[Row]) -> list[Row]:
-    """Preference rows of the embedded ones: rejected is the next response to another prompt of the
-    kind, wrong here.
-
-    A row for which there is none is left out.
-    """
-    out = []
-    for i, row in enumerate(rows):
-        for other in (*rows[i + 1 :], *rows[:i]):
-            if other.kind == row.kind and not embedded.check(
-                str(row.kind), row.answer, other.response
-            ):
-                out.append(replace(row, rejected=other.response))
-                break
-    return out
-
-
-def open_context(run: Run, config: RunConfig, planned: Sequence[str] | None = None) -> Context:
+def open_context(
+    run: Run, config: RunConfig, planned: Sequence[str] | None = None, write: bool = True
+) -> Context:
     """Reads and checks data, tokenizer and template, and the headers of the policy's
-    files; nothing is written.
+    files; the rows are prepared into RUN/data where they are not there yet.
 
-    planned: the stages to come; None: all. Raises InputError for bad rows, rows that do not fit,
-    fewer of them than one global batch, or a guide that is asked for in two ways.
+    planned: the stages to come; None: all. write: False: nothing is written into the run folder.
+    Raises InputError for bad rows, rows that do not fit or are longer than the policy reads, fewer
+    of them than one global batch, or a guide that is asked for in two ways.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
-    counts: Counter[str] = Counter(skipped=0, repeated=0)
-    train_rows, heldout_rows = read_data(config, counts)
     start = open_policy(config)
-    tokenizer = load_tokenizer(start, today=run.began)
-    ctx = Context(
-        run,
-        config,
-        device,
-        choose_dtype(config, device),
-        start,
-        tokenizer,
-        prepare(train_rows, tokenizer, config.max_length),
-        prepare(heldout_rows, tokenizer, config.max_length),
-        counts,
-    )
+    tokenizer = open_tokenizer(config, start, run.began)
+    data = open_data(run, config, tokenizer, write)
+    ctx = Context(run, config, device, choose_dtype(config, device), start, tokenizer, *data)
+    _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     distributed.copies(config.training.shard_ranks)
+    n = {name.removeprefix("rows/"): f"{count:.0f}" for name, count in data.counts.items()}
     say(
-        f"data: {len(ctx.train.rows)} training rows ({ctx.train.cut} responses cut, "
-        f"{len(ctx.train.dropped)} rows dropped), {len(ctx.heldout.rows)} held out, "
-        f"{counts['skipped']} bad rows skipped, {counts['repeated']} rows repeat others; "
-        f"{device.type}, {str(ctx.dtype).removeprefix('torch.')}, {distributed.world_size()} "
-        "rank(s)"
+        f"data: {n['train']} training rows ({n['cut']} responses cut), {n['heldout']} held out; of "
+        f"{n['read']} rows that were read {n['dropped']} have too long a prompt, {n['skipped']} "
+        f"are bad, {n['unused']} not used, {n['repeated']} repeat others; {device.type}, "
+        f"{str(ctx.dtype).removeprefix('torch.')}, {distributed.world_size()} rank(s)"
     )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)
     if unchecked:
@@ -275,7 +221,7 @@ def _check_guide(guide: GuideKeys) -> None:
     """
     if guide.folder is None:
         return
-    trained = is_trained_guide(Path(guide.folder).expanduser())
+    trained = is_trained_guide(Path(guide.folder))
     if trained and guide.retrain:
         raise InputError(
             f"guide={guide.folder}: is a trained guide, used as it is; guide.retrain=true would "
@@ -286,6 +232,16 @@ def _check_guide(guide: GuideKeys) -> None:
             f"guide={guide.folder}: is no trained guide, and guide.backbone=policy starts from the "
             "policy: give one of the two"
         )
+
+
+def _check_positions(ctx: Context, planned: Sequence[str] | None) -> None:
+    """Raises InputError for a row longer than the policy reads; warns where an answer may be."""
+    splits = (ctx.train.pairs, ctx.heldout.pairs)
+    longest = max(int(pairs.tokens.max(initial=0)) for pairs in splits)
+    check_rows(ctx.start, ctx.config.max_length, longest)
+    if planned is None or any(name.rpartition("/")[2] in SAMPLED for name in planned):
+        longest = max(int(pairs.prompts.lengths.max(initial=0)) for pairs in splits)
+        warn_of_answers(ctx.start, longest, ctx.config.max_new_tokens)
 
 
 def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:

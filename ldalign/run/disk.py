@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from ldalign.run.context import Context
 from ldalign.run.plan import stage_of, to_do
-from ldalign.run.stages.data import DATA_STAGE
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem
@@ -49,8 +48,7 @@ def check_disk(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
 
 
 def _check(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
-    # Every script makes the stage data.
-    todo, free = to_do(ctx, [DATA_STAGE.folder(), *planned]), shutil.disk_usage(folder).free
+    todo, free = to_do(ctx, planned), shutil.disk_usage(folder).free
     needs, held = [], 0
     for name in todo:
         need, checkpoints = _stage(ctx, name)

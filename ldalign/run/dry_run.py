@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ldalign.models.mistral import Mistral, MistralConfig
@@ -22,7 +23,6 @@ from ldalign.run.disk import check_disk, described
 from ldalign.run.folder import RunFolder
 from ldalign.run.plan import stage_of, to_do
 from ldalign.run.stage import Cost
-from ldalign.run.stages.data import check_sources
 from ldalign.run.stages.guide import (
     GUIDE_STAGE,
     GuidePlan,
@@ -54,7 +54,6 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
     model = check_model(ctx.start)
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
     check_guide(ctx.config, planned)
-    check_sources(ctx)
     costs = {name: stage_of(name).cost(ctx, name) for name in to_do(ctx, planned)}
     lines = [
         f"policy: {ctx.start}: {ctx.parameters / 1e6:.1f} million weights, "
@@ -112,19 +111,17 @@ def _data_lines(ctx: Context) -> list[str]:
     lines = []
     for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
         if prepared.rows:
-            lost = f"{len(prepared.dropped)} dropped, {prepared.cut} responses cut"
-            prompts = _tokens([len(p.prompt) for p in prepared.pairs])
-            responses = _tokens([len(p.real) for p in prepared.pairs])
+            prompts = _tokens(prepared.pairs.prompts.lengths)
+            responses = _tokens(prepared.pairs.real.lengths)
             lines.append(
-                f"{name} rows: {len(prepared.rows)} ({lost}); prompt {prompts}, "
-                f"response {responses}"
+                f"{name} rows: {len(prepared.rows)}; prompt {prompts}, response {responses}"
             )
     return lines
 
 
-def _tokens(sizes: Sequence[int]) -> str:
+def _tokens(sizes: npt.NDArray[np.int64]) -> str:
     high = np.percentile(sizes, 95)
-    return f"{np.mean(sizes):.0f} tokens (95 %: {high:.0f}, most {max(sizes)})"
+    return f"{np.mean(sizes):.0f} tokens (95 %: {high:.0f}, most {sizes.max()})"
 
 
 def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
@@ -132,9 +129,9 @@ def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
     share of response tokens.
     """
     t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
-    pairs = ctx.used[1] or ctx.train.pairs
-    sizes = [len(p.prompt) + 2 * len(p.real) for p in pairs]
-    longest, both = max(sizes), sum(sizes)
+    pairs = ctx.used[1] if len(ctx.used[1]) else ctx.train.pairs
+    sizes = pairs.prompts.lengths + 2 * pairs.real.lengths
+    longest, both = int(sizes.max()), int(sizes.sum())
     step = config.global_batch * both / len(pairs) / ranks
     tokens = int(max(longest, min(t.micro_tokens, step)))
     adamw = t.optimizer == "adamw" or config.sft.epochs or config.continual_sft.epochs
@@ -144,7 +141,7 @@ def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
         compute_bytes=ctx.dtype.itemsize,
         checkpointing=t.checkpointing,
         tokens=tokens,
-        responses=sum(2 * len(p.real) for p in pairs) * tokens // both,
+        responses=2 * int(pairs.real.lengths.sum()) * tokens // both,
         micros=max(1, round(step / tokens)),
         ranks=ranks,
         shards=t.shard_ranks or ranks,
@@ -184,7 +181,8 @@ def _guide_memory_lines(ctx: Context, model: Mistral, plan: GuidePlan) -> list[s
     rows, read = max(1, len(pairs)), guide_tokens(ctx) * (1 if plan.frozen else 2)
     step = g.global_batch * read / rows / ranks
     tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
-    responses = 2 * sum(min(len(p.real), g.loss_tokens or len(p.real)) for p in pairs)
+    counted = pairs.real.lengths if g.loss_tokens is None else pairs.real.cut(g.loss_tokens).lengths
+    responses = 2 * int(counted.sum())
     shape = TrainingShape(
         weight_bytes=4,
         state_bytes=8,

@@ -61,7 +61,6 @@ def tick_list() -> list[Tick]:
         _triton(),
         _flash_attention(),
         *_gpus(),
-        _parquet(),
         *_backends(),
     ]
 
@@ -165,12 +164,6 @@ def _gpus() -> list[Tick]:
             continue
         ticks.append(Tick(name, works, _gpu_name(index) if works else "computes wrongly"))
     return ticks
-
-
-def _parquet() -> Tick:
-    version = _version("pyarrow")
-    detail = f"pyarrow {version}" if version else "no pyarrow: only JSON Lines is read"
-    return Tick("parquet", version is not None, detail)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -10,12 +10,11 @@ A new method is a function here with its lines in `SOURCES` and `STAGES`; a valu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign.data.pairs import Pair, ranked_pairs, rejected_pairs, with_losers
+from ldalign.data.pairs import Pairs, joined_pairs, ranked_pairs, with_losers
 from ldalign.evaluation.judges import POLICY
-from ldalign.generation.sampling import Response
 from ldalign.run.context import Context, file_hash
 from ldalign.run.manifest import Parents
 from ldalign.run.settings import RunConfig
@@ -27,6 +26,7 @@ from ldalign.run.stages.reference import REFERENCE_STAGE, reference_stage
 from ldalign.run.stages.responses import (
     RESPONSES,
     RESPONSES_STAGE,
+    Responses,
     read_responses,
     responses_stage,
 )
@@ -36,7 +36,7 @@ from ldalign.run.stages.responses import (
 class TrainingPairs:
     """The pairs that an iteration trains on."""
 
-    pairs: list[Pair]
+    pairs: Pairs
     made_from: Parents  # what their tokens depend on, beside the data
 
 
@@ -64,7 +64,8 @@ def spin(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
         previous = file_hash(ctx, RESPONSES.format(t - 1))
         made_from = {**made_from, "previous responses": previous}
         older, _ = _against_own(ctx, read_responses(ctx, t - 1))
-        pairs += [replace(pair, id=f"{pair.id} of iteration {t - 1}") for pair in older]
+        named = [f"{name} of iteration {t - 1}" for name in older.ids]
+        pairs = joined_pairs([pairs, older.changed(ids=named)])
     return TrainingPairs(
         reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from, cut), made_from
     )
@@ -74,8 +75,10 @@ def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     """Makes pairs (chosen, rejected, 1) of preference data, by reference alone (arXiv
     2305.18290).
     """
-    rows, pairs = ctx.used
-    pairs = rejected_pairs(rows, pairs, ctx.tokenizer, ctx.config.max_length)
+    _, pairs = ctx.used
+    assert ctx.train.rejected is not None  # the rows are prepared so
+    losers = ctx.train.rejected[: len(pairs)]
+    pairs = with_losers(pairs, losers, ctx.config.max_length)
     return TrainingPairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 
 
@@ -106,22 +109,20 @@ def _of_two_samples(
     """
     responses = responses_stage(ctx, t, policy, samples=2)
     preferences = judged_stage(ctx, t, policy, responses, judge)
-    samples = [
-        (first.ids, second.ids)
-        for first, second in zip(responses[0::2], responses[1::2], strict=True)
-    ]
-    ranked = ranked_pairs(ctx.used[1], samples, preferences, ctx.config.max_length)
+    samples = responses.tokens
+    ranked = ranked_pairs(
+        ctx.used[1], (samples[0::2], samples[1::2]), preferences, ctx.config.max_length
+    )
     made_from: Parents = {
         "responses": file_hash(ctx, RESPONSES.format(t)),
         "judged": file_hash(ctx, f"{JUDGED_STAGE.folder(t)}/{JUDGED}"),
     }
-    pairs = [pair for pair in ranked if pair is not None]
     return TrainingPairs(
-        reference_stage(ctx, t, _reference(ctx, policy, start), pairs, made_from), made_from
+        reference_stage(ctx, t, _reference(ctx, policy, start), ranked, made_from), made_from
     )
 
 
-def _guide(ctx: Context, t: int, start: Path, pairs: list[Pair]) -> Path | None:
+def _guide(ctx: Context, t: int, start: Path, pairs: Pairs) -> Path | None:
     """The guide of iteration t: the first one's, or with guide.retrain its own."""
     if not ctx.config.needs_guide:
         return None
@@ -135,11 +136,11 @@ def _reference(ctx: Context, policy: Path, start: Path) -> Path:
     return policy if ctx.config.reference == "iteration" else start
 
 
-def _against_own(ctx: Context, responses: list[Response]) -> tuple[list[Pair], int]:
+def _against_own(ctx: Context, responses: Responses) -> tuple[Pairs, int]:
     """Real responses against sampled ones, and how many of the latter max_length cut."""
-    pairs = with_losers(ctx.used[1], [r.ids for r in responses], ctx.config.max_length)
-    cut = [len(r.ids) > len(p.generated or ()) for r, p in zip(responses, pairs, strict=True)]
-    return pairs, sum(cut)
+    pairs = with_losers(ctx.used[1], responses.tokens, ctx.config.max_length)
+    assert pairs.generated is not None
+    return pairs, int((responses.tokens.lengths > pairs.generated.lengths).sum())
 
 
 SOURCES: dict[str, Callable[[Context, int, Path, Path], TrainingPairs]] = {

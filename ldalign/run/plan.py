@@ -62,7 +62,7 @@ def to_do(ctx: Context, planned: Sequence[str]) -> list[str]:
     given is none.
     """
     folder = ctx.config.guide.folder
-    given = folder is not None and is_trained_guide(Path(folder).expanduser())
+    given = folder is not None and is_trained_guide(Path(folder))
     return [
         name
         for name in planned

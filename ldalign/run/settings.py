@@ -6,8 +6,10 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_type_hints
 
+from ldalign.data.columns import Columns
 from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
     above_up_to,
@@ -21,6 +23,19 @@ from ldalign.system.config import (
     setting,
 )
 from ldalign.training.latent_map import LatentMap
+
+
+@dataclass(frozen=True)
+class ColumnsKeys:
+    """What the data's own names of the keys are, where they are others (docs/data.md)."""
+
+    prompt: str | None = setting(None, "text or turns that ask, such as question; null: prompt")
+    response: str | None = setting(None, "the answer, such as answer; null: response")
+    system: str | None = setting(None, "text of the system turn; null: system")
+    messages: str | None = setting(None, "whole conversation; null: messages, conversations")
+    chosen: str | None = setting(None, "preferred answer or conversation; null: chosen")
+    rejected: str | None = setting(None, "the other one; null: rejected")
+    id: str | None = setting(None, "name of a row; null: id")
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,9 @@ class SftKeys:
     """Supervised fine-tuning: the start policy's warm-up, and the continual-SFT baseline."""
 
     epochs: int = setting(0, "passes over the data; 0: no SFT", check=non_negative)
-    rows: int | None = setting(None, "first rows of the data to use; null: all", check=positive)
+    rows: int | None = setting(
+        None, "first rows to use, as they are shuffled; null: all", check=positive
+    )
     learning_rate: float = setting(1e-5, "peak", check=positive)
     global_batch: int = setting(64, "rows an optimizer step", check=positive)
 
@@ -117,6 +134,7 @@ class GuideKeys:
     folder: str | None = setting(
         None,
         "GPT-2 model folder to start from, or a trained guide to use as it is; null: none",
+        path=True,
     )
     backbone: Literal["auto", "policy", "gpt2"] = setting(
         "auto",
@@ -246,7 +264,7 @@ class EvaluationKeys:
     """What is measured of the start policy, after every iteration and of the baseline."""
 
     rows: int = setting(
-        200, "first held-out rows to use; 0: nothing is held out or evaluated", check=non_negative
+        200, "most held-out rows; 0: nothing is held out or evaluated", check=non_negative
     )
     samples: int = setting(
         4, "sampled answers a prompt, for rows that a program can check", check=non_negative
@@ -267,11 +285,13 @@ class JudgeKeys:
         "checker: the embedded data's own; policy: the policy itself; embedding: closeness to the "
         "real response, by judge.folder; a model folder or name; with an endpoint, its name for "
         "the model",
+        path=True,
     )
     folder: str | None = setting(
         None,
         "of judge=embedding: sentence-embedding model, folder or name, such as "
         "sentence-transformers/all-MiniLM-L6-v2",
+        path=True,
     )
     endpoint: str | None = setting(
         None,
@@ -297,7 +317,9 @@ class AgreementKeys:
 
     rows: int | None = setting(None, "first held-out prompts to use; null: all", check=positive)
     policy: str | None = setting(
-        None, "model folder that answers, such as RUN/iteration_2/policy; null: the start"
+        None,
+        "model folder that answers, such as RUN/iteration_2/policy; null: the start",
+        path=True,
     )
 
 
@@ -313,6 +335,7 @@ class RewardKeys:
         None,
         "sequence classifier with one logit, folder or name, such as OpenAssistant/"
         "reward-model-deberta-v3-large-v2; null: no rewards",
+        path=True,
     )
     max_tokens: int = setting(
         512, "of question and answer together, in its tokens; the longer is cut", check=positive
@@ -331,7 +354,9 @@ class BenchmarksKeys:
     SHORTHAND: ClassVar[str] = "tasks"
 
     tasks: list[str] = setting([], "such as [piqa, arc_easy]; []: none")
-    data: str | None = setting(None, "folder of local files, TASK.jsonl; null: the hub's data sets")
+    data: str | None = setting(
+        None, "folder of local files, TASK.jsonl; null: the hub's data sets", path=True
+    )
     limit: int | None = setting(None, "first rows of each task; null: all", check=positive)
     shots: int | None = setting(
         None, "examples in front of every row; null: the task's own", check=non_negative
@@ -345,35 +370,66 @@ class BenchmarksKeys:
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
 
-    run: str = setting("runs/align", "run folder: everything is written here")
+    run: str = setting("runs/align", "run folder: everything is written here", path=True)
     policy: str = setting(
         "smollm2-135m-instruct",
         "model folder, Hugging Face name (org/name), the embedded default, or toy (tiny, random)",
+        path=True,
+    )
+    template: str | None = setting(
+        None,
+        "file of the chat template (jinja) to use in place of the policy's own, and to write into "
+        "the policies made; null: the policy's",
+        path=True,
     )
     guide: GuideKeys = group(GuideKeys, "guiding model")
     data: str | list[str] = setting(
         "embedded",
-        "SFT data: file, folder or glob of JSON Lines or parquet, or a list of them; embedded: "
-        "ldalign's own task rows",
+        "SFT data: file, folder, glob, or name on the Hugging Face hub (org/name:config:split), or "
+        "a list of them; embedded: ldalign's own task rows",
+        path=True,
+    )
+    columns: ColumnsKeys = group(ColumnsKeys, "the data's names of the keys that are read")
+    ignore_columns: list[str] = setting(
+        [], "keys of rows and turns to leave out, which are refused otherwise, such as tools"
     )
     turns: Literal["first", "last", "all"] = setting(
         "last", "which assistant turn is the response (first: SPIN's)"
+    )
+    data_shares: list[float] | None = setting(
+        None,
+        "share of each entry of `data` in the rows that are trained on: as many rows as the entry "
+        "that runs out first allows; null: all rows of all",
+        check=each(positive),
+    )
+    shuffle: bool = setting(
+        True,
+        "put the rows into a random order (seed) before any of them is left out; false: the files'",
+    )
+    long_prompts: Literal["drop", "error", "truncate"] = setting(
+        "drop",
+        "a row whose prompt alone fills max_length: left out and counted; an error; or without its "
+        "first turns, then without the last question's beginning",
     )
     bad_rows: Literal["error", "skip"] = setting(
         "error", "a row that cannot be used; skip: leave it out and count it, up to 1 % of the rows"
     )
     heldout: str | None = setting(
-        None, "held-out data; null: heldout_fraction of `data` (embedded: its own split)"
+        None,
+        "held-out data; null: heldout_fraction of `data` (embedded: its own split)",
+        path=True,
     )
     heldout_fraction: float = setting(
         0.1,
-        "share of `data` held out where `heldout` is null and evaluation.rows is not 0",
+        "share of `data` held out where `heldout` is null, at most evaluation.rows; rows of one "
+        "conversation or one prompt stay together",
         check=between(0, 0.5),
     )
     responses: str | None = setting(
         None,
         "responses to use in the first iteration instead of sampling them: JSON Lines "
         "(docs/generation.md)",
+        path=True,
     )
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
@@ -455,12 +511,25 @@ class RunConfig:
     agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
     reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
     benchmarks: BenchmarksKeys = group(BenchmarksKeys, "public benchmarks")
-    cache: str | None = setting(None, "where fetched models are kept; null: ~/.cache/ldalign")
+    cache: str | None = setting(
+        None, "where fetched models and data are kept; null: ~/.cache/ldalign", path=True
+    )
 
     def at(self, name: Literal["learning_rate", "beta"], t: int) -> float:
         """The value of a key in iteration t."""
         value: float | list[float] = getattr(self, name)
         return value[t] if isinstance(value, list) else value
+
+    @property
+    def data_columns(self) -> Columns:
+        """What is said about the keys of rows, as the reader takes it."""
+        named = {key: name for key, name in vars(self.columns).items() if name is not None}
+        return Columns(named, frozenset(self.ignore_columns))
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where fetched models and data are kept."""
+        return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "ldalign"
 
     @property
     def needs_guide(self) -> bool:
@@ -471,7 +540,7 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
-        found = []
+        found = self.data_columns.problems()
         for name in ("learning_rate", "beta"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.iterations:
@@ -507,6 +576,12 @@ class RunConfig:
         if self.responses and self.method not in ("ld_align", "spin"):
             found.append(
                 f"responses={self.responses}: method={self.method} takes none; leave it out"
+            )
+        entries = 1 if isinstance(self.data, str) else len(self.data)
+        if self.data_shares is not None and len(self.data_shares) != entries:
+            found.append(
+                f"data_shares: {len(self.data_shares)} shares for {entries} entries of data; give "
+                "one an entry"
             )
         if self.max_new_tokens >= self.max_length:
             found.append(

@@ -9,6 +9,7 @@ program's own config classes are in ldalign/run/settings.py.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import textwrap
 import types
@@ -81,13 +82,14 @@ def above_up_to(low: float, high: float) -> Check:
     return Check(lambda value: low < value <= high, f"greater than {low}, at most {high}")
 
 
-def setting(default: Any, help: str, *, check: Check | None = None) -> Any:
+def setting(default: Any, help: str, *, check: Check | None = None, path: bool = False) -> Any:
     """Declares one key: the default and the help of a dataclass field.
 
     `help` gives meaning, unit and "off" value; `check` is skipped for None. A list given as the
-    default is copied for each config.
+    default is copied for each config. path: the value names files or folders, or may: a `~` that it
+    (or an entry of it) begins with is the home directory.
     """
-    metadata = {"help": help, "check": check}
+    metadata = {"help": help, "check": check, "path": path}
     if default is REQUIRED:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -178,7 +180,7 @@ def split_argv(
             value = value if equals else next(arguments, "")
             if not value:
                 raise InputError("--config: needs a file name; write --config FILE.yaml")
-            path = Path(value)
+            path = _at_home(Path(value))
         elif argument in flags:
             seen.add(argument)
         elif argument.startswith("-"):
@@ -227,7 +229,7 @@ def _read_file(
             raise InputError(
                 f"{where}: {BASE} must be the name of a config file, not {_kind(node)}"
             )
-        base = path.parent / node.value
+        base = path.parent / _at_home(Path(node.value))
         if base.resolve() in (path.resolve(), *seen):
             raise InputError(f"{where}: {BASE}: {base} leads back to itself")
         if not base.is_file():
@@ -352,6 +354,8 @@ def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: lis
         else:
             problems.append(f"{key}: must be given ({declared.metadata.get('help', '')})")
             continue
+        if declared.metadata.get("path"):
+            values[name] = _at_home(values[name])
         check: Check | None = declared.metadata.get("check")
         if check is not None and values[name] is not None and not check.holds(values[name]):
             problems.append(f"{where}{key}: {values[name]!r} must be {check.bound}")
@@ -439,6 +443,15 @@ def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
     if len(meant) == 1:
         raise meant[0]
     raise _Mismatch(f"{_shown(node)} is not {' or '.join(map(_type_name, members))}")
+
+
+def _at_home(value: Any) -> Any:
+    """The value of a path key with the home directory in place of a `~` at its beginning; that of
+    somebody whom the machine does not know stays, and will be no such file.
+    """
+    if isinstance(value, (str, Path)):
+        return type(value)(os.path.expanduser(value))
+    return type(value)(map(_at_home, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _convert_literal(node: yaml.Node, choices: Sequence[Any]) -> Any:

@@ -92,6 +92,15 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     return torch.device("cpu")
 
 
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """The compute dtype of dtype=auto: bfloat16 where the device has instructions for it."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 @functools.cache
 def _meeting() -> dist.ProcessGroup:
     """Makes the group of all ranks in which they may wait long for each other."""

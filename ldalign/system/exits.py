@@ -7,6 +7,7 @@ a run of several ranks the line begins with the rank that failed.
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import socket
@@ -43,7 +44,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: with 0, or an error's code after one line on stderr.
 
     `--debug` anywhere in the arguments is taken out before `main` sees them and adds the traceback.
+    What the terminal's encoding does not have is printed with its number (`\\u2192`).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     interrupt.listen()

@@ -5,6 +5,8 @@
 and the hash that manifests hold.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -14,13 +16,14 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ldalign.system.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
 HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
@@ -108,6 +111,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     Raises EnvironmentProblem naming the file where it cannot be written.
     """
+    from safetensors.torch import save_file  # with torch, which a process that reads rows needs not
+
     size = sum(tensor.nbytes for tensor in tensors.values())
     with writing(path, size):
         try:
@@ -142,8 +147,14 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 
 def read_jsonl(path: Path) -> list[Any]:
     """Returns the values of a JSON Lines file of ours."""
-    # Not splitlines: a text may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: Path) -> Iterator[Any]:
+    """Yields the values of a JSON Lines file of ours, one after the other."""
+    # newline: a text may hold U+2028 and the like, which JSON leaves as it is.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        yield from (json.loads(line) for line in file if line != "\n")
 
 
 def write_json(path: Path, value: Any) -> None:

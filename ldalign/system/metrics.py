@@ -89,9 +89,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Bar:
-    """A progress bar on rank 0, also of tokens a second: `with Bar(...) as progress`."""
+    """A progress bar on rank 0, also of tokens a second: `with Bar(...) as progress`.
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
+    total: None where it is not known.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
 
     def __enter__(self) -> Callable[[int, int], None]:

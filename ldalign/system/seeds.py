@@ -3,10 +3,15 @@
 A key names stage, iteration and row. The generator is Philox (Salmon et al. 2011).
 """
 
+from __future__ import annotations
+
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def uniforms(seed: int, key: str, count: int) -> np.ndarray:
@@ -20,6 +25,8 @@ def normals(seed: int, key: str, *shape: int) -> torch.Tensor:
     Each tensor that is drawn for a model has a key of its own: of two that shared a stream, one
     would be the beginning of the other.
     """
+    import torch  # which processes that only read rows do without
+
     return torch.from_numpy(_stream(seed, key).standard_normal(shape, dtype=np.float32))
 
 

@@ -10,6 +10,8 @@ from ldalign.system.errors import InputError
 # A config or a header: a hundred times the largest real one. Parsed, it takes many times that.
 MAX_JSON_BYTES = 10**7
 MAX_TOKENIZER_BYTES = 10**8  # tokenizer.json of 250,000 entries has 35 MB
+# What a file begins with that Git LFS has not fetched: a text of three lines in its place.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 READ_LATER = (".json", ".jinja", ".safetensors", ".txt", ".model")  # files that stages use
 
 
@@ -46,8 +48,8 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES, folder: Path | None = Non
     """Reads a file of a model folder, of at most `most` bytes.
 
     folder: the model folder, where the file lies in a subfolder of it; None: the folder it lies in.
-    Raises InputError for a link out, a device, or too large a file; FileNotFoundError where
-    there is none.
+    Raises InputError for a link out, a device, a Git LFS pointer, or too large a file;
+    FileNotFoundError where there is none.
     """
     refuse_link_out(path, folder or path.parent)
     try:
@@ -59,11 +61,20 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES, folder: Path | None = Non
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    refuse_lfs_pointer(content, path)
     if len(content) > most:
         raise InputError(
             f"{path}: has more than {most} bytes, which no such file needs; is it the right one?"
         )
     return content
+
+
+def refuse_lfs_pointer(content: bytes, path: Path) -> None:
+    """Raises InputError where `content`, the beginning of a file, is a Git LFS pointer's."""
+    if content.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder"
+        )
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
@@ -121,10 +132,13 @@ def read_json(
         raise InputError(f"{path}: is missing; download the model again") from None
 
 
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file of the folder. Raises InputError as `read_bytes` does."""
+def read_text(path: Path, folder: Path | None = None) -> str:
+    """Reads a UTF-8 text file of the folder. Raises InputError as `read_bytes` does.
+
+    folder: as in `read_bytes`.
+    """
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path, folder=folder).decode("utf-8")
     except UnicodeDecodeError as error:
         at = f"byte {error.start}"
         raise InputError(f"{path}: not UTF-8 text ({at}); download it again") from None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldalign.data.pairs import Pair
+from ldalign.data.pairs import Chosen, Pair
 from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joined, longest_first
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
@@ -52,7 +52,7 @@ def heldout_count(rows: int, fraction: float) -> int:
 
 def split(
     pairs: Sequence[Pair], fraction: float, seed: int, stage: str = "guide"
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns the pairs that are trained on and those that are held out (`heldout_count`).
 
     Raises InputError where none is left to train on.
@@ -63,7 +63,7 @@ def split(
             f"guide: {len(pairs)} rows are too few to hold any out; use at least 3 (max_rows)"
         )
     order = permutation(seed, f"{stage}/heldout", len(pairs))
-    return [pairs[i] for i in order[heldout:]], [pairs[i] for i in order[:heldout]]
+    return Chosen(pairs, order[heldout:]), Chosen(pairs, order[:heldout])
 
 
 def train_guide(

@@ -1,69 +1,26 @@
-"""Pair sources: what fits, what is dropped, what a distance weighs."""
+"""Pairs: their losers, their columns, what a distance weighs."""
 
 import logging
 import typing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from ldalign.data.pairs import Pair, prepare, ranked_pairs, rejected_pairs, usable, with_losers
-from ldalign.data.rows import Row
-from ldalign.data.tokenizer import load_tokenizer
+from ldalign.data.pairs import Chosen, Pair, Pairs, joined_pairs, ranked_pairs, with_losers
 from ldalign.objective import WEIGHTS, distance_weights, effective_size, pair_weights
 from ldalign.run.settings import RunConfig
-from ldalign.system.errors import InputError
-
-
-def row(i: int, prompt: str = "Say it.", response: str = "It is said.") -> Row:
-    return Row(id=f"row{i}", history=({"role": "user", "content": prompt},), response=response)
-
-
-def test_prepare_keeps_what_fits(chatml_folder: Path) -> None:
-    tokenizer = load_tokenizer(chatml_folder)
-    whole = prepare([row(0)], tokenizer, 10_000)
-    (pair,) = whole.pairs
-    assert pair.real[-1] in tokenizer.end_ids and whole.cut == 0 and whole.dropped == []
-    exact = prepare([row(0)], tokenizer, len(pair.prompt) + len(pair.real))
-    assert exact.pairs == whole.pairs and exact.cut == 0
-
-
-def test_prepare_cuts_the_response_and_its_end_token(chatml_folder: Path) -> None:
-    tokenizer = load_tokenizer(chatml_folder)
-    (pair,) = prepare([row(0)], tokenizer, 10_000).pairs
-    cut = prepare([row(0)], tokenizer, len(pair.prompt) + 2)
-    assert (
-        cut.cut == 1 and cut.pairs[0].prompt == pair.prompt and cut.pairs[0].real == pair.real[:2]
-    )
-    assert not set(cut.pairs[0].real) & set(tokenizer.end_ids)
-
-
-def test_prepare_drops_rows_without_room_by_id(chatml_folder: Path) -> None:
-    """One long prompt in 200 rows is dropped; three are too many, and the
-    message names the first.
-    """
-    tokenizer = load_tokenizer(chatml_folder)
-    rows = [row(i) for i in range(200)]
-    room = len(prepare(rows[:1], tokenizer, 10_000).pairs[0].prompt) + 5
-    rows[7] = row(7, prompt="Say it, " * 100)
-    prepared = prepare(rows, tokenizer, room)
-    assert prepared.dropped == ["row7"] and len(prepared.pairs) == len(prepared.rows) == 199
-    assert [p.id for p in prepared.pairs] == [r.id for r in prepared.rows]
-    for i in (9, 11):
-        rows[i] = row(i, prompt="Say it, " * 100)
-    with pytest.raises(InputError, match=r"max_length=.*3 of 200.*row7"):
-        prepare(rows, tokenizer, room)
 
 
 def test_with_losers_and_usable() -> None:
     pairs = [Pair("a", [1, 2], [3, 4]), Pair("b", [1], [3, 4, 5])]
     full = with_losers(pairs, [[3, 4], [3, 4, 5, 6, 7]], max_length=4)
+    assert full.usable.tolist() == [False, False]
     assert [p.generated for p in full] == [[3, 4], [3, 4, 5]]
     # equal, also only after the cut; empty; different; no loser at all
-    assert [usable(p) for p in full] == [False, False]
-    assert not usable(Pair("c", [1], [2], []))
-    assert usable(Pair("d", [1], [2], [3])) and usable(Pair("e", [1], [2]))
+    assert [p.usable for p in full] == [False, False]
+    assert not Pair("c", [1], [2], []).usable
+    assert Pair("d", [1], [2], [3]).usable and Pair("e", [1], [2]).usable
 
 
 def test_distance_weights_have_mean_one_over_the_kept() -> None:
@@ -145,26 +102,60 @@ def test_the_key_offers_all_kinds() -> None:
 # ------------------------------------------------------------------------- preference data, samples
 
 
-def test_rejected_responses_get_ids_as_chosen_ones_do(chatml_folder: Path) -> None:
-    tokenizer = load_tokenizer(chatml_folder)
-    rows = [
-        replace(row(0, response="It is said."), rejected="No."),
-        replace(row(1, response="No."), rejected="Maybe."),
-    ]
-    pairs = rejected_pairs(rows, prepare(rows, tokenizer, 1000).pairs, tokenizer, 1000)
-    assert pairs[0].generated == pairs[1].real and usable(pairs[0])
-    with pytest.raises(InputError, match="row2: has no rejected response, which method=dpo needs"):
-        rejected_pairs([row(2)], pairs[:1], tokenizer, 1000)
-
-
-def test_samples_are_ranked_and_ties_are_none() -> None:
+def test_samples_are_ranked_and_ties_are_left_out() -> None:
     """Preference for the first: 0.9 yes, 0.2 no, 0.5 and NaN say nothing; both
     sides are cut to max_length.
     """
-    pairs = [Pair(f"row{i}", [1], [2]) for i in range(4)]
-    samples = [([5, 5, 5], [6, 6])] * 4
-    ranked = ranked_pairs(pairs, samples, [0.9, 0.2, 0.5, float("nan")], max_length=3)
-    assert ranked[2:] == [None, None]
-    assert ranked[0] == Pair("row0", [1], [5, 5], [6, 6]) and ranked[1] == Pair(
-        "row1", [1], [6, 6], [5, 5]
-    )
+    pairs = [Pair(f"row{i}", [1], [2]) for i in range(5)]
+    samples = [[5, 5, 5]] * 5, [[6, 6]] * 5
+    ranked = ranked_pairs(pairs, samples, [0.9, 0.5, 0.2, float("nan"), 1.0], max_length=3)
+    better = [Pair(f"row{i}", [1], [5, 5], [6, 6]) for i in (0, 4)]
+    assert list(ranked) == [better[0], Pair("row2", [1], [6, 6], [5, 5]), better[1]]
+
+
+# --------------------------------------------------------------------------------- many, in columns
+
+MANY = [
+    Pair(f"row{i}", [1] * (i + 1), [2] * i, [3] * (i % 3), 0.5 * i, -1.0 * i, -2.0 * i)
+    for i in range(7)
+]
+
+
+def test_columns_hold_the_pairs_they_were_made_of() -> None:
+    pairs = Pairs.of(MANY)
+    assert list(pairs) == MANY and Pairs.of(pairs) is pairs
+    assert pairs.tokens.tolist() == [pair.tokens for pair in MANY]
+    assert pairs.usable.tolist() == [pair.usable for pair in MANY]
+    assert list(pairs[2:5]) == MANY[2:5] and pairs[-1] == MANY[-1]
+    assert list(pairs.take([4, 0, 4])) == [MANY[4], MANY[0], MANY[4]]
+    assert list(pairs.take(pairs.usable)) == [pair for pair in MANY if pair.usable]
+    assert list(joined_pairs([pairs[:3], pairs[5:]])) == MANY[:3] + MANY[5:]
+
+
+def test_columns_without_losers() -> None:
+    pairs = Pairs.of([Pair("a", [1], [2]), Pair("b", [1, 1], [3, 4])])
+    assert pairs.generated is None and pairs[1].generated is None and pairs.usable.all()
+    assert pairs.tokens.tolist() == [2, 4] and list(Pairs.of([])) == []
+
+
+def test_the_hash_of_columns_sees_every_token_and_the_order() -> None:
+    pairs = Pairs.of(MANY)
+    same = Pairs.of(MANY[1:] + MANY[:1]).take([6, 0, 1, 2, 3, 4, 5])
+    assert pairs.content_hash == same.content_hash
+    changed = [replace(MANY[3], real=[2, 2, 9]), replace(MANY[3], prompt=[1, 1, 1])]
+    changed += [replace(MANY[3], generated=[3])]
+    others = [Pairs.of([*MANY[:3], pair, *MANY[4:]]) for pair in changed] + [pairs[::-1], pairs[:6]]
+    assert len({pairs.content_hash, *(other.content_hash for other in others)}) == 6
+
+
+def test_chosen_items_are_made_when_they_are_asked_for() -> None:
+    seen: list[int] = []
+
+    def change(x: int) -> int:
+        seen.append(x)
+        return 10 * x
+
+    some = Chosen([5, 6, 7, 8], [3, 1], change)
+    assert len(some) == 2 and seen == []
+    assert some[1] == 60 and seen == [6]
+    assert list(some[1:]) == [60] and list(Chosen([5, 6])) == [5, 6]

@@ -18,7 +18,8 @@ from made_tokenizers import (
 )
 from made_tokenizers import write_tokenizer_folder as write_folder
 
-from ldalign.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer_files
+from ldalign.data.tokenizer import Tokenizer, load_tokenizer
+from ldalign.data.tokenizer_export import WRITES_BOS, save_tokenizer_files
 from ldalign.system.errors import InputError
 
 LLAMA2_TEMPLATE = (
@@ -338,7 +339,7 @@ def test_template_extras(chatml_folder):
         (
             "tokenizer_config.json",
             '{"eos_token": "</nowhere>"}',
-            "eos_token '</nowhere>' is not in the vocabulary",
+            "the declared token '</nowhere>' has no row in the embedding",
         ),
     ],
 )
@@ -375,17 +376,10 @@ def test_saved_files_keep_ids_template_and_ends(zephyr_folder, tmp_path):
     before, after = load_tokenizer(source), load_tokenizer(tmp_path / "out")
     row = as_row(CONVERSATIONS[1])
     assert after.pair_ids(row) == before.pair_ids(row)
-    assert (after.end_ids, after.bos_id, after.template_hash) == (
-        before.end_ids,
-        before.bos_id,
-        before.template_hash,
-    )
+    assert (after.end_ids, after.bos_id) == (before.end_ids, before.bos_id)
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert (
-        settings["chat_template"]
-        == ZEPHYR_TEMPLATE
-        == (tmp_path / "out" / "chat_template.jinja").read_text()
-    )
+    template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert settings["chat_template"] == template == WRITES_BOS + ZEPHYR_TEMPLATE
     assert "auto_map" not in settings
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [2, 5], "temperature": 0.7}
@@ -397,3 +391,67 @@ def test_saved_template_is_the_one_in_use(chatml_folder, tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "eos_token_id": 2
     }
+
+
+def test_the_exported_template_writes_the_bos_of_training(zephyr_folder, tmp_path):
+    """Whoever renders it, transformers for one, gets the ids that training used; once is enough."""
+    save_tokenizer_files(zephyr_folder, tmp_path / "out")
+    save_tokenizer_files(tmp_path / "out", tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").template == load_tokenizer(tmp_path / "out").template
+    theirs = transformers_tokenizer(tmp_path / "out")
+    for turns in CONVERSATIONS:
+        row = as_row(turns)
+        ids = theirs.apply_chat_template(
+            list(row.history), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert ids == load_tokenizer(zephyr_folder).pair_ids(row).prompt
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ZEPHYR_TEMPLATE,
+        "   " + ZEPHYR_TEMPLATE,  # white space that is stripped where it begins a line
+        "\n" + ZEPHYR_TEMPLATE,
+        "{%- if true -%} x {%- endif %}" + ZEPHYR_TEMPLATE,
+    ],
+)
+def test_the_bos_in_front_changes_nothing_else(zephyr_folder, tmp_path, template):
+    save_tokenizer_files(zephyr_folder, tmp_path / "out", template)
+    before, after = load_tokenizer(zephyr_folder, template), load_tokenizer(tmp_path / "out")
+    chat = messages(CONVERSATIONS[1])
+    assert after.render(chat) == "<s>" + before.render(chat)
+    assert after.pair_ids(as_row(CONVERSATIONS[1])) == before.pair_ids(as_row(CONVERSATIONS[1]))
+
+
+def test_a_template_with_a_bos_or_for_none_is_exported_as_it_is(
+    zephyr_folder, chatml_folder, tmp_path
+):
+    save_tokenizer_files(zephyr_folder, tmp_path / "a", LLAMA2_TEMPLATE)
+    save_tokenizer_files(chatml_folder, tmp_path / "b")
+    assert load_tokenizer(tmp_path / "a").template == LLAMA2_TEMPLATE
+    assert load_tokenizer(tmp_path / "b").template == CHATML_TEMPLATE
+
+
+def test_all_named_templates_are_exported(chatml_folder, tmp_path):
+    """From both places, into both places: the list and the folder."""
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    folder = copy(chatml_folder, tmp_path, "tokenizer_config.json", chat_template=named)
+    (folder / "chat_template.jinja").write_text(CHATML_TEMPLATE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("r")
+    save_tokenizer_files(folder, tmp_path / "out")
+    expected = {"default": CHATML_TEMPLATE, "tool_use": "t", "rag": "r"}
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert {e["name"]: e["template"] for e in settings["chat_template"]} == expected
+    assert transformers_tokenizer(tmp_path / "out").chat_template == expected
+    written = {p.stem: p.read_text() for p in (tmp_path / "out").rglob("*.jinja")}
+    assert written == {"chat_template": CHATML_TEMPLATE, "tool_use": "t", "rag": "r"}
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b"])
+def test_a_template_that_no_file_can_be_named_after_is_refused(chatml_folder, tmp_path, name):
+    named = [{"name": "default", "template": "d"}, {"name": name, "template": "t"}]
+    folder = copy(chatml_folder, tmp_path, "tokenizer_config.json", chat_template=named)
+    with pytest.raises(InputError, match="which no file can be called"):
+        load_tokenizer(folder)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from stage_kills import check_resume
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from ldalign.data.ragged import TokenLists
 from ldalign.data.rows import Row
 from ldalign.evaluation.embedding import EmbeddingModel, check_embedding_model
 from ldalign.evaluation.judges import EmbeddingJudge
-from ldalign.generation.sampling import Response
 from ldalign.models.toy import write_toy_model
 from ldalign.run.context import open_context
 from ldalign.run.folder import RunFolder
@@ -30,7 +30,7 @@ from ldalign.run.manifest import hash_model_folder
 from ldalign.run.measures import check_measurements
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.judged import judged_stage
-from ldalign.run.stages.responses import RESPONSES
+from ldalign.run.stages.responses import RESPONSES, Responses
 from ldalign.system import distributed
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
@@ -436,7 +436,8 @@ def test_a_killed_stage_is_gone_on_with(
     )
     ctx = open_context(RunFolder(tmp_path / "run", ""), config)
     real = [pair.real for pair in ctx.used[1]]
-    samples = [Response(real[(i + n) % 16], "stop", 0.0) for i in range(16) for n in (1, 2)]
+    tokens = TokenLists.of(real[(i + n) % 16] for i in range(16) for n in (1, 2))
+    samples = Responses(tokens, ["stop"] * 32)
     plain = EmbeddingModel.__init__
     monkeypatch.setattr(  # in several batches
         EmbeddingModel, "__init__", lambda self, *given: plain(self, *given, batch_tokens=40)

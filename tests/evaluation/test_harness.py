@@ -2,14 +2,16 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from benchmark_data import CONTEXTS, LONG, REQUESTS, file_of, instances, make_row
-from runs import run_script
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 transformers = pytest.importorskip("transformers")
@@ -19,14 +21,16 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from ldalign.data.tokenizer import load_tokenizer  # noqa: E402
 from ldalign.evaluation.benchmarks.definitions import Benchmark  # noqa: E402
-from ldalign.evaluation.benchmarks.harness import HarnessModel, Scored, plan_trees, sampling_of  # noqa: E402
+from ldalign.evaluation.benchmarks.harness import HarnessModel, sampling_of  # noqa: E402
+from ldalign.evaluation.benchmarks.packing import Scored, plan_trees  # noqa: E402
 from ldalign.evaluation.benchmarks.runner import run_benchmark  # noqa: E402
 from ldalign.generation.generate import generate_ids  # noqa: E402
 from ldalign.generation.sampling import Sampling  # noqa: E402
 from ldalign.models.mistral import Mistral  # noqa: E402
 from ldalign.models.toy import write_toy_model  # noqa: E402
 from ldalign.models.weights import load_model  # noqa: E402
-from ldalign.system.errors import InputError  # noqa: E402
+from ldalign.system.distributed import auto_dtype  # noqa: E402
+from ldalign.system.errors import InputError, NumericsError  # noqa: E402
 
 
 def scaled(model: torch.nn.Module) -> torch.nn.Module:
@@ -126,7 +130,7 @@ def test_two_ranks_have_what_one_has(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     here = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     script.write_text(here + RANKS_SCRIPT)
-    done = run_script(script, folder, tmp_path / "result", ranks=2)
+    done = runs.run_script(script, folder, tmp_path / "result", ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"result{rank}").read_text()) for rank in (0, 1))
     assert first == second
@@ -252,6 +256,112 @@ def test_bad_arguments(ours: HarnessModel) -> None:
         HarnessModel()
     with pytest.raises(InputError, match="continuation has no tokens"):
         ours.loglikelihood(instances("loglikelihood", [("context", "")]))
+
+
+def test_dtype_auto(folder: Path) -> None:
+    lm = HarnessModel(policy=str(folder), dtype="auto", device="cpu")
+    assert lm.model.output_weight.dtype == auto_dtype(torch.device("cpu"))
+    with pytest.raises(InputError, match="dtype=int8: expected auto, bfloat16 or float32"):
+        HarnessModel(policy=str(folder), dtype="int8", device="cpu")
+
+
+def test_without_a_gpu_it_goes_on_on_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The harness's command asks for cuda:0 whatever the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = HarnessModel(policy=str(folder), dtype="float32", device="cuda:0")
+    assert lm.device == torch.device("cpu")
+    assert "device=cuda:0: there is no GPU here; going on on the CPU" in capfd.readouterr().err
+    HarnessModel(policy=str(folder), dtype="float32", device="cpu")
+    assert "WARNING" not in capfd.readouterr().err
+    for other in ("cuda:7", "mps"):
+        with pytest.raises(InputError, match=f"device={other}: expected auto, cpu or cuda"):
+            HarnessModel(policy=str(folder), device=other)
+
+
+COLLAPSES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] | replace('  ', ' ') | upper }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_the_turn_to_go_on_from(folder: Path) -> None:
+    """Spaces collapsed, letters raised: where the turn ends cannot be told."""
+    lm = HarnessModel(
+        model=load_model(folder, torch.float32, "cpu"),  # type: ignore[arg-type]
+        tokenizer=load_tokenizer(folder, template=COLLAPSES),
+    )
+    history = [
+        {"role": "user", "content": "Two  and two?"},
+        {"role": "assistant", "content": "It  is"},
+    ]
+    assert lm.apply_chat_template(history[:1]).endswith(
+        "TWO AND TWO?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(
+        InputError,
+        match="chat template: rewrites the turn 'It  is' that the answer goes on from",
+    ):
+        lm.apply_chat_template(history, add_generation_prompt=False)
+    last = [history[0], {"role": "assistant", "content": "41"}]
+    assert lm.apply_chat_template(last, add_generation_prompt=False).endswith("\n41")
+
+
+def test_a_model_that_overflows_names_the_row(folder: Path) -> None:
+    """Log-probs, whole texts, answers: exit code 4, and nothing of it in the harness's cache."""
+    model = load_model(folder, torch.float32, "cpu")
+    assert isinstance(model, Mistral)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    lm = HarnessModel(model=model, tokenizer=load_tokenizer(folder))
+    seen: list[Any] = []
+
+    class Hook(CacheHook):
+        def add_partial(self, attr: str, req: Any, res: Any) -> None:
+            seen.append(res)
+
+    lm.set_cache_hook(Hook(None))
+    named = "'some task, row 1'"
+    for kind, arguments in (
+        ("loglikelihood", ("a", " b")),
+        ("loglikelihood_rolling", ("a b",)),
+        ("generate_until", ("a", {"max_gen_toks": 3, "until": []})),
+    ):
+        (request,) = instances(kind, [arguments])
+        request.task_name, request.doc_id = "some task", 1
+        with pytest.raises(NumericsError, match=named):
+            getattr(lm, kind)([request])
+    assert not seen
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
+    """lm-eval's own command with our model: on the CPU by itself, its table; else one last line."""
+    (tmp_path / "rows.jsonl").write_text('{"q": "Q?", "a": "yes", "b": "no"}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: 0\ndoc_to_choice: ['{{a}}', '{{b}}']\n"
+    )
+    module = "ldalign.evaluation.benchmarks.harness"
+    env = runs.one_thread() | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    start = [sys.executable, "-m", module, "--model", "ldalign", "--include_path", str(tmp_path)]
+
+    def run(model: str, task: str) -> subprocess.CompletedProcess[str]:
+        more = ["--model_args", model, "--tasks", task]
+        return subprocess.run([*start, *more], capture_output=True, text=True, env=env)
+
+    good = run(f"policy={folder},dtype=auto", "mine")
+    assert good.returncode == 0 and "mine" in good.stdout, good.stderr
+    for model, task, message in (
+        (f"policy={folder}", "nonesuch", "lm-eval: Tasks not found: nonesuch"),
+        (f"policy={folder},size=3", "mine", "model_args: size: unknown"),
+    ):
+        bad = run(model, task)
+        assert bad.returncode == 2 and "Traceback" not in bad.stderr
+        assert bad.stderr.splitlines()[-1].startswith(f"ldalign: error: {message}")
 
 
 def test_registered(folder: Path) -> None:

@@ -13,7 +13,8 @@ import tiny
 import torch
 
 from ldalign.data import embedded
-from ldalign.data.pairs import Pair, prepare
+from ldalign.data.encoding import Fitting, encode_rows
+from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.evaluation.held_out import EvaluationSettings, evaluate
@@ -43,7 +44,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, list[
         for r in embedded.make_rows(0, "heldout", 26)
     ]
     tokenizer = load_tokenizer(folder)
-    prepared = prepare(rows, tokenizer, 4096)
+    prepared = encode_rows(rows, tokenizer, Fitting(4096))
     return load_model(folder, torch.float32), tokenizer, prepared.rows, prepared.pairs
 
 

@@ -196,6 +196,7 @@ def test_a_killed_stage_is_gone_on_with(
         [
             f"policy={write_toy_model(tmp_path / 'model')}",
             "max_rows=16",
+            "shuffle=false",
             "sft.epochs=0",
             "continual_sft.epochs=0",
             f"reward={deberta}",
@@ -283,6 +284,6 @@ def test_stages(
     assert [r["real"] for r in first] == [r["real"] for r in second]
     figures = json.loads((tmp_path / "run/iteration_0/reward/summary.json").read_text())
     assert figures["reward/win_rate_first"] == 0.5, "the same weights: all ties"
-    assert stage_names(tmp_path / "run") == [
+    assert stage_names(tmp_path / "run") == ["data"] + [
         f"{name}/{step}" for name in ("start", "iteration_0") for step in ("evaluation", "reward")
     ]

@@ -15,7 +15,6 @@ from ldalign.models import toy, weights
 from ldalign.run import dry_run, folder
 from ldalign.run.folder import RunFolder
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages import data
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align
@@ -279,12 +278,12 @@ def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:
     with RunFolder(Path(config_of(tmp_path).run), "") as run:
         ctx = open_toy(tmp_path, f"data={rows}")
         assert run.path == ctx.run.path
-        data.data_stage(ctx)
-    dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])
+        (run.path / "sft").mkdir()  # what was made of them
+    dry_run.dry_run(open_toy(tmp_path, f"data={rows}", write=False), [])
     rows.write_text(rows.read_text().replace("Say 1", "Tell 1"))
     with pytest.raises(
         InputError,
         match=r"rows\.jsonl: changed since this run began: sha256 was "
         r"\w{64}, now \w{64};",
     ):
-        dry_run.dry_run(open_toy(tmp_path, f"data={rows}"), [])
+        open_toy(tmp_path, f"data={rows}", write=False)

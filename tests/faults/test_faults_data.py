@@ -10,13 +10,14 @@ from faults import forget_peak, peak
 from made_rows import GOOD, a, parquet, s, u, write
 from toy_context import open_toy, rows_file
 
-from ldalign.data.pairs import prepare, usable, with_losers
+from ldalign.data.encoding import Fitting, encode_rows
+from ldalign.data.pairs import with_losers
+from ldalign.data.reading import read_rows
 from ldalign.data.records import json_lines
-from ldalign.data.rows import Row, read_rows
+from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.generation.external import read_losers
 from ldalign.run import manifest
-from ldalign.run.stages import data
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.train import generate
@@ -99,9 +100,9 @@ def test_D3_bad_rows_skip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(InputError, match=r"rows\.jsonl:199: messages: is empty"):
         open_toy(tmp_path, *options)
     ctx = open_toy(tmp_path, *options, "bad_rows=skip")
-    assert len(ctx.train.rows) == 198 and "2 bad rows skipped" in capfd.readouterr().err
+    assert len(ctx.train.rows) == 198 and "2 are bad" in capfd.readouterr().err
     with ctx.run as run:
-        data.data_stage(ctx)
+        pass
     assert json.loads((run.path / "data/summary.json").read_text())["rows/skipped"] == 2
     path.write_text(path.read_text() + "[]\n")
     with pytest.raises(InputError, match="3 of 201 rows are bad, more than the 1%"):
@@ -178,7 +179,7 @@ def test_D5_hostile_losers(
     """
     tokenizer = load_tokenizer(chatml_folder)
     rows = [Row("1", (u("q"),), "r")]
-    pairs = prepare(rows, tokenizer, 100).pairs
+    pairs = encode_rows(rows, tokenizer, Fitting(100)).pairs
     path = tmp_path / "losers.jsonl"
     path.write_text(json.dumps({"id": "1", **record}) + "\n")
     with pytest.raises(InputError, match=rf"losers\.jsonl:1: .*({message})"):
@@ -228,7 +229,7 @@ def test_D7_broken_parquet(tmp_path: Path) -> None:
         r"number",
     )
     (tmp_path / "y.parquet").write_bytes(b"\x89PNG\r\n\x1a\n")
-    refusal(tmp_path / "y.parquet", r"y\.parquet:1:1: not UTF-8 text, nor a parquet file")
+    refusal(tmp_path / "y.parquet", r"y\.parquet:1:1: not UTF-8 text, nor parquet, Arrow, gzip")
 
 
 @pytest.mark.parametrize("text", ["a </s> b", "<s>", "</s></s>", "<unk>"])
@@ -256,22 +257,31 @@ def test_D8_repeated_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         + json.dumps({**GOOD, "id": "x"})
     )
     ctx = open_toy(tmp_path, f"data={path}", "evaluation.rows=0", "sft.rows=null", "max_rows=null")
-    assert len({row.id for row in ctx.train.rows}) == 42 and ctx.counts["repeated"] == 21
-    assert "21 rows repeat others" in capfd.readouterr().err
+    assert len({row.id for row in ctx.train.rows}) == 42 and ctx.counts["rows/repeated"] == 21
+    assert "21 repeat others" in capfd.readouterr().err
 
 
-def test_D9_prompt_alone_fills_max_length(chatml_folder: Path) -> None:
+def test_D9_prompt_alone_fills_max_length(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The prompt alone is longer than max_length, in 1 % of the rows, then in more.
 
-    Expected: dropped by id; over 1 % is an error.
+    Expected: dropped by id, with a warning over 1 %; by key an error that names the row.
     """
-    tokenizer = load_tokenizer(chatml_folder)
-    rows = [Row(str(i), (u("q"),), "r") for i in range(99)]
-    long = Row("long", (u("word " * 100),), "r")
-    prepared = prepare([*rows, long], tokenizer, 60)
-    assert prepared.dropped == ["long"] and len(prepared.rows) == 99
-    with pytest.raises(InputError, match=r"max_length=60: .* in 2 of 101 rows \(the first: long\)"):
-        prepare([*rows, long, long], tokenizer, 60)
+    path = rows_file(tmp_path / "rows.jsonl", 99)
+    long = json.dumps({"id": "long", "prompt": "word " * 300, "response": "r"}) + "\n"
+    path.write_text(path.read_text() + long)
+    options = [f"data={path}", "sft.rows=null", "max_rows=null", "evaluation.rows=0"]
+    ctx = open_toy(tmp_path, *options)
+    assert ctx.counts["rows/dropped"] == 1 and len(ctx.train.rows) == 99
+    assert "WARNING: the prompt" not in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"rows\.jsonl:100: .* fills max_length=160"):
+        open_toy(tmp_path, *options, "long_prompts=error")
+    path.write_text(path.read_text() + long)
+    ctx = open_toy(tmp_path, *options)
+    assert ctx.counts["rows/dropped"] == 2
+    assert "fills max_length=160 in 2 of 101 rows" in capfd.readouterr().err
+    distributed.stop()
 
 
 def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
@@ -281,9 +291,8 @@ def test_D10_answer_cut_by_max_length(chatml_folder: Path) -> None:
     """
     tokenizer = load_tokenizer(chatml_folder)
     rows = [Row("cut", (u("q"),), "word " * 50), Row("whole", (u("q"),), "r")]
-    prepared = prepare(rows, tokenizer, 40)
-    cut, whole = prepared.pairs
-    assert prepared.cut == 1 and len(cut.prompt) + len(cut.real) == 40
+    cut, whole = encode_rows(rows, tokenizer, Fitting(40)).pairs
+    assert len(cut.prompt) + len(cut.real) == 40
     assert not set(cut.real) & set(tokenizer.end_ids) and whole.real[-1] in tokenizer.end_ids
     (pair,) = with_losers([whole], [[5] * 100 + [tokenizer.end_ids[0]]], 40)
     assert pair.generated == [5] * (40 - len(whole.prompt))
@@ -296,43 +305,39 @@ def test_D11_winner_and_loser_are_equal(chatml_folder: Path) -> None:
     Expected: such pairs are not trained on (`losers/identical_frac` counts them).
     """
     tokenizer = load_tokenizer(chatml_folder)
-    pairs = prepare([Row("1", (u("q"),), "word " * 50)] * 3, tokenizer, 40).pairs
+    pairs = encode_rows([Row("1", (u("q"),), "word " * 50)] * 3, tokenizer, Fitting(40)).pairs
     losers = [[*pairs[0].real], [*pairs[0].real, 7, 8], [*pairs[0].real[:-1], 7]]
-    kept = [usable(pair) for pair in with_losers(pairs, losers, 40)]
-    assert kept == [False, False, True]
-    assert not usable(with_losers(pairs[:1], [[]], 40)[0])
+    kept = with_losers(pairs, losers, 40).usable
+    assert kept.tolist() == [False, False, True]
+    assert not with_losers(pairs[:1], [[]], 40)[0].usable
 
 
 def test_D12_data_changes_before_a_resume(tmp_path: Path) -> None:
     """A data file is changed between a run's start and its resume.
 
     Expected: one line with the file, its old and its new hash; nothing is made.
-    Unused changes do not matter.
+    Where nothing was made of the rows yet, they are prepared anew.
     """
     path = rows_file(tmp_path / "rows.jsonl", 200)
-    options = [
-        f"data={path}",
-        "sft.rows=null",
-        "max_rows=20",
-        "evaluation.rows=0",
-        "sft.epochs=0",
-        "continual_sft.epochs=0",
-    ]
-    ctx = open_toy(tmp_path, *options)
-    with ctx.run:
-        data.data_stage(ctx)
+    options = [f"data={path}", "max_rows=20", "evaluation.rows=0", "sft.epochs=0"]
+    options += ["continual_sft.epochs=0"]
     old = manifest.hash_file(path)
+    open_toy(tmp_path, *options)
     text = path.read_text()
-    path.write_text(text + text.splitlines()[-1] + "\n")  # a row more, which this run does not use
-    ctx = open_toy(tmp_path, *options)
-    with ctx.run:
-        data.data_stage(ctx)
     path.write_text(text.replace('"Say 3."', '"Tell 3."'))
-    ctx = open_toy(tmp_path, *options)
+    open_toy(tmp_path, *options)
+    assert manifest.hash_file(path) in (tmp_path / "run/data/sources.json").read_text()
+    path.write_text(text)
+    open_toy(tmp_path, *options)
+    (tmp_path / "run/iteration_0").mkdir()
+    path.write_text(text.replace('"Say 3."', '"Tell 3."'))
     message = (
         rf"rows\.jsonl: changed since this run began: sha256 was {old}, now "
         rf"{manifest.hash_file(path)};"
     )
-    with ctx.run, pytest.raises(InputError, match=message):
-        data.data_stage(ctx)
+    with pytest.raises(InputError, match=message):
+        open_toy(tmp_path, *options)
+    assert old in (tmp_path / "run/data/sources.json").read_text()
+    path.write_text(text)
+    open_toy(tmp_path, *options)
     distributed.stop()

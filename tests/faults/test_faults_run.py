@@ -11,6 +11,7 @@ from runs import ROOT
 from toy_context import open_toy
 
 from ldalign.data import tokenizer
+from ldalign.data.tokenizer import load_tokenizer
 from ldalign.models import toy, weights
 from ldalign.run import disk, folder, manifest
 from ldalign.run.folder import RunFolder
@@ -88,11 +89,9 @@ def test_T12_prompts_keep_the_day_the_run_began(
     generate.main(arguments(begun))
     assert "iteration_0/responses: already done" in capfd.readouterr().err
     assert (state_of(begun / "iteration_0"), state_of(begun / "data")) == before
-    model = f"policy={begun.parent}/model"
     for run, day in ((begun, "30 Jan 2026"), (begun.with_name("new"), "01 Feb 2026")):
-        assert f"Today is {day}." in open_toy(begun.parent, model, f"run={run}").tokenizer.render(
-            HELLO
-        )
+        tokenizer = load_tokenizer(begun.parent / "model", today=RunFolder(run, "").began)
+        assert f"Today is {day}." in tokenizer.render(HELLO)
 
     (begun / "started.json").write_text("{")
     with pytest.raises(InputError, match=r"started\.json: not readable; write the day"):
@@ -130,7 +129,7 @@ def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) 
     ("change", "message"),
     [
         ("sampling.temperature=0.5", "sampling.temperature was 1.0, now 0.5"),
-        ("seed=1", r"data \(training rows\) was"),
+        ("seed=1", r"data/manifest\.json: made from something else: seed was 0, now 1"),
         ("policy=nowhere", "nowhere': no such folder"),
         ("beta=0.2", "in use by"),
     ],
@@ -189,7 +188,8 @@ def test_T6_no_room_is_said_before_anything_is_made(
     lower = ("checkpoint.keep=4", "checkpoint.minutes=null", "policy_dtype=float32", "iterations=2")
     for part in (f"{run}: the run needs about ", " 1000 bytes are free", "run=NAME", *lower):
         assert part in str(caught.value)
-    assert not list(run.rglob("manifest.json")) and not (run / "config.yaml").exists()
+    # The rows are prepared before: what they cost is known from them.
+    assert [path.parent.name for path in run.rglob("manifest.json")] == ["data"]
     ctx = open_toy(toy_cache)
     names = align.planned(ctx.config)
     limit_disk(monkeypatch, 10**9)

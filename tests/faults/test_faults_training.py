@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy_context import open_toy
 
+from ldalign.data.pairs import with_losers
 from ldalign.models import guide, guide_folder, weights
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.toy import write_toy_model
@@ -31,7 +32,6 @@ from ldalign.run.folder import RunFolder
 from ldalign.run.manifest import hash_model_folder
 from ldalign.run.stages import policy as policy_module
 from ldalign.run.stages import reference as reference_module
-from ldalign.run.stages.data import data_stage
 from ldalign.run.stages.policy import policy_stage
 from ldalign.run.stages.reference import reference_stage
 from ldalign.system import distributed
@@ -559,10 +559,8 @@ def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Mo
     )
     before = hash_model_folder(ctx.start)
     with ctx.run:
-        data_stage(ctx)
-        against = [
-            replace(pair, generated=[*pair.real[:-1], 5, pair.real[-1]]) for pair in ctx.train.pairs
-        ]
+        losers = [[*pair.real[:-1], 5, pair.real[-1]] for pair in ctx.train.pairs]
+        against = with_losers(ctx.train.pairs, losers, 1000)
         policy_stage(ctx, 0, ctx.start, reference_stage(ctx, 0, ctx.start, against, {}), {})
     assert hash_model_folder(ctx.start) == before
     reference, policy = loaded

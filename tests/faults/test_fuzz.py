@@ -15,7 +15,9 @@ from runs import one_thread
 # What each reader costs decides how many inputs: the whole sample is a few seconds.
 SAMPLE = {
     "jsonl": 150,
+    "array": 60,
     "parquet": 60,
+    "arrow": 60,
     "safetensors": 40,
     "gguf": 8,
     "template": 40,

@@ -24,13 +24,13 @@ from ldalign.generation.decoders import (
 )
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.paged_cache import PAGE, PagePool, pages_for
-from ldalign.generation.sampling import Response, Sampling
+from ldalign.generation.sampling import Response, Sampling, blank_unsound
 from ldalign.kernels import cpp, eager, reference
 from ldalign.models.layout import Packed
 from ldalign.models.mistral import Mistral
 from ldalign.models.toy import random_mistral
 from ldalign.system import memory
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.memory import available_bytes
 
 ISAS = cpp.build_info()["isas"] if cpp.available() else []
@@ -235,6 +235,72 @@ def test_memory_stays_in_its_budget(kind: str) -> None:
         r"raise sampling.cache_gib",
     ):
         Engine(decoder, Sampling(30), [2], 0, longest=50, rows=10, cache_bytes=each - 1)
+
+
+class Unsound(Spy):
+    """A decoder whose last row of one step has one bad logit."""
+
+    def __init__(self, decoder: Decoder, step: int, bad: float) -> None:
+        super().__init__(decoder)
+        self.at, self.bad = step, bad
+
+    def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
+        logits = super().step(ids, rows, pages, last)
+        if len(self.steps) == self.at:
+            logits[-1, 7] = self.bad
+        return logits
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(9, temperature=0.0),
+        Sampling(9),
+        Sampling(9, top_k=5),
+        Sampling(9, top_p=0.9),
+        Sampling(9, min_p=0.1),
+        Sampling(9, repetition_penalty=1.3),
+        Sampling(9, temperature=0.7, top_k=9, top_p=0.8, min_p=0.05, repetition_penalty=1.1),
+    ],
+    ids=["greedy", "sampled", "top_k", "top_p", "min_p", "penalty", "all"],
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_name_their_row(
+    kind: str, sampling: Sampling, bad: float
+) -> None:
+    """One bad logit of the second of two rows, after its prompt and in the middle of its answer."""
+    requests = requests_of([[5, 6], [7, 8, 9]])
+    named = [requests[0], replace(requests[1], name="piqa, row 4711")]
+    for step, made in ((1, 0), (4, 3)):
+        spy = Unsound(decoder_of(kind, model_of()), step, bad)
+        engine = Engine(spy, sampling, [], 0, longest=30, rows=2)
+        with pytest.raises(
+            NumericsError,
+            match=f"generation: 'row1': .* after a prompt of 3 tokens and {made} of the answer are",
+        ):
+            run(engine, requests)
+    spy = Unsound(decoder_of(kind, model_of()), 1, bad)
+    with pytest.raises(NumericsError, match="generation: 'piqa, row 4711': the model's logits"):
+        run(Engine(spy, sampling, [], 0, longest=30, rows=2), named)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_overflows_is_refused(kind: str, dtype: torch.dtype) -> None:
+    """Weights that are finite, and states that are not."""
+    model = model_of(dtype)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.down_proj.weight.fill_(3e38)
+    engine = Engine(decoder_of(kind, model), Sampling(4), [], 0, longest=30, rows=2)
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        run(engine, requests_of([[5, 6], [7, 8, 9]]))
+
+
+def test_finite_logits_with_an_infinite_sum_are_sound() -> None:
+    logits = torch.full((3, 8), 3e38)
+    logits[1, 2] = float("nan")
+    assert blank_unsound(logits).tolist() == [True, False, True]
+    assert logits[1].tolist() == [0.0] * 8 and logits[0].tolist() == [torch.tensor(3e38).item()] * 8
 
 
 class Poor(Spy):

@@ -1,5 +1,6 @@
 """From a name to a model folder: GGUF conversion against gguf's own packing; ways to fail."""
 
+import fnmatch
 import hashlib
 import json
 import subprocess
@@ -198,19 +199,55 @@ def test_hub_name_without_the_extra(tmp_path, monkeypatch):
         resolve_model("org/name", tmp_path)
 
 
-def test_hub_download_takes_data_files_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shards", [0, 2])
+def test_hub_download_takes_data_files_and_one_copy_of_the_weights(tmp_path, monkeypatch, shards):
+    """No code, no pickle, and of the weights the index's shards, or the one file."""
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": dict(enumerate(names))})}
+    repository = {
+        "config.json": "{}",
+        "tokenizer.model": "",
+        "additional_chat_templates/tool_use.jinja": "",
+        "modeling.py": "",
+        "pytorch_model.bin": "",
+        "model.safetensors": "",
+        "consolidated.safetensors": "",
+        "model.fp16.safetensors": "",
+        "original/consolidated.00.pth": "",
+        "original/model.safetensors": "",
+        "onnx/model.onnx": "",
+        **dict.fromkeys(names, ""),
+        **(index if shards else {}),
+    }
     calls = []
 
     def download(repo, revision, local_dir, allow_patterns):
         calls.append((repo, revision))
-        assert set(allow_patterns) == {"*.json", "*.safetensors", "*.jinja"}
-        local_dir.mkdir(parents=True)
-        (local_dir / "config.json").write_text("{}")
+        for name, content in repository.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                path = local_dir / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
 
     fake_hub(monkeypatch, download)
     one, two = resolve_model("org/name", tmp_path), resolve_model("org/name@v1.0", tmp_path)
-    assert calls == [("org/name", None), ("org/name", "v1.0")]
+    assert calls == [("org/name", None)] * 2 + [("org/name", "v1.0")] * 2
     assert one != two and one.is_relative_to(tmp_path) and (one / "config.json").is_file()
+    weights = names or ["model.safetensors"]
+    small = ["config.json", "tokenizer.model", "additional_chat_templates/tool_use.jinja"]
+    found = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
+    assert found == {*small, *weights, *(index if shards else [])}
+
+
+def test_hub_index_that_names_what_lies_elsewhere_is_refused(tmp_path, monkeypatch):
+    def download(repo, revision, local_dir, allow_patterns):
+        local_dir.mkdir(parents=True, exist_ok=True)
+        index = {"weight_map": {"a": "../../x.safetensors"}}
+        (local_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    fake_hub(monkeypatch, download)
+    with pytest.raises(InputError, match="is not a plain safetensors file name"):
+        resolve_model("org/name", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,13 @@ def test_save_model_defaults(chatml_folder: Path, tmp_path: Path) -> None:
     """bf16, the source's config with that dtype under its present key, the tokenizer beside it."""
     source = tmp_path / "source"
     model = write_folder(
-        source, MISTRAL | {"vocab_size": 500, "torch_dtype": "float32", "keep": "me"}
+        source, MISTRAL | {"vocab_size": 500, "torch_dtype": "float32", "license": "me"}
     )
     for path in chatml_folder.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     save_model(model, tmp_path / "made", source)
     raw = read_config(tmp_path / "made")
-    assert (raw["dtype"], raw["keep"]) == ("bfloat16", "me")
+    assert (raw["dtype"], raw["license"]) == ("bfloat16", "me")
     assert "torch_dtype" not in raw
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "made" / SINGLE).values())
     assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (

@@ -12,12 +12,14 @@ from runs import ROOT
 from ldalign.run.settings import CompareConfig, RunConfig
 from ldalign.system.config import to_dict
 from ldalign.train.generate import GenerateConfig
+from ldalign.train.inspect_data import InspectConfig
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 PAGES = [*DOCS, *CONFIGS, ROOT / "README.md", ROOT / "csrc/README.md"]
 
 DEFAULTS: dict[str, Any] = to_dict(CompareConfig()) | to_dict(GenerateConfig())
+DEFAULTS |= to_dict(InspectConfig())
 GROUPS = {name: value for name, value in DEFAULTS.items() if isinstance(value, dict)}
 SHORT = {"guide": "folder", "judge": "model", "reward": "model", "benchmarks": "tasks"}
 

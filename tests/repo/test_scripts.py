@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from runs import ROOT, one_thread, run_script, script_command
 
+from ldalign.data.columns import Columns
+from ldalign.models.toy import write_toy_model
+from ldalign.models.weights import load_model, save_model
 from ldalign.run.folder import stage_names
 from ldalign.run.settings import UNREAD, RunConfig
 from ldalign.system.errors import InputError
@@ -247,6 +251,118 @@ def test_chat_remembers_until_told_to_forget(tmp_path: Path, toy_cache: Path) ->
     assert len(done.stdout) > 2 * len(asked.stdout)
 
 
+ASCII_ONLY = (
+    {"LANG": "C", "PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"PYTHONIOENCODING": "utf-8"},
+)
+
+
+@pytest.mark.parametrize("environment", ASCII_ONLY, ids=["asked for", "of the locale", "utf-8"])
+def test_chat_takes_bytes_that_are_no_text(
+    environment: dict[str, str], tmp_path: Path, toy_cache: Path
+) -> None:
+    """Latin-1, half a character, NUL, where the terminal knows ASCII alone: all are answered."""
+    keys = ("--chat", "max_new_tokens=4", "policy=toy", "sampling.stop=[]")
+    command = script_command(
+        ROOT / "train/generate.py", *arguments(tmp_path / "run", toy_cache), *keys
+    )
+    lines = (b"caf\xe9", b"/new", b"\xff\xfe \x00", b"/new", "h\u00e9 \u2192".encode())
+    asked = b"\n".join(lines) + b"\n"
+    # The toy's random words may be any bytes too.
+    done = subprocess.run(command, input=asked, capture_output=True, env=one_thread() | environment)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert said.count("Some bytes of this line are no utf-8: each is read as U+FFFD") == 2
+    assert len(done.stdout) > 3
+    ascii_only = environment.get("PYTHONIOENCODING") != "utf-8"
+    assert not ascii_only or done.stdout.isascii()
+
+
+def test_chat_leaves_out_what_the_policy_cannot_read(tmp_path: Path, toy_cache: Path) -> None:
+    folder = write_toy_model(tmp_path / "short", max_position_embeddings=64)
+    command = script_command(
+        ROOT / "train/generate.py",
+        *arguments(tmp_path / "run", toy_cache, "--chat", "max_new_tokens=3", f"policy={folder}"),
+    )
+    asked = "word " * 60 + "\nHi\n"
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    assert "tokens, and the policy reads 64 (max_position_embeddings in" in done.stderr
+    assert len(done.stdout.splitlines()) >= 1 and "unexpected" not in done.stderr
+
+
+def test_generate_holds_prompts_against_the_positions(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """120 words where the policy reads 64 tokens: refused by id. A short prompt whose answer may
+    run past them: warned of.
+    """
+    folder = write_toy_model(tmp_path / "short", max_position_embeddings=64)
+    prompts = tmp_path / "prompts.jsonl"
+    options = arguments(
+        tmp_path / "run", toy_cache, f"policy={folder}", f"prompts={prompts}", "--dry-run"
+    )
+    prompts.write_text(json.dumps({"id": "long", "prompt": " ".join(["word"] * 120)}) + "\n")
+    with pytest.raises(
+        InputError, match=r"prompts: 'long' has \d+ tokens, and the policy reads 64 \(max_position"
+    ):
+        generate.main([*options, f"output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+    prompts.write_text('{"prompt": "Hi"}\n')
+    generate.main([*options, f"output={tmp_path / 'out'}", "max_new_tokens=40"])
+    assert "WARNING" not in capfd.readouterr().err
+    generate.main([*options, f"output={tmp_path / 'out'}", "max_new_tokens=60"])
+    assert "with max_new_tokens=60 up to" in capfd.readouterr().err
+
+
+def test_a_run_holds_its_rows_against_the_positions(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The dry run: rows longer than the policy reads are refused, with the max_length that fits;
+    with it, sampled answers that may be longer are warned of, where any are sampled.
+    """
+    folder = write_toy_model(tmp_path / "short", max_position_embeddings=120)
+    options = arguments(tmp_path / "run", toy_cache, f"policy={folder}", "--dry-run")
+    with pytest.raises(
+        InputError, match=r"max_length=160: the longest row has \d+ tokens, .*give max_length=120"
+    ):
+        align.main(options)
+    fits = [*options, "max_length=120", "max_new_tokens=40"]
+    align.main(fits)
+    assert "policy: WARNING: the longest prompt has" in capfd.readouterr().err
+    align.main([*fits, "method=sft", "iterations=1"])
+    assert "policy: WARNING" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("sampling.temperature=0",)], ids=["sampled", "greedy"])
+def test_generate_stops_at_logits_that_are_not_finite(
+    more: tuple[str, ...], tmp_path: Path, toy_cache: Path
+) -> None:
+    """A model that overflows: exit code 4 and the prompt's id, for a file and in a chat."""
+    folder = write_toy_model(tmp_path / "overflowing")
+    model = load_model(folder, torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)  # type: ignore[union-attr]
+        model.model.norm.weight.fill_(3e38)  # type: ignore[union-attr]
+    save_model(model, folder, folder)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "three", "prompt": "Count to three."}\n')
+    options = arguments(tmp_path / "run", toy_cache, f"policy={folder}", *more)
+    file = (f"prompts={prompts}", f"output={tmp_path / 'out'}")
+    for talk, name in ((file, "'three'"), (("--chat",), "'chat/0'")):
+        done = subprocess.run(
+            script_command(ROOT / "train/generate.py", *options, *talk),
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+            env=one_thread(),
+        )
+        assert done.returncode == 4, done.stderr
+        assert f"ldalign: error: generation: {name}: the model's logits" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_losers_made_elsewhere(
     tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
 ) -> None:
@@ -279,13 +395,17 @@ def test_losers_made_elsewhere(
     ("text", "message"),
     [
         ("{", "prompts.jsonl:1:2: broken JSON"),
-        ('{"prompt": "a"}\n{"prompt": 1}', "prompts.jsonl:2: expected"),
-        ('{"prompt": "a"}\n[]', "prompts.jsonl:2: expected"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with a user turn"),
+        (
+            '{"prompt": "a"}\n{"prompt": 1}',
+            "prompts.jsonl:2: prompt: is a number; expected text or",
+        ),
+        ('{"prompt": "a"}\n[]', "prompts.jsonl:2: the row is a list; expected"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1 is assistant; expected"),
         (
             '{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}',
             "prompts.jsonl:2: id '1' is given twice",
         ),
+        ('{"prompt": "a", "tools": [1]}', "prompts.jsonl:1: tools: carries meaning"),
         ("\n", "holds no prompts"),
         (None, "cannot be read"),
     ],
@@ -296,6 +416,18 @@ def test_bad_prompts(tmp_path: Path, text: str | None, message: str) -> None:
         path.write_text(text)
     with pytest.raises(InputError, match=message):
         generate.read_prompts(path)
+
+
+def test_null_ids_and_prompts(tmp_path: Path) -> None:
+    """As parquet writes what is not there: the ids are the lines', the messages are read."""
+    asked = [{"role": "user", "content": "q"}]
+    path = tmp_path / "prompts.jsonl"
+    for record in ({"id": None, "prompt": "q"}, {"prompt": None, "messages": asked}):
+        path.write_text(f"{json.dumps(record)}\n" * 4)
+        assert generate.read_prompts(path) == dict.fromkeys("1234", asked)
+    path.write_text('{"question": "q"}\n')
+    columns = Columns({"prompt": "question"})
+    assert generate.read_prompts(path, columns) == {"1": asked}
 
 
 def test_scripts_do_not_touch_another_run(

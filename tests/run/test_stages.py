@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT
-from toy_context import config_of, open_toy, rows_file
+from toy_context import open_toy, rows_file
 
 from ldalign.data import rows
 from ldalign.data.pairs import Pair
-from ldalign.generation.sampling import Response
+from ldalign.data.ragged import TokenLists
 from ldalign.models import toy
 from ldalign.models.mistral import MistralConfig
 from ldalign.run import context, dry_run, methods, plan
 from ldalign.run.folder import stage_names
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages import data, guide, reference
+from ldalign.run.stages.responses import Responses
 from ldalign.system import distributed, files
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train.align import planned
@@ -33,22 +34,59 @@ from ldalign.training.batches import Batch
 def test_data_is_split_without_overlap_and_by_seed(tmp_path: Path) -> None:
     path = rows_file(tmp_path / "rows.jsonl", 100)
     options = [f"data={path}", "heldout_fraction=0.2", "max_rows=null", "evaluation.rows=200"]
-    train, heldout = context.read_data(config_of(tmp_path, *options))
-    ids = {row.id for row in train}, {row.id for row in heldout}
-    assert (len(ids[0]), len(ids[1])) == (80, 20) and not ids[0] & ids[1]
-    again = context.read_data(config_of(tmp_path, *options, "beta=0.5"))
-    assert [row.id for row in again[1]] == [row.id for row in heldout]
-    other = context.read_data(config_of(tmp_path, *options, "seed=1"))
-    assert [row.id for row in other[1]] != [row.id for row in heldout]
+
+    def heldout(name: str, *more: str) -> list[str]:
+        ctx = open_toy(tmp_path, *options, f"run={tmp_path / name}", *more)
+        ids = {row.id for row in ctx.train.rows}, [row.id for row in ctx.heldout.rows]
+        assert (len(ids[0]), len(ids[1])) == (80, 20) and not ids[0] & set(ids[1])
+        return ids[1]
+
+    assert heldout("one") == heldout("two", "beta=0.5") != heldout("three", "seed=1")
 
 
-def test_no_more_rows_are_read_than_are_used(tmp_path: Path) -> None:
+def test_no_more_rows_are_prepared_than_are_used(tmp_path: Path) -> None:
     def count(*overrides: str) -> int:
-        return len(context.read_data(config_of(tmp_path, *overrides))[0])
+        run = tmp_path / "-".join(["run", *overrides])
+        return len(open_toy(tmp_path, f"run={run}", *overrides).train.rows)
 
     assert count() == 64  # sft.rows
-    assert count("sft.epochs=0") == 48  # max_rows
+    assert count("sft.epochs=0", "continual_sft.epochs=0") == 48  # max_rows
     assert count("sft.rows=null") == 4000
+
+
+def test_keys_of_rows_are_as_the_config_says(tmp_path: Path) -> None:
+    """Training and held-out rows, by columns and ignore_columns; the hub's files by the cache."""
+    path = tmp_path / "rows.jsonl"
+    record = {"question": "q", "answer": "r", "system_prompt": "s", "tools": [1]}
+    path.write_text(f"{json.dumps(record)}\n" * 80)
+    other = tmp_path / "heldout.jsonl"
+    other.write_text(json.dumps(record | {"question": "h"}) + "\n")
+    options = [f"data={path}", f"heldout={other}", "columns={prompt: question, response: answer}"]
+    with pytest.raises(InputError, match="rows.jsonl:1: system_prompt: carries meaning"):
+        open_toy(tmp_path, *options, "ignore_columns=[tools]")
+    options += ["columns.system=system_prompt", "ignore_columns=[tools]"]
+    ctx = open_toy(tmp_path, *options)
+    for split, asked in ((ctx.train, "q"), (ctx.heldout, "h")):
+        (row, *_) = split.rows
+        assert row.history[0] == {"role": "system", "content": "s"}
+        assert (row.history[1]["content"], row.response) == (asked, "r")
+
+
+def test_data_of_the_hub_are_kept_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetched(name: str, cache: Path, is_data: object) -> list[Path]:
+        asked.append((name, cache))
+        return [rows_file(tmp_path / "rows.jsonl", 40)]
+
+    monkeypatch.setattr("ldalign.data.sources.hub_files", fetched)
+    ctx = open_toy(tmp_path, "data=org/name:train", "evaluation.rows=0", "sft.rows=null")
+    assert set(asked) == {("org/name:train", tmp_path)} and len(ctx.train.rows) == 40
+    sources = json.loads((ctx.run.path / "data/sources.json").read_text())
+    assert list(sources) == [str(tmp_path / "rows.jsonl")]
+    distributed.stop()
 
 
 def test_rows_without_a_checker_are_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -75,13 +113,12 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
         "sft.rows=null",
         "global_batch=2",
     )
-    assert ctx.train.dropped == ["long"]
+    assert ctx.counts["rows/dropped"] == 1
     room = ctx.config.max_length - len(ctx.train.pairs[0].prompt)
-    losers = [Response([7] * n, "length", 0.0) for n in (room + 1, 1, 2, 3)]
+    losers = Responses(TokenLists.of([[7] * n for n in (room + 1, 1, 2, 3)]), ["length"] * 4)
     with ctx.run as run:
-        data.data_stage(ctx)
         dropped = files.read_jsonl(run.path / "data/dropped.jsonl")
-        assert [(row["split"], row["id"]) for row in dropped] == [("train", "long")]
+        assert [row["id"] for row in dropped] == ["long"]
         assert f"max_length={ctx.config.max_length}" in dropped[0]["reason"]
         against, cut = methods._against_own(ctx, losers)
         pairs = reference.reference_stage(ctx, 0, ctx.start, against, {}, cut)
@@ -99,7 +136,7 @@ def test_dropped_rows_and_cut_responses_are_counted(tmp_path: Path) -> None:
         (["training.shard_ranks=2"], "training.shard_ranks=2: 1 ranks cannot be split so"),
         (["global_batch=49"], "48 usable rows are fewer than one batch of global_batch=49"),
         (["sft.global_batch=65"], "64 usable rows are fewer than one batch of sft.global_batch=65"),
-        (["max_length=60", "max_new_tokens=8"], "the prompt alone fills it"),
+        (["max_length=60", "max_new_tokens=8", "long_prompts=error"], "fills max_length=60"),
         (["data=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["policy=nowhere"], "no such folder"),
     ],
@@ -133,7 +170,7 @@ def test_named_keys() -> None:
 
 
 PARENTS = {
-    "data": {"data (training rows)", "data (held-out rows)", "turns", "max_length"},
+    "data": {"sources", "tokenizer", "template", "turns", "max_length", "seed", "shuffle"},
     "sft/policy": {
         "policy",
         "data",
@@ -306,11 +343,9 @@ def test_prompt_text() -> None:
 
 
 def test_dry_run_counts_and_makes_nothing(tmp_path: Path) -> None:
-    ctx = open_toy(tmp_path)
+    ctx = open_toy(tmp_path, write=False)
     text = dry_run.dry_run(ctx, planned(ctx.config))
-    assert (
-        "0.2 million weights" in text and ("training rows: 64 (0 dropped, 0 responses cut)") in text
-    )
+    assert "0.2 million weights" in text and "training rows: 64; prompt" in text
     assert (
         "sft/policy: 8 optimizer steps"
     ) in text and "iteration_1/policy: 3 optimizer steps" in text
@@ -363,7 +398,7 @@ def test_dry_run_looks_at_the_guide(tmp_path: Path, toy_run: Path) -> None:
 
 
 def test_dry_run_looks_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx = open_toy(tmp_path)
+    ctx = open_toy(tmp_path, write=False)
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(

@@ -43,7 +43,7 @@ FORK = multiprocessing.get_context("fork")
 USED = (
     "pyarrow.parquet",
     "made_weights",
-    "ldalign.data.rows",
+    "ldalign.data.reading",
     "ldalign.generation.external",
     "ldalign.models.fetch",
     "ldalign.run.settings",
@@ -381,8 +381,26 @@ def make_parquet(folder: Path) -> list[Path]:
     return [path]
 
 
+def make_array(folder: Path) -> list[Path]:
+    path = folder / "rows.json"
+    path.write_text(json.dumps(ROWS, indent=1))
+    return [path]
+
+
+def make_arrow(folder: Path) -> list[Path]:
+    import pyarrow
+
+    paths = [folder / "stream.arrow", folder / "file.arrow"]
+    kinds = pyarrow.array(["a", "b"] * 10).dictionary_encode()
+    table = pyarrow.table({"messages": [ROWS[0]["messages"]] * 20, "hint": kinds})
+    for path, new in zip(paths, (pyarrow.ipc.new_stream, pyarrow.ipc.new_file), strict=True):
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=8)
+    return paths
+
+
 def read_data(folder: Path, draw: random.Random) -> None:
-    from ldalign.data.rows import read_rows
+    from ldalign.data.reading import read_rows
 
     read_rows(
         folder, turns=draw.choice(("first", "last", "all")), bad_rows=draw.choice(("error", "skip"))
@@ -472,7 +490,7 @@ def make_losers(folder: Path) -> list[Path]:
 
 
 def read_losers(folder: Path, draw: random.Random) -> None:
-    from ldalign.data.pairs import prepare
+    from ldalign.data.encoding import Fitting, encode_rows
     from ldalign.data.rows import Row
     from ldalign.data.tokenizer import load_tokenizer
     from ldalign.generation import external
@@ -485,7 +503,7 @@ def read_losers(folder: Path, draw: random.Random) -> None:
         state["rows"] = [
             Row(str(i), ({"role": "user", "content": "q"},), "r", where=f"x:{i}") for i in range(4)
         ]
-        state["pairs"] = prepare(state["rows"], state["tokenizer"], 100).pairs
+        state["pairs"] = encode_rows(state["rows"], state["tokenizer"], Fitting(100)).pairs
     rows, pairs, tokenizer = state["rows"], state["pairs"], state["tokenizer"]
     external.read_losers(
         folder / "losers.jsonl", rows, pairs, rows, tokenizer, folder / "train.jsonl"
@@ -511,7 +529,9 @@ def read_stage(folder: Path, draw: random.Random) -> None:
 
 READERS = {
     "jsonl": Reader(make_rows, read_data, (change_bytes, change_lines)),
+    "array": Reader(make_array, read_data, (change_bytes, change_lines)),
     "parquet": Reader(make_parquet, read_data),
+    "arrow": Reader(make_arrow, read_data),
     "safetensors": Reader(make_model, read_model, (change_bytes, change_header, change_document)),
     "gguf": Reader(make_gguf, read_gguf),
     "template": Reader(make_template, read_tokenizer, (change_template,)),

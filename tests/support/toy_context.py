@@ -17,9 +17,13 @@ def config_of(cache: Path, *overrides: str) -> RunConfig:
     )
 
 
-def open_toy(cache: Path, *overrides: str) -> context.Context:
+def open_toy(cache: Path, *overrides: str, write: bool = True) -> context.Context:
     config = config_of(cache, *overrides)
-    return context.open_context(RunFolder(Path(config.run), to_yaml(config)), config)
+    run = RunFolder(Path(config.run), to_yaml(config))
+    if write:
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / "lock").touch()  # as opening it would
+    return context.open_context(run, config, write=write)
 
 
 def rows_file(path: Path, count: int, **more: str) -> Path:

@@ -13,9 +13,10 @@ contexts share, such as few-shot examples: a micro-batch is packed as [prefix | 
 
 import itertools
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from ldalign import ops
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.evaluation.benchmarks.definitions import no_harness
+from ldalign.evaluation.benchmarks.packing import Scored, Tree, flatten, greedy, plan_trees
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.generate import generate_ids
 from ldalign.generation.sampling import Sampling
@@ -33,8 +35,8 @@ from ldalign.models.fetch import resolve_model
 from ldalign.models.layout import Packed
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
-from ldalign.system import distributed
-from ldalign.system.errors import InputError
+from ldalign.system import distributed, exits
+from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.metrics import Bar, say
 from ldalign.training.batches import deal
 
@@ -56,9 +58,10 @@ class HarnessModel(TemplateLM):
     """A model of ours as the harness asks for one.
 
     model: a Mistral that is whole on every rank, or with `policy` a model folder or name, loaded in
-    `dtype` on `device`. micro_tokens: token budget of one forward. batch_rows: responses generated
+    `dtype` (auto: bfloat16 where the device has units for it) on `device` (`open_device`).
+    micro_tokens: token budget of one forward. batch_rows: responses generated
     at a time. max_length: longest context and continuation together, beyond which the context loses
-    its beginning; None: the model's. Raises InputError for an unknown argument.
+    its beginning; None: the model's. Raises InputError for an unknown argument, or one of no use.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class HarnessModel(TemplateLM):
         policy: str | None = None,
         model: Mistral | None = None,
         tokenizer: Tokenizer | None = None,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         device: str | None = None,
         micro_tokens: int = 8192,
         batch_rows: int = 64,
@@ -83,11 +86,15 @@ class HarnessModel(TemplateLM):
         if model is None or tokenizer is None:
             if policy is None:
                 raise InputError("model_args: policy=FOLDER is missing")
-            on_gpu = device is not None and device.startswith("cuda")
-            where = distributed.start("cuda" if on_gpu else device or "auto")
+            if dtype not in ("auto", "bfloat16", "float32"):
+                raise InputError(f"model_args: dtype={dtype}: expected auto, bfloat16 or float32")
+            where = open_device(device)
             folder = resolve_model(policy, Path.home() / ".cache/ldalign")
-            model = cast(Mistral, load_model(folder, getattr(torch, dtype), where))
-            tokenizer = load_tokenizer(folder)
+            chosen = distributed.auto_dtype(where) if dtype == "auto" else getattr(torch, dtype)
+            loaded = load_model(folder, chosen, where)
+            if not isinstance(loaded, Mistral):
+                raise InputError(f"{folder}: is a GPT-2; give a mistral or llama folder")
+            model, tokenizer = loaded, load_tokenizer(folder)
         self.model, self.ids_of = model.eval(), tokenizer
         self.micro_tokens, self.batch_rows, self.seed = micro_tokens, batch_rows, seed
         self.max_length = max_length or model.config.max_position_embeddings
@@ -119,12 +126,22 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns a conversation's text; without a generation prompt the last message ends it."""
+        """Returns a conversation's text; without a generation prompt the last message ends it.
+
+        Raises InputError as `Tokenizer.render`, or where the template rewrites the last message.
+        """
         text = self.ids_of.render(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        begin = text.rfind(last)
+        if begin < 0:
+            raise InputError(
+                f"{self.ids_of.folder}: chat template: rewrites the turn {_short(last)} that the "
+                f"answer goes on from, so that its end cannot be found in {_short(text[-80:])}; "
+                "leave out --apply_chat_template, or give a template that keeps the text"
+            )
+        return text[: begin + len(last)]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -143,10 +160,14 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Returns of each text (the continuation's log-prob, whether it is the greedy one).
 
-        Log-probs are natural logs, summed over tokens. A context may be empty.
+        Log-probs are natural logs, summed over tokens. A context may be empty. Raises NumericsError
+        naming a row whose log-prob is not finite.
         """
         # the harness's own bar for tokenising: as ours, no lines in a file
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        quiet = disable_tqdm or not sys.stderr.isatty()
+        results = super().loglikelihood(requests, disable_tqdm=quiet)
+        _refuse_unsound(requests, [logp for logp, _ in results])
+        return results
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -174,11 +195,12 @@ class HarnessModel(TemplateLM):
         pairs = zip(logps.tolist(), is_greedy.tolist(), strict=True)
         results = [(logp, bool(flag)) for logp, flag in pairs]
         for (texts, _, _), result in zip(requests, results, strict=True):
-            if texts is not None:  # windows of a rolling likelihood have none
+            # windows of a rolling likelihood have no texts
+            if texts is not None and math.isfinite(result[0]):
                 self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
-    def _cut(self, context: list[int], continuation: list[int]) -> "Scored":
+    def _cut(self, context: list[int], continuation: list[int]) -> Scored:
         """Returns the request without what does not fit, the beginning of the context.
 
         The model reads all but the last id. Raises InputError where a
@@ -203,7 +225,7 @@ class HarnessModel(TemplateLM):
             most = f"{self.max_length} tokens"
             say(f"benchmarks: WARNING: contexts beyond {most} lose their beginning")
 
-    def _score(self, trees: Sequence["Tree"]) -> list[tuple[float, bool]]:
+    def _score(self, trees: Sequence[Tree]) -> list[tuple[float, bool]]:
         """Scores the requests in the trees by one forward, as `loglikelihood` does, in order."""
         ids, parts, rows, targets, lengths = flatten(trees)
         layout = Packed(parts, self.device)
@@ -223,7 +245,8 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """Returns the log-prob of whole texts, each token once, in windows of the model's length.
 
-        The first token of a text follows the prefix token.
+        The first token of a text follows the prefix token. Raises NumericsError naming a row whose
+        log-prob is not finite.
         """
         windows: list[TokenRequest] = []
         counts = []
@@ -236,6 +259,7 @@ class HarnessModel(TemplateLM):
             counts.append(len(made))
         values = iter(self._loglikelihood_tokens(windows))
         totals = [sum(next(values)[0] for _ in range(count)) for count in counts]
+        _refuse_unsound(requests, totals)
         for request, value in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return totals
@@ -243,16 +267,21 @@ class HarnessModel(TemplateLM):
     # ----------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns texts, each up to the first of its stop strings; greedy without do_sample."""
+        """Returns texts, each up to the first of its stop strings; greedy without do_sample.
+
+        Raises NumericsError naming a row whose logits are not finite.
+        """
         self._decoder = self._decoder or new_decoder(self.model)
         arguments = [request.args for request in requests]
+        names = [_name(request) for request in requests]
         mine = range(distributed.rank(), len(requests), distributed.world_size())
         order = sorted(mine, key=lambda i: (json.dumps(arguments[i][1], sort_keys=True), i))
         texts: dict[int, str] = {}
         with Bar("generate", len(mine), "rows") as progress:
             for _, same in itertools.groupby(order, key=lambda i: arguments[i][1]):
                 chosen = list(same)
-                texts |= zip(chosen, self._generate(chosen, arguments, progress), strict=True)
+                made = self._generate(chosen, arguments, names, progress)
+                texts |= zip(chosen, made, strict=True)
         if distributed.world_size() > 1:
             parts: list[dict[int, str]] = [{}] * distributed.world_size()
             dist.all_gather_object(parts, texts)
@@ -265,6 +294,7 @@ class HarnessModel(TemplateLM):
         self,
         chosen: Sequence[int],
         arguments: Sequence[tuple[str, dict[str, Any]]],
+        names: Sequence[str],
         progress: Callable[[int, int], None],
     ) -> Iterator[str]:
         """Yields the texts of requests that share their settings."""
@@ -289,12 +319,52 @@ class HarnessModel(TemplateLM):
             progress,
             # a stop string may name a special token
             decode=lambda ids: self.ids_of.decode(ids, skip_special_tokens=False),
+            names=[names[i] for i in chosen],
         )
         for response in responses:
             text = self.ids_of.decode(response.ids)
             for stop in sampling.stop:
                 text = text.split(stop)[0]
             yield text
+
+
+def open_device(device: str | None) -> torch.device:
+    """Joins the process group; returns this rank's device.
+
+    device: cpu, auto, or cuda, which the harness's command says by itself: where no GPU is there,
+    it is the CPU, with a warning. None: auto. Raises InputError for any other.
+    """
+    name = device or "auto"
+    local = os.environ.get("LOCAL_RANK", "0")
+    if name not in ("auto", "cpu", "cuda", "cuda:0", f"cuda:{local}"):
+        raise InputError(
+            f"device={name}: expected auto, cpu or cuda; a process takes the GPU of its rank, and "
+            "CUDA_VISIBLE_DEVICES chooses among them"
+        )
+    on_gpu = name.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        say(f"benchmarks: WARNING: device={name}: there is no GPU here; going on on the CPU")
+        on_gpu, name = False, "cpu"
+    return distributed.start("cuda" if on_gpu else name)
+
+
+def _name(request: Instance) -> str:
+    """What an error calls a request of the harness."""
+    return f"{request.task_name}, row {request.doc_id}"
+
+
+def _short(text: str, most: int = 60) -> str:
+    return repr(text if len(text) <= most else f"{text[:most]}...")
+
+
+def _refuse_unsound(requests: Sequence[Instance], logps: Sequence[float]) -> None:
+    """Raises NumericsError naming the first row whose log-prob is not finite."""
+    for request, logp in zip(requests, logps, strict=True):
+        if not math.isfinite(logp):
+            raise NumericsError(
+                f"benchmarks: {_name(request)!r}: the log-prob of its text is {logp}; mend the "
+                "model's weights, or give dtype=float32 where they overflow in bfloat16"
+            )
 
 
 def sampling_of(kwargs: dict[str, Any]) -> Sampling:
@@ -319,137 +389,27 @@ def sampling_of(kwargs: dict[str, Any]) -> Sampling:
     return Sampling(new_tokens, stop=tuple(stop for stop in stops if stop), **settings)
 
 
-# ------------------------------------------------------------------------------------------ packing
+def main(argv: list[str]) -> None:
+    """Runs lm-eval's own command, which knows the model `ldalign` by now."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:] = argv
+    try:
+        cli_evaluate()
+    except (ValueError, FileNotFoundError) as error:  # how the harness refuses its arguments
+        if isinstance(error, InputError) or not _is_of_harness(error):
+            raise
+        raise InputError(f"lm-eval: {error}") from error
+    distributed.stop()
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A continuation to be scored after its context, in token ids; neither is empty."""
-
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-    @property
-    def read(self) -> tuple[int, ...]:
-        """What the model reads: the last id is only predicted."""
-        return self.context + self.continuation[:-1]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Requests whose contexts begin alike: the prefix is computed once, and each goes on there."""
-
-    prefix: tuple[int, ...]
-    members: list[int]  # indices of requests
-    requests: list[Scored]
-
-    @property
-    def branches(self) -> list[tuple[int, ...]]:
-        """What the model reads for each request after the prefix; may be empty."""
-        return [request.read[len(self.prefix) :] for request in self.requests]
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the model reads."""
-        return len(self.prefix) + sum(map(len, self.branches))
-
-
-def plan_trees(requests: Sequence[Scored], budget: int) -> list[Tree]:
-    """Puts all requests into trees, by equal contexts or a shared beginning, to save tokens.
-
-    A tree of several contexts has at most `budget` tokens.
-    """
-    order = sorted(range(len(requests)), key=lambda i: requests[i].context)
-    groups = [list(same) for _, same in itertools.groupby(order, key=lambda i: requests[i].context)]
-    trees: list[Tree] = []
-    run: list[list[int]] = []
-    for group in groups:
-        longer = _tree(requests, [*run, group])
-        # In a run, a context costs what follows the shared beginning, for each continuation.
-        own = len(requests[group[0]].context)
-        if run and (len(group) * (own - len(longer.prefix)) >= own or longer.tokens > budget):
-            trees += _cheaper(requests, run)
-            run = []
-        run.append(group)
-    return trees + (_cheaper(requests, run) if run else [])
-
-
-def _cheaper(requests: Sequence[Scored], run: list[list[int]]) -> list[Tree]:
-    """Returns one tree of all groups, or one of each, whichever reads fewer tokens."""
-    apart = [_tree(requests, [group]) for group in run]
-    together = _tree(requests, run)
-    return [together] if together.tokens < sum(tree.tokens for tree in apart) else apart
-
-
-def _tree(requests: Sequence[Scored], groups: Iterable[Sequence[int]]) -> Tree:
-    members = [i for group in groups for i in group]
-    # They are sorted: what the first and the last context share, all share.
-    first, last = requests[members[0]].context, requests[members[-1]].context
-    both = enumerate(zip(first, last, strict=False))
-    shared = next((n for n, (a, b) in both if a != b), min(len(first), len(last)))
-    return Tree(first[:shared], members, [requests[i] for i in members])
-
-
-def flatten(
-    trees: Sequence[Tree],
-) -> tuple[list[int], list[list[int]], list[int], list[int], list[int]]:
-    """Lays trees end to end: (ids, part lengths, rows that predict, targets, targets a request).
-
-    The part lengths are as `Packed` wants them.
-    """
-    ids: list[int] = []
-    parts: list[list[int]] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    lengths: list[int] = []
-    for tree in trees:
-        start, shared = len(ids), len(tree.prefix)
-        ids += tree.prefix
-        parts.append([shared])
-        for request, branch in zip(tree.requests, tree.branches, strict=True):
-            moved = len(ids) - shared  # of a position in the request to its row, behind the prefix
-            first = len(request.context) - 1
-            predicting = range(first, first + len(request.continuation))
-            rows += [p + (start if p < shared else moved) for p in predicting]
-            targets += request.continuation
-            lengths.append(len(request.continuation))
-            ids += branch
-            if branch:
-                parts[-1].append(len(branch))
-    return ids, parts, rows, targets, lengths
-
-
-def greedy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, logps: Tensor, lengths: Sequence[int]
-) -> list[bool]:
-    """Says of each segment whether every target is the likeliest token, with few logits.
-
-    hidden (M, D), weight (V, D), targets (M,), logps (M,). Logits are made for the least likely
-    target of each segment, and for the others only where that passes.
-    """
-    starts = list(itertools.accumulate(lengths, initial=0))
-    spans = [range(a, b) for a, b in itertools.pairwise(starts)]
-    values = logps.tolist()
-    worst = [min(span, key=lambda row: values[row]) for span in spans]
-    passed = _likeliest(hidden, weight, targets, worst)
-    hopeful = zip(spans, worst, passed, strict=True)
-    rest = [row for span, low, ok in hopeful if ok for row in span if row != low]
-    others = dict(zip(rest, _likeliest(hidden, weight, targets, rest), strict=True))
-    return [
-        ok and all(others.get(row, True) for row in span)
-        for span, ok in zip(spans, passed, strict=True)
-    ]
-
-
-def _likeliest(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Sequence[int]) -> list[bool]:
-    """Says whether these rows' targets have the highest logit; of several, the first counts."""
-    out: list[bool] = []
-    for chunk in torch.tensor(rows, dtype=torch.int64, device=hidden.device).split(64):
-        out += ((hidden[chunk] @ weight.T).argmax(-1) == targets[chunk]).tolist()
-    return out
+def _is_of_harness(error: BaseException) -> bool:
+    """Whether lm-eval's own code raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "lm_eval" in Path(trace.tb_frame.f_code.co_filename).parts
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+    exits.run(main)

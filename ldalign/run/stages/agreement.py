@@ -137,7 +137,7 @@ def _measured(
         found.append(("untrained", values))
     del trained, before
     if "pooled" not in beside:
-        pooled = pooled_guide(start, ctx.dtype, ctx.device)
+        pooled = pooled_guide(start, ctx.dtype, ctx.device, ctx.template)
         read = guide_pairs(ctx, pooled, chosen, pairs)
         found.append(("pooled", latent_distances(ctx, pooled, read, parts / "pooled")[:, 0]))
         del pooled
@@ -159,7 +159,7 @@ def _nll(ctx: Context, policy: Path, pairs: Sequence[Pair], path: Path) -> torch
 def _gpt2(ctx: Context) -> Path | None:
     """The GPT-2 that a guide's towers began as, where the config names it."""
     given = ctx.config.guide.folder
-    folder = Path(given).expanduser() if given else None
+    folder = Path(given) if given else None
     return folder if folder is not None and not is_trained_guide(folder) else None
 
 
@@ -169,7 +169,7 @@ def find_guide(ctx: Context) -> Path:
 
     Raises InputError where there is none.
     """
-    given = Path(ctx.config.guide.folder).expanduser() if ctx.config.guide.folder else None
+    given = Path(ctx.config.guide.folder) if ctx.config.guide.folder else None
     own = ctx.run.path / GUIDE_STAGE.folder(0)
     folder = given if given is not None and is_trained_guide(given) else own
     if not is_trained_guide(folder):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
-from ldalign.data.rows import data_hash
+from ldalign.data.store import data_hash
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Request
@@ -26,7 +26,7 @@ SAMPLES = "samples.jsonl"
 def _cost(ctx: Context, name: str) -> Cost:
     pairs = ctx.heldout.pairs[: ctx.config.agreement.rows]
     return Cost(
-        scored=sum(len(p.prompt) for p in pairs), generated=2 * sum(len(p.real) for p in pairs)
+        scored=int(pairs.prompts.lengths.sum()), generated=2 * int(pairs.real.lengths.sum())
     )
 
 

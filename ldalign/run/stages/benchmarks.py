@@ -22,7 +22,7 @@ BENCHMARKS_STAGE = Stage("benchmarks", by_task=True)
 def wanted(config: RunConfig) -> list[Benchmark]:
     """The benchmarks that the config asks for."""
     b = config.benchmarks
-    data = Path(b.data).expanduser() if b.data else None
+    data = Path(b.data) if b.data else None
     return [Benchmark(name, data, b.shots) for name in dict.fromkeys(b.tasks)]
 
 

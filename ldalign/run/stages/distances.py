@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ldalign.data.pairs import Pair, usable
+from ldalign.data.pairs import Pair, Pairs
 from ldalign.evaluation.embedding import EmbeddingModel
 from ldalign.evaluation.guide import explained_shares
 from ldalign.models.guide import Guide, Latent
@@ -37,9 +37,7 @@ def _cost(ctx: Context, name: str) -> Cost:
 DISTANCES_STAGE = Stage("distances", _cost)
 
 
-def distances_stage(
-    ctx: Context, t: int, guide: Path | None, start: Path, pairs: Sequence[Pair]
-) -> list[Pair]:
+def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs: Pairs) -> Pairs:
     """Measures how far each pair's two responses lie apart in latent space; returns the pairs with
     the weights made of these distances (arXiv 2404.06390, section 4.2.2).
 
@@ -48,7 +46,7 @@ def distances_stage(
     """
     name, config = DISTANCES_STAGE.folder(t), ctx.config
     rows, _ = ctx.used
-    kept = [usable(pair) for pair in pairs]
+    kept = pairs.usable.tolist()
 
     def make(folder: Path) -> Metrics:
         parts = folder / PARTS / "distances"
@@ -94,7 +92,7 @@ def distances_stage(
     }
     ctx.run.stage(name, parents, make, resume=True)
     weights = [r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")]
-    return [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+    return pairs.changed(weights=np.array(weights))
 
 
 def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:
@@ -102,7 +100,7 @@ def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:
     the policy `start` for latents (distance=pooled).
     """
     if guide is None:
-        return pooled_guide(start, ctx.dtype, ctx.device)
+        return pooled_guide(start, ctx.dtype, ctx.device, ctx.template)
     return load_guide(guide, ctx.device, ctx.dtype)
 
 

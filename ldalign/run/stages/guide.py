@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ldalign.data.pairs import Pair
+from ldalign.data.pairs import Chosen, Pair, Pairs
 from ldalign.data.rows import Row, history_text
 from ldalign.evaluation.guide import SURE, heldout_figures, sentence, tells_apart
 from ldalign.models.gpt2 import GPT2Config
@@ -88,7 +88,7 @@ def say_guide(ctx: Context, planned: Sequence[str]) -> None:
     config = ctx.config
     if GUIDE_STAGE.folder(0) not in planned:
         return
-    if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder).expanduser()):
+    if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder)):
         say(f"guide: the trained one in {config.guide.folder}, as it is")
     else:
         say(guide_plan(ctx).why)
@@ -161,7 +161,7 @@ def guide_tokens(ctx: Context) -> int:
     """How many tokens of the policy's all rows have, both responses: what a guide reads of them in
     one pass.
     """
-    return sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1])
+    return ctx.used_tokens
 
 
 def _tower_parameters(ctx: Context, plan: GuidePlan) -> int:
@@ -170,7 +170,7 @@ def _tower_parameters(ctx: Context, plan: GuidePlan) -> int:
     if plan.towers == "policy":
         return ctx.parameters
     if g.folder is not None:
-        return count_parameters(check_model(Path(g.folder).expanduser()))
+        return count_parameters(check_model(Path(g.folder)))
     return 12 * g.layers * g.width**2 + (g.vocabulary + _positions(ctx)) * g.width
 
 
@@ -193,7 +193,7 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     guide = config.guide
     if GUIDE_STAGE.folder(0) not in planned or guide.folder is None:
         return
-    folder = Path(guide.folder).expanduser()
+    folder = Path(guide.folder)
     if not folder.is_dir():
         raise InputError(
             f"guide={guide.folder}: no such folder; give a GPT-2 folder or one that train/guide.py "
@@ -209,7 +209,7 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
     read_guide_tokenizer(folder)
 
 
-def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Path:
+def guide_stage(ctx: Context, t: int, start: Path, pairs: Pairs) -> Path:
     """Trains the guide on real and generated responses, or takes the trained one that is given;
     returns its folder.
 
@@ -219,7 +219,7 @@ def guide_stage(ctx: Context, t: int, start: Path, pairs: Sequence[Pair]) -> Pat
     Raises NumericsError where it does not tell the two apart and guide.gate is stop.
     """
     g = ctx.config.guide
-    given = Path(g.folder).expanduser() if g.folder else None
+    given = Path(g.folder) if g.folder else None
     if given is not None and is_trained_guide(given):
         _check_given(ctx, given)
         return given
@@ -315,13 +315,14 @@ def untrained_guide(
         texts = [history_text(row.history) for row in rows]
         texts += [ctx.tokenizer.decode(y) for pair in pairs for y in pair.responses]
         return new_guide(config, seed, texts, size).to(ctx.device)
-    folder = start if plan.towers == "policy" else Path(str(g.folder)).expanduser()
-    return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device)
+    own = plan.towers == "policy"
+    folder, template = (start, ctx.template) if own else (Path(str(g.folder)), None)
+    return pretrained_guide(config, seed, folder, plan.frozen, ctx.dtype, ctx.device, template)
 
 
 def guide_pairs(
     ctx: Context, guide: Guide, rows: Sequence[Row], pairs: Sequence[Pair]
-) -> list[Pair]:
+) -> Sequence[Pair]:
     """The pairs in the guide's token ids: the tokens that the policy is trained on, or their text
     where the guide has another tokenizer. A response has an end token where it ended by itself.
     """
@@ -329,7 +330,7 @@ def guide_pairs(
         ctx.tokenizer.folder / "tokenizer.json"
     )
     if own:
-        return [guide.fit(pair) for pair in pairs]
+        return Chosen(pairs, change=guide.fit)
     ends = ctx.tokenizer.end_ids
     out = []
     for row, pair in zip(rows, pairs, strict=True):
@@ -340,7 +341,7 @@ def guide_pairs(
 
 
 def _guide_parents(
-    ctx: Context, plan: GuidePlan, given: Path | None, start: Path, pairs: Sequence[Pair]
+    ctx: Context, plan: GuidePlan, given: Path | None, start: Path, pairs: Pairs
 ) -> Parents:
     without = {"guide.folder", "guide.retrain", "guide.gate", "guide.backbone", "guide.towers"}
     if plan.towers != "new":  # the towers' sizes are not ours to say
@@ -349,10 +350,11 @@ def _guide_parents(
     begun: Parents = {"towers": plan.towers, "frozen": str(plan.frozen), "dtype": str(ctx.dtype)}
     if plan.towers == "policy":
         begun = {**begun, "policy": hash_model_folder(start)}
+        if ctx.template is not None:  # the policy's own counts with its folder
+            begun |= ctx.tokenizer.template_parents
     elif given is not None:
         begun = {**begun, "pretrained": hash_model_folder(given)}
-    read = hash_settings([[pair.prompt, *pair.responses] for pair in pairs])
-    return {**keys, "data": ctx.used_hash, "pairs": read, **begun}
+    return {**keys, "data": ctx.used_hash, "pairs": pairs.content_hash, **begun}
 
 
 def guide_hash(folder: Path) -> str:

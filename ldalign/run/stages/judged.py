@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +24,6 @@ from ldalign.evaluation.judges import (
     ModelJudge,
 )
 from ldalign.evaluation.transformers_folder import need_transformers
-from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, load_model
@@ -33,7 +31,7 @@ from ldalign.run.context import Context, file_hash, find_model
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
-from ldalign.run.stages.responses import RESPONSES, response_texts
+from ldalign.run.stages.responses import RESPONSES, Responses, response_texts
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl, write_jsonl
@@ -46,7 +44,7 @@ ANSWERS = "judge.jsonl"  # in the run folder: what an endpoint has answered
 
 def _cost(ctx: Context, name: str) -> Cost:
     # Both orders of both answers.
-    return Cost(scored=2 * sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1]))
+    return Cost(scored=2 * ctx.used_tokens)
 
 
 JUDGED_STAGE = Stage("judged", _cost)
@@ -77,9 +75,10 @@ def open_judge(ctx: Context, policy: Path, model: str | None = None) -> Judge:
         return EmbeddingJudge(EmbeddingModel(embedding_folder(ctx.config), ctx.device))
     folder = _folder(ctx, policy, model or j.model)
     loaded = cast(Mistral, load_model(folder, ctx.dtype, ctx.device))
+    template = ctx.template if (model or j.model) == POLICY else None
     return ModelJudge(
         loaded,
-        load_tokenizer(folder, today=ctx.run.began),
+        load_tokenizer(folder, template, ctx.run.began),
         ctx.config.training.micro_tokens,
         ctx.device,
     )
@@ -129,7 +128,10 @@ def judge_parents(ctx: Context, policy: Path, model: str | None = None) -> Paren
         found = hash_model_folder(embedding_folder(ctx.config))
         return {"judge.model": EMBEDDING, "judge.folder": found}
     folder = _folder(ctx, policy, model or j.model)
-    dated = template_date(folder, ctx.run.began)
+    if (model or j.model) == POLICY and ctx.template is not None:
+        dated = ctx.tokenizer.template_parents
+    else:
+        dated = template_date(folder, ctx.run.began)
     return {"judge.model": hash_model_folder(folder), "dtype": str(ctx.dtype), **dated}
 
 
@@ -161,7 +163,7 @@ def _check_kind(folder: Path) -> None:
 
 
 def judged_stage(
-    ctx: Context, t: int, policy: Path, responses: Sequence[Response], judge: str | None
+    ctx: Context, t: int, policy: Path, responses: Responses, judge: str | None
 ) -> list[float]:
     """Has both responses to every prompt judged; returns how surely the first is the better one, in
     [0, 1], nan where the judge gave no verdict.

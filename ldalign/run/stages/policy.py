@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from ldalign.data.pairs import Pair, usable
-from ldalign.data.rows import data_hash
-from ldalign.data.tokenizer import COPIED_FILES
+from ldalign.data.pairs import Pair, Pairs
+from ldalign.data.store import data_hash
+from ldalign.data.tokenizer_export import COPIED_FILES
 from ldalign.models.weights import load_model, save_model
 from ldalign.run.context import Context, checkpoint_plan, file_hash
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
@@ -41,11 +41,11 @@ def _cost(ctx: Context, name: str) -> Cost:
     if group in SFT:
         sft: SftKeys = getattr(config, group)
         rows = ctx.train.pairs[: sft.rows]
-        trained = sft.epochs * sum(pair.tokens for pair in rows)
+        trained = sft.epochs * int(rows.tokens.sum())
         steps = count_steps(len(rows), sft.global_batch, sft.epochs)
     else:
         pairs = ctx.used[1]
-        both = sum(len(p.prompt) + 2 * len(p.real) for p in pairs)
+        both = ctx.used_tokens
         steps = training.steps or count_steps(len(pairs), config.global_batch, training.epochs)
         trained = both * steps * config.global_batch // max(1, len(pairs))
     averages = 2 if group in SFT or training.optimizer == "adamw" else 1
@@ -163,7 +163,7 @@ def _train_stage(
         dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
         state = distributed.full_state(model, dtype)
         if distributed.rank() == 0:
-            save_model(model, folder, start, dtype, state)
+            save_model(model, folder, start, dtype, state, ctx.template)
         return summary | (extra or {})
 
     parents = {
@@ -180,16 +180,14 @@ def _train_stage(
 # ---------------------------------------------------------------------------------------- iteration
 
 
-def policy_stage(
-    ctx: Context, t: int, start: Path, pairs: Sequence[Pair], made_from: Parents
-) -> Path:
+def policy_stage(ctx: Context, t: int, start: Path, pairs: Pairs, made_from: Parents) -> Path:
     """Trains `start` on the iteration's pairs; returns the next policy's folder.
 
     made_from: what the pairs' tokens depend on, beside the data and max_length. Raises InputError
     where no pair is left to learn from.
     """
-    kept = [pair for pair in pairs if usable(pair)]
-    if not kept:
+    kept = pairs.take(pairs.usable)
+    if not len(kept):
         raise InputError(
             f"iteration {t}: there is no pair left to learn from: every loser equals its winner, "
             "or the judge saw none better; this is the end of what the method can do, or raise "
@@ -200,12 +198,12 @@ def policy_stage(
     parents = {
         "data": ctx.used_hash,
         **made_from,
-        "weights": hash_settings([p.weight for p in kept]),
+        "weights": hash_settings(kept.weights.tolist()),
         "learning_rate": learning_rate,
         **ctx.keys("method", "global_batch", "max_length"),
         **ctx.keys("training.epochs", "training.steps", "training.optimizer"),
     }
-    if kept[0].generated is not None:
+    if kept.generated is not None:
         reference = file_hash(ctx, f"{REFERENCE_STAGE.folder(t)}/{LOGPS}")
         parents |= {"beta": beta, "reference": reference}
     settings = replace(

@@ -1,13 +1,10 @@
 """The stage iteration_t/reference: log-probs of both responses under the reference policy."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ldalign.data.pairs import Pair, usable
+from ldalign.data.pairs import Pairs
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
 from ldalign.run.manifest import Parents, hash_model_folder
@@ -22,15 +19,15 @@ LOGPS = "reference.safetensors"  # in the stage folder
 
 
 def _cost(ctx: Context, name: str) -> Cost:
-    return Cost(scored=sum(len(p.prompt) + 2 * len(p.real) for p in ctx.used[1]))
+    return Cost(scored=ctx.used_tokens)
 
 
 REFERENCE_STAGE = Stage("reference", _cost)
 
 
 def reference_stage(
-    ctx: Context, t: int, policy: Path, pairs: Sequence[Pair], made_from: Parents, cut: int = 0
-) -> list[Pair]:
+    ctx: Context, t: int, policy: Path, pairs: Pairs, made_from: Parents, cut: int = 0
+) -> Pairs:
     """Scores both responses of every pair under the reference policy; returns the pairs with these
     log-probs (natural, summed over a response's tokens).
 
@@ -39,7 +36,8 @@ def reference_stage(
     max_length cut (they have no end token), for the summary.
     """
     name = REFERENCE_STAGE.folder(t)
-    kept = [pair for pair in pairs if usable(pair)]
+    used = pairs.usable
+    kept = pairs.take(used)
 
     def make(folder: Path) -> Metrics:
         model = load_model(policy, ctx.dtype, ctx.device).requires_grad_(False)
@@ -54,8 +52,8 @@ def reference_stage(
             )
         if distributed.rank() == 0:
             save_tensors({"logps": logps}, folder / LOGPS)
-            write_json(folder / "rows.json", [pair.id for pair in kept])
-        if not kept:
+            write_json(folder / "rows.json", list(kept.ids))
+        if not len(kept):
             return {"losers/cut": cut}
         real, generated = logps.mean(0).tolist()
         return {"logps/ref_chosen": real, "logps/ref_rejected": generated, "losers/cut": cut}
@@ -69,12 +67,6 @@ def reference_stage(
         **ctx.keys("max_length"),
     }
     ctx.run.stage(name, parents, make, resume=True)
-    folder = ctx.run.path / name
-    ids = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    logps = dict(zip(ids, load_file(folder / LOGPS)["logps"].tolist(), strict=True))
-    return [
-        replace(pair, ref_real=logps[pair.id][0], ref_generated=logps[pair.id][1])
-        if usable(pair)
-        else pair
-        for pair in pairs
-    ]
+    references = pairs.references.copy()
+    references[used] = load_file(ctx.run.path / name / LOGPS)["logps"].numpy()
+    return pairs.changed(references=references)

@@ -1,9 +1,10 @@
 """The stage iteration_t/responses: what the policy answers to its own data's prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from ldalign.data.ragged import TokenLists
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.generation.answers import make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
@@ -19,15 +20,15 @@ from ldalign.run.settings import SAMPLING_KEYS, RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.system import distributed
-from ldalign.system.files import hash_file, read_jsonl, write_jsonl
+from ldalign.system.files import hash_file, iter_jsonl, write_jsonl
 from ldalign.system.metrics import Bar, Metrics
 
 
 def _cost(ctx: Context, name: str) -> Cost:
     samples = 2 if ctx.config.method in ("self_reward", "rlaif") else 1
     return Cost(
-        scored=sum(len(p.prompt) for p in ctx.used[1]),
-        generated=samples * sum(len(p.real) for p in ctx.used[1]),
+        scored=int(ctx.used[1].prompts.lengths.sum()),
+        generated=samples * int(ctx.used[1].real.lengths.sum()),
     )
 
 
@@ -35,7 +36,14 @@ RESPONSES_STAGE = Stage("responses", _cost)
 RESPONSES = f"{RESPONSES_STAGE.folder('iteration_{}')}/responses.jsonl"  # in the run folder
 
 
-def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> list[Response]:
+class Responses(NamedTuple):
+    """What was sampled, those of a row one after the other."""
+
+    tokens: TokenLists
+    finish_reasons: list[str]
+
+
+def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> Responses:
     """Samples responses from `policy`, those of a row one after the other, or takes the first
     iteration's as given.
 
@@ -43,7 +51,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> lis
     """
     name, config = RESPONSES_STAGE.folder(t), ctx.config
     rows, pairs = ctx.used
-    given = Path(config.responses).expanduser() if config.responses and t == 0 else None
+    given = Path(config.responses) if config.responses and t == 0 else None
     sampling = sampling_of(config)
     keys = [
         f"iteration/{t}/{row.id}" + (f"/{n}" if samples > 1 else "")
@@ -111,16 +119,22 @@ def _sampling_parents(ctx: Context, t: int, policy: Path, samples: int) -> Paren
     }
 
 
-def read_responses(ctx: Context, t: int) -> list[Response]:
+def read_responses(ctx: Context, t: int) -> Responses:
     """The responses that iteration t sampled, those of a row one after the other."""
-    records = read_jsonl(ctx.run.path / RESPONSES.format(t))
-    return [Response(r["token_ids"], r["finish_reason"], r["logp"]) for r in records]
+    reasons: list[str] = []
+
+    def tokens() -> Iterator[list[int]]:
+        for record in iter_jsonl(ctx.run.path / RESPONSES.format(t)):
+            reasons.append(record["finish_reason"])
+            yield record["token_ids"]
+
+    return Responses(TokenLists.of(tokens()), reasons)
 
 
-def response_texts(ctx: Context, responses: Sequence[Response]) -> list[str]:
+def response_texts(ctx: Context, responses: Responses) -> list[str]:
     """The texts of responses, each up to its stop string, as in the records."""
     sampling = sampling_of(ctx.config)
-    return [text_of(ctx.tokenizer.decode(r.ids), sampling) for r in responses]
+    return [text_of(ctx.tokenizer.decode(ids), sampling) for ids in responses.tokens]
 
 
 def sampling_of(config: RunConfig) -> Sampling:

@@ -1,0 +1,129 @@
+"""Work that is spread over processes of this machine.
+
+A worker imports what the work needs and nothing else: unlike `multiprocessing`, which imports the
+program's main module into each, and with it torch. Nor does it ask the program for a guard around
+its main code.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from ldalign.system.errors import EnvironmentProblem
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+AHEAD = 2  # tasks a process that are taken before their turn
+
+# As `multiprocessing` does: a worker finds what its parent found.
+_PROGRAM = "import sys; sys.path[:] = {!r}; from ldalign.system.workers import serve; serve({})"
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def spread(
+    work: Callable[[Task], Result], tasks: Iterable[Task], processes: int
+) -> Iterator[Result]:
+    """Yields work(task) of every task, in their order; with one process, in this one.
+
+    work and tasks are sent to others: `work` is a module's function, or a partial one. No more
+    tasks are taken than a few a process ahead of what is asked for. An error of `work` is raised
+    here. Raises EnvironmentProblem where a worker dies.
+    """
+    if processes <= 1:
+        yield from map(work, tasks)
+        return
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    workers = [_Worker(work) for _ in range(processes)]
+    for worker in workers:
+        idle.put(worker)
+
+    def run(task: Task) -> Result:
+        worker = idle.get()
+        try:
+            return worker.ask(task)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(len(workers))
+    ahead: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            ahead.append(threads.submit(run, task))
+            if len(ahead) > AHEAD * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for worker in workers:
+            worker.kill()
+        threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A process that does one task at a time."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        own, others = socket.socketpair()
+        with others:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM.format(sys.path, others.fileno())],
+                pass_fds=[others.fileno()],
+                # Threads of the tokenizers library in each of them would be too many.
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.connection = Connection(own.detach())
+        self._send(work)
+
+    def ask(self, task: Any) -> Any:
+        """Returns work(task), or raises what it raised."""
+        self._send(task)
+        try:
+            good, value = self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            raise EnvironmentProblem(
+                f"a worker process ended by itself (exit code {code}); was it killed, for memory?"
+            ) from None
+        if not good:
+            raise value
+        return value
+
+    def _send(self, value: Any) -> None:
+        with contextlib.suppress(OSError):  # it died: reading its answer says so
+            self.connection.send(value)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+def serve(descriptor: int) -> None:
+    """What a worker does, over a socket: reads the work, then task after task, until its parent is
+    gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    connection = Connection(descriptor)
+    work = connection.recv()
+    with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
+        while True:
+            task = connection.recv()
+            try:
+                answer = (True, work(task))
+            except Exception as error:
+                answer = (False, error)
+            connection.send(answer)

@@ -1,0 +1,208 @@
+"""Every key of a row is read, known to be harmless, refused by name, or named."""
+
+import json
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_rows import GOOD, a, parquet, s, u, write
+from runs import ROOT
+
+from ldalign.data.columns import (
+    MEANING,
+    METADATA,
+    READ,
+    TURN_MEANING,
+    TURN_METADATA,
+    TURN_READ,
+    Columns,
+    use_of,
+)
+from ldalign.data.reading import read_rows
+from ldalign.run.settings import RunConfig
+from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
+
+PAIR = {"prompt": "q", "chosen": "r", "rejected": "g"}
+SAYS = [True, 0, 0.5, "text", ["x"], {"x": 1}, [[]]]
+SILENT = [None, "", [], {}]
+
+
+def read(tmp_path, *records, mapping=None, ignored=(), **options):
+    columns = Columns(mapping or {}, frozenset(ignored))
+    return read_rows(write(tmp_path / "x", *records), columns=columns, **options)
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("key", MEANING)
+@pytest.mark.parametrize("base", [GOOD, PAIR], ids=["messages", "pair"])
+def test_a_key_with_meaning_is_refused_by_name(tmp_path, base, key):
+    for value in SAYS:
+        with pytest.raises(InputError, match=rf"x:2: {key}: .*ignore_columns: \[{key}\]"):
+            read(tmp_path, base, {**base, key: value})
+    plain = read(tmp_path, base)
+    assert read(tmp_path, *({**base, key: value} for value in SILENT))[0] == plain[0]
+    assert read(tmp_path, {**base, key: "text"}, ignored=[key]) == plain
+
+
+@pytest.mark.parametrize("key", TURN_MEANING)
+def test_a_key_of_a_turn_with_meaning_is_refused_by_name(tmp_path, key):
+    for value in SAYS:
+        record = {"messages": [u("q"), {**a("r"), key: value}]}
+        with pytest.raises(InputError, match=rf"x:2: messages: turn 2: {key}: carries meaning"):
+            read(tmp_path, GOOD, record)
+    silent = [{"messages": [u("q"), {**a("r"), key: value}]} for value in SILENT]
+    plain = read(tmp_path, GOOD)
+    assert read(tmp_path, *silent)[0] == plain[0]
+    assert read(tmp_path, {"messages": [u("q"), {**a("r"), key: 1}]}, ignored=[key]) == plain
+
+
+KEY = st.sampled_from(sorted({*READ, *MEANING, *TURN_MEANING, "source", "score_x", "my_id"})) | (
+    st.text(min_size=1, max_size=6)
+)
+VALUE = st.sampled_from([*SAYS, *SILENT])
+
+
+@settings(
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(st.dictionaries(KEY, VALUE, max_size=3), st.sampled_from([GOOD, PAIR]))
+def test_no_key_changes_a_row_in_silence(tmp_path, capfd, extra, base):
+    """Beside a whole row, whatever else stands in it is read, named in a line, or refused."""
+    extra = {key: value for key, value in extra.items() if key not in base}
+    path = write(tmp_path / "x", {**base, **extra})
+    capfd.readouterr()
+    try:
+        (row,) = read_rows(path)
+    except InputError as error:
+        assert any(key in str(error) for key in extra)
+        return
+    said = capfd.readouterr().err
+    assert (row.history[-1], row.response) == (u("q"), "r")
+    for key, value in extra.items():
+        if value in SILENT or key in ("id", "kind", "answer", "system"):
+            continue
+        assert use_of(key) in ("metadata", "unknown") and key in said
+
+
+def test_the_page_has_the_same_table():
+    text = (ROOT / "docs/data.md").read_text()
+    table = {
+        (of, what): set(re.findall(r"`([^`]+)`", keys))
+        for of, what, keys in re.findall(r"^\| (row|turn) \| (\w+)[^|]* \| (.*) \|$", text, re.M)
+    }
+    assert table == {
+        ("row", "read"): set(READ),
+        ("row", "metadata"): set(METADATA),
+        ("row", "refused"): set(MEANING),
+        ("turn", "read"): set(TURN_READ),
+        ("turn", "metadata"): set(TURN_METADATA),
+        ("turn", "refused"): set(TURN_MEANING),
+    }
+    for names in (READ, TURN_READ):  # one key is in one place
+        for key in names:
+            assert use_of(key, names is TURN_READ) == "read"
+    assert not {*READ} & {*MEANING} and not {*TURN_READ} & {*TURN_MEANING}
+
+
+# ---------------------------------------------------------------------- what is said of the others
+
+
+def test_metadata_are_listed_once_with_their_count(tmp_path, capfd):
+    rows = [{**GOOD, "prompt_id": i, "source": "web"} for i in range(700)] + [GOOD] * 5
+    read(tmp_path, *rows)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "prompt_id" in line]
+    assert lines == [
+        "data: keys that say nothing to train on: prompt_id (700 rows), source (700 rows)"
+    ]
+
+
+def test_unknown_keys_are_named_in_one_line(tmp_path, capfd):
+    turn = {**u("q"), "mood": "glad"}
+    rows = [{"messages": [turn, a("r")], "hint": "h", "note": ""}] * 2000
+    read(tmp_path, *rows)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
+    assert len(lines) == 1 and "hint, mood (of a turn);" in lines[0] and "note" not in lines[0]
+
+
+def test_unread_columns_of_parquet_are_counted(tmp_path, capfd):
+    columns = {"messages": [[u("q"), a("r")]] * 3, "prompt_id": ["x"] * 3, "hint": ["h"] * 3}
+    read_rows(parquet(tmp_path / "x", {**columns, "size": [1, 2, 3]}))
+    said = capfd.readouterr().err
+    assert "prompt_id (3 rows)" in said and "hint" in said and "size" in said
+
+
+def test_no_prompt_is_guessed_where_another_text_is(tmp_path):
+    texts = {"chosen": "The town is Alpha.", "rejected": "The town is Beta."}
+    (row,) = read(tmp_path, {**texts, "source": "web", "kind": "k", "id": "1", "rank": 3})
+    assert (row.history, row.response) == ((u("The town is"),), "Alpha.")
+    for key in ("question", "system", "note", "tools", "input"):
+        with pytest.raises(InputError, match=rf"x:1: chosen and rejected have no prompt.* {key}"):
+            read(tmp_path, {**texts, key: "text"})
+    path = parquet(tmp_path / "y", {**{k: [v] for k, v in texts.items()}, "note": ["text"]})
+    with pytest.raises(InputError, match="y:1: chosen and rejected have no prompt.* note"):
+        read_rows(path)
+
+
+# ----------------------------------------------------------------------- columns and ignore_columns
+
+
+def test_columns_rename(tmp_path):
+    record = {"question": "q", "answer": "r", "system_prompt": "s", "uid": 7, "kind": "dates"}
+    mapping = {"prompt": "question", "response": "answer", "system": "system_prompt", "id": "uid"}
+    (row,) = read(tmp_path, record, mapping=mapping)
+    assert (row.id, row.history, row.response) == ("7", (s("s"), u("q")), "r")
+    assert (row.kind, row.answer) == ("dates", None)  # the answer is the response alone
+    record = {"talk": [u("q"), a("r")], "best": "b", "worst": "w"}
+    assert read(tmp_path, record, mapping={"messages": "talk"})[0].response == "r"
+    pair = {"prompt": "q", "best": "b", "worst": "w"}
+    (row,) = read(tmp_path, pair, mapping={"chosen": "best", "rejected": "worst"})
+    assert (row.history, row.response, row.rejected) == ((u("q"),), "b", "w")
+    path = parquet(tmp_path / "p", {"source": ["q"], "output": ["r"]})  # metadata by the table
+    (row,) = read_rows(path, columns=Columns({"prompt": "source"}))
+    assert row.history == (u("q"),)
+
+
+def test_columns_that_are_wrong(tmp_path):
+    with pytest.raises(InputError, match=r"x:1: .*columns.prompt=qestion: the row has no such key"):
+        read(tmp_path, {"question": "q", "response": "r"}, mapping={"prompt": "qestion"})
+    with pytest.raises(InputError, match=r"columns.system=sytem: no row has such a key"):
+        read(tmp_path, GOOD, mapping={"system": "sytem"})
+    with pytest.raises(InputError, match=r"x:1: prompt: is there, and columns.prompt=question"):
+        read(
+            tmp_path,
+            {"question": "q", "prompt": "p", "response": "r"},
+            mapping={"prompt": "question"},
+        )
+    with pytest.raises(InputError, match=r"columns.prompt=x: is left out by ignore_columns"):
+        read(tmp_path, GOOD, mapping={"prompt": "x"}, ignored=["x"])
+    with pytest.raises(InputError, match=r"columns.prompt=x: is read as another key too"):
+        read(tmp_path, GOOD, mapping={"prompt": "x", "response": "x"})
+
+
+def test_ignored_keys_that_no_row_has_are_named(tmp_path, capfd):
+    turn = {**a("r"), "weight": 0}
+    read(tmp_path, {"messages": [u("q"), turn], "tools": 1}, ignored=["weight", "tools", "tols"])
+    assert "ignore_columns: no row has tols\n" in capfd.readouterr().err
+
+
+def test_the_keys_of_a_run():
+    options = ["columns={prompt: question, response: answer}", "columns.system=sys"]
+    config = load_config(RunConfig, None, [*options, "ignore_columns=[tools]"])
+    named = {"prompt": "question", "response": "answer", "system": "sys"}
+    assert config.data_columns == Columns(named, frozenset({"tools"}))
+    with pytest.raises(InputError, match="columns.promt: unknown key; did you mean columns.prompt"):
+        load_config(RunConfig, None, ["columns={promt: question}"])
+    with pytest.raises(InputError, match=r"columns.prompt=tools: is left out by ignore_columns"):
+        load_config(RunConfig, None, ["columns.prompt=tools", "ignore_columns=[tools]"])
+
+
+def test_bad_rows_skip_counts_refused_keys(tmp_path, caplog):
+    rows = [{"prompt": str(i), "response": "r"} for i in range(199)]
+    odd = {"prompt": "q", "response": "r", "tools": [{"name": "clock"}]}
+    assert len(read(tmp_path, *rows, odd, bad_rows="skip")) == 199
+    assert "skipped 1 of 200 rows" in caplog.text
+    json.dumps(rows)

@@ -1,0 +1,211 @@
+"""Files of every kind: compressed, JSON arrays, Arrow, pointers; and the pieces of each."""
+
+import gzip
+import json
+import pickle
+
+import pyarrow as pa
+import pytest
+from faults import forget_peak, peak
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_rows import GOOD, a, parquet, u, write
+
+from ldalign.data import records
+from ldalign.data.columns import Columns
+from ldalign.data.reading import Reading, Tally, iter_chunks, iter_rows, read_chunk, read_rows
+from ldalign.data.records import MAX_ROW_BYTES
+from ldalign.data.rows import RowNames
+from ldalign.data.sources import files_of
+from ldalign.data.store import data_hash
+from ldalign.system.errors import InputError
+
+ROWS = [{"prompt": f"q{i}", "response": "r" * 300, "id": i} for i in range(9000)]  # several chunks
+
+
+def zstd(path, content):
+    with pa.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(content)
+    return path
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(rows):
+    return pa.table({key: [row[key] for row in rows] for key in rows[0]})
+
+
+def arrow(path, rows, new=pa.ipc.new_stream):
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table(rows).schema) as writer:
+        writer.write_table(table(rows), max_chunksize=1000)
+    return path
+
+
+def make(kind, path):
+    if kind == "jsonl":
+        path.write_bytes(lines(ROWS))
+    elif kind == "gzip":
+        path.write_bytes(gzip.compress(lines(ROWS[:4000])) + gzip.compress(lines(ROWS[4000:])))
+    elif kind == "zstd":
+        zstd(path, lines(ROWS))
+    elif kind == "array":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif kind == "array in gzip":
+        path.write_bytes(gzip.compress(b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode()))
+    elif kind == "parquet":
+        parquet(path, {key: [row[key] for row in ROWS] for key in ROWS[0]})
+    elif kind == "Arrow stream":
+        arrow(path, ROWS)
+    elif kind == "Arrow file":
+        arrow(path, ROWS, pa.ipc.new_file)
+    return path
+
+
+KINDS = ["jsonl", "gzip", "zstd", "array", "array in gzip", "parquet", "Arrow stream", "Arrow file"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_holds_the_same_rows(tmp_path, kind):
+    path = make(kind, tmp_path / "x")
+    expected = read_rows(make("jsonl", tmp_path / "y"))
+    rows = read_rows(path)
+    assert data_hash(rows) == data_hash(expected)
+    assert [row.where for row in rows] == [f"{path}:{i + 1}" for i in range(len(ROWS))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_can_be_read_elsewhere(tmp_path, kind):
+    """The pieces of a file go to other processes: what comes back is what one process reads."""
+    path, reading = make(kind, tmp_path / "x"), Reading()
+    tally, names, rows = Tally(), RowNames(), []
+    sent = [pickle.dumps(chunk) for chunk in iter_chunks(files_of(path), Columns())]
+    assert len(sent) > 1 and max(map(len, sent)) < 2 * records.CHUNK_BYTES
+    for chunk in map(pickle.loads, sent):
+        found, part = pickle.loads(pickle.dumps(read_chunk(chunk, reading)))  # noqa: S301
+        tally.add(part, reading)
+        rows += [names.named(row) for row in found]
+    tally.finish(reading)
+    assert rows == read_rows(path) and (tally.good, tally.rows) == (9000, 9000)
+
+
+def test_rows_come_before_the_file_is_read_to_its_end(tmp_path):
+    path = write(tmp_path / "x", *ROWS, b"{")
+    rows = iter_rows(path)
+    assert next(rows).id == "0"
+    with pytest.raises(InputError, match="x:9001:2: broken JSON"):
+        list(rows)
+
+
+@pytest.mark.parametrize("size", [3, 10, 40, -1, -9])
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_compressed_file_that_is_cut(tmp_path, kind, size):
+    path = make(kind, tmp_path / "x")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=rf"^{path}[: ]") as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_that_is_decompressed_without_end(tmp_path):
+    path = tmp_path / "x.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"prompt": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+    before = forget_peak()
+    with pytest.raises(InputError, match="x.gz:1: the line is longer than 8388608 bytes"):
+        read_rows(path)
+    assert peak() - before < 60 * 2**20
+
+
+@pytest.mark.parametrize("size", [8, 50, 300, -1, -40])
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_an_arrow_file_that_is_cut(tmp_path, new, size):
+    path = arrow(tmp_path / "x", ROWS[:50], new)
+    path.write_bytes(path.read_bytes()[:size])
+    try:
+        assert len(read_rows(path)) == 50  # a stream may lack its end mark
+    except InputError as error:
+        assert str(error).startswith(f"{path}") and "\n" not in str(error)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    for name in ("x.parquet", "x.jsonl"):
+        (tmp_path / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123456\n"
+        )
+        with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
+            read_rows(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------- JSON arrays
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", ":1: broken JSON array: the file ends|:1: broken JSON array: Expecting value"),
+        ("[{}", ":1: broken JSON array: the file ends where , or ] was expected"),
+        ("[{} {}]", ":1: broken JSON array: '{' stands where , or ] was expected"),
+        ("[GOOD, {]", ":2: broken JSON array: Expecting property name"),
+        ("[GOOD, NaN]", ":2: broken JSON array: NaN is not JSON"),
+        ("[GOOD] x", ":1: broken JSON array: something stands behind the array"),
+        ("[GOOD, 3]", ":2: the row is a number"),
+        ("[GOOD, " + "[" * 20000, ":2: broken JSON array: nested too deeply"),
+        ('[GOOD, "\udcff"]', ":2: broken JSON array: not UTF-8 text|:1: .*not UTF-8 text"),
+        ("[]", ": holds no rows"),
+        ('[GOOD, "' + "x" * (MAX_ROW_BYTES + 9), ":2: broken JSON array: .*, within 8388608 bytes"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_broken_array(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    text = text.replace("GOOD", json.dumps(GOOD))
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=rf"x\.json({message})"):
+        read_rows(path, bad_rows="skip" if "broken" in message else "error")
+
+
+def test_an_array_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "x.json"
+    with path.open("w") as file:
+        file.write("[")
+        for i in range(60_000):
+            file.write(("," if i else "") + json.dumps({"prompt": str(i), "response": "r" * 1000}))
+        file.write("]")
+    before = forget_peak()
+    assert sum(1 for _ in iter_rows(path)) == 60_000
+    assert peak() - before < 40 * 2**20 < path.stat().st_size
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers()
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(st.lists(JSON, min_size=1, max_size=6), st.sampled_from([None, 2]), st.booleans())
+def test_an_array_is_read_as_json_reads_it(tmp_path, monkeypatch, values, indent, ascii_only):
+    """However the pieces of the file fall."""
+    monkeypatch.setattr(records._Array, "PIECE", 1)
+    path = tmp_path / "x"
+    path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    found = [value for chunk in records.chunks(path) for _, value in chunk.records()]
+    assert found == values
+
+
+def test_a_pretty_printed_object_gets_a_hint(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"data": [u("q"), a("r")]}, indent=2))
+    with pytest.raises(InputError, match=r"x.json:1:2: broken JSON.*expected one JSON object a li"):
+        read_rows(path)

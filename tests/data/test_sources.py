@@ -1,0 +1,220 @@
+"""Which files are data: in folders with metadata, in saved datasets, by names on the hub."""
+
+import json
+import sys
+import types
+
+import pytest
+from made_rows import GOOD, parquet, write
+from test_records import arrow
+
+from ldalign.data.reading import read_rows
+from ldalign.data.sources import files_of
+from ldalign.system.errors import EnvironmentProblem, InputError
+
+PLAIN = [{"prompt": f"q{i}", "response": "r"} for i in range(5)]
+
+
+def test_metadata_of_a_folder_is_no_data(tmp_path):
+    path = parquet(tmp_path / "train-0.parquet", {"prompt": ["q"] * 20, "response": ["r"] * 20})
+    for name in ("dataset_infos.json", "croissant.json", "README.md", ".gitattributes"):
+        (tmp_path / name).write_text('{\n "default": {}\n}')
+    write(tmp_path / "._train-0.jsonl", GOOD)
+    (tmp_path / ".cache").mkdir()
+    assert files_of(tmp_path) == [path] and len(read_rows(tmp_path)) == 20
+
+
+def test_endings_of_data(tmp_path):
+    names = ["a.jsonl", "b.ndjson.gz", "c.json.zst", "d.PARQUET", "e.arrow", "f.jsonl.zst"]
+    for name in [*names, "x.csv", "x.txt.gz", "x.gz", "x.py"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in files_of(tmp_path)] == sorted(names)
+
+
+def test_a_folder_whose_data_lie_deeper(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "x.jsonl", GOOD)
+    with pytest.raises(InputError, match=rf"holds no .*; its folder data does: give {tmp_path}/da"):
+        files_of(tmp_path)
+
+
+def saved(folder, names):
+    """As `datasets.save_to_disk` leaves it."""
+    folder.mkdir()
+    for name in names:
+        arrow(folder / name, PLAIN)
+    (folder / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_a_saved_dataset(tmp_path):
+    folder = saved(tmp_path / "x", ["data-1.arrow", "data-0.arrow"])
+    arrow(folder / "cache-17.arrow", PLAIN)  # the same rows again
+    assert [path.name for path in files_of(folder)] == ["data-1.arrow", "data-0.arrow"]
+    assert [row.response for row in read_rows(folder)] == ["r"] * 10
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "lists no files"),
+        ({"_data_files": [], "_fingerprint": "x"}, "names no files"),
+        ({"_data_files": [{"filename": "../x.arrow"}]}, r"names '../x.arrow', which is no file"),
+        ({"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow: is missing"),
+        ({"_data_files": [3]}, "names None"),
+        ({"_data_files": [], "_indices_data_files": [{}]}, "lists no files of rows in their order"),
+    ],
+)
+def test_a_saved_dataset_that_is_damaged(tmp_path, state, message):
+    folder = saved(tmp_path / "x", [])
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=message):
+        files_of(folder)
+
+
+def test_a_saved_dataset_of_splits(tmp_path):
+    saved(tmp_path / "train", ["data-0.arrow"])
+    saved(tmp_path / "test", ["data-0.arrow"])
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(InputError, match=r"holds several splits \(test, train\); give the folder"):
+        files_of(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+class Hub:
+    """A huggingface_hub of one data set: its files by name, its card, and what was asked of it."""
+
+    def __init__(self, monkeypatch, files, configs=None, error=None):
+        self.files, self.configs, self.error, self.calls = files, configs, error, []
+        errors = types.ModuleType("huggingface_hub.errors")
+        errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (Exception,), {})
+        errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
+        errors.RevisionNotFoundError = type("RevisionNotFoundError", (Exception,), {})
+        hub = types.ModuleType("huggingface_hub")
+        hub.errors, hub.dataset_info, hub.snapshot_download = errors, self.info, self.download
+        monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+        monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+        self.errors = errors
+
+    def info(self, repo, revision):
+        self.calls.append((repo, revision))
+        if self.error:
+            raise getattr(self.errors, self.error, ConnectionError)("no route\n to host")
+        card = types.SimpleNamespace(to_dict=lambda: {"configs": self.configs, "license": "mit"})
+        siblings = [types.SimpleNamespace(rfilename=name) for name in self.files]
+        return types.SimpleNamespace(sha="c0ffee", siblings=siblings, card_data=card)
+
+    def download(self, repo, repo_type, revision, local_dir, allow_patterns):
+        assert (repo_type, revision) == ("dataset", "c0ffee")
+        self.calls.append(allow_patterns)
+        for name in allow_patterns:
+            path = local_dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, {"prompt": name, "response": "r"})
+
+
+FILES = [
+    *("README.md", "script.py", "data/train-0.jsonl", "data/train-1.jsonl", "data/test-0.jsonl"),
+    *("data/train_gen-0.jsonl", "de/train.jsonl", "de/train.csv"),
+]
+CONFIGS = [
+    {
+        "config_name": "en",
+        "default": True,
+        "data_files": [
+            {"split": "train", "path": "data/train-*"},
+            {"split": "test", "path": ["data/test-*"]},
+        ],
+    },
+    {"config_name": "de", "data_files": "de/*"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "configs", "expected"),
+    [
+        ("org/name", CONFIGS, ["data/train-0.jsonl", "data/train-1.jsonl"]),
+        ("org/name:test", CONFIGS, ["data/test-0.jsonl"]),
+        ("org/name:en:test", CONFIGS, ["data/test-0.jsonl"]),
+        ("org/name:de:train", CONFIGS, ["de/train.jsonl"]),
+        ("org/name", None, ["data/train-0.jsonl", "data/train-1.jsonl", "de/train.jsonl"]),
+        ("org/name:train_gen", None, ["data/train_gen-0.jsonl"]),
+        ("org/name:de:train", None, ["de/train.jsonl"]),
+        ("org/name@v1.0:test", [{"broken": 3}, 4], ["data/test-0.jsonl"]),
+    ],
+)
+def test_a_split_of_the_hub(tmp_path, monkeypatch, name, configs, expected):
+    hub = Hub(monkeypatch, FILES, configs)
+    rows = read_rows(name, cache=tmp_path)
+    assert [row.history[0]["content"] for row in rows] == expected
+    assert hub.calls == [("org/name", "v1.0" if "@" in name else None), expected]
+    (folder,) = (tmp_path / "hub-data").iterdir()
+    kept = json.loads((folder / "ldalign_source.json").read_text())
+    assert kept["commit"] == "c0ffee" and list(kept["files"]) == expected
+    assert all(len(sha256) == 64 for _, sha256 in kept["files"].values())
+    assert files_of(name, tmp_path) == [folder / one for one in expected] and len(hub.calls) == 2
+    (folder / expected[0]).write_text("{}")  # has another size now: fetched again
+    assert len(read_rows(name, cache=tmp_path)) == len(expected) and len(hub.calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "configs", "message"),
+    [
+        ("org/name:dev", CONFIGS, "has no split 'dev'; .* of test, train"),
+        ("org/name:fr:train", CONFIGS, "has no config 'fr'; .* of de, default, en"),
+        ("org/name", [{**CONFIGS[1], "config_name": "b"}, CONFIGS[1]], "has several of config"),
+        ("org/name", [{"config_name": "default", "data_files": "x/*"}], "and no file matches"),
+        ("org/name", [{"config_name": "default", "data_files": "*.csv"}], "none of its files can"),
+        ("org/name:dev", None, "no file is named after the split 'dev'; found README.md"),
+        ("org/name:fr:train", None, "has no folder 'fr'"),
+    ],
+)
+def test_a_split_that_is_not_there(tmp_path, monkeypatch, name, configs, message):
+    Hub(monkeypatch, FILES, configs)
+    with pytest.raises(InputError, match=f"data '{name}': .*{message}"):
+        read_rows(name, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        ("GatedRepoError", InputError, "HF_TOKEN"),
+        ("RepositoryNotFoundError", InputError, "no such file or folder, and no such data set"),
+        ("RevisionNotFoundError", InputError, "no such data set"),
+        ("Other", EnvironmentProblem, "failed .ConnectionError: no route to host.; check the ne"),
+    ],
+)
+def test_hub_failures(tmp_path, monkeypatch, error, expected, message):
+    Hub(monkeypatch, FILES, error=error)
+    with pytest.raises(expected, match=message):
+        read_rows("org/name", cache=tmp_path)
+
+
+def test_a_download_that_is_not_whole(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, FILES)
+    sys.modules["huggingface_hub"].snapshot_download = lambda *args, **kwargs: None
+    with pytest.raises(EnvironmentProblem, match="is incomplete"):
+        read_rows("org/name:test", cache=tmp_path)
+    assert len(hub.calls) == 1
+
+
+def test_a_name_without_the_hubs_client(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install ldalign\[hub\]"):
+        read_rows("org/name", cache=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["org/name.jsonl", "org/name.parquet", "a/b/c", "org/*.none"])
+def test_paths_are_not_looked_up(tmp_path, monkeypatch, name):
+    hub = Hub(monkeypatch, FILES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder|no file matches"):
+        read_rows(name, cache=tmp_path)
+    assert not hub.calls
+    (tmp_path / "org").mkdir()
+    write(tmp_path / "org/name", GOOD)  # a path that is there always wins
+    assert len(read_rows("org/name", cache=tmp_path)) == 1 and not hub.calls

@@ -1,0 +1,93 @@
+"""Which rows are held out: whole conversations, equal prompts together, the right number."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldalign.data.splitting import divide, groups_of, held_out, mixed
+
+
+def keys(values: list[int]) -> list[bytes]:
+    return [str(value).encode() for value in values]
+
+
+def test_groups_hang_together_by_conversation_and_by_prompt() -> None:
+    groups = groups_of(keys([1, 1, 2, 3, 4, 5]), keys([10, 11, 11, 12, 12, 13]))
+    assert groups.tolist() == [0, 0, 0, 3, 3, 5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=60), st.integers(0, 60))
+def test_no_conversation_and_no_prompt_is_on_both_sides(
+    rows: list[tuple[int, int]], count: int
+) -> None:
+    conversations, prompts = ([row[side] for row in rows] for side in (0, 1))
+    found = divide(
+        keys(conversations), keys(prompts), heldout=count, most=None, seed=3, shuffle=True
+    )
+    train, heldout = found.train.tolist(), found.heldout.tolist()
+    assert sorted(train + heldout) == list(range(len(rows))) and len(heldout) <= count
+    for values in (conversations, prompts):
+        assert not {values[i] for i in train} & {values[i] for i in heldout}
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1])
+def test_the_counts_add_up(fraction: float) -> None:
+    """10,000 rows of conversations of one to four turns, some prompts in several of them."""
+    rng = np.random.default_rng(0)
+    conversations = np.repeat(np.arange(10_000), rng.integers(1, 5, 10_000))[:10_000].tolist()
+    prompts = rng.integers(0, 1_000_000, 10_000).tolist()
+    count = round(fraction * 10_000)
+    found = divide(
+        keys(conversations), keys(prompts), heldout=count, most=5000, seed=0, shuffle=True
+    )
+    left = sum(map(len, found.left_out.values()))
+    assert len(found.heldout) == count and len(found.train) == 5000
+    assert count + 5000 + left == 10_000
+    assert not {conversations[i] for i in found.train} & {conversations[i] for i in found.heldout}
+
+
+def test_rows_are_in_a_random_order_before_any_cut() -> None:
+    many = keys(list(range(1000)))
+    one, same, other = (
+        divide(many, many, heldout=100, most=200, seed=seed, shuffle=True) for seed in (0, 0, 1)
+    )
+    assert one.train.tolist() == same.train.tolist() != other.train.tolist()
+    assert one.train.max() > 900 and one.train.tolist() != sorted(one.train)
+    kept = divide(many, many, heldout=100, most=200, seed=0, shuffle=False)
+    assert kept.train.tolist() == sorted(kept.train) and kept.train.max() < 300
+    assert kept.heldout.tolist() == one.heldout.tolist()
+
+
+def test_rows_that_share_a_prompt_with_given_held_out_ones_are_left_out() -> None:
+    conversations, prompts = keys([0, 1, 2, 3]), keys([10, 11, 12, 13])
+    found = divide(
+        conversations, prompts, heldout=0, most=None, seed=0, shuffle=False,
+        given=(keys([7, 2, 8]), keys([11, 20, 13])), most_given=2,
+    )  # fmt: skip
+    assert found.heldout.tolist() == [0, 1] and found.train.tolist() == [0, 3]
+    assert Counter({r: len(i) for r, i in found.left_out.items()}).total() == 2
+
+
+def test_entries_are_mixed_by_their_shares() -> None:
+    """Of 900 and 300 rows at 3 to 2 the second runs out first: about 750 rows, in their order."""
+    entries = np.repeat([0, 1], [900, 300])
+    rows = np.arange(1200)
+    found = mixed(rows, entries, [3, 2], seed=0)
+    own = [found[entries[found] == entry].tolist() for entry in (0, 1)]
+    assert own[1] == list(range(900, 1200)) and own[0] == list(range(len(own[0])))
+    assert 0.55 < len(own[0]) / len(found) < 0.65
+    assert 0.3 < np.mean(entries[found[:100]]) < 0.5  # mixed from the beginning
+    many = keys(rows.tolist())
+    whole = divide(
+        many, many, heldout=0, most=None, seed=0, shuffle=True, entries=entries, shares=[3, 2]
+    )
+    left = whole.left_out["beyond data_shares"]
+    assert sorted([*whole.train, *left]) == rows.tolist()
+
+
+def test_a_group_that_does_not_fit_stays_whole() -> None:
+    groups = np.array([0] * 8 + [8, 9])
+    assert held_out(groups, 3, 0).tolist() == [False] * 8 + [True, True]
