@@ -431,9 +431,18 @@ def _finite(raw: str, wrong: _Mismatch) -> float:
 
 
 def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
-    """Takes the first member that fits; None is tried first, text, which fits nearly all, last."""
+    """Takes the first member that fits. Named choices are tried first, as "none" may be one; then
+    None; text, which fits nearly all, last.
+    """
     failures: list[tuple[Any, _Mismatch]] = []
-    in_turn = sorted(members, key=lambda m: (m in (str, Path), m is not types.NoneType))
+    in_turn = sorted(
+        members,
+        key=lambda member: (
+            member in (str, Path),
+            typing.get_origin(member) is not Literal,
+            member is not types.NoneType,
+        ),
+    )
     for member in in_turn:
         try:
             return _convert(node, member)

@@ -150,6 +150,13 @@ def test_what_contradicts_itself_is_refused(
         config_of(tmp_path, *given)
 
 
+def test_none_is_a_value_where_it_is_one(tmp_path: Path) -> None:
+    """On the command line, where `none` is else what Python users write for null."""
+    assert config_of(tmp_path, "guide.latent_norm=none").guide.latent_norm == "none"
+    assert config_of(tmp_path, "guide.latent_norm=null").guide.latent_norm is None
+    assert config_of(tmp_path, "guide.latent_map=none").guide.latent_map is None
+
+
 def test_no_guide_is_planned_where_none_is_read(tmp_path: Path, toy_cache: Path) -> None:
     for given in (("distance=pooled",), ("weights=semantic", "judge.folder=x")):
         config = config_of(tmp_path, *given)
