@@ -1,7 +1,7 @@
 """Inputs that fail, in the shape of public reports: model and tokenizer folders.
 
 The folders lie beside the repository where they are at hand; what each is about is tested, with
-inputs made on the spot, in tests/data (test_answers, test_special_tokens, test_chat_templates,
+inputs made on the spot, in tests/data (test_chat_answers, test_special_tokens, test_chat_templates,
 test_tokenizer) and tests/models/test_model_folders.py.
 """
 

@@ -13,7 +13,8 @@ from runs import ROOT
 from stage_kills import check_resume
 
 from ldalign import ops
-from ldalign.data.pairs import with_losers
+from ldalign.data.pairs import Pairs, with_losers
+from ldalign.data.ragged import TokenLists
 from ldalign.evaluation.judges import POLICY
 from ldalign.generation.sampling import Response
 from ldalign.models.gpt2 import GPT2Config
@@ -29,7 +30,7 @@ from ldalign.run.stages.distances import distances_stage
 from ldalign.run.stages.evaluation import evaluation_stage
 from ldalign.run.stages.judged import judged_stage
 from ldalign.run.stages.reference import reference_stage
-from ldalign.run.stages.responses import RESPONSES
+from ldalign.run.stages.responses import RESPONSES, Responses
 from ldalign.system import distributed, partial_rows
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError, NumericsError
@@ -172,7 +173,10 @@ def distances(ctx: context.Context, models: Path) -> Any:
 
 
 def judged(ctx: context.Context, models: Path) -> Any:
-    return judged_stage(ctx, 0, models / "policy", sampled(ctx), POLICY)
+    samples = sampled(ctx)
+    tokens = TokenLists.of(r.ids for r in samples)
+    responses = Responses(tokens, [r.finish_reason for r in samples])
+    return judged_stage(ctx, 0, models / "policy", responses, POLICY)
 
 
 def evaluation(ctx: context.Context, models: Path) -> Any:
@@ -270,7 +274,9 @@ def test_a_log_prob_that_is_nan_names_the_rows_id(
     ctx = opened(tmp_path / "run")
     plain = ops.segment_sum
     pairs = with_losers(ctx.used[1], [[9]] * 16, ctx.config.max_length)
-    pairs[5] = replace(pairs[5], id="this one", real=[7] * 40)
+    spoiled = [*pairs]
+    spoiled[5] = replace(pairs[5], id="this one", real=[7] * 40)
+    pairs = Pairs.of(spoiled)
 
     def spoil(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         return plain(values, lengths) * torch.tensor(

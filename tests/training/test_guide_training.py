@@ -375,10 +375,10 @@ def test_what_to_lower_where_memory_does_not_hold_the_states(
 
 def test_rows_are_held_out_by_seed_and_stage() -> None:
     rows = [Pair(str(i), [1], [2], [3]) for i in range(40)]
-    seen, unseen = split(rows, 0.2, 0)
+    seen, unseen = map(list, split(rows, 0.2, 0))
     assert len(unseen) == 8 and sorted(int(p.id) for p in seen + unseen) == list(range(40))
-    assert split(rows, 0.2, 0)[1] == unseen != split(rows, 0.2, 1)[1]
-    assert split(rows, 0.2, 0, "iteration_1/guide")[1] != unseen
+    assert list(split(rows, 0.2, 0)[1]) == unseen != list(split(rows, 0.2, 1)[1])
+    assert list(split(rows, 0.2, 0, "iteration_1/guide")[1]) != unseen
     assert len(split(rows[:3], 0.01, 0)[1]) == 2
     with pytest.raises(InputError, match="2 rows are too few to hold any out; use at least 3"):
         split(rows[:2], 0.5, 0)
