@@ -152,6 +152,10 @@ def prepare_files(
         outcomes[job.number] = outcome
         step(len(job.chosen))
     _note(found, outcomes, jobs.of, division, plan)
+    beyond = sum(len(scan.names) for scan in given) - len(division.heldout)
+    if heldout is not None and beyond:
+        reason = "held-out rows beyond those that are used"
+        found.left_out.append({"rows": beyond, "reason": reason})
     opened = {job.number: Part(job.path) for job in jobs.of}
     for split, order in places.items():
         kept = [(job, row) for job, row in order if row in outcomes[job].places]

@@ -158,6 +158,10 @@ def test_held_out_rows_that_are_given(prepare: Prepare, tmp_path: Path, files: l
     assert not {row.id for row in train.rows} & {f"b{i}" for i in range(5)}
     assert {"rows": 5, "reason": "its prompt or conversation is held out"} in found.left_out
     assert found.used["train"] == 122 - 5
+    found = prepare("fewer", heldout=Source(rows=tuple(given)), heldout_rows=2)
+    assert found.used["heldout"] == 2
+    counted = sum(int(row.get("rows", 1)) for row in found.left_out)
+    assert counted + sum(found.used.values()) == found.read == 123 + 5
 
 
 def test_bad_rows(prepare: Prepare, files: list[Path]) -> None:
