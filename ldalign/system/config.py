@@ -435,14 +435,12 @@ def _convert_union(node: yaml.Node, members: Sequence[Any]) -> Any:
     None; text, which fits nearly all, last.
     """
     failures: list[tuple[Any, _Mismatch]] = []
-    in_turn = sorted(
-        members,
-        key=lambda member: (
-            member in (str, Path),
-            typing.get_origin(member) is not Literal,
-            member is not types.NoneType,
-        ),
-    )
+
+    def turn(member: Any) -> tuple[bool, bool, bool]:
+        origin: Any = typing.get_origin(member)
+        return member in (str, Path), origin is not Literal, member is not types.NoneType
+
+    in_turn = sorted(members, key=turn)
     for member in in_turn:
         try:
             return _convert(node, member)
