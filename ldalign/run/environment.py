@@ -20,6 +20,7 @@ import torch
 from ldalign import ops
 from ldalign.kernels import cpp
 from ldalign.system import errors, exits
+from ldalign.system.workers import available_cores
 
 TORCH_SUPPORTED = ((2, 11), (2, 14))  # from, below
 PACKAGES = (
@@ -151,7 +152,7 @@ def _gpus() -> list[Tick]:
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None
         why = "torch sees no device" if built else "this torch is built without CUDA"
-        cpu = f"{_cpu_name()}, {_usable_cores()} cores"
+        cpu = f"{_cpu_name()}, {available_cores()} cores"
         return [Tick("GPU", False, f"{why}; runs go to the CPU, {cpu}")]
     ticks = []
     for index in range(torch.cuda.device_count()):
@@ -176,7 +177,7 @@ def describe_machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": _usable_cores(),
+        "cores": available_cores(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -212,11 +213,6 @@ def _cpu_name() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    """Cores this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_name(index: int) -> str:

@@ -30,8 +30,8 @@ _PROGRAM = "import sys; sys.path[:] = {!r}; from ldalign.system.workers import s
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """How many cores this process may use, which in a container can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spread(
