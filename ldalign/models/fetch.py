@@ -13,6 +13,7 @@ Names and shapes come from the GGUF specification
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -23,10 +24,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from ldalign.models.gguf import convert_gguf, one_line, write_json
 from ldalign.models.stored_tensors import weight_files
 from ldalign.models.toy import TOY_MODEL, toy_model
+from ldalign.system import hub
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import sync
 
@@ -45,7 +48,7 @@ MANIFEST = "ldalign_source.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Never code, never a pickle; and of the weights one copy: a repository may have them again as
 # consolidated.safetensors, in other precisions, or in a subfolder.
-HUB_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+HUB_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
 def resolve_model(name: str, cache: Path) -> Path:
@@ -91,43 +94,21 @@ def _checked_folder(path: Path) -> Path:
 
 def _hub_model(name: str, cache: Path) -> Path:
     """Downloads `org/name[@revision]` as plain files: the loader refuses links out of a folder."""
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and to download it huggingface_hub is missing; pip "
-            "install ldalign[hub]"
-        ) from error
     repo, _, revision = name.partition("@")
     folder = cache / "hub" / re.sub(r"[/@]", "--", name)
-    try:
-        for patterns in (HUB_FILES, None):  # the second time what the index lists, if there is one
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                local_dir=folder,
-                allow_patterns=weight_files(folder) if patterns is None else patterns,
+
+    def small(names: list[str], _: Any) -> list[str]:
+        if "config.json" not in names:
+            raise InputError(
+                f"model {name!r}: has no config.json on the hub; expected a model in the Hugging "
+                "Face layout"
             )
-    except InputError:
-        raise
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"model {name!r}: is gated; accept its terms on huggingface.co and set HF_TOKEN"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise InputError(
-            f"model {name!r}: no such folder, and no such model (or revision) on the hub"
-        ) from error
-    except Exception as error:  # the http client's classes differ between versions
-        raise EnvironmentProblem(
-            f"model {name!r}: no such folder, and the download failed ({one_line(error)}); check "
-            "the network, or give the path of a model folder"
-        ) from error
-    # Offline, the hub's client may hand back an unfinished folder.
-    if not (folder / "config.json").is_file():
-        raise EnvironmentProblem(
-            f"model {name!r}: the download into {folder} is incomplete; check the network"
-        )
+        return [one for one in names if any(fnmatch.fnmatch(one, p) for p in HUB_FILES)]
+
+    def weights(names: list[str], _: Any) -> list[str]:
+        return weight_files(folder)  # what the index lists, if there is one
+
+    hub.fetch(hub.MODEL, name, repo, revision or None, folder, [small, weights])
     return folder
 
 

@@ -2,9 +2,9 @@
 
 import json
 import sys
-import types
 
 import pytest
+from fake_hub import FakeHub
 from made_rows import GOOD, parquet, write
 from test_records import arrow
 
@@ -85,42 +85,11 @@ def test_a_saved_dataset_of_splits(tmp_path):
 # ------------------------------------------------------------------------------------------ the hub
 
 
-class Hub:
-    """A huggingface_hub of one data set: its files by name, its card, and what was asked of it."""
-
-    def __init__(self, monkeypatch, files, configs=None, error=None):
-        self.files, self.configs, self.error, self.calls = files, configs, error, []
-        errors = types.ModuleType("huggingface_hub.errors")
-        errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (Exception,), {})
-        errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
-        errors.RevisionNotFoundError = type("RevisionNotFoundError", (Exception,), {})
-        hub = types.ModuleType("huggingface_hub")
-        hub.errors, hub.dataset_info, hub.snapshot_download = errors, self.info, self.download
-        monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-        monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-        self.errors = errors
-
-    def info(self, repo, revision):
-        self.calls.append((repo, revision))
-        if self.error:
-            raise getattr(self.errors, self.error, ConnectionError)("no route\n to host")
-        card = types.SimpleNamespace(to_dict=lambda: {"configs": self.configs, "license": "mit"})
-        siblings = [types.SimpleNamespace(rfilename=name) for name in self.files]
-        return types.SimpleNamespace(sha="c0ffee", siblings=siblings, card_data=card)
-
-    def download(self, repo, repo_type, revision, local_dir, allow_patterns):
-        assert (repo_type, revision) == ("dataset", "c0ffee")
-        self.calls.append(allow_patterns)
-        for name in allow_patterns:
-            path = local_dir / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, {"prompt": name, "response": "r"})
-
-
-FILES = [
+NAMES = [
     *("README.md", "script.py", "data/train-0.jsonl", "data/train-1.jsonl", "data/test-0.jsonl"),
     *("data/train_gen-0.jsonl", "de/train.jsonl", "de/train.csv"),
 ]
+FILES = {name: json.dumps({"prompt": name, "response": "r"}) for name in NAMES}
 CONFIGS = [
     {
         "config_name": "en",
@@ -148,10 +117,10 @@ CONFIGS = [
     ],
 )
 def test_a_split_of_the_hub(tmp_path, monkeypatch, name, configs, expected):
-    hub = Hub(monkeypatch, FILES, configs)
+    hub = FakeHub(monkeypatch, FILES, configs)
     rows = read_rows(name, cache=tmp_path)
     assert [row.history[0]["content"] for row in rows] == expected
-    assert hub.calls == [("org/name", "v1.0" if "@" in name else None), expected]
+    assert hub.calls == [("dataset", "org/name", "v1.0" if "@" in name else None), expected]
     (folder,) = (tmp_path / "hub-data").iterdir()
     kept = json.loads((folder / "ldalign_source.json").read_text())
     assert kept["commit"] == "c0ffee" and list(kept["files"]) == expected
@@ -174,7 +143,7 @@ def test_a_split_of_the_hub(tmp_path, monkeypatch, name, configs, expected):
     ],
 )
 def test_a_split_that_is_not_there(tmp_path, monkeypatch, name, configs, message):
-    Hub(monkeypatch, FILES, configs)
+    FakeHub(monkeypatch, FILES, configs)
     with pytest.raises(InputError, match=f"data '{name}': .*{message}"):
         read_rows(name, cache=tmp_path)
 
@@ -189,17 +158,16 @@ def test_a_split_that_is_not_there(tmp_path, monkeypatch, name, configs, message
     ],
 )
 def test_hub_failures(tmp_path, monkeypatch, error, expected, message):
-    Hub(monkeypatch, FILES, error=error)
+    FakeHub(monkeypatch, FILES, error=error)
     with pytest.raises(expected, match=message):
         read_rows("org/name", cache=tmp_path)
 
 
 def test_a_download_that_is_not_whole(tmp_path, monkeypatch):
-    hub = Hub(monkeypatch, FILES)
+    FakeHub(monkeypatch, FILES)
     sys.modules["huggingface_hub"].snapshot_download = lambda *args, **kwargs: None
     with pytest.raises(EnvironmentProblem, match="is incomplete"):
         read_rows("org/name:test", cache=tmp_path)
-    assert len(hub.calls) == 1
 
 
 def test_a_name_without_the_hubs_client(tmp_path, monkeypatch):
@@ -210,7 +178,7 @@ def test_a_name_without_the_hubs_client(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["org/name.jsonl", "org/name.parquet", "a/b/c", "org/*.none"])
 def test_paths_are_not_looked_up(tmp_path, monkeypatch, name):
-    hub = Hub(monkeypatch, FILES)
+    hub = FakeHub(monkeypatch, FILES)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such file or folder|no file matches"):
         read_rows(name, cache=tmp_path)

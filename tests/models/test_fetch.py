@@ -1,15 +1,14 @@
 """From a name to a model folder: GGUF conversion against gguf's own packing; ways to fail."""
 
-import fnmatch
 import hashlib
 import json
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
+from fake_hub import COMMIT, FakeHub
 from made_tokenizers import CHATML_TEMPLATE
 from made_weights import HEADS, KV_HEADS, llama_cpp_permute, write_gguf
 
@@ -180,19 +179,6 @@ def test_a_file_is_no_folder(tmp_path):
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def fake_hub(monkeypatch, download):
-    """A huggingface_hub whose snapshot_download is ``download``."""
-    errors = types.ModuleType("huggingface_hub.errors")
-    errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (Exception,), {})
-    errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
-    errors.RevisionNotFoundError = type("RevisionNotFoundError", (Exception,), {})
-    hub = types.ModuleType("huggingface_hub")
-    hub.errors, hub.snapshot_download = errors, download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    return errors
-
-
 def test_hub_name_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install ldalign\[hub\]"):
@@ -219,33 +205,27 @@ def test_hub_download_takes_data_files_and_one_copy_of_the_weights(tmp_path, mon
         **dict.fromkeys(names, ""),
         **(index if shards else {}),
     }
-    calls = []
-
-    def download(repo, revision, local_dir, allow_patterns):
-        calls.append((repo, revision))
-        for name, content in repository.items():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                path = local_dir / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(content)
-
-    fake_hub(monkeypatch, download)
+    hub = FakeHub(monkeypatch, repository)
     one, two = resolve_model("org/name", tmp_path), resolve_model("org/name@v1.0", tmp_path)
-    assert calls == [("org/name", None)] * 2 + [("org/name", "v1.0")] * 2
     assert one != two and one.is_relative_to(tmp_path) and (one / "config.json").is_file()
     weights = names or ["model.safetensors"]
     small = ["config.json", "tokenizer.model", "additional_chat_templates/tool_use.jinja"]
     found = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
-    assert found == {*small, *weights, *(index if shards else [])}
+    expected = [*small, *weights, *index] if shards else [*small, *weights]
+    assert found == {*expected, "ldalign_source.json"}
+    kept = json.loads((two / "ldalign_source.json").read_text())
+    assert kept["commit"] == COMMIT and set(kept["files"]) == set(expected)
+    asked = [call for call in hub.calls if isinstance(call, tuple)]
+    assert asked == [("model", "org/name", None), ("model", "org/name", "v1.0")]
+    assert resolve_model("org/name", tmp_path) == one and len(hub.calls) == 6  # not asked again
+    (one / "config.json").write_text("")
+    assert resolve_model("org/name", tmp_path) == one and len(hub.calls) == 9
+    assert (one / "config.json").read_text() == "{}"
 
 
 def test_hub_index_that_names_what_lies_elsewhere_is_refused(tmp_path, monkeypatch):
-    def download(repo, revision, local_dir, allow_patterns):
-        local_dir.mkdir(parents=True, exist_ok=True)
-        index = {"weight_map": {"a": "../../x.safetensors"}}
-        (local_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    fake_hub(monkeypatch, download)
+    index = json.dumps({"weight_map": {"a": "../../x.safetensors"}})
+    FakeHub(monkeypatch, {"config.json": "{}", "model.safetensors.index.json": index})
     with pytest.raises(InputError, match="is not a plain safetensors file name"):
         resolve_model("org/name", tmp_path)
 
@@ -257,25 +237,39 @@ def test_hub_index_that_names_what_lies_elsewhere_is_refused(tmp_path, monkeypat
         ("RepositoryNotFoundError", InputError, "no such model"),
         ("RevisionNotFoundError", InputError, "no such model"),
         (
-            None,
+            "Other",
             EnvironmentProblem,
             "the download failed .ConnectionError: no route to host.; check the network",
         ),
     ],
 )
 def test_hub_failures(tmp_path, monkeypatch, error, expected, message):
-    def download(*args, **kwargs):
-        raise getattr(errors, error)("x") if error else ConnectionError("no route\n to host")
-
-    errors = fake_hub(monkeypatch, download)
+    FakeHub(monkeypatch, {}, error=error)
     with pytest.raises(expected, match=message):
         resolve_model("org/name", tmp_path)
 
 
-def test_unfinished_hub_folder_is_refused(tmp_path, monkeypatch):
-    fake_hub(monkeypatch, lambda *args, **kwargs: None)
-    with pytest.raises(EnvironmentProblem, match="incomplete"):
+def test_a_repository_without_a_model_is_refused(tmp_path, monkeypatch):
+    hub = FakeHub(monkeypatch, {"README.md": "", "adapter_config.json": "{}"})
+    with pytest.raises(InputError, match="model 'org/name': has no config.json on the hub"):
         resolve_model("org/name", tmp_path)
+    assert len(hub.calls) == 1
+
+
+def test_unfinished_hub_folder_is_refused(tmp_path, monkeypatch):
+    FakeHub(monkeypatch, {"config.json": "{}"})
+    with pytest.raises(EnvironmentProblem, match="incomplete .model.safetensors.; check the ne"):
+        resolve_model("org/name", tmp_path)
+    FakeHub(monkeypatch, {"config.json": "{}"}, error="Other")  # and is none later, offline
+    with pytest.raises(EnvironmentProblem, match="the download failed"):
+        resolve_model("org/name", tmp_path)
+
+
+def test_a_manifest_of_the_repository_is_not_ours(tmp_path, monkeypatch):
+    files = {"config.json": "{}", "model.safetensors": "", "ldalign_source.json": "{}"}
+    FakeHub(monkeypatch, files)
+    kept = json.loads((resolve_model("org/name", tmp_path) / "ldalign_source.json").read_text())
+    assert set(kept["files"]) == {"config.json", "model.safetensors"}
 
 
 # ------------------------------------------------------------------------------- the embedded wheel

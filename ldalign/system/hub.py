@@ -1,0 +1,133 @@
+"""Repositories of the Hugging Face hub: some of their files, fetched once and then kept.
+
+All files are of one commit. What was fetched is kept with that commit and the size and sha256 of
+every file, and is not looked up again: neither a run's data nor its model change under it, and a
+later start needs no network. Delete the folder to fetch anew.
+"""
+
+import contextlib
+import glob
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import hash_file, write_json, writing
+from ldalign.system.untrusted import read_json
+
+log = logging.getLogger(__name__)
+
+SOURCE_FILE = "ldalign_source.json"  # in a fetched folder: commit, and size and sha256 of each file
+
+# Names of files to fetch, given the names of all files of the repository and its card (or None).
+Choose = Callable[[list[str], Any], list[str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of repository, and the words in which its users are told what is wrong."""
+
+    word: str  # for which key of the configuration
+    repo_type: str  # as the hub's client calls it
+    noun: str
+    absent: str  # locally, where it was looked for first
+    instead: str  # what else can be given
+
+
+MODEL = Kind("model", "model", "model", "no such folder", "the path of a model folder")
+DATA = Kind("data", "dataset", "data set", "no such file or folder", "the path of a file")
+
+
+def fetch(
+    kind: Kind,
+    name: str,
+    repo: str,
+    revision: str | None,
+    folder: Path,
+    choices: Sequence[Choose],
+) -> list[Path]:
+    """Returns the files of a repository that `choices` name, in `folder`.
+
+    name: what the user wrote. choices: each is called when the files that the one before it named
+    are there. Raises InputError for a repository or a revision that is not there, and
+    EnvironmentProblem where the hub cannot be reached.
+    """
+    if (kept := _kept(folder)) is not None:
+        return kept
+    with _client(kind, name) as hub:
+        info = hub.repo_info(repo, repo_type=kind.repo_type, revision=revision)
+    there = [one.rfilename for one in info.siblings or []]
+    files: list[str] = []
+    for choose in choices:
+        chosen = choose(there, getattr(info, "card_data", None))
+        chosen = [one for one in chosen if one != SOURCE_FILE]  # an export's, which is not ours
+        with _client(kind, name) as hub:
+            hub.snapshot_download(
+                repo,
+                repo_type=kind.repo_type,
+                revision=info.sha,
+                local_dir=folder,
+                allow_patterns=[glob.escape(one) for one in chosen],
+            )
+        files += chosen
+    # Offline, the hub's client may hand back an unfinished folder.
+    if missing := [one for one in files if not (folder / one).is_file()]:
+        raise EnvironmentProblem(
+            f"{kind.word} {name!r}: the download into {folder} is incomplete ({missing[0]}); check "
+            "the network"
+        )
+    with writing(folder):
+        sums = {one: [(folder / one).stat().st_size, hash_file(folder / one)] for one in files}
+        write_json(folder / SOURCE_FILE, {"name": name, "commit": info.sha, "files": sums})
+    log.info("%s %s: %d files of commit %s in %s", kind.word, name, len(files), info.sha, folder)
+    return [folder / one for one in files]
+
+
+def _kept(folder: Path) -> list[Path] | None:
+    """The files of a folder that was fetched whole; None where one is missing or has another size.
+
+    Hashes are not compared here: a run writes down the hash of every file that it reads.
+    """
+    if not (folder / SOURCE_FILE).is_file():
+        return None
+    try:
+        files = read_json(folder / SOURCE_FILE)["files"].items()
+        if all((folder / one).stat().st_size == size for one, (size, _) in files):
+            return [folder / one for one, _ in files]
+        reason = "a file has another size"
+    except (InputError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = str(error)
+    log.warning("%s: %s; fetching it again", folder, reason)
+    return None
+
+
+@contextlib.contextmanager
+def _client(kind: Kind, name: str) -> Iterator[Any]:
+    """Gives the hub's client, and turns what it raises into one line."""
+    begin = f"{kind.word} {name!r}"
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{begin}: {kind.absent}, and to download it huggingface_hub is missing; pip install "
+            "ldalign[hub]"
+        ) from error
+    try:
+        yield huggingface_hub
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{begin}: is gated; accept its terms on huggingface.co and set HF_TOKEN"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise InputError(
+            f"{begin}: {kind.absent}, and no such {kind.noun} (or revision) on the hub"
+        ) from error
+    except Exception as error:  # the http client's classes differ between versions
+        reason = " ".join(str(error).split())[:300]
+        raise EnvironmentProblem(
+            f"{begin}: {kind.absent}, and the download failed ({type(error).__name__}: {reason}); "
+            f"check the network, or give {kind.instead}"
+        ) from error
