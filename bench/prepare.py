@@ -1,6 +1,6 @@
 """Rows become token ids on disk: the first start of a run, and every later one.
 
-    python bench/prepare.py [--rows 50000] [--file FILE]
+    python bench/prepare.py [--rows 50000,200000]
 
 Part of `make bench`. The rows are chats of UltraChat's shape (2 to 4 turns, 4 KB), made here and
 written as JSON Lines; ldalign reads, divides, renders and encodes them into the run's folder, and
@@ -11,37 +11,44 @@ processes, prompt and whole chat rendered by the same template and encoded by th
 import json
 import tempfile
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import common
 import numpy as np
 
-from ldalign.data import embedded
 from ldalign.models.fetch import resolve_model
 from ldalign.models.toy import write_toy_model
 from ldalign.system.exits import run
 from ldalign.system.workers import available_cores
 
-ROWS, SMALL_ROWS = 50_000, 300
+ROWS, SMALL_ROWS = "50000,200000", "300"
 MAX_LENGTH = 2048
 
 
 def main(argv: list[str]) -> None:
     parser = common.options("prepare", __doc__)
-    parser.add_argument("--rows", type=int, default=ROWS, help="chats")
-    parser.add_argument("--file", type=Path, help="where they are written; kept")
+    parser.add_argument("--rows", default=ROWS, help="chats; several numbers: one after the other")
     args = parser.parse_args(argv)
-    rows = SMALL_ROWS if args.small else args.rows
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        data = args.file or place / "chats.jsonl"
-        common.say(f"prepare: writing {rows} chats ...")
-        write_chats(data, rows)
         policy = (
-            write_toy_model(place / "policy")
+            write_toy_model(Path(scratch) / "policy")
             if args.small
             else resolve_model(args.policy, args.cache)
         )
+        sizes = [int(rows) for rows in (SMALL_ROWS if args.small else args.rows).split(",")]
+        measured = [measure(rows, Path(scratch), policy, not args.no_peers) for rows in sizes]
+    result = common.result("prepare", args, sizes=measured)
+    common.save(result, render(result), args.results)
+
+
+def measure(rows: int, scratch: Path, policy: Path, peers: bool) -> dict[str, Any]:
+    """The figures of one file."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        place = Path(folder)
+        data = place / "chats.jsonl"
+        common.say(f"prepare: writing {rows} chats ...")
+        write_chats(data, rows)
         job = {
             "device": "cpu",
             "policy": str(policy),
@@ -55,21 +62,18 @@ def main(argv: list[str]) -> None:
             common.say(f"prepare: {name} ...")
             starts[name] = common.measure_ours("prepare", job)
         theirs: dict[str, Any] = {"skipped": "--no-peers"}
-        if not args.no_peers:
+        if peers:
             common.say("prepare: datasets.map ...")
             job |= {"task": "dataset_map", "cache": str(place / "cache")}
             theirs = common.measure_or_say("peers/dataset_map.py", job, "trl")
-        size = data.stat().st_size
-    result = common.result("prepare", args, rows=rows, bytes=size, ours=starts, peer=theirs)
-    common.save(result, render(result), args.results)
+        return {"rows": rows, "bytes": data.stat().st_size, "ours": starts, "peer": theirs}
 
 
 def write_chats(path: Path, count: int) -> None:
-    """Writes chats of UltraChat's shape: two to four turns, 4 KB in the mean, the words of the
-    embedded tasks.
+    """Writes chats of UltraChat's shape: two to four turns, 4 KB in the mean, of the English that
+    Python's own help is written in.
     """
-    texts = [m["content"] for row in embedded.make_rows(0, "train", 2000) for m in row["messages"]]
-    words = np.array(" ".join(texts).split())
+    words = np.array(" ".join(text for _, text in sorted(topics.items())).split())
     rng = np.random.default_rng(0)
 
     def text(low: int, high: int) -> str:
@@ -81,41 +85,49 @@ def write_chats(path: Path, count: int) -> None:
         for i in range(count):
             turns = []
             for _ in range(int(rng.integers(1, 3))):
-                turns.append({"role": "user", "content": text(10, 120)})
-                turns.append({"role": "assistant", "content": text(150, 750)})
+                turns.append({"role": "user", "content": text(8, 100)})
+                turns.append({"role": "assistant", "content": text(110, 560)})
             file.write(json.dumps({"id": f"chat-{i}", "messages": turns}) + "\n")
 
 
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
-    ours, theirs = result["ours"], result["peer"]
     lines = [
         "## Preparing rows",
         "",
-        f"{result['rows']} chats, {result['bytes'] / 1e6:.0f} MB of JSON; cores: "
-        f"{result['machine']['cores']}. Memory: the most that the process itself held, mapped "
+        f"Cores: {result['machine']['cores']}. Memory: the most that the process itself held, mapped "
         "files included; a worker's is the most of any one of them.",
         "",
-        *common.table("", "s", "rows/s", "processor s", "MiB", "a worker, MiB", "tokens"),
+        *common.table(
+            "chats, JSON", "", "s", "rows/s", "processor s", "MiB", "a worker, MiB", "tokens"
+        ),
     ]
-    for name, one in [*ours.items(), ("datasets.map", theirs)]:
-        if "skipped" in one:
-            lines.append(common.row(name, f"not run: {one['skipped']}", "", "", "", "", ""))
-            continue
-        lines.append(
-            common.row(
-                name,
-                f"{one['seconds']:.1f}",
-                f"{result['rows'] / one['seconds']:.0f}",
-                f"{one['cpu']:.1f}",
-                f"{1024 * one['peak_gib']:.0f}",
-                f"{one['worker_mib']:.0f}",
-                f"{one['tokens']}",
+    for size in result["sizes"]:
+        what = f"{size['rows']}, {size['bytes'] / 1e6:.0f} MB"
+        for name, one in [*size["ours"].items(), ("datasets.map", size["peer"])]:
+            if "skipped" in one:
+                lines.append(common.row(what, name, f"not run: {one['skipped']}", *[""] * 5))
+                continue
+            lines.append(
+                common.row(
+                    what,
+                    name,
+                    f"{one['seconds']:.1f}",
+                    f"{size['rows'] / one['seconds']:.0f}",
+                    f"{one['cpu']:.1f}",
+                    f"{1024 * one['peak_gib']:.0f}",
+                    f"{one['worker_mib']:.0f}",
+                    f"{one['tokens']}",
+                )
             )
-        )
-    if "skipped" not in theirs:
-        ratio = theirs["seconds"] / ours["first start"]["seconds"]
-        lines += ["", f"datasets.map takes {ratio:.2f} times as long as the first start."]
+    for size in result["sizes"]:
+        if "skipped" not in size["peer"]:
+            ratio = size["peer"]["seconds"] / size["ours"]["first start"]["seconds"]
+            lines += [
+                "",
+                f"{size['rows']} chats: datasets.map takes {ratio:.2f} times as long as the first "
+                "start.",
+            ]
     return lines
 
 
