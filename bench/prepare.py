@@ -95,8 +95,8 @@ def render(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Preparing rows",
         "",
-        f"Cores: {result['machine']['cores']}. Memory: the most that the process itself held, mapped "
-        "files included; a worker's is the most of any one of them.",
+        f"Cores: {result['machine']['cores']}. Memory: the most that the process itself held, "
+        "mapped files included; a worker's is the most of any one of them.",
         "",
         *common.table(
             "chats, JSON", "", "s", "rows/s", "processor s", "MiB", "a worker, MiB", "tokens"

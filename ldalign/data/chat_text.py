@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import traceback
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -44,8 +45,8 @@ class UnsafeTemplate(InputError):
 class TemplateRefusal(InputError):
     """The chat template refuses these messages, or fails on them; `reason` says how."""
 
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(f"{folder}: {reason}")
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}{reason}")
         self.reason = reason
 
 
@@ -82,13 +83,24 @@ class ChatText:
     """A chat template and the control tokens that it may write.
 
     folder: the model folder, for messages. template: the template's text, "" if there is none.
-    names: the special tokens that the template may name. Raises InputError for a broken template,
-    UnsafeTemplate for a hostile one.
+    names: the special tokens that the template may name. called: what messages call a template that
+    is not the folder's own. Raises InputError for a broken template, UnsafeTemplate for a hostile
+    one.
     """
 
-    def __init__(self, folder: Path, template: str, today: date, names: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        template: str,
+        today: date,
+        names: dict[str, str],
+        called: str | None = None,
+    ) -> None:
         self.folder = folder
-        self._compiled = _compile(template, folder, today)
+        # In front of what is wrong with every row; a row's own place stands in front of the rest.
+        self._where = "" if called else f"{folder}: "
+        self.called = called or "chat template"
+        self._compiled = _compile(template, self._where + self.called, today)
         self._names = names
         self._control: list[str] = []
         self._pattern = re.compile("(?!)")  # which never matches
@@ -123,13 +135,15 @@ class ChatText:
                 **self._names,
             )
         except SecurityError as error:
-            raise UnsafeTemplate(f"{self.folder}: chat template: SecurityError: {error}") from error
+            raise UnsafeTemplate(
+                f"{self._where}{self.called}: SecurityError: {error}{_line_of(error)}"
+            ) from error
         except Exception as error:  # a template is a program: it can fail in any way
-            # What it says itself, by raise_exception, needs no name of a class.
+            # What it says itself, by raise_exception, needs no name of a class, nor a line.
             own = type(error) is jinja2.TemplateError
-            what = f"{error}" if own else f"{type(error).__name__}: {error}"
+            what = f"{error}" if own else f"{type(error).__name__}: {error}{_line_of(error)}"
             raise TemplateRefusal(
-                self.folder, f"chat template: {' '.join(what.split())}"
+                self._where, f"{self.called}: {' '.join(what.split())}"
             ) from error
 
     def prompt(self, messages: Sequence[Message]) -> Marked:
@@ -276,7 +290,7 @@ class ChatText:
         lead = whole[len(prompt) :].split(answer["content"])[0]
         if "assistant" in lead.lower() or self._pattern.search(lead):
             raise InputError(
-                f"{self.folder}: chat template: has no generation prompt: with "
+                f"{self._where}{self.called}: has no generation prompt: with "
                 f"add_generation_prompt the prompt must end where the answer begins, but {lead!r} "
                 "comes between"
             )
@@ -291,12 +305,21 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _compile(template: str, folder: Path, today: date) -> ChatTemplate | None:
+def _compile(template: str, called: str, today: date) -> ChatTemplate | None:
     if not template:
         return None
     try:
         return ChatTemplate(template, today)
     except SecurityError as error:
-        raise UnsafeTemplate(f"{folder}: chat template: SecurityError: {error}") from error
+        raise UnsafeTemplate(f"{called}: SecurityError: {error}") from error
     except Exception as error:  # syntax errors, and whatever the compiler runs into
-        raise InputError(f"{folder}: chat template: {type(error).__name__}: {error}") from error
+        raise InputError(f"{called}: {type(error).__name__}: {error}{_line_of(error)}") from error
+
+
+def _line_of(error: Exception) -> str:
+    """Where in the template an error arose, as a message ends; "" where nothing says so."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f" (line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return f" (line {lines[-1]})" if lines else ""

@@ -6,6 +6,7 @@ max_length cuts off is neither. `train/inspect_data.py` prints it.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import PairIds, Tokenizer
 from ldalign.system.errors import InputError
@@ -21,6 +23,7 @@ from ldalign.system.errors import InputError
 Split = Literal["training", "held out"]
 QUANTILES = {"least": 0, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99, "most": 100}
 
+ROWS_AT_ONCE = 256  # that are encoded together, by the tokenizers library's threads
 MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it is spread over
 
 
@@ -87,11 +90,12 @@ class FileFigures:
     cut: int = 0  # responses that lose their end to max_length
     dropped: dict[str, list[str]] = field(default_factory=dict)  # where rows stand, by reason
 
-    def add(self, row: Row, split: Split, pair: PairIds | InputError, max_length: int) -> None:
+    def add(self, row: Row, split: Split, pair: PairIds | BadRow, max_length: int) -> None:
         """Counts a row: its token ids, or why it has none."""
         self.splits[split] += 1
-        if isinstance(pair, InputError):
-            self.dropped.setdefault("cannot be encoded, which ends a run", []).append(str(pair))
+        if isinstance(pair, BadRow):
+            reason = "cannot be encoded, which ends a run but with bad_rows=skip"
+            self.dropped.setdefault(reason, []).append(f"{row.where or row.id}: {pair}")
             return
         self.prompts.append(len(pair.prompt))
         self.responses.append(len(pair.response))
@@ -125,15 +129,17 @@ class FileFigures:
 def file_figures(
     rows: Iterable[tuple[Row, Split]], tokenizer: Tokenizer, max_length: int
 ) -> dict[str, FileFigures]:
-    """The figures of every file that rows came from, by its name, in the order of the rows."""
+    """The figures of every file that rows came from, by its name, in the order of the rows.
+
+    Raises InputError for what is wrong with every row (`Tokenizer.pairs_ids`).
+    """
     found: dict[str, FileFigures] = {}
-    for row, split in rows:
-        figures = found.setdefault(row.where.rpartition(":")[0], FileFigures())
-        try:
-            pair: PairIds | InputError = tokenizer.pair_ids(row)
-        except InputError as error:
-            pair = error
-        figures.add(row, split, pair, max_length)
+    remaining = iter(rows)
+    while batch := list(itertools.islice(remaining, ROWS_AT_ONCE)):
+        pairs = tokenizer.pairs_ids([row for row, _ in batch])
+        for (row, split), pair in zip(batch, pairs, strict=True):
+            figures = found.setdefault(row.where.rpartition(":")[0], FileFigures())
+            figures.add(row, split, pair, max_length)
     return found
 
 

@@ -75,6 +75,7 @@ class Plan:
     template: str | None  # None: the policy's own
     today: date  # for a template that asks for it
     fitting: Fitting
+    template_called: str | None = None  # in messages; None: by the policy's folder
     preference: bool = False  # every row that is trained on needs a rejected response
     heldout_fraction: float = 0.0
     heldout_rows: int = 0  # most rows that are held out
@@ -308,9 +309,11 @@ def _jobs(
 
 
 @functools.cache
-def _tokenizer(folder: Path, template: str | None, today: date) -> Tokenizer:
+def _tokenizer(
+    folder: Path, template: str | None, today: date, template_called: str | None
+) -> Tokenizer:
     """Each process has one."""
-    return load_tokenizer(folder, template, today)
+    return load_tokenizer(folder, template, today, template_called)
 
 
 def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
@@ -319,7 +322,7 @@ def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
     done = Path(f"{job.path}.json")
     if done.is_file():
         return _read_outcome(done)
-    tokenizer = _tokenizer(plan.folder, plan.template, plan.today)
+    tokenizer = _tokenizer(plan.folder, plan.template, plan.today, plan.template_called)
     outcome = Outcome({}, set(), set(), {})
     with PartWriter(job.path) as part:
         for batch in _batches(job, piece, reading, plan.kinds):

@@ -202,7 +202,7 @@ def _json_value(line: bytes) -> Any:
         return BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
     except RecursionError:
         return BadRow("broken JSON: nested too deeply")
-    except ValueError as error:  # NaN, or an integer of thousands of digits
+    except ValueError as error:  # NaN, a key given twice, an integer of thousands of digits
         return BadRow(f"broken JSON: {error}")
 
 
@@ -210,7 +210,17 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each key of which is given once: of two answers neither is taken."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice in one object")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 
 
 # ------------------------------------------------------------------------------------- a JSON array
@@ -300,7 +310,7 @@ class _Array:
                 raise self._broken("nested too deeply") from None
             except json.JSONDecodeError as error:
                 reason = error.msg
-            except ValueError as error:  # NaN, or an integer of thousands of digits
+            except ValueError as error:  # NaN, a key given twice, an integer of thousands of digits
                 raise self._broken(str(error)) from None
             if len(self.text) - self.at > MAX_ROW_BYTES:
                 raise self._broken(f"{reason}, within {MAX_ROW_BYTES} bytes")

@@ -64,13 +64,18 @@ class Tokenizer:
     end_ids: every declared end token (generation_config.json, config.json, tokenizer_config.json,
         in this order).
     template: the chat template, "" if there is none.
+    template_called: what messages call it where it is not the folder's own; else None.
     template_hash: its sha256, hex.
     today: the date for a template that asks for it.
     vocab_size: the highest token id + 1.
     """
 
     def __init__(
-        self, folder: Path, template: str | None = None, today: date | None = None
+        self,
+        folder: Path,
+        template: str | None = None,
+        today: date | None = None,
+        template_called: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         settings = read_settings(self.folder)
@@ -80,7 +85,8 @@ class Tokenizer:
         self.template_hash = hashlib.sha256(self.template.encode("utf-8")).hexdigest()
         self.today = today or date.today()
         self._names = special_names(settings, self.folder / "tokenizer_config.json")
-        self._chat = ChatText(self.folder, self.template, self.today, self._names)
+        self.template_called = template_called
+        self._chat = ChatText(self.folder, self.template, self.today, self._names, template_called)
 
         description = read_tokenizer_json(self.folder, settings)
         self._plain = read_backend(description, self.folder)  # decodes
@@ -237,8 +243,9 @@ class Tokenizer:
             response = after
         ends = [response.index(end) for end in self.end_ids if end in response]
         if not ends:
+            called = self.template_called or f"the chat template of {self.folder}"
             return BadRow(
-                f"the chat template of {self.folder} ends an answer without an end token "
+                f"{called} ends an answer without an end token "
                 f"({', '.join(map(self._show, self.end_ids))}); add the id it does write to "
                 "eos_token_id in generation_config.json"
             )
@@ -288,7 +295,8 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             raise InputError(
-                f"{self.folder}: chat template: begins with two {self._show(self.bos_id)}"
+                f"{self.template_called or f'{self.folder}: chat template'}: begins with two "
+                f"{self._show(self.bos_id)}"
             )
         return ids
 
@@ -406,7 +414,10 @@ def _flags(ids: Iterable[int | None], highest: int) -> np.ndarray:
 
 
 def load_tokenizer(
-    folder: str | Path, template: str | None = None, today: date | None = None
+    folder: str | Path,
+    template: str | None = None,
+    today: date | None = None,
+    template_called: str | None = None,
 ) -> Tokenizer:
     """Loads the tokenizer of a model folder.
 
@@ -414,10 +425,11 @@ def load_tokenizer(
         the chat_template of tokenizer_config.json; of several, the one named default).
     today: the date for templates that ask for one, of the run (`RunFolder.began`); None: the
         clock's.
+    template_called: what messages call `template`, such as the name of its file.
 
     Raises InputError for missing, broken or contradicting files.
     """
-    return Tokenizer(Path(folder), template, today)
+    return Tokenizer(Path(folder), template, today, template_called)
 
 
 def template_date(folder: Path, today: date) -> dict[str, str]:

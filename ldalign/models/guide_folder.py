@@ -100,7 +100,7 @@ def new_guide(config: GuideConfig, seed: int, texts: Sequence[str], size: GPT2Co
         tower = GPT2(replace(size, vocab_size=tokenizer.get_vocab_size()))
         _init_tower(tower, seed, f"guide/{name}")
         towers.append(tower)
-    _check_room(config, size.n_positions, "the guide's GPT-2")
+    check_room(config, size.n_positions, "the guide's GPT-2")
     return _init_latent(Guide(towers[0], towers[1], config, tokenizer), seed)
 
 
@@ -130,9 +130,9 @@ def pretrained_guide(
         towers[0].requires_grad_(False)
     tokenizer, chat = read_guide_tokenizer(folder), None
     if isinstance(towers[0], GPT2):
-        _check_room(config, towers[0].config.n_positions, f"{folder}")
+        check_room(config, towers[0].config.n_positions, f"{folder}")
     else:
-        _check_room(config, towers[0].config.max_position_embeddings, f"{folder}")
+        check_room(config, towers[0].config.max_position_embeddings, f"{folder}")
         chat = load_tokenizer(folder, template)
         end = tokenizer.id_to_token(chat.end_ids[0])
         assert end is not None  # load_tokenizer has seen it
@@ -195,8 +195,11 @@ def redrawn(guide: Guide, seed: int, begun: Path | None) -> Guide:
     return _init_latent(again, seed).to(guide.latent.null.device).eval()
 
 
-def _check_room(config: GuideConfig, positions: int, whose: str) -> None:
-    """Raises InputError where max_tokens and the latent take more positions than there are."""
+def check_room(config: GuideConfig, positions: int, whose: str) -> None:
+    """Raises InputError where max_tokens and the latent take more positions than there are.
+
+    whose: the positions, for the message.
+    """
     # Soft tokens and queries have positions of their own.
     own = config.readout == "queries" or config.injection != "output"
     longest = positions - (config.latent_tokens if own else 0)

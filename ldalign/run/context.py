@@ -176,7 +176,7 @@ def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -
         raise InputError(f"template={path}: no such file") from None
     if not text.strip():
         raise InputError(f"template={path}: is empty; leave the key out for the policy's own")
-    return load_tokenizer(folder, text, today)
+    return load_tokenizer(folder, text, today, f"template={path}")
 
 
 def open_context(

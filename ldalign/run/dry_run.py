@@ -27,6 +27,7 @@ from ldalign.run.stages.guide import (
     GUIDE_STAGE,
     GuidePlan,
     check_guide,
+    check_reach,
     guide_plan,
     guide_tokens,
 )
@@ -69,6 +70,7 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
         lines += _memory_lines(ctx, model)
     if GUIDE_STAGE.folder(0) in costs:
         plan = guide_plan(ctx)
+        check_reach(ctx, plan)
         lines.append(plan.why)
         if plan.reads_ids:
             lines += _guide_memory_lines(ctx, model, plan)

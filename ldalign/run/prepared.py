@@ -225,6 +225,7 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
     return Plan(
         folder=tokenizer.folder,
         template=tokenizer.template,
+        template_called=tokenizer.template_called,
         today=tokenizer.today,
         fitting=Fitting(config.max_length, config.long_prompts),
         preference=config.method == "dpo",

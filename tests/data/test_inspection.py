@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_tokenizers import CHATML_TEMPLATE
 
 from ldalign.data.encoding import Fitting, encode_rows
 from ldalign.data.inspection import FileFigures, choose_rows, file_figures, parts_of, pieces
@@ -69,12 +70,12 @@ def test_pieces_give_the_text_back(folder: str, request: pytest.FixtureRequest) 
 
 def test_figures_of_files(chatml_folder: Path) -> None:
     """Rows of two files and both splits: what is cut, what is dropped and why, and the lengths."""
-    tokenizer = load_tokenizer(chatml_folder)
+    refuses = "{% if messages[0].content == 'No' %}{{ raise_exception('refused') }}{% endif %}"
+    tokenizer = load_tokenizer(chatml_folder, template=refuses + CHATML_TEMPLATE)
     prompt, _ = tokenizer.pair_ids(row())
     max_length = len(prompt) + 4
     long = replace(row(3), history=({"role": "user", "content": "Is it so? " * 50},))
-    bad = replace(row(4), history=({"role": "nobody", "content": "Hm"},) * 2)
-    broken = replace(bad, history=({"role": "user", "content": 3},))  # type: ignore[dict-item]
+    broken = replace(row(4), history=({"role": "user", "content": "No"},))
     other = replace(row(0), where="other.jsonl:1")
     given = [row(0, "No"), row(1, "Yes it is so, and has been"), row(2), long, broken]
     rows = [(r, "training" if i else "held out") for i, r in enumerate(given)]
@@ -88,8 +89,8 @@ def test_figures_of_files(chatml_folder: Path) -> None:
     assert figures.cut == sum(len(r) > 4 for _, r in lengths[:3]) > 0
     fills = f"the prompt alone fills max_length={max_length}"
     assert figures.dropped[fills] == ["data/rows.jsonl:4"]
-    (message,) = figures.dropped["cannot be encoded, which ends a run"]
-    assert "expected text" in message
+    (message,) = figures.dropped["cannot be encoded, which ends a run but with bad_rows=skip"]
+    assert message == "data/rows.jsonl:5: chat template: refused"
     longest = max(len(p) + len(r) for p, r in lengths)
     assert figures.quantiles()["together"][-1] == longest
     assert figures.longer_than(max_length - 1, max_length) >= 1

@@ -108,6 +108,24 @@ def test_a_compressed_file_that_is_cut(tmp_path, kind, size):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_a_key_that_is_given_twice_is_not_guessed(tmp_path, bad_rows):
+    """Python's json takes the last one, without a word."""
+    twice = '{"prompt": "q", "response": "one", "response": "two"}'
+    inside = (
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "role": "user"}]}'
+    )
+    for line, key in ((twice, "response"), (inside, "role")):
+        path = tmp_path / f"{key}.jsonl"
+        path.write_text("\n".join([json.dumps(GOOD)] * 200 + [line]))
+        if bad_rows == "error":
+            message = rf"{key}.jsonl:201: broken JSON: the key '{key}' is given twice in one object"
+            with pytest.raises(InputError, match=message):
+                read_rows(path)
+        else:
+            assert len(read_rows(path, bad_rows="skip")) == 200
+
+
 def test_a_line_that_is_decompressed_without_end(tmp_path):
     path = tmp_path / "x.gz"
     with gzip.open(path, "wb") as file:
@@ -151,6 +169,10 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         ("[{} {}]", ":1: broken JSON array: '{' stands where , or ] was expected"),
         ("[GOOD, {]", ":2: broken JSON array: Expecting property name"),
         ("[GOOD, NaN]", ":2: broken JSON array: NaN is not JSON"),
+        (
+            '[GOOD, {"a": 1, "a": 1}]',
+            ":2: broken JSON array: the key 'a' is given twice in one obj",
+        ),
         ("[GOOD] x", ":1: broken JSON array: something stands behind the array"),
         ("[GOOD, 3]", ":2: the row is a number"),
         ("[GOOD, " + "[" * 20000, ":2: broken JSON array: nested too deeply"),

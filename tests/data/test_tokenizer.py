@@ -301,18 +301,27 @@ def test_folder_without_template_encodes_but_does_not_render(chatml_folder, tmp_
     ("template", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{{ messages[0]['content'] + 1 }}", r"TypeError: .* \(line 1\)$"),
         ("{% for x in range(10**6) %}a{% endfor %}", "OverflowError"),
+        ("a\n{% for m in messages %}\n{{ m.x.y }}{% endfor %}", r"UndefinedError: .* \(line 3\)$"),
+        ("a\n\n{{ 'a' * 10**9 }}", r"SecurityError: .* \(line 3\)$"),
     ],
 )
-def test_failing_template_is_an_input_error(chatml_folder, template, message):
-    with pytest.raises(InputError, match=f"chat template: .*{message}"):
-        load_tokenizer(chatml_folder, template=template).prompt_ids(messages([("user", "x")]))
+@pytest.mark.parametrize("called", [None, "template=my.jinja"])
+def test_failing_template_is_an_input_error(chatml_folder, template, message, called):
+    """It is named by its folder, or its file, with the line that failed."""
+    begin = called or f"{chatml_folder}: chat template"
+    with pytest.raises(InputError, match=f"^{begin}: .*{message}"):
+        load_tokenizer(chatml_folder, template=template, template_called=called).prompt_ids(
+            messages([("user", "x")])
+        )
 
 
-def test_broken_template_is_an_input_error(chatml_folder):
-    with pytest.raises(InputError, match="TemplateSyntaxError"):
-        load_tokenizer(chatml_folder, template="{% for %}")
+@pytest.mark.parametrize("called", [None, "template=my.jinja"])
+def test_broken_template_is_an_input_error(chatml_folder, called):
+    begin = called or f"{chatml_folder}: chat template"
+    with pytest.raises(InputError, match=rf"^{begin}: TemplateSyntaxError: .* \(line 2\)$"):
+        load_tokenizer(chatml_folder, template="a\n{% for %}", template_called=called)
 
 
 def test_template_extras(chatml_folder):

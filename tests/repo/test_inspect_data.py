@@ -131,7 +131,10 @@ def test_bad_rows_and_templates_are_named(
     inspect_data.main(options(data, toy_cache, "rows=full", f"template={template}"))
     text = capfd.readouterr().out
     assert "id full, training: cannot be encoded" in text and "too long" in text
-    assert "  1 dropped: cannot be encoded, which ends a run (the first: " in text
+    assert (
+        "  1 dropped: cannot be encoded, which ends a run but with bad_rows=skip (the first: "
+        in text
+    )
     inspect_data.main(options(data, toy_cache, "rows=0", "max_length=2000"))
     assert "rows are longer" not in capfd.readouterr().err
     long = data.with_name("long.jsonl")

@@ -157,6 +157,18 @@ def test_none_is_a_value_where_it_is_one(tmp_path: Path) -> None:
     assert config_of(tmp_path, "guide.latent_map=none").guide.latent_map is None
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_a_guide_that_cannot_read_so_much_is_refused_before_any_stage(
+    tmp_path: Path, toy_cache: Path, in_process: None, flags: tuple[str, ...]
+) -> None:
+    """The toy reads 512 tokens."""
+    run = tmp_path / "run"
+    words = arguments(run, toy_cache, "guide.backbone=policy", "guide.max_tokens=513", *flags)
+    with pytest.raises(InputError, match=r"guide.max_tokens=513: .* has room for 512; lower it"):
+        align.main(words)
+    assert not (run / "iteration_0").exists()
+
+
 def test_no_guide_is_planned_where_none_is_read(tmp_path: Path, toy_cache: Path) -> None:
     for given in (("distance=pooled",), ("weights=semantic", "judge.folder=x")):
         config = config_of(tmp_path, *given)

@@ -120,7 +120,7 @@ def test_prompts_of_a_file(
     [
         (None, "template=.*: no such file"),
         (" \n", "template=.*: is empty"),
-        ("{% for %}", "chat template: TemplateSyntaxError"),
+        ("{% for %}", r"template=.*chat.jinja: TemplateSyntaxError: .* \(line 1\)"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -141,3 +141,13 @@ def test_a_link_to_a_template_is_as_good(
     link = tmp_path / "links/chat.jinja"
     link.symlink_to(template)
     assert open_toy(toy_cache, f"template={link}").template == OTHER
+
+
+def test_a_template_that_fails_is_named_by_its_file(toy_cache: Path, template: Path) -> None:
+    """With its line, for every row, and where it leaves an answer out of one."""
+    template.write_text(TEMPLATE + "\n{{ nothing.at_all }}")
+    with pytest.raises(InputError, match=rf"template={template}: UndefinedError: .* \(line \d+\)"):
+        open_toy(toy_cache, f"template={template}")
+    template.write_text("a\n{% if %}")
+    with pytest.raises(InputError, match=rf"^template={template}: TemplateSynt.* \(line 2\)$"):
+        open_toy(toy_cache, f"template={template}")

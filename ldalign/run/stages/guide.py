@@ -14,6 +14,7 @@ from ldalign.evaluation.guide import SURE, heldout_figures, sentence, tells_apar
 from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.guide import Guide, GuideConfig, GuideLoss
 from ldalign.models.guide_folder import (
+    check_room,
     check_trained_guide,
     is_trained_guide,
     new_guide,
@@ -22,7 +23,7 @@ from ldalign.models.guide_folder import (
     save_guide,
 )
 from ldalign.models.mistral import Mistral
-from ldalign.models.weights import check_model, count_parameters
+from ldalign.models.weights import check_model, context_length, count_parameters
 from ldalign.run.context import Context, checkpoint_plan
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig
@@ -84,14 +85,28 @@ def guide_plan(ctx: Context) -> GuidePlan:
 
 
 def say_guide(ctx: Context, planned: Sequence[str]) -> None:
-    """Says what guide the planned stages will train, and why."""
+    """Says what guide the planned stages will train, and why.
+
+    Raises InputError as `check_reach`: now, and not once the responses are sampled.
+    """
     config = ctx.config
     if GUIDE_STAGE.folder(0) not in planned:
         return
     if config.guide.folder is not None and is_trained_guide(Path(config.guide.folder)):
         say(f"guide: the trained one in {config.guide.folder}, as it is")
-    else:
-        say(guide_plan(ctx).why)
+        return
+    plan = guide_plan(ctx)
+    check_reach(ctx, plan)
+    say(plan.why)
+
+
+def check_reach(ctx: Context, plan: GuidePlan) -> None:
+    """Raises InputError where towers that are pretrained do not read as many tokens as are asked
+    for.
+    """
+    if plan.towers != "new":
+        folder = ctx.start if plan.towers == "policy" else Path(str(ctx.config.guide.folder))
+        check_room(guide_config(ctx, plan), context_length(folder), str(folder))
 
 
 def guide_config(ctx: Context, plan: GuidePlan) -> GuideConfig:
