@@ -37,13 +37,16 @@ def main(argv: list[str]) -> None:
             else resolve_model(args.policy, args.cache)
         )
         sizes = [int(rows) for rows in (SMALL_ROWS if args.small else args.rows).split(",")]
-        measured = [measure(rows, Path(scratch), policy, not args.no_peers) for rows in sizes]
+        measured = [
+            measure(rows, Path(scratch), policy, peer=not args.no_peers and rows == sizes[0])
+            for rows in sizes
+        ]
     result = common.result("prepare", args, sizes=measured)
     common.save(result, render(result), args.results)
 
 
-def measure(rows: int, scratch: Path, policy: Path, peers: bool) -> dict[str, Any]:
-    """The figures of one file."""
+def measure(rows: int, scratch: Path, policy: Path, peer: bool) -> dict[str, Any]:
+    """The figures of one file; the larger ones are ours alone."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         data = place / "chats.jsonl"
@@ -61,8 +64,8 @@ def measure(rows: int, scratch: Path, policy: Path, peers: bool) -> dict[str, An
         for name in ("first start", "later start"):
             common.say(f"prepare: {name} ...")
             starts[name] = common.measure_ours("prepare", job)
-        theirs: dict[str, Any] = {"skipped": "--no-peers"}
-        if peers:
+        theirs: dict[str, Any] = {"skipped": ""}
+        if peer:
             common.say("prepare: datasets.map ...")
             job |= {"task": "dataset_map", "cache": str(place / "cache")}
             theirs = common.measure_or_say("peers/dataset_map.py", job, "trl")
@@ -106,7 +109,8 @@ def render(result: dict[str, Any]) -> list[str]:
         what = f"{size['rows']}, {size['bytes'] / 1e6:.0f} MB"
         for name, one in [*size["ours"].items(), ("datasets.map", size["peer"])]:
             if "skipped" in one:
-                lines.append(common.row(what, name, f"not run: {one['skipped']}", *[""] * 5))
+                reason = one["skipped"] or "not asked for"
+                lines.append(common.row(what, name, f"not run: {reason}", *[""] * 5))
                 continue
             lines.append(
                 common.row(
