@@ -82,7 +82,7 @@ def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
-    train, heldout = read_data(config, tokenizer)
+    train, heldout, _ = read_data(config, tokenizer)
     splits: list[tuple[Row, Split]] = [(row, "training") for row in train]
     splits += [(row, "held out") for row in heldout]
     paint = Paint(colour=wants_colour())

@@ -4,27 +4,31 @@ Two passes over the pieces of the data, each spread over the machine's cores. Th
 row and keeps of it no more than its id and what it shares with others: so it is known which rows
 are held out, which are trained on, and in what order, before any is encoded. The second encodes
 those, and leaves a part for each piece; parts that are there already, of an earlier start that was
-cut short, are not made again. Then the parts are put together in the order in which the rows are
-used. The result depends neither on the number of processes nor on where a stop came.
+cut short, are not made again. Rows that do not fit give their place to others, which are encoded in
+a round of their own. Then the parts are put together in the order in which the rows are used. The
+result depends neither on the number of processes nor on where a stop came.
 """
 
 import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ldalign.data.encoding import Fitting, fit_rows
-from ldalign.data.reading import MAX_SKIPPED, Reading, Tally, iter_chunks, read_chunk
+from ldalign.data.ledger import Found, Job, Ledger, Outcome, Scan
+from ldalign.data.reading import Reading, Tally, iter_chunks, read_chunk
 from ldalign.data.records import BadRow, Chunk
 from ldalign.data.rows import Row, RowNames
 from ldalign.data.splitting import Division, divide
-from ldalign.data.store import Part, PartWriter, write_split
+from ldalign.data.store import PartWriter, write_split
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.system.errors import InputError
 from ldalign.system.files import write_text
@@ -86,31 +90,6 @@ class Plan:
     kinds: frozenset[str] = frozenset()  # of rows that a program checks; any other is none
 
 
-@dataclass
-class Found:
-    """What was read, and what became of it: every row is in `used`, or in `left_out`."""
-
-    read: int = 0
-    repeated: int = 0  # rows with an id, or a whole content, that came before
-    cut: int = 0  # training responses that lost their end
-    bad: int = 0  # that could not be read, or not be encoded
-    long: int = 0  # whose prompt alone fills max_length
-    used: dict[str, int] = field(default_factory=dict)  # rows by split
-    # Of the others, a line each, or one for many: id or place, and the reason why.
-    left_out: list[dict[str, str | int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the first pass keeps of a piece."""
-
-    entry: int
-    names: list[str]  # the ids as they are given, or of the content
-    conversations: list[bytes]  # digests of what the row is a turn of
-    prompts: list[bytes]
-    tally: Tally
-
-
 def prepare_files(
     folder: Path,
     data: Source,
@@ -127,7 +106,9 @@ def prepare_files(
     progress: (what is done, with how many rows in all, where that is known) gives what is called
     with rows that are done.
 
-    Raises InputError for bad rows, as reading.bad_rows says, and for prompts that are too long.
+    In place of rows that turn out not to fit, the next ones are encoded, until there are as many as
+    are wanted. Raises InputError for bad rows, as reading.bad_rows says, and for prompts that are
+    too long.
     """
     parts.mkdir(parents=True, exist_ok=True)
     step = progress("reading", None)
@@ -135,43 +116,41 @@ def prepare_files(
         [] if source is None else _scanned(source, reading, processes, step)
         for source in (data, heldout)
     )
-    found = Found(read=sum(len(s.names) + len(s.tally.bad) for s in [*own, *given]))
-    found.left_out += [{"reason": text} for s in [*own, *given] for text in s.tally.bad]
-    found.bad = len(found.left_out)
-    division = _divide(own, None if heldout is None else given, plan)
-    jobs, places = _jobs(own, given, division, parts)
-    found.repeated = jobs.repeated
-    step = progress("encoding", sum(len(job.chosen) for job in jobs.of))
-    pieces = (p for source in (data, heldout) if source is not None for p in source.pieces(reading))
-    wanted = {job.number: job for job in jobs.of}
-    tasks = ((wanted[n], piece) for n, piece in enumerate(pieces) if n in wanted)
-    work = functools.partial(_encode, reading=reading, plan=plan)
-    outcomes: dict[int, Outcome] = {}
-    for job, outcome in zip(jobs.of, spread(work, tasks, processes), strict=True):
-        if outcome.bad and reading.bad_rows == "error":
-            raise InputError(next(iter(outcome.bad.values())))
-        outcomes[job.number] = outcome
-        step(len(job.chosen))
-    _note(found, outcomes, jobs.of, division, plan)
-    beyond = sum(len(scan.names) for scan in given) - len(division.heldout)
-    if heldout is not None and beyond:
-        reason = "held-out rows beyond those that are used"
-        found.left_out.append({"rows": beyond, "reason": reason})
-    opened = {job.number: Part(job.path) for job in jobs.of}
-    for split, order in places.items():
-        kept = [(job, row) for job, row in order if row in outcomes[job].places]
-        found.used[split] = len(kept)
-        if split == "train":
-            found.cut = sum(row in outcomes[job].cut for job, row in kept)
-        write_split(folder, split, [(opened[job], outcomes[job].places[row]) for job, row in kept])
+    sources = [source for source in (data, heldout) if source is not None]
+    ledger = Ledger([*own, *given], beside=sum(len(scan.names) for scan in own))
+    for number in itertools.count():
+        division = _divide(own, None if heldout is None else given, plan, ledger)
+        order = {"train": division.train, "heldout": division.heldout}
+        if heldout is not None:
+            order["heldout"] = division.heldout + ledger.beside
+        jobs = ledger.jobs(order, parts / f"{number:02}")
+        if not jobs:
+            if ledger.leave_out_leaks(order):
+                continue
+            break
+        step = progress("encoding", sum(len(job.chosen) for job in jobs))
+        pieces = (piece for source in sources for piece in source.pieces(reading))
+        wanted = {job.number: job for job in jobs}
+        tasks = ((wanted[n], piece) for n, piece in enumerate(pieces) if n in wanted)
+        work = functools.partial(_encode, reading=reading, plan=plan)
+        for job, outcome in zip(jobs, spread(work, tasks, processes), strict=False):
+            if outcome.bad and reading.bad_rows == "error":
+                raise InputError(next(iter(outcome.bad.values())))
+            ledger.note(job, outcome)
+            step(len(job.chosen))
+    found = ledger.found([*own, *given], order, division.left_out, plan.fitting.max_length)
+    for split, chosen in order.items():
+        write_split(folder, split, ledger.places(chosen))
     return found
 
 
 def read_splits(
     data: Source, heldout: Source | None, reading: Reading, plan: Plan
-) -> tuple[list[Row], list[Row]]:
-    """Returns the rows that `prepare_files` would encode, training and held out, in memory: for
-    whoever looks at them. Raises InputError for bad rows, as reading.bad_rows says.
+) -> tuple[list[Row], list[Row], dict[str, Counter[str]]]:
+    """Returns the rows that `prepare_files` would encode first, training and held out, in memory,
+    and of every file the rows that were read, by what becomes of them: for whoever looks at them.
+
+    Raises InputError for bad rows, as reading.bad_rows says.
     """
     rows: list[Row] = []
     found: list[list[Scan]] = [[], []]
@@ -184,9 +163,15 @@ def read_splits(
             rows += map(unique.named, read)
         if source is not None:
             tally.finish(reading)
-    division = _divide(found[0], None if heldout is None else found[1], plan)
-    shift = sum(len(scan.names) for scan in found[0]) if heldout is not None else 0
-    return [rows[i] for i in division.train], [rows[i + shift] for i in division.heldout]
+    shift = sum(len(scan.names) for scan in found[0])
+    ledger = Ledger([*found[0], *found[1]], beside=shift)
+    division = _divide(found[0], None if heldout is None else found[1], plan, ledger)
+    order = {"train": division.train, "heldout": division.heldout}
+    if heldout is not None:
+        order["heldout"] = division.heldout + shift
+    files = ledger.by_file([*found[0], *found[1]], order, division.left_out)
+    train, held = ([rows[i] for i in order[split]] for split in ("train", "heldout"))
+    return train, held, files
 
 
 # --------------------------------------------------------------------------------------- first pass
@@ -211,6 +196,7 @@ def _scan(piece: Piece, reading: Reading) -> Scan:
 def _scan_of(piece: Piece, rows: Sequence[Row], tally: Tally) -> Scan:
     return Scan(
         piece.entry,
+        "" if piece.chunk is None else str(piece.chunk.path),
         [row.id for row in rows],
         [_digest(row.conversation or row.id) for row in rows],
         [_digest(json.dumps(row.history)) for row in rows],
@@ -228,12 +214,14 @@ def _keys(scans: Sequence[Scan]) -> tuple[list[bytes], list[bytes]]:
     return conversations, [key for scan in scans for key in scan.prompts]
 
 
-def _divide(own: Sequence[Scan], given: Sequence[Scan] | None, plan: Plan) -> Division:
+def _divide(
+    own: Sequence[Scan], given: Sequence[Scan] | None, plan: Plan, ledger: Ledger
+) -> Division:
     conversations, prompts = _keys(own)
     return divide(
         conversations,
         prompts,
-        heldout=min(round(len(prompts) * plan.heldout_fraction), plan.heldout_rows),
+        heldout=wanted_heldout(plan, len(prompts)),
         most=plan.most,
         seed=plan.seed,
         shuffle=plan.shuffle,
@@ -241,71 +229,16 @@ def _divide(own: Sequence[Scan], given: Sequence[Scan] | None, plan: Plan) -> Di
         shares=plan.shares,
         given=None if given is None else _keys(given),
         most_given=plan.heldout_rows,
+        unfit=(ledger.unfit[: ledger.beside], ledger.unfit[ledger.beside :]),
     )
 
 
+def wanted_heldout(plan: Plan, rows: int) -> int:
+    """How many of the data's rows are to be held out, where none are given."""
+    return min(round(rows * plan.heldout_fraction), plan.heldout_rows)
+
+
 # -------------------------------------------------------------------------------------- second pass
-
-
-@dataclass(frozen=True)
-class Job:
-    """What of a piece is encoded."""
-
-    number: int  # of the piece, those of given held-out rows after the others
-    chosen: dict[int, str]  # the number of a row among the piece's good ones -> its id
-    train: frozenset[int]  # of those chosen, the ones that are trained on
-    path: Path  # of the part's files, without what their names end with
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job's rows, each by its number in the piece."""
-
-    places: dict[int, int]  # of those kept -> where it is in the part
-    cut: set[int]
-    long: set[int]  # whose prompt alone fills max_length
-    bad: dict[int, str]
-
-
-Places = dict[str, list[tuple[int, int]]]  # split -> (job, row in its piece) in the order of use
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """The pieces that have rows to encode."""
-
-    of: list[Job]
-    repeated: int  # rows with an id that one before them had
-
-
-def _jobs(
-    own: Sequence[Scan], given: Sequence[Scan], division: Division, parts: Path
-) -> tuple[Jobs, Places]:
-    """The work of the second pass, and where each split's rows lie."""
-    names, repeated = [], 0
-    for scans in (own, given):
-        unique = RowNames()
-        names += [unique.name(name) for scan in scans for name in scan.names]
-        repeated += unique.repeated
-    begins = np.cumsum([0, *(len(scan.names) for scan in [*own, *given])])
-    # Given held-out rows are numbered from their own beginning.
-    shift = begins[len(own)] if given else 0
-    places: Places = {}
-    chosen: dict[int, dict[int, str]] = {}
-    for split, rows in (("train", division.train), ("heldout", division.heldout + shift)):
-        of_piece = np.searchsorted(begins, rows, side="right") - 1
-        insides = rows - begins[of_piece]
-        places[split] = list(zip(of_piece.tolist(), insides.tolist(), strict=True))
-        for row, (number, inside) in zip(rows.tolist(), places[split], strict=True):
-            chosen.setdefault(number, {})[inside] = names[row]
-    train: dict[int, list[int]] = {}
-    for number, inside in places["train"]:
-        train.setdefault(number, []).append(inside)
-    jobs = [
-        Job(number, chosen[number], frozenset(train.get(number, ())), parts / f"{number:06}")
-        for number in sorted(chosen)
-    ]
-    return Jobs(jobs, repeated), places
 
 
 @functools.cache
@@ -323,7 +256,7 @@ def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
     if done.is_file():
         return _read_outcome(done)
     tokenizer = _tokenizer(plan.folder, plan.template, plan.today, plan.template_called)
-    outcome = Outcome({}, set(), set(), {})
+    outcome = Outcome()
     with PartWriter(job.path) as part:
         for batch in _batches(job, piece, reading, plan.kinds):
             fitted = fit_rows([row for _, row in batch], tokenizer, plan.fitting)
@@ -334,31 +267,33 @@ def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
                         "needs: rows are {prompt, chosen, rejected} (docs/data.md)"
                     )
                 elif row is None:
-                    outcome.long.add(number)
+                    outcome.long[number] = given.where
                 elif isinstance(row, BadRow):
                     outcome.bad[number] = str(row)
                 else:
-                    outcome.places[number] = part.add(row)
+                    outcome.kept.append((number, part.add(row), _hash(row.prompt)))
                     if row.cut:
-                        outcome.cut.add(number)
+                        outcome.cut.append(number)
+                    if row.row is not given:
+                        outcome.truncated.append(number)
     # Last: it says that the others are whole.
-    write_text(
-        done,
-        json.dumps(
-            {
-                "places": list(outcome.places.items()),
-                "cut": sorted(outcome.cut),
-                "long": sorted(outcome.long),
-                "bad": list(outcome.bad.items()),
-            }
-        ),
-    )
+    write_text(done, json.dumps({k: _plain(v) for k, v in vars(outcome).items()}))
     return outcome
+
+
+def _plain(value: Any) -> Any:
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _read_outcome(path: Path) -> Outcome:
     r = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(dict(r["places"]), set(r["cut"]), set(r["long"]), dict(r["bad"]))
+    kept = [(number, place, prompt) for number, place, prompt in r["kept"]]
+    return Outcome(kept, r["cut"], r["truncated"], dict(r["long"]), dict(r["bad"]))
+
+
+def _hash(tokens: Sequence[int]) -> int:
+    digest = hashlib.blake2b(np.array(tokens, dtype=np.int32).tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _batches(
@@ -377,38 +312,3 @@ def _batches(
     )
     while batch := list(itertools.islice(chosen, ROWS_AT_ONCE)):
         yield batch
-
-
-# -------------------------------------------------------------------------------------- what it was
-
-
-def _note(
-    found: Found,
-    outcomes: dict[int, Outcome],
-    jobs: Sequence[Job],
-    division: Division,
-    plan: Plan,
-) -> None:
-    """Counts what was left out, and raises InputError where it is too much."""
-    for job in jobs:
-        outcome = outcomes[job.number]
-        found.bad += len(outcome.bad)
-        found.long += len(outcome.long)
-        found.left_out += [
-            {"id": job.chosen[number], "reason": message} for number, message in outcome.bad.items()
-        ]
-        found.left_out += [
-            {
-                "id": job.chosen[number],
-                "reason": f"the prompt alone fills max_length={plan.fitting.max_length}",
-            }
-            for number in sorted(outcome.long)
-        ]
-    if found.bad > MAX_SKIPPED * found.read:
-        raise InputError(
-            f"{found.left_out[0]['reason']}; {found.bad} of {found.read} rows are bad, more than "
-            f"the {MAX_SKIPPED:.0%} that bad_rows=skip may leave out"
-        )
-    for reason, rows in division.left_out.items():
-        if len(rows):
-            found.left_out.append({"rows": len(rows), "reason": reason})

@@ -11,6 +11,9 @@ from ldalign.system.seeds import permutation, uniforms
 
 Keys = Sequence[bytes]
 Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+HELD_OUT = "its prompt or conversation is held out"
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,19 @@ def groups_of(conversations: Keys, prompts: Keys) -> Indices:
     return np.array([root(i) for i in range(len(parent))], dtype=np.int64)
 
 
-def held_out(groups: Indices, count: int, seed: int) -> npt.NDArray[np.bool_]:
+def held_out(
+    groups: Indices, count: int, seed: int, unfit: Mask | None = None
+) -> npt.NDArray[np.bool_]:
     """Says which of N rows are held out: (N,), whole groups, `count` rows in all; fewer where the
     groups are too large to add up to it.
+
+    unfit (N,): rows that cannot be used; they count for nothing.
     """
+    unfit = np.zeros(len(groups), dtype=bool) if unfit is None else unfit
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups.tolist()):
-        members.setdefault(group, []).append(i)
+        if not unfit[i]:
+            members.setdefault(group, []).append(i)
     chosen = np.zeros(len(groups), dtype=bool)
     for i in permutation(seed, "heldout", len(groups)).tolist():
         if count == 0:
@@ -74,30 +83,35 @@ def divide(
     shares: Sequence[float] | None = None,
     given: tuple[Keys, Keys] | None = None,
     most_given: int | None = None,
+    unfit: tuple[Mask, Mask] | None = None,
 ) -> Division:
     """Divides N rows by the keys of their conversations and prompts.
 
     heldout: how many to hold out. most: the most that are trained on; None: all. shuffle: whether
     rows are put into a random order before any cut, else they keep theirs. entries (N,): which
     entry of the data each row is of; shares: of each entry in the rows that are trained on. given:
-    the keys of held-out rows that came by themselves, in place of `heldout`: of them at most
-    `most_given` are used, and rows that share a conversation or a prompt with one of these are not
-    trained on.
+    the keys of M held-out rows that came by themselves, in place of `heldout`: of them at most
+    `most_given` are used, and rows that share a conversation or a prompt with one of them all are
+    not trained on. unfit: (N,) and (M,): rows that cannot be used, in whose place the next ones
+    come; they are nowhere in what is returned.
     """
     n = len(prompts)
+    unfit = unfit or (np.zeros(n, dtype=bool), np.zeros(len(given[1]) if given else 0, dtype=bool))
     left_out: dict[str, Indices] = {}
     if given is None:
-        mask = held_out(groups_of(conversations, prompts), heldout, seed)
+        mask = held_out(groups_of(conversations, prompts), heldout, seed, unfit[0])
         chosen = np.flatnonzero(mask)
         shared = np.zeros(n, dtype=bool)
     else:
         mask = np.zeros(n, dtype=bool)
-        chosen = _ordered(np.arange(len(given[1])), seed, "heldout/order", shuffle)[:most_given]
-        taken: list[set[bytes]] = [{keys[i] for i in chosen.tolist()} for keys in given]
+        chosen = _ordered(np.arange(len(given[1])), seed, "heldout/order", shuffle)
+        chosen = chosen[~unfit[1][chosen]][:most_given]
+        taken = [set(keys) for keys in given]
         own: Any = zip(conversations, prompts, strict=True)
-        shared = np.array([c in taken[0] or p in taken[1] for c, p in own], dtype=bool)
-        left_out["its prompt or conversation is held out"] = np.flatnonzero(shared)
-    train = _ordered(np.flatnonzero(~mask & ~shared), seed, "rows/order", shuffle)
+        shared = np.array([c in taken[0] or p in taken[1] for c, p in own], dtype=bool) & ~unfit[0]
+        left_out[HELD_OUT] = np.flatnonzero(shared)
+    train = _ordered(np.arange(n), seed, "rows/order", shuffle)
+    train = train[~(mask | shared | unfit[0])[train]]
     if shares is not None and entries is not None:
         chosen_rows = mixed(train, entries[train], shares, seed)
         left_out["beyond data_shares"] = np.setdiff1d(train, chosen_rows)

@@ -22,6 +22,7 @@ import numpy as np
 from ldalign.data.pairs import Pairs
 from ldalign.data.ragged import Texts, TokenLists, ends
 from ldalign.data.rows import Row
+from ldalign.system.files import sync
 
 if TYPE_CHECKING:
     from ldalign.data.encoding import FittedRow
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # written there, and of each list of tokens; -1 rejected tokens: there is no rejected response.
 COLUMNS = ("text", "id", "prompt", "response", "rejected")
 _BEGIN = b'{"id": '
+PART_FILES = (".lines", ".tokens", ".index.npy")
 MOST_OPEN = 256  # files at a time
 
 
@@ -151,6 +153,8 @@ class PartWriter:
         self.lines.close()
         self.tokens.close()
         np.save(f"{self.path}.index.npy", np.array(self.index, dtype=np.int64).reshape(-1, 5))
+        for ending in PART_FILES:  # before it is said anywhere that they are there
+            sync(Path(f"{self.path}{ending}"))
 
     def add(self, fitted: FittedRow) -> int:
         """Writes a row; returns its number in the part."""

@@ -197,8 +197,16 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
     if counts:
         rows = f"{counts.get('rows/train', 0):.0f} training"
         rows += f", {counts.get('rows/heldout', 0):.0f} held out"
-        if counts.get("rows/dropped"):
-            rows += f", {counts['rows/dropped']:.0f} dropped"
+        fates = {
+            "rows/cut": "training responses cut",
+            "rows/truncated": "training prompts truncated",
+            "rows/dropped": "dropped as too long",
+            "rows/skipped": "bad",
+            "rows/unused": "not used",
+        }
+        rows += "".join(
+            f", {counts[key]:.0f} {fate}" for key, fate in fates.items() if counts.get(key)
+        )
         out.append(("rows", rows))
     for key in SETTINGS:
         if unread(str(config.get("method", "ld_align")), [key]):

@@ -164,7 +164,7 @@ def _prepare(
             _name(folder, partial)
             return True
         if resume and (partial / PARENTS).is_file() and _holds_work(partial):
-            _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), _as_read(parents))
+            _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), as_read(parents))
             log.info("%s: left over from a run that was cut short; gone on from", partial)
             for path in [*partial.rglob(HALF_WRITTEN), *partial.rglob(f"*{PARTIAL}")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -206,8 +206,8 @@ def _read_parents(path: Path) -> dict[str, Any]:
     return parents
 
 
-def _as_read(parents: Parents) -> dict[str, Any]:
-    """Parents as they come back from JSON."""
+def as_read(parents: Parents) -> dict[str, Any]:
+    """Returns parents as they come back from JSON."""
     out: dict[str, Any] = json.loads(json.dumps(dict(parents), allow_nan=False))
     return out
 
@@ -231,7 +231,7 @@ def check_stage(folder: Path, parents: Parents | None = None) -> None:
     """
     manifest = _read_manifest(folder)
     if parents is not None:
-        _compare_parents(folder / MANIFEST, manifest["parents"], _as_read(parents))
+        _compare_parents(folder / MANIFEST, manifest["parents"], as_read(parents))
     for name, expected in manifest["files"].items():
         path = folder / name
         again = f"delete {folder} to make it again"

@@ -8,16 +8,17 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ldalign.data import embedded
 from ldalign.data.encoding import Fitting
+from ldalign.data.ledger import Found
 from ldalign.data.preparation import (
     TOO_MANY,
-    Found,
     Plan,
     Progress,
     Source,
@@ -29,7 +30,7 @@ from ldalign.data.rows import Row
 from ldalign.data.sources import files_of
 from ldalign.data.store import Split, open_split
 from ldalign.data.tokenizer import Tokenizer
-from ldalign.run.manifest import MANIFEST, Parents, hash_settings, stage_parents
+from ldalign.run.manifest import MANIFEST, Parents, as_read, hash_settings, stage_parents
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
@@ -45,12 +46,15 @@ if TYPE_CHECKING:
 DATA = "data"  # the stage's folder
 EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
-SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, and their sha256
-FORMAT = 1  # of the files; another is made anew
+SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, sha256 and rows
+FORMAT = 2  # of the files; another is made anew
 SMALL_BYTES = 16 * 2**20  # of data: not worth the start of other processes
 # Keys that the rows depend on, and the files that their tokens do.
 KEYS = "turns bad_rows max_length long_prompts shuffle seed heldout_fraction".split()
-COUNTED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+COUNTED_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+FEWER = 0.9  # held out, as a share of what is asked for, below which it is said
 
 
 class Data(NamedTuple):
@@ -67,40 +71,83 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
     write: False: nothing is written into the run folder. Raises InputError for rows that cannot be
     used, and where the data, or what is asked of them, are others than when the run began.
     """
-    sources = on_rank0(lambda: {str(path): hash_file(path) for path in data_files(config)})
-    parents = _parents(config, tokenizer, sources)
     folder = run.path / DATA
-    there = on_rank0(lambda: _there(run.path, parents, sources, write))
+    files = on_rank0(lambda: _read_files(config, folder))
+    parents = _parents(config, tokenizer, files)
+    there = on_rank0(lambda: _there(run.path, parents, files, write))
     if not there and not write:
-        return _in_passing(config, tokenizer)
+        return _in_passing(config, tokenizer, files)
     summary = run.stage(
         DATA,
         parents,
-        lambda place: on_rank0(lambda: _make(place, config, tokenizer, sources)),
+        lambda place: on_rank0(lambda: _make(place, config, tokenizer, files)),
         resume=True,
     )
     return Data(open_split(folder, "train"), open_split(folder, "heldout"), summary)
 
 
-def read_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Row], list[Row]]:
-    """Returns the training and the held-out rows of a run, before any is encoded, in memory."""
-    train, heldout = _sources(config)
+def read_data(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[list[Row], list[Row], dict[str, Counter[str]]]:
+    """Returns the training and the held-out rows of a run, before any is encoded, in memory; and of
+    every file the rows that were read, by what becomes of them.
+    """
+    sources = _sources(config, _listed(config))
     reading = Reading(config.turns, config.bad_rows, config.data_columns)
-    return read_splits(train, heldout, reading, _plan(config, tokenizer))
+    return read_splits(*sources, reading, _plan(config, tokenizer))
 
 
-def data_files(config: RunConfig) -> list[Path]:
-    """The files that the run's rows are read from, fetched where they are not there yet."""
-    specs = [spec for spec in (config.data, config.heldout) if spec not in (None, EMBEDDED)]
-    return [path for spec in specs for path in files_of(spec, config.cache_folder)]
+# ------------------------------------------------------------------------------------ what is there
 
 
-def _parents(config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, str]) -> Parents:
+class DataFile(NamedTuple):
+    """A file that rows are read from, as it was when the start began."""
+
+    key: str  # data or heldout
+    entry: int  # of the key's list
+    path: str
+    sha256: str
+    version: tuple[int, int]  # size in bytes, time of its last change in ns
+
+
+def _listed(config: RunConfig) -> list[tuple[str, int, Path]]:
+    """Key, entry and path of every file, in order; fetched where they are not there yet."""
+    found = []
+    for key, value in (("data", config.data), ("heldout", config.heldout)):
+        entries = value if isinstance(value, list) else [value]
+        for number, entry in enumerate(entries):
+            if entry not in (None, EMBEDDED):
+                paths = files_of(str(entry), config.cache_folder)
+                found += [(key, number, path) for path in paths]
+    return found
+
+
+def _read_files(config: RunConfig, folder: Path) -> list[DataFile]:
+    """The files with their hashes. Raises InputError for one in `folder`, which is written anew."""
+    files = []
+    for key, entry, path in _listed(config):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{path}: lies where this run keeps its prepared rows; put it elsewhere, or start "
+                "another run (run=NAME)"
+            )
+        version = _version(path)
+        files.append(DataFile(key, entry, str(path), hash_file(path), version))
+    return files
+
+
+def _version(path: str | Path) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _parents(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]) -> Parents:
     tokens = (tokenizer.folder / name for name in COUNTED_FILES)
     return {
         "format": FORMAT,
-        "sources": hash_settings(sorted(sources.values())),
+        "files": hash_settings([[f.key, f.entry, f.sha256] for f in files]),
         "tokenizer": hash_settings([hash_file(path) for path in tokens if path.is_file()]),
+        "end and begin": json.dumps([tokenizer.end_ids, tokenizer.bos_id, tokenizer.adds_bos]),
         **tokenizer.template_parents,
         "rows used": _most(config) or "all",
         "method=dpo": str(config.method == "dpo"),
@@ -120,45 +167,71 @@ def _most(config: RunConfig) -> int | None:
     return None if None in asked else max(n for n in asked if n is not None)
 
 
-def _there(run: Path, parents: Parents, sources: Mapping[str, str], write: bool) -> bool:
+def _there(run: Path, parents: Parents, files: Sequence[DataFile], write: bool) -> bool:
     """Whether the rows are there as they are wanted. Others go, where nothing was made of them yet;
     else raises InputError.
     """
     old = stage_parents(run / DATA)
-    if old == dict(parents) or not old:
+    if old == as_read(parents) or not old:
         return (run / DATA / MANIFEST).is_file()
     made = [p for p in run.glob("*/") if p.name not in (DATA, f"{DATA}{PARTIAL}")]
     if made:
-        _refuse_changed(run / DATA, sources)
-        return True  # `run.stage` says which of the settings are others
+        _refuse_changed(run / DATA, old, as_read(parents), files)
     if write:
         for name in (DATA, f"{DATA}{PARTIAL}"):
             shutil.rmtree(run / name, ignore_errors=True)
     return False
 
 
-def _refuse_changed(folder: Path, sources: Mapping[str, str]) -> None:
-    """Raises InputError naming a data file that changed since the run began."""
+def _refuse_changed(
+    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], files: Sequence[DataFile]
+) -> NoReturn:
+    """Raises InputError naming what is another than when the run began: a file, or a key."""
+    again = "or start another run (run=NAME)"
+    before = _written_files(folder)
+    if before and old.get("files") != new["files"]:
+        hashes = {path: sha256 for _, path, sha256 in before}
+        for file in files:
+            if hashes.get(file.path, file.sha256) != file.sha256:
+                raise InputError(
+                    f"{file.path}: changed since this run began: sha256 was {hashes[file.path]}, "
+                    f"now {file.sha256}; put it back, {again}"
+                )
+        was, now = (
+            ", ".join(f"{key}={path}" for key, path in pairs) or "data=embedded"
+            for pairs in ([f[:2] for f in before], [(f.key, f.path) for f in files])
+        )
+        raise InputError(f"{folder}: this run began with {was}, now {now}; put it back, {again}")
+    changes = [
+        f"{key} was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    raise InputError(
+        f"{folder}: its rows were prepared otherwise, and used: {', '.join(changes)}; put it back, "
+        f"{again}"
+    )
+
+
+def _written_files(folder: Path) -> list[tuple[str, str, str]]:
+    """Key, path and sha256 of the files that the rows of `folder` are of; [] if it is damaged,
+    which the stage says itself.
+    """
     try:
-        old = dict(json.loads((folder / SOURCES_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return  # a damaged stage, which says so itself
-    for path, new in sources.items():
-        if path in old and old[path] != new:
-            raise InputError(
-                f"{path}: changed since this run began: sha256 was {old[path]}, now {new}; "
-                "put it back, or start another run (run=NAME)"
-            )
+        files = json.loads((folder / SOURCES_FILE).read_text(encoding="utf-8"))
+        return [(str(f["key"]), str(f["path"]), str(f["sha256"])) for f in files]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
 
 
 # ------------------------------------------------------------------------------------------- making
 
 
-def _in_passing(config: RunConfig, tokenizer: Tokenizer) -> Data:
+def _in_passing(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]) -> Data:
     """The rows, out of a folder that is gone when they are open."""
     place = Path(on_rank0(lambda: tempfile.mkdtemp(prefix="ldalign-data-")))
     try:
-        summary = on_rank0(lambda: _make(place, config, tokenizer, {}))
+        summary = on_rank0(lambda: _make(place, config, tokenizer, files))
         return Data(open_split(place, "train"), open_split(place, "heldout"), summary)
     finally:
         distributed.barrier()  # all have opened them
@@ -167,29 +240,30 @@ def _in_passing(config: RunConfig, tokenizer: Tokenizer) -> Data:
 
 
 def _make(
-    folder: Path, config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, str]
+    folder: Path, config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]
 ) -> Metrics:
     """Prepares the rows into a folder; returns its summary. Rank 0 does it."""
-    train, heldout = _sources(config)
-    large = sum(path.stat().st_size for path in data_files(config)) > SMALL_BYTES
+    large = sum(file.version[0] for file in files) > SMALL_BYTES
     with contextlib.ExitStack() as stack:
 
         def progress(what: str, count: int | None) -> Progress:
             bar = stack.enter_context(Bar(f"{DATA}: {what}", count, "rows"))
             return lambda done: bar(done, 0)
 
-        found = prepare_files(
-            folder,
-            train,
-            heldout,
-            Reading(config.turns, config.bad_rows, config.data_columns),
-            _plan(config, tokenizer),
-            folder / PARTS,
-            progress,
-            available_cores() if large else 1,
-        )
+        try:
+            found = prepare_files(
+                folder,
+                *_sources(config, [(file.key, file.entry, Path(file.path)) for file in files]),
+                Reading(config.turns, config.bad_rows, config.data_columns),
+                _plan(config, tokenizer),
+                folder / PARTS,
+                progress,
+                available_cores() if large else 1,
+            )
+        finally:
+            _refuse_changing(files, folder / PARTS)  # also where a row is bad only now
     write_jsonl(folder / "dropped.jsonl", found.left_out)
-    write_json(folder / SOURCES_FILE, dict(sources))
+    write_json(folder / SOURCES_FILE, [_account(file, found) for file in files])
     _warn(found, config)
     return {
         "rows/read": found.read,
@@ -197,28 +271,50 @@ def _make(
         "rows/heldout": found.used["heldout"],
         "rows/dropped": found.long,
         "rows/cut": found.cut,
+        "rows/truncated": found.truncated,
         "rows/skipped": found.bad,
         "rows/repeated": found.repeated,
         "rows/unused": found.read - found.bad - found.long - sum(found.used.values()),
     }
 
 
-def _sources(config: RunConfig) -> tuple[Source, Source | None]:
+def _account(file: DataFile, found: Found) -> dict[str, Any]:
+    """What is kept of a file that was read: its hash, and what became of its rows."""
+    rows = dict(found.files.get(file.path, {}))
+    return {"key": file.key, "path": file.path, "sha256": file.sha256, "rows": rows}
+
+
+def _refuse_changing(files: Sequence[DataFile], parts: Path) -> None:
+    """Raises InputError for a file that is another than when it was hashed; parts may be of both,
+    and go.
+    """
+    for file in files:
+        if _version(file.path) != file.version:
+            shutil.rmtree(parts, ignore_errors=True)
+            raise InputError(f"{file.path}: changed while it was read; start again")
+
+
+def _sources(
+    config: RunConfig, files: Sequence[tuple[str, int, Path]]
+) -> tuple[Source, Source | None]:
     """Where training rows come from, and held-out rows that are given."""
-    entries = [config.data] if isinstance(config.data, str) else config.data
-    given = None if config.heldout is None else _files(config, config.heldout)
+
+    def of(key: str) -> Source:
+        entries: dict[int, list[Path]] = {}
+        for own, entry, path in files:
+            if own == key:
+                entries.setdefault(entry, []).append(path)
+        return Source(tuple(tuple(paths) for paths in entries.values()))
+
+    given = None if config.heldout is None else of("heldout")
     if config.data != EMBEDDED:
-        return _files(config, *entries), given
+        return of("data"), given
     train, heldout = (
         _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
     )
     if config.method == "dpo":
         train = _with_wrong_answers(train)
     return Source(rows=tuple(train)), given or Source(rows=tuple(heldout))
-
-
-def _files(config: RunConfig, *entries: str) -> Source:
-    return Source(tuple(tuple(files_of(entry, config.cache_folder)) for entry in entries))
 
 
 def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
@@ -241,12 +337,35 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
 
 
 def _warn(found: Found, config: RunConfig) -> None:
-    if found.long > TOO_MANY * found.read:
+    """Says what a user may not expect of the rows."""
+    length = f"max_length={config.max_length}"
+    if found.long > TOO_MANY * found.encoded:
         say(
-            f"data: WARNING: the prompt alone fills max_length={config.max_length} in {found.long} "
-            f"of {found.read} rows, which are not used (data/dropped.jsonl); raise max_length, or "
-            "give long_prompts=truncate"
+            f"data: WARNING: the prompt alone fills {length} in {found.long} of {found.encoded} "
+            "rows, in whose place others came as far as there are any (data/dropped.jsonl); raise "
+            "max_length, or give long_prompts=truncate"
         )
+    train = found.used["train"]
+    if found.cut > TOO_MANY * train:
+        say(
+            f"data: WARNING: {found.cut} of {train} training responses are longer than {length} "
+            "leaves room for: they lose their end, and are trained on without an end token; raise "
+            "max_length"
+        )
+    if found.truncated > TOO_MANY * train:
+        say(
+            f"data: WARNING: {found.truncated} of {train} training prompts lost their beginning to "
+            f"{length} (long_prompts=truncate)"
+        )
+    asked = round(found.read * config.heldout_fraction)
+    asked = min(asked, config.evaluation.rows) if config.heldout is None else 0
+    if config.data != EMBEDDED and found.used["heldout"] < FEWER * asked:
+        say(
+            f"data: WARNING: {found.used['heldout']} rows are held out of {asked} that are asked "
+            "for: rows of one conversation or one prompt stay together, and their groups are larger"
+        )
+    if config.evaluation.rows and not found.used["heldout"] and not asked:
+        say("data: nothing is held out (heldout_fraction=0): no policy will be evaluated")
 
 
 def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:

@@ -1,6 +1,7 @@
 """Rows prepared into files: the same for any number of processes, gone on with after a stop."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -9,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from made_tokenizers import CHATML_TEMPLATE
 
 from ldalign.data import preparation, records
 from ldalign.data.encoding import Fitting
@@ -50,6 +52,7 @@ def prepare(chatml_folder: Path, files: list[Path], tmp_path: Path) -> Prepare:
         processes: int = 1,
         heldout: Source | None = None,
         bad_rows: Literal["error", "skip"] = "error",
+        data: Source | None = None,
         **change: object,
     ) -> Found:
         plan = Plan(
@@ -64,7 +67,7 @@ def prepare(chatml_folder: Path, files: list[Path], tmp_path: Path) -> Prepare:
         folder.mkdir(exist_ok=True)
         return prepare_files(
             folder,
-            Source((tuple(files),)),
+            data or Source((tuple(files),)),
             heldout,
             Reading(bad_rows=bad_rows),
             replace(plan, **change),  # type: ignore[arg-type]
@@ -147,6 +150,61 @@ def test_only_rows_that_are_used_are_encoded(prepare: Prepare, tmp_path: Path) -
     assert len(splits(tmp_path / "few")[0].pairs) == 20
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_next_rows_come_in_the_place_of_those_that_are_too_long(
+    prepare: Prepare, tmp_path: Path, files: list[Path], processes: int
+) -> None:
+    """As many as are asked for, and by their shares, while there are others."""
+    for path in files:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["prompt"] += " Say it." * (200 if number % 3 else 1)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare("most", most=15, heldout_rows=10, processes=processes)
+    assert found.used == {"train": 15, "heldout": 10}
+    assert found.encoded == 25 + found.long < found.read and found.long > 20
+    counted = sum(int(row.get("rows", 1)) for row in found.left_out)
+    assert counted + 25 == found.read
+    assert all(":" in str(row["where"]) for row in found.left_out if "id" in row)
+    entries = Source(tuple((path,) for path in files))
+    mixed = prepare("shares", data=entries, shares=(3.0, 1.0), heldout_rows=0, most=20)
+    of_a = mixed.files[str(files[0])]["trained on"]
+    assert mixed.used["train"] == 20 and 12 <= of_a <= 18
+    whole = prepare("free", data=entries, shares=(3.0, 1.0), heldout_rows=0)
+    fit = [sum(n % 3 == 0 for n in range(60)) + 1] * 2
+    share = whole.files[str(files[0])]["trained on"] / whole.used["train"]
+    assert fit[0] >= whole.used["train"] * 0.6 and 0.6 < share < 0.9
+    for one in (found, mixed, whole):
+        of_files = Counter[str]()
+        for counts in one.files.values():
+            of_files += counts
+        assert of_files.total() == one.read and of_files["trained on"] == one.used["train"]
+
+
+def test_prompts_that_the_template_makes_equal_are_on_one_side(
+    prepare: Prepare, tmp_path: Path, files: list[Path]
+) -> None:
+    """A blank at the end is another text, and the same prompt to a template that trims."""
+    rows = [
+        {"prompt": f"Say {i}.{' ' * j}", "response": f"Said {i}, {j}."}
+        for i in range(40)
+        for j in range(2)
+    ]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trims = CHATML_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    assert trims != CHATML_TEMPLATE
+    for template, equal in ((None, False), (trims, True)):
+        name = f"equal {equal}"
+        found = prepare(name, template=template, heldout_fraction=0.2)
+        train, heldout = splits(tmp_path / name)
+        asked = {tuple(pair.prompt) for pair in heldout.pairs}
+        assert not asked & {tuple(pair.prompt) for pair in train.pairs}
+        assert bool(found.files[str(files[0])]["its prompt or conversation is held out"]) == equal
+        assert found.used["heldout"] == round(0.2 * found.read)
+        counted = sum(int(row.get("rows", 1)) for row in found.left_out)
+        assert counted + sum(found.used.values()) == found.read
+
+
 def test_held_out_rows_that_are_given(prepare: Prepare, tmp_path: Path, files: list[Path]) -> None:
     """Training rows with the same prompts are left out, and said to be."""
     given = [
@@ -159,7 +217,8 @@ def test_held_out_rows_that_are_given(prepare: Prepare, tmp_path: Path, files: l
     assert {"rows": 5, "reason": "its prompt or conversation is held out"} in found.left_out
     assert found.used["train"] == 122 - 5
     found = prepare("fewer", heldout=Source(rows=tuple(given)), heldout_rows=2)
-    assert found.used["heldout"] == 2
+    assert found.used == {"train": 122 - 5, "heldout": 2}
+    assert {"rows": 3, "reason": "held-out rows beyond those that are used"} in found.left_out
     counted = sum(int(row.get("rows", 1)) for row in found.left_out)
     assert counted + sum(found.used.values()) == found.read == 123 + 5
 

@@ -1,6 +1,7 @@
 """Which rows are held out: whole conversations, equal prompts together, the right number."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,8 +68,39 @@ def test_rows_that_share_a_prompt_with_given_held_out_ones_are_left_out() -> Non
         conversations, prompts, heldout=0, most=None, seed=0, shuffle=False,
         given=(keys([7, 2, 8]), keys([11, 20, 13])), most_given=2,
     )  # fmt: skip
-    assert found.heldout.tolist() == [0, 1] and found.train.tolist() == [0, 3]
-    assert Counter({r: len(i) for r, i in found.left_out.items()}).total() == 2
+    # Row 3 asks what a held-out row asks that is not among the two used: it is not trained on.
+    assert found.heldout.tolist() == [0, 1] and found.train.tolist() == [0]
+    assert Counter({r: len(i) for r, i in found.left_out.items()}).total() == 3
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40),
+    st.integers(0, 10),
+    st.integers(0, 30),
+    st.sets(st.integers(0, 39)),
+    st.booleans(),
+)
+def test_the_next_rows_come_in_the_place_of_those_that_do_not_fit(
+    rows: list[tuple[int, int]], count: int, most: int, bad: set[int], shuffle: bool
+) -> None:
+    """The order stays that of all rows, and no place is left empty while there are others."""
+    unfit = np.array([i in bad for i in range(len(rows))])
+    conversations, prompts = (keys([row[side] for row in rows]) for side in (0, 1))
+
+    def divided(most: int | None, unfit: np.ndarray) -> Any:
+        return divide(
+            conversations, prompts, heldout=count, most=most, seed=1, shuffle=shuffle,
+            unfit=(unfit, np.zeros(0, dtype=bool)),
+        )  # fmt: skip
+
+    found, whole = divided(most, unfit), divided(None, unfit)
+    fit = {i for i in range(len(rows)) if not unfit[i]}
+    assert {*whole.train.tolist(), *whole.heldout.tolist()} == fit
+    assert found.train.tolist() == whole.train.tolist()[:most]
+    assert len(found.heldout) <= count
+    order = divide(conversations, prompts, heldout=0, most=None, seed=1, shuffle=shuffle).train
+    place = {row: n for n, row in enumerate(order.tolist())}
+    assert sorted(found.train.tolist(), key=place.__getitem__) == found.train.tolist()
 
 
 def test_entries_are_mixed_by_their_shares() -> None:

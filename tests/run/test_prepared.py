@@ -1,12 +1,14 @@
 """A run's rows, prepared into its folder once; again only where nothing was made of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from runs import ROOT, run_script
 from toy_context import open_toy, rows_file
 
+from ldalign.data import preparation
 from ldalign.run import prepared
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
@@ -49,6 +51,101 @@ def test_rows_of_other_settings_are_prepared_anew_until_something_is_made_of_the
     with pytest.raises(InputError, match="shuffle was True, now False"):
         open_toy(tmp_path, *options, "max_rows=30", "shuffle=false")
     assert len(open_toy(tmp_path, *options, "max_rows=30").train.rows) == 30
+
+
+def test_the_part_that_a_file_plays_counts(
+    tmp_path: Path, options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that was held out is not trained on by a later start, nor are shares kept of another
+    order, nor a file given once where it is given twice.
+    """
+    one, other = (rows_file(tmp_path / f"{name}.jsonl", 40) for name in "ab")
+    other.write_text(other.read_text().replace("Say", "Tell"))
+    started = [*OPTIONS, f"data={one}", f"heldout={other}"]
+    open_toy(tmp_path, *started)
+    (tmp_path / "run/iteration_0").mkdir()
+    assert len(open_toy(tmp_path, *started).heldout.rows) == 7
+    for data in (
+        (f"data={other}", f"heldout={one}"),
+        (f"data=[{one},{other}]",),
+        (f"data=[{one},{one}]", f"heldout={other}"),
+        (f"data=[{other},{one}]", "data_shares=[3,1]"),
+        (),
+    ):
+        with pytest.raises(InputError) as caught:
+            open_toy(tmp_path, *OPTIONS, *data)
+        was = f"this run began with data={one}, heldout={other}, now "
+        now = ", ".join(data[:2]) if len(data) == 2 and "shares" not in data[1] else "data="
+        assert was + (now if "[" not in now else "data=") in str(caught.value)
+        assert str(caught.value).endswith("or start another run (run=NAME)")
+
+
+def test_end_tokens_count(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(open_toy(tmp_path, *options).start, policy)
+    options = [*options, f"policy={policy}"]
+    first = open_toy(tmp_path, *options)
+    calls, make = [], prepared.prepare_files
+    monkeypatch.setattr(prepared, "prepare_files", lambda *args: calls.append(1) or make(*args))
+    open_toy(tmp_path, *options)
+    settings = json.loads((policy / "generation_config.json").read_text())
+    ends = [*first.tokenizer.end_ids, 0]
+    (policy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+    assert not calls and open_toy(tmp_path, *options).tokenizer.end_ids == tuple(ends)
+    assert calls
+
+
+def test_a_file_among_the_prepared_rows_is_not_deleted(tmp_path: Path, options: list[str]) -> None:
+    open_toy(tmp_path, *options)
+    mine = rows_file(tmp_path / "run/data/mine.jsonl", 40)
+    with pytest.raises(InputError, match=r"mine.jsonl: lies where this run keeps its prepared row"):
+        open_toy(tmp_path, *OPTIONS, f"data={mine}")
+    assert mine.is_file()
+
+
+@pytest.mark.parametrize("change", ["other", "shorter", "bad", "same"])
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Between the passes: what is prepared would be of neither."""
+    path = tmp_path / "rows.jsonl"
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    new = {"other": lines[::-1], "shorter": lines[:9], "bad": ["x\n"], "same": lines}[change]
+    divide = preparation.divide
+
+    def changed(*args: object, **options: object) -> object:
+        if path.read_text() == text:
+            path.write_text("".join(new))
+        return divide(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(preparation, "divide", changed)
+    with pytest.raises(InputError, match=r"changed while (it was|they were) read; start again"):
+        open_toy(tmp_path, *options)
+    monkeypatch.undo()
+    path.write_text(text)
+    ctx = open_toy(tmp_path, *options)
+    fresh = open_toy(tmp_path, *options, f"run={tmp_path / 'fresh'}")
+    assert list(ctx.train.rows) == list(fresh.train.rows)
+
+
+def test_what_a_user_may_not_expect_is_said(
+    tmp_path: Path, options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::3]:
+        row["response"] += " and so on" * 60
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    open_toy(tmp_path, *options)
+    assert "training responses are longer than max_length=160 leaves room" in capfd.readouterr().err
+    path.write_text("".join(json.dumps({**row, "prompt": "Go on."}) + "\n" for row in rows))
+    open_toy(tmp_path, *options, "max_rows=30")
+    assert "WARNING: 0 rows are held out of 7 that are asked for" in capfd.readouterr().err
+    open_toy(tmp_path, *options, "heldout_fraction=0")
+    assert "nothing is held out (heldout_fraction=0): no policy" in capfd.readouterr().err
 
 
 def test_a_look_writes_nothing(tmp_path: Path, options: list[str]) -> None:

@@ -85,7 +85,9 @@ def test_data_of_the_hub_are_kept_in_the_cache(
     ctx = open_toy(tmp_path, "data=org/name:train", "evaluation.rows=0", "sft.rows=null")
     assert set(asked) == {("org/name:train", tmp_path)} and len(ctx.train.rows) == 40
     sources = json.loads((ctx.run.path / "data/sources.json").read_text())
-    assert list(sources) == [str(tmp_path / "rows.jsonl")]
+    assert [(one["key"], one["path"]) for one in sources] == [
+        ("data", str(tmp_path / "rows.jsonl"))
+    ]
     distributed.stop()
 
 
@@ -170,7 +172,7 @@ def test_named_keys() -> None:
 
 
 PARENTS = {
-    "data": {"sources", "tokenizer", "template", "turns", "max_length", "seed", "shuffle"},
+    "data": {"files", "tokenizer", "template", "turns", "max_length", "seed", "shuffle"},
     "sft/policy": {
         "policy",
         "data",
