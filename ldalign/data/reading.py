@@ -271,7 +271,7 @@ def _checked_by(record: dict[str, Any], columns: Columns, counts: KeyCounts) -> 
     if says_something(answer):
         found["answer"] = json_clean(answer)
     if kind not in KINDS:
-        counts.metadata.update(found)
+        counts.metadata.update(found.keys())
     return found
 
 

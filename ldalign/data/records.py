@@ -32,7 +32,6 @@ ZSTD_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 PARQUET = b"PAR1"
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 TEXT_TYPES = ("string", "large_string", "dictionary")  # of columns, by the names of their types

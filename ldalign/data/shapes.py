@@ -270,7 +270,8 @@ class _Reader:
             if source not in self.keys:
                 found += f"; columns.{target}={shown(source)}: the row has no such key"
         for key, value in self.record.items():
-            if isinstance(value, list) and value and isinstance(value[0], dict):
+            first = value[0] if isinstance(value, list) and value else None
+            if isinstance(first, dict) and not {"role", "from", "content"} & first.keys():
                 found += f"; where {key!r} is the list of rows, write the list itself as the file"
         return f"no known shape: expected {SHAPES}; found {found}{mapping_hint(self.keys)}"
 
@@ -297,7 +298,7 @@ class _Reader:
         if not self.has("instruction"):
             return None
         parts = [self._plain("instruction"), self._plain("input") if self.has("input") else ""]
-        return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+        return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
 
     def turns(self, value: Any, key: str) -> list[Message]:
         return read_turns(value, key, self.columns, self.counts)
@@ -391,8 +392,9 @@ class _Reader:
         if texts := [key for key in others if self._may_be_prompt(key)]:
             named = ", ".join(map(shown, texts))
             raise BadRow(
-                f"{winner} and {loser} have no prompt, and the row has {named}"
-                f"{mapping_hint(texts)}; or leave out what is none with ignore_columns"
+                f"{winner} and {loser} have no prompt, and the row has {named}; read one as the "
+                f"prompt (columns: {{prompt: {shown(texts[0])}}}), or leave all out with "
+                "ignore_columns"
             )
         shared = 0
         while shared < min(len(first), len(second)) and first[shared] == second[shared]:
