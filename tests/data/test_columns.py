@@ -169,7 +169,7 @@ def test_no_prompt_is_guessed_beside_a_column(tmp_path, key, value):
     named = parquet(
         tmp_path / "z", {"best": texts["chosen"], "worst": texts["rejected"], key: [value]}
     )
-    with pytest.raises(InputError, match="y:1: chosen and rejected have no prompt"):
+    with pytest.raises(InputError, match="z:1: chosen and rejected have no prompt"):
         read_rows(named, columns=Columns({"chosen": "best", "rejected": "worst"}))
     (row,) = read_rows(path, columns=Columns({}, frozenset([key])))
     assert row.history == (u("The town is"),)

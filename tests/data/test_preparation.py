@@ -169,10 +169,10 @@ def split_rows(
 ) -> tuple[list[Row], list[Row]]:
     """The training and the held-out rows of two files; without `heldout`, a tenth is held out."""
     sources: list[Source | None] = []
-    for name, records in (("data", data), ("held", heldout)):
+    for name, rows in (("data", data), ("held", heldout)):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        sources.append(Source(((path,),)) if records else None)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(Source(((path,),)) if rows else None)
     plan = Plan(
         policy, None, date(2026, 1, 1), Fitting(200), heldout_fraction=0.1, heldout_rows=200
     )
