@@ -127,7 +127,7 @@ def test_shapes(tmp_path, record, history, response, rejected):
             {"chosen": "Human: q r", "rejected": "Human: q g"},
             "chosen: is a whole conversation in one text",
         ),
-        ({"prompt": "<|im_start|>user\nq", "response": "r"}, r"begins with '<\|im_start\|>'"),
+        ({"prompt": "<|im_start|>user\nq", "response": "r"}, r"begins with '<\|im_start\|>user'"),
         ({"prompt": "<s>[INST] q [/INST]", "response": "r"}, r"prompt: begins with '<s>\[INST\]'"),
         ({"prompt": HH, "response": " a\n\nHuman: b\n\nAssistant: c"}, "goes on with a turn"),
         (
@@ -252,8 +252,8 @@ def test_what_is_empty_is_not_there(tmp_path, record, empty):
     ("record", "message"),
     [
         ({"prompt": "q", "response": ""}, r"response: turn 2 \(assistant\) is empty"),
-        ({"prompt": "", "response": "r"}, r"turn 1 \(user\) is empty"),
-        ({"instruction": "", "input": "", "output": "r"}, r"turn 1 \(user\) is empty"),
+        ({"prompt": "", "response": "r"}, r"response: turn 1 \(user\) is empty"),
+        ({"instruction": "", "input": "", "output": "r"}, r"output: turn 1 \(user\) is empty"),
         ({"prompt": "q", "chosen": "r", "rejected": ""}, r"rejected: turn 2 .* is empty"),
         ({"messages": [], "conversations": []}, "messages: is empty"),
         ({"prompt": "q", "response": "", "output": ""}, r"response: turn 2 .* is empty"),
