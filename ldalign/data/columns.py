@@ -8,6 +8,7 @@ renames keys (`columns`) and leaves keys out (`ignore_columns`).
 
 import fnmatch
 import functools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ from typing import Any, Literal, NamedTuple
 PAIR_KEYS = (("real", "generated"), ("chosen", "rejected"))  # (winner, loser)
 ANSWERS = ("response", "completion", "output")  # of a row with a prompt and one answer
 TALKS = ("messages", "conversations")  # whole conversations
+# What names the conversation that a row is a turn of; the first of them that says something does.
+CONVERSATION_IDS = (
+    *("conversation_id", "conv_id", "conversation_hash", "dialogue_id", "dialog_id", "chat_id"),
+    *("thread_id", "session_id", "message_tree_id"),
+)
 
 Use = Literal["read", "metadata", "meaning", "unknown"]
 
@@ -30,6 +36,7 @@ READ = (
     *(key for keys in PAIR_KEYS for key in keys),
     "kind",
     "answer",
+    *CONVERSATION_IDS,
 )
 TURN_READ = ("role", "content", "from", "value")
 
@@ -44,8 +51,12 @@ METADATA = (
     *("category", "subject", "topic", "domain", "tags", "type", "metadata", "meta"),
     *("num_*", "n_*", "length", "*_length", "tokens", "*_tokens", "token_count"),
 )
+# Of these and of the ids that are read, what is a name of a row and can be no text of it.
+IDS = ("*id", "*_ids", "hash", "*_hash", "index", "idx", "row", "__index_level_0__")
 # A name among a turn's is one of several speakers: the usual templates do not write it.
 TURN_METADATA = (*METADATA, "name")
+
+NUMBER = re.compile(r"\s*[-+]?[\d.,]+(?:[eE][-+]?\d+)?\s*%?\s*")
 
 # What changes the task where it is dropped, and the key of `columns` that would read it.
 MEANING: dict[str, str | None] = {
@@ -56,6 +67,8 @@ MEANING: dict[str, str | None] = {
     **dict.fromkeys(("tools", "functions", "available_tools", "tool_calls", "function_call")),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts")),
     **dict.fromkeys(("label", "labels", "preference", "winner", "choice", "margin")),
+    **dict.fromkeys(("preference_label", "preferred", "is_preferred", "is_chosen", "desirable")),
+    **dict.fromkeys(("kto_tag", "kto_label", "train", "train_on_inputs", "training_detail")),
     **dict.fromkeys(("better_response_id", "safer_response_id", "completions", "responses")),
     **dict.fromkeys(("response_a", "response_b", "response_0", "response_1", "response_2")),
     **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight", "loss_mask")),
@@ -66,6 +79,7 @@ TURN_MEANING: dict[str, str | None] = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call")),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts")),
     **dict.fromkeys(("weight", "train", "trainable", "loss", "loss_mask", "mask", "label")),
+    **dict.fromkeys(("training_detail", "train_on_turn", "kto_tag")),
     **dict.fromkeys(("refusal", "prefix", "documents", "citations")),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos")),
 }
@@ -105,21 +119,54 @@ def plan_of(keys: tuple[str, ...], turn: bool = False) -> Plan:
 
 
 def says_something(value: Any) -> bool:
-    """Says whether a value is there: null, "", [] and {} are how files write that it is not."""
-    return value is not None and value != "" and value != [] and value != {}
+    """Says whether a value is there: null, "", [], {} and NaN are how files write that it is not.
+
+    NaN is how pandas writes a missing value, of a text too.
+    """
+    return value is not None and value != "" and value != [] and value != {} and value == value
+
+
+def holds_text(value: Any) -> bool:
+    """Says whether a value is a text that is no number, or has one in it."""
+    if isinstance(value, dict):
+        return any(map(holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_text, value))
+    if isinstance(value, str):
+        return bool(value.strip()) and not NUMBER.fullmatch(value)
+    return isinstance(value, bytes) and bool(value)
+
+
+def is_id(key: str) -> bool:
+    """Says whether a key of a row names it, by the table."""
+    known = use_of(key) in ("read", "metadata")
+    return known and any(fnmatch.fnmatchcase(key, pattern) for pattern in IDS)
+
+
+def shown(key: str) -> str:
+    """Returns a key's name as messages print it: escaped where a terminal could not show it."""
+    return key if key.isprintable() else repr(key)[1:-1]
 
 
 @dataclass
 class KeyCounts:
-    """In how many rows stand the keys that are left out, by name."""
+    """In how many rows stand the keys that are left out, by name; the unknown as `shown`.
+
+    turns: metadata of turns, in how many turns. notes: what else is said at the end, with how many
+    times it was so.
+    """
 
     metadata: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "KeyCounts") -> None:
         """Adds the counts of other rows."""
         self.metadata += other.metadata
+        self.turns += other.turns
+        self.notes += other.notes
         self.unknown += other.unknown
         self.ignored += other.ignored
 
@@ -128,7 +175,8 @@ class KeyCounts:
 class Columns:
     """What a user says about the keys of rows.
 
-    named: the file's name of a key that is read (`columns: {prompt: question}`).
+    named: the file's name of a key that is read (`columns: {prompt: question}`). A row without it
+    is read by the key's own name, as files of one run may differ.
     ignored: keys of rows and of turns that are left out, whatever they say.
     """
 
@@ -162,11 +210,24 @@ class Columns:
             return None
         return record.get(key)
 
+    def unless_ignored(self, record: Mapping[str, Any], key: str) -> Any:
+        """Returns the value that the file has under a name; None where the user leaves it out."""
+        return None if key in self.ignored else record.get(key)
+
+    def given(self, record: Mapping[str, Any], key: str) -> tuple[str, Any]:
+        """Returns the value of a key that a row may have under the user's name for it, else under
+        its own, and the name that it has there.
+        """
+        source = self.named.get(key)
+        if source is not None and says_something(record.get(source)):
+            return source, record[source]
+        return key, self.value(record, key)
+
     def rename(self, record: dict[str, Any]) -> dict[str, Any]:
         """Returns a row's record with the keys that are read under their own names, without the
         ignored ones.
 
-        Raises ValueError where one takes the place of another that says something.
+        Raises ValueError where both the user's name for a key and its own say something.
         """
         if not self.named and not self.ignored:
             return record
@@ -174,10 +235,11 @@ class Columns:
         renamed = {}
         for key, value in record.items():
             if key in sources:
-                renamed[sources[key]] = value
+                if says_something(value) or sources[key] not in renamed:
+                    renamed[sources[key]] = value
             elif key in self.ignored:
                 continue
-            elif key not in self.named:
+            elif key not in self.named or not says_something(record.get(self.named[key])):
                 renamed[key] = value
             elif says_something(value):
                 raise ValueError(

@@ -7,24 +7,29 @@ file and the physical line (in parquet, Arrow and JSON arrays, the row).
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ldalign.data.columns import Columns, KeyCounts
+from ldalign.data.columns import CONVERSATION_IDS, Columns, KeyCounts, says_something, shown
+from ldalign.data.embedded import KINDS
 from ldalign.data.records import BadRow, Chunk, chunks, json_clean
-from ldalign.data.rows import Message, Row, RowNames, content_hash
+from ldalign.data.rows import Message, Row, RowNames, beginning, content_hash
 from ldalign.data.shapes import Talk, given_id, read_record
 from ldalign.data.sources import files_of
-from ldalign.data.turns import checked_text, type_name
+from ldalign.data.turns import read_name, type_name
+from ldalign.data.written_out import checked_text
 from ldalign.system.errors import InputError
 
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 0.01  # the share of rows that bad_rows="skip" may leave out
 SHOWN_KEYS = 30  # names of keys in one line
+_NAMES = frozenset(CONVERSATION_IDS)
+SHARD = re.compile(r"-\d+-of-\d+(?=[^/]*\Z)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Reading:
         each). Preference rows have one response, their last turn.
     bad_rows: "error" stops at the first bad row; "skip" leaves bad rows out, up to 1 % of all.
     columns: the keys that the user renames and leaves out.
+    seen: those of them that stood in a file read with this, so far: files of one run may differ.
 
     Raises InputError for other values, and for columns that contradict themselves.
     """
@@ -42,6 +48,7 @@ class Reading:
     turns: Literal["first", "last", "all"] = "last"
     bad_rows: Literal["error", "skip"] = "error"
     columns: Columns = field(default_factory=Columns)
+    seen: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -59,7 +66,8 @@ class Tally:
     """What was found in the files that were read.
 
     good, bad: records that became rows, and what is wrong with the others. rows: rows made.
-    keys: the keys that were left out. sources: the renamed keys that some row had.
+    keys: the keys that were left out. sources: the renamed keys that some row had. own: keys that
+    some row had under their own names in place of the user's.
     """
 
     good: int = 0
@@ -67,6 +75,7 @@ class Tally:
     rows: int = 0
     keys: KeyCounts = field(default_factory=KeyCounts)
     sources: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
     said: set[str] = field(default_factory=set)  # unknown keys that were named already
 
     def add(self, other: "Tally", reading: Reading) -> None:
@@ -81,6 +90,7 @@ class Tally:
         self.rows += other.rows
         self.keys.add(other.keys)
         self.sources |= other.sources
+        self.own |= other.own
         self.say_unknown()
 
     def say_unknown(self) -> None:
@@ -98,19 +108,28 @@ class Tally:
     def finish(self, reading: Reading) -> None:
         """Says what was left out.
 
-        Raises InputError where more rows are bad than may be skipped, and for a renamed key that
-        no row had.
+        Raises InputError where more rows are bad than may be skipped, and for a renamed `system` or
+        `id` that no row had: rows without them look whole.
         """
-        for target, source in reading.columns.named.items():
-            if source not in self.sources and self.good:
-                raise InputError(f"columns.{target}={source}: no row has such a key")
         from ldalign.system.metrics import say
 
-        if unused := reading.columns.ignored - self.keys.ignored.keys():
-            say(f"data: WARNING: ignore_columns: no row has {', '.join(sorted(unused))}")
-        if self.keys.metadata:
-            counted = [f"{key} ({count} rows)" for key, count in self.keys.metadata.most_common()]
+        reading.seen.update(self.sources, self.keys.ignored)
+        for target, source in reading.columns.named.items():
+            if source in reading.seen or not self.good:
+                continue
+            missing = f"columns.{target}={shown(source)}: no row has such a key"
+            if target in ("system", "id") and target not in self.own:
+                raise InputError(missing)
+            own = f"; {target} is read under its own name" if target in self.own else ""
+            say(f"data: WARNING: {missing}{own}")
+        if unused := reading.columns.ignored - reading.seen:
+            say(f"data: WARNING: ignore_columns: no row has {_named(sorted(unused))}")
+        counted = [f"{key} ({count} rows)" for key, count in self.keys.metadata.most_common()]
+        counted += [f"{key} ({n} turns)" for key, n in self.keys.turns.most_common() if n]
+        if counted:
             say(f"data: keys that say nothing to train on: {_named(counted)}")
+        for note, count in self.keys.notes.items():
+            say(f"data: {count} {note}")
         if not self.bad:
             return
         total = self.good + len(self.bad)
@@ -124,7 +143,7 @@ class Tally:
 
 def _named(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return ", ".join(keys[:SHOWN_KEYS]) + more
+    return ", ".join(map(shown, keys[:SHOWN_KEYS])) + more
 
 
 def iter_rows(
@@ -196,46 +215,77 @@ def read_chunk(chunk: Chunk, reading: Reading) -> tuple[list[Row], Tally]:
     """
     rows: list[Row] = []
     tally = Tally()
-    sources = reading.columns.named.values()
+    named = reading.columns.named
     for number, record in chunk.records():
         where = f"{chunk.path}:{number}"
         try:
             if isinstance(record, BadRow):
                 raise record
             talk = read_record(record, reading.columns, tally.keys, chunk.unread)
-            rows += _rows(record, talk, reading, where)
+            rows += _rows(record, talk, reading, where, tally.keys)
             tally.good += 1
         except BadRow as error:
             tally.bad.append(f"{where}{error.place}: {error}")
             if reading.bad_rows == "error":
                 break
             continue
-        tally.sources.update(source for source in sources if source in record)
+        for target, source in named.items():
+            if source in record:
+                tally.sources.add(source)
+            elif says_something(record.get(target)):
+                tally.own.add(target)
     tally.rows = len(rows)
     return rows, tally
 
 
-def _rows(record: dict[str, Any], talk: Talk, reading: Reading, where: str) -> list[Row]:
+def _rows(
+    record: dict[str, Any], talk: Talk, reading: Reading, where: str, counts: KeyCounts
+) -> list[Row]:
     """The rows of one record: one for each of its answers that is asked for."""
     given = given_id(record, reading.columns)
-    kind, answer = (reading.columns.value(record, key) for key in ("kind", "answer"))
-    if kind is not None and not isinstance(kind, str):
-        raise BadRow(f"kind: is {type_name(kind)}; expected text")
-    keep: dict[str, Any] = {"kind": kind and checked_text(kind, "kind"), "where": where}
-    if answer is not None:
-        keep["answer"] = json_clean(answer)
+    keep = {"where": where, "conversation": _conversation(record, talk, reading.columns, where)}
+    keep |= _checked_by(record, reading.columns, counts)
     chosen = {"first": talk.ends[:1], "last": talk.ends[-1:], "all": talk.ends}[reading.turns]
-    # What the record says, and the row too, where it is the row.
-    whole = given or content_hash([talk.messages[:-1], talk.messages[-1]["content"], talk.rejected])
     rows = []
     for turn, end in enumerate(chosen):
         history: list[Message] = talk.messages[:end]
         response = talk.messages[end]["content"]
         if given is not None:
             name = f"{given}/{turn}" if reading.turns == "all" and talk.is_conversation else given
-        elif end == len(talk.messages) - 1:
-            name = whole
         else:
             name = content_hash([history, response, talk.rejected])
-        rows.append(Row(name, tuple(history), response, talk.rejected, conversation=whole, **keep))
+        rows.append(Row(name, tuple(history), response, talk.rejected, **keep))
     return rows
+
+
+def _checked_by(record: dict[str, Any], columns: Columns, counts: KeyCounts) -> dict[str, Any]:
+    """What a program checks answers by; counted among the metadata where none knows the kind."""
+    if "kind" not in record and "answer" not in record:
+        return {}
+    kind, answer = columns.value(record, "kind"), columns.value(record, "answer")
+    if says_something(kind) and not isinstance(kind, str):
+        raise BadRow(f"kind: is {type_name(kind)}; expected text")
+    found: dict[str, Any] = {}
+    if says_something(kind):
+        found["kind"] = checked_text(kind, "kind")
+    if says_something(answer):
+        found["answer"] = json_clean(answer)
+    if kind not in KINDS:
+        counts.metadata.update(found.keys())
+    return found
+
+
+def _conversation(record: dict[str, Any], talk: Talk, columns: Columns, where: str) -> str:
+    """What the rows of one conversation share: its name, else how it begins.
+
+    A name counts too where the user reads it as the row's id.
+    """
+    name = None
+    if not _NAMES.isdisjoint(record):
+        names = (read_name(columns.unless_ignored(record, key), key) for key in CONVERSATION_IDS)
+        name = next((name for name in names if name is not None), None)
+    if name is None:
+        return beginning(talk.messages)
+    # Files number from 0 what is not the same: a number is a name in its own file alone, the
+    # pieces of which (-00000-of-00003) are one.
+    return f"{SHARD.sub('', where.rpartition(':')[0])}:{name}" if name.isdecimal() else name

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
-from ldalign.data.columns import Columns, use_of
+from ldalign.data.columns import MEANING, PAIR_KEYS, READ, Columns, shown, use_of
 from ldalign.system.errors import InputError
 
 MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a conversation
@@ -27,11 +27,15 @@ CHUNK_ROWS = 256  # of a JSON array or columns
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# A frame of zstd that is to be skipped: pzstd and others write one first.
+ZSTD_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 PARQUET = b"PAR1"
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 TEXT_TYPES = ("string", "large_string", "dictionary")  # of columns, by the names of their types
+CSV_NAME = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?\Z", re.IGNORECASE)
 
 
 class BadRow(ValueError):
@@ -96,7 +100,9 @@ def chunks(path: Path, columns: Columns | None = None) -> Iterator[Chunk]:
             yield from _arrow_chunks(path, columns, head.startswith(ARROW_FILE))
         else:
             with _open_text(path, head) as text:
-                is_array = text.peek(1).removeprefix(BOM).lstrip(BLANK)[:1] == b"["  # type: ignore[attr-defined]
+                start = text.peek(1).removeprefix(BOM).lstrip(BLANK)  # type: ignore[attr-defined]
+                _refuse_csv(path, start)
+                is_array = start[:1] == b"["
                 yield from _array_chunks(path, text) if is_array else _line_chunks(path, text)
     except (EOFError, zlib.error) as error:
         raise InputError(f"{path}: broken gzip file: {error}") from error
@@ -145,7 +151,7 @@ def _open_text(path: Path, head: bytes) -> Iterator[BinaryIO]:
     if head.startswith(GZIP):
         with gzip.open(path) as file:
             yield cast(BinaryIO, file)
-    elif head.startswith(ZSTD):
+    elif head.startswith(ZSTD) or ZSTD_SKIPPED.match(head):
         import pyarrow
 
         with pyarrow.input_stream(str(path), compression="zstd") as stream:
@@ -191,23 +197,24 @@ def _json_value(line: bytes) -> Any:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(
-            "not UTF-8 text, nor parquet, Arrow, gzip or zstd; expected one JSON object a line",
+            "not UTF-8 text, nor parquet, Arrow, gzip or zstd; expected one JSON object a line"
+            + (", saved as UTF-8" if b"{" in line else ""),
             error.start + 1,
         )
     except json.JSONDecodeError as error:
         start = line.lstrip()[:2]
-        hint = "; expected one JSON object a line" if start in (b"{", b"[") else ""
+        hint = ""
+        if start in (b"{", b"["):
+            hint = "; expected one JSON object a line, or one list of objects as the whole file"
+        elif b"\0" in start:
+            hint = "; it is not UTF-8 text: save it as UTF-8"
         if start[:1] == b"[":
             hint = "; expected one JSON object a line, not a JSON array"
         return BadRow(f"broken JSON: {error.msg}{hint}", error.pos + 1)
     except RecursionError:
         return BadRow("broken JSON: nested too deeply")
-    except ValueError as error:  # NaN, a key given twice, an integer of thousands of digits
+    except ValueError as error:  # a key given twice, an integer of thousands of digits
         return BadRow(f"broken JSON: {error}")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,7 +227,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
+# NaN and Infinity, which Python and pandas write, are read as numbers: no text and no id is one.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _refuse_csv(path: Path, start: bytes) -> None:
+    """Raises InputError for a table of text: by its name, or by a first line that names columns.
+
+    start: how the file begins, behind blanks.
+    """
+    line = start.split(b"\n", 1)[0].decode("utf-8", "replace")
+    if start[:1] in (b"", b"{", b"["):
+        return
+    mark = "\t" if line.count("\t") > line.count(",") else ","
+    names = [name.strip().strip('"').lower() for name in line.split(mark)]
+    if CSV_NAME.search(path.name) or (
+        len(names) > 1
+        and all(re.fullmatch(r"[\w .-]+", name) for name in names)
+        and not {*READ, *MEANING}.isdisjoint(names)
+    ):
+        tabs = ', delimiter="\\t"' if mark == "\t" else ""
+        raise InputError(
+            f"{path}: CSV is not read; convert it: python -c 'import pyarrow.csv as c, "
+            'pyarrow.parquet as p; p.write_table(c.read_csv("IN", parse_options=c.ParseOptions('
+            f'newlines_in_values=True{tabs})), "OUT.parquet")\''
+        )
 
 
 # ------------------------------------------------------------------------------------- a JSON array
@@ -303,6 +334,7 @@ class _Array:
                 # At the end of what was read a number may go on: "1" was "1e+9".
                 is_cut = isinstance(value, int | float) and end > len(self.text) - 4
                 if not is_cut or not self._more():
+                    self._check_size(end)
                     self.at = end
                     return value
                 continue
@@ -310,12 +342,18 @@ class _Array:
                 raise self._broken("nested too deeply") from None
             except json.JSONDecodeError as error:
                 reason = error.msg
-            except ValueError as error:  # NaN, a key given twice, an integer of thousands of digits
+            except ValueError as error:  # a key given twice, an integer of thousands of digits
                 raise self._broken(str(error)) from None
             if len(self.text) - self.at > MAX_ROW_BYTES:
                 raise self._broken(f"{reason}, within {MAX_ROW_BYTES} bytes")
             if not self._more():
                 raise self._broken(reason)
+
+    def _check_size(self, end: int) -> None:
+        """Raises InputError where the value that ends there is longer than a row may be."""
+        if (end - self.at) * 4 > MAX_ROW_BYTES:  # of a character in UTF-8, at most 4 bytes
+            if len(self.text[self.at : end].encode("utf-8", "replace")) > MAX_ROW_BYTES:
+                raise self._broken(f"the value is longer than {MAX_ROW_BYTES} bytes")
 
     def _broken(self, reason: str) -> InputError:
         return InputError(
@@ -352,7 +390,7 @@ def _parquet_chunks(path: Path, columns: Columns) -> Iterator[Chunk]:
         file = pyarrow.parquet.ParquetFile(path)
     with file:
         with _columns_of(path, first, "parquet"):
-            names, unread = _wanted(file.schema_arrow, columns)
+            names, unread = _wanted(path, file.schema_arrow, columns)
             batches = file.iter_batches(batch_size=CHUNK_ROWS, columns=names)
         while True:
             with _columns_of(path, first, "parquet"):
@@ -371,7 +409,7 @@ def _arrow_chunks(path: Path, columns: Columns, is_file: bool) -> Iterator[Chunk
     with _columns_of(path, first, "Arrow"):
         source = pyarrow.memory_map(str(path))
         reader = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source)
-        names, unread = _wanted(reader.schema, columns)
+        names, unread = _wanted(path, reader.schema, columns)
         count = reader.num_record_batches if is_file else None
     with source:
         index = 0
@@ -380,6 +418,7 @@ def _arrow_chunks(path: Path, columns: Columns, is_file: bool) -> Iterator[Chunk
                 try:
                     batch = reader.get_batch(index) if is_file else reader.read_next_batch()
                 except StopIteration:
+                    _check_end(path, source, first)
                     return
                 batch = batch.select(names)
                 batch.validate(full=True)  # a stranger's offsets may lead out of the file
@@ -390,18 +429,51 @@ def _arrow_chunks(path: Path, columns: Columns, is_file: bool) -> Iterator[Chunk
                 first += part.num_rows
 
 
-def _wanted(schema: Any, columns: Columns) -> tuple[list[str], tuple[str, ...]]:
+def _check_end(path: Path, source: Any, row: int) -> None:
+    """Raises InputError unless a stream that was read, up to before this row, has its end mark, and
+    nothing behind it.
+
+    A stream that is cut between two of its batches looks whole but for that.
+    """
+    end = source.tell()
+    source.seek(max(0, end - len(ARROW_END)))
+    if source.read(len(ARROW_END)) != ARROW_END:
+        raise InputError(
+            f"{path}: broken Arrow file after row {row - 1}: it has no end mark, so it was cut, or "
+            "its writer not closed; copy it or write it again"
+        )
+    if end < source.size():
+        raise InputError(
+            f"{path}: broken Arrow file after row {row - 1}: something stands behind its end mark; "
+            "write it as one stream"
+        )
+
+
+def _wanted(path: Path, schema: Any, columns: Columns) -> tuple[list[str], tuple[str, ...]]:
     """(columns that are read, columns that are not) of a table.
 
-    An unknown one is read where it may hold text: it matters then whether it says something.
+    An unknown one is read where it may hold text: it matters then whether it says something. All
+    are, whatever they hold, beside two texts that may be a pair without a prompt. Raises InputError
+    for a name that two columns have.
     """
     import pyarrow.types as kinds
 
     names: list[str] = []
     unread: list[str] = []
+    texts = {one.name for one in schema if str(one.type).startswith(TEXT_TYPES)}
+    every = any(
+        all(not texts.isdisjoint((key, columns.named.get(key, key))) for key in keys)
+        for keys in PAIR_KEYS
+    )
     for one in schema:
-        may_hold_text = kinds.is_nested(one.type) or str(one.type).startswith(TEXT_TYPES)
+        may_hold_text = kinds.is_nested(one.type) or one.name in texts
         known = use_of(one.name) != "unknown" or one.name in columns.named.values()
         wanted = columns.is_needed(one.name) and (known or may_hold_text)
+        wanted = wanted or (every and one.name not in columns.ignored)
         (names if wanted else unread).append(one.name)
+        if wanted and names.count(one.name) > 1:
+            raise InputError(
+                f"{path}: has two columns of the name {one.name!r}; rename one, or leave both out "
+                f"with ignore_columns: [{shown(one.name)}]"
+            )
     return names, tuple(unread)

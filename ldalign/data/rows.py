@@ -21,8 +21,8 @@ class Row:
     rejected: the generated (rejected) one of preference rows.
     kind, answer: what a checker needs, kept from the file.
     where: "file:line" it came from.
-    conversation: its record's id, or a hash of all that the record says. Rows of one conversation
-        (turns=all) have the same.
+    conversation: what it shares with the other rows of its conversation, and with no others: the
+        name that its record gives the conversation, else a hash of how it begins (`beginning`).
     """
 
     id: str
@@ -38,6 +38,18 @@ class Row:
 def content_hash(content: Any) -> str:
     """Returns the name of what has none: 16 hex digits of the sha256 of its JSON."""
     return hashlib.sha256(_canonical(content)).hexdigest()[:16]
+
+
+def beginning(messages: Sequence[Message]) -> str:
+    """Returns a hash of a conversation's first question and its answer: 32 hex digits.
+
+    Rows that hold one conversation up to different turns begin alike. The system turn and white
+    space around a text are left out, as they may differ between such rows.
+    """
+    first = 1 if messages[0]["role"] == "system" else 0
+    question, answer = (m["content"].strip() for m in messages[first : first + 2])
+    both = f"{question}\0{answer}"  # no text holds a NUL
+    return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
 
 
 class RowNames:

@@ -11,35 +11,41 @@ from typing import Any
 
 from ldalign.data.columns import (
     ANSWERS,
+    CONVERSATION_IDS,
     PAIR_KEYS,
     TALKS,
     Columns,
     KeyCounts,
+    holds_text,
+    is_id,
     mapping_hint,
     plan_of,
     refusal,
     says_something,
+    shown,
     use_of,
 )
 from ldalign.data.records import BadRow
 from ldalign.data.rows import Message
-from ldalign.data.turns import (
+from ldalign.data.turns import ROLES, check_turns, read_name, read_turns, type_name
+from ldalign.data.written_out import (
     MARKED,
-    ROLES,
     TRANSCRIPT,
-    check_turns,
     checked_text,
     read_transcript,
-    read_turns,
     refuse_rendered,
-    type_name,
+    refuse_written_out,
 )
 
 SHAPES = (
     "messages | conversations | prompt + response | prompt + completion | instruction (+ input) + "
     "output | real + generated | chosen + rejected (+ prompt)"
 )
-BESIDE = ("id", "kind", "answer", "system")  # read beside every shape
+BESIDE = ("id", "kind", "answer", "system", *CONVERSATION_IDS)  # read beside every shape
+
+# What is said at the end of how many rows were so.
+NUMBERS = "rows have a whole number as an answer, which is read as its digits"
+OPEN_ENDS = "conversations end with a user turn, which is left out"
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,14 @@ def read_record(
     """
     named = _checked(record, columns, counts, unread)
     reader = _Reader(named, columns, counts, [*record, *unread])
-    talk = reader.read()
-    reader.refuse_what_is_left()
-    return _with_system(named, talk)
+    try:
+        talk = reader.read()
+        reader.refuse_what_is_left()
+        talk = _with_system(named, talk)
+    except BadRow as error:
+        raise _by_its_name(error, record, columns) from None
+    counts.notes.update(reader.notes)
+    return talk
 
 
 def read_prompt(record: Any, columns: Columns, counts: KeyCounts) -> list[Message]:
@@ -79,7 +90,18 @@ def read_prompt(record: Any, columns: Columns, counts: KeyCounts) -> list[Messag
     """
     named = _checked(record, columns, counts, ())
     reader = _Reader(named, columns, counts, list(record))
-    messages = reader.prompt()
+    try:
+        messages = _open_talk(reader, record)
+        asked = (*ANSWERS, *(key for keys in PAIR_KEYS for key in keys))
+        reader.refuse_what_is_left(harmless=asked)
+        return _with_system(named, Talk(messages, [])).messages
+    except BadRow as error:
+        raise _by_its_name(error, record, columns) from None
+
+
+def _open_talk(reader: "_Reader", record: dict[str, Any]) -> list[Message]:
+    """The conversation of a record that is to be answered."""
+    messages, named = reader.prompt(), reader.record
     check_turns(messages or [], "prompt")
     key = next((key for key in TALKS if says_something(named.get(key))), None)
     if messages is not None and key is not None:
@@ -97,19 +119,13 @@ def read_prompt(record: Any, columns: Columns, counts: KeyCounts) -> list[Messag
                 f"{key}: ends with a turn of the {messages[-1]['role']}; expected a conversation "
                 "that ends with a user turn"
             )
-    reader.refuse_what_is_left(harmless=(*ANSWERS, *(key for keys in PAIR_KEYS for key in keys)))
-    return _with_system(named, Talk(messages, [])).messages
+    return messages
 
 
 def given_id(record: dict[str, Any], columns: Columns) -> str | None:
     """Returns the id that a record gives itself, as text; None for none. Raises BadRow."""
-    key = columns.named.get("id", "id")
-    value = record.get(key) if key == columns.named.get("id") else columns.value(record, key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise BadRow(f"{key}: is {value!r}; expected a text or an integer")
-    return checked_text(str(value), key)
+    key, value = columns.given(record, "id")
+    return read_name(value, key)
 
 
 # ------------------------------------------------------------------------------- the keys of a row
@@ -129,15 +145,25 @@ def _checked(
     if plan.metadata:
         counts.metadata.update(plan.metadata)
     for key in plan.unknown:
-        counts.unknown[key] += says_something(named[key])
+        counts.unknown[shown(key)] += says_something(named[key])
     if columns.ignored:
         counts.ignored.update(columns.ignored.intersection(record))
     for key in unread:
         if key in columns.ignored:
             counts.ignored[key] += 1
         else:
-            (counts.metadata if use_of(key) == "metadata" else counts.unknown)[key] += 1
+            metadata = use_of(key) == "metadata"
+            (counts.metadata if metadata else counts.unknown)[key if metadata else shown(key)] += 1
     return named
+
+
+def _by_its_name(error: BadRow, record: dict[str, Any], columns: Columns) -> BadRow:
+    """The error about a key that is read under the user's name for it, with that name."""
+    key, separator, rest = str(error).partition(": ")
+    source = columns.named.get(key)
+    if separator and source is not None and says_something(record.get(source)):
+        return BadRow(f"{shown(source)} (columns.{key}): {rest}")
+    return error
 
 
 def _found(record: dict[str, Any]) -> str:
@@ -158,6 +184,7 @@ def _with_system(record: dict[str, Any], talk: Talk) -> Talk:
     if not isinstance(system, str):
         raise BadRow(f"system: is {type_name(system)}; expected text")
     turn = {"role": "system", "content": checked_text(system, "system")}
+    refuse_rendered(system, "system")
     if talk.messages[0]["role"] != "system":
         return replace(talk, messages=[turn, *talk.messages], ends=[end + 1 for end in talk.ends])
     if talk.messages[0] != turn:
@@ -182,16 +209,40 @@ class _Reader:
         self.counts = counts
         self.keys = keys  # of the file, for messages
         self.used = set(BESIDE)
+        self.notes: list[str] = []  # what is counted where the row turns out to be good
         self.is_transcript = False  # the prompt was one, so its answers are the rest of it
+        self.there = {key for key, value in record.items() if says_something(value)}
 
     def has(self, *keys: str) -> bool:
-        return all(self.record.get(key) is not None for key in keys)
+        return self.there.issuperset(keys)
 
     def take(self, key: str) -> Any:
         self.used.add(key)
         return self.record[key]
 
+    def take_answer(self, key: str) -> Any:
+        """The value of an answer; a whole number is its digits. Of a fraction it is not known how
+        the file spells it.
+        """
+        value = self.take(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        if isinstance(value, float):
+            raise BadRow(f"{key}: is the number {value!r}; expected text")
+        self.notes.append(NUMBERS)
+        return str(value)
+
     def read(self) -> Talk:
+        """Reads the record by the keys that say something; an empty one is as absent as null."""
+        talk = self._by_shape()
+        if talk is None:  # what is empty may be what is wrong
+            self.there = {key for key, value in self.record.items() if value is not None}
+            talk = self._by_shape()
+        if talk is None:
+            raise BadRow(self._no_shape())
+        return talk
+
+    def _by_shape(self) -> Talk | None:
         for winner, loser in PAIR_KEYS:
             if self.has(winner, loser):
                 return self._pair(winner, loser)
@@ -201,13 +252,28 @@ class _Reader:
         for key in ANSWERS:
             if self.has(key) and (self.has("prompt") or self.has("instruction")):
                 return self._answered(key)
-        found = _found({key: self.record.get(key) for key in self.record})
+        return None
+
+    def _no_shape(self) -> str:
+        """What to say of a record of no shape."""
+        found = _found(self.record)
+        asked = [key for key in ("prompt", "instruction") if says_something(self.record.get(key))]
+        sides = [key for keys in PAIR_KEYS for key in keys if self.has(key)]
+        if asked and not sides:
+            return (
+                f"{asked[0]}: has no answer beside it; expected {' | '.join(ANSWERS)} | chosen + "
+                f"rejected; found {found}{mapping_hint(self.keys)}"
+            )
         beside = [key for key in self.keys if key not in self.record]
         found += f"; not read: {', '.join(map(repr, beside[:20]))}" if beside else ""
         for target, source in self.columns.named.items():
             if source not in self.keys:
-                found += f"; columns.{target}={source}: the row has no such key"
-        raise BadRow(f"no known shape: expected {SHAPES}; found {found}{mapping_hint(self.keys)}")
+                found += f"; columns.{target}={shown(source)}: the row has no such key"
+        for key, value in self.record.items():
+            first = value[0] if isinstance(value, list) and value else None
+            if isinstance(first, dict) and not {"role", "from", "content"} & first.keys():
+                found += f"; where {key!r} is the list of rows, write the list itself as the file"
+        return f"no known shape: expected {SHAPES}; found {found}{mapping_hint(self.keys)}"
 
     def refuse_what_is_left(self, harmless: Sequence[str] = ()) -> None:
         """Raises BadRow for a key that says something, is no metadata, and was not used, unless it
@@ -232,7 +298,7 @@ class _Reader:
         if not self.has("instruction"):
             return None
         parts = [self._plain("instruction"), self._plain("input") if self.has("input") else ""]
-        return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+        return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
 
     def turns(self, value: Any, key: str) -> list[Message]:
         return read_turns(value, key, self.columns, self.counts)
@@ -243,12 +309,14 @@ class _Reader:
         ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not ends:
             raise BadRow(f"{key}: no assistant turn")
+        if ends[-1] < len(messages) - 1:
+            self.notes.append(OPEN_ENDS)
         self.read_same_prompt(messages, key)
         return Talk(messages, ends, is_conversation=True)
 
     def _answered(self, key: str) -> Talk:
         prompt = self.prompt() or []
-        value = self.take(key)
+        value = self.take_answer(key)
         history, answer = self._side(value, key, prompt)
         return Talk([*history, {"role": "assistant", "content": answer}], [len(history)])
 
@@ -256,7 +324,7 @@ class _Reader:
         """A preference record: the prompt is given, or both conversations (or texts) begin with
         it.
         """
-        first, second = self.take(winner), self.take(loser)
+        first, second = self.take_answer(winner), self.take_answer(loser)
         whole = not isinstance(first, str) or not isinstance(second, str)
         prompt = self.prompt()
         if prompt is None:
@@ -280,8 +348,10 @@ class _Reader:
         """(history, answer) of a response: a text, an assistant turn alone, or a conversation."""
         if isinstance(value, str):
             answer: list[Message] = [{"role": "assistant", "content": self._answer(value, key)}]
-        else:
+        elif isinstance(value, dict | list):
             answer = self.turns([value] if isinstance(value, dict) else value, key)
+        else:
+            raise BadRow(f"{key}: is {type_name(value)}; expected text")
         alone = answer[0]["role"] == "assistant"
         if alone and prompt is None:
             raise BadRow(
@@ -320,9 +390,11 @@ class _Reader:
                 raise BadRow(f"{key}: is a whole conversation in one text; give it as messages")
         others = [key for key in self.record if key not in (winner, loser)]
         if texts := [key for key in others if self._may_be_prompt(key)]:
+            named = ", ".join(map(shown, texts))
             raise BadRow(
-                f"{winner} and {loser} have no prompt, and the row has {', '.join(texts)}"
-                f"{mapping_hint(texts)}; or leave out what is none with ignore_columns"
+                f"{winner} and {loser} have no prompt, and the row has {named}; read one as the "
+                f"prompt (columns: {{prompt: {shown(texts[0])}}}), or leave all out with "
+                "ignore_columns"
             )
         shared = 0
         while shared < min(len(first), len(second)) and first[shared] == second[shared]:
@@ -338,9 +410,8 @@ class _Reader:
         )
 
     def _may_be_prompt(self, key: str) -> bool:
-        value = self.record[key]
-        harmless = key in ("id", "kind", "answer") or use_of(key) == "metadata"
-        return not harmless and isinstance(value, str | list | dict) and says_something(value)
+        """Whether a key that is not read may hold the prompt of a pair that names none."""
+        return holds_text(self.record[key]) and not is_id(key)
 
     def _prompt(self, value: Any) -> list[Message]:
         """The key `prompt`: a text (one user turn) or a conversation that ends with a user turn."""
@@ -348,6 +419,7 @@ class _Reader:
             text = checked_text(value, "prompt")
             refuse_rendered(text, "prompt")
             if not TRANSCRIPT.match(text):
+                refuse_written_out(text, "prompt")
                 return [{"role": "user", "content": text}]
             self.is_transcript = True
             value = read_transcript(text, "prompt")
@@ -401,4 +473,5 @@ class _Reader:
         value = self.take(key)
         if not isinstance(value, str):
             raise BadRow(f"{key}: is {type_name(value)}; expected text")
+        refuse_rendered(value, key)
         return checked_text(value, key)

@@ -1,12 +1,12 @@
-"""The turns of a conversation: lists of messages, transcripts, and what a text may hold."""
+"""The turns of a conversation: lists of messages, and what a text may hold."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ldalign.data.columns import Columns, KeyCounts, plan_of, refusal, says_something
+from ldalign.data.columns import Columns, KeyCounts, plan_of, refusal, says_something, shown
 from ldalign.data.records import BadRow
 from ldalign.data.rows import Message
+from ldalign.data.written_out import checked_text, refuse_rendered
 
 ROLES = {
     "system": "system",
@@ -15,17 +15,8 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-
-# A whole conversation in one text, as in HH-RLHF: "\n\nHuman: ...\n\nAssistant: ...".
-TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
-SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
-# A conversation that some chat template has written already: a template would wrap it once more.
-RENDERED = re.compile(
-    r"\s*(?:<s>\s*)?(?:\[INST\]|<\|(?:im_start|user|system|start_header_id|begin_of_text)\|>|"
-    r"<start_of_turn>)"
-)
-# The same by hand, where no key says what is the prompt.
-MARKED = re.compile(r"\s*(?:#+ ?(?:Human|User|Instruction|System)\b|(?:Human|USER|User|System):)")
+LARGEST_ID = 2**53  # up to which a floating-point number is one integer
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 
 # What a list of content parts may say beside the type and the text of each.
 PART_METADATA = ("cache_control", "id", "index", "annotations")
@@ -49,26 +40,48 @@ def read_turns(value: Any, key: str, columns: Columns, counts: KeyCounts) -> lis
 def _turn(turn: Any, where: str, columns: Columns, counts: KeyCounts) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"{where} is {type_name(turn)}; expected {{role, content}}")
-    plan = plan_of(tuple(turn), True)
-    for name in plan.meaning:
-        if says_something(turn[name]) and name not in columns.ignored:
-            raise BadRow(refusal(name, f"{where}: ", turn=True))
-    for name in plan.unknown:
-        if says_something(turn[name]) and name not in columns.ignored:
-            counts.unknown[f"{name} (of a turn)"] += 1
     if columns.ignored:
         counts.ignored.update(columns.ignored.intersection(turn))
-    role, content = turn.get("role"), turn.get("content")
-    if role is None:
-        role = turn.get("from")
-    if content is None:
-        content = turn.get("value")
-    elif says_something(turn.get("value")):
-        raise BadRow(f"{where} has both content and value; expected one of them")
+        turn = {key: value for key, value in turn.items() if key not in columns.ignored}
+    plan = plan_of(tuple(turn), True)
+    for name in plan.meaning:
+        if says_something(turn[name]):
+            raise BadRow(refusal(name, f"{where}: ", turn=True))
+    for name in plan.metadata:
+        counts.turns[name] += says_something(turn[name])
+    for name in plan.unknown:
+        if says_something(turn[name]):
+            counts.unknown[f"{shown(name)} (of a turn)"] += 1
+    content, value = turn.get("content"), turn.get("value")
+    if value is not None:
+        if not says_something(content):
+            content = value
+        elif says_something(value):
+            raise BadRow(f"{where} has both content and value; expected one of them")
+    role = ROLES.get(turn["role"]) if isinstance(turn.get("role"), str) else None
+    if role is None or "from" in turn:
+        role = _role(turn, where)
+    text = _content(content, where)
+    if role != "assistant":
+        refuse_rendered(text, where)
+    return {"role": role, "content": text}
+
+
+def _role(turn: dict[str, Any], where: str) -> str:
+    """Whose turn it is, by `role` or by ShareGPT's `from`."""
+    role, other = turn.get("role"), turn.get("from")
+    if not says_something(role):
+        role, other = (role if other is None else other), None
     known = ROLES.get(role) if isinstance(role, str) else None
     if known is None:
-        raise BadRow(f"{where} has role {role!r}; expected system, user or assistant")
-    return {"role": known, "content": _content(content, where)}
+        tools = "; leave such rows out, tools are not trained on" if role in TOOL_ROLES else ""
+        raise BadRow(f"{where} has role {role!r}; expected system, user or assistant{tools}")
+    if says_something(other) and (not isinstance(other, str) or ROLES.get(other) != known):
+        raise BadRow(
+            f"{where} has role {role!r} and from {other!r}; leave one of them out with "
+            "ignore_columns: [from]"
+        )
+    return known
 
 
 def _content(value: Any, where: str) -> str:
@@ -89,29 +102,8 @@ def _part(part: Any, where: str) -> str:
         raise BadRow(f"{where}: has a text of type {type_name(part.get('text'))}; expected text")
     for key, value in part.items():
         if key not in ("type", "text", *PART_METADATA) and says_something(value):
-            raise BadRow(f"{where}: has {key}, which is not read; expected type and text")
+            raise BadRow(f"{where}: has {shown(key)}, which is not read; expected type and text")
     return str(part["text"])
-
-
-def read_transcript(text: str, key: str) -> list[Message]:
-    """The turns of a transcript; the blank behind each speaker's colon is the form's."""
-    checked_text(text, key)
-    _, *parts = SPEAKER.split(text)
-    turns = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        turns.append({"role": role, "content": said})
-    return turns
-
-
-def refuse_rendered(text: str, key: str) -> None:
-    """Raises BadRow for a text that a chat template has written."""
-    found = RENDERED.match(text)
-    if found:
-        raise BadRow(
-            f"{key}: begins with {found[0].strip()!r}: a chat template has written it already; "
-            "give the conversation as messages"
-        )
 
 
 def check_turns(messages: Sequence[Message], key: str) -> None:
@@ -127,28 +119,39 @@ def check_turns(messages: Sequence[Message], key: str) -> None:
         if role != expected:
             raise BadRow(
                 f"{key}: turn {number} is {role}; expected {expected} (user and assistant "
-                "alternate)"
+                f"alternate){_remedy(number, role, expected)}"
             )
         if not message["content"].strip():
             raise BadRow(f"{key}: turn {number} ({role}) is empty")
         expected = "assistant" if role == "user" else "user"
 
 
-def checked_text(value: str, key: str) -> str:
-    """Returns `value`, unless it holds what no UTF-8 file can or no tokenizer should see.
+def _remedy(number: int, role: str, expected: str) -> str:
+    """What to do about a turn out of turn."""
+    if role == "system":
+        return "; a system turn is the first, and the only one"
+    if number == 1 or (number == 2 and expected == "user"):
+        return "; leave that turn out, or put the question before it that it answers"
+    return f"; join the two turns of the {role} into one, or leave one of them out"
 
-    Raises BadRow.
+
+def read_name(value: Any, key: str) -> str | None:
+    """Returns an id as text; None for one that says nothing.
+
+    A whole 7.0 is 7, as tables with missing ids write it. Raises BadRow.
     """
-    if "\0" in value:
-        raise BadRow(f"{key}: holds a NUL character")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                f"{key}: holds half of a surrogate pair at character {error.start + 1}"
-            ) from error
-    return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_ID:
+        value = int(value)
+    if isinstance(value, int | str) and not isinstance(value, bool) and value != "":
+        return checked_text(str(value), key)
+    if not says_something(value):
+        return None
+    found = repr(value)
+    found = found if len(found) < 60 else type_name(value)
+    raise BadRow(
+        f"{key}: is {found}; expected a text or an integer; leave it out with "
+        f"ignore_columns: [{key}]"
+    )
 
 
 def type_name(value: Any) -> str:

@@ -10,6 +10,7 @@ from made_rows import GOOD, a, parquet, s, u, write
 from runs import ROOT
 
 from ldalign.data.columns import (
+    CONVERSATION_IDS,
     MEANING,
     METADATA,
     READ,
@@ -17,9 +18,10 @@ from ldalign.data.columns import (
     TURN_METADATA,
     TURN_READ,
     Columns,
+    shown,
     use_of,
 )
-from ldalign.data.reading import read_rows
+from ldalign.data.reading import Reading, iter_rows, read_rows
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
@@ -83,9 +85,9 @@ def test_no_key_changes_a_row_in_silence(tmp_path, capfd, extra, base):
     said = capfd.readouterr().err
     assert (row.history[-1], row.response) == (u("q"), "r")
     for key, value in extra.items():
-        if value in SILENT or key in ("id", "kind", "answer", "system"):
+        if value in SILENT or key in ("id", "kind", "answer", "system", *CONVERSATION_IDS):
             continue
-        assert use_of(key) in ("metadata", "unknown") and key in said
+        assert use_of(key) in ("metadata", "unknown") and shown(key) in said
 
 
 def test_the_page_has_the_same_table():
@@ -137,14 +139,43 @@ def test_unread_columns_of_parquet_are_counted(tmp_path, capfd):
 
 def test_no_prompt_is_guessed_where_another_text_is(tmp_path):
     texts = {"chosen": "The town is Alpha.", "rejected": "The town is Beta."}
-    (row,) = read(tmp_path, {**texts, "source": "web", "kind": "k", "id": "1", "rank": 3})
-    assert (row.history, row.response) == ((u("The town is"),), "Alpha.")
-    for key in ("question", "system", "note", "tools", "input"):
-        with pytest.raises(InputError, match=rf"x:1: chosen and rejected have no prompt.* {key}"):
-            read(tmp_path, {**texts, key: "text"})
-    path = parquet(tmp_path / "y", {**{k: [v] for k, v in texts.items()}, "note": ["text"]})
-    with pytest.raises(InputError, match="y:1: chosen and rejected have no prompt.* note"):
+    harmless = {"id": "a", "conversation_id": "b", "uuid": "c", "doc_id": "d", "rank": 3}
+    harmless |= {
+        "score": "4.5",
+        "note": " ",
+        "metadata": {"n": [1, "2"]},
+        "tags": [],
+        "prompt": None,
+    }
+    plain = ((u("The town is"),), "Alpha.")
+    (row,) = read(tmp_path, {**texts, **harmless})
+    assert (row.history, row.response) == plain
+    texty = ["question", "system", "note", "input", "source", "topic", "kind", "answer", "lang"]
+    for key in texty:
+        for value in ("text", ["text"], {"a": [{"b": "text"}]}):
+            wanted = rf"x:1: chosen and rejected have no prompt.* {key}[;,]"
+            with pytest.raises(InputError, match=wanted):
+                read(tmp_path, {**texts, key: value})
+        assert read(tmp_path, {**texts, key: "text"}, ignored=[key])[0].history == plain[0]
+
+
+@pytest.mark.parametrize("key", ["note", "source", "metadata", "answer", "size"])
+@pytest.mark.parametrize("value", ["text", b"text", {"a": "text"}, ["text"]], ids=repr)
+def test_no_prompt_is_guessed_beside_a_column(tmp_path, key, value):
+    """Also one that is else not read: metadata, bytes."""
+    texts = {"chosen": ["The town is Alpha."], "rejected": ["The town is Beta."]}
+    path = parquet(tmp_path / "y", {**texts, key: [value]})
+    with pytest.raises(InputError, match=f"y:1: chosen and rejected have no prompt.* {key};"):
         read_rows(path)
+    named = parquet(
+        tmp_path / "z", {"best": texts["chosen"], "worst": texts["rejected"], key: [value]}
+    )
+    with pytest.raises(InputError, match="z:1: chosen and rejected have no prompt"):
+        read_rows(named, columns=Columns({"chosen": "best", "rejected": "worst"}))
+    (row,) = read_rows(path, columns=Columns({}, frozenset([key])))
+    assert row.history == (u("The town is"),)
+    (row,) = read_rows(parquet(tmp_path / "y", {**texts, key: [None], "score": [1.5]}))
+    assert row.history == (u("The town is"),)
 
 
 # ----------------------------------------------------------------------- columns and ignore_columns
@@ -177,6 +208,8 @@ def test_columns_that_are_wrong(tmp_path):
             {"question": "q", "prompt": "p", "response": "r"},
             mapping={"prompt": "question"},
         )
+    with pytest.raises(InputError, match=r"columns.id=uid: no row has such a key"):
+        read(tmp_path, GOOD, mapping={"id": "uid"})
     with pytest.raises(InputError, match=r"columns.prompt=x: is left out by ignore_columns"):
         read(tmp_path, GOOD, mapping={"prompt": "x"}, ignored=["x"])
     with pytest.raises(InputError, match=r"columns.prompt=x: is read as another key too"):
@@ -187,6 +220,104 @@ def test_ignored_keys_that_no_row_has_are_named(tmp_path, capfd):
     turn = {**a("r"), "weight": 0}
     read(tmp_path, {"messages": [u("q"), turn], "tools": 1}, ignored=["weight", "tools", "tols"])
     assert "ignore_columns: no row has tols\n" in capfd.readouterr().err
+
+
+def test_a_file_that_has_the_own_name_of_a_key_is_read_by_it(tmp_path, capfd):
+    """As one of a mixture, or the held-out file, may."""
+    columns = Columns(
+        {"prompt": "question", "response": "answer", "id": "uid"}, frozenset(["tools"])
+    )
+    theirs = {"question": "q", "answer": "r", "uid": 7, "tools": [1]}
+    ours = {"prompt": "p", "response": "t", "id": 8}
+    filled = {**dict.fromkeys(theirs), **ours}  # as loaders do with rows of several files
+    rows = read_rows(write(tmp_path / "x", theirs, ours, filled), columns=columns)
+    assert [(r.id, r.history[0]["content"], r.response) for r in rows] == [
+        ("7", "q", "r"),
+        ("8", "p", "t"),
+        ("8#2", "p", "t"),
+    ]
+    assert "WARNING" not in capfd.readouterr().err
+    reading = Reading(columns=columns)
+    for number, record in enumerate((theirs, ours)):
+        list(iter_rows(write(tmp_path / str(number), record), reading))
+    assert "WARNING" not in capfd.readouterr().err  # the first file has the names
+    list(iter_rows(tmp_path / "1", Reading(columns=columns)))
+    said = capfd.readouterr().err
+    assert "columns.prompt=question: no row has such a key; prompt is read under its own" in said
+    assert "ignore_columns: no row has tools" in said
+    both = {**theirs, "prompt": "p"}
+    with pytest.raises(InputError, match="x:1: prompt: is there, and columns.prompt=question"):
+        read_rows(write(tmp_path / "x", both), columns=columns)
+
+
+def test_errors_name_the_column_of_the_file(tmp_path):
+    mapping = {"prompt": "question", "response": "answer"}
+    for value, what in ((0.5, "is the number 0.5"), (True, "is a boolean"), ([], "is empty")):
+        with pytest.raises(
+            InputError, match=rf"x:1: answer \(columns.response\): {what}|x:1: .*empty"
+        ):
+            read(tmp_path, {"question": "q", "answer": value}, mapping=mapping)
+
+
+def test_whole_numbers_are_answers(tmp_path, capfd):
+    rows = [{"prompt": f"{i} + 1?", "response": i + 1} for i in range(700)]
+    rows += [{"prompt": "2?", "chosen": 2, "rejected": -3}]
+    found = read(tmp_path, *rows)
+    assert [row.response for row in found[:2]] == ["1", "2"] and found[-1].rejected == "-3"
+    assert "data: 702 rows have a whole number as an answer" in capfd.readouterr().err
+    for value in (0.1, 2.0, 1e30):
+        with pytest.raises(InputError, match="x:1: response: is the number .*; expected text"):
+            read(tmp_path, {"prompt": "q", "response": value})
+
+
+def test_nan_says_nothing(tmp_path, capfd):
+    """It is how pandas writes a missing value."""
+    nan = b'{"prompt": "q", "response": "r", "id": NaN, "score": NaN, "weight": NaN, "note": NaN}'
+    (row,) = read(tmp_path, nan)
+    assert (row.history, row.response) == ((u("q"),), "r") and len(row.id) == 16
+    assert "score (1 rows)" in capfd.readouterr().err
+    for line, message in (
+        (b'{"prompt": NaN, "response": "r"}', "prompt: is a number"),
+        (b'{"prompt": "q", "response": NaN}', "response: is the number nan"),
+        (b'{"prompt": "q", "response": Infinity}', "response: is the number inf"),
+        (b'{"prompt": "q", "response": "r", "id": Infinity}', "id: is inf"),
+        (b'{"prompt": "q", "response": "r", "answer": Infinity}', "answer: cannot be kept"),
+        (b'{"prompt": "q", "response": "r", "weight": Infinity}', "weight: carries meaning"),
+    ):
+        with pytest.raises(InputError, match=f"x:1: {message}"):
+            read(tmp_path, line)
+
+
+def test_names_are_printed_escaped(tmp_path, capfd):
+    keys = {"\x1b[31mred\nline": "x", "bell\a_id": "x"}
+    read(tmp_path, {**GOOD, **keys}, ignored=["no\nne"])
+    turn = {**u("q"), "\x1bmood": "glad"}
+    path = parquet(tmp_path / "y", {"messages": [[turn, a("r")]], "\x1bsize": [1]})
+    read_rows(path)
+    said = capfd.readouterr().err
+    assert said.isascii() and "\x1b" not in said and "\a" not in said
+    for name in (r"\x1b[31mred\nline", r"bell\x07_id", r"no\nne", r"\x1bmood", r"\x1bsize"):
+        assert name in said
+
+
+def test_the_keys_of_turns_are_counted(tmp_path, capfd):
+    rows = [
+        {"messages": [{**u("q"), "name": "x"}, {**a("r"), "source": "web", "name": None}]}
+    ] * 600
+    read(tmp_path, *rows, {**GOOD, "source": "web"})
+    said = capfd.readouterr().err
+    assert "source (1 rows), name (600 turns), source (600 turns)" in said
+
+
+def test_what_no_program_checks_is_named(tmp_path, capfd):
+    pair = {"prompt": "q", "response": "r"}
+    rows = [
+        {**pair, "answer": "42"},
+        {**pair, "kind": "own", "answer": 1},
+        {**pair, "kind": "dates"},
+    ]
+    read(tmp_path, *rows, {**pair, "kind": "", "answer": ""})
+    assert "train on: answer (2 rows), kind (1 rows)" in capfd.readouterr().err
 
 
 def test_the_keys_of_a_run():

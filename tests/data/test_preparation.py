@@ -223,6 +223,70 @@ def test_held_out_rows_that_are_given(prepare: Prepare, tmp_path: Path, files: l
     assert counted + sum(found.used.values()) == found.read == 123 + 5
 
 
+def split_rows(
+    folder: Path, data: list[dict[str, object]], heldout: list[dict[str, object]], policy: Path
+) -> tuple[list[Row], list[Row]]:
+    """The training and the held-out rows of two files; without `heldout`, a tenth is held out."""
+    sources: list[Source | None] = []
+    for name, rows in (("data", data), ("held", heldout)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(Source(((path,),)) if rows else None)
+    plan = Plan(
+        policy, None, date(2026, 1, 1), Fitting(200), heldout_fraction=0.1, heldout_rows=200
+    )
+    assert sources[0] is not None
+    return preparation.read_splits(sources[0], sources[1], Reading(), plan)
+
+
+def test_turns_of_a_conversation_in_rows_of_their_own(tmp_path: Path, chatml_folder: Path) -> None:
+    """By the conversation's name, or by how it begins: nothing of it is on both sides."""
+    flat: list[dict[str, object]] = [
+        {"conversation_id": f"c{i // 3}", "prompt": f"q{i}", "response": f"a{i}"}
+        for i in range(300)
+    ]
+    grown: list[dict[str, object]] = []
+    for i in range(100):
+        talk = [
+            {"role": role, "content": f"{role} {i}-{j}"}
+            for j in range(3)
+            for role in ("user", "assistant")
+        ]
+        grown += [{"id": len(grown) + j, "messages": talk[: 2 * j + 2]} for j in range(3)]
+    for rows, of in (
+        (flat, lambda row: int(row.history[0]["content"][1:]) // 3),
+        (grown, lambda row: row.history[0]["content"]),
+    ):
+        train, heldout = split_rows(tmp_path, rows, [], chatml_folder)
+        assert (len(train), len(heldout)) == (270, 30)
+        assert not {of(row) for row in train} & {of(row) for row in heldout}  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("names", [["dolly"], ["a", "b", "c", "d"]])
+def test_an_id_that_repeats_is_no_conversation(
+    tmp_path: Path, chatml_folder: Path, names: list[str]
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": names[i % len(names)], "prompt": f"q{i}", "response": "r"} for i in range(100)
+    ]
+    train, heldout = split_rows(tmp_path, rows, [], chatml_folder)
+    assert (len(train), len(heldout)) == (90, 10)
+
+
+@pytest.mark.parametrize("key", ["id", "conversation_id", "session_id"])
+def test_files_that_number_their_rows_share_nothing(
+    tmp_path: Path, chatml_folder: Path, key: str
+) -> None:
+    data, held = (
+        [{key: i, "prompt": f"{name} {i}", "response": "r"} for i in range(50)] for name in "ab"
+    )
+    train, heldout = split_rows(tmp_path, data, held, chatml_folder)
+    assert (len(train), len(heldout)) == (50, 50)
+    named = [{**row, "conversation_id": f"talk {row[key]}"} for row in [*data, *held]]
+    train, heldout = split_rows(tmp_path, named[:50], named[50:90], chatml_folder)
+    assert (len(train), len(heldout)) == (10, 40)
+
+
 def test_bad_rows(prepare: Prepare, files: list[Path]) -> None:
     files[1].write_text(files[1].read_text() + "[]\n")
     with pytest.raises(InputError, match=r"b\.jsonl:62: the row is a list"):

@@ -3,8 +3,11 @@
 import gzip
 import json
 import pickle
+import subprocess
+import sys
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from faults import forget_peak, peak
 from hypothesis import HealthCheck, given, settings
@@ -143,10 +146,109 @@ def test_a_line_that_is_decompressed_without_end(tmp_path):
 def test_an_arrow_file_that_is_cut(tmp_path, new, size):
     path = arrow(tmp_path / "x", ROWS[:50], new)
     path.write_bytes(path.read_bytes()[:size])
-    try:
-        assert len(read_rows(path)) == 50  # a stream may lack its end mark
-    except InputError as error:
-        assert str(error).startswith(f"{path}") and "\n" not in str(error)
+    with pytest.raises(InputError, match=f"^{path}: ") as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_arrow_stream_that_is_cut_between_two_batches(tmp_path):
+    """It looks whole but for its end mark."""
+    path, ends = tmp_path / "x", []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table(ROWS).schema) as writer:
+        for batch in table(ROWS[:3000]).to_batches(1000):
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    whole = path.read_bytes()
+    assert len(read_rows(path)) == 3000 and whole[ends[-1] :] == records.ARROW_END
+    for number, end in enumerate(ends, start=1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(
+            InputError, match=f"x: broken Arrow file after row {number}000: .*end mark"
+        ):
+            read_rows(path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(
+        InputError, match="x: broken Arrow file after row 3000: something stands behi"
+    ):
+        read_rows(path)
+
+
+def test_a_saved_part_of_a_data_set(tmp_path):
+    """`select` keeps what is said of the whole in dataset_info.json: that is no fault."""
+    arrow(tmp_path / "data-00000-of-00001.arrow", ROWS[:60])
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    info = {"splits": {"train": {"name": "train", "num_examples": 80}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert len(read_rows(tmp_path)) == 60
+
+
+@pytest.mark.parametrize("kind", ["parquet", "Arrow stream", "Arrow file"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    path = tmp_path / "x"
+    twice = pa.Table.from_arrays(
+        [pa.array([v]) for v in "abc"], names=["prompt", "prompt", "response"]
+    )
+    if kind == "parquet":
+        pa.parquet.write_table(twice, path)
+    else:
+        new = pa.ipc.new_stream if kind == "Arrow stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, new(sink, twice.schema) as writer:
+            writer.write_table(twice)
+    with pytest.raises(InputError, match="x: has two columns of the name 'prompt'"):
+        read_rows(path)
+
+
+def test_a_zstd_file_may_begin_with_a_frame_to_skip(tmp_path):
+    path = zstd(tmp_path / "x", lines(ROWS[:50]))
+    whole = path.read_bytes()
+    for magic in (0x50, 0x5F):
+        path.write_bytes(bytes([magic]) + b"\x2a\x4d\x18\x04\0\0\0abcd" + whole)
+        assert len(read_rows(path)) == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_csv"),
+    [
+        ("x.csv", b"prompt,response\nhi,there\n", True),
+        ("x.CSV.gz", gzip.compress(b"a,b\n1,2\n"), True),
+        ("x.tsv", b"1\n2\n", True),
+        ("x.jsonl", b'\xef\xbb\xbf\n"Question"\tanswer\r\nhi\tthere\n', True),
+        ("x.csv", json.dumps(GOOD).encode(), False),
+        ("x.jsonl", b"hello, world\n", False),
+        ("x.jsonl", b"prompt\n", False),
+    ],
+)
+def test_csv_is_named(tmp_path, name, content, is_csv):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if json.dumps(GOOD).encode() == content:
+        assert len(read_rows(path)) == 1
+        return
+    with pytest.raises(InputError) as caught:
+        read_rows(path)
+    message = str(caught.value)
+    assert ("CSV is not read" in message) == is_csv and "\n" not in message
+
+
+def test_the_conversion_of_csv_that_is_named_works(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text('prompt\tresponse\nq\t"r\nand more"\n')
+    with pytest.raises(InputError) as caught:
+        read_rows(path)
+    program = str(caught.value).split("python -c '")[1].removesuffix("'")
+    out = tmp_path / "x.parquet"
+    program = program.replace("IN", str(path)).replace("OUT.parquet", str(out))
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert read_rows(out)[0].response == "r\nand more"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be"])
+def test_another_encoding_than_utf8_is_named(tmp_path, encoding):
+    path = tmp_path / "x"
+    path.write_bytes('{"prompt": "caf\u00e9", "response": "r"}\n'.encode(encoding))
+    with pytest.raises(InputError, match=r"x:1:\d+: .*save[d it]* as UTF-8"):
+        read_rows(path)
 
 
 def test_a_git_lfs_pointer_is_named(tmp_path):
@@ -168,7 +270,11 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         ("[{}", ":1: broken JSON array: the file ends where , or ] was expected"),
         ("[{} {}]", ":1: broken JSON array: '{' stands where , or ] was expected"),
         ("[GOOD, {]", ":2: broken JSON array: Expecting property name"),
-        ("[GOOD, NaN]", ":2: broken JSON array: NaN is not JSON"),
+        ("[GOOD, NaN]", ":2: the row is a number"),
+        (
+            '[{"messages": "' + "\u00e9" * (MAX_ROW_BYTES // 2) + '"}]',
+            ":1: .*: the value is longer than",
+        ),
         (
             '[GOOD, {"a": 1, "a": 1}]',
             ":2: broken JSON array: the key 'a' is given twice in one obj",

@@ -115,7 +115,6 @@ def test_kind_and_answer_are_kept(tmp_path):
             ":2: id: holds half of a surrogate pair",
         ),
         (b'{"prompt": "q", "response": "r", "answer": "\\udfff"}', ":2: answer: cannot be kept"),
-        (b'{"prompt": "q", "response": "r", "answer": NaN}', ":2: broken JSON: NaN"),
         (b"[" * 10_000, ":2: broken JSON: nested too deeply"),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, ":2: broken JSON: nested too deeply"),
         (b"1" * 10_000, ":2: broken JSON: Exceeds the limit"),
@@ -129,13 +128,16 @@ def test_kind_and_answer_are_kept(tmp_path):
         (b"{}", ":2: no known shape.*found no keys"),
         (b'{"text": "x", "label": 3}', ":2: no known shape.*found 'text', 'label'"),
         (b'{"prompt": "q", "chosen": "r"}', ":2: no known shape"),
+        (b'{"prompt": "q"}', r":2: prompt: has no answer beside it; expected response \| comp"),
+        (b'{"instruction": "q", "answer": "r"}', ":2: instruction: .*columns: {response: answer}"),
+        (b'{"data": [{"prompt": "q"}]}', ":2: no known shape.*where 'data' is the list of rows"),
         (b'{"messages": null}', ":2: no known shape"),
         ({"messages": {}}, ":2: messages: is an object"),
         ({"messages": []}, ":2: messages: is empty"),
         ({"messages": ["q"]}, ":2: messages: turn 1 is text"),
         (
             {"messages": [u("q"), {"role": "tool", "content": "x"}]},
-            ":2: messages: turn 2 has role 'tool'",
+            ":2: messages: turn 2 has role 'tool'.*; leave such rows out",
         ),
         (
             {"messages": [u("q"), {"role": ["x"], "content": "x"}]},
@@ -154,24 +156,24 @@ def test_kind_and_answer_are_kept(tmp_path):
         ({"messages": [u("q")]}, ":2: messages: no assistant turn"),
         (
             {"messages": [u("q"), a("x"), a("r")]},
-            ":2: messages: turn 3 is assistant; expected user",
+            ":2: messages: turn 3 is assistant; expected user.*; join the two turns of the as",
         ),
         (
             {"messages": [u("q"), u("q"), a("r")]},
-            ":2: messages: turn 2 is user; expected assistant",
+            ":2: messages: turn 2 is user; expected assistant.*; join the two turns of the user",
         ),
         (
             {"messages": [a("hello"), u("q"), a("r")]},
-            ":2: messages: turn 1 is assistant; expected user",
+            ":2: messages: turn 1 is assistant; expected user.*; leave that turn out",
         ),
         (
             {"messages": [u("q"), s("late"), a("r")]},
-            ":2: messages: turn 2 is system; expected assistant",
+            ":2: messages: turn 2 is system; expected assistant.*; a system turn is the first",
         ),
         ({"messages": [u("q"), a(" \n")]}, r":2: messages: turn 2 \(assistant\) is empty"),
         ({"messages": [u(""), a("r")]}, r":2: messages: turn 1 \(user\) is empty"),
         ({"prompt": "q", "response": ""}, ":2: response: turn 2 .*empty"),
-        ({"prompt": "q", "response": 3}, ":2: response: is a number"),
+        ({"prompt": "q", "response": True}, ":2: response: is a boolean; expected text"),
         ({"prompt": 3, "response": "r"}, ":2: prompt: is a number"),
         (
             {"prompt": [u("q"), a("x")], "response": "r"},
@@ -189,7 +191,10 @@ def test_kind_and_answer_are_kept(tmp_path):
         ),
         ({"real": "abc", "generated": "xyz"}, ":2: real and generated share no prompt"),
         ({**GOOD, "id": [1]}, r":2: id: is \[1\]"),
-        ({**GOOD, "id": ""}, ":2: id: is ''"),
+        ({**GOOD, "id": 1.5}, ":2: id: is 1.5; .*ignore_columns"),
+        ({**GOOD, "id": 1e17}, ":2: id: is 1e"),
+        ({**GOOD, "id": True}, ":2: id: is True"),
+        ({**GOOD, "conversation_id": [1]}, r":2: conversation_id: is \[1\]"),
         ({**GOOD, "kind": 1}, ":2: kind: is a number"),
     ],
 )
@@ -297,6 +302,10 @@ def test_ids_are_distinct_and_stable(tmp_path):
     assert data_hash(again) == data_hash(rows)
     (same,) = read_rows(write(tmp_path / "y", {"prompt": "q", "response": "r"}))
     assert same.id == base  # the content counts, not the shape it came in
+    odd = read_rows(
+        write(tmp_path / "z", {**GOOD, "id": ""}, {**GOOD, "id": 3.0}, {**GOOD, "id": 3})
+    )
+    assert [row.id for row in odd] == [base, "3", "3#2"]
 
 
 def test_data_hash_sees_content_and_order():

@@ -1,9 +1,12 @@
 """Shapes that people have: ShareGPT, Alpaca, transcripts, content parts, a column `system`."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from made_rows import GOOD, a, parquet, s, u, write
 
-from ldalign.data.columns import Columns, KeyCounts
+from ldalign.data.columns import CONVERSATION_IDS, READ, Columns, KeyCounts
 from ldalign.data.reading import Reading, iter_rows, read_rows
 from ldalign.data.records import BadRow
 from ldalign.data.shapes import read_prompt
@@ -124,7 +127,7 @@ def test_shapes(tmp_path, record, history, response, rejected):
             {"chosen": "Human: q r", "rejected": "Human: q g"},
             "chosen: is a whole conversation in one text",
         ),
-        ({"prompt": "<|im_start|>user\nq", "response": "r"}, r"begins with '<\|im_start\|>'"),
+        ({"prompt": "<|im_start|>user\nq", "response": "r"}, r"begins with '<\|im_start\|>user'"),
         ({"prompt": "<s>[INST] q [/INST]", "response": "r"}, r"prompt: begins with '<s>\[INST\]'"),
         ({"prompt": HH, "response": " a\n\nHuman: b\n\nAssistant: c"}, "goes on with a turn"),
         (
@@ -154,21 +157,136 @@ def test_keys_that_are_null_are_found_all_the_same(tmp_path):
     assert [(row.history, row.response) for row in rows] == [((u("Hi"),), "Ho")] * 4
 
 
-def test_turns_of_one_record_are_one_conversation(tmp_path):
+@pytest.mark.parametrize("turns", ["first", "last", "all"])
+def test_a_conversation_is_told_by_how_it_begins(tmp_path, turns):
+    """Whatever the ids of its rows, and however far each goes."""
     talk = [u("1"), a("2"), u("3"), a("4")]
-    path = write(
-        tmp_path / "x", {"messages": talk, "id": 7}, {"messages": talk}, {"messages": talk[:2]}
-    )
-    rows = {turns: list(iter_rows(path, Reading(turns))) for turns in ("first", "last", "all")}
-    every = [row.conversation for row in rows["all"]]
-    assert every[:2] == ["7", "7"] and every[2] == every[3] and len(set(every)) == 3
-    for turns in ("first", "last"):
-        assert [row.conversation for row in rows[turns]] == [every[0], every[2], every[4]]
-    assert [row.id for row in rows["all"]][:2] == ["7/0", "7/1"]
+    same = [
+        {"messages": talk, "id": 7},
+        {"messages": talk[:2], "id": 8},
+        {"messages": [s("Be brief."), u("1 "), *talk[1:]]},
+        {"system": "s", "prompt": talk[:3], "response": "another"},
+        {"prompt": talk[:3], "chosen": "x", "rejected": "y", "id": 7},
+    ]
+    others = [
+        {"prompt": "1", "response": "another", "id": 7},
+        {"prompt": "2", "response": "1", "id": 7},
+        {"prompt": "12", "response": "", "output": "2"},
+    ]
+    path = write(tmp_path / "x", *same, *others)
+    rows = list(iter_rows(path, Reading(turns)))
+    assert len({row.conversation for row in rows[:-3]}) == 1 and len(rows) >= 8
+    assert len({row.conversation for row in rows[-4:]}) == 4
+
+
+def test_a_conversation_is_told_by_its_name(tmp_path):
+    """Turns that stand in rows of their own, as in LMSYS and WildChat."""
+    rows = [{"prompt": str(i), "response": "r"} for i in range(4)]
+    for key in CONVERSATION_IDS:
+        named = [{**row, key: name} for row, name in zip(rows, ["a", "a", "b", None], strict=True)]
+        keys = [row.conversation for row in read_rows(write(tmp_path / "x", *named))]
+        assert (
+            keys[:3] == ["a", "a", "b"]
+            and keys[3] == read_rows(write(tmp_path / "y", rows[3]))[0].conversation
+        )
+        mapped = read_rows(tmp_path / "x", columns=Columns({"id": key}))
+        assert [row.conversation for row in mapped] == keys and mapped[1].id == "a#2"
+        ignored = read_rows(tmp_path / "x", columns=Columns({}, frozenset([key])))
+        assert len({row.conversation for row in ignored}) == 4
+    both = [{**row, "session_id": "s", "conversation_id": i} for i, row in enumerate(rows)]
+    assert len({row.conversation for row in read_rows(write(tmp_path / "x", *both))}) == 4
+
+
+def test_a_number_names_a_conversation_in_its_file_alone(tmp_path):
+    row = {"prompt": "q", "response": "r"}
+
+    def keys(*names, value=0):
+        return [
+            read_rows(write(tmp_path / name, {**row, "conversation_id": value}))[0].conversation
+            for name in names
+        ]
+
+    assert len(set(keys("train.jsonl", "test.jsonl"))) == 2
+    assert len(set(keys("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"))) == 1
+    assert len(set(keys("train.jsonl", "test.jsonl", value="7f"))) == 1
+    assert keys("x", value="7") == keys("x", value=7) == keys("x", value=7.0) != keys("x", value=8)
     (single,) = read_rows(write(tmp_path / "y", {**GOOD, "id": "k"}), turns="all")
-    assert (single.id, single.conversation) == ("k/0", "k")
+    assert single.id == "k/0"
     pair = {"prompt": "q", "response": "r", "id": "k"}
     assert read_rows(write(tmp_path / "y", pair), turns="all")[0].id == "k"
+
+
+EMPTY = [None, "", [], {}, float("nan")]
+
+
+@pytest.mark.parametrize("empty", EMPTY, ids=repr)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "response": "r"},
+        {"prompt": "q", "output": "r"},
+        {"instruction": "q", "completion": "r"},
+        {"messages": [u("q"), a("r")]},
+        {"conversations": [human("q"), gpt("r")]},
+        {"prompt": "q", "chosen": "r", "rejected": "g"},
+        {"real": [u("q"), a("r")], "generated": [u("q"), a("g")]},
+    ],
+    ids=lambda record: " ".join(record),
+)
+def test_what_is_empty_is_not_there(tmp_path, record, empty):
+    """Loaders fill the columns that a row of another shape has."""
+    filled = {**dict.fromkeys(READ, empty), **record}
+    filled["kind"] = filled["answer"] = None if empty in ([], {}) else empty
+    for order in (filled, dict(reversed(filled.items()))):
+        line = json.dumps(order).encode()
+        (row,) = read_rows(write(tmp_path / "x", line))
+        (plain,) = read_rows(write(tmp_path / "y", record))
+        assert replace(row, where="") == replace(plain, where="")
+    turns = [{"role": "user", "from": empty, "content": "q", "value": empty}]
+    turns += [{"role": empty, "from": "gpt", "content": empty, "value": "r"}]
+    line = json.dumps({"messages": turns}).encode()
+    assert read_rows(write(tmp_path / "x", line))[0].response == "r"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "q", "response": ""}, r"response: turn 2 \(assistant\) is empty"),
+        ({"prompt": "", "response": "r"}, r"response: turn 1 \(user\) is empty"),
+        ({"instruction": "", "input": "", "output": "r"}, r"output: turn 1 \(user\) is empty"),
+        ({"prompt": "q", "chosen": "r", "rejected": ""}, r"rejected: turn 2 .* is empty"),
+        ({"messages": [], "conversations": []}, "messages: is empty"),
+        ({"prompt": "q", "response": "", "output": ""}, r"response: turn 2 .* is empty"),
+        (
+            {"prompt": "q", "response": "r", "chosen": "c", "rejected": ""},
+            "chosen: is not read bes",
+        ),
+    ],
+)
+def test_what_is_empty_alone_is_an_error(tmp_path, record, message):
+    with pytest.raises(InputError, match=f"x:1: {message}"):
+        read_rows(write(tmp_path / "x", record))
+
+
+def test_a_user_turn_at_the_end_is_counted(tmp_path, capfd):
+    open_end = {"messages": [u("q"), a("r"), u("and?")]}
+    rows = read_rows(write(tmp_path / "x", GOOD, *[open_end] * 3))
+    assert [row.response for row in rows] == ["r"] * 4
+    assert (
+        "data: 3 conversations end with a user turn, which is left out\n" in capfd.readouterr().err
+    )
+
+
+def test_a_turn_of_two_roles_is_refused(tmp_path):
+    for role, other in (("user", "gpt"), ("user", "alice"), ("assistant", "human"), ("user", 3)):
+        turn = {"role": role, "from": other, "content": "q"}
+        with pytest.raises(InputError, match=rf"x:1: messages: turn 1 has role '{role}' and from"):
+            read_rows(write(tmp_path / "x", {"messages": [turn, a("r")]}))
+    turns = [{**u("q"), "from": "human"}, {**a("r"), "from": "gpt"}]
+    assert read_rows(write(tmp_path / "x", {"messages": turns}))[0].response == "r"
+    turns = [{**u("q"), "from": "alice"}, a("r")]
+    columns = Columns({}, frozenset(["from"]))
+    assert read_rows(write(tmp_path / "x", {"messages": turns}), columns=columns)[0].response == "r"
 
 
 @pytest.mark.parametrize(
