@@ -236,7 +236,7 @@ def split_rows(
         policy, None, date(2026, 1, 1), Fitting(200), heldout_fraction=0.1, heldout_rows=200
     )
     assert sources[0] is not None
-    return preparation.read_splits(sources[0], sources[1], Reading(), plan)
+    return preparation.read_splits(sources[0], sources[1], Reading(), plan)[:2]
 
 
 def test_turns_of_a_conversation_in_rows_of_their_own(tmp_path: Path, chatml_folder: Path) -> None:
