@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldalign.data.encoding import Fitting, fit_rows
+from ldalign.data.encoding import Fitting, TooLong, fit_rows
 from ldalign.data.reading import MAX_SKIPPED, Reading, Tally, iter_chunks, read_chunk
 from ldalign.data.records import BadRow, Chunk
 from ldalign.data.rows import Row, RowNames
@@ -326,14 +326,15 @@ def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
     outcome = Outcome({}, set(), set(), {})
     with PartWriter(job.path) as part:
         for batch in _batches(job, piece, reading, plan.kinds):
-            fitted = fit_rows([row for _, row in batch], tokenizer, plan.fitting)
-            for (number, given), row in zip(batch, fitted, strict=True):
-                if plan.preference and number in job.train and given.rejected is None:
-                    outcome.bad[number] = (
-                        f"{given.where or given.id}: has no rejected response, which method=dpo "
-                        "needs: rows are {prompt, chosen, rejected} (docs/data.md)"
-                    )
-                elif row is None:
+            preference = [n for n, (number, _) in enumerate(batch) if number in job.train]
+            fitted = fit_rows(
+                [row for _, row in batch],
+                tokenizer,
+                plan.fitting,
+                preference if plan.preference else (),
+            )
+            for (number, _), row in zip(batch, fitted, strict=True):
+                if isinstance(row, TooLong):
                     outcome.long.add(number)
                 elif isinstance(row, BadRow):
                     outcome.bad[number] = str(row)
