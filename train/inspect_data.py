@@ -228,7 +228,8 @@ def figures_lines(
     """
     others = sum(left_out.values()) + sum(map(len, figures.dropped.values()))
     bad = OF_BAD_ROWS[config.bad_rows]
-    counts = {**figures.splits, "left out": others, bad: len(figures.bad)}
+    counts: dict[str, int] = {str(split): count for split, count in figures.splits.items()}
+    counts |= {"left out": others, bad: len(figures.bad)}
     shown = " + ".join(f"{count} {what}" for what, count in counts.items() if count)
     lines = [paint(f"{plain(name)}: {sum(counts.values())} rows = {shown or 0}", BOLD)]
     lines += [f"  {count} left out: {reason}" for reason, count in left_out.items()]

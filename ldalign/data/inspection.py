@@ -50,8 +50,8 @@ def parts_of(fitted: FittedRow | TooLong, trained: Collection[str] = ("response"
         parts = [Part("prompt", fitted.prompt, False)]
         parts += _response(fitted.response, fitted.lost, "response", "end", trained)
         if fitted.rejected is not None:
-            rejected = ("rejected", "rejected end")
-            parts += _response(fitted.rejected, fitted.rejected_lost, *rejected, trained)
+            rejected, lost = fitted.rejected, fitted.rejected_lost
+            parts += _response(rejected, lost, "rejected", "rejected end", trained)
     return [part for part in parts if part.ids]
 
 
