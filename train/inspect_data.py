@@ -4,19 +4,21 @@
 
 Prints the tokens of some rows with their ids, by part: the prompt, which is read; the response and
 its end token, which are trained on; what max_length cuts off. In colour in a terminal (NO_COLOR=1:
-without). Then for every file the rows, their lengths, what is cut and what is dropped. rows=5: the
-first five; rows=ID, rows=train.jsonl:17, or a list of these. The keys are those of train/align.py
-(policy, template, data, heldout, turns, max_length, method, ...); nothing is trained or written.
+without). Then for every file what becomes of its rows, and their lengths. rows=5: the first five in
+the order in which they are trained on; rows=0: the files alone; rows=ID, rows=train.jsonl:17, or a
+list of these. The keys are those of train/align.py (policy, template, data, heldout, turns,
+max_length, long_prompts, bad_rows, method, ...); nothing is trained or written.
 """
 
 import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldalign.data.encoding import FittedRow, Fitting, TooLong
 from ldalign.data.inspection import (
     QUANTILES,
     FileFigures,
@@ -24,9 +26,13 @@ from ldalign.data.inspection import (
     Split,
     choose_rows,
     file_figures,
+    fit_split,
     parts_of,
     pieces,
 )
+from ldalign.data.ledger import USES
+from ldalign.data.reading import MAX_SKIPPED
+from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.weights import context_length
@@ -36,10 +42,14 @@ from ldalign.run.prepared import read_data
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed, exits
 from ldalign.system.config import setting, to_yaml
-from ldalign.system.errors import InputError
 from ldalign.system.metrics import Bar, say
 from ldalign.train.command import need, read_config
 
+LeftOut = Mapping[str, Mapping[str, int]]  # file -> reason -> rows that were read and not chosen
+OF_BAD_ROWS = {  # what becomes of a row that cannot be used, by bad_rows
+    "error": "bad, which ends a run",
+    "skip": "skipped (bad_rows=skip)",
+}
 WHAT = {"prompt": "read", "cut": "left out"}  # becomes of a part; a response is trained on, or not
 STYLES = {  # of a terminal, by part
     "prompt": "34",
@@ -58,8 +68,8 @@ class InspectConfig(RunConfig):
 
     rows: int | str | list[str] = setting(
         3,
-        "rows to show: how many of the first, training rows before held-out ones; or an id, "
-        "FILE:LINE or a number, or a list of these",
+        "rows to show: how many of the first in the order of training, then held-out ones; 0: the "
+        "files' figures alone; or an id, FILE:LINE or a number, or a list of these",
     )
 
 
@@ -82,22 +92,50 @@ def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
-    train, heldout, _ = read_data(config, tokenizer)
+    train, heldout, files = read_data(config, tokenizer)
     splits: list[tuple[Row, Split]] = [(row, "training") for row in train]
     splits += [(row, "held out") for row in heldout]
+    left_out: LeftOut = {
+        name: {fate: count for fate, count in counts.items() if fate not in USES.values()}
+        for name, counts in files.items()
+    }
     paint = Paint(colour=wants_colour())
     for i in choose_rows([row for row, _ in splits], config.rows):
         print(*row_lines(*splits[i], tokenizer, config, paint), "", sep="\n")
     with Bar("rows", len(splits), "rows") as progress:
-        found = file_figures(counted(splits, progress), tokenizer, config.max_length)
-    for name, figures in found.items():
-        print(*figures_lines(name, figures, config.max_length, paint), "", sep="\n")
-    positions = context_length(folder)
-    longer = sum(f.longer_than(positions, config.max_length) for f in found.values())
+        found = file_figures(
+            counted(splits, progress), tokenizer, fitting_of(config), config.method == "dpo"
+        )
+    for name in dict.fromkeys([*found, *left_out]):
+        figures = found.get(name, FileFigures())
+        print(*figures_lines(name, figures, left_out.get(name, {}), config, paint), "", sep="\n")
+    for line in warnings(found.values(), left_out, folder, config):
+        say(f"WARNING: {line}")
+
+
+def fitting_of(config: RunConfig) -> Fitting:
+    """How a run makes rows fit."""
+    return Fitting(config.max_length, config.long_prompts)
+
+
+def warnings(
+    files: Collection[FileFigures], left_out: LeftOut, policy: Path, config: RunConfig
+) -> Iterator[str]:
+    """What keeps a run from taking the rows, a sentence each."""
+    bad = sum(len(figures.bad) for figures in files)
+    read = sum(len(f.bad) + sum(map(len, f.dropped.values())) + f.splits.total() for f in files)
+    read += sum(sum(reasons.values()) for reasons in left_out.values())
+    if config.bad_rows == "skip" and bad > MAX_SKIPPED * read:
+        yield (
+            f"{bad} of {read} rows are bad, more than the {MAX_SKIPPED:.0%} that bad_rows=skip may "
+            "leave out: a run ends"
+        )
+    positions = context_length(policy)
+    longer = sum(figures.longer_than(positions) for figures in files)
     if longer:
-        say(
-            f"WARNING: {longer} rows are longer than the {positions} tokens that the policy reads "
-            f"(max_position_embeddings in {folder}/config.json): no run takes them; give "
+        yield (
+            f"{longer} rows are longer than the {positions} tokens that the policy reads "
+            f"(max_position_embeddings in {policy}/config.json): no run takes them; give "
             f"max_length={positions} or less"
         )
 
@@ -117,19 +155,22 @@ def counted(
 def row_lines(
     row: Row, split: Split, tokenizer: Tokenizer, config: RunConfig, paint: "Paint"
 ) -> list[str]:
-    """A row's lines: where it is from, then its parts."""
+    """A row's lines: where it is from, what becomes of it, then its parts."""
     head = f"{plain(row.where or 'row')}, id {plain(row.id)}, {split}"
-    try:
-        parts = parts_of(row, tokenizer, config.max_length, trained_on(config))
-    except InputError as error:
-        return [paint(f"{head}: cannot be encoded", BOLD), f"  {plain(str(error))}"]
-    read = sum(len(part.ids) for part in parts if part.name != "cut")
+    preference = config.method == "dpo"
+    [found] = fit_split([(row, split)], tokenizer, fitting_of(config), preference)
+    if isinstance(found, BadRow):
+        return [paint(f"{head}: {OF_BAD_ROWS[config.bad_rows]}", BOLD), f"  {plain(str(found))}"]
+    parts = parts_of(found, trained_on(config))
+    dropped = isinstance(found, TooLong)
+    read = 0 if dropped else sum(len(part.ids) for part in parts if part.name != "cut")
     trained = sum(len(part.ids) for part in parts if part.trained)
     use = "trained on" if split == "training" else "measured"
     lines = [paint(f"{head}: {read} tokens, {trained} {use}", BOLD)]
-    dropped = all(part.name in ("prompt", "cut") for part in parts)
-    if dropped:
-        lines.append(f"  dropped: the prompt alone fills max_length={config.max_length}")
+    if isinstance(found, TooLong):
+        lines.append(f"  dropped: {found.reason}")
+    elif found.truncated:
+        lines.append(f"  {truncation(row, found)}")
     for part in parts:
         name = f"cut by max_length={config.max_length}" if part.name == "cut" else part.name
         what = WHAT.get(part.name, use if part.trained else f"not {use}")
@@ -137,6 +178,18 @@ def row_lines(
         lines.append(f"  {name}, {'left out' if dropped else what}: {count}")
         lines += token_lines(part, tokenizer, paint)
     return lines
+
+
+def truncation(row: Row, fitted: FittedRow) -> str:
+    """What a row whose prompt was too long has lost of it."""
+    turns = len(row.history) - len(fitted.row.history)
+    lost = [f"the first {turns} turns" if turns else ""]
+    if fitted.row.history[-1] != row.history[-1]:
+        lost.append("the question's beginning")
+    return (
+        f"truncated: without {' and '.join(filter(None, lost))}; the prompt had "
+        f"{fitted.whole_prompt} tokens"
+    )
 
 
 def trained_on(config: RunConfig) -> set[str]:
@@ -166,13 +219,32 @@ def token_lines(part: Part, tokenizer: Tokenizer, paint: "Paint") -> list[str]:
 # ----------------------------------------------------------------------------------------- one file
 
 
-def figures_lines(name: str, figures: FileFigures, max_length: int, paint: "Paint") -> list[str]:
-    """A file's lines: its rows, what is dropped and cut, and a table of their lengths."""
-    splits = ", ".join(f"{count} {split}" for split, count in figures.splits.items())
-    lines = [paint(f"{plain(name)}: {sum(figures.splits.values())} rows: {splits}", BOLD)]
-    for reason, places in figures.dropped.items():
-        lines.append(f"  {len(places)} dropped: {reason} (the first: {plain(places[0])})")
-    lines.append(f"  {figures.cut} responses are cut at max_length={max_length}")
+def figures_lines(
+    name: str,
+    figures: FileFigures,
+    left_out: Mapping[str, int],
+    config: RunConfig,
+    paint: "Paint",
+) -> list[str]:
+    """A file's lines: what becomes of each of its rows, what is cut, and a table of their lengths.
+
+    left_out: rows that were read and not chosen, by reason.
+    """
+    others = sum(left_out.values()) + sum(map(len, figures.dropped.values()))
+    bad = OF_BAD_ROWS[config.bad_rows]
+    counts: dict[str, int] = {str(split): count for split, count in figures.splits.items()}
+    counts |= {"left out": others, bad: len(figures.bad)}
+    shown = " + ".join(f"{count} {what}" for what, count in counts.items() if count)
+    lines = [paint(f"{plain(name)}: {sum(counts.values())} rows = {shown or 0}", BOLD)]
+    lines += [f"  {count} left out: {reason}" for reason, count in left_out.items()]
+    places = {f"left out: {reason}": rows for reason, rows in figures.dropped.items()}
+    places |= {bad: figures.bad} if figures.bad else {}
+    lines += [
+        f"  {len(rows)} {what} (the first: {plain(rows[0])})" for what, rows in places.items()
+    ]
+    if figures.truncated:
+        lines.append(f"  {figures.truncated} are truncated to leave room for the response")
+    lines.append(f"  {figures.cut} have a response that is cut at max_length={config.max_length}")
     table = figures.quantiles()
     if table:
         lines.append(f"  {'tokens':10}" + "".join(f"{title:>8}" for title in QUANTILES))

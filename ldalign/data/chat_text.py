@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,8 @@ _QUOTED = f"\ue002{_NONCE}:%d\ue003"  # a control token's characters inside a me
 _QUOTED_PATTERN = re.compile(_QUOTED.replace("%d", r"(\d+)"))
 _MARK = f"\ue004{_NONCE}\ue005"  # the end of the last user turn, where it must be found again
 SHOWN = 60  # characters of a text that a message quotes
+# What ends the reasoning of an answer, as </think>, </seed:think>, </reasoning> or [/THINK] do.
+_REASONED = re.compile(r"(?i)(</|\[/)[^][<>/\s]*(think|thought|reason)[^][<>/\s]*[>\]]")
 
 
 class UnsafeTemplate(InputError):
@@ -46,8 +48,12 @@ class TemplateRefusal(InputError):
     """The chat template refuses these messages, or fails on them; `reason` says how."""
 
     def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"{where}{reason}")
+        # As they were given: an error that comes out of another process is made again of these.
+        super().__init__(where, reason)
         self.reason = reason
+
+    def __str__(self) -> str:
+        return "".join(self.args)
 
 
 class Marked(NamedTuple):
@@ -100,6 +106,7 @@ class ChatText:
         # In front of what is wrong with every row; a row's own place stands in front of the rest.
         self._where = "" if called else f"{folder}: "
         self.called = called or "chat template"
+        self._subject = called or "the chat template"  # of a sentence
         self._compiled = _compile(template, self._where + self.called, today)
         self._names = names
         self._control: list[str] = []
@@ -160,7 +167,7 @@ class ChatText:
 
         The template writes the row twice, with and without its answer. Raises BadRow where it
         refuses one of them, does not write the answer after the prompt, or leaves out a part of
-        it; InputError as `prompt` for what is wrong with every row.
+        it or of a turn before it; InputError as `prompt` for what is wrong with every row.
         """
         self._check_generation_prompt()
         history = self._quoted(row.history)
@@ -175,6 +182,7 @@ class ChatText:
             if not _holds(rest, answer[0]["content"]):
                 head = head or self._generation_prompt(history, prompt)
                 self._check_written(head + rest, answer[0]["content"])
+            self._check_history(prompt, history)
         except TemplateRefusal as refusal:
             raise BadRow(refusal.reason) from refusal
         return PairText(self._marked(prompt), self._marked(rest))
@@ -200,7 +208,7 @@ class ChatText:
         raise BadRow(
             f"the prompt is not how prompt + answer begins: character {at} and what follows is "
             f"{self._shown(prompt[at:])} in the prompt, {self._shown(whole[at:])} in the whole; "
-            "does the chat template write the assistant's header otherwise when an answer follows?"
+            f"does {self._subject} write the assistant's header otherwise when an answer follows?"
         )
 
     def _generation_prompt(self, history: list[Message], prompt: str) -> str:
@@ -212,9 +220,27 @@ class ChatText:
         """Raises BadRow where `written` is not all of the answer, white space aside."""
         if not _holds(written, answer):
             raise BadRow(
-                "the chat template leaves out or changes a part of the answer: the data have "
+                f"{self._subject} leaves out or changes a part of the answer: the data have "
                 f"{self._shown(answer)}, it writes {self._shown(written)}; use a template that "
                 "keeps the answer, or leave that part out of the data"
+            )
+
+    def _check_history(self, prompt: str, history: Sequence[Message]) -> None:
+        """Raises BadRow where the prompt lacks a turn, or a part of one, white space aside.
+
+        The turns must stand in their order, but for the system turn, which may stand anywhere; an
+        earlier answer may lose its reasoning.
+        """
+        if _first_missing(history, prompt, str.strip) is None:
+            return
+        number = _first_missing(history, _squeezed(prompt), _squeezed)
+        if number is not None:
+            role = history[number]["role"]
+            turn = "the system turn" if role == "system" else f"turn {number + 1} ({role})"
+            raise BadRow(
+                f"{self._subject} leaves out or changes {turn}, "
+                f"{self._shown(history[number]['content'])}; use a template that writes it, or "
+                "leave it out of the data"
             )
 
     # ------------------------------------------------------------------------------- control tokens
@@ -272,33 +298,54 @@ class ChatText:
         return bool(begins) and not any(begins)
 
     def _check_generation_prompt(self) -> None:
-        """Once: the template must write the assistant's header as part of the prompt.
+        """The template must write the assistant's header as part of the prompt.
 
-        Else the policy would have to say it.
+        Else the policy would have to say it. Looked at until it is found right, once.
         """
         if self._generation_prompt_checked:
             return
-        self._generation_prompt_checked = True
         question = {"role": "user", "content": "Probe?"}
         answer = {"role": "assistant", "content": "Ldalignprobe"}
         try:
             prompt, whole = self.render([question], True), self.render([question, answer])
         except TemplateRefusal:
-            return  # a template may demand more than one user turn; the row itself will tell
-        if not whole.startswith(prompt) or answer["content"] not in whole[len(prompt) :]:
-            return
-        lead = whole[len(prompt) :].split(answer["content"])[0]
-        if "assistant" in lead.lower() or self._pattern.search(lead):
-            raise InputError(
-                f"{self._where}{self.called}: has no generation prompt: with "
-                f"add_generation_prompt the prompt must end where the answer begins, but {lead!r} "
-                "comes between"
-            )
+            prompt = whole = ""  # it may demand more than one user turn; the row itself will tell
+        if whole.startswith(prompt) and answer["content"] in whole[len(prompt) :]:
+            lead = whole[len(prompt) :].split(answer["content"])[0]
+            if "assistant" in lead.lower() or self._pattern.search(lead):
+                raise InputError(
+                    f"{self._where}{self.called}: has no generation prompt: with "
+                    "add_generation_prompt the prompt must end where the answer begins, but "
+                    f"{lead!r} comes between"
+                )
+        self._generation_prompt_checked = True
 
 
 def _holds(written: str, answer: str) -> bool:
     """Whether all of `answer` stands in `written`, white space aside."""
     return answer in written or _squeezed(answer) in _squeezed(written)
+
+
+def _first_missing(
+    history: Sequence[Message], prompt: str, spaced: Callable[[str], str]
+) -> int | None:
+    """The number of the first turn that does not stand in the prompt; None where all do.
+
+    spaced: what is done to the white space of a turn before it is looked for.
+    """
+    at = 0
+    for number, turn in enumerate(history):
+        text = turn["content"]
+        # Most answers have no such mark, and a pattern is slow to look for.
+        if turn["role"] == "assistant" and ("</" in text or "[/" in text):
+            text = text[max((found.end() for found in _REASONED.finditer(text)), default=0) :]
+        text = spaced(text)
+        found_at = prompt.find(text, 0 if turn["role"] == "system" else at)
+        if found_at < 0:
+            return number
+        if turn["role"] != "system":
+            at = found_at + len(text)
+    return None
 
 
 def _squeezed(text: str) -> str:

@@ -1,7 +1,8 @@
 """What becomes of rows, for a person to look at: the tokens of one by part, the figures of a file.
 
 A row is a prompt, which is read, and a response with its end token, which is trained on; what
-max_length cuts off is neither. `train/inspect_data.py` prints it.
+max_length cuts off is neither. All of it comes from `ldalign.data.encoding`, as in a run.
+`train/inspect_data.py` prints it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from ldalign.data.encoding import FittedRow, Fitting, TooLong, fit_rows
 from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
-from ldalign.data.tokenizer import PairIds, Tokenizer
+from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
 
 Split = Literal["training", "held out"]
@@ -36,35 +38,34 @@ class Part:
     trained: bool  # whether the loss is taken of them
 
 
-def parts_of(
-    row: Row, tokenizer: Tokenizer, max_length: int, trained: Collection[str] = ("response",)
-) -> list[Part]:
+def parts_of(fitted: FittedRow | TooLong, trained: Collection[str] = ("response",)) -> list[Part]:
     """The parts of a row, in the order in which a model reads them; no part is empty.
 
     trained: those of response and rejected that the loss is taken of. A rejected response has the
-    same prompt. Where the prompt alone fills max_length there is no response: the row is dropped.
-    Raises InputError for a row that cannot be encoded.
+    same prompt. A row that is left out has a prompt, and a response that is cut off whole.
     """
-    prompt, response = tokenizer.pair_ids(row)
-    room = max(0, max_length - len(prompt))
-    parts = [Part("prompt", prompt, False), *_response(response, room, trained, "response", "end")]
-    if row.rejected is not None:
-        other = tokenizer.pair_ids(replace(row, response=row.rejected, rejected=None)).response
-        parts += _response(other, room, trained, "rejected", "rejected end")
+    if isinstance(fitted, TooLong):
+        parts = [Part("prompt", fitted.ids.prompt, False), Part("cut", fitted.ids.response, False)]
+    else:
+        parts = [Part("prompt", fitted.prompt, False)]
+        parts += _response(fitted.response, fitted.lost, "response", "end", trained)
+        if fitted.rejected is not None:
+            rejected, lost = fitted.rejected, fitted.rejected_lost
+            parts += _response(rejected, lost, "rejected", "rejected end", trained)
     return [part for part in parts if part.ids]
 
 
 def _response(
-    ids: list[int],
-    room: int,
-    trained: Collection[str],
+    kept: list[int],
+    lost: list[int],
     name: Literal["response", "rejected"],
     end: Literal["end", "rejected end"],
+    trained: Collection[str],
 ) -> list[Part]:
-    """The parts of a response, whose last token is its end token, in `room` tokens."""
-    if len(ids) <= room:
-        return [Part(name, ids[:-1], name in trained), Part(end, ids[-1:], name in trained)]
-    return [Part(name, ids[:room], name in trained), Part("cut", ids[room:], False)]
+    """The parts of a response, whose last token is its end token."""
+    if not lost:
+        return [Part(name, kept[:-1], name in trained), Part(end, kept[-1:], name in trained)]
+    return [Part(name, kept, name in trained), Part("cut", lost, False)]
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
@@ -84,31 +85,35 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int
 class FileFigures:
     """What a file's rows are, once they are token ids."""
 
-    splits: Counter[Split] = field(default_factory=Counter)  # rows by split
-    prompts: array[int] = field(default_factory=lambda: array("I"))  # tokens, a row each
+    splits: Counter[Split] = field(default_factory=Counter)  # rows that are used, by split
+    prompts: array[int] = field(default_factory=lambda: array("I"))  # tokens, a row each; whole
     responses: array[int] = field(default_factory=lambda: array("I"))  # uncut, a row each
-    cut: int = 0  # responses that lose their end to max_length
+    read: array[int] = field(default_factory=lambda: array("I"))  # once it fits; a used row each
+    cut: int = 0  # rows of which a response loses its end to max_length
+    truncated: int = 0  # rows whose history loses its beginning
     dropped: dict[str, list[str]] = field(default_factory=dict)  # where rows stand, by reason
+    bad: list[str] = field(default_factory=list)  # what is wrong with rows, and where they stand
 
-    def add(self, row: Row, split: Split, pair: PairIds | BadRow, max_length: int) -> None:
+    def add(self, row: Row, split: Split, found: FittedRow | TooLong | BadRow) -> None:
         """Counts a row: its token ids, or why it has none."""
-        self.splits[split] += 1
-        if isinstance(pair, BadRow):
-            reason = "cannot be encoded, which ends a run but with bad_rows=skip"
-            self.dropped.setdefault(reason, []).append(f"{row.where or row.id}: {pair}")
+        if isinstance(found, BadRow):
+            self.bad.append(str(found))
             return
-        self.prompts.append(len(pair.prompt))
-        self.responses.append(len(pair.response))
-        if len(pair.prompt) >= max_length:
-            reason = f"the prompt alone fills max_length={max_length}"
-            self.dropped.setdefault(reason, []).append(row.where or row.id)
-        else:
-            self.cut += len(pair.prompt) + len(pair.response) > max_length
+        if isinstance(found, TooLong):
+            self.dropped.setdefault(found.reason, []).append(row.where or row.id)
+            self.prompts.append(len(found.ids.prompt))
+            self.responses.append(len(found.ids.response))
+            return
+        self.splits[split] += 1
+        self.prompts.append(found.whole_prompt)
+        self.responses.append(len(found.response) + len(found.lost))
+        self.read.append(len(found.prompt) + len(found.response))
+        self.cut += found.cut
+        self.truncated += found.truncated
 
-    def longer_than(self, positions: int, max_length: int) -> int:
-        """How many rows that are not dropped have more tokens than `positions`, once cut."""
-        kept = (p + r for p, r in zip(self.prompts, self.responses, strict=True) if p < max_length)
-        return sum(min(tokens, max_length) > positions for tokens in kept)
+    def longer_than(self, positions: int) -> int:
+        """How many rows that are used have more tokens than `positions`, once they fit."""
+        return sum(tokens > positions for tokens in self.read)
 
     def quantiles(self) -> dict[str, list[int]]:
         """{prompt, response, together: a number of tokens for each of QUANTILES}; {} without rows.
@@ -127,20 +132,32 @@ class FileFigures:
 
 
 def file_figures(
-    rows: Iterable[tuple[Row, Split]], tokenizer: Tokenizer, max_length: int
+    rows: Iterable[tuple[Row, Split]],
+    tokenizer: Tokenizer,
+    fitting: Fitting,
+    preference: bool = False,
 ) -> dict[str, FileFigures]:
     """The figures of every file that rows came from, by its name, in the order of the rows.
 
-    Raises InputError for what is wrong with every row (`Tokenizer.pairs_ids`).
+    preference: training rows need a rejected response. Raises InputError for what is wrong with
+    every row (`Tokenizer.pairs_ids`).
     """
     found: dict[str, FileFigures] = {}
     remaining = iter(rows)
     while batch := list(itertools.islice(remaining, ROWS_AT_ONCE)):
-        pairs = tokenizer.pairs_ids([row for row, _ in batch])
-        for (row, split), pair in zip(batch, pairs, strict=True):
+        fitted = fit_split(batch, tokenizer, fitting, preference)
+        for (row, split), one in zip(batch, fitted, strict=True):
             figures = found.setdefault(row.where.rpartition(":")[0], FileFigures())
-            figures.add(row, split, pair, max_length)
+            figures.add(row, split, one)
     return found
+
+
+def fit_split(
+    rows: Sequence[tuple[Row, Split]], tokenizer: Tokenizer, fitting: Fitting, preference: bool
+) -> list[FittedRow | TooLong | BadRow]:
+    """`fit_rows`, with the training rows as those that need a rejected response."""
+    needing = [n for n, (_, split) in enumerate(rows) if preference and split == "training"]
+    return fit_rows([row for row, _ in rows], tokenizer, fitting, needing)
 
 
 def choose_rows(rows: Sequence[Row], wanted: int | str | Sequence[str]) -> list[int]:

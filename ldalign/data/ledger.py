@@ -73,7 +73,8 @@ class Outcome:
     kept: list[tuple[int, int, int]] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
-    long: dict[int, str] = field(default_factory=dict)  # prompts that fill max_length: their places
+    # Prompts that leave no room in max_length: the row's place, and the reason.
+    long: dict[int, tuple[str, str]] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)  # and the reasons why
 
 
@@ -103,7 +104,7 @@ class Ledger:
         self.place = np.zeros(count, dtype=np.int32)  # and where in it
         self.prompt = np.zeros(count, dtype=np.uint64)  # hash of the prompt's tokens
         self.parts: list[Path] = []
-        self.long: dict[int, str] = {}
+        self.long: dict[int, tuple[str, str]] = {}
         self.bad: dict[int, str] = {}
 
     def jobs(self, order: Order, parts: Path) -> list[Job]:
@@ -148,10 +149,9 @@ class Ledger:
         self.parts.append(job.path)
         for flags, numbers in ((self.cut, outcome.cut), (self.truncated, outcome.truncated)):
             flags[job.first + np.array(numbers, dtype=np.int64)] = True
-        for reasons, texts in ((self.long, outcome.long), (self.bad, outcome.bad)):
-            for number, text in texts.items():
-                reasons[job.first + number] = text
-                self.unfit[job.first + number] = True
+        self.long |= {job.first + number: found for number, found in outcome.long.items()}
+        self.bad |= {job.first + number: reason for number, reason in outcome.bad.items()}
+        self.unfit[[job.first + number for number in [*outcome.long, *outcome.bad]]] = True
 
     def leave_out_leaks(self, order: Order) -> bool:
         """Marks training rows whose prompt has the tokens of a held-out row's: a template that
@@ -192,7 +192,6 @@ class Ledger:
         scans: Sequence[Scan],
         order: Order,
         left_out: dict[str, Indices],
-        max_length: int,
     ) -> Found:
         """What there is to say once all is encoded. Raises InputError where too much is bad."""
         unread = [text for scan in scans for text in scan.tally.bad]
@@ -215,10 +214,9 @@ class Ledger:
             )
         found.left_out += [{"reason": text} for text in unread]
         found.left_out += [{"id": self.names[i], "reason": t} for i, t in self.bad.items()]
-        reason = f"{TOO_LONG}={max_length}"
         found.left_out += [
             {"id": self.names[i], "where": where, "reason": reason}
-            for i, where in self.long.items()
+            for i, (where, reason) in self.long.items()
         ]
         counts = {reason: len(rows) for reason, rows in left_out.items()}
         counts[HELD_OUT] = counts.get(HELD_OUT, 0) + int(self.leaks.sum())

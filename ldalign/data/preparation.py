@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ldalign.data.encoding import Fitting, fit_rows
+from ldalign.data.encoding import Fitting, TooLong, fit_rows
 from ldalign.data.ledger import Found, Job, Ledger, Outcome, Scan
 from ldalign.data.reading import Reading, Tally, iter_chunks, read_chunk
 from ldalign.data.records import BadRow, Chunk
@@ -138,7 +138,7 @@ def prepare_files(
                 raise InputError(next(iter(outcome.bad.values())))
             ledger.note(job, outcome)
             step(len(job.chosen))
-    found = ledger.found([*own, *given], order, division.left_out, plan.fitting.max_length)
+    found = ledger.found([*own, *given], order, division.left_out)
     for split, chosen in order.items():
         write_split(folder, split, ledger.places(chosen))
     return found
@@ -259,22 +259,23 @@ def _encode(task: tuple[Job, Piece], reading: Reading, plan: Plan) -> Outcome:
     outcome = Outcome()
     with PartWriter(job.path) as part:
         for batch in _batches(job, piece, reading, plan.kinds):
-            fitted = fit_rows([row for _, row in batch], tokenizer, plan.fitting)
+            preference = [n for n, (number, _) in enumerate(batch) if number in job.train]
+            fitted = fit_rows(
+                [row for _, row in batch],
+                tokenizer,
+                plan.fitting,
+                preference if plan.preference else (),
+            )
             for (number, given), row in zip(batch, fitted, strict=True):
-                if plan.preference and number in job.train and given.rejected is None:
-                    outcome.bad[number] = (
-                        f"{given.where or given.id}: has no rejected response, which method=dpo "
-                        "needs: rows are {prompt, chosen, rejected} (docs/data.md)"
-                    )
-                elif row is None:
-                    outcome.long[number] = given.where
+                if isinstance(row, TooLong):
+                    outcome.long[number] = given.where, row.reason
                 elif isinstance(row, BadRow):
                     outcome.bad[number] = str(row)
                 else:
                     outcome.kept.append((number, part.add(row), _hash(row.prompt)))
                     if row.cut:
                         outcome.cut.append(number)
-                    if row.row is not given:
+                    if row.truncated:
                         outcome.truncated.append(number)
     # Last: it says that the others are whole.
     write_text(done, json.dumps({k: _plain(v) for k, v in vars(outcome).items()}))
@@ -288,7 +289,8 @@ def _plain(value: Any) -> Any:
 def _read_outcome(path: Path) -> Outcome:
     r = json.loads(path.read_text(encoding="utf-8"))
     kept = [(number, place, prompt) for number, place, prompt in r["kept"]]
-    return Outcome(kept, r["cut"], r["truncated"], dict(r["long"]), dict(r["bad"]))
+    long = {number: (where, reason) for number, (where, reason) in r["long"]}
+    return Outcome(kept, r["cut"], r["truncated"], long, dict(r["bad"]))
 
 
 def _hash(tokens: Sequence[int]) -> int:

@@ -340,10 +340,11 @@ def _warn(found: Found, config: RunConfig) -> None:
     """Says what a user may not expect of the rows."""
     length = f"max_length={config.max_length}"
     if found.long > TOO_MANY * found.encoded:
+        other = ", or give long_prompts=truncate" if config.long_prompts == "drop" else ""
         say(
-            f"data: WARNING: the prompt alone fills {length} in {found.long} of {found.encoded} "
-            "rows, in whose place others came as far as there are any (data/dropped.jsonl); raise "
-            "max_length, or give long_prompts=truncate"
+            f"data: WARNING: the prompt leaves no room in {length} in {found.long} of "
+            f"{found.encoded} rows, in whose place others came as far as there are any "
+            f"(data/dropped.jsonl); raise max_length{other}"
         )
     train = found.used["train"]
     if found.cut > TOO_MANY * train:

@@ -586,7 +586,8 @@ class RunConfig:
         if self.max_new_tokens >= self.max_length:
             found.append(
                 f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; "
-                f"the nearest: max_length={self.max_new_tokens + 1}"
+                f"the nearest: max_length={self.max_new_tokens + 1} or "
+                f"max_new_tokens={self.max_length - 1}"
             )
         if self._semantic and self.distance != "euclidean":
             found.append(

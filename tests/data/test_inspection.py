@@ -2,12 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from made_tokenizers import CHATML_TEMPLATE
 
-from ldalign.data.encoding import Fitting, encode_rows
-from ldalign.data.inspection import FileFigures, choose_rows, file_figures, parts_of, pieces
+from ldalign.data.encoding import FittedRow, Fitting, encode_rows, fit_rows
+from ldalign.data.inspection import (
+    FileFigures,
+    Split,
+    choose_rows,
+    file_figures,
+    parts_of,
+    pieces,
+)
+from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.system.errors import InputError
@@ -26,15 +35,15 @@ def test_parts_are_what_a_run_trains_on(
     """With room for all, for some of the response, for one token, and for none."""
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
     prompt, response = tokenizer.pair_ids(row())
-    max_length = len(prompt) + room
-    parts = {part.name: part for part in parts_of(row(), tokenizer, max_length)}
+    fitting = Fitting(len(prompt) + room)
+    [fitted] = fit_rows([row()], tokenizer, fitting)
+    assert not isinstance(fitted, BadRow)
+    parts = {part.name: part for part in parts_of(fitted)}
     assert parts["prompt"].ids == prompt and not parts["prompt"].trained
     trained = [token for part in parts.values() if part.trained for token in part.ids]
     assert trained == response[: max(0, room)]
-    many = (
-        encode_rows([row(), *([row()] * 200)], tokenizer, Fitting(max_length)) if room > 0 else None
-    )
-    assert many is None or many.pairs[0].real == trained
+    many = encode_rows([row(), *([row()] * 200)], tokenizer, fitting)
+    assert [pair.real for pair in many.pairs] == [trained] * (201 if room > 0 else 0)
     whole = [token for part in parts.values() for token in part.ids]
     assert whole == [*prompt, *response]
     assert ("end" in parts) == (room >= len(response)) != ("cut" in parts)
@@ -42,15 +51,22 @@ def test_parts_are_what_a_run_trains_on(
         assert parts["end"].ids == [tokenizer.end_ids[0]] and parts["end"].trained
 
 
-def test_a_rejected_response_has_parts_of_its_own(chatml_folder: Path) -> None:
+@pytest.mark.parametrize("room", [1000, 5])
+def test_a_rejected_response_has_parts_of_its_own(room: int, chatml_folder: Path) -> None:
     tokenizer = load_tokenizer(chatml_folder)
-    both = row(rejected="No")
+    both = row(rejected="No" if room == 1000 else "No, it is not so.", response="Yes")
+    prompt, _ = tokenizer.pair_ids(both)
+    [fitted] = fit_rows([both], tokenizer, Fitting(len(prompt) + room))
+    assert isinstance(fitted, FittedRow)
     for trained in ({"response"}, {"response", "rejected"}, set[str]()):
-        parts = {part.name: part for part in parts_of(both, tokenizer, 1000, trained)}
-        assert list(parts) == ["prompt", "response", "end", "rejected", "rejected end"]
+        parts = {part.name: part for part in parts_of(fitted, trained)}
+        last = "rejected end" if room == 1000 else "cut"
+        assert list(parts) == ["prompt", "response", "end", "rejected", last]
         assert parts["response"].trained == parts["end"].trained == ("response" in trained)
         assert parts["rejected"].trained == ("rejected" in trained)
-        assert tokenizer.decode(parts["rejected"].ids) == "No"
+        assert parts[last].trained == ("rejected" in trained and last != "cut")
+        text = parts["rejected"].ids + (parts["cut"].ids[:-1] if last == "cut" else [])
+        assert tokenizer.decode(text) == both.rejected
 
 
 @pytest.mark.parametrize("folder", ["zephyr_folder", "chatml_folder"])
@@ -69,33 +85,63 @@ def test_pieces_give_the_text_back(folder: str, request: pytest.FixtureRequest) 
 
 
 def test_figures_of_files(chatml_folder: Path) -> None:
-    """Rows of two files and both splits: what is cut, what is dropped and why, and the lengths."""
+    """Rows of two files and both splits: what is cut, what is left out and why, and the lengths."""
     refuses = "{% if messages[0].content == 'No' %}{{ raise_exception('refused') }}{% endif %}"
     tokenizer = load_tokenizer(chatml_folder, template=refuses + CHATML_TEMPLATE)
     prompt, _ = tokenizer.pair_ids(row())
     max_length = len(prompt) + 4
     long = replace(row(3), history=({"role": "user", "content": "Is it so? " * 50},))
     broken = replace(row(4), history=({"role": "user", "content": "No"},))
-    other = replace(row(0), where="other.jsonl:1")
+    other = replace(row(0, rejected="No, no, no"), where="other.jsonl:1")
     given = [row(0, "No"), row(1, "Yes it is so, and has been"), row(2), long, broken]
-    rows = [(r, "training" if i else "held out") for i, r in enumerate(given)]
-    found = file_figures([*rows, (other, "training")], tokenizer, max_length)  # type: ignore[list-item]
+    rows: list[tuple[Row, Split]] = [
+        (r, "training" if i else "held out") for i, r in enumerate(given)
+    ]
+    rows.append((other, "training"))
+    found = file_figures(rows, tokenizer, Fitting(max_length))
     assert list(found) == ["data/rows.jsonl", "other.jsonl"]
     figures = found["data/rows.jsonl"]
-    assert figures.splits == {"held out": 1, "training": 4}
+    assert figures.splits == {"held out": 1, "training": 2}
     lengths = [tokenizer.pair_ids(r) for r in given[:4]]
     assert list(figures.prompts) == [len(p) for p, _ in lengths]
     assert list(figures.responses) == [len(r) for _, r in lengths]
-    assert figures.cut == sum(len(r) > 4 for _, r in lengths[:3]) > 0
+    assert figures.cut == sum(len(r) > 4 for _, r in lengths[:3]) > 0 == figures.truncated
     fills = f"the prompt alone fills max_length={max_length}"
-    assert figures.dropped[fills] == ["data/rows.jsonl:4"]
-    (message,) = figures.dropped["cannot be encoded, which ends a run but with bad_rows=skip"]
-    assert message == "data/rows.jsonl:5: chat template: refused"
+    assert figures.dropped == {fills: ["data/rows.jsonl:4"]}
+    assert figures.bad == ["data/rows.jsonl:5: chat template: refused"]
+    assert found["other.jsonl"].cut == 1
     longest = max(len(p) + len(r) for p, r in lengths)
     assert figures.quantiles()["together"][-1] == longest
-    assert figures.longer_than(max_length - 1, max_length) >= 1
-    assert figures.longer_than(max_length, max_length) == 0
+    assert list(figures.read) == [min(max_length, len(p) + len(r)) for p, r in lengths[:3]]
+    assert figures.longer_than(max_length - 1) >= 1 and figures.longer_than(max_length) == 0
     assert FileFigures().quantiles() == {}
+
+
+@pytest.mark.parametrize("long_prompts", ["drop", "error", "truncate"])
+def test_figures_are_what_a_run_makes_of_the_rows(
+    long_prompts: Literal["drop", "error", "truncate"], chatml_folder: Path
+) -> None:
+    """Long prompts and rows without a loser, by the code of a run: every row is counted once."""
+    tokenizer = load_tokenizer(chatml_folder)
+    asked = [("Is it so?", "No"), ("Is it so? " * 50, "No"), ("Is it so?", None)] * 3
+    given: list[tuple[Row, Split]] = [
+        (
+            replace(row(n, rejected=loser), history=({"role": "user", "content": question},)),
+            "training" if n < 6 else "held out",
+        )
+        for n, (question, loser) in enumerate(asked)
+    ]
+    fitting = Fitting(80, long_prompts)
+    figures = file_figures(given, tokenizer, fitting, preference=True)["data/rows.jsonl"]
+    bad = {"drop": 2, "error": 5, "truncate": 2}[long_prompts]
+    dropped = 3 if long_prompts == "drop" else 0
+    assert len(figures.bad) == bad and sum(map(len, figures.dropped.values())) == dropped
+    assert figures.splits.total() + bad + dropped == len(given)
+    assert figures.truncated == (3 if long_prompts == "truncate" else 0)
+    assert (max(figures.prompts) > 80) == (long_prompts != "error")  # lengths as in the data
+    assert max(figures.read) <= 80
+    plain = file_figures(given, tokenizer, fitting)["data/rows.jsonl"]
+    assert len(plain.bad) == bad - 2
 
 
 def test_quantiles_are_lengths_that_there_are() -> None:

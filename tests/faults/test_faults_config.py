@@ -82,7 +82,11 @@ def test_C1_hostile_yaml(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["max_new_tokens=64", "max_length=64"], "max_length=64; the nearest: max_length=65"),
+        (
+            ["max_new_tokens=64", "max_length=64"],
+            "max_length=64; the nearest: max_length=65 or max_new_tokens=63",
+        ),
+        (["max_length=128"], "the nearest: max_length=257 or max_new_tokens=127"),
         (["guide.width=130", "guide.heads=4"], "guide.heads=4; the nearest: guide.width=128"),
     ],
 )

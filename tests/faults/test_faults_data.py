@@ -280,7 +280,7 @@ def test_D9_prompt_alone_fills_max_length(
     path.write_text(path.read_text() + long)
     ctx = open_toy(tmp_path, *options)
     assert ctx.counts["rows/dropped"] == 2
-    assert "fills max_length=160 in 2 of 101 rows" in capfd.readouterr().err
+    assert "no room in max_length=160 in 2 of 101 rows" in capfd.readouterr().err
     distributed.stop()
 
 

@@ -5,11 +5,14 @@ import os
 import pty
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from runs import ROOT, one_thread, script_command
 
+from ldalign.data.inspection import FileFigures
+from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.train import inspect_data
 
@@ -61,9 +64,9 @@ def test_rows_and_figures(
     assert ": 40 tokens, " in third
     assert "  dropped: the prompt alone fills max_length=40" in fourth
     assert "  prompt, left out: " in fourth and "trained on: " not in fourth.partition("\n")[2]
-    assert figures.startswith(f"{data}: 4 rows: 4 training\n")
-    assert f"  1 dropped: the prompt alone fills max_length=40 (the first: {data}:4)" in figures
-    assert "  1 responses are cut at max_length=40" in figures
+    assert figures.startswith(f"{data}: 4 rows = 3 training + 1 left out\n")
+    assert f"  1 left out: the prompt alone fills max_length=40 (the first: {data}:4)" in figures
+    assert "  1 have a response that is cut at max_length=40" in figures
     assert re.search(r"\n  tokens +least +25 % +median +75 % +95 % +99 % +most\n", figures)
     assert not (toy_cache / "no-run").exists()
 
@@ -112,7 +115,7 @@ def test_what_is_trained_on_follows_the_method(
     text = printed(capsys, *keys)
     held = next(part for part in text.split("\n\n") if ", held out: " in part)
     assert "  response, measured: " in held and "trained on" not in held
-    assert "9 training, 1 held out" in text
+    assert "10 rows = 9 training + 1 held out\n" in text
 
 
 def test_bad_rows_and_templates_are_named(
@@ -130,11 +133,16 @@ def test_bad_rows_and_templates_are_named(
     )
     inspect_data.main(options(data, toy_cache, "rows=full", f"template={template}"))
     text = capfd.readouterr().out
-    assert "id full, training: cannot be encoded" in text and "too long" in text
-    assert (
-        "  1 dropped: cannot be encoded, which ends a run but with bad_rows=skip (the first: "
-        in text
+    assert "id full, training: bad, which ends a run\n" in text and "too long" in text
+    assert f"{data}: 4 rows = 3 training + 1 bad, which ends a run\n" in text
+    assert f"  1 bad, which ends a run (the first: {data}:4: template={template}: too long)" in text
+    inspect_data.main(
+        options(data, toy_cache, "rows=full", f"template={template}", "bad_rows=skip")
     )
+    said = capfd.readouterr()
+    assert "id full, training: skipped (bad_rows=skip)\n" in said.out
+    assert f"{data}: 4 rows = 3 training + 1 skipped (bad_rows=skip)\n" in said.out
+    assert "1 of 4 rows are bad, more than the 1% that bad_rows=skip may leave out" in said.err
     inspect_data.main(options(data, toy_cache, "rows=0", "max_length=2000"))
     assert "rows are longer" not in capfd.readouterr().err
     long = data.with_name("long.jsonl")
@@ -142,6 +150,91 @@ def test_bad_rows_and_templates_are_named(
     inspect_data.main(options(long, toy_cache, "rows=0", "max_length=2000"))
     said = capfd.readouterr().err
     assert "1 rows are longer than the 512 tokens that the policy reads (max_position_emb" in said
+
+
+def test_long_prompts_are_shown_as_a_run_takes_them(
+    data: Path, toy_cache: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """truncate: the row that is trained on, as that; error: that a run ends."""
+    text = printed(capsys, *options(data, toy_cache, "rows=full", "long_prompts=truncate"))
+    row, figures, _ = text.split("\n\n")
+    assert re.match(rf"{data}:4, id full, training: \d+ tokens, [1-9]\d* trained on\n", row)
+    lost = r"\n  truncated: without the question's beginning; the prompt had (\d+) tokens\n"
+    found = re.search(lost, row)
+    assert found and int(found[1]) > 40 and "  response, trained on: " in row
+    assert figures.startswith(f"{data}: 4 rows = 4 training\n")
+    assert "\n  1 are truncated to leave room for the response\n" in figures
+    text = printed(capsys, *options(data, toy_cache, "rows=full", "long_prompts=error"))
+    row, figures, _ = text.split("\n\n")
+    assert row.startswith(f"{data}:4, id full, training: bad, which ends a run\n")
+    assert "the prompt alone has " in row and "max_length=40; raise max_length" in row
+    assert figures.startswith(f"{data}: 4 rows = 3 training + 1 bad, which ends a run\n")
+
+
+def test_turns_that_are_taken_away_are_counted(
+    tmp_path: Path, toy_cache: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole turns, and both; a system turn that leaves no room is the reason why a row is not
+    there.
+    """
+    turns = [("user", "word " * 30), ("assistant", "ok"), ("user", "Hi"), ("assistant", "Yes")]
+    long = [*turns[:2], ("user", "word " * 30), ("assistant", "Yes")]
+    system = [("system", "word " * 30), ("user", "Is it?"), ("assistant", "Yes")]
+    file = tmp_path / "turns.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) + "\n"
+            for row in (turns, long, system)
+        )
+    )
+    text = printed(capsys, *options(file, toy_cache, "rows=3", "long_prompts=truncate"))
+    whole, both, without, figures, _ = text.split("\n\n")
+    assert "  truncated: without the first 2 turns; the prompt had " in whole
+    assert "without the first 2 turns and the question's beginning; the prompt had " in both
+    reason = "the system turn fills too much of max_length=40 to leave room for the question"
+    assert f": 0 tokens, 0 trained on\n  dropped: {reason}\n" in without
+    assert figures.startswith(f"{file}: 3 rows = 2 training + 1 left out\n  1 left out: {reason}")
+
+
+def test_a_row_without_a_loser_is_bad_as_in_a_run(
+    data: Path, toy_cache: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that are trained on; where the method needs one."""
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "Hey", "chosen": "Yes", "rejected": "No"}) + "\n")
+    keys = options(data, toy_cache, "rows=plain")
+    dpo = [*keys, "method=dpo", "iterations=1"]
+    text = printed(capsys, *dpo)
+    assert "id plain, training: bad, which ends a run\n" in text
+    assert f"{data}:1: has no rejected response, which method=dpo needs" in text
+    assert f"{data}: 5 rows = 1 training + 4 bad, which ends a run\n" in text
+    assert "bad" not in printed(capsys, *keys)
+    held = data.with_name("held.jsonl")
+    held.write_text(json.dumps({"prompt": "Ho", "response": "Yes"}) + "\n")
+    dpo[dpo.index("evaluation.rows=0")] = "evaluation.rows=9"
+    text = printed(capsys, *dpo, f"heldout={held}")
+    assert "1 held out" in text and "id plain, training: bad" in text
+
+
+def test_rows_that_were_not_chosen_are_counted_by_reason(toy_cache: Path) -> None:
+    """All rows of a file add up, also of one none of whose rows are used."""
+    config = load_config(inspect_data.InspectConfig, None, ["policy=toy", "max_length=400"])
+    figures = FileFigures(splits=Counter({"training": 80, "held out": 10}), cut=3)
+    figures.dropped = {"too long": ["a.jsonl:7", "a.jsonl:9"]}
+    figures.bad = ["a.jsonl:3: no shape"]
+    reasons = {"beyond max_rows": 5, "beyond evaluation.rows": 2}
+    paint = inspect_data.Paint(colour=False)
+    lines = inspect_data.figures_lines("a.jsonl", figures, reasons, config, paint)
+    assert lines == [
+        "a.jsonl: 100 rows = 80 training + 10 held out + 9 left out + 1 bad, which ends a run",
+        "  5 left out: beyond max_rows",
+        "  2 left out: beyond evaluation.rows",
+        "  2 left out: too long (the first: a.jsonl:7)",
+        "  1 bad, which ends a run (the first: a.jsonl:3: no shape)",
+        "  3 have a response that is cut at max_length=400",
+    ]
+    lines = inspect_data.figures_lines("b.jsonl", FileFigures(), reasons, config, paint)
+    assert lines[0] == "b.jsonl: 7 rows = 7 left out"
 
 
 @pytest.mark.parametrize("no_colour", [False, True])
