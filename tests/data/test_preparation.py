@@ -259,7 +259,7 @@ def test_turns_of_a_conversation_in_rows_of_their_own(tmp_path: Path, chatml_fol
     ):
         train, heldout = split_rows(tmp_path, rows, [], chatml_folder)
         assert (len(train), len(heldout)) == (270, 30)
-        assert not {of(row) for row in train} & {of(row) for row in heldout}  # type: ignore[no-untyped-call]
+        assert not {of(row) for row in train} & {of(row) for row in heldout}
 
 
 @pytest.mark.parametrize("names", [["dolly"], ["a", "b", "c", "d"]])
