@@ -26,7 +26,7 @@ from ldalign.data.preparation import (
 )
 from ldalign.data.reading import Reading
 from ldalign.data.rows import Row
-from ldalign.data.sources import files_of
+from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, find_files
 from ldalign.data.store import Split, open_split
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.run.manifest import MANIFEST, Parents, hash_settings, stage_parents
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from ldalign.run.context import Run
 
 DATA = "data"  # the stage's folder
-EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, and their sha256
 FORMAT = 1  # of the files; another is made anew
@@ -67,6 +66,7 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
     write: False: nothing is written into the run folder. Raises InputError for rows that cannot be
     used, and where the data, or what is asked of them, are others than when the run began.
     """
+    on_rank0(lambda: say_files(config))
     sources = on_rank0(lambda: {str(path): hash_file(path) for path in data_files(config)})
     parents = _parents(config, tokenizer, sources)
     folder = run.path / DATA
@@ -84,6 +84,7 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
 
 def read_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Row], list[Row]]:
     """Returns the training and the held-out rows of a run, before any is encoded, in memory."""
+    say_files(config)
     train, heldout = _sources(config)
     reading = Reading(config.turns, config.bad_rows, config.data_columns)
     return read_splits(train, heldout, reading, _plan(config, tokenizer))
@@ -91,8 +92,24 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Row], list[
 
 def data_files(config: RunConfig) -> list[Path]:
     """The files that the run's rows are read from, fetched where they are not there yet."""
-    specs = [spec for spec in (config.data, config.heldout) if spec not in (None, EMBEDDED)]
-    return [path for spec in specs for path in files_of(spec, config.cache_folder)]
+    return [
+        path
+        for key, spec in _given(config).items()
+        for path in files_of(spec, config.cache_folder, key)
+    ]
+
+
+def say_files(config: RunConfig) -> None:
+    """Says how many files are read, which, and what of their folders is not."""
+    for key, spec in _given(config).items():
+        for line in described(find_files(spec, config.cache_folder, key), key):
+            say(line)
+
+
+def _given(config: RunConfig) -> dict[Key, str | list[str]]:
+    """The keys that stand for files, and what they are."""
+    specs = {key: getattr(config, key) for key in WANTED}
+    return {key: spec for key, spec in specs.items() if spec is not None and spec != EMBEDDED}
 
 
 def _parents(config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, str]) -> Parents:
@@ -206,9 +223,9 @@ def _make(
 def _sources(config: RunConfig) -> tuple[Source, Source | None]:
     """Where training rows come from, and held-out rows that are given."""
     entries = [config.data] if isinstance(config.data, str) else config.data
-    given = None if config.heldout is None else _files(config, config.heldout)
+    given = None if config.heldout is None else _files(config, "heldout", config.heldout)
     if config.data != EMBEDDED:
-        return _files(config, *entries), given
+        return _files(config, "data", *entries), given
     train, heldout = (
         _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
     )
@@ -217,8 +234,8 @@ def _sources(config: RunConfig) -> tuple[Source, Source | None]:
     return Source(rows=tuple(train)), given or Source(rows=tuple(heldout))
 
 
-def _files(config: RunConfig, *entries: str) -> Source:
-    return Source(tuple(tuple(files_of(entry, config.cache_folder)) for entry in entries))
+def _files(config: RunConfig, key: Key, *entries: str) -> Source:
+    return Source(tuple(tuple(files_of(one, config.cache_folder, key)) for one in entries))
 
 
 def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
