@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,14 @@ from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
-from ldalign.system.files import PARTIAL, hash_file, write_json, write_jsonl
+from ldalign.system.files import (
+    PARTIAL,
+    hash_file,
+    temporary_folder,
+    write_json,
+    write_jsonl,
+    writing,
+)
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.system.workers import available_cores
@@ -173,7 +179,7 @@ def _refuse_changed(folder: Path, sources: Mapping[str, str]) -> None:
 
 def _in_passing(config: RunConfig, tokenizer: Tokenizer) -> Data:
     """The rows, out of a folder that is gone when they are open."""
-    place = Path(on_rank0(lambda: tempfile.mkdtemp(prefix="ldalign-data-")))
+    place = Path(on_rank0(lambda: temporary_folder("ldalign-data-")))
     try:
         summary = on_rank0(lambda: _make(place, config, tokenizer, {}))
         return Data(open_split(place, "train"), open_split(place, "heldout"), summary)
@@ -189,7 +195,7 @@ def _make(
     """Prepares the rows into a folder; returns its summary. Rank 0 does it."""
     train, heldout = _sources(config)
     large = sum(path.stat().st_size for path in data_files(config)) > SMALL_BYTES
-    with contextlib.ExitStack() as stack:
+    with writing(folder), contextlib.ExitStack() as stack:
 
         def progress(what: str, count: int | None) -> Progress:
             bar = stack.enter_context(Bar(f"{DATA}: {what}", count, "rows"))
