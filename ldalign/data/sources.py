@@ -205,8 +205,21 @@ def _check(path: Path, key: Key) -> None:
             f"{begin}: {ending.split('.')[1]} in a compressed file, which is not read; unpack it "
             "(such files are compressed within)"
         )
+    if ending.endswith((*COLUMNS, ".zst")) and not _is_utf8(path):
+        raise InputError(
+            f"{begin}: its name is no UTF-8, and pyarrow, which reads such files, opens no other; "
+            "rename it"
+        )
     with path.open("rb"):  # it raises where it may not be read
         pass
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------ a glob

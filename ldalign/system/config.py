@@ -184,10 +184,12 @@ def split_argv(
         elif argument in flags:
             seen.add(argument)
         elif argument.startswith("-"):
-            nearest = _nearest(name, ["--config", *flags])
-            key = name.lstrip("-").replace("-", "_")
-            value = value if equals else next(arguments, "VALUE")
-            hint = nearest or (f"; a key is given without dashes: {key}={value}" if key else "")
+            hint = _nearest(name, ["--config", *flags])
+            if not hint and name.startswith("--"):
+                given = value if equals else next(arguments, "=")
+                key = name.removeprefix("--").replace("-", "_")
+                given = "VALUE" if "=" in given and not equals else given
+                hint = f"; a key is given without dashes: {key}={given}"
             raise InputError(f"{argument}: unknown option{hint}")
         else:
             overrides.append(argument)

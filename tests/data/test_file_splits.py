@@ -1,6 +1,5 @@
 """Which files are of which split: by names, by a card; what is left of a folder, and said."""
 
-import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ldalign.data.file_splits import (
     read_card,
     twice,
 )
+from ldalign.data.reading import read_rows
 from ldalign.data.sources import described, files_of, find_files
 from ldalign.system.errors import InputError
 
@@ -363,4 +363,9 @@ def test_names_that_are_no_utf8(tmp_path):
     write(path, GOOD)
     assert read(tmp_path) == [path.name]
     assert said(tmp_path)[0].encode("utf-8", "backslashreplace").endswith(b"donn\\udce9es.jsonl")
-    assert json.loads(json.dumps(str(path))) == str(path)
+    assert [row.response for row in read_rows(tmp_path)]
+    for name in (b"\xe9.parquet", b"\xe9.jsonl.zst", b"\xe9.arrow"):
+        other = tmp_path / os.fsdecode(name)
+        other.touch()
+        with pytest.raises(InputError, match="its name is no UTF-8"):
+            files_of(other)
