@@ -1,23 +1,35 @@
 """Data sets of the Hugging Face hub: `org/name[@revision][:[config:]split]`, fetched once.
 
 Only the files of one split are fetched, as they are: no code of a data set runs. Which files they
-are is what its card says, else what its file names say.
+are is what its card says, else what its file names say (`ldalign.data.file_splits`).
 """
 
-import fnmatch
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldalign.data.file_splits import (
+    TRAIN,
+    by_names,
+    card_configs,
+    files_by_card,
+    in_one_form,
+    looks_like_data,
+    of_split,
+    shortly,
+)
 from ldalign.system import hub
 from ldalign.system.errors import InputError
+
+log = logging.getLogger(__name__)
 
 HUB_DATA = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
     r"(?::(?:(?P<config>[\w.+-]+):)?(?P<split>[\w.-]+))?"
 )
-DEFAULT_SPLIT = "train"
+HOW = "write org/name:config:split"
 
 
 def hub_files(name: str, cache: Path, is_data: Callable[[Path], bool]) -> list[Path]:
@@ -31,92 +43,52 @@ def hub_files(name: str, cache: Path, is_data: Callable[[Path], bool]) -> list[P
         raise InputError(f"data {name!r}: expected org/name[@revision][:[config:]split]")
 
     def choose(names: list[str], card: Any) -> list[str]:
-        configs = _card_configs(card)
-        wanted = _split_files(name, names, configs, found["config"], found["split"])
+        to_dict = getattr(card, "to_dict", dict)
+        wanted = _split_files(
+            name, names, to_dict(), found["config"], found["split"], lambda one: is_data(Path(one))
+        )
         files = sorted(one for one in wanted if is_data(Path(one)))
         if not files:
             raise InputError(
-                f"data {name!r}: none of its files can be read ({', '.join(sorted(wanted)[:5])}); "
+                f"data {name!r}: none of its files can be read ({shortly(sorted(wanted))}); "
                 "convert them to parquet or JSON Lines"
             )
-        return files
+        if unread := sorted(set(wanted) - set(files)):
+            log.warning("data %s: of this split, not read: %s", name, shortly(unread))
+        return in_one_form(files, lambda line: log.warning("data %s: %s", name, line))
 
-    folder = cache / "hub-data" / re.sub(r"[/@:]", "--", name)
+    folder = cache / "hub-data" / folder_name(name)
     return hub.fetch(hub.DATA, name, found["repo"], found["revision"], folder, [choose])
 
 
-# ------------------------------------------------------------------------- the files of one split
-
-Configs = dict[str, dict[str, list[str]]]  # config: {split: patterns of file names}
+def folder_name(name: str) -> str:
+    """The folder of a name in the cache: no two names have the same."""
+    # "--" is in no repository's name, and neither "," nor "%" in any part of a name.
+    repo, mark, rest = re.fullmatch(r"([^@:]*)([@:]?)(.*)", name).groups()  # type: ignore[union-attr]
+    end = f"{mark}{rest}".replace("/", "%2F").replace(":", ",")
+    return repo.replace("/", "--") + end
 
 
 def _split_files(
-    name: str, names: list[str], card: Configs, config: str | None, split: str | None
+    name: str,
+    names: list[str],
+    card: Any,
+    config: str | None,
+    split: str | None,
+    is_data: Callable[[str], bool],
 ) -> list[str]:
     """The names of the files of a config's split, by the card, else by the names themselves."""
-    if card:
-        splits = card[_choose(name, "config", config, list(card), "default")]
-        chosen = _choose(name, "split", split, list(splits), DEFAULT_SPLIT)
-        files = [n for n in names if any(fnmatch.fnmatch(n, p) for p in splits[chosen])]
-        if not files:
-            raise InputError(
-                f"data {name!r}: its card names {', '.join(splits[chosen])} for {chosen}, and no "
-                "file matches"
-            )
-        return files
+    begin = f"data {name!r}"
+    if configs := card_configs(card):
+        return files_by_card(names, configs, config, split, [TRAIN], begin, HOW)
     inside = [n for n in names if config is None or config in n.split("/")[:-1]]
     if not inside:
-        raise InputError(f"data {name!r}: has no folder {config!r}")
-    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(split or DEFAULT_SPLIT)}(?![A-Za-z0-9_])")
-    files = [n for n in inside if word.search(n)]
+        raise InputError(f"{begin}: has no folder {config!r}")
+    data = [n for n in inside if is_data(n) or looks_like_data(n)]
+    files = of_split(data, split) if split is not None else by_names(data, [TRAIN], begin, HOW)
     if not files:
         raise InputError(
-            f"data {name!r}: no file is named after the split {split or DEFAULT_SPLIT!r}; found "
+            f"{begin}: no file is named after the split {split or TRAIN!r}; found "
             f"{', '.join(sorted(inside)[:10])}"
         )
     return files
-
-
-def _choose(name: str, what: str, given: str | None, there: list[str], default: str) -> str:
-    """The config or split that is asked for, else the default one, else the only one."""
-    if given in there:
-        return str(given)
-    if given is None and default in there:
-        return default
-    if given is None and len(there) == 1:
-        return there[0]
-    asked = f"has no {what} {given!r}" if given is not None else f"has several of {what}"
-    raise InputError(
-        f"data {name!r}: {asked}; write org/name:config:split, with a {what} of "
-        f"{', '.join(sorted(there)[:20])}"
-    )
-
-
-def _card_configs(card: Any) -> Configs:
-    """What a data set's card says of its configs; {} where it says nothing that can be read.
-
-    `configs: [{config_name, default, data_files: PATTERNS or [{split, path: PATTERNS}]}]`. The
-    default one is called "default" here too.
-    """
-    try:
-        listed = card.to_dict().get("configs") or []
-        found: Configs = {}
-        for one in listed:
-            files = one.get("data_files") or []
-            if isinstance(files, str) or all(isinstance(pattern, str) for pattern in files):
-                splits = {DEFAULT_SPLIT: _patterns(files)} if files else {}
-            elif isinstance(files, dict):
-                splits = {str(split): _patterns(paths) for split, paths in files.items()}
-            else:
-                splits = {str(part["split"]): _patterns(part["path"]) for part in files}
-            if splits:
-                found[str(one.get("config_name", "default"))] = splits
-                if one.get("default"):
-                    found.setdefault("default", splits)
-        return found
-    except (AttributeError, KeyError, TypeError):
-        return {}
-
-
-def _patterns(value: Any) -> list[str]:
-    return [str(pattern) for pattern in ([value] if isinstance(value, str) else value)]

@@ -22,7 +22,7 @@ import numpy as np
 from ldalign.data.pairs import Pairs
 from ldalign.data.ragged import Texts, TokenLists, ends
 from ldalign.data.rows import Row
-from ldalign.system.files import sync
+from ldalign.system.files import open_to_write, save_array, sync, writing
 
 if TYPE_CHECKING:
     from ldalign.data.encoding import FittedRow
@@ -138,34 +138,38 @@ def data_hash(rows: Iterable[Row]) -> str:
 
 
 class PartWriter:
-    """Writes rows in the order in which they come: PATH.lines, PATH.tokens, PATH.index.npy."""
+    """Writes rows in the order in which they come: PATH.lines, PATH.tokens, PATH.index.npy.
+
+    Raises EnvironmentProblem where one cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index: list[list[int]] = []
 
     def __enter__(self) -> Self:
-        self.lines = Path(f"{self.path}.lines").open("wb")
-        self.tokens = Path(f"{self.path}.tokens").open("wb")
+        self.files = contextlib.ExitStack()
+        opened = (open_to_write(Path(f"{self.path}.{kind}")) for kind in ("lines", "tokens"))
+        self.lines, self.tokens = map(self.files.enter_context, opened)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.lines.close()
-        self.tokens.close()
-        np.save(f"{self.path}.index.npy", np.array(self.index, dtype=np.int64).reshape(-1, 5))
+    def __exit__(self, *error: object) -> None:
+        self.files.close()
+        index = np.array(self.index, dtype=np.int64).reshape(-1, len(COLUMNS))
+        save_array(Path(f"{self.path}.index.npy"), index)
         for ending in PART_FILES:  # before it is said anywhere that they are there
             sync(Path(f"{self.path}{ending}"))
 
     def add(self, fitted: FittedRow) -> int:
         """Writes a row; returns its number in the part."""
         line, name = write_line(fitted.row)
-        self.lines.write(line)
         lists = [fitted.prompt, fitted.response, fitted.rejected or []]
-        self.tokens.write(
-            np.array(
-                [*fitted.prompt, *fitted.response, *(fitted.rejected or [])], dtype=np.int32
-            ).tobytes()
+        tokens = np.array(
+            [*fitted.prompt, *fitted.response, *(fitted.rejected or [])], dtype=np.int32
         )
+        with writing(self.path):
+            self.lines.write(line)
+            self.tokens.write(tokens.tobytes())
         lengths = [len(tokens) for tokens in lists]
         if fitted.rejected is None:
             lengths[-1] = -1
@@ -185,17 +189,20 @@ class Part:
 
 
 def write_split(folder: Path, name: str, chosen: Sequence[tuple[Part, int]]) -> None:
-    """Writes the files of a split: chosen rows of parts, as they come."""
+    """Writes the files of a split: chosen rows of parts, as they come.
+
+    Raises EnvironmentProblem where one cannot be written.
+    """
     index = np.array([part.index[i] for part, i in chosen], dtype=np.int64)
     index = index.reshape(-1, len(COLUMNS))
-    np.save(folder / f"{name}.index.npy", index)
+    save_array(folder / f"{name}.index.npy", index)
     total = int(np.maximum(index[:, 2:], 0).sum())
-    with (folder / f"{name}.tokens.npy").open("wb") as tokens:
+    with open_to_write(folder / f"{name}.tokens.npy") as tokens:
         np.lib.format.write_array_header_1_0(
             tokens, {"descr": "<i4", "fortran_order": False, "shape": (total,)}
         )
         _copy(tokens, chosen, "tokens", 1, 4)
-    with (folder / f"{name}.jsonl").open("wb") as lines:
+    with open_to_write(folder / f"{name}.jsonl") as lines:
         _copy(lines, chosen, "lines", 0, 1)
 
 

@@ -34,7 +34,9 @@ from ldalign.run.stages.guide import (
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.files import writing
 from ldalign.system.memory import available_bytes
+from ldalign.system.metrics import say
 from ldalign.training.memory_model import (
     TrainingShape,
     frozen_guide_memory,
@@ -88,6 +90,8 @@ def dry_run(ctx: Context, planned: Sequence[str]) -> str:
 def _existing(run: Path) -> Path:
     """The run folder, or the nearest folder above it that is there. Raises where
     a run could not be made.
+
+    A run that is there already may be read-only: it is looked at, with a warning.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file; give a folder (run=NAME)")
@@ -96,12 +100,15 @@ def _existing(run: Path) -> Path:
             f"{run}: holds something that is no run; give a new or empty folder (run=NAME)"
         )
     if (run / "lock").is_file():
-        with RunFolder.lock(run):  # raises where another process has it
+        with writing(run), RunFolder.lock(run, write=False):  # raises where another process has it
             pass
     folder = run.absolute()
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    writable = os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    if (run / "lock").is_file() and not writable:
+        say(f"WARNING: {run}: cannot be written to: the run cannot go on there")
+    elif not folder.is_dir() or not writable:
         raise EnvironmentProblem(f"{folder}: cannot be written to; give another folder (run=NAME)")
     return folder
 

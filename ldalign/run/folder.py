@@ -165,11 +165,13 @@ class RunFolder:
         )
 
     @staticmethod
-    def lock(path: Path) -> IO[str]:
+    def lock(path: Path, write: bool = True) -> IO[str]:
         """The run folder's lock, held until the file is closed. Raises EnvironmentProblem where
         another process has it.
+
+        write: False: only to try it, in a folder that may be read-only; the file must be there.
         """
-        file = (path / "lock").open("a+", encoding="utf-8")
+        file = (path / "lock").open("a+" if write else "r", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from ldalign.data.preparation import (
 )
 from ldalign.data.reading import Reading
 from ldalign.data.rows import Row
-from ldalign.data.sources import files_of
+from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, find_files
 from ldalign.data.store import Split, open_split
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.run.manifest import MANIFEST, Parents, as_read, hash_settings, stage_parents
@@ -35,7 +34,14 @@ from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
-from ldalign.system.files import PARTIAL, hash_file, write_json, write_jsonl
+from ldalign.system.files import (
+    PARTIAL,
+    hash_file,
+    temporary_folder,
+    write_json,
+    write_jsonl,
+    writing,
+)
 from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.system.workers import available_cores
@@ -44,7 +50,6 @@ if TYPE_CHECKING:
     from ldalign.run.context import Run
 
 DATA = "data"  # the stage's folder
-EMBEDDED = "embedded"
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, sha256 and rows
 FORMAT = 2  # of the files; another is made anew
@@ -71,6 +76,7 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
     write: False: nothing is written into the run folder. Raises InputError for rows that cannot be
     used, and where the data, or what is asked of them, are others than when the run began.
     """
+    on_rank0(lambda: say_files(config))
     folder = run.path / DATA
     files = on_rank0(lambda: _read_files(config, folder))
     parents = _parents(config, tokenizer, files)
@@ -92,9 +98,23 @@ def read_data(
     """Returns the training and the held-out rows of a run, before any is encoded, in memory; and of
     every file the rows that were read, by what becomes of them.
     """
+    say_files(config)
     sources = _sources(config, _listed(config))
     reading = Reading(config.turns, config.bad_rows, config.data_columns)
     return read_splits(*sources, reading, _plan(config, tokenizer))
+
+
+def say_files(config: RunConfig) -> None:
+    """Says how many files are read, which, and what of their folders is not."""
+    for key, spec in _given(config).items():
+        for line in described(find_files(spec, config.cache_folder, key), key):
+            say(line)
+
+
+def _given(config: RunConfig) -> dict[Key, str | list[str]]:
+    """The keys that stand for files, and what they are."""
+    specs = {key: getattr(config, key) for key in WANTED}
+    return {key: spec for key, spec in specs.items() if spec is not None and spec != EMBEDDED}
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -112,14 +132,12 @@ class DataFile(NamedTuple):
 
 def _listed(config: RunConfig) -> list[tuple[str, int, Path]]:
     """Key, entry and path of every file, in order; fetched where they are not there yet."""
-    found = []
-    for key, value in (("data", config.data), ("heldout", config.heldout)):
-        entries = value if isinstance(value, list) else [value]
-        for number, entry in enumerate(entries):
-            if entry not in (None, EMBEDDED):
-                paths = files_of(str(entry), config.cache_folder)
-                found += [(key, number, path) for path in paths]
-    return found
+    return [
+        (key, number, path)
+        for key, spec in _given(config).items()
+        for number, entry in enumerate([spec] if isinstance(spec, str) else spec)
+        for path in files_of(entry, config.cache_folder, key)
+    ]
 
 
 def _read_files(config: RunConfig, folder: Path) -> list[DataFile]:
@@ -229,7 +247,7 @@ def _written_files(folder: Path) -> list[tuple[str, str, str]]:
 
 def _in_passing(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]) -> Data:
     """The rows, out of a folder that is gone when they are open."""
-    place = Path(on_rank0(lambda: tempfile.mkdtemp(prefix="ldalign-data-")))
+    place = Path(on_rank0(lambda: temporary_folder("ldalign-data-")))
     try:
         summary = on_rank0(lambda: _make(place, config, tokenizer, files))
         return Data(open_split(place, "train"), open_split(place, "heldout"), summary)
@@ -244,7 +262,7 @@ def _make(
 ) -> Metrics:
     """Prepares the rows into a folder; returns its summary. Rank 0 does it."""
     large = sum(file.version[0] for file in files) > SMALL_BYTES
-    with contextlib.ExitStack() as stack:
+    with writing(folder), contextlib.ExitStack() as stack:
 
         def progress(what: str, count: int | None) -> Progress:
             bar = stack.enter_context(Bar(f"{DATA}: {what}", count, "rows"))

@@ -184,7 +184,13 @@ def split_argv(
         elif argument in flags:
             seen.add(argument)
         elif argument.startswith("-"):
-            raise InputError(f"{argument}: unknown option{_nearest(name, ['--config', *flags])}")
+            hint = _nearest(name, ["--config", *flags])
+            if not hint and name.startswith("--"):
+                given = value if equals else next(arguments, "=")
+                key = name.removeprefix("--").replace("-", "_")
+                given = "VALUE" if "=" in given and not equals else given
+                hint = f"; a key is given without dashes: {key}={given}"
+            raise InputError(f"{argument}: unknown option{hint}")
         else:
             overrides.append(argument)
     return path, overrides, seen
@@ -244,7 +250,9 @@ def _read_file(
 def _read_override(cls: type, override: str, given: dict[str, _Given], problems: list[str]) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        problems.append(f"{override}: not of the form key=value")
+        is_path = "/" in override or os.path.lexists(override) or Path(override).suffix
+        hint = f"; is it data={override}?" if is_path and key and "data" in _fields(cls) else ""
+        problems.append(f"{override}: not of the form key=value{hint}")
         return
     node: yaml.Node | None = None
     if value[:1] in ("[", "{", '"', "'"):
@@ -385,7 +393,8 @@ def _convert(node: yaml.Node, annotation: Any) -> Any:
         return _convert_literal(node, arguments)
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
-            raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
+            hint = f"; write [{node.value}]" if isinstance(node, yaml.ScalarNode) else ""
+            raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}{hint}")
         return origin(_convert(item, arguments[0]) for item in node.value)
     if not isinstance(node, yaml.ScalarNode):
         raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}")
@@ -476,7 +485,9 @@ def _is_null(node: yaml.ScalarNode) -> bool:
 
 
 def _shown(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else _kind(node)
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value) if node.value else "an empty value"
+    return _kind(node)
 
 
 def _kind(node: yaml.Node) -> str:

@@ -14,18 +14,24 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from ldalign.system.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 PARTIAL = ".partial"  # a file or folder being made is called NAME.partial
+# A file's name that is no UTF-8 has half surrogates, which no UTF-8 file holds: written as \udce9,
+# which in JSON is what stands for them.
+UNNAMEABLE = "backslashreplace"
 HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
 
 # What the machine is to blame for, not the program.
@@ -70,6 +76,42 @@ def _space(error: OSError, path: Path, size: int | None) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
+@contextlib.contextmanager
+def open_to_write(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file for writing bytes. Raises EnvironmentProblem naming it where it cannot be
+    written, also where that shows only when it is closed, and OSError as it is from elsewhere.
+    """
+    with writing(path), path.open("wb") as file:
+        yield file
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Writes an array as a .npy file, the bytes that `numpy.save` writes.
+
+    numpy's own way loses the system's error, and would tell a full disk as a bug. Raises
+    EnvironmentProblem naming the file where it cannot be written.
+    """
+    array = np.ascontiguousarray(array)
+    with writing(path, array.nbytes), path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
+
+
+def temporary_folder(prefix: str) -> Path:
+    """Makes a folder for what is not kept, among the machine's temporary files.
+
+    Raises EnvironmentProblem where there is no place for it.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:  # where no folder takes a file, it is said to be missing
+        raise EnvironmentProblem(
+            f"temporary files: no folder can be made: {error.strerror or error}; make room, or "
+            "give TMPDIR a folder that can be written"
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Puts a file's content on disk (fsync), or, of a folder, the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -100,7 +142,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + PARTIAL)
     with writing(path, len(text)):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=UNNAMEABLE)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -142,7 +184,7 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Writes one JSON value a line."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     with writing(path, len(text)):
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors=UNNAMEABLE)
 
 
 def read_jsonl(path: Path) -> list[Any]:

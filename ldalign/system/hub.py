@@ -54,7 +54,7 @@ def fetch(
     are there. Raises InputError for a repository or a revision that is not there, and
     EnvironmentProblem where the hub cannot be reached.
     """
-    if (kept := _kept(folder)) is not None:
+    if (kept := _kept(folder, name)) is not None:
         return kept
     with _client(kind, name) as hub:
         info = hub.repo_info(repo, repo_type=kind.repo_type, revision=revision)
@@ -85,18 +85,23 @@ def fetch(
     return [folder / one for one in files]
 
 
-def _kept(folder: Path) -> list[Path] | None:
-    """The files of a folder that was fetched whole; None where one is missing or has another size.
+def _kept(folder: Path, name: str) -> list[Path] | None:
+    """The files of a folder that was fetched whole, for this name; None where it was for another,
+    and where a file is missing or has another size.
 
     Hashes are not compared here: a run writes down the hash of every file that it reads.
     """
     if not (folder / SOURCE_FILE).is_file():
         return None
     try:
-        files = read_json(folder / SOURCE_FILE)["files"].items()
-        if all((folder / one).stat().st_size == size for one, (size, _) in files):
+        kept = read_json(folder / SOURCE_FILE)
+        files = kept["files"].items()
+        if kept["name"] != name:
+            reason = f"holds {kept['name']}, not {name}"
+        elif all((folder / one).stat().st_size == size for one, (size, _) in files):
             return [folder / one for one, _ in files]
-        reason = "a file has another size"
+        else:
+            reason = "a file has another size"
     except (InputError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         reason = str(error)
     log.warning("%s: %s; fetching it again", folder, reason)

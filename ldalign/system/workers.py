@@ -8,10 +8,12 @@ its main code.
 import contextlib
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,9 +116,10 @@ class _Worker:
 
 def serve(descriptor: int) -> None:
     """What a worker does, over a socket: reads the work, then task after task, until its parent is
-    gone.
+    gone. Then it ends within a task: the parent's next start may write the same files.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    threading.Thread(target=_end_with_parent, args=[descriptor], daemon=True).start()
     connection = Connection(descriptor)
     work = connection.recv()
     with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
@@ -127,3 +130,12 @@ def serve(descriptor: int) -> None:
             except Exception as error:
                 answer = (False, error)
             connection.send(answer)
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Ends this process when the other end of the socket is closed, by whatever death."""
+    poll = select.poll()
+    # Not POLLIN, which is there with every task.
+    poll.register(descriptor, getattr(select, "POLLRDHUP", 0) | select.POLLHUP)
+    poll.poll()
+    os._exit(1)

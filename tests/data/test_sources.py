@@ -8,9 +8,15 @@ from fake_hub import FakeHub
 from made_rows import GOOD, parquet, write
 from test_records import arrow
 
+from ldalign.data.hub import folder_name
 from ldalign.data.reading import read_rows
-from ldalign.data.sources import files_of
+from ldalign.data.sources import described, files_of, find_files
 from ldalign.system.errors import EnvironmentProblem, InputError
+
+
+def said(spec, key="data"):
+    return described(find_files(spec, key=key), key)
+
 
 PLAIN = [{"prompt": f"q{i}", "response": "r"} for i in range(5)]
 
@@ -26,9 +32,15 @@ def test_metadata_of_a_folder_is_no_data(tmp_path):
 
 def test_endings_of_data(tmp_path):
     names = ["a.jsonl", "b.ndjson.gz", "c.json.zst", "d.PARQUET", "e.arrow", "f.jsonl.zst"]
-    for name in [*names, "x.csv", "x.txt.gz", "x.gz", "x.py"]:
+    names += ["g.jsonlines", "h.pq", "i.JSONLINES.GZ"]
+    unread = ["x.csv", "x.txt.gz", "x.gz", "y.jsonl.bz2", "y.jsonl.xz", "z.parquet.gz"]
+    for name in [*names, *unread, "x.py", "README.txt", "LICENSE.txt", "_SUCCESS"]:
         (tmp_path / name).touch()
     assert [path.name for path in files_of(tmp_path)] == sorted(names)
+    assert said(tmp_path)[1:] == [
+        f"data: {tmp_path}: not of a kind that is read: x.csv, x.gz, x.txt.gz, y.jsonl.bz2, "
+        "y.jsonl.xz and 1 more"
+    ]
 
 
 def test_a_folder_whose_data_lie_deeper(tmp_path):
@@ -36,6 +48,8 @@ def test_a_folder_whose_data_lie_deeper(tmp_path):
     write(tmp_path / "data" / "x.jsonl", GOOD)
     with pytest.raises(InputError, match=rf"holds no .*; its folder data does: give {tmp_path}/da"):
         files_of(tmp_path)
+    (tmp_path / "data" / "x.jsonl").rename(tmp_path / "data" / "train-0.jsonl")
+    assert files_of(tmp_path) == [tmp_path / "data/train-0.jsonl"]
 
 
 def saved(folder, names):
@@ -78,8 +92,8 @@ def test_a_saved_dataset_of_splits(tmp_path):
     saved(tmp_path / "train", ["data-0.arrow"])
     saved(tmp_path / "test", ["data-0.arrow"])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(InputError, match=r"holds several splits \(test, train\); give the folder"):
-        files_of(tmp_path)
+    assert files_of(tmp_path) == [tmp_path / "train/data-0.arrow"]
+    assert files_of(tmp_path, key="heldout") == [tmp_path / "test/data-0.arrow"]
 
 
 # ------------------------------------------------------------------------------------------ the hub
@@ -137,7 +151,11 @@ def test_a_split_of_the_hub(tmp_path, monkeypatch, name, configs, expected):
         ("org/name:fr:train", CONFIGS, "has no config 'fr'; .* of de, default, en"),
         ("org/name", [{**CONFIGS[1], "config_name": "b"}, CONFIGS[1]], "has several of config"),
         ("org/name", [{"config_name": "default", "data_files": "x/*"}], "and no file matches"),
-        ("org/name", [{"config_name": "default", "data_files": "*.csv"}], "none of its files can"),
+        (
+            "org/name",
+            [{"config_name": "default", "data_files": "**/*.csv"}],
+            "none of its files can",
+        ),
         ("org/name:dev", None, "no file is named after the split 'dev'; found README.md"),
         ("org/name:fr:train", None, "has no folder 'fr'"),
     ],
@@ -146,6 +164,66 @@ def test_a_split_that_is_not_there(tmp_path, monkeypatch, name, configs, message
     FakeHub(monkeypatch, FILES, configs)
     with pytest.raises(InputError, match=f"data '{name}': .*{message}"):
         read_rows(name, cache=tmp_path)
+
+
+def fetched(tmp_path, monkeypatch, names, configs, name):
+    hub = FakeHub(monkeypatch, {one: json.dumps({"prompt": one, "response": "r"}) for one in names})
+    hub.configs = configs
+    return [row.history[0]["content"] for row in read_rows(name, cache=tmp_path)]
+
+
+def config(**keys):
+    return [{"config_name": "default", **keys}]
+
+
+@pytest.mark.parametrize(
+    ("names", "configs", "expected"),
+    [
+        (["a.jsonl", "test/b.jsonl"], config(data_files="*.jsonl"), ["a.jsonl"]),
+        (["train-0.jsonl", "x/train-1.jsonl"], config(data_files="**/train*"), None),
+        (["train.jsonl", "validation/train.jsonl", "train-test.jsonl"], None, ["train.jsonl"]),
+        (["train/test.jsonl", "train/a.jsonl", "test/b.jsonl"], None, ["train/a.jsonl"]),
+        (["x.jsonl", "de/x.jsonl"], config(data_dir="de"), ["de/x.jsonl"]),
+        (
+            ["de/train.jsonl", "de/test.jsonl", "train.jsonl"],
+            config(data_dir="de"),
+            ["de/train.js"],
+        ),
+        (["x-0.jsonl", "de/x-0.jsonl"], config(data_dir="de", data_files="x-*"), ["de/x-0.jsonl"]),
+        (["alpaca.json", "README.md"], None, ["alpaca.json"]),
+        (["train.jsonl", "train.json.gz", "other/train.json"], None, ["train.jsonl", "other"]),
+    ],
+)
+def test_files_of_the_hub(tmp_path, monkeypatch, names, configs, expected):
+    found = fetched(tmp_path, monkeypatch, names, configs, "org/name")
+    wanted = names if expected is None else [n for n in names if n.startswith(tuple(expected))]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_other_forms_and_kinds_of_the_hub_are_named(tmp_path, monkeypatch, caplog):
+    names = ["train.jsonl", "train.ndjson", "train-1.jsonl.xz"]
+    assert fetched(tmp_path, monkeypatch, names, None, "org/name:train") == ["train.jsonl"]
+    assert "train.ndjson: not read, train.jsonl has the same rows in another form" in caplog.text
+    assert "data org/name:train: of this split, not read: train-1.jsonl.xz" in caplog.text
+
+
+def test_every_name_of_the_hub_has_a_folder(tmp_path, monkeypatch):
+    names = ["org/n", "org/n@train", "org/n:train", "org/n@a/b", "org/n@a--b", "org/n:a:b"]
+    names += ["org/n@a:b", "org/n@a:b:c", "org/n:a--b", "org-/n"]
+    folders = {folder_name(name) for name in names}
+    assert len(folders) == len(names) and not any("/" in folder for folder in folders)
+    FakeHub(monkeypatch, {"train.jsonl": json.dumps({"prompt": "p", "response": "r"})})
+    rows = [files_of(name, tmp_path) for name in ("org/n@train", "org/n:train")]
+    assert rows[0] != rows[1]
+
+
+def test_a_kept_folder_of_another_name(tmp_path, monkeypatch, caplog):
+    hub = FakeHub(monkeypatch, FILES, CONFIGS)
+    (path, _) = files_of("org/name", tmp_path)
+    source = path.parents[1] / "ldalign_source.json"
+    source.write_text(source.read_text().replace('"org/name"', '"org/other"'))
+    assert files_of("org/name", tmp_path)[0] == path and len(hub.calls) == 4
+    assert "holds org/other, not org/name; fetching it again" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
-"""The memory estimate of `--dry-run` against the measured peak of a small training."""
+"""`--dry-run`: its memory estimate against the measured peak of a small training; folders that
+may only be read.
+"""
 
+import fcntl
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +13,8 @@ import pytest
 from runs import ROOT, run_script
 
 from ldalign.models.toy import write_toy_model
+from ldalign.run import dry_run
+from ldalign.system.errors import EnvironmentProblem
 
 SIZES = {
     "vocab_size": 8192,
@@ -43,3 +50,31 @@ def test_peak_is_estimated_within_15_percent(case: dict[str, Any], tmp_path: Pat
     found = json.loads(done.stdout)
     assert found["peak"] > 300e6
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.15)
+
+
+def test_a_run_folder_that_may_only_be_read(capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that is there is looked at, with a warning, and its lock is still asked for; where none
+    is, none could be made.
+    """
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        run.mkdir()
+        (run / "lock").touch()
+        for folder, mode in ((Path(place), 0o555), (run, 0o555), (run / "lock", 0o444)):
+            os.chmod(folder, mode)
+        try:
+            if root:
+                os.seteuid(65534)
+            assert dry_run._existing(run) == run
+            assert f"WARNING: {run}: cannot be written to" in capfd.readouterr().err
+            with pytest.raises(EnvironmentProblem, match="cannot be written to; give another"):
+                dry_run._existing(Path(place) / "new")
+            with (run / "lock").open() as held, pytest.raises(EnvironmentProblem, match="in use"):
+                fcntl.flock(held, fcntl.LOCK_EX)
+                dry_run._existing(run)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(place, 0o755)
+            os.chmod(run, 0o755)

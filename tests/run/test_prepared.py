@@ -39,6 +39,29 @@ def test_a_later_start_opens_what_is_there(
     assert list(looked.train.rows) == list(first.train.rows)
 
 
+def test_the_start_says_which_files_are_read(
+    tmp_path: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a data set's folder, the training split and, as held-out rows, the test split; at every
+    start, also one that only looks.
+    """
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, rows in (("train", 90), ("test", 20)):
+        rows_file(folder / f"{split}-00000-of-00001.jsonl", rows)
+    for write in (False, True, True):
+        ctx = open_toy(tmp_path, f"data={folder}", *OPTIONS, write=write)
+        assert ctx.counts["rows/read"] == 90
+        said = capfd.readouterr().err
+        assert f"data: 1 file: {folder}/train-00000-of-00001.jsonl" in said
+        assert "1 of 2 files are read, the train split by their names; not read: test-" in said
+    sources = json.loads((tmp_path / "run/data/sources.json").read_text())
+    assert list(sources) == [f"{folder}/train-00000-of-00001.jsonl"]
+    ctx = open_toy(tmp_path, f"data={folder}", f"heldout={folder}", *OPTIONS, write=False)
+    assert ctx.counts["rows/read"] == 110
+    assert f"heldout: 1 file: {folder}/test-00000-of-00001.jsonl" in capfd.readouterr().err
+
+
 def test_rows_of_other_settings_are_prepared_anew_until_something_is_made_of_them(
     tmp_path: Path, options: list[str]
 ) -> None:

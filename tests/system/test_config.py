@@ -148,7 +148,9 @@ def test_unknown_keys_name_the_nearest() -> None:
         ("run=null", "'null' is not text"),
         ("method=spinn", "'spinn' is not one of ld_align, spin, sft; did you mean spin?"),
         ("betas=[0.9, x]", "'x' is not a number"),
-        ("betas=0.9", "'0.9' is not a list, each a number"),
+        ("betas=0.9", "'0.9' is not a list, each a number; write [0.9]"),
+        ("run=", "an empty value is not text"),
+        ("my/rows.jsonl", "not of the form key=value; is it data=my/rows.jsonl?"),
         ("betas=[0.9", "not valid YAML"),
         ("just_text", "not of the form key=value"),
     ],
@@ -270,6 +272,14 @@ def test_split_argv() -> None:
     assert c.split_argv(["--config=b.yaml"]) == (Path("b.yaml"), [], set())
     with pytest.raises(InputError, match="--dry-rum: unknown option; did you mean --dry-run"):
         c.split_argv(["--dry-rum"], ["--dry-run"])
+    for argv in (["--data", "x.jsonl"], ["--data=x.jsonl"], ["seed=1", "--data", "x.jsonl"]):
+        with pytest.raises(InputError, match="a key is given without dashes: data=x.jsonl$"):
+            c.split_argv(argv, ["--dry-run"])
+    for argv in (["--max-rows"], ["--max-rows", "seed=1"]):
+        with pytest.raises(InputError, match="without dashes: max_rows=VALUE$"):
+            c.split_argv(argv)
+    with pytest.raises(InputError, match="-h: unknown option$"):
+        c.split_argv(["-h"])
     with pytest.raises(InputError, match="needs a file name"):
         c.split_argv(["--config"])
 
