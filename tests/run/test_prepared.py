@@ -56,7 +56,7 @@ def test_the_start_says_which_files_are_read(
         assert f"data: 1 file: {folder}/train-00000-of-00001.jsonl" in said
         assert "1 of 2 files are read, the train split by their names; not read: test-" in said
     sources = json.loads((tmp_path / "run/data/sources.json").read_text())
-    assert list(sources) == [f"{folder}/train-00000-of-00001.jsonl"]
+    assert [one["path"] for one in sources] == [f"{folder}/train-00000-of-00001.jsonl"]
     ctx = open_toy(tmp_path, f"data={folder}", f"heldout={folder}", *OPTIONS, write=False)
     assert ctx.counts["rows/read"] == 110
     assert f"heldout: 1 file: {folder}/test-00000-of-00001.jsonl" in capfd.readouterr().err
