@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ldalign.run.context import Run
 
 DATA = "data"  # the stage's folder
-EMBEDDED = "embedded"
+EMBEDDED = ("embedded", "embedded-wordings")  # what `data` calls ldalign's own sets
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, and their sha256
 FORMAT = 1  # of the files; another is made anew
@@ -91,15 +91,18 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Row], list[
 
 def data_files(config: RunConfig) -> list[Path]:
     """The files that the run's rows are read from, fetched where they are not there yet."""
-    specs = [spec for spec in (config.data, config.heldout) if spec not in (None, EMBEDDED)]
+    specs = [spec for spec in (config.data, config.heldout) if spec not in (None, *EMBEDDED)]
     return [path for spec in specs for path in files_of(spec, config.cache_folder)]
 
 
 def _parents(config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, str]) -> Parents:
     tokens = (tokenizer.folder / name for name in COUNTED_FILES)
+    # Neither embedded set has files; only the first is taken for none.
+    files = sorted(sources.values())
+    own = [config.data] if config.data == EMBEDDED[1] else []
     return {
         "format": FORMAT,
-        "sources": hash_settings(sorted(sources.values())),
+        "sources": hash_settings(files + own),
         "tokenizer": hash_settings([hash_file(path) for path in tokens if path.is_file()]),
         **tokenizer.template_parents,
         "rows used": _most(config) or "all",
@@ -207,10 +210,12 @@ def _sources(config: RunConfig) -> tuple[Source, Source | None]:
     """Where training rows come from, and held-out rows that are given."""
     entries = [config.data] if isinstance(config.data, str) else config.data
     given = None if config.heldout is None else _files(config, config.heldout)
-    if config.data != EMBEDDED:
+    if config.data not in EMBEDDED:
         return _files(config, *entries), given
+    any_wording = config.data == EMBEDDED[1]
     train, heldout = (
-        _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
+        _embedded_rows(config.seed, split, count, any_wording)
+        for split, count in EMBEDDED_ROWS.items()
     )
     if config.method == "dpo":
         train = _with_wrong_answers(train)
@@ -235,7 +240,7 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
         shares=None if config.data_shares is None else tuple(config.data_shares),
         seed=config.seed,
         # The embedded rows are made in a random order.
-        shuffle=config.shuffle and config.data != EMBEDDED,
+        shuffle=config.shuffle and config.data not in EMBEDDED,
     )
 
 
@@ -248,7 +253,7 @@ def _warn(found: Found, config: RunConfig) -> None:
         )
 
 
-def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
+def _embedded_rows(seed: int, split: str, count: int, any_wording: bool) -> list[Row]:
     # A system turn of our own, because SmolLM2's template else puts a longer one in front of every
     # prompt.
     system = {"role": "system", "content": "Be brief."}
@@ -261,7 +266,7 @@ def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
             answer=r["answer"],
             where=f"embedded:{r['id']}",
         )
-        for r in embedded.make_rows(seed, split, count)
+        for r in embedded.make_rows(seed, split, count, any_wording)
     ]
 
 
