@@ -170,6 +170,7 @@ setup(
     package_data={
         "ldalign": [
             "evaluation/benchmarks/tasks/*.yaml",
+            "data/responses.txt",
             "data/wordings.txt",
             "report/page.html",
         ]

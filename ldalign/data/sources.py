@@ -42,7 +42,8 @@ from ldalign.system.untrusted import read_json
 
 Key = Literal["data", "heldout"]
 
-EMBEDDED = "embedded"  # ldalign's own rows, which no file holds
+# What `data` calls ldalign's own rows, which no file holds.
+EMBEDDED = ("embedded", "embedded-wordings")
 # What lies in data folders beside the data.
 METADATA_FILES = (
     "dataset_infos.json",
@@ -123,9 +124,9 @@ def _sources(spec: Any, key: Key) -> list[str]:
                 f"{key}: {path!r} is not a path; expected a file, a folder, a glob, a name on the "
                 "hub, or a list of these"
             )
-        if str(path) == EMBEDDED and not Path(EMBEDDED).exists():
+        if str(path) in EMBEDDED and not Path(path).exists():
             raise InputError(
-                f"{key}: {EMBEDDED} stands alone, as data={EMBEDDED}, with a held-out split of its "
+                f"{key}: {path} stands alone, as data={path}, with a held-out split of its "
                 "own; python -m ldalign.data.embedded FOLDER writes its rows as files"
             )
     return list(map(str, entries))

@@ -114,7 +114,7 @@ def say_files(config: RunConfig) -> None:
 def _given(config: RunConfig) -> dict[Key, str | list[str]]:
     """The keys that stand for files, and what they are."""
     specs = {key: getattr(config, key) for key in WANTED}
-    return {key: spec for key, spec in specs.items() if spec is not None and spec != EMBEDDED}
+    return {key: spec for key, spec in specs.items() if spec is not None and spec not in EMBEDDED}
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -161,8 +161,10 @@ def _version(path: str | Path) -> tuple[int, int]:
 
 def _parents(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]) -> Parents:
     tokens = (tokenizer.folder / name for name in COUNTED_FILES)
+    own = str(config.data) if config.data in EMBEDDED else "files"
     return {
         "format": FORMAT,
+        "data": own,
         "files": hash_settings([[f.key, f.entry, f.sha256] for f in files]),
         "tokenizer": hash_settings([hash_file(path) for path in tokens if path.is_file()]),
         "end and begin": json.dumps([tokenizer.end_ids, tokenizer.bos_id, tokenizer.adds_bos]),
@@ -325,10 +327,12 @@ def _sources(
         return Source(tuple(tuple(paths) for paths in entries.values()))
 
     given = None if config.heldout is None else of("heldout")
-    if config.data != EMBEDDED:
+    if config.data not in EMBEDDED:
         return of("data"), given
+    any_wording = config.data == EMBEDDED[1]
     train, heldout = (
-        _embedded_rows(config.seed, split, count) for split, count in EMBEDDED_ROWS.items()
+        _embedded_rows(config.seed, split, count, any_wording)
+        for split, count in EMBEDDED_ROWS.items()
     )
     if config.method == "dpo":
         train = _with_wrong_answers(train)
@@ -350,7 +354,7 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
         shares=None if config.data_shares is None else tuple(config.data_shares),
         seed=config.seed,
         # The embedded rows are made in a random order.
-        shuffle=config.shuffle and config.data != EMBEDDED,
+        shuffle=config.shuffle and config.data not in EMBEDDED,
     )
 
 
@@ -378,7 +382,7 @@ def _warn(found: Found, config: RunConfig) -> None:
         )
     asked = round(found.read * config.heldout_fraction)
     asked = min(asked, config.evaluation.rows) if config.heldout is None else 0
-    if config.data != EMBEDDED and found.used["heldout"] < FEWER * asked:
+    if config.data not in EMBEDDED and found.used["heldout"] < FEWER * asked:
         say(
             f"data: WARNING: {found.used['heldout']} rows are held out of {asked} that are asked "
             "for: rows of one conversation or one prompt stay together, and their groups are larger"
@@ -387,7 +391,7 @@ def _warn(found: Found, config: RunConfig) -> None:
         say("data: nothing is held out (heldout_fraction=0): no policy will be evaluated")
 
 
-def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
+def _embedded_rows(seed: int, split: str, count: int, any_wording: bool) -> list[Row]:
     # A system turn of our own, because SmolLM2's template else puts a longer one in front of every
     # prompt.
     system = {"role": "system", "content": "Be brief."}
@@ -400,7 +404,7 @@ def _embedded_rows(seed: int, split: str, count: int) -> list[Row]:
             answer=r["answer"],
             where=f"embedded:{r['id']}",
         )
-        for r in embedded.make_rows(seed, split, count)
+        for r in embedded.make_rows(seed, split, count, any_wording)
     ]
 
 

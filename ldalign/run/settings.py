@@ -386,7 +386,8 @@ class RunConfig:
     data: str | list[str] = setting(
         "embedded",
         "SFT data: file, folder, glob, or name on the Hugging Face hub (org/name:config:split), or "
-        "a list of them; embedded: ldalign's own task rows",
+        "a list of them; embedded: ldalign's own task rows; embedded-wordings: the same tasks, "
+        "answered in one of several right wordings",
         path=True,
     )
     columns: ColumnsKeys = group(ColumnsKeys, "the data's names of the keys that are read")
@@ -416,7 +417,7 @@ class RunConfig:
     )
     heldout: str | None = setting(
         None,
-        "held-out data; null: heldout_fraction of `data` (embedded: its own split)",
+        "held-out data; null: heldout_fraction of `data` (the embedded sets: a split of their own)",
         path=True,
     )
     heldout_fraction: float = setting(

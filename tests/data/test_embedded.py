@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldalign.data import embedded
-from ldalign.data.embedded import KINDS, check, make_rows
+from ldalign.data import embedded, problems
+from ldalign.data.embedded import check, make_rows
+from ldalign.data.problems import PROBLEMS as KINDS
 from ldalign.system.errors import EnvironmentProblem, InputError
 
 TRAIN, HELDOUT = make_rows(0, "train", 4000), make_rows(0, "heldout", 600)
@@ -82,17 +83,17 @@ def test_heldout_shares_no_prompt_task_wording_or_person_with_train():
         assert not {(t.kind, t.params) for t in train} & {(t.kind, t.params) for t in heldout}
     for kind in KINDS:
         assert (
-            len(set(embedded.WORDINGS[kind, "train"])) == 8
-            and len(set(embedded.WORDINGS[kind, "heldout"])) == 4
+            len(set(problems.WORDINGS[kind, "train"])) == 8
+            and len(set(problems.WORDINGS[kind, "heldout"])) == 4
         )
-        assert not set(embedded.WORDINGS[kind, "train"]) & set(embedded.WORDINGS[kind, "heldout"])
-    assert not set(embedded.PEOPLE["train"]) & set(embedded.PEOPLE["heldout"])
+        assert not set(problems.WORDINGS[kind, "train"]) & set(problems.WORDINGS[kind, "heldout"])
+    assert not set(problems.PEOPLE["train"]) & set(problems.PEOPLE["heldout"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_wording_is_used(kind):
     for split in embedded.CAPACITY:
-        for wording in embedded.WORDINGS[kind, split]:
+        for wording in problems.WORDINGS[kind, split]:
             pattern = re.compile(".+".join(map(re.escape, re.split(r"{\w+}", wording))))
             assert any(pattern.fullmatch(task.prompt) for task in of_kind(kind)), wording
 
@@ -145,7 +146,7 @@ def solve(task):
     """
     if task.kind == "arithmetic":
         a, b, c = numbers(task.prompt)
-        return f"{a + b - c} {re.search('|'.join(embedded.GOODS), task.prompt)[0]}"
+        return f"{a + b - c} {re.search('|'.join(problems.GOODS), task.prompt)[0]}"
     if task.kind == "units":
         big, small, a, b = task.params
         seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
@@ -169,7 +170,7 @@ def solve(task):
         return f"{a * size[big] // size[small] + b} {small}"
     if task.kind == "dates":
         (n,) = numbers(task.prompt)
-        (start,) = re.findall("|".join(embedded.DAYS), task.prompt)
+        (start,) = re.findall("|".join(problems.DAYS), task.prompt)
         return f"{weekday(start) + datetime.timedelta(days=n):%A}"
     if task.kind == "clock":
         ((h, m),) = re.findall(r"(\d\d):(\d\d)", task.prompt)
@@ -190,7 +191,7 @@ def solve(task):
         patterns = {
             "price": r"\$\d+",
             "order number": r"\b[A-Z]{2}\d{3}\b",
-            "day of delivery": "|".join(embedded.DAYS),
+            "day of delivery": "|".join(problems.DAYS),
         }
         wanted = max(patterns, key=task.prompt.rfind)  # the question comes last
         (found,) = re.findall(patterns[wanted], task.prompt)
@@ -202,12 +203,12 @@ def solve(task):
             for o in itertools.permutations({p for clue in clues for p in clue})
             if all(o.index(x) < o.index(y) for x, y in clues)
         ]
-        most = next(most for rel, most, _ in embedded.SCALES if rel == relation)
+        most = next(most for rel, most, _ in problems.SCALES if rel == relation)
         return order[0 if most in task.prompt else -1]
     record = dict(zip(("age", "city"), task.params, strict=True))
     (name,) = [
         p
-        for split in embedded.PEOPLE.values()
+        for split in problems.PEOPLE.values()
         for p in split
         if re.search(rf"\b{p}\b", task.prompt)
     ]
@@ -358,7 +359,7 @@ def test_numbers_are_equal_only_when_equal(want, got):
     assert check("counting", str(want), f"Answer: {want:,}.")
 
 
-@given(items=st.lists(st.sampled_from(embedded.WORDS), min_size=2, max_size=6), data=st.data())
+@given(items=st.lists(st.sampled_from(problems.WORDS), min_size=2, max_size=6), data=st.data())
 def test_lists_are_equal_only_in_the_same_order(items, data):
     other = data.draw(st.permutations(items))
     assert check("sorting", ", ".join(items), "Answer: " + ", ".join(other)) == (items == other)

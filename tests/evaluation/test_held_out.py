@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from ldalign.data import embedded
+from ldalign.data import embedded, problems
 from ldalign.data.encoding import Fitting, encode_rows
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
@@ -100,7 +100,7 @@ def test_a_perfect_model(measure: Callable[[Answer], dict[str, float]]) -> None:
         for name in metrics
         if name.startswith("accuracy/greedy/")
     }
-    assert kinds == set(embedded.KINDS) and all(
+    assert kinds == set(problems.PROBLEMS) and all(
         metrics[f"accuracy/sampled/{kind}"] == 1.0 for kind in kinds
     )
 

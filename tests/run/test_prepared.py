@@ -8,7 +8,8 @@ import pytest
 from runs import ROOT, run_script
 from toy_context import open_toy, rows_file
 
-from ldalign.data import preparation
+from ldalign.data import embedded, preparation
+from ldalign.data.problems import PROBLEMS
 from ldalign.run import prepared
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file
@@ -181,6 +182,26 @@ def test_the_files_order_where_it_is_asked_for(tmp_path: Path, options: list[str
     ctx = open_toy(tmp_path, *options, "shuffle=false", "evaluation.rows=0")
     asked = [row.history[-1]["content"] for row in ctx.train.rows]
     assert asked == [f"Say {i}." for i in range(20)]
+
+
+def test_the_two_embedded_sets_are_told_apart(tmp_path: Path, in_process: None) -> None:
+    options = ("max_rows=60", "evaluation.rows=18", *OPTIONS[2:])
+    first = open_toy(tmp_path, "data=embedded-wordings", *options)
+    rows = [*first.train.rows, *first.heldout.rows]
+    assert {str(row.kind) for row in rows} == {f"{kind}-any" for kind in PROBLEMS}
+    assert all(embedded.check(str(row.kind), row.answer, row.response) for row in rows)
+    assert first.counts["rows/read"] == 4600
+    (tmp_path / "run/iteration_0").mkdir()
+    with pytest.raises(InputError, match="sources was"):
+        open_toy(tmp_path, "data=embedded", *options)
+
+
+def test_dpo_on_the_wordings_rejects_what_is_wrong(tmp_path: Path, in_process: None) -> None:
+    options = ("method=dpo", "iterations=1", "max_rows=40", "evaluation.rows=9", *OPTIONS[2:])
+    ctx = open_toy(tmp_path, "data=embedded-wordings", *options)
+    for row in ctx.train.rows:
+        assert embedded.check(str(row.kind), row.answer, row.response)
+        assert not embedded.check(str(row.kind), row.answer, str(row.rejected))
 
 
 def test_ranks_see_the_same_rows(tmp_path: Path, toy_cache: Path) -> None:
