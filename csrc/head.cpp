@@ -228,6 +228,20 @@ bool none_excused(int64_t) { return false; }
 
 double sigmoid(double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); }
 
+// A pair's loss l at x = beta Delta, and its slope.
+struct Preference {
+  double beta;
+  bool ipo;
+  double smoothing;
+
+  double loss(double x) const {
+    if (ipo) return (x - 0.5) * (x - 0.5) / (beta * beta);
+    return std::max(-x, 0.0) + std::log1p(std::exp(-std::abs(x))) + smoothing * x;  // the exponential never overflows
+  }
+  // -dl/dx
+  double pull(double x) const { return ipo ? (1 - 2 * x) / (beta * beta) : sigmoid(-x) - smoothing; }
+};
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_logprob(
@@ -285,7 +299,9 @@ std::tuple<Tensor, Tensor, Tensor> sft_loss(
 // is visited twice, and its logits made twice.
 std::tuple<Tensor, Tensor, Tensor> pair_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, at::IntArrayRef lengths, const Tensor& reference,
-    const Tensor& pair_weight, double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes) {
+    const Tensor& pair_weight, double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes,
+    bool ipo, double nll, double label_smoothing, bool length_normalised) {
+  const Preference preference{beta, ipo, label_smoothing};
   const Check check{"pair_loss"};
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   Head head(check, hidden, weight, target, workspace_bytes, need_hidden, need_weight);
@@ -340,11 +356,14 @@ std::tuple<Tensor, Tensor, Tensor> pair_loss(
           for (int64_t i = 0; i < lengths[side]; ++i) logp_sum += *logp++;
           total[side] = static_cast<A>(logp_sum);
         }
-        const double real = double(total[2 * pair]) - wanted[2 * pair];
-        const double generated = double(total[2 * pair + 1]) - wanted[2 * pair + 1];
-        const double pull = -scale * beta * data<A>(weights)[pair] * sigmoid(-beta * (real - generated));
-        scales = std::fill_n(scales, lengths[2 * pair], static_cast<A>(pull));
-        scales = std::fill_n(scales, lengths[2 * pair + 1], static_cast<A>(-pull));
+        const double tokens = std::max<int64_t>(1, lengths[2 * pair]);
+        const double by_real = length_normalised ? tokens : 1;
+        const double by_generated = length_normalised ? std::max<int64_t>(1, lengths[2 * pair + 1]) : 1;
+        const double real = (double(total[2 * pair]) - wanted[2 * pair]) / by_real;
+        const double generated = (double(total[2 * pair + 1]) - wanted[2 * pair + 1]) / by_generated;
+        const double pull = -scale * beta * data<A>(weights)[pair] * preference.pull(beta * (real - generated));
+        scales = std::fill_n(scales, lengths[2 * pair], static_cast<A>(pull / by_real - scale * nll / tokens));
+        scales = std::fill_n(scales, lengths[2 * pair + 1], static_cast<A>(-pull / by_generated));
       }
     });
     for (const Rows rows : visits) {
@@ -357,7 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_loss(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
     const Tensor& sums_real, const Tensor& sums_generated, const Tensor& ref_real, const Tensor& ref_generated,
-    const Tensor& weight, double beta) {
+    const Tensor& weight, double beta, bool ipo, double label_smoothing) {
+  const Preference preference{beta, ipo, label_smoothing};
   const Check check{"weighted_dpo"};
   check.floats(sums_real, "sums_real", 1, "(P,)");
   check.like(sums_generated, "sums_generated", sums_real, "sums_real");
@@ -377,14 +397,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
     for (int64_t p = 0; p < P; ++p) {
       const double good = beta * (double(data<A>(a)[p]) - data<A>(ref_a)[p]);
       const double bad = beta * (double(data<A>(b)[p]) - data<A>(ref_b)[p]);
-      const double margin = good - bad, s = data<A>(w)[p];
-      const double e = std::exp(-std::abs(margin));  // never overflows
-      const double l = std::max(-margin, 0.0) + std::log1p(e);
+      const double x = good - bad, s = data<A>(w)[p], l = preference.loss(x);
       sum += s * l;
       data<A>(unweighted)[p] = static_cast<A>(l);
       data<A>(chosen)[p] = static_cast<A>(good);
       data<A>(rejected)[p] = static_cast<A>(bad);
-      data<A>(coefficient)[p] = static_cast<A>(-beta * s * (margin < 0 ? 1 : e) / (1 + e));
+      data<A>(coefficient)[p] = static_cast<A>(-beta * s * preference.pull(x));
     }
     *data<A>(loss) = static_cast<A>(sum);
   });

@@ -35,12 +35,14 @@ TORCH_LIBRARY(ldalign_cpp, m) {
   m.def("linear_logprob_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor lse,"
         " bool need_hidden, bool need_weight, int workspace_bytes) -> (Tensor dhidden, Tensor dweight)");
   m.def("pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference, Tensor pair_weight,"
-        " float beta, float scale, bool need_hidden, bool need_weight, int workspace_bytes)"
+        " float beta, float scale, bool need_hidden, bool need_weight, int workspace_bytes, bool ipo, float nll,"
+        " float label_smoothing, bool length_normalised)"
         " -> (Tensor sums, Tensor dhidden, Tensor dweight)");
   m.def("sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool need_weight,"
         " int workspace_bytes) -> (Tensor logp, Tensor dhidden, Tensor dweight)");
   m.def("weighted_dpo(Tensor sums_real, Tensor sums_generated, Tensor ref_real, Tensor ref_generated, Tensor weight,"
-        " float beta) -> (Tensor loss, Tensor unweighted, Tensor chosen, Tensor rejected, Tensor coefficient)");
+        " float beta, bool ipo, float label_smoothing)"
+        " -> (Tensor loss, Tensor unweighted, Tensor chosen, Tensor rejected, Tensor coefficient)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor total, Tensor rstd)");

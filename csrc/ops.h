@@ -26,10 +26,11 @@ std::tuple<Tensor, Tensor> linear_logprob_backward(
     const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& lse,
     bool need_hidden, bool need_weight, int64_t workspace_bytes);
 
-// lengths (S,), reference (S,), pair_weight (P,) -> sums (S,), dhidden, dweight
+// lengths (S,), reference (S,), pair_weight (P,) -> sums (S,), dhidden, dweight. The last four: kernels/loss_options.py
 std::tuple<Tensor, Tensor, Tensor> pair_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, at::IntArrayRef lengths, const Tensor& reference,
-    const Tensor& pair_weight, double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes);
+    const Tensor& pair_weight, double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes,
+    bool ipo, double nll, double label_smoothing, bool length_normalised);
 
 // -> logp (N,), dhidden, dweight
 std::tuple<Tensor, Tensor, Tensor> sft_loss(
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> sft_loss(
 // five times (P,) -> loss (), unweighted loss, chosen and rejected rewards, d loss / d sums_real: (P,) each
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
     const Tensor& sums_real, const Tensor& sums_generated, const Tensor& ref_real, const Tensor& ref_generated,
-    const Tensor& weight, double beta);
+    const Tensor& weight, double beta, bool ipo, double label_smoothing);
 
 // ---- block.cpp
 

@@ -30,6 +30,7 @@ from ldalign.kernels import (
     triton_head,
     triton_norm,
 )
+from ldalign.kernels.loss_options import DPO, LossOptions
 from ldalign.kernels.triton_common import INTERPRETED, recording
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -112,15 +113,16 @@ def run_production(dtype: torch.dtype) -> None:
             )
     sums = wide(16)
     triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
+    triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1, "ipo")
     for D, V in HEADS:
         hidden, weight, target = empty(N, D), empty(V, D), empty(N, dtype=torch.int64)
         triton_head.linear_logprob(hidden, weight, target)
         triton_head.linear_logprob_backward(wide(N), hidden, weight, target, wide(N), True, True)
         triton_head.sft_loss(hidden, weight, target, 1.0, True, True)
         # 32 responses of 256 tokens: several pieces at the largest vocabulary
-        triton_head.pair_loss(
-            hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True
-        )
+        pairs = hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True
+        for options in (DPO, LossOptions("ipo", length_normalised=True)):
+            triton_head.pair_loss(*pairs, options)
         logits, uniform, seen = (
             wide(64, V),
             empty(64, dtype=torch.float64),

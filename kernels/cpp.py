@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
+
 # The most bytes of logits held at once. Beside them a 16-bit head of more than eight pieces keeps 1
 # byte a weight while it sums dweight.
 WORKSPACE_BYTES = 53 * 2**20
@@ -129,11 +131,12 @@ def pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    options: LossOptions = DPO,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Summed log-probs of the responses, and the loss's gradients, in one pass: three products.
 
     lengths of S responses, reference (S,) and pair_weight (P,) wide -> sums (S,) wide, dhidden (N,
-    D), dweight (V, D): the gradient of scale * sum_p pair_weight_p * -log sigmoid(beta * Delta_p).
+    D), dweight (V, D): the gradient of scale * `reference.pair_loss`.
     """
     sums, dhidden, dweight = torch.ops.ldalign_cpp.pair_loss(
         hidden,
@@ -147,6 +150,8 @@ def pair_loss(
         need_hidden,
         need_weight,
         WORKSPACE_BYTES,
+        options.kind == "ipo",
+        *options[1:],
     )
     return sums, dhidden, dweight
 
@@ -173,13 +178,22 @@ def weighted_dpo(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted DPO loss of P pairs, all wide, and what its backward needs.
 
     Returns loss () = sum of weight * l, l (P,), both rewards (P,), d loss / d real (P,).
     """
     loss, unweighted, chosen, rejected, coefficient = torch.ops.ldalign_cpp.weighted_dpo(
-        sums_real, sums_generated, ref_real, ref_generated, weight, beta
+        sums_real,
+        sums_generated,
+        ref_real,
+        ref_generated,
+        weight,
+        beta,
+        kind == "ipo",
+        label_smoothing,
     )
     return loss, unweighted, chosen, rejected, coefficient
 

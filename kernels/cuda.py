@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
+
 # What the scores may take, and the copies made beside them: with a few floats a row, a call needs
 # at most 1 GiB beyond its results for 8,192 rows at D = 4,096, V = 128,256 in bfloat16. Less is
 # used where less is enough. Only a sum over pieces needs more, a float32 dw, when dw is wanted for
@@ -88,12 +90,13 @@ def pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    options: LossOptions = DPO,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each response's summed log-prob (S,), and the gradients of the loss.
 
-    The loss is scale * sum_p weight_p * -log sigmoid(beta Delta_p), Delta_p = (sums[2p] -
-    reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass, three matrix products; only a
-    pair that outgrows the workspace has its scores made twice.
+    The loss is scale * `reference.pair_loss`: by default scale * sum_p weight_p * -log sigmoid(beta
+    Delta_p), Delta_p = (sums[2p] - reference[2p]) - (sums[2p + 1] - reference[2p + 1]). One pass,
+    three matrix products; only a pair that outgrows the workspace has its scores made twice.
     """
     sums, dh, dw = torch.ops.ldalign_cuda.pair_loss(
         hidden,
@@ -107,6 +110,8 @@ def pair_loss(
         need_hidden,
         need_weight,
         WORKSPACE_BYTES,
+        options.kind == "ipo",
+        *options[1:],
     )
     return sums, dh if need_hidden else None, dw if need_weight else None
 
@@ -133,12 +138,21 @@ def weighted_dpo(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted DPO loss of P pairs, all (P,) wide, and what its backward needs.
 
     Returns loss () = sum_p weight_p l_p, l, chosen, rejected (P,), and d loss / d sums_real (P,).
     """
     loss, each, chosen, rejected, coefficient = torch.ops.ldalign_cuda.weighted_dpo(
-        sums_real, sums_generated, ref_real, ref_generated, weight, beta
+        sums_real,
+        sums_generated,
+        ref_real,
+        ref_generated,
+        weight,
+        beta,
+        kind == "ipo",
+        label_smoothing,
     )
     return loss, each, chosen, rejected, coefficient

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldalign.kernels import reference
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 from ldalign.kernels.pieces import row_pieces, whole_pairs
 from ldalign.kernels.reference import accumulate_dtype
 
@@ -82,12 +83,13 @@ def pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    options: LossOptions = DPO,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Summed log-probs (S,) of the responses, and the loss's gradients, all in one pass.
 
-    The loss is scale * (weighted DPO loss). A pair's tokens share one coefficient, known as soon as
-    both its sums are: the logits of a piece of whole pairs are turned into their gradient where
-    they stand. A pair longer than a piece is visited twice.
+    The loss is scale * `reference.pair_loss`. A response's tokens share one coefficient, known as
+    soon as both sums of its pair are: the logits of a piece of whole pairs are turned into their
+    gradient where they stand. A pair longer than a piece is visited twice.
     """
     sums = torch.zeros(len(lengths), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     out = _Gradients(hidden, weight, need_hidden, need_weight)
@@ -105,10 +107,15 @@ def pair_loss(
         sums[chosen] = torch.stack([run.sum() for run in runs])
         if not (need_hidden or need_weight):
             continue
-        coefficient = _coefficients(
-            sums[chosen], reference_sums[chosen], pair_weight[piece.pairs], beta, scale
-        )
         lengths_here = torch.tensor(list(lengths[chosen]), device=hidden.device)
+        coefficient = _coefficients(
+            sums[chosen] - reference_sums[chosen],
+            lengths_here.clamp(min=1).to(sums.dtype),
+            pair_weight[piece.pairs],
+            beta,
+            scale,
+            options,
+        )
         per_row = coefficient.repeat_interleave(lengths_here, output_size=piece.stop - piece.start)
         for rows, lse in zip(visits, lses, strict=True):
             logits = kept if len(visits) == 1 else hidden[rows] @ weight.T
@@ -147,6 +154,8 @@ def weighted_dpo(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted DPO loss of P pairs, all wide, and what its backward needs.
 
@@ -154,8 +163,13 @@ def weighted_dpo(
     (P,), d loss / d real (P,).
     """
     chosen, rejected = beta * (real - ref_real), beta * (generated - ref_generated)
-    unweighted = -F.logsigmoid(chosen - rejected)
-    coefficient = -beta * weight * torch.sigmoid(rejected - chosen)
+    x = chosen - rejected
+    if kind == "ipo":
+        unweighted, pull = (x - 0.5).square() / beta**2, (1 - 2 * x) / beta**2
+    else:
+        unweighted = -F.logsigmoid(x) + label_smoothing * x
+        pull = torch.sigmoid(-x) - label_smoothing
+    coefficient = -beta * weight * pull
     return (weight * unweighted).sum(), unweighted, chosen, rejected, coefficient
 
 
@@ -185,18 +199,22 @@ def _logit_gradient(logits: Tensor, target: Tensor, lse: Tensor, coefficient: Te
 
 
 def _coefficients(
-    sums: Tensor, reference_sums: Tensor, weight: Tensor, beta: float, scale: float
+    gap: Tensor, lengths: Tensor, weight: Tensor, beta: float, scale: float, options: LossOptions
 ) -> Tensor:
-    """d loss / d sums (S,).
+    """d loss / d sums (S,), from the gaps (S,) of the sums to the reference's.
 
-    -scale beta weight sigmoid(-beta Delta) for a real response, the opposite for its rival.
+    -scale beta weight sigmoid(-beta Delta) for a real response, the opposite for its rival; what
+    the options make of it: docs/kernels.md. lengths (S,): 1 or more.
     """
-    gap = sums - reference_sums
-    real = (
-        weighted_dpo(gap[0::2], gap[1::2], gap.new_zeros(()), gap.new_zeros(()), weight, beta)[-1]
-        * scale
-    )
-    return torch.stack((real, -real), dim=1).flatten()
+    gap = gap / lengths if options.length_normalised else gap
+    none = gap.new_zeros(())  # the gaps stand for the policy's log-probs: the reference's are 0
+    both = gap[0::2], gap[1::2], none, none
+    pull = weighted_dpo(*both, weight, beta, options.kind, options.label_smoothing)[-1] * scale
+    coefficient = torch.stack((pull, -pull), dim=1).flatten()
+    coefficient = coefficient / lengths if options.length_normalised else coefficient
+    if options.nll:
+        coefficient[0::2] -= scale * options.nll / lengths[0::2]
+    return coefficient
 
 
 class _Gradients:

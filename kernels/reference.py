@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that sums are kept in: float64 for float64, else float32."""
@@ -39,20 +41,30 @@ def weighted_dpo_loss(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LD-Align's loss: the sum over pairs of -weight log sigmoid(beta Delta).
 
     All inputs (P,): summed response log-probs under policy and reference, and the pair weights s.
     Delta = (logp_real - ref_real) - (logp_generated - ref_generated). Its gradient in logp_real is
     -beta s sigmoid(-beta Delta) and the opposite in logp_generated. The caller divides by the
-    number of pairs in the *global* batch.
+    number of pairs in the *global* batch. With label_smoothing e it is -weight [(1 - e) log
+    sigmoid(beta Delta) + e log sigmoid(-beta Delta)]; of kind ipo it is weight (Delta - 1/(2
+    beta))^2 (docs/methods.md).
 
     Returns the loss () and per-pair metrics (P,), detached: loss (unweighted), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies. Source: arXiv 2404.06390, section 4.2.3.
     """
     chosen = beta * (logp_real - ref_real)
     rejected = beta * (logp_generated - ref_generated)
-    loss = -F.logsigmoid(chosen - rejected)
+    if kind == "ipo":
+        loss = ((chosen - rejected) / beta - 1 / (2 * beta)).square()
+    elif label_smoothing:
+        loss = -(1 - label_smoothing) * F.logsigmoid(chosen - rejected)
+        loss = loss - label_smoothing * F.logsigmoid(rejected - chosen)
+    else:
+        loss = -F.logsigmoid(chosen - rejected)
     metrics = {
         "loss": loss,
         "rewards/chosen": chosen,
@@ -63,6 +75,40 @@ def weighted_dpo_loss(
         + 0.5 * (chosen == rejected).to(loss.dtype),
     }
     return (weight * loss).sum(), {name: value.detach() for name, value in metrics.items()}
+
+
+def pair_loss(
+    sums: Tensor,
+    reference_sums: Tensor,
+    lengths: Tensor,
+    weight: Tensor,
+    beta: float,
+    options: LossOptions = DPO,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of pairs from the responses' summed log-probs, with every option of the loss.
+
+    sums, reference_sums and lengths (2P,): log-probs under policy and reference, and tokens, of
+    real, generated, real, ...; weight (P,). With length_normalised the margin is that of
+    sums / lengths; nll adds nll * -sums / lengths of the real responses, whatever the weights are.
+    An empty response counts as one of one token. Returns what `weighted_dpo_loss` does; the rewards
+    are of sums always, and `loss` is without the NLL.
+    """
+    tokens = lengths.clamp(min=1)
+    per = tokens if options.length_normalised else torch.ones_like(tokens)
+    loss, metrics = weighted_dpo_loss(
+        *_sides(sums / per, reference_sums / per),
+        weight,
+        beta,
+        options.kind,
+        options.label_smoothing,
+    )
+    rewards = weighted_dpo_loss(*_sides(sums, reference_sums), weight, beta)[1]
+    nll = -sums[0::2] / tokens[0::2]
+    return loss + options.nll * nll.sum(), rewards | {"loss": metrics["loss"]}
+
+
+def _sides(sums: Tensor, reference_sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sums[0::2], sums[1::2], reference_sums[0::2], reference_sums[1::2]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ swiglu        y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du =
 weighted_dpo  Delta = (sums_real - ref_real) - (sums_generated - ref_generated),
               l = -log sigmoid(beta Delta),
               d(w l)/d(sums_real) = -beta w sigmoid(-beta Delta), the opposite for sums_generated.
-              All (P,) float32.
+              All (P,) float32. With label smoothing e, and of kind ipo: docs/kernels.md.
 
 float32, bfloat16 and float16 in and out; the arithmetic is float32, rounded once at the store.
 Oracles: `rope`, `swiglu` and `weighted_dpo_loss` in `ldalign.kernels.reference`.
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldalign.kernels.loss_options import Kind
 from ldalign.kernels.triton_common import launch, narrow, unit_stride
 
 HEADS = 4  # a program of rope turns this many heads with the cosines it has loaded
@@ -99,6 +100,16 @@ def sigmoid_of_minus(x):
     return tl.where(x >= 0, e, 1.0) / (1 + e)
 
 
+@triton.jit
+def pull(x, beta, smoothing, IPO: tl.constexpr):
+    """-dl/dx of a pair's loss l at x = beta Delta."""
+    if IPO:
+        slope = (1 - 2 * x) / (beta * beta)
+    else:
+        slope = sigmoid_of_minus(x) - smoothing
+    return slope
+
+
 @triton.jit(do_not_specialize=["P"])
 def _weighted_dpo_kernel(
     real,
@@ -113,6 +124,8 @@ def _weighted_dpo_kernel(
     coefficient,
     P,
     beta,
+    smoothing,
+    IPO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     total = tl.full((BLOCK,), 0.0, tl.float32)
@@ -128,16 +141,19 @@ def _weighted_dpo_kernel(
             - tl.load(ref_generated + p, mask=mask, other=0.0)
         )
         x = c - r
-        e = tl.exp(-tl.abs(x))
-        # A tiny e is lost in 1 + e. Where that rounds to u, log(u) e / (u - 1) makes up for it.
-        u = 1 + e
-        log1p = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1.0, u - 1))
-        value = tl.maximum(-x, 0.0) + log1p  # NaN: e is NaN too
+        if IPO:
+            value = (x - 0.5) * (x - 0.5) / (beta * beta)
+        else:
+            e = tl.exp(-tl.abs(x))
+            # A tiny e is lost in 1 + e. Where that rounds to u, log(u) e / (u - 1) makes up for it.
+            u = 1 + e
+            log1p = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1.0, u - 1))
+            value = tl.maximum(-x, 0.0) + log1p + smoothing * x  # NaN: e is NaN too
         total += tl.where(mask, w * value, 0.0)
         tl.store(unweighted + p, value, mask=mask)
         tl.store(chosen + p, c, mask=mask)
         tl.store(rejected + p, r, mask=mask)
-        tl.store(coefficient + p, -beta * w * sigmoid_of_minus(x), mask=mask)
+        tl.store(coefficient + p, -beta * w * pull(x, beta, smoothing, IPO), mask=mask)
     tl.store(loss, tl.sum(total, 0))
 
 
@@ -202,6 +218,8 @@ def weighted_dpo(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted DPO loss of P pairs, five inputs (P,) float32, and what its backward needs.
 
@@ -221,6 +239,8 @@ def weighted_dpo(
         *outputs,
         len(weight),
         beta,
+        label_smoothing,
+        IPO=kind == "ipo",
         BLOCK=DPO_BLOCK,
         num_warps=4,
     )

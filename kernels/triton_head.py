@@ -16,8 +16,9 @@ With gradients (`pair_loss`, `sft_loss`, `linear_logprob_backward`): rows go in 
 WORKSPACE_BYTES of logits. The three products, Z = H W^T, dH = dZ W and dW = dZ^T H, are the vendor
 library's; between them two passes over Z in memory take its row statistics and turn it, in place,
 into c (onehot - softmax). c is one number a row: the upstream gradient, or for pairs -+ scale beta
-w sigmoid(-beta Delta), known once both responses of a pair are summed. So a piece holds whole
-pairs; a pair longer than the workspace is visited twice. Nothing is read back to the host.
+w sigmoid(-beta Delta) (or what the loss's options make of it), known once both responses of a pair
+are summed. So a piece holds whole pairs; a pair longer than the workspace is visited twice. Nothing
+is read back to the host.
 
 A target outside [0, V) that is not ignored gives NaN, and no gradient: to look on the host would
 mean to wait for the GPU. Repeatable bit for bit: no atomics, and every sum has one order. Oracle:
@@ -33,9 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldalign.kernels.loss_options import DPO, LossOptions
 from ldalign.kernels.pieces import row_pieces, whole_pairs
 from ldalign.kernels.triton_common import INTERPRETED, capability, launch, narrow, unit_stride
-from ldalign.kernels.triton_elementwise import sigmoid_of_minus
+from ldalign.kernels.triton_elementwise import pull
 
 WORKSPACE_BYTES = 512 * 2**20  # logits of one piece of rows
 SLAB_BYTES = 16 * 2**20  # of dW in float32 on its way to the sum over pieces
@@ -288,6 +290,10 @@ def _pair_coefficient_kernel(
     first_pair,
     beta,
     scale,
+    nll,
+    smoothing,
+    IPO: tl.constexpr,
+    LENGTH_NORMALISED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums a pair's two runs of log-probs, and writes d loss / d logp for each of its rows."""
@@ -301,9 +307,20 @@ def _pair_coefficient_kernel(
     tl.store(sums + 2 * pair + 1, generated)
     chosen = beta * (real - tl.load(reference + 2 * pair))
     rejected = beta * (generated - tl.load(reference + 2 * pair + 1))
-    c = scale * beta * tl.load(weight + pair) * sigmoid_of_minus(chosen - rejected)
-    _fill_run(coefficient, -c, start, middle, BLOCK)
-    _fill_run(coefficient, c, middle, end, BLOCK)
+    real_tokens = tl.maximum(middle - start, 1).to(tl.float32)
+    generated_tokens = tl.maximum(end - middle, 1).to(tl.float32)
+    if LENGTH_NORMALISED:
+        chosen /= real_tokens
+        rejected /= generated_tokens
+    of_generated = (
+        scale * beta * tl.load(weight + pair) * pull(chosen - rejected, beta, smoothing, IPO)
+    )
+    of_real = -of_generated
+    if LENGTH_NORMALISED:
+        of_real /= real_tokens
+        of_generated /= generated_tokens
+    _fill_run(coefficient, of_real - scale * nll / real_tokens, start, middle, BLOCK)
+    _fill_run(coefficient, of_generated, middle, end, BLOCK)
 
 
 @triton.jit
@@ -380,10 +397,11 @@ def pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    options: LossOptions = DPO,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns sums (S,) float32, dh and dw, the gradients of the loss.
 
-    The loss is scale * sum_p weight_p * -log sigmoid(beta Delta_p).
+    The loss is scale * `reference.pair_loss`.
     """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     sums = torch.zeros(len(lengths), dtype=torch.float32, device=hidden.device)
@@ -407,6 +425,10 @@ def pair_loss(
             pairs.start,
             beta,
             scale,
+            options.nll,
+            options.label_smoothing,
+            IPO=options.kind == "ipo",
+            LENGTH_NORMALISED=options.length_normalised,
             BLOCK=SUM_BLOCK,
             num_warps=4,
         )

@@ -15,7 +15,8 @@ Log-probs are natural logarithms, of a whole response the sum over its tokens.
 Distances and weights are computed here wherever the program needs them. The two losses run in
 training as fused kernels, which never hold a log-prob a token in memory (`ops.sft_loss`,
 `ops.pair_loss`); `tests/test_objective.py` holds both to this page in float64. Below the equations
-are the other weights that the key `weights` knows, controls of the method.
+are other people's losses, which the keys `loss.*` know, and the other weights that the key
+`weights` knows, controls of the method.
 
 Shapes: M response tokens, N rows, P pairs, Z latent width.
 """
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldalign.data.pairs import Pair
+from ldalign.kernels.loss_options import DPO, LossOptions
 from ldalign.system.seeds import permutation
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,67 @@ def dpo_coefficient(margins: Tensor, weights: Tensor, beta: float) -> Tensor:
     (section 4.2.3). The derivative by log pi(y') is the opposite.
     """
     return -beta * weights * torch.sigmoid(-beta * margins)
+
+
+# ------------------------------------------------------------------ other losses, off by default
+
+
+def smoothed_dpo_loss(
+    margins: Tensor, weights: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    """Conservative DPO (P,), in nats (Mitchell 2023, ericmitchell.ai/cdpo.pdf): the expected loss
+    where winner and loser are the wrong way round with probability e = label_smoothing,
+    -s [(1 - e) log sigmoid(beta Delta) + e log sigmoid(-beta Delta)].
+    """
+    right, wrong = dpo_loss(margins, weights, beta), dpo_loss(-margins, weights, beta)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def ipo_loss(margins: Tensor, weights: Tensor, beta: float) -> Tensor:
+    """IPO (P,) (arXiv 2310.12036, equation 17, whose tau is beta): s (Delta - 1/(2 beta))^2. It
+    draws every margin towards the same finite value, where DPO's has no end.
+    """
+    return weights * (margins - 1 / (2 * beta)).square()
+
+
+def winner_nll(logp_real: Tensor, tokens: Tensor) -> Tensor:
+    """-log pi(y) / |y| (P,), in nats a token: the term of RPO (arXiv 2404.19733) that keeps the
+    winner likely. logp_real (P,): summed log-probs; tokens (P,): the lengths |y|.
+    """
+    return -logp_real / tokens
+
+
+def optional_loss(
+    logps: tuple[Tensor, Tensor],
+    references: tuple[Tensor, Tensor],
+    tokens: tuple[Tensor, Tensor],
+    weights: Tensor,
+    beta: float,
+    options: LossOptions = DPO,
+) -> Tensor:
+    """Each pair's share of the loss (P,) with the options of the keys `loss.*`; `dpo_loss` by
+    default. logps, references, tokens: of y and of y', (P,) each.
+
+    With length_normalised every log-prob of the margin is divided by its response's tokens. The
+    weight s scales the preference and not the NLL: s says how much a pair's two responses differ,
+    and the NLL has one response.
+    """
+    per = tokens if options.length_normalised else (torch.ones_like(weights),) * 2
+    real, generated, ref_real, ref_generated = (
+        x / n for side in (logps, references) for x, n in zip(side, per, strict=True)
+    )
+    delta = margin(real, generated, ref_real, ref_generated)
+    loss = preference_loss(delta, weights, beta, options)
+    return loss + options.nll * winner_nll(logps[0], tokens[0])
+
+
+def preference_loss(
+    margins: Tensor, weights: Tensor, beta: float, options: LossOptions = DPO
+) -> Tensor:
+    """The part of `optional_loss` that the margins (P,) make."""
+    if options.kind == "ipo":
+        return ipo_loss(margins, weights, beta)
+    return smoothed_dpo_loss(margins, weights, beta, options.label_smoothing)
 
 
 # -------------------------------------------------------------------------- choices and controls

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, library
 
 from ldalign.kernels import flash
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 from ldalign.kernels.reference import accumulate_dtype
 from ldalign.system.errors import EnvironmentProblem
 
@@ -249,6 +250,7 @@ def pair_loss(
     pair_weight: Tensor,
     beta: float,
     scale: float = 1.0,
+    options: LossOptions = DPO,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The weighted DPO loss from hidden states, its gradient made in the same pass.
 
@@ -256,16 +258,19 @@ def pair_loss(
     lengths: the rows of each of the S = 2P responses (real, generated, real, ...); their sum is N.
     reference_sums (S,): the responses' log-probs under the reference.
     pair_weight (P,): the weights s.
+    options: another loss of a pair; an empty response counts as one of one token.
 
-    Returns loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p); the log-prob
-    sums (S,) and the per-pair metrics of `weighted_dpo_loss`, both detached. All
-    float32 (float64 in float64).
+    Returns loss () = scale * sum_p weight_p * -log sigmoid(beta Delta_p), or what the options make
+    of it; the log-prob sums (S,) and the per-pair metrics of `weighted_dpo_loss`, both detached:
+    rewards are of sums with every option, the metric `loss` has no weights and no NLL. All float32
+    (float64 in float64).
 
     It takes three matrix products in all: the logits of whole pairs become their own gradient where
     they stand (docs/kernels.md), so the backward only scales. It can run once, and costs nothing.
-    Raises ValueError where shapes, dtypes or (on the CPU) targets do not fit. Oracle:
-    `linear_logprob` and `weighted_dpo_loss` of the reference.
+    Raises ValueError where shapes, dtypes, options or (on the CPU) targets do not fit. Oracle:
+    `linear_logprob` and `pair_loss` of the reference.
     """
+    _check_options("pair_loss", options)
     _check_head("pair_loss", hidden, weight, target)
     if len(lengths) % 2 or sum(lengths) != len(hidden) or min(lengths, default=1) < 0:
         raise ValueError(
@@ -290,6 +295,7 @@ def pair_loss(
         beta,
         scale,
         *_needs(hidden, weight),
+        *options,
     )
     return loss, sums.detach(), _metrics(unweighted, chosen, rejected)
 
@@ -305,8 +311,10 @@ def _run_pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
     _check_targets("pair_loss", target, len(weight))
+    options = LossOptions(*given)
     sums, dh, dw = _raw("pair_loss", hidden)(
         hidden,
         weight,
@@ -318,15 +326,34 @@ def _run_pair_loss(
         scale,
         need_hidden,
         need_weight,
+        options,
     )
     gap = sums - reference_sums  # (S,)
+    compared = gap / _tokens(lengths, gap) if options.length_normalised else gap
     # The gaps stand for the policy's log-probs, so the reference's are taken as 0.
     zeros = torch.zeros_like(pair_weight)
     loss, unweighted, chosen, rejected, _ = _raw("weighted_dpo", sums)(
-        gap[0::2], gap[1::2], zeros, zeros, pair_weight, beta
+        compared[0::2],
+        compared[1::2],
+        zeros,
+        zeros,
+        pair_weight,
+        beta,
+        options.kind,
+        options.label_smoothing,
     )
+    if options.length_normalised:  # rewards stay those of whole responses
+        chosen, rejected = beta * gap[0::2], beta * gap[1::2]
+    if options.nll:
+        loss = loss - options.nll * (sums / _tokens(lengths, sums))[0::2].sum()
     gradients = _or_none(dh, hidden), _or_none(dw, weight)
     return loss * scale, sums, unweighted, chosen, rejected, *gradients
+
+
+def _tokens(lengths: list[int], like: Tensor) -> Tensor:
+    """What to divide sums (S,) by; an empty response has a sum of 0. The host does not wait."""
+    tokens = torch.tensor(lengths, pin_memory=like.is_cuda).clamp_(min=1)
+    return tokens.to(like.device, like.dtype, non_blocking=True)
 
 
 def _fake_pair_loss(
@@ -340,6 +367,7 @@ def _fake_pair_loss(
     scale: float,
     need_hidden: bool,
     need_weight: bool,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     per_pair = [_wide_like(hidden, len(pair_weight)) for _ in range(3)]
     dh = torch.empty_like(hidden) if need_hidden else _none(hidden)
@@ -356,7 +384,7 @@ def _setup_fused_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _backward_pair_loss(
     ctx: Any, grad: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return (*_scaled(ctx, grad), None, None, None, None, None, None, None, None)
+    return (*_scaled(ctx, grad), *[None] * 12)
 
 
 def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
@@ -376,8 +404,9 @@ def _scaled(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
 
 _operator(
     "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference_sums, "
-    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight) -> (Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor pair_weight, float beta, float scale, bool need_hidden, bool need_weight, str kind, "
+    "float nll, float label_smoothing, bool length_normalised) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)",
     _run_pair_loss,
     _fake_pair_loss,
     _setup_fused_loss,
@@ -436,6 +465,11 @@ def _needs(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
     return hidden.requires_grad, weight.requires_grad
 
 
+def _check_options(name: str, options: LossOptions) -> None:
+    if problem := options.problem():
+        raise ValueError(f"{name}: {problem}")
+
+
 def _check_head(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     if hidden.ndim != 2 or hidden.shape[1:] != weight.shape[1:] or target.shape != hidden.shape[:1]:
         raise ValueError(
@@ -476,15 +510,20 @@ def weighted_dpo_loss(
     ref_generated: Tensor,
     weight: Tensor,
     beta: float,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LD-Align's loss: the sum over pairs of -weight log sigmoid(beta Delta).
 
     All inputs (P,): summed response log-probs under policy and reference, and the pair weights s.
     Delta = (logp_real - ref_real) - (logp_generated - ref_generated). The caller divides by the
-    pairs of the *global* batch. Returns the loss (), and per-pair metrics (P,), detached: loss
-    (unweighted), rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies. Raises
-    ValueError where shapes differ. Source: arXiv 2404.06390, section 4.2.3.
+    pairs of the *global* batch. kind, label_smoothing: as `LossOptions` has them; its other options
+    need lengths, which `pair_loss` is given. Returns the loss (), and per-pair metrics (P,),
+    detached: loss (unweighted), rewards/chosen, rewards/rejected, rewards/margins,
+    rewards/accuracies. Raises ValueError where shapes differ or options do not fit. Source: arXiv
+    2404.06390, section 4.2.3.
     """
+    _check_options("weighted_dpo_loss", LossOptions(kind, label_smoothing=label_smoothing))
     columns = (logp_real, logp_generated, ref_real, ref_generated, weight)
     if any(c.shape != logp_real.shape or c.ndim != 1 for c in columns):
         raise ValueError(
@@ -493,7 +532,7 @@ def weighted_dpo_loss(
         )
     wide = accumulate_dtype(logp_real.dtype)
     loss, unweighted, chosen, rejected, _ = torch.ops.ldalign.weighted_dpo(
-        *(c.to(wide) for c in columns), beta
+        *(c.to(wide) for c in columns), beta, kind, label_smoothing
     )
     return loss, _metrics(unweighted, chosen, rejected)
 
@@ -519,12 +558,13 @@ def _setup_weighted_dpo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _backward_weighted_dpo(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     unweighted, coefficient = ctx.saved_tensors
     down = grad * coefficient
-    return down, -down, -down, down, grad * unweighted, None
+    return down, -down, -down, down, grad * unweighted, None, None, None
 
 
 _operator(
     "weighted_dpo(Tensor real, Tensor generated, Tensor ref_real, Tensor ref_generated, Tensor "
-    "weight, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "weight, float beta, str kind, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)",
     lambda real, *rest: _raw("weighted_dpo", real)(real, *rest),
     lambda real, *rest: (real.new_empty(()), *(torch.empty_like(real) for _ in range(4))),
     _setup_weighted_dpo,

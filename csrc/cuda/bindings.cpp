@@ -360,7 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_loss(
     at::IntArrayRef lengths,    // S = 2 P: tokens of each response, real and generated in turn
     const Tensor& reference,    // (S,) wide
     const Tensor& pair_weight,  // (P,) wide
-    double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes) {
+    double beta, double scale, bool need_hidden, bool need_weight, int64_t workspace_bytes, bool ipo, double nll,
+    double label_smoothing, bool length_normalised) {
     const Head head(hidden, weight, target);
     const int64_t S = static_cast<int64_t>(lengths.size()), P = S / 2;
     TORCH_CHECK(S % 2 == 0, "lengths: must be of an even number of responses (real, generated, ...), not ", S);
@@ -397,10 +398,12 @@ std::tuple<Tensor, Tensor, Tensor> pair_loss(
     const auto of = [&](const Group& group) {
         dispatch(logp.scalar_type(), [&](auto zero) {
             using W = Wide<decltype(zero)>;
+            const LossOptions<W> options{
+                ipo, static_cast<W>(nll), static_cast<W>(label_smoothing), length_normalised};
             pair_coefficients<W>(
                 pointer<W>(logp), pointer<int64_t>(start_device) + 2 * group.first_pair, group.pairs,
                 pointer<W>(reference_) + 2 * group.first_pair, pointer<W>(weight_) + group.first_pair, beta, scale,
-                pointer<W>(sums) + 2 * group.first_pair, pointer<W>(coefficient), stream());
+                options, pointer<W>(sums) + 2 * group.first_pair, pointer<W>(coefficient), stream());
         });
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
@@ -430,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor> sft_loss(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
     const Tensor& sums_real, const Tensor& sums_generated, const Tensor& ref_real, const Tensor& ref_generated,
-    const Tensor& weight, double beta) {  // all (P,) wide
+    const Tensor& weight, double beta, bool ipo, double label_smoothing) {  // all (P,) wide
     const auto dtype = sums_real.scalar_type();
     TORCH_CHECK(
         dtype == at::kFloat || dtype == at::kDouble, "sums_real: must be float32 or float64, not ", dtype);
@@ -448,8 +451,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weighted_dpo(
         using W = Wide<decltype(zero)>;
         ldalign_cuda::weighted_dpo<W>(
             pointer<W>(real), pointer<W>(generated), pointer<W>(ref_a), pointer<W>(ref_b), pointer<W>(weight_), P, beta,
-            pointer<W>(loss), pointer<W>(each), pointer<W>(chosen), pointer<W>(rejected), pointer<W>(coefficient),
-            stream());
+            ipo, label_smoothing, pointer<W>(loss), pointer<W>(each), pointer<W>(chosen), pointer<W>(rejected),
+            pointer<W>(coefficient), stream());
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return {loss, each, chosen, rejected, coefficient};
@@ -476,14 +479,14 @@ TORCH_LIBRARY_FRAGMENT(ldalign_cuda, m) {
         " bool need_hidden, bool need_weight, int workspace_bytes) -> (Tensor, Tensor)");
     m.def(
         "pair_loss(Tensor hidden, Tensor weight, Tensor target, int[] lengths, Tensor reference, Tensor pair_weight,"
-        " float beta, float scale, bool need_hidden, bool need_weight, int workspace_bytes)"
-        " -> (Tensor, Tensor, Tensor)");
+        " float beta, float scale, bool need_hidden, bool need_weight, int workspace_bytes, bool ipo, float nll,"
+        " float label_smoothing, bool length_normalised) -> (Tensor, Tensor, Tensor)");
     m.def(
         "sft_loss(Tensor hidden, Tensor weight, Tensor target, float scale, bool need_hidden, bool need_weight,"
         " int workspace_bytes) -> (Tensor, Tensor, Tensor)");
     m.def(
         "weighted_dpo(Tensor sums_real, Tensor sums_generated, Tensor ref_real, Tensor ref_generated, Tensor weight,"
-        " float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        " float beta, bool ipo, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(ldalign_cuda, CUDA, m) { ldalign_cuda::implement(m); }

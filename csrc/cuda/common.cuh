@@ -52,4 +52,10 @@ __device__ W sigmoid_of_minus(W x) {
     return (x < 0 ? W(1) : e) / (1 + e);
 }
 
+// -dl/dx of a pair's loss l at x = beta Delta; a NaN stays one.
+template <typename W>
+__device__ W pull(W x, W beta, bool ipo, W smoothing) {
+    return ipo ? (1 - 2 * x) / (beta * beta) : sigmoid_of_minus(x) - smoothing;
+}
+
 }  // namespace ldalign_cuda

@@ -28,6 +28,14 @@ struct Stats {
     W largest, total;
 };
 
+// The options of a pair's loss (kernels/loss_options.py).
+template <typename W>
+struct LossOptions {
+    bool ipo;
+    W nll, label_smoothing;
+    bool length_normalised;
+};
+
 // Scores lie transposed: z is (V, n), one column a token, `ld` elements from one row to the next. z must be aligned to
 // 16 bytes and ld be a multiple of 16 / sizeof(T); then every row of z is aligned, whatever V is. V < 2^31. What lies in a row
 // behind its n columns, up to the next multiple of 16 / sizeof(T), may be read and written, and is never used.
@@ -56,16 +64,18 @@ void score_gradient(
 
 // For each of P pairs, whose real and generated responses are rows [start[2p], start[2p + 1]) and [start[2p + 1],
 // start[2p + 2]) of logp: sums[2p], sums[2p + 1], and for each of its rows the derivative of
-// scale * weight[p] * -log sigmoid(beta * Delta) in that row's log-prob.
+// scale * weight[p] * -log sigmoid(beta * Delta), or of the loss that the options make, in that row's log-prob.
 template <typename W>
 void pair_coefficients(
     const W* logp, const int64_t* start, int64_t pairs, const W* reference, const W* weight, double beta, double scale,
-    W* sums, W* coefficient, cudaStream_t stream);
+    LossOptions<W> options, W* sums, W* coefficient, cudaStream_t stream);
 
-// loss[0] = sum_p weight[p] * each[p], each = -log sigmoid(chosen - rejected), coefficient = d loss[0] / d real[p].
+// loss[0] = sum_p weight[p] * each[p], coefficient = d loss[0] / d real[p]; with x = chosen - rejected, each is
+// -log sigmoid(x) + smoothing * x or, with ipo, (x - 1/2)^2 / beta^2.
 template <typename W>
 void weighted_dpo(
     const W* real, const W* generated, const W* ref_real, const W* ref_generated, const W* weight, int64_t pairs,
-    double beta, W* loss, W* each, W* chosen, W* rejected, W* coefficient, cudaStream_t stream);
+    double beta, bool ipo, double smoothing, W* loss, W* each, W* chosen, W* rejected, W* coefficient,
+    cudaStream_t stream);
 
 }  // namespace ldalign_cuda

@@ -210,11 +210,11 @@ __global__ void __launch_bounds__(kThreads, 3) turn_scores(
 // One block a pair: the two sums, then the coefficient for each of the pair's rows.
 template <typename W>
 __global__ void __launch_bounds__(kThreads, 3) pair_rows(
-    const W* logp, const int64_t* start, const W* reference, const W* weight, W beta, W scale, W* sums,
-    W* coefficient) {
+    const W* logp, const int64_t* start, const W* reference, const W* weight, W beta, W scale,
+    LossOptions<W> options, W* sums, W* coefficient) {
     const int64_t pair = blockIdx.x;
     const int64_t begin = start[2 * pair], middle = start[2 * pair + 1], end = start[2 * pair + 2];
-    __shared__ W of_real;
+    __shared__ W of_real, of_generated;
 
     W real = 0, generated = 0;
     for (int64_t row = begin + threadIdx.x; row < middle; row += kThreads) real += logp[row];
@@ -224,12 +224,17 @@ __global__ void __launch_bounds__(kThreads, 3) pair_rows(
     if (threadIdx.x == 0) {
         sums[2 * pair] = real;
         sums[2 * pair + 1] = generated;
-        const W delta = (real - reference[2 * pair]) - (generated - reference[2 * pair + 1]);
-        of_real = -scale * beta * weight[pair] * sigmoid_of_minus(beta * delta);
+        const W tokens = static_cast<W>(middle > begin ? middle - begin : 1);
+        const W by_real = options.length_normalised ? tokens : W(1);
+        const W by_generated = options.length_normalised && end > middle ? static_cast<W>(end - middle) : W(1);
+        const W delta = (real - reference[2 * pair]) / by_real - (generated - reference[2 * pair + 1]) / by_generated;
+        const W c = -scale * beta * weight[pair] * pull(beta * delta, beta, options.ipo, options.label_smoothing);
+        of_real = c / by_real - scale * options.nll / tokens;
+        of_generated = -c / by_generated;
     }
     __syncthreads();
     for (int64_t row = begin + threadIdx.x; row < end; row += kThreads)
-        coefficient[row] = row < middle ? of_real : -of_real;
+        coefficient[row] = row < middle ? of_real : of_generated;
 }
 
 }  // namespace
@@ -260,11 +265,11 @@ void score_gradient(
 template <typename W>
 void pair_coefficients(
     const W* logp, const int64_t* start, int64_t pairs, const W* reference, const W* weight, double beta, double scale,
-    W* sums, W* coefficient, cudaStream_t stream) {
+    LossOptions<W> options, W* sums, W* coefficient, cudaStream_t stream) {
     if (pairs == 0) return;
     launch(
         pair_rows<W>, dim3(static_cast<unsigned>(pairs)), stream, logp, start, reference, weight, static_cast<W>(beta),
-        static_cast<W>(scale), sums, coefficient);
+        static_cast<W>(scale), options, sums, coefficient);
 }
 
 #define LDALIGN_INSTANTIATE(T)                                                                                      \
@@ -279,9 +284,10 @@ LDALIGN_INSTANTIATE(__half)
 #undef LDALIGN_INSTANTIATE
 
 template void pair_coefficients<float>(
-    const float*, const int64_t*, int64_t, const float*, const float*, double, double, float*, float*, cudaStream_t);
+    const float*, const int64_t*, int64_t, const float*, const float*, double, double, LossOptions<float>,
+    float*, float*, cudaStream_t);
 template void pair_coefficients<double>(
-    const double*, const int64_t*, int64_t, const double*, const double*, double, double, double*, double*,
-    cudaStream_t);
+    const double*, const int64_t*, int64_t, const double*, const double*, double, double, LossOptions<double>,
+    double*, double*, cudaStream_t);
 
 }  // namespace ldalign_cuda

@@ -505,17 +505,18 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
 # ----------------------------------------------------------------------------------------- training
 
 
-def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> Chart:
+def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides, kind: str) -> Chart:
     """Draws loss, rewards, log-probs and accuracies over the steps of all iterations.
 
-    Without pairs, as in SFT, it draws the loss alone. steps: records by iteration's name.
+    Without pairs, as in SFT, it draws the loss alone. steps: records by iteration's name. kind: the
+    key `loss.kind`.
     """
 
     def draw() -> tuple[Figure, str] | str:
         known = {
             name: rows for name, rows in steps.items() if rows and "rewards/margins" in rows[0]
         }
-        panels = _panels(sides)
+        panels = _panels(sides, kind)
         if not known:
             known = {name: rows for name, rows in steps.items() if rows and "nll" in rows[0]}
             panels = {("loss", "NLL, nats/token"): {"nll": ("of the batch's responses", 0)}}
@@ -541,7 +542,9 @@ def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides) -> Chart:
                     )
             begin += len(rows)
         if paired:
-            grid[0, 0].axhline(np.log(2), color=INK, lw=0.8, ls=":", label="ln 2: no preference")
+            if kind == "sigmoid":  # that of ipo depends on beta, which an iteration may have anew
+                none = {"color": INK, "lw": 0.8, "ls": ":", "label": "ln 2: no preference"}
+                grid[0, 0].axhline(np.log(2), **none)
             grid[1, 1].axhline(0.5, color=INK, lw=0.8, ls=":", label="0.5: no preference")
         for axes, (title, unit) in zip(grid.flat, panels, strict=True):
             axes.set_title(title, pad=14 if len(known) > 1 else None)
@@ -579,10 +582,11 @@ def _smooth(values: Array) -> Array:
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _panels(sides: Sides) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
+def _panels(sides: Sides, kind: str) -> dict[tuple[str, str], dict[str, tuple[str, int]]]:
     """Returns (title, unit) -> metric -> label, place in SERIES and DASHES."""
+    unit = "nats² a pair" if kind == "ipo" else "nats a pair"
     return {
-        ("loss, all weights 1", "nats a pair"): {"loss/unweighted": ("loss", 0)},
+        ("loss, all weights 1", unit): {"loss/unweighted": ("loss", 0)},
         ("rewards", "β × nats a response"): {
             "rewards/margins": ("margin", 0),
             "rewards/chosen": (sides.better, 2),

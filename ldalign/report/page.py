@@ -81,6 +81,8 @@ def gather(run: Path) -> dict[str, Any]:
     steps = {name.removesuffix("/policy"): records for name, records in trained.items()}
     method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
+    settings = words.settings(config, table)
+    kind = str(dict(settings).get("loss.kind", "sigmoid"))
     policy = words.short_name(config.get("policy", "a policy"))
     return {
         "title": f"{words.method_name(config)} on {policy}",
@@ -92,13 +94,13 @@ def gather(run: Path) -> dict[str, Any]:
         "sides": sides,
         "method_name": words.method_name(config),
         "method": words.method_text(config),
-        "settings": words.settings(config, table),
+        "settings": settings,
         "machine": words.machine_line(machine),
         "results": words.results(rows),
         "kinds": words.kinds(rows),
         "measured_in": words.measured_in(config),
         "guides": words.guide_figures(table["guides"]),
-        "charts": _charts(run, table, joined, steps, str(method)),
+        "charts": _charts(run, table, joined, steps, str(method), kind),
         "fallen": words.fallen(steps, sides),
         "rewards": words.rewards(rows),
         "agreement": words.judge_agreement(table["agreement"]),
@@ -125,6 +127,7 @@ def _charts(
     joined: Sequence[RunPairs],
     steps: Mapping[str, list[Numbers]],
     method: str,
+    kind: str,
 ) -> dict[str, Numbers]:
     """Draws and writes every figure: name -> title, caption, SVG ("" where there is no figure)."""
     from ldalign.report import figures
@@ -141,7 +144,7 @@ def _charts(
         figures.against(figures.REWARD, joined, found),
         figures.guide(table["guides"]),
         figures.weights(joined, found),
-        figures.training(steps, sides_of(method)),
+        figures.training(steps, sides_of(method), kind),
         figures.budget(table["seconds"]),
     ]
     folder = run / "report/figures"

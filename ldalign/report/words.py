@@ -14,7 +14,7 @@ from ldalign.report import agreement, guides
 from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
 from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
-from ldalign.run.settings import unread
+from ldalign.run.settings import LossKeys, unread
 from ldalign.system.files import read_jsonl
 
 METHODS = {
@@ -66,11 +66,13 @@ METHOD_NAMES = {
 SETTINGS = (
     "policy data method weights weight_clip mix_previous judge.model iterations max_rows "
     "max_new_tokens max_length sampling.temperature global_batch learning_rate beta reference "
+    "loss.kind loss.nll loss.label_smoothing loss.length_normalised "
     "training.epochs training.steps training.optimizer training.schedule guide.folder "
     "guide.backbone guide.towers distance guide.retrain guide.readout guide.injection "
     "guide.latent_tokens guide.latent_width guide.contrast guide.epochs guide.gate sft.epochs "
     " sft.rows continual_sft.epochs evaluation.rows evaluation.samples seed dtype"
 ).split()
+LOSS_OFF = {f"loss.{key}": value for key, value in vars(LossKeys()).items()}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distance, at which samples are shown
 ANSWERS_SHOWN = 4
 
@@ -219,6 +221,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
     off = {key for key, value in out if value is None}
     off |= {key for key in given if key.endswith(".epochs") and given[key] == 0}
     off |= {"sft.rows"} if "sft.epochs" in off else set()
+    off |= {key for key, value in LOSS_OFF.items() if given.get(key) == value}
     off |= {"training.epochs"} if given.get("training.steps") is not None else set()
     return [(key, value) for key, value in out if key not in off]
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_type_hints
 
 from ldalign.data.columns import Columns
+from ldalign.kernels.loss_options import SMOOTHING_BOUND, Kind, LossOptions
 from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
     above_up_to,
     at_least,
+    at_least_below,
     between,
     each,
     group,
@@ -111,6 +113,39 @@ class TrainingKeys:
         "float32", "of the weights the optimizer changes; bfloat16: rounded at random, less memory"
     )
     state_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the optimizer's averages")
+
+
+@dataclass(frozen=True)
+class LossKeys:
+    """Options of the loss of a pair, other people's, all off by default (docs/methods.md)."""
+
+    kind: Kind = setting(
+        "sigmoid",
+        "of the preference: sigmoid is DPO's; ipo draws margins towards 1/(2 beta), where DPO's "
+        "has no end (arXiv 2310.12036)",
+    )
+    nll: float = setting(
+        0.0,
+        "weight of the winner's NLL, in nats a token, beside the preference; pair weights do not "
+        "scale it (RPO, arXiv 2404.19733; TRL's rpo_alpha); 0: off",
+        check=non_negative,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "of kind=sigmoid: probability that winner and loser are the wrong way round (conservative "
+        "DPO); 0: off",
+        check=at_least_below(0, SMOOTHING_BOUND),
+    )
+    length_normalised: bool = setting(
+        False,
+        "margins of log-probs a token, in place of a response's sums (arXiv 2411.15124); they are "
+        "smaller, so beta wants to be larger",
+    )
+
+    @property
+    def options(self) -> LossOptions:
+        """The same, as training takes them."""
+        return LossOptions(self.kind, self.nll, self.label_smoothing, self.length_normalised)
 
 
 @dataclass(frozen=True)
@@ -500,6 +535,7 @@ class RunConfig:
     )
     sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
     training: TrainingKeys = group(TrainingKeys, "training of the policy")
+    loss: LossKeys = group(LossKeys, "options of the loss of a pair")
     sft: SftKeys = group(SftKeys, "warm-up of the start policy on the data")
     continual_sft: SftKeys = group(
         SftKeys, "baseline: more SFT from the same start, in the table beside the iterations"
@@ -559,6 +595,11 @@ class RunConfig:
         if self.method != "ld_align" and (self.distance != "euclidean" or self.guide.retrain):
             found.append(
                 f"distance, guide.retrain: method={self.method} has no guide; leave them out"
+            )
+        if self.loss.kind == "ipo" and self.loss.label_smoothing:
+            found.append(
+                f"loss.label_smoothing={self.loss.label_smoothing}: loss.kind=ipo has none; leave "
+                "one of them out"
             )
         if self.method == "sft" and self.reference != "iteration":
             found.append(f"reference={self.reference}: method=sft has none; leave it out")
@@ -684,6 +725,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "mix_previous",
         "responses",
         "beta",
+        "loss",
         "reference",
     ),
     "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "responses"),

@@ -82,6 +82,11 @@ def above_up_to(low: float, high: float) -> Check:
     return Check(lambda value: low < value <= high, f"greater than {low}, at most {high}")
 
 
+def at_least_below(low: float, high: float) -> Check:
+    """Bounds a number: low <= value < high."""
+    return Check(lambda value: low <= value < high, f"{low} or greater, below {high}")
+
+
 def setting(default: Any, help: str, *, check: Check | None = None, path: bool = False) -> Any:
     """Declares one key: the default and the help of a dataclass field.
 

@@ -5,8 +5,7 @@ latent distances). One model is held: the reference's log-probs are on the pairs
 divided once, by a count fixed for the global batch: pairs, or response tokens for SFT.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from ldalign import ops
 from ldalign.data.pairs import Pair
+from ldalign.kernels.loss_options import DPO, LossOptions
 from ldalign.models.weights import LanguageModel
+from ldalign.objective import preference_loss, winner_nll
 from ldalign.system import distributed
 from ldalign.system.distributed import Sharding
 from ldalign.system.errors import NumericsError
@@ -27,8 +28,7 @@ from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import Schedule, make_optimizer
 
-LN2 = math.log(2.0)
-# How far the loss of step 0 may be from ln 2, where policy equals reference: the reference's
+# How far DPO's loss of step 0 may be from ln 2, where policy equals reference: the reference's
 # log-probs were summed in batches of another shape, and a bf16 product depends on it. A wrong
 # reference misses by far more.
 STEP0_TOLERANCE = {
@@ -61,6 +61,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
     beta: float = 0.1
+    loss: LossOptions = DPO
     checkpointing: Literal["none", "selective", "full"] = "none"
     state_dtype: torch.dtype = torch.float32  # of the optimizer's averages
     sharding: Sharding = Sharding()
@@ -90,9 +91,9 @@ def train(
     newest one that is there.
 
     Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are
-    touched, and where step 0 does not start at ln 2 although policy and reference are the
-    same; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to
-    stop, between two steps.
+    touched, and where step 0 does not start at ln 2 (IPO: 1/(4 beta^2)) although policy and
+    reference are the same; EnvironmentProblem where memory does not suffice; Stopped where a
+    signal asked to stop, between two steps.
     """
     if not pairs:
         raise ValueError("train: no pairs")
@@ -174,7 +175,7 @@ class _PolicyTask:
     def check(self, step: int) -> None:
         self.means = self.mean.reduce(self.device)
         if step == 0 and self.same is not None:
-            _check_step0(self.means["loss/unweighted"], self.same, self.stage)
+            _check_step0(self.means, self.settings, self.same, self.stage)
 
     def record(self, step: Step, state: State) -> tuple[dict[str, float], str]:
         """Every step has a record. state: tokens read so far, and sums of the last epoch's metrics,
@@ -233,13 +234,15 @@ def accumulate_gradients(
         # An empty micro-batch takes part in the collectives with a row that counts for nothing.
         batch = Batch.pack([pairs[j] for j in micro] or [pairs[0]], device)
         mean.muted = not micro
-        loss = batch_loss(model, batch, settings.beta, 1.0 / divisor if micro else 0.0, mean)
+        loss = batch_loss(model, batch, settings, 1.0 / divisor if micro else 0.0, mean)
         loss.backward()
         total_loss += loss.detach().double()
     return float(distributed.total(total_loss))
 
 
-def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, mean: Mean) -> Tensor:
+def batch_loss(
+    model: LanguageModel, batch: Batch, settings: TrainSettings, scale: float, mean: Mean
+) -> Tensor:
     """scale times the summed loss of a micro-batch (), its metrics added to `mean`.
 
     The head runs inside the model's forward, where FSDP has gathered the output weight, and only
@@ -253,7 +256,7 @@ def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, me
         with torch.no_grad():
             _probe(hidden, output_weight, batch, mean)
         loss = _sft if batch.pairs[0].generated is None else _dpo
-        return loss(hidden, output_weight, batch, beta, scale, mean)
+        return loss(hidden, output_weight, batch, settings, scale, mean)
 
     out = model(batch.ids, batch.layout, head)
     assert isinstance(out, Tensor)
@@ -261,11 +264,11 @@ def batch_loss(model: LanguageModel, batch: Batch, beta: float, scale: float, me
 
 
 def _sft(
-    hidden: Tensor, output_weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+    hidden: Tensor, output_weight: Tensor, batch: Batch, _: TrainSettings, scale: float, mean: Mean
 ) -> Tensor:
     """The loss () of SFT: scale times the summed -log-prob of the response tokens (M,).
 
-    hidden (M, D), output_weight (V, D); beta is read by `_dpo` alone.
+    hidden (M, D), output_weight (V, D); the settings are read by `_dpo` alone.
     """
     loss, logps = ops.sft_loss(hidden, output_weight, batch.targets, scale)
     mean.add("nll", -logps)
@@ -274,23 +277,37 @@ def _sft(
 
 
 def _dpo(
-    hidden: Tensor, output_weight: Tensor, batch: Batch, beta: float, scale: float, mean: Mean
+    hidden: Tensor,
+    output_weight: Tensor,
+    batch: Batch,
+    settings: TrainSettings,
+    scale: float,
+    mean: Mean,
 ) -> Tensor:
-    """The loss () of LD-Align: scale times the sum of `objective.dpo_loss` over the pairs.
+    """The loss () of LD-Align: scale times the sum of `objective.dpo_loss` over the pairs, or of
+    `objective.optional_loss` where the settings have other options.
 
     Here a pair's weight becomes a gradient: `ops.pair_loss` makes log-probs, loss and both
     gradients in one pass, each pair's with its `objective.dpo_coefficient`. hidden (M, D),
     output_weight (V, D).
     """
 
-    def column(values: list[float]) -> Tensor:
+    def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=hidden.device)
 
     pairs = batch.pairs
     reference = column([logp for p in pairs for logp in (p.ref_real, p.ref_generated)])  # (2P,)
     weights = column([p.weight for p in pairs])  # (P,), s
     loss, sums, metrics = ops.pair_loss(
-        hidden, output_weight, batch.targets, batch.lengths, reference, weights, beta, scale
+        hidden,
+        output_weight,
+        batch.targets,
+        batch.lengths,
+        reference,
+        weights,
+        settings.beta,
+        scale,
+        settings.loss,
     )
     mean.add("loss/unweighted", metrics.pop("loss"))
     for name, values in metrics.items():
@@ -300,8 +317,11 @@ def _dpo(
         mean.add(f"{name}chosen", real)
         mean.add(f"{name}rejected", generated)
     mean.add("weight/mean", weights)
-    mean.add("len/chosen", column([len(p.real) for p in pairs]))
-    mean.add("len/rejected", column([len(p.generated or ()) for p in pairs]))
+    tokens, generated_tokens = batch.split(column(batch.lengths))
+    mean.add("len/chosen", tokens)
+    mean.add("len/rejected", generated_tokens)
+    if settings.loss.nll:
+        mean.add("nll/chosen", winner_nll(sums[0::2], tokens))
     return loss
 
 
@@ -322,12 +342,28 @@ def _probe(hidden: Tensor, output_weight: Tensor, batch: Batch, mean: Mean) -> N
     mean.add("mean_token_accuracy", (logp.argmax(-1) == targets[picked]).double())
 
 
-def _check_step0(loss: float, dtype: torch.dtype, stage: str) -> None:
-    if abs(loss - LN2) > STEP0_TOLERANCE[dtype]:
+def _check_step0(
+    means: Mapping[str, float], settings: TrainSettings, dtype: torch.dtype, stage: str
+) -> None:
+    """Raises NumericsError unless the loss without weights and NLL is what margins of 0 have: ln 2,
+    or 1/(4 beta^2) of IPO. means: the step's metrics.
+    """
+    options, beta, loss = settings.loss, settings.beta, means["loss/unweighted"]
+    none = torch.zeros((), dtype=torch.float64)
+    expected = float(preference_loss(none, none + 1, beta, options))
+    tolerance = STEP0_TOLERANCE[dtype]
+    # The same margins of whole responses are allowed, whatever the options make of them. Near 0
+    # DPO's loss changes by beta/2 a nat of margin, IPO's by 1/beta.
+    if options.kind == "ipo":
+        tolerance *= 2 / beta**2
+    if options.length_normalised:
+        tolerance /= (means["len/chosen"] + means["len/rejected"]) / 2
+    if abs(loss - expected) > tolerance:
+        named = "1/(4 beta^2)" if options.kind == "ipo" else "ln 2"
         raise NumericsError(
-            f"{stage}: the unweighted loss of step 0 is {loss:.5f}, not ln 2 = {LN2:.5f}: the "
-            "cached reference log-probs are not those of the start policy; delete the reference "
-            "stage of this iteration and run again"
+            f"{stage}: the unweighted loss of step 0 is {loss:.5f}, not {named} = {expected:.5f}: "
+            "the cached reference log-probs are not those of the start policy; delete the "
+            "reference stage of this iteration and run again"
         )
 
 

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import Case, Cases, check, gradients, head_inputs, leaf, normal, targets, uneven
+from op_cases import (
+    OPTIONS,
+    Case,
+    Cases,
+    check,
+    gradients,
+    head_inputs,
+    leaf,
+    normal,
+    targets,
+    uneven,
+)
 from torch import Tensor
 
 from ldalign.kernels import cpp, eager, reference
@@ -87,7 +98,15 @@ CASES = {
     # after it
     "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
     "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
+    **{
+        f"pair, ragged, {name}": lambda options=options: OPS.pair(
+            [2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601, options
+        )
+        for name, options in OPTIONS.items()
+    },
     "dpo": lambda: OPS.dpo(8),
+    "dpo, ragged, ipo": lambda: OPS.dpo(1031, "ipo"),
+    "dpo, ragged, smoothed": lambda: OPS.dpo(1031, "sigmoid", 0.2),
     "dpo, ragged": lambda: OPS.dpo(1031),
     "dpo, one pair": lambda: OPS.dpo(1),
     "norm": lambda: OPS.norm(16, 64),

@@ -11,12 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from op_cases import OPTIONS
 from torch import Tensor
 
 from ldalign.kernels import cuda, reference
+from ldalign.kernels.loss_options import DPO
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -165,6 +168,7 @@ class Case:
     """One head and one batch, in one dtype on one device; beside it float64 and eager PyTorch."""
 
     beta, scale = 0.3, 0.7
+    options = DPO
 
     def __init__(
         self, N: int, D: int, V: int, dtype: torch.dtype, device: str, ignored: float = 0.0
@@ -211,10 +215,9 @@ class Case:
     def pair(self, logp: Tensor) -> Tensor:
         s, r = self.sums(logp), self.reference.to(logp.dtype)
         weight = self.pair_weight.to(logp.dtype)
-        return (
-            self.scale
-            * reference.weighted_dpo_loss(s[::2], s[1::2], r[::2], r[1::2], weight, self.beta)[0]
-        )
+        tokens = torch.tensor(self.lengths, device=s.device)
+        given = s, r, tokens, weight, self.beta, self.options
+        return self.scale * reference.pair_loss(*given)[0]
 
     def eager(
         self,
@@ -240,7 +243,7 @@ def run_head(case: Case) -> Results:
 
 
 def run_pair(case: Case) -> Results:
-    sums, dh, dw = cuda.pair_loss(*case.pair_arguments(), True, True)
+    sums, dh, dw = cuda.pair_loss(*case.pair_arguments(), True, True, case.options)
     assert dh is not None and dw is not None
     return [sums, dh, dw]
 
@@ -360,16 +363,26 @@ def test_any_ignore_index(ignore_index: int, device: str) -> None:
     assert torch.equal(logp[counted], expected[counted]) and not logp[~counted].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_other_losses(name: str, dtype: torch.dtype, device: str) -> None:
+    case = Case(*SHAPES["ragged"], dtype, device)
+    assert 0 in case.lengths, "an empty response is among them"
+    case.options = OPTIONS[name]
+    check("pair", case)
+
+
+@pytest.mark.parametrize("options", [(), ("ipo",), ("sigmoid", 0.2)], ids=str)
 @pytest.mark.parametrize("P", [0, 1, 5, 1_000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_weighted_dpo(P: int, dtype: torch.dtype, device: str) -> None:
+def test_weighted_dpo(P: int, dtype: torch.dtype, options: tuple[Any, ...], device: str) -> None:
     inputs = [normal(P, seed=i, scale=40).to(device, dtype) for i in range(4)]
     weight = normal(P, seed=5).abs().to(device, dtype)
     leaves = [inputs[0].double().requires_grad_(), *(x.double() for x in inputs[1:])]
-    loss, metrics = reference.weighted_dpo_loss(*leaves, weight.double(), 0.2)
+    loss, metrics = reference.weighted_dpo_loss(*leaves, weight.double(), 0.2, *options)
     expected = [loss, metrics["loss"], metrics["rewards/chosen"], metrics["rewards/rejected"]]
     expected.append(torch.autograd.grad(loss, leaves[0])[0])
-    for ours, e in zip(cuda.weighted_dpo(*inputs, weight, 0.2), expected, strict=True):
+    for ours, e in zip(cuda.weighted_dpo(*inputs, weight, 0.2, *options), expected, strict=True):
         assert ours.shape == e.shape and ours.dtype == dtype
         assert (ours - e).norm() <= 32 * torch.finfo(dtype).eps * e.norm()
 

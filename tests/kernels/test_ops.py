@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import OPTIONS
 from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import ops
 from ldalign.kernels import cpp, eager, reference
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 from ldalign.models.layout import Packed
 from ldalign.system.errors import EnvironmentProblem
 
@@ -46,25 +48,20 @@ def head_case(N: int, D: int, V: int) -> Case:
     )
 
 
-def pair_case(lengths: list[int], D: int, V: int) -> Case:
+def pair_case(lengths: list[int], D: int, V: int, options: LossOptions = DPO) -> Case:
     """Makes weights of 0 to 2 and references near the log-probs: coefficients differ by pair."""
     N, P = sum(lengths), len(lengths) // 2
     target, weight = targets(N, V), normal(P, seed=2).abs()
     near = normal(2 * P, seed=3, scale=2) - torch.tensor(lengths) * math.log(V)
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return ops.pair_loss(h, w, target, lengths, near, weight, 0.3, 0.5)[0]
+        return ops.pair_loss(h, w, target, lengths, near, weight, 0.3, 0.5, options)[0]
 
     def plain(h: Tensor, w: Tensor) -> Tensor:
         logp = reference.linear_logprob(h, w, target)
-        sums = ops.segment_sum(logp, lengths) - near.to(logp.dtype)
-        zero = sums.new_zeros(P)
-        return (
-            0.5
-            * reference.weighted_dpo_loss(
-                sums[0::2], sums[1::2], zero, zero, weight.to(logp.dtype), 0.3
-            )[0]
-        )
+        sums, tokens = ops.segment_sum(logp, lengths), torch.tensor(lengths)
+        given = near.to(logp.dtype), tokens, weight.to(logp.dtype)
+        return 0.5 * reference.pair_loss(sums, *given, 0.3, options)[0]
 
     return ours, plain, [normal(N, D, scale=2), normal(V, D, seed=1, scale=D**-0.5)]
 
@@ -79,14 +76,15 @@ def sft_case(N: int, D: int, V: int) -> Case:
     )
 
 
-def dpo_case(P: int) -> Case:
+def dpo_case(P: int, kind: Kind = "sigmoid", label_smoothing: float = 0.0) -> Case:
     inputs = [*(normal(P, seed=i, scale=3) for i in range(4)), normal(P, seed=5).abs()]
 
     def plain(*columns: Tensor) -> Tensor:  # the loss is wide whatever the columns are
         wide = reference.accumulate_dtype(columns[0].dtype)
-        return reference.weighted_dpo_loss(*(c.to(wide) for c in columns), 0.2)[0]
+        columns = tuple(c.to(wide) for c in columns)
+        return reference.weighted_dpo_loss(*columns, 0.2, kind, label_smoothing)[0]
 
-    return lambda *x: ops.weighted_dpo_loss(*x, 0.2)[0], plain, inputs
+    return lambda *x: ops.weighted_dpo_loss(*x, 0.2, kind, label_smoothing)[0], plain, inputs
 
 
 def add_norm_case(*shape: int) -> Case:
@@ -149,10 +147,16 @@ CASES = {
     "pairs": pair_case([5, 3, 1, 6, 4, 4, 9, 2], 16, 101),
     "pairs, one": pair_case([1, 2], 8, 33),
     "pairs, vocabulary": pair_case([2, 1], 8, 49_152),
+    **{
+        f"pairs, {name}": pair_case([5, 3, 1, 6, 4, 4, 9, 2], 16, 101, options)
+        for name, options in OPTIONS.items()
+    },
     "sft": sft_case(35, 13, 101),
     "sft, one row": sft_case(1, 8, 33),
     "dpo": dpo_case(7),
     "dpo, one pair": dpo_case(1),
+    "dpo, ipo": dpo_case(7, "ipo"),
+    "dpo, smoothed": dpo_case(7, "sigmoid", 0.2),
     "add_rms_norm": add_norm_case(16, 64),
     "add_rms_norm, ragged": add_norm_case(3, 5, 33),
     "rms_norm": norm_case(16, 64),
@@ -242,6 +246,8 @@ def test_head_in_pieces_against_reference(dtype: torch.dtype, small_pieces: None
     check(*CASES["head, ragged"], dtype)
     check(*head_case(120, 13, 101), dtype)  # 24 pieces
     check(*CASES["head, vocabulary"], dtype)  # one row is more than a piece may hold
+    for name in OPTIONS:
+        check(*CASES[f"pairs, {name}"], dtype)
     check(*CASES["pairs"], dtype)  # two pairs a piece, and pairs that are longer than a piece
     check(*CASES["sft"], dtype)
 
@@ -261,7 +267,11 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "vocabulary" not in name])
+# the options of the loss change nothing but a number a response
+PLAIN = [name for name in CASES if name.removeprefix("pairs, ") not in OPTIONS]
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "vocabulary" not in name])
 def test_strides_repeats_and_inputs(name: str, small_pieces: None) -> None:
     """Any strides, an expanded upstream gradient, the same bits each time, and
     nothing written to an input.
@@ -383,18 +393,24 @@ def test_dpo_metrics_are_the_references() -> None:
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_pair_loss_gives_sums_and_metrics(small_pieces: None) -> None:
+@pytest.mark.parametrize("options", [DPO, *OPTIONS.values()], ids=str)
+def test_pair_loss_gives_sums_and_metrics(options: LossOptions, small_pieces: None) -> None:
+    """The rewards are those of whole responses with every option."""
     lengths, D, V = [5, 3, 1, 6, 4, 4], 8, 101
     hidden, weight, target = normal(23, D), normal(V, D, seed=1), targets(23, V)
     near, s = normal(6, seed=2) - 20, normal(3, seed=3).abs()
     hidden.requires_grad_()
-    loss, sums, metrics = ops.pair_loss(hidden, weight, target, lengths, near, s, 0.3, 0.25)
+    loss, sums, metrics = ops.pair_loss(
+        hidden, weight, target, lengths, near, s, 0.3, 0.25, options
+    )
     expected = ops.segment_sum(reference.linear_logprob(hidden, weight, target), lengths)
     torch.testing.assert_close(sums, expected.detach())
-    plain, expected_metrics = reference.weighted_dpo_loss(
-        sums[0::2], sums[1::2], near[0::2], near[1::2], s, 0.3
+    plain, expected_metrics = reference.pair_loss(
+        sums, near, torch.tensor(lengths), s, 0.3, options
     )
     torch.testing.assert_close(loss.detach(), 0.25 * plain)
+    gaps = 0.3 * (sums - near)
+    torch.testing.assert_close(metrics["rewards/margins"], gaps[0::2] - gaps[1::2])
     torch.testing.assert_close(metrics, expected_metrics)
     assert (
         loss.requires_grad
@@ -485,6 +501,7 @@ def test_targets_out_of_range_are_named(bad: int) -> None:
 def test_mixed_dtypes_and_shapes_are_refused() -> None:
     h, w, t = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
     half = w.to(torch.bfloat16)
+    ones = torch.ones(2)
     past_its_prompt = torch.tensor([[0, 2, 0, 0], [2, 4, 1, 3]])
     for match, call in {
         "hidden is torch.float32, weight torch.bfloat16": lambda: ops.linear_logprob(h, half, t),
@@ -497,6 +514,25 @@ def test_mixed_dtypes_and_shapes_are_refused() -> None:
         ),
         r"pair_weight \(2,\)": lambda: ops.pair_loss(
             h, w, t, [2, 2], torch.ones(2), torch.ones(2), 0.1
+        ),
+        "pair_loss: kind='hinge' is neither sigmoid nor ipo": lambda: ops.pair_loss(
+            h,
+            w,
+            t,
+            [2, 2],
+            ones,
+            ones[:1],
+            0.1,
+            options=LossOptions("hinge"),  # type: ignore[arg-type]
+        ),
+        "pair_loss: nll=-1 must be 0 or more": lambda: ops.pair_loss(
+            h, w, t, [2, 2], ones, ones[:1], 0.1, options=LossOptions(nll=-1)
+        ),
+        "label_smoothing=0.5 must be 0 or more, below 0.5": lambda: ops.weighted_dpo_loss(
+            *[ones] * 5, 0.1, "sigmoid", 0.5
+        ),
+        "label_smoothing=0.1 is of kind=sigmoid, not of ipo": lambda: ops.weighted_dpo_loss(
+            *[ones] * 5, 0.1, "ipo", 0.1
         ),
         "rms_norm: x": lambda: ops.rms_norm(h, half[0], 1e-5),
         "add_rms_norm: x": lambda: ops.add_rms_norm(h, h[:2], w[0], 1e-5),
@@ -529,7 +565,7 @@ def test_nan_comes_out_as_nan(name: str) -> None:
 # ------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+@pytest.mark.parametrize("name", [n for n in CASES if "," not in n or n == "pairs, ipo"])
 def test_opcheck(name: str) -> None:
     """Schema and fake of the operators a case calls; the compiled block below
     covers autograd and tracing.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldalign.kernels import reference
+from ldalign.kernels.loss_options import LossOptions
 from ldalign.models.layout import Packed
 
 
@@ -148,6 +149,37 @@ def test_dpo_at_the_start_and_at_the_ends() -> None:
     loss.backward()
     assert metrics["loss"].tolist() == [0.0, 1e4]
     assert real.grad.tolist() == [0.0, -1.0]
+
+
+def test_other_losses_worked_by_hand() -> None:
+    """beta 0.5, one pair of weight 3: sums -6 and -8 over 2 and 4 tokens, the reference's -8 and
+    -4. Delta = 2 - (-4) = 6, a token 1 - (-1) = 2, so x = 3 and 1. l is 3 x
+
+    ipo (6 - 1)^2 = 25, smoothed ln(1 + e^-3) + 0.2 x 3 = 0.648587, a token ln(1 + e^-1) = 0.313262,
+    ipo a token (2 - 1)^2 = 1; the NLL is 6 / 2 = 3 nats a token whatever the weight.
+    """
+    sums, near = torch.tensor([-6.0, -8.0]), torch.tensor([-8.0, -4.0])
+    tokens, weight = torch.tensor([2, 4]), torch.tensor([3.0])
+    for options, expected in {
+        LossOptions("ipo"): 25.0,
+        LossOptions(label_smoothing=0.2): 0.648587,
+        LossOptions(length_normalised=True): 0.313262,
+        LossOptions("ipo", length_normalised=True): 1.0,
+    }.items():
+        for nll in (0.0, 0.5):
+            given = options._replace(nll=nll)
+            loss, metrics = reference.pair_loss(sums, near, tokens, weight, 0.5, given)
+            assert loss.item() == pytest.approx(3 * expected + 3 * nll, rel=1e-6)
+            assert metrics["loss"].item() == pytest.approx(expected, rel=1e-6)
+            assert metrics["rewards/chosen"].item() == 1.0
+            assert metrics["rewards/rejected"].item() == -2.0
+
+
+def test_an_empty_response_counts_as_one_of_one_token() -> None:
+    sums, near = torch.tensor([0.0, -3.0]), torch.tensor([-2.0, -3.0])
+    options = LossOptions("ipo", nll=1.0, length_normalised=True)
+    loss, _ = reference.pair_loss(sums, near, torch.tensor([0, 3]), torch.ones(1), 0.5, options)
+    assert loss.item() == 1.0  # (2 - 0 - 1)^2, and an NLL of 0
 
 
 # --------------------------------------------------------------------------- rms_norm, rope, swiglu

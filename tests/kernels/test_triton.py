@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton_backend
-from op_cases import Case, Cases, check, head_inputs, normal, targets
+from op_cases import OPTIONS, Case, Cases, check, head_inputs, normal, targets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_backend import NATIVE, gpu
@@ -59,7 +59,17 @@ CASES = {
     # one after it
     "pair, ragged": lambda: OPS.pair([2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601),
     "pair, one row": lambda: OPS.pair([0, 1], 8, 33),
+    **{
+        f"pair, ragged, {name}": lambda name=name: OPS.pair(
+            [2, 5, 1, 4, 3, 0, 17, 13, 6, 4], 45, 601, OPTIONS[name]
+        )
+        for name in ("ipo, nll, per token", "smoothed, nll, per token")
+    },
+    # an empty response has one token
+    "pair, one row, options": lambda: OPS.pair([0, 1], 8, 33, OPTIONS["ipo, nll, per token"]),
     "dpo": lambda: OPS.dpo(8),
+    "dpo, ipo": lambda: OPS.dpo(8, "ipo"),
+    "dpo, smoothed": lambda: OPS.dpo(8, "sigmoid", 0.2),
     "dpo, ragged": lambda: OPS.dpo(1031),
     "dpo, one pair": lambda: OPS.dpo(1),
     "norm": lambda: OPS.norm(16, 64),

@@ -86,6 +86,7 @@ def test_keys_that_a_method_does_not_read(
         ("spin", "guide.epochs=2"),
         ("dpo", "sampling.top_k=5"),
         ("sft", "beta=0.2"),
+        ("sft", "loss.nll=1"),
         ("self_reward", "judge=policy"),
         ("ld_align", "agreement.rows=3"),
     ):

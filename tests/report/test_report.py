@@ -15,10 +15,12 @@ from safetensors.numpy import save_file
 from ldalign.evaluation.agreement import RIVALS
 from ldalign.report import figures, words
 from ldalign.report.agreement import agreement_rows, read_agreement, sentence
-from ldalign.report.analysis import read_pairs
+from ldalign.report.analysis import OWN, read_pairs
 from ldalign.report.guides import GAINS, gain_text
 from ldalign.report.page import try_page, write_page
 from ldalign.report.table import read_summaries, write_report
+from ldalign.run.settings import RunConfig
+from ldalign.system.config import to_dict
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import report as script
 
@@ -258,6 +260,27 @@ def test_the_guide_figure_shows_all_gains_with_their_bars() -> None:
             np.testing.assert_allclose(segment, expected)
             assert panel.texts[place].get_text() == gain_text(found[name], key).replace("+-", "±")
     assert figures.guide({"guide": OLDER}).figure is None and figures.guide({}).figure is None
+
+
+def test_options_of_the_loss_are_shown_where_they_are_on() -> None:
+    config = to_dict(RunConfig())
+    assert not [key for key, _ in words.settings(config, {"data": {}}) if "loss." in key]
+    config["loss"] |= {"kind": "ipo", "nll": 0.5}
+    shown = [pair for pair in words.settings(config, {"data": {}}) if "loss." in pair[0]]
+    assert shown == [("loss.kind", "ipo"), ("loss.nll", 0.5)]
+    config["method"] = "sft"
+    assert not [key for key, _ in words.settings(config, {"data": {}}) if "loss." in key]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_ln_2_is_no_preference_of_dpo_alone(kind: str) -> None:
+    steps = {"iteration_0": [{"rewards/margins": 0.1, "loss/unweighted": 0.6}] * 4}
+    chart = figures.training(steps, OWN, kind)
+    assert chart.figure is not None
+    loss = chart.figure.axes[0]
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert ("ln 2: no preference" in labels) == (kind == "sigmoid")
+    assert loss.get_ylabel() == ("nats a pair" if kind == "sigmoid" else "nats² a pair")
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:

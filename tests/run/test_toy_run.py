@@ -242,6 +242,8 @@ def test_a_deleted_stage_is_made_again_and_no_other(
             "sampling.temperature=0.5",
             "iteration_0/responses.*sampling.temperature was 1.0, now 0.5",
         ),
+        ("loss.nll=0.5", "iteration_0/policy.*loss.nll was 'absent', now 0.5"),
+        ("loss.kind=ipo", "iteration_0/policy.*loss.kind was 'absent', now 'ipo'"),
         ("guide.latent_width=8", "guide/.*guide.latent_width was 16, now 8"),
         ("seed=1", "data/manifest.json: made from something else: seed was 0, now 1"),
         ("max_rows=40", "iteration_0/responses.*data was"),

@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 from ldalign.kernels import reference
+from ldalign.kernels.loss_options import DPO, Kind, LossOptions
+
+# Other losses of a pair: each option alone, and as many at once as go together.
+OPTIONS = {
+    "ipo": LossOptions("ipo"),
+    "nll": LossOptions(nll=0.8),
+    "smoothed": LossOptions(label_smoothing=0.2),
+    "per token": LossOptions(length_normalised=True),
+    "ipo, nll, per token": LossOptions("ipo", nll=0.3, length_normalised=True),
+    "smoothed, nll, per token": LossOptions("sigmoid", 0.3, 0.1, True),
+}
 
 
 @dataclass
@@ -120,21 +131,20 @@ class Cases:
             1,
         )
 
-    def pair(self, lengths: list[int], D: int, V: int) -> Case:
+    def pair(self, lengths: list[int], D: int, V: int, options: LossOptions = DPO) -> Case:
         N, S = sum(lengths), len(lengths)
-        target, beta, scale = targets(N, V), 0.3, 0.7
+        target, beta, scale, tokens = targets(N, V), 0.3, 0.7, torch.tensor(lengths)
 
         def eager(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> list[Tensor]:
             h, w = leaf(h, w)
             logp = reference.linear_logprob(h, w, target.to(h.device))
             sums = torch.stack([run.sum() for run in logp.split(lengths)])
-            real, generated = sums.view(-1, 2).T
-            loss, _ = reference.weighted_dpo_loss(real, generated, *ref.view(-1, 2).T, weight, beta)
+            loss, _ = reference.pair_loss(sums, ref, tokens.to(h.device), weight, beta, options)
             return [sums.detach(), *gradients(scale * loss, torch.ones(()), h, w)]
 
         def ours(h: Tensor, w: Tensor, ref: Tensor, weight: Tensor) -> Any:
             return self.raw.pair_loss(
-                h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True
+                h, w, target.to(h.device), lengths, ref, weight, beta, scale, True, True, options
             )
 
         # near the policy's own sums, else every coefficient is 0 or 1
@@ -145,16 +155,16 @@ class Cases:
         weight = normal(S // 2, seed=7).abs() + 0.2
         return Case(ours, eager, [*at, sums + normal(S, scale=2), weight], 1, weight=3, wide=(2, 3))
 
-    def dpo(self, P: int) -> Case:
+    def dpo(self, P: int, kind: Kind = "sigmoid", label_smoothing: float = 0.0) -> Case:
         def eager(*x: Tensor) -> list[Tensor]:
             real = x[0].detach().clone().requires_grad_()
-            loss, metrics = reference.weighted_dpo_loss(real, *x[1:], beta=0.3)
+            loss, metrics = reference.weighted_dpo_loss(real, *x[1:], 0.3, kind, label_smoothing)
             per_pair = [metrics[name] for name in ("loss", "rewards/chosen", "rewards/rejected")]
             return [loss.detach(), *per_pair, *gradients(loss, torch.ones(()), real)]
 
         inputs = [*(normal(P, seed=i, scale=20) for i in range(4)), normal(P, seed=5).abs() + 0.2]
         return Case(
-            lambda *x: self.raw.weighted_dpo(*x, 0.3),
+            lambda *x: self.raw.weighted_dpo(*x, 0.3, kind, label_smoothing),
             eager,
             inputs,
             4,

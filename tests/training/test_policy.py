@@ -1,5 +1,6 @@
 """The training step against a plain eager loop, its splits, its refusals and its metrics."""
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ldalign.data.pairs import Pair
+from ldalign.kernels.loss_options import DPO, LossOptions
+from ldalign.objective import optional_loss, preference_loss
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
 from ldalign.system.metrics import Mean
@@ -60,7 +63,9 @@ def gradient(
     return loss, grads, mean.reduce(CPU)
 
 
-def eager(pairs: Sequence[Pair], beta: float) -> tuple[float, dict[str, Tensor]]:
+def eager(
+    pairs: Sequence[Pair], beta: float, options: LossOptions = DPO
+) -> tuple[float, dict[str, Tensor]]:
     """The same by hand: float64, right-padded, whole logits, labels of -100."""
     model = tiny.mistral().double()
     sequences = [(p.prompt, response) for p in pairs for response in p.responses]
@@ -77,11 +82,11 @@ def eager(pairs: Sequence[Pair], beta: float) -> tuple[float, dict[str, Tensor]]
     if pairs[0].generated is None:
         loss = -sums.sum() / seen.sum()
     else:
-        terms = []
-        for i, pair in enumerate(pairs):
-            delta = (sums[2 * i] - pair.ref_real) - (sums[2 * i + 1] - pair.ref_generated)
-            terms.append(-pair.weight * torch.log(torch.sigmoid(beta * delta)))
-        loss = torch.stack(terms).sum() / len(pairs)
+        column = functools.partial(torch.tensor, dtype=torch.float64)
+        references = column([x for p in pairs for x in (p.ref_real, p.ref_generated)])
+        sides = ((x[0::2], x[1::2]) for x in (sums, references, seen.sum(1)))
+        weights = column([pair.weight for pair in pairs])
+        loss = optional_loss(*sides, weights, beta, options).sum() / len(pairs)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -104,6 +109,32 @@ def test_gradient_equals_a_plain_loop(kind: str) -> None:
     expected, eager_grads = eager(pairs, 0.3)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert difference(grads, eager_grads) < 1e-4
+
+
+OPTIONS = [
+    LossOptions("ipo"),
+    LossOptions(nll=0.7),
+    LossOptions(label_smoothing=0.1),
+    LossOptions(length_normalised=True),
+    LossOptions("ipo", 0.7, 0.0, True),
+    LossOptions("sigmoid", 0.7, 0.1, True),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_other_losses_equal_a_plain_loop(options: LossOptions) -> None:
+    """In micro-batches: the NLL, too, is divided by the pairs of the global batch."""
+    pairs = tiny.pairs(8, weights=WEIGHTS)
+    plain = gradient(pairs, replace(SETTINGS, beta=0.3))
+    loss, grads, metrics = gradient(pairs, replace(SETTINGS, beta=0.3, loss=options))
+    expected, eager_grads = eager(pairs, 0.3, options)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert difference(grads, eager_grads) < 1e-4
+    assert difference(grads, plain[1]) > 0.01
+    known = plain[2].keys() - {"loss/unweighted"}
+    assert metrics.keys() - plain[2].keys() == ({"nll/chosen"} if options.nll else set())
+    for name in known:  # rewards are of whole responses
+        assert metrics[name] == pytest.approx(plain[2][name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -204,6 +235,47 @@ def test_step_0_must_start_at_ln_2() -> None:
         stage="t",
         step0_is_reference=False,
     )
+
+
+@pytest.mark.parametrize("options", [DPO, *OPTIONS], ids=str)
+def test_every_loss_has_its_own_start(options: LossOptions, tmp_path: Path) -> None:
+    """ln 2 or 1/(4 beta^2) without weights and NLL; with another model's reference, not."""
+    pairs = with_reference(tiny.pairs(8, weights=WEIGHTS))
+    (first,), _ = run(pairs, tmp_path / "m.jsonl", loss=options, beta=0.2)
+    ipo = options.kind == "ipo"
+    start = 6.25 if ipo else math.log(2)
+    assert first["loss/unweighted"] == pytest.approx(start, abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    expected = first["weight/mean"] * start
+    if options.nll:
+        plain = [-pair.ref_real / len(pair.real) for pair in pairs]
+        assert first["nll/chosen"] == pytest.approx(sum(plain) / len(plain), rel=1e-5)
+        expected += options.nll * first["nll/chosen"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    wrong = with_reference(pairs, tiny.mistral(seed=1))
+    named = r"not 1/\(4 beta\^2\) = 6.25000" if ipo else "not ln 2 = 0.69315"
+    with pytest.raises(NumericsError, match=named):
+        run(wrong, loss=options, beta=0.2)
+
+
+@pytest.mark.parametrize("options", [DPO, *OPTIONS], ids=str)
+def test_the_start_may_miss_by_the_same_margin(options: LossOptions) -> None:
+    """Margins of whole responses 0.3 nats off are bfloat16's rounding, of 0.5 a wrong reference,
+    whatever the loss: of 4 and 6 tokens here.
+    """
+    tokens = {"len/chosen": 4.0, "len/rejected": 6.0}
+    settings = replace(SETTINGS, loss=options)
+    for off in (-0.3, 0.3, -0.5, 0.5):
+        delta = torch.tensor(off / 5 if options.length_normalised else off)
+        # smoothing moves nothing here: its slope is the smaller one
+        given = options._replace(label_smoothing=0.0)
+        loss = preference_loss(delta, torch.ones(()), settings.beta, given).item()
+        means = {"loss/unweighted": loss, **tokens}
+        if abs(off) < 0.4:
+            policy._check_step0(means, settings, torch.bfloat16, "t")
+        else:
+            with pytest.raises(NumericsError, match="not those of the start policy"):
+                policy._check_step0(means, settings, torch.bfloat16, "t")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

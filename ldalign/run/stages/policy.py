@@ -13,7 +13,7 @@ from ldalign.data.pairs import Pair, Pairs
 from ldalign.data.store import data_hash
 from ldalign.data.tokenizer_export import COPIED_FILES
 from ldalign.models.weights import load_model, save_model
-from ldalign.run.context import Context, checkpoint_plan, file_hash
+from ldalign.run.context import Context, checkpoint_plan, file_hash, named_keys
 from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig, SftKeys
 from ldalign.run.stage import Cost, Stage
@@ -180,6 +180,12 @@ def _train_stage(
 # ---------------------------------------------------------------------------------------- iteration
 
 
+def _loss_parents(ctx: Context) -> Parents:
+    """The options of the loss that are on: policies made before there were any stay valid."""
+    off = named_keys(RunConfig(), "loss")
+    return {key: value for key, value in ctx.keys("loss").items() if value != off[key]}
+
+
 def policy_stage(ctx: Context, t: int, start: Path, pairs: Pairs, made_from: Parents) -> Path:
     """Trains `start` on the iteration's pairs; returns the next policy's folder.
 
@@ -205,11 +211,12 @@ def policy_stage(ctx: Context, t: int, start: Path, pairs: Pairs, made_from: Par
     }
     if kept.generated is not None:
         reference = file_hash(ctx, f"{REFERENCE_STAGE.folder(t)}/{LOGPS}")
-        parents |= {"beta": beta, "reference": reference}
+        parents |= {"beta": beta, "reference": reference, **_loss_parents(ctx)}
     settings = replace(
         _train_settings(ctx),
         learning_rate=learning_rate,
         beta=beta,
+        loss=ctx.config.loss.options,
         steps=ctx.config.training.steps,
     )
     return _train_stage(
