@@ -82,9 +82,10 @@ def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
-    train, heldout = read_data(config, tokenizer)
-    splits: list[tuple[Row, Split]] = [(row, "training") for row in train]
-    splits += [(row, "held out") for row in heldout]
+    rows = read_data(config, tokenizer)
+    splits: list[tuple[Row, Split]] = [(row, "training") for row in rows["train"]]
+    splits += [(row, "held out") for row in rows["heldout"]]
+    splits += [(row, "validation") for row in rows["validation"]]
     paint = Paint(colour=wants_colour())
     for i in choose_rows([row for row, _ in splits], config.rows):
         print(*row_lines(*splits[i], tokenizer, config, paint), "", sep="\n")

@@ -18,7 +18,7 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import PairIds, Tokenizer
 from ldalign.system.errors import InputError
 
-Split = Literal["training", "held out"]
+Split = Literal["training", "held out", "validation"]
 QUANTILES = {"least": 0, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99, "most": 100}
 
 MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it is spread over

@@ -23,7 +23,7 @@ from ldalign.data.encoding import Fitting, fit_rows
 from ldalign.data.reading import MAX_SKIPPED, Reading, Tally, iter_chunks, read_chunk
 from ldalign.data.records import BadRow, Chunk
 from ldalign.data.rows import Row, RowNames
-from ldalign.data.splitting import Division, divide
+from ldalign.data.splitting import VALIDATION_ROWS, Division, divide, heldout_counts
 from ldalign.data.store import Part, PartWriter, write_split
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.system.errors import InputError
@@ -77,7 +77,9 @@ class Plan:
     fitting: Fitting
     preference: bool = False  # every row that is trained on needs a rejected response
     heldout_fraction: float = 0.0
-    heldout_rows: int = 0  # most rows that are held out
+    heldout_rows: int = 0  # most rows that are held out, to be reported
+    # Rows held out beside them, for validation; None: as `splitting.heldout_counts` has it.
+    validation_rows: int | None = 0
     most: int | None = None  # most rows that are trained on
     shares: tuple[float, ...] | None = None  # of the data's entries in the rows trained on
     seed: int = 0
@@ -120,7 +122,7 @@ def prepare_files(
     progress: Callable[[str, int | None], Progress],
     processes: int = 1,
 ) -> Found:
-    """Writes the files of both splits into `folder` (`ldalign.data.store`) and says what was done.
+    """Writes the files of the splits into `folder` (`ldalign.data.store`) and says what was done.
 
     heldout: None: rows of `data` are held out. parts: a folder for what a later start goes on from.
     progress: (what is done, with how many rows in all, where that is known) gives what is called
@@ -152,7 +154,8 @@ def prepare_files(
         outcomes[job.number] = outcome
         step(len(job.chosen))
     _note(found, outcomes, jobs.of, division, plan)
-    beyond = sum(len(scan.names) for scan in given) - len(division.heldout)
+    used = len(division.heldout) + len(division.validation)
+    beyond = sum(len(scan.names) for scan in given) - used
     if heldout is not None and beyond:
         reason = "held-out rows beyond those that are used"
         found.left_out.append({"rows": beyond, "reason": reason})
@@ -162,15 +165,17 @@ def prepare_files(
         found.used[split] = len(kept)
         if split == "train":
             found.cut = sum(row in outcomes[job].cut for job, row in kept)
+        if split == "validation" and not kept:
+            continue  # as in runs of versions that had no validation
         write_split(folder, split, [(opened[job], outcomes[job].places[row]) for job, row in kept])
     return found
 
 
 def read_splits(
     data: Source, heldout: Source | None, reading: Reading, plan: Plan
-) -> tuple[list[Row], list[Row]]:
-    """Returns the rows that `prepare_files` would encode, training and held out, in memory: for
-    whoever looks at them. Raises InputError for bad rows, as reading.bad_rows says.
+) -> dict[str, list[Row]]:
+    """Returns the rows that `prepare_files` would encode, by split, in memory: for whoever looks at
+    them. Raises InputError for bad rows, as reading.bad_rows says.
     """
     rows: list[Row] = []
     found: list[list[Scan]] = [[], []]
@@ -185,7 +190,11 @@ def read_splits(
             tally.finish(reading)
     division = _divide(found[0], None if heldout is None else found[1], plan)
     shift = sum(len(scan.names) for scan in found[0]) if heldout is not None else 0
-    return [rows[i] for i in division.train], [rows[i + shift] for i in division.heldout]
+    return {
+        "train": [rows[i] for i in division.train],
+        "heldout": [rows[i + shift] for i in division.heldout],
+        "validation": [rows[i + shift] for i in division.validation],
+    }
 
 
 # --------------------------------------------------------------------------------------- first pass
@@ -229,17 +238,24 @@ def _keys(scans: Sequence[Scan]) -> tuple[list[bytes], list[bytes]]:
 
 def _divide(own: Sequence[Scan], given: Sequence[Scan] | None, plan: Plan) -> Division:
     conversations, prompts = _keys(own)
+    aside = VALIDATION_ROWS if plan.validation_rows is None else plan.validation_rows
+    asked = plan.heldout_rows + aside if plan.heldout_rows else 0
+    if given is None:
+        most = min(round(len(prompts) * plan.heldout_fraction), asked)
+    else:
+        most = sum(len(scan.names) for scan in given) if asked else 0
+    heldout, validation = heldout_counts(most, plan.heldout_rows, plan.validation_rows)
     return divide(
         conversations,
         prompts,
-        heldout=min(round(len(prompts) * plan.heldout_fraction), plan.heldout_rows),
+        heldout=heldout,
+        validation=validation,
         most=plan.most,
         seed=plan.seed,
         shuffle=plan.shuffle,
         entries=np.repeat([s.entry for s in own], [len(s.names) for s in own]),
         shares=plan.shares,
         given=None if given is None else _keys(given),
-        most_given=plan.heldout_rows,
     )
 
 
@@ -291,7 +307,12 @@ def _jobs(
     shift = begins[len(own)] if given else 0
     places: Places = {}
     chosen: dict[int, dict[int, str]] = {}
-    for split, rows in (("train", division.train), ("heldout", division.heldout + shift)):
+    splits = {
+        "train": division.train,
+        "heldout": division.heldout + shift,
+        "validation": division.validation + shift,
+    }
+    for split, rows in splits.items():
         of_piece = np.searchsorted(begins, rows, side="right") - 1
         insides = rows - begins[of_piece]
         places[split] = list(zip(of_piece.tolist(), insides.tolist(), strict=True))

@@ -2,25 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ldalign.system.errors import InputError
 from ldalign.system.seeds import permutation, uniforms
 
 Keys = Sequence[bytes]
 Indices = npt.NDArray[np.int64]
+VALIDATION_ROWS = 32  # set aside for validation where nobody says how many
+FEWEST_VALIDATION_ROWS = 8  # fewer choose by luck: then none are
 
 
 @dataclass(frozen=True)
 class Division:
-    """Numbers of rows, in the order in which they are used; those of neither are in `left_out`, by
-    the reason why.
+    """Numbers of rows, in the order in which they are used; those of none of the three are in
+    `left_out`, by the reason why.
     """
 
     train: Indices
     heldout: Indices
+    validation: Indices
     left_out: dict[str, Indices]
 
 
@@ -44,13 +47,38 @@ def groups_of(conversations: Keys, prompts: Keys) -> Indices:
     return np.array([root(i) for i in range(len(parent))], dtype=np.int64)
 
 
-def held_out(groups: Indices, count: int, seed: int) -> npt.NDArray[np.bool_]:
+def heldout_counts(most: int, reported: int, validation: int | None) -> tuple[int, int]:
+    """Returns how many of at most `most` held-out rows are reported, and how many are set aside for
+    validation.
+
+    reported: the most that are reported. validation: how many to set aside; None: VALIDATION_ROWS,
+    but at most a quarter where `reported` leaves fewer, and none where these are fewer than
+    FEWEST_VALIDATION_ROWS. Raises InputError where so many are asked for that fewer would be left
+    to report, and fewer than `reported`.
+    """
+    if validation is None:
+        free = max(most - reported, most // 4)
+        aside = min(VALIDATION_ROWS, free) if free >= FEWEST_VALIDATION_ROWS else 0
+        return min(reported, most - aside), aside
+    if most - validation < min(reported, validation):
+        raise InputError(
+            f"validation.rows={validation}: of {most} rows that can be held out "
+            f"{max(0, most - validation)} would be left to report; hold out more "
+            f"(heldout_fraction, heldout), or give validation.rows={most // 2} or fewer, 0 for none"
+        )
+    return min(reported, most - validation), validation
+
+
+def held_out(
+    groups: Indices, count: int, seed: int, taken: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
     """Says which of N rows are held out: (N,), whole groups, `count` rows in all; fewer where the
-    groups are too large to add up to it.
+    groups are too large to add up to it. taken (N,): rows that are not to be had.
     """
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups.tolist()):
-        members.setdefault(group, []).append(i)
+        if taken is None or not taken[i]:
+            members.setdefault(group, []).append(i)
     chosen = np.zeros(len(groups), dtype=bool)
     for i in permutation(seed, "heldout", len(groups)).tolist():
         if count == 0:
@@ -73,29 +101,33 @@ def divide(
     entries: Indices | None = None,
     shares: Sequence[float] | None = None,
     given: tuple[Keys, Keys] | None = None,
-    most_given: int | None = None,
+    validation: int = 0,
 ) -> Division:
     """Divides N rows by the keys of their conversations and prompts.
 
-    heldout: how many to hold out. most: the most that are trained on; None: all. shuffle: whether
-    rows are put into a random order before any cut, else they keep theirs. entries (N,): which
-    entry of the data each row is of; shares: of each entry in the rows that are trained on. given:
-    the keys of held-out rows that came by themselves, in place of `heldout`: of them at most
-    `most_given` are used, and rows that share a conversation or a prompt with one of these are not
-    trained on.
+    heldout: how many to hold out; validation: and how many more for validation, of other
+    conversations and prompts. most: the most that are trained on; None: all. shuffle: whether rows
+    are put into a random order before any cut, else they keep theirs. entries (N,): which entry of
+    the data each row is of; shares: of each entry in the rows that are trained on. given: the keys
+    of held-out rows that came by themselves: both kinds are of these then, and rows that share a
+    conversation or a prompt with one of them are not trained on.
     """
     n = len(prompts)
     left_out: dict[str, Indices] = {}
     if given is None:
-        mask = held_out(groups_of(conversations, prompts), heldout, seed)
-        chosen = np.flatnonzero(mask)
+        groups = groups_of(conversations, prompts)
+        reported = held_out(groups, heldout, seed)
+        mask = held_out(groups, validation, seed, taken=reported)
+        chosen, aside = np.flatnonzero(reported), np.flatnonzero(mask)
+        mask |= reported
         shared = np.zeros(n, dtype=bool)
     else:
         mask = np.zeros(n, dtype=bool)
-        chosen = _ordered(np.arange(len(given[1])), seed, "heldout/order", shuffle)[:most_given]
-        taken: list[set[bytes]] = [{keys[i] for i in chosen.tolist()} for keys in given]
-        own: Any = zip(conversations, prompts, strict=True)
-        shared = np.array([c in taken[0] or p in taken[1] for c, p in own], dtype=bool)
+        order = _ordered(np.arange(len(given[1])), seed, "heldout/order", shuffle)
+        chosen, rest = order[:heldout], order[heldout:]
+        aside = rest[~_sharing(given, rest, _keys_of(given, chosen))][:validation]
+        taken = _keys_of(given, np.concatenate([chosen, aside]))
+        shared = _sharing((conversations, prompts), np.arange(n), taken)
         left_out["its prompt or conversation is held out"] = np.flatnonzero(shared)
     train = _ordered(np.flatnonzero(~mask & ~shared), seed, "rows/order", shuffle)
     if shares is not None and entries is not None:
@@ -105,7 +137,21 @@ def divide(
     if most is not None:
         left_out["beyond the rows that are used"] = train[most:]
         train = train[:most]
-    return Division(train, chosen, left_out)
+    return Division(train, chosen, aside, left_out)
+
+
+def _keys_of(keys: tuple[Keys, Keys], rows: Indices) -> tuple[set[bytes], set[bytes]]:
+    """The conversations and the prompts of some rows."""
+    conversations, prompts = ({column[i] for i in rows.tolist()} for column in keys)
+    return conversations, prompts
+
+
+def _sharing(
+    keys: tuple[Keys, Keys], rows: Indices, taken: tuple[set[bytes], set[bytes]]
+) -> npt.NDArray[np.bool_]:
+    """Says which of the rows share a conversation or a prompt with `taken`: (len(rows),)."""
+    found = [keys[0][i] in taken[0] or keys[1][i] in taken[1] for i in rows.tolist()]
+    return np.array(found, dtype=bool)
 
 
 def mixed(rows: Indices, entries: Indices, shares: Sequence[float], seed: int) -> Indices:

@@ -109,7 +109,8 @@ def _existing(run: Path) -> Path:
 
 def _data_lines(ctx: Context) -> list[str]:
     lines = []
-    for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
+    splits = {"training": ctx.train, "held-out": ctx.heldout, "validation": ctx.validation}
+    for name, prepared in splits.items():
         if prepared.rows:
             prompts = _tokens(prepared.pairs.prompts.lengths)
             responses = _tokens(prepared.pairs.real.lengths)

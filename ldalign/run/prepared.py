@@ -27,7 +27,7 @@ from ldalign.data.preparation import (
 from ldalign.data.reading import Reading
 from ldalign.data.rows import Row
 from ldalign.data.sources import files_of
-from ldalign.data.store import Split, open_split
+from ldalign.data.store import NO_ROWS, Split, open_split
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.run.manifest import MANIFEST, Parents, hash_settings, stage_parents
 from ldalign.run.settings import RunConfig
@@ -57,7 +57,8 @@ class Data(NamedTuple):
     """The rows of a run."""
 
     train: Split
-    heldout: Split
+    heldout: Split  # whose figures are reported
+    validation: Split  # which choices are made by; empty: none are set aside
     counts: Metrics  # what was read, and what became of it
 
 
@@ -79,11 +80,17 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
         lambda place: on_rank0(lambda: _make(place, config, tokenizer, sources)),
         resume=True,
     )
-    return Data(open_split(folder, "train"), open_split(folder, "heldout"), summary)
+    return _open(folder, summary)
 
 
-def read_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Row], list[Row]]:
-    """Returns the training and the held-out rows of a run, before any is encoded, in memory."""
+def _open(folder: Path, summary: Metrics) -> Data:
+    train, heldout = (open_split(folder, name) for name in ("train", "heldout"))
+    aside = summary.get("rows/validation", 0) > 0
+    return Data(train, heldout, open_split(folder, "validation") if aside else NO_ROWS, summary)
+
+
+def read_data(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[Row]]:
+    """Returns the rows of a run by split, before any is encoded, in memory."""
     train, heldout = _sources(config)
     reading = Reading(config.turns, config.bad_rows, config.data_columns)
     return read_splits(train, heldout, reading, _plan(config, tokenizer))
@@ -108,7 +115,14 @@ def _parents(config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, str]
         "columns": json.dumps([config.data_columns.named, sorted(config.ignore_columns)]),
         **{name: getattr(config, name) for name in KEYS},
         "evaluation.rows": config.evaluation.rows,
+        **_validation_parents(config),
     }
+
+
+def _validation_parents(config: RunConfig) -> Parents:
+    """What is asked for, where it is not none, as in versions that had no validation."""
+    rows = config.validation.rows
+    return {} if rows == 0 else {"validation.rows": json.dumps(rows)}
 
 
 def _most(config: RunConfig) -> int | None:
@@ -159,7 +173,7 @@ def _in_passing(config: RunConfig, tokenizer: Tokenizer) -> Data:
     place = Path(on_rank0(lambda: tempfile.mkdtemp(prefix="ldalign-data-")))
     try:
         summary = on_rank0(lambda: _make(place, config, tokenizer, {}))
-        return Data(open_split(place, "train"), open_split(place, "heldout"), summary)
+        return _open(place, summary)
     finally:
         distributed.barrier()  # all have opened them
         if distributed.rank() == 0:
@@ -195,6 +209,7 @@ def _make(
         "rows/read": found.read,
         "rows/train": found.used["train"],
         "rows/heldout": found.used["heldout"],
+        "rows/validation": found.used["validation"],
         "rows/dropped": found.long,
         "rows/cut": found.cut,
         "rows/skipped": found.bad,
@@ -231,6 +246,7 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
         kinds=frozenset(embedded.KINDS),
         heldout_fraction=config.heldout_fraction,
         heldout_rows=config.evaluation.rows,
+        validation_rows=config.validation.rows,
         most=_most(config),
         shares=None if config.data_shares is None else tuple(config.data_shares),
         seed=config.seed,

@@ -64,8 +64,8 @@ def test_rows_are_in_a_random_order_before_any_cut() -> None:
 def test_rows_that_share_a_prompt_with_given_held_out_ones_are_left_out() -> None:
     conversations, prompts = keys([0, 1, 2, 3]), keys([10, 11, 12, 13])
     found = divide(
-        conversations, prompts, heldout=0, most=None, seed=0, shuffle=False,
-        given=(keys([7, 2, 8]), keys([11, 20, 13])), most_given=2,
+        conversations, prompts, heldout=2, most=None, seed=0, shuffle=False,
+        given=(keys([7, 2, 8]), keys([11, 20, 13])),
     )  # fmt: skip
     assert found.heldout.tolist() == [0, 1] and found.train.tolist() == [0, 3]
     assert Counter({r: len(i) for r, i in found.left_out.items()}).total() == 2
