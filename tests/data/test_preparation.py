@@ -92,7 +92,7 @@ def test_every_row_is_used_or_accounted_for(
 ) -> None:
     found = prepare("whole")
     assert (found.read, found.long, found.bad, found.repeated) == (123, 1, 0, 1)
-    assert found.used == {"train": 110, "heldout": 12}
+    assert found.used == {"train": 110, "heldout": 12, "validation": 0}
     assert [row["id"] for row in found.left_out] == ["long"]
     train, heldout = splits(tmp_path / "whole")
     rows = {row.id: row for row in read_rows(list(map(str, files)))}
@@ -141,7 +141,7 @@ def test_a_stop_in_the_middle_is_gone_on_with(
 
 def test_only_rows_that_are_used_are_encoded(prepare: Prepare, tmp_path: Path) -> None:
     found = prepare("few", most=20, heldout_rows=3)
-    assert found.used == {"train": 20, "heldout": 3} and found.read == 123
+    assert found.used == {"train": 20, "heldout": 3, "validation": 0} and found.read == 123
     used = sum(found.used.values()) + found.long
     assert sum(int(str(row["rows"])) for row in found.left_out if "rows" in row) == 123 - used
     assert len(splits(tmp_path / "few")[0].pairs) == 20
@@ -188,7 +188,7 @@ def test_preference_rows_need_a_rejected_response(prepare: Prepare, files: list[
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     given = Row("h", ({"role": "user", "content": "Well?"},), "So.")
     found = prepare("pairs", preference=True, heldout=Source(rows=(given,)))
-    assert found.bad == 0 and found.used == {"train": 122, "heldout": 1}
+    assert found.bad == 0 and found.used == {"train": 122, "heldout": 1, "validation": 0}
 
 
 def test_the_hash_of_stored_rows_is_that_of_the_rows(prepare: Prepare, tmp_path: Path) -> None:
