@@ -472,7 +472,7 @@ def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers
         for name, path in files.items()
         if path.is_file()
     }
-    if selected not in found or rows[0]["policy"] not in found:
+    if selected is None or selected not in found or rows[0]["policy"] not in found:
         return {"answers": [], "answer_rule": ""}
     old, new = found[rows[0]["policy"]], found[selected]
     changed = [i for i in old if i in new and old[i]["greedy"] != new[i]["greedy"]]

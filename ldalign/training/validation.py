@@ -178,7 +178,7 @@ class Validator:
 
     def _record(self, figures: Figures, found: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         step, best = int(figures["step"]), found["best"]
-        record = {"global_step": step}
+        record: dict[str, float] = {"global_step": step}
         record |= {f"validation/{name}": figures[name] for name in figures if name != "step"}
         text = f"step {step}/{self.steps}  validation  nll {figures['nll']:.4f}"
         if "accuracy" in figures:

@@ -3,6 +3,7 @@ of it moves a bit of the training. Several ranks run this very file.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
-from ldalign.system import distributed
+from ldalign.system import distributed, interrupt
 from ldalign.system.errors import InputError, NumericsError
+from ldalign.system.interrupt import Stopped
 from ldalign.system.metrics import MetricsLog
 from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.policy import TrainSettings, train
 from ldalign.training.validation import (
     ValidationPlan,
+    Validator,
     best_weights,
     better,
     evaluations,
@@ -241,6 +244,38 @@ def test_training_ends_where_it_has_stopped_to_gain(tmp_path: Path) -> None:
     assert summary["loss"] == pytest.approx(sum(losses) / len(losses))
 
 
+@pytest.mark.parametrize(
+    ("values", "best", "ended"),
+    [
+        # A gain begins the count anew: the two at 12 and 14 end it, not those at 4 and 8.
+        ([5.0, 3.0, 4.0, 2.0, 2.0, 1.0, 1.5, 1.0], 10, 14),
+        ([1.0, 3.0, 4.0, 5.0], 2, 6),  # the start is no result, however good
+        ([5.0, 4.0, 3.0, 2.0], 6, None),
+    ],
+)
+def test_decisions(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[float],
+    best: int,
+    ended: int | None,
+) -> None:
+    scripted = iter(values)
+    monkeypatch.setattr(Validator, "_nll", lambda self: next(scripted))
+    chosen = plan(tmp_path, early_stop=2)
+    validator = Validator(chosen, tiny.mistral(), 100, 45, CPU, "policy")
+    state: dict[str, Any] = {"step": 0}
+    for step in range(0, 2 * len(values), 2):
+        assert "ended" not in state
+        shown = validator.after_step(step, False, state)
+        assert shown is not None and validator.after_step(step + 1, False, state) is None
+    found = validator.summary(state)
+    assert found["validation/step"] == best and found["validation/nll_start"] == values[0]
+    assert found["validation/nll"] == values[best // 2]
+    assert found["validation/ended_early"] == (ended is not None)
+    assert ended in (None, step)
+
+
 @pytest.mark.parametrize("early_stop", [None, 2])
 def test_a_killed_stage_decides_the_same_again(
     tmp_path: Path, killed: Callable[..., None], early_stop: int | None
@@ -263,6 +298,31 @@ def test_a_killed_stage_decides_the_same_again(
         assert kept is not None and equal(kept, best), line
         for kind in (False, True):
             assert records(folder, kind) == records(tmp_path / "whole", kind), line
+
+
+def test_stopped_by_a_signal_where_it_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the evaluation that ends the stage: a checkpoint is written, and the stage that
+    goes on from it is at its end.
+    """
+    whole = plan(tmp_path / "whole", early_stop=1)
+    expected, summary = trained(tmp_path / "whole", whole)
+    write = MetricsLog.write
+
+    def stopping(log: MetricsLog, record: dict[str, Any], text: str) -> None:
+        write(log, record, text)
+        if record["global_step"] == summary["steps"] and "validation/nll" in record:
+            patch.setattr(interrupt, "requested", lambda: signal.SIGTERM)
+
+    own = plan(tmp_path / "run", early_stop=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stopping)
+        with pytest.raises(Stopped):
+            trained(tmp_path / "run", own)
+    got, again = trained(tmp_path / "run", own)
+    assert equal(got, expected) and again == summary
+    assert records(tmp_path / "run", True) == records(tmp_path / "whole", True)
 
 
 def test_what_a_checkpoint_refers_to_stays(tmp_path: Path, killed: Callable[..., None]) -> None:
