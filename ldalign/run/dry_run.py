@@ -150,6 +150,8 @@ def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
         device=ctx.device.type,
     )
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
+    if ctx.validation.rows and config.validation.metric == "accuracy":
+        parts["whole copy that answers in validation"] = ctx.parameters * ctx.dtype.itemsize
     return _shown(ctx, "memory", parts, tokens)
 
 

@@ -69,12 +69,15 @@ def better(new: Figures, old: Figures | None) -> bool:
 
 
 def best_weights(plan: ValidationPlan, summary: Mapping[str, float]) -> dict[str, Tensor] | None:
-    """Returns the best weights of a stage that has ended, by name, on the CPU in plan.dtype; None
-    where they are the last ones, or the last are what is wanted. summary: of `Validator.summary`,
-    and the stage's "steps".
+    """Returns the best weights of a stage that has ended, by name, on the CPU in plan.dtype ({} but
+    on rank 0); None, on all ranks, where they are the last ones, or the last are what is wanted.
+
+    summary: of `Validator.summary`, and the stage's "steps".
     """
     if plan.keep is None or summary["validation/step"] == summary["steps"]:
         return None
+    if distributed.rank() > 0:
+        return {}
     from safetensors.torch import load_file
 
     return load_file(_path(plan.keep, summary["validation/step"]))

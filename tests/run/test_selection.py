@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from runs import ROOT
+from runs import ROOT, run_script
 from safetensors.torch import load_file
 from toy_context import config_of, open_toy, rows_file
 
@@ -17,7 +18,7 @@ from ldalign.evaluation import held_out
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.toy import toy_model
 from ldalign.models.weights import load_model
-from ldalign.run import selection
+from ldalign.run import dry_run, selection
 from ldalign.run.context import find_model, open_policy
 from ldalign.run.disk import at_worst, check_disk
 from ldalign.run.manifest import CHECKPOINTS
@@ -108,6 +109,16 @@ def test_the_reported_rows_stay_what_they_are(tmp_path: Path) -> None:
         assert (len(reported), len(aside)) == (20, 32)
         trained = {row.id for row in ctx.train.rows}
         assert not set(reported) & set(aside) and not trained & {*reported, *aside}
+
+
+def test_the_dry_run_counts_the_copy_that_answers(tmp_path: Path) -> None:
+    def said(*keys: str) -> bool:
+        ctx = open_toy(tmp_path, *SHORT, *keys, write=False)
+        page = dry_run.dry_run(ctx, ["iteration_0/policy"])
+        assert "validation rows: 32" in page
+        return "whole copy that answers in validation" in page
+
+    assert said("validation.metric=accuracy") and not said()
 
 
 def test_too_few_rows_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -249,6 +260,29 @@ def test_accuracy_is_that_of_the_policy_written(
         tmp_path / "parts",  # type: ignore[arg-type]
     )
     assert 0 < metrics["accuracy/greedy"] == best["validation/accuracy"] < 1
+
+
+def test_two_ranks_measure_what_one_does(tmp_path: Path, toy_cache: Path) -> None:
+    """Likelihood by the sharded model, answers by a whole copy on each rank."""
+    keys = [*SHORT, *FAST, "validation.metric=accuracy", "report=table"]
+    one = run(tmp_path / "one", toy_cache, *keys)
+    two, script, config = tmp_path / "two", ROOT / "train/align.py", ROOT / "configs/toy.yaml"
+    done = run_script(
+        script, "--config", config, f"run={two}", f"cache={toy_cache}", *keys, ranks=2
+    )
+    assert done.returncode == 0, done.stderr
+    a, b = (
+        [
+            (r["global_step"], r["validation/nll"], r["validation/accuracy"])
+            for r in read_jsonl(folder / "iteration_0/policy/metrics.jsonl")
+            if "validation/nll" in r
+        ]
+        for folder in (one, two)
+    )
+    np.testing.assert_allclose(a, b, rtol=2e-3)
+    assert summary(one)["validation/step"] == summary(two)["validation/step"] == 2
+    ends = [weights(folder) for folder in (one, two)]
+    assert all((ends[0][name] - p).norm() <= 0.05 * p.norm() for name, p in ends[1].items())
 
 
 def test_a_stage_that_gains_nothing_ends_early(tmp_path: Path, toy_cache: Path) -> None:

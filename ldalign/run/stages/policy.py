@@ -176,9 +176,8 @@ def _train_stage(
             checkpoints=checkpoint_plan(ctx, folder),
             validation=plan,
         )
-        best = None
-        if plan is not None and distributed.rank() == 0:
-            best = best_weights(plan, summary)
+        best = None if plan is None else best_weights(plan, summary)
+        # All ranks gather the last weights, or none does.
         state = distributed.full_state(model, dtype) if best is None else best
         if distributed.rank() == 0:
             save_model(model, folder, start, dtype, state, ctx.template)
