@@ -13,6 +13,7 @@ from ldalign.run import methods
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.plan import in_order
+from ldalign.run.selection import select
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE, pair_rewards_stage
 from ldalign.run.stages.policy import (
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> None:
 
 
 def align(ctx: Context) -> str:
-    """The method: from the start policy to the last iteration's, and the baseline beside it."""
+    """The method: from the start policy to the last iteration's, and the baseline beside it; the
+    run's result is the iteration that validation chooses.
+    """
     config = ctx.config
     start = start_stage(ctx)
     first = start_name(config)
@@ -50,7 +53,9 @@ def align(ctx: Context) -> str:
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
         measure(ctx, "continual_sft", baseline, first)
-    return f"The aligned policy: {policy}" if config.iterations else f"The policy: {policy}"
+    chosen = select(ctx, start)
+    aligned = "The aligned policy" if config.iterations else "The policy"
+    return f"{aligned}: {ctx.run.path / chosen.folder} ({chosen.why})"
 
 
 def planned(config: RunConfig) -> list[str]:

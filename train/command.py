@@ -4,6 +4,7 @@ data, then do their stages.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldalign.report.page import try_page
@@ -14,7 +15,7 @@ from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
-from ldalign.run.settings import RunConfig, unread
+from ldalign.run.settings import RunConfig, ValidationKeys, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.guide import check_guide, say_guide
 from ldalign.system import distributed
@@ -37,16 +38,20 @@ def run_script(
     planned: Callable[[RunConfig], list[str]],
     check: Callable[[RunConfig], None] = lambda config: None,
     by_method: bool = False,
+    trains: bool = True,
 ) -> None:
     """Runs a script: `work(ctx)` makes its stages and returns a closing line, `planned` names them.
 
     doc: the script's docstring. check: raises InputError for settings with which the script has
     nothing to do. by_method: the key `method` says what the script reads, so keys that it does not
-    read are refused.
+    read are refused. trains: no policy is trained where it is False, and no held-out row is set
+    aside for validation.
     """
     config = read_config(argv, doc)
     if config is None:
         return
+    if not trains:
+        config = replace(config, validation=ValidationKeys(rows=0), select=None)
     check(config)
     if by_method:
         check_method_reads(argv, config.method)

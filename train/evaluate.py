@@ -5,8 +5,8 @@
 Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real
 responses, and for rows that a program can check, greedy and sampled accuracy with every answer
 given. With benchmarks.tasks=[...] also on public benchmarks, each into RUN/start/benchmarks/TASK
-(docs/benchmarks.md); evaluation.rows=0 leaves these alone. Nothing is trained; the keys sft.* and
-iterations are ignored. Give every policy a run folder of its own.
+(docs/benchmarks.md); evaluation.rows=0 leaves these alone. Nothing is trained; the keys sft.*,
+validation.* and iterations are ignored. Give every policy a run folder of its own.
 """
 
 from ldalign.run.context import Context
@@ -18,7 +18,7 @@ from ldalign.train.command import need, run_script
 
 def main(argv: list[str]) -> None:
     """Reads the settings, evaluates."""
-    run_script(argv, __doc__ or "", evaluate, planned, check)
+    run_script(argv, __doc__ or "", evaluate, planned, check, trains=False)
 
 
 def check(config: RunConfig) -> None:

@@ -92,9 +92,10 @@ def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
-    train, heldout, files = read_data(config, tokenizer)
-    splits: list[tuple[Row, Split]] = [(row, "training") for row in train]
-    splits += [(row, "held out") for row in heldout]
+    rows, files = read_data(config, tokenizer)
+    splits: list[tuple[Row, Split]] = [(row, "training") for row in rows["train"]]
+    splits += [(row, "held out") for row in rows["heldout"]]
+    splits += [(row, "validation") for row in rows["validation"]]
     left_out: LeftOut = {
         name: {fate: count for fate, count in counts.items() if fate not in USES.values()}
         for name, counts in files.items()

@@ -22,7 +22,7 @@ from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.system.errors import InputError
 
-Split = Literal["training", "held out"]
+Split = Literal["training", "held out", "validation"]
 QUANTILES = {"least": 0, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99, "most": 100}
 
 ROWS_AT_ONCE = 256  # that are encoded together, by the tokenizers library's threads

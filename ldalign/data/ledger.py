@@ -18,7 +18,7 @@ from ldalign.system.errors import InputError
 Order = dict[str, Indices]  # the rows of each split, in the order of their use
 
 # What becomes of rows; `ldalign.data.splitting` has others.
-USES = {"train": "trained on", "heldout": "held out"}
+USES = {"train": "trained on", "heldout": "held out", "validation": "validation"}
 TOO_LONG = "the prompt alone fills max_length"
 BAD = "bad"
 BEYOND_HELD_OUT = "held-out rows beyond those that are used"
@@ -158,7 +158,8 @@ class Ledger:
         trims, or a truncation, makes equal what was not. Says whether there were any.
         """
         train = order["train"]
-        leaks = train[np.isin(self.prompt[train], self.prompt[order["heldout"]])]
+        others = np.concatenate([order["heldout"], order["validation"]])
+        leaks = train[np.isin(self.prompt[train], self.prompt[others])]
         self.unfit[leaks] = self.leaks[leaks] = True
         return bool(len(leaks))
 
@@ -174,7 +175,7 @@ class Ledger:
         """Of every file the rows that were read, by what becomes of them."""
         fates = [BEYOND_HELD_OUT, *USES.values(), *left_out, TOO_LONG, BAD, HELD_OUT]
         fate = np.zeros(len(self.names), dtype=np.int8)
-        chosen = [order["train"], order["heldout"], *left_out.values()]
+        chosen = [*(order[split] for split in USES), *left_out.values()]
         chosen += [np.array(list(found), dtype=np.int64) for found in (self.long, self.bad)]
         for number, rows in enumerate([*chosen, np.flatnonzero(self.leaks)], start=1):
             fate[rows] = number
@@ -222,7 +223,11 @@ class Ledger:
         counts[HELD_OUT] = counts.get(HELD_OUT, 0) + int(self.leaks.sum())
         given = len(self.names) - self.beside
         if given:
-            spent = len(order["heldout"]) + int(self.unfit[self.beside :].sum())
+            spent = (
+                len(order["heldout"])
+                + len(order["validation"])
+                + int(self.unfit[self.beside :].sum())
+            )
             counts[BEYOND_HELD_OUT] = given - spent
         found.left_out += [{"rows": n, "reason": reason} for reason, n in counts.items() if n]
         return found

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from ldalign.data.encoding import Fitting, TooLong, fit_rows
-from ldalign.data.ledger import Found, Job, Ledger, Outcome, Scan
+from ldalign.data.ledger import Found, Job, Ledger, Order, Outcome, Scan
 from ldalign.data.reading import Reading, Tally, iter_chunks, read_chunk
 from ldalign.data.records import BadRow, Chunk
 from ldalign.data.rows import Row, RowNames
-from ldalign.data.splitting import Division, divide
+from ldalign.data.splitting import VALIDATION_ROWS, Division, divide, heldout_counts
 from ldalign.data.store import PartWriter, write_split
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.system.errors import InputError
@@ -82,7 +82,9 @@ class Plan:
     template_called: str | None = None  # in messages; None: by the policy's folder
     preference: bool = False  # every row that is trained on needs a rejected response
     heldout_fraction: float = 0.0
-    heldout_rows: int = 0  # most rows that are held out
+    heldout_rows: int = 0  # most rows that are held out, to be reported
+    # Rows held out beside them, for validation; None: as `splitting.heldout_counts` has it.
+    validation_rows: int | None = 0
     most: int | None = None  # most rows that are trained on
     shares: tuple[float, ...] | None = None  # of the data's entries in the rows trained on
     seed: int = 0
@@ -100,7 +102,7 @@ def prepare_files(
     progress: Callable[[str, int | None], Progress],
     processes: int = 1,
 ) -> Found:
-    """Writes the files of both splits into `folder` (`ldalign.data.store`) and says what was done.
+    """Writes the files of the splits into `folder` (`ldalign.data.store`) and says what was done.
 
     heldout: None: rows of `data` are held out. parts: a folder for what a later start goes on from.
     progress: (what is done, with how many rows in all, where that is known) gives what is called
@@ -120,9 +122,7 @@ def prepare_files(
     ledger = Ledger([*own, *given], beside=sum(len(scan.names) for scan in own))
     for number in itertools.count():
         division = _divide(own, None if heldout is None else given, plan, ledger)
-        order = {"train": division.train, "heldout": division.heldout}
-        if heldout is not None:
-            order["heldout"] = division.heldout + ledger.beside
+        order = _order(division, 0 if heldout is None else ledger.beside)
         jobs = ledger.jobs(order, parts / f"{number:02}")
         if not jobs:
             if ledger.leave_out_leaks(order):
@@ -140,15 +140,16 @@ def prepare_files(
             step(len(job.chosen))
     found = ledger.found([*own, *given], order, division.left_out)
     for split, chosen in order.items():
-        write_split(folder, split, ledger.places(chosen))
+        if split != "validation" or len(chosen):
+            write_split(folder, split, ledger.places(chosen))
     return found
 
 
 def read_splits(
     data: Source, heldout: Source | None, reading: Reading, plan: Plan
-) -> tuple[list[Row], list[Row], dict[str, Counter[str]]]:
-    """Returns the rows that `prepare_files` would encode first, training and held out, in memory,
-    and of every file the rows that were read, by what becomes of them: for whoever looks at them.
+) -> tuple[dict[str, list[Row]], dict[str, Counter[str]]]:
+    """Returns the rows that `prepare_files` would encode first, by split, in memory, and of every
+    file the rows that were read, by what becomes of them: for whoever looks at them.
 
     Raises InputError for bad rows, as reading.bad_rows says.
     """
@@ -163,15 +164,21 @@ def read_splits(
             rows += map(unique.named, read)
         if source is not None:
             tally.finish(reading)
-    shift = sum(len(scan.names) for scan in found[0])
-    ledger = Ledger([*found[0], *found[1]], beside=shift)
+    scans = [*found[0], *found[1]]
+    ledger = Ledger(scans, beside=sum(len(scan.names) for scan in found[0]))
     division = _divide(found[0], None if heldout is None else found[1], plan, ledger)
-    order = {"train": division.train, "heldout": division.heldout}
-    if heldout is not None:
-        order["heldout"] = division.heldout + shift
-    files = ledger.by_file([*found[0], *found[1]], order, division.left_out)
-    train, held = ([rows[i] for i in order[split]] for split in ("train", "heldout"))
-    return train, held, files
+    order = _order(division, 0 if heldout is None else ledger.beside)
+    chosen = {split: [rows[i] for i in numbers] for split, numbers in order.items()}
+    return chosen, ledger.by_file(scans, order, division.left_out)
+
+
+def _order(division: Division, shift: int) -> Order:
+    """The rows of each split by their number among all. shift: of given held-out rows."""
+    return {
+        "train": division.train,
+        "heldout": division.heldout + shift,
+        "validation": division.validation + shift,
+    }
 
 
 # --------------------------------------------------------------------------------------- first pass
@@ -218,24 +225,26 @@ def _divide(
     own: Sequence[Scan], given: Sequence[Scan] | None, plan: Plan, ledger: Ledger
 ) -> Division:
     conversations, prompts = _keys(own)
+    aside = VALIDATION_ROWS if plan.validation_rows is None else plan.validation_rows
+    asked = plan.heldout_rows + aside if plan.heldout_rows else 0
+    if given is None:
+        most = min(round(len(prompts) * plan.heldout_fraction), asked)
+    else:
+        most = int((~ledger.unfit[ledger.beside :]).sum()) if asked else 0
+    heldout, validation = heldout_counts(most, plan.heldout_rows, plan.validation_rows)
     return divide(
         conversations,
         prompts,
-        heldout=wanted_heldout(plan, len(prompts)),
+        heldout=heldout,
+        validation=validation,
         most=plan.most,
         seed=plan.seed,
         shuffle=plan.shuffle,
         entries=np.repeat([s.entry for s in own], [len(s.names) for s in own]),
         shares=plan.shares,
         given=None if given is None else _keys(given),
-        most_given=plan.heldout_rows,
         unfit=(ledger.unfit[: ledger.beside], ledger.unfit[ledger.beside :]),
     )
-
-
-def wanted_heldout(plan: Plan, rows: int) -> int:
-    """How many of the data's rows are to be held out, where none are given."""
-    return min(round(rows * plan.heldout_fraction), plan.heldout_rows)
 
 
 # -------------------------------------------------------------------------------------- second pass

@@ -44,6 +44,9 @@ class Split:
     rejected: TokenLists | None = None  # of preference rows
 
 
+NO_ROWS = Split([], Pairs.of([]))
+
+
 class StoredRows(Sequence[Row]):
     """Rows in a file: each is read when it is asked for."""
 
@@ -230,7 +233,7 @@ def open_split(folder: Path, name: str) -> Split:
     """Opens the files of a split in place."""
     index = np.load(folder / f"{name}.index.npy")
     if not len(index):
-        return Split([], Pairs.of([]))
+        return NO_ROWS
     text, ids, *tokens = index.T
     lines = np.memmap(folder / f"{name}.jsonl", dtype=np.uint8, mode="r")
     flat = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")

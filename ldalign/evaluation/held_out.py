@@ -4,6 +4,7 @@ Accuracy is measured greedily and on samples (several a prompt); standard errors
 since samples of one prompt are not independent.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.system import distributed
+from ldalign.system.files import make_folder
 from ldalign.training.scoring import response_logps
 
 CHUNK = 64  # rows: there are few, and every rank is to get some
@@ -100,6 +102,41 @@ def evaluate(
             "truncated_frac": float(table[answered, 3].mean()),
         }
     return metrics, records
+
+
+@torch.no_grad()
+def greedy_accuracy(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    pairs: Sequence[Pair],
+    settings: EvaluationSettings,
+    device: torch.device,
+    scratch: Path,
+) -> float:
+    """Returns the share of rows whose greedy answer is right, the same on all ranks, which share
+    the rows; each has a whole model, and may lose its weights.
+
+    rows: at least one, all of which a program can check. scratch: a folder for what is done on the
+    way, which is emptied before.
+    """
+
+    def empty() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        make_folder(scratch)
+
+    distributed.on_rank0(empty)
+    asked = [(f"greedy/{row.id}", pair.prompt) for row, pair in zip(rows, pairs, strict=True)]
+    decoder = new_decoder(model, release=True)
+    answers = _answers(
+        scratch / "greedy", asked, decoder, tokenizer, settings, True, lambda rows, tokens: None
+    )
+
+    def right() -> int:
+        found = zip(rows, answers, strict=True)
+        return sum(_correct(row, tokenizer.decode(answer.ids), answer) for row, answer in found)
+
+    return distributed.on_rank0(right) / len(rows)
 
 
 def _prompts(

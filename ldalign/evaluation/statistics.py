@@ -27,6 +27,17 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
+def ratio_error(values: np.ndarray, sizes: np.ndarray) -> float:
+    """Returns the standard error of sum(values) / sum(sizes), of N independent rows (N,), by the
+    delta method; 0 for fewer than two.
+    """
+    n = len(values)
+    if n < 2:
+        return 0.0
+    rest = values - values.sum() / sizes.sum() * sizes
+    return float(math.sqrt(n / (n - 1) * (rest**2).sum()) / sizes.sum())
+
+
 def ranks(values: Array) -> Array:
     """Ranks values from 1; equal values share the mean of their ranks. (N,) -> (N,)."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)

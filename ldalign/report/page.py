@@ -18,7 +18,14 @@ from markupsafe import Markup
 from ldalign.report import words
 from ldalign.report.analysis import Numbers, RunPairs, read_pairs, sides_of
 from ldalign.report.cautions import cautions
-from ldalign.report.table import collect, read_config, read_steps, read_summaries
+from ldalign.report.result import method_name
+from ldalign.report.table import (
+    collect,
+    read_config,
+    read_steps,
+    read_summaries,
+    read_validation,
+)
 from ldalign.run.folder import iterations
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import write_text
@@ -85,14 +92,14 @@ def gather(run: Path) -> dict[str, Any]:
     kind = str(dict(settings).get("loss.kind", "sigmoid"))
     policy = words.short_name(config.get("policy", "a policy"))
     return {
-        "title": f"{words.method_name(config)} on {policy}",
+        "title": f"{method_name(config)} on {policy}",
         "meta": words.origin(run, machine),
         "headline": words.headline(table, config),
         "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
         "has_guide": method == "ld_align" or bool(table["guides"]),
         "has_pairs": method != "sft",
         "sides": sides,
-        "method_name": words.method_name(config),
+        "method_name": method_name(config),
         "method": words.method_text(config),
         "settings": settings,
         "machine": words.machine_line(machine),
@@ -105,7 +112,7 @@ def gather(run: Path) -> dict[str, Any]:
         "rewards": words.rewards(rows),
         "agreement": words.judge_agreement(table["agreement"]),
         **words.samples(joined),
-        **words.answers(run, rows),
+        **words.answers(run, rows, table["result"].get("policy")),
         "budget": words.budget(summaries),
         "command": words.command(config, machine),
         "reproduce_note": (
@@ -132,6 +139,7 @@ def _charts(
     """Draws and writes every figure: name -> title, caption, SVG ("" where there is no figure)."""
     from ldalign.report import figures
     from ldalign.report.chart import write_chart
+    from ldalign.report.validation import validation
 
     found = table["analysis"]
     drawn = [
@@ -145,6 +153,7 @@ def _charts(
         figures.guide(table["guides"]),
         figures.weights(joined, found),
         figures.training(steps, sides_of(method), kind),
+        validation(*_validation(run, table["policies"])),
         figures.budget(table["seconds"]),
     ]
     folder = run / "report/figures"
@@ -158,6 +167,16 @@ def _charts(
         }
         for chart in drawn
     }
+
+
+def _validation(
+    run: Path, rows: Sequence[Numbers]
+) -> tuple[dict[str, list[Numbers]], dict[str, float]]:
+    """The evaluations of every training stage, and the step whose weights it wrote, by policy."""
+    found = read_validation(run, (f"{row['policy']}/policy" for row in rows))
+    key = "train/validation/step"
+    written = {row["policy"]: row[key] for row in rows if key in row}
+    return {name.removesuffix("/policy"): records for name, records in found.items()}, written
 
 
 def _json(path: Path) -> Numbers:

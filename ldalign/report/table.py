@@ -8,14 +8,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from ldalign.evaluation import statistics
-from ldalign.evaluation.statistics import standard_error
 from ldalign.report import agreement, analysis, guides
 from ldalign.report.analysis import Numbers
 from ldalign.report.cautions import cautions
+from ldalign.report.result import BASELINE, paired, result
 from ldalign.run.folder import SUMMARY, benchmark_summaries, iterations, stage_names
 from ldalign.run.plan import PER_POLICY
 from ldalign.system.files import make_folder, read_jsonl, write_text
@@ -71,7 +70,9 @@ def collect(run: Path) -> Numbers:
     names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
     rows = [row for name in names if (row := _collect(run, summaries, name))]
     for row in rows:
-        row |= _difference(run, rows[0]["policy"], row["policy"])
+        row |= paired(run, rows[0]["policy"], row["policy"], "difference")
+        if row["policy"].startswith("iteration_"):
+            row |= paired(run, BASELINE, row["policy"], "baseline")
         if row is not rows[0]:
             scores, base = _scores(row), _scores(rows[0])
             gain = statistics.mean_relative_gain(scores, base)
@@ -79,6 +80,7 @@ def collect(run: Path) -> Numbers:
             row |= {} if gain is None else {"mean_relative_gain": gain, "mean_relative_gain_of": of}
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
     return {
+        "result": result(run, rows, read_config(run)),
         "policies": rows,
         "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
         "data": summaries.get("data", {}),
@@ -101,9 +103,22 @@ def read_summaries(run: Path) -> dict[str, Numbers]:
 
 
 def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
-    """Reads metrics.jsonl of the named stages that have one."""
+    """Reads the optimizer steps in metrics.jsonl of the named stages that have one."""
+    return _read_metrics(run, names, validation=False)
+
+
+def read_validation(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
+    """Reads the evaluations during training in metrics.jsonl of the named stages that have one."""
+    return _read_metrics(run, names, validation=True)
+
+
+def _read_metrics(run: Path, names: Iterable[str], validation: bool) -> dict[str, list[Numbers]]:
     files = {name: run / name / "metrics.jsonl" for name in names}
-    return {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
+    return {
+        name: [r for r in read_jsonl(path) if ("validation/nll" in r) == validation]
+        for name, path in files.items()
+        if path.is_file()
+    }
 
 
 def _collect(run: Path, summaries: dict[str, Numbers], name: str) -> Numbers:
@@ -136,28 +151,6 @@ def _scores(row: Numbers) -> dict[str, float]:
     return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
-def _difference(run: Path, first: str, name: str) -> Numbers:
-    """Returns accuracy minus the first policy's, with the standard error over prompts, paired."""
-    files = [run / policy / "evaluation/answers.jsonl" for policy in (first, name)]
-    if first == name or not all(path.is_file() for path in files):
-        return {}
-    old, new = (
-        {r["id"]: r["correct"] for r in read_jsonl(path) if "correct" in r} for path in files
-    )
-    if not old or old.keys() != new.keys():
-        return {}
-    out: Numbers = {}
-    for key, pick in (("greedy", slice(0, 1)), ("sampled", slice(1, None))):
-        pairs = [(old[i][pick], new[i][pick]) for i in old if old[i][pick]]
-        gaps = np.array([sum(b) / len(b) - sum(a) / len(a) for a, b in pairs])
-        if len(gaps):
-            out |= {
-                f"difference/{key}": float(gaps.mean()),
-                f"difference/{key}_se": standard_error(gaps),
-            }
-    return out
-
-
 def _read(path: Path) -> Numbers:
     value: Numbers = json.loads(path.read_text(encoding="utf-8"))
     return value
@@ -171,7 +164,9 @@ def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
     rows: list[Numbers] = table["policies"]
     first = rows[0]["policy"] if rows else "start"
     found = cautions(table, guide_steps)
+    main = [table["result"][key] for key in ("sentence", "selection") if table["result"].get(key)]
     parts = [
+        "".join(f"{text}\n\n" for text in main),
         "".join(f"Caution: {text}\n\n" for text in found),
         _table("Held out", rows, _held_out_columns(first)),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
@@ -186,8 +181,9 @@ def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
         "distance over its mean; its effective sample size is a share of the pairs. Distance "
         "explained: the share of the variance of the pairs' distances that a straight line "
         "explains in the difference of the two lengths, in tokens, and in how many of the two "
-        "responses were cut. Tokens generated: sampled for training. Tokens trained: read in "
-        "training, a prompt once a pair.\n",
+        "responses were cut. Validation NLL: of held-out rows that no other figure is of, before "
+        "the stage, of the weights that it wrote, after its last step. Tokens generated: sampled "
+        "for training. Tokens trained: read in training, a prompt once a pair.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -198,8 +194,12 @@ def _held_out_columns(first: str) -> list[Column]:
         ("sampled accuracy, %", _percents("accuracy/sampled", "{:.1f}")),
         (f"greedy - {first}, points", _percents("difference/greedy", "{:+.1f}")),
         (f"sampled - {first}, points", _percents("difference/sampled", "{:+.1f}")),
+        (f"greedy - {BASELINE}, points", _percents("baseline/greedy", "{:+.1f}")),
+        (f"sampled - {BASELINE}, points", _percents("baseline/sampled", "{:+.1f}")),
         ("answers cut, %", _numbers("truncated_frac", "{:.1f}", 100)),
         ("NLL of real responses, nats/token", _numbers("nll/real", "{:.4f}")),
+        (f"NLL - {first}", _with_error("difference/nll", "{:+.4f}")),
+        (f"NLL - {BASELINE}", _with_error("baseline/nll", "{:+.4f}")),
         ("reward of greedy answers", _reward),
         ("they beat the real ones, %", _percents("reward/win_rate", "{:.1f}")),
         (f"they beat those of {first}, %", _percents("reward/win_rate_first", "{:.1f}")),
@@ -226,6 +226,8 @@ def _training_columns() -> list[Column]:
         ("reward margin", _numbers("train/rewards/margins", "{:+.3f}")),
         ("reward accuracy", _numbers("train/rewards/accuracies", "{:.3f}")),
         ("loss", _numbers("train/loss", "{:.4f}")),
+        ("validation NLL, start, written, last", _validated),
+        ("step written, of", _step_written),
         ("pairs skipped", _numbers("train/skipped_pairs", "{:.0f}")),
         ("losers cut, %", _numbers("responses/losers/truncated_frac", "{:.1f}", 100)),
         ("tokens generated", _numbers("responses/tokens", "{:.0f}")),
@@ -319,12 +321,20 @@ def _numbers(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers], st
 
 def _percents(key: str, form: str) -> Callable[[Numbers], str]:
     """Makes the cells of a share, in per cent, with its standard error where that is known."""
+    return _with_error(key, form, 100)
+
+
+def _with_error(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers], str]:
+    """Makes the cells of a metric with its standard error, as `form` has both, where it is known;
+    "-" where the metric is not there.
+    """
 
     def cell(row: Numbers) -> str:
         if key not in row:
             return "-"
-        error = f" +- {100 * row[f'{key}_se']:.1f}" if f"{key}_se" in row else ""
-        return f"{form.format(100 * row[key])}{error}"
+        plain = form.replace("+", "")
+        error = f" +- {plain.format(factor * row[f'{key}_se'])}" if f"{key}_se" in row else ""
+        return f"{form.format(factor * row[key])}{error}"
 
     return cell
 
@@ -347,6 +357,16 @@ def _explained(row: Numbers) -> str:
     if "distance/length_share" not in row:
         return "-"
     return " / ".join(f"{100 * row[f'distance/{key}_share']:.0f}" for key in ("length", "cut"))
+
+
+def _validated(row: Numbers) -> str:
+    keys = [f"train/validation/nll{end}" for end in ("_start", "", "_last")]
+    return ", ".join(f"{row[key]:.4f}" for key in keys) if keys[0] in row else "-"
+
+
+def _step_written(row: Numbers) -> str:
+    step, steps = row.get("train/validation/step"), row.get("train/steps")
+    return "-" if step is None or steps is None else f"{step:.0f} of {steps:.0f}"
 
 
 def _spread(row: Numbers) -> str:

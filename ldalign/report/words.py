@@ -12,6 +12,7 @@ import numpy as np
 
 from ldalign.report import agreement, guides
 from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
+from ldalign.report.result import BASELINE, method_name
 from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
 from ldalign.run.settings import LossKeys, unread
@@ -54,14 +55,6 @@ METHODS = {
         "1. The data's responses serve for held-out measurements alone."
     ),
 }
-METHOD_NAMES = {
-    "ld_align": "LD-Align",
-    "spin": "SPIN",
-    "dpo": "DPO",
-    "sft": "SFT",
-    "self_reward": "self-rewarding",
-    "rlaif": "RLAIF",
-}
 # The keys of a config that the page shows, in this order.
 SETTINGS = (
     "policy data method weights weight_clip mix_previous judge.model iterations max_rows "
@@ -70,7 +63,8 @@ SETTINGS = (
     "training.epochs training.steps training.optimizer training.schedule guide.folder "
     "guide.backbone guide.towers distance guide.retrain guide.readout guide.injection "
     "guide.latent_tokens guide.latent_width guide.contrast guide.epochs guide.gate sft.epochs "
-    " sft.rows continual_sft.epochs evaluation.rows evaluation.samples seed dtype"
+    "sft.rows continual_sft.epochs evaluation.rows evaluation.samples validation.every "
+    "validation.metric validation.early_stop select seed dtype"
 ).split()
 LOSS_OFF = {f"loss.{key}": value for key, value in vars(LossKeys()).items()}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distance, at which samples are shown
@@ -81,7 +75,9 @@ ANSWERS_SHOWN = 4
 
 
 def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
-    """Says what came out: the main result first, then what stands beside it."""
+    """Says what came out: the selected policy against the run's baseline first, then which policy
+    that is and why, then what stands beside it.
+    """
     rows: list[Numbers] = table["policies"]
     aligned = [row for row in rows if row["policy"].startswith("iteration_")]
     if not rows:
@@ -91,8 +87,11 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
         known = [key for key in ("accuracy/sampled", "accuracy/greedy", "nll/real") if key in first]
         have = f" {_said(first, known[0])}." if known else ""
         return [f"No iteration has finished: this is where the run starts from.{have}"]
-    last = aligned[-1]
-    done = f"After {len(aligned)} iteration{'s' * (len(aligned) > 1)} of {method_name(config)}"
+    main: Numbers = table["result"]
+    last = next(row for row in aligned if row["policy"] == main["policy"])
+    opening = [main[key] for key in ("sentence", "selection") if main.get(key)]
+    count = aligned.index(last) + 1
+    done = f"After {count} iteration{'s' * (count > 1)} of {method_name(config)}"
     sentences: list[str] = []
     scores = [
         (key, name, f"difference/{key.removeprefix('accuracy/')}")
@@ -121,14 +120,14 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
             f"{100 * last['mean_relative_gain']:+.2f} %"
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
-    baseline = next((row for row in rows if row["policy"] == "continual_sft"), None)
+    baseline = next((row for row in rows if row["policy"] == BASELINE), None)
     measured = [key for key, _, _ in scores if baseline and key in baseline]
     if baseline and measured:
         sentences.append(
-            f"The baseline, {shown_name('continual_sft')} from the same start, reached "
+            f"The baseline, {shown_name(BASELINE)} from the same start, reached "
             f"{_said(baseline, measured[0])}."
         )
-    return sentences or [f"{done}, nothing was measured on held-out data."]
+    return [*opening, *(sentences or [f"{done}, nothing was measured on held-out data."])]
 
 
 def _said(row: Numbers, key: str) -> str:
@@ -163,12 +162,6 @@ def measured_in(config: Mapping[str, Any]) -> str:
     return "the guide's latent space"
 
 
-def method_name(config: Mapping[str, Any]) -> str:
-    """Returns the method's name as the papers write it."""
-    method = str(config.get("method"))
-    return METHOD_NAMES.get(method, method)
-
-
 def short_name(policy: Any) -> str:
     """Returns the last part of a model folder's or a hub name."""
     return Path(str(policy)).name or str(policy)
@@ -200,6 +193,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
         rows = f"{counts.get('rows/train', 0):.0f} training"
         rows += f", {counts.get('rows/heldout', 0):.0f} held out"
         fates = {
+            "rows/validation": "for validation",
             "rows/cut": "training responses cut",
             "rows/truncated": "training prompts truncated",
             "rows/dropped": "dropped as too long",
@@ -272,7 +266,8 @@ def results(rows: Sequence[Numbers]) -> Numbers:
             "Real responses: the data set's own (of preference data, the chosen ones). ±: one "
             f"standard error over prompts or questions. Below each score: the gain{first} relative "
             "to its score, as in the paper's table, and for held-out accuracy the difference in "
-            "points, paired by prompt. A gain below two standard errors may be chance. Accuracy: a "
+            "points, paired by prompt; then that to the baseline, continual SFT from the same "
+            "start. A gain below two standard errors may be chance. Accuracy: a "
             "program checks the answers; one that does not end is wrong."
         ),
     }
@@ -311,11 +306,18 @@ def _cell(column: Numbers, row: Numbers, first: Numbers) -> dict[str, str]:
     if row is not first and base.get(key):
         gain = f"{100 * (values[key] / base[key] - 1):+.1f} %"
     if not column["percent"]:
-        return {"value": f"{values[key]:.4f}", "below": gain}
+        if "baseline/nll" in values:
+            gap, error = values["baseline/nll"], values["baseline/nll_se"]
+            gain += f"; {gap:+.4f} ± {error:.4f} over {shown_name(BASELINE)}"
+        return {"value": f"{values[key]:.4f}", "below": gain.removeprefix("; ")}
     error = f" ± {100 * values[f'{key}_se']:.1f}" if f"{key}_se" in values else ""
     points = f"difference/{key.removeprefix('accuracy/')}"
     if points in values:
         gain += f"; {100 * values[points]:+.1f} ± {100 * values[f'{points}_se']:.1f} points"
+    over = f"baseline/{key.removeprefix('accuracy/')}"
+    if over in values:
+        gain += f"; {100 * values[over]:+.1f} ± {100 * values[f'{over}_se']:.1f} points over "
+        gain += shown_name(BASELINE)
     return {"value": f"{100 * values[key]:.1f}{error}", "below": gain.removeprefix("; ")}
 
 
@@ -472,18 +474,17 @@ def _note(pairs: RunPairs, i: int) -> str:
     return "; ".join(parts)
 
 
-def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
-    """Picks held-out prompts whose greedy answer the last iteration changed."""
+def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers:
+    """Picks held-out prompts whose greedy answer the selected iteration changed."""
     files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
     found = {
         name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r}
         for name, path in files.items()
         if path.is_file()
     }
-    aligned = [name for name in found if name.startswith("iteration_")]
-    if not aligned or rows[0]["policy"] not in found:
+    if selected is None or selected not in found or rows[0]["policy"] not in found:
         return {"answers": [], "answer_rule": ""}
-    old, new = found[rows[0]["policy"]], found[aligned[-1]]
+    old, new = found[rows[0]["policy"]], found[selected]
     changed = [i for i in old if i in new and old[i]["greedy"] != new[i]["greedy"]]
     turned = [i for i in changed if old[i]["correct"][:1] != new[i]["correct"][:1]]
     rest = [i for i in changed if i not in set(turned)]
@@ -499,7 +500,7 @@ def answers(run: Path, rows: Sequence[Numbers]) -> Numbers:
         answers.append({"label": f"row {i}", "prompt": old[i]["prompt"], "answers": given})
     rule = (
         f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to "
-        f"{aligned[-1].replace('_', ' ')}; {sum(new[i]['correct'][0] for i in turned)} became "
+        f"{shown_name(selected)}; {sum(new[i]['correct'][0] for i in turned)} became "
         f"right and {sum(old[i]['correct'][0] for i in turned)} became wrong. Shown: the first "
         f"{len(answers)} in the file's order, those whose verdict changed before others."
     )

@@ -89,7 +89,9 @@ def arm_folder(config: CompareConfig, arm: Arm, seed: int, learning_rate: float)
 
 def _plain(config: CompareConfig, **changes: Any) -> RunConfig:
     names = RunConfig.__dataclass_fields__
-    return RunConfig(**{name: getattr(config, name) for name in names} | changes)
+    # All methods take the same steps.
+    without = {"validation": replace(config.validation, rows=0)}
+    return RunConfig(**{name: getattr(config, name) for name in names} | without | changes)
 
 
 def share(config: CompareConfig, seed: int, folder: Path) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ldalign.data.pairs import Pairs
 from ldalign.data.rows import Row
-from ldalign.data.store import Split, data_hash
+from ldalign.data.store import NO_ROWS, Split, data_hash
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
@@ -33,6 +33,7 @@ from ldalign.system.metrics import Metrics, say
 from ldalign.system.untrusted import read_text
 from ldalign.training.checkpoint import CheckpointPlan
 
+SELECTED = "selected.json"  # in the run folder: which policy is its result
 SAMPLED = ("responses", "agreement_samples")  # stages whose answers have max_new_tokens
 
 
@@ -71,7 +72,8 @@ class Context:
     start: Path  # model folder the run starts from, before any SFT
     tokenizer: Tokenizer
     train: Split
-    heldout: Split
+    heldout: Split  # whose figures are reported
+    validation: Split = NO_ROWS  # what policies are measured on while they are trained
     counts: Mapping[str, float] = field(default_factory=dict)  # of rows, the data stage's summary
 
     @cached_property
@@ -95,6 +97,11 @@ class Context:
     def heldout_hash(self) -> str:
         """sha256 of the held-out rows."""
         return data_hash(self.heldout.rows)
+
+    @property
+    def select(self) -> Literal["last", "best"]:
+        """Which weights of a stage, and which iteration's policy, are its result."""
+        return self.config.select or ("best" if self.validation.rows else "last")
 
     @property
     def template(self) -> str | None:
@@ -141,8 +148,28 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def find_model(config: RunConfig, name: str) -> Path:
-    """The model folder that `name` stands for, fetched by rank 0 where it is not there yet."""
-    return Path(on_rank0(lambda: str(resolve_model(name, config.cache_folder))))
+    """The model folder that `name` stands for, fetched by rank 0 where it is not there yet; of a
+    run folder, the policy that is the run's result.
+    """
+    return Path(
+        on_rank0(lambda: str(resolve_model(_selected_in(name) or name, config.cache_folder)))
+    )
+
+
+def _selected_in(name: str) -> str | None:
+    """The folder that the run NAME says its result is in; None where `name` is no such run."""
+    run = Path(name)
+    path = run / SELECTED
+    if not name or not path.is_file():
+        return None
+    try:
+        folder = json.loads(read_text(path))["folder"]
+        return str(run / folder)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(
+            f"{path}: does not say which policy is the run's result; give its folder "
+            "(policy=RUN/iteration_0/policy, say)"
+        ) from None
 
 
 def open_policy(config: RunConfig) -> Path:
@@ -197,10 +224,12 @@ def open_context(
     ctx = Context(run, config, device, choose_dtype(config, device), start, tokenizer, *data)
     _check_positions(ctx, planned)
     _check_enough(ctx, planned)
+    _check_validation(ctx)
     distributed.copies(config.training.shard_ranks)
     n = {name.removeprefix("rows/"): f"{count:.0f}" for name, count in data.counts.items()}
     say(
-        f"data: {n['train']} training rows ({n['cut']} responses cut), {n['heldout']} held out; of "
+        f"data: {n['train']} training rows ({n['cut']} responses cut), {n['heldout']} held out"
+        f"{', ' + n['validation'] + ' more for validation' if ctx.validation.rows else ''}; of "
         f"{n['read']} rows that were read {n['dropped']} have too long a prompt, {n['skipped']} "
         f"are bad, {n['unused']} not used, {n['repeated']} repeat others; {device.type}, "
         f"{str(ctx.dtype).removeprefix('torch.')}, {distributed.world_size()} rank(s)"
@@ -236,7 +265,7 @@ def _check_guide(guide: GuideKeys) -> None:
 
 def _check_positions(ctx: Context, planned: Sequence[str] | None) -> None:
     """Raises InputError for a row longer than the policy reads; warns where an answer may be."""
-    splits = (ctx.train.pairs, ctx.heldout.pairs)
+    splits = (ctx.train.pairs, ctx.heldout.pairs, ctx.validation.pairs)
     longest = max(int(pairs.tokens.max(initial=0)) for pairs in splits)
     check_rows(ctx.start, ctx.config.max_length, longest)
     if planned is None or any(name.rpartition("/")[2] in SAMPLED for name in planned):
@@ -263,6 +292,28 @@ def _check_enough(ctx: Context, planned: Sequence[str] | None) -> None:
                 f"data: {count} usable rows are fewer than one batch of {key}={batch}; add rows or "
                 f"lower {key}"
             )
+
+
+def _check_validation(ctx: Context) -> None:
+    """Raises InputError where the rows that are set aside cannot say what is asked of them."""
+    v, rows = ctx.config.validation, ctx.validation.rows
+    if rows:
+        if v.metric == "accuracy" and all(row.kind is None for row in rows):
+            raise InputError(
+                f"validation.metric=accuracy: a program can check none of the {len(rows)} rows "
+                "set aside for validation (kind and answer, docs/data.md); leave it out"
+            )
+        return
+    wanted = {"select=best": ctx.config.select == "best"}
+    wanted |= {f"validation.early_stop={v.early_stop}": v.early_stop is not None}
+    wanted |= {f"validation.every={v.every}": v.every is not None}
+    wanted |= {"validation.metric=accuracy": v.metric == "accuracy"}
+    if any(wanted.values()):
+        raise InputError(
+            f"{', '.join(key for key, given in wanted.items() if given)}: no rows are set aside "
+            f"for validation, as only {len(ctx.heldout.rows)} are held out; hold out more "
+            "(heldout_fraction, heldout), give validation.rows, or leave out"
+        )
 
 
 def checkpoint_plan(ctx: Context, folder: Path) -> CheckpointPlan:

@@ -1,8 +1,8 @@
 """The disk that a run still needs, and the refusal to begin one that there is no room for.
 
-Counted: the policies and guides to be written, the checkpoints beside them while they are trained,
-the texts; less what a stage that was cut short has there already. Only the largest share of the
-checkpoints counts, as those of a stage go when it is finished.
+Counted: the policies and guides to be written, the checkpoints and best weights beside them while
+they are trained, the texts; less what a stage that was cut short has there already. Only the
+largest share of the checkpoints counts, as those of a stage go when it is finished.
 """
 
 import shutil
@@ -88,6 +88,8 @@ def _stage(ctx: Context, name: str) -> tuple[Need, int]:
     held, one = _checkpoints(ctx, cost.steps), cost.checkpoint
     # They are still there when what was trained is written.
     most = max(held * one, min(held, ctx.config.checkpoint.keep) * one + kept)
+    # Every checkpoint may have best weights of its own, beside the newest ones.
+    most += min(cost.bests, held + 2) * cost.best
     partial = ctx.run.path / f"{name}{PARTIAL}"
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     return Need(kept, most, there), held * one

@@ -118,7 +118,8 @@ def _existing(run: Path) -> Path:
 
 def _data_lines(ctx: Context) -> list[str]:
     lines = []
-    for name, prepared in (("training", ctx.train), ("held-out", ctx.heldout)):
+    splits = {"training": ctx.train, "held-out": ctx.heldout, "validation": ctx.validation}
+    for name, prepared in splits.items():
         if prepared.rows:
             prompts = _tokens(prepared.pairs.prompts.lengths)
             responses = _tokens(prepared.pairs.real.lengths)
@@ -158,6 +159,8 @@ def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
         device=ctx.device.type,
     )
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
+    if ctx.validation.rows and config.validation.metric == "accuracy":
+        parts["whole copy that answers in validation"] = ctx.parameters * ctx.dtype.itemsize
     return _shown(ctx, "memory", parts, tokens)
 
 

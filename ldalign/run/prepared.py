@@ -27,7 +27,8 @@ from ldalign.data.preparation import (
 from ldalign.data.reading import Reading
 from ldalign.data.rows import Row
 from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, find_files
-from ldalign.data.store import Split, open_split
+from ldalign.data.splitting import VALIDATION_ROWS
+from ldalign.data.store import NO_ROWS, Split, open_split
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.run.manifest import MANIFEST, Parents, as_read, hash_settings, stage_parents
 from ldalign.run.settings import RunConfig
@@ -66,7 +67,8 @@ class Data(NamedTuple):
     """The rows of a run."""
 
     train: Split
-    heldout: Split
+    heldout: Split  # whose figures are reported
+    validation: Split  # which choices are made by; empty: none are set aside
     counts: Metrics  # what was read, and what became of it
 
 
@@ -89,14 +91,20 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
         lambda place: on_rank0(lambda: _make(place, config, tokenizer, files)),
         resume=True,
     )
-    return Data(open_split(folder, "train"), open_split(folder, "heldout"), summary)
+    return _open(folder, summary)
+
+
+def _open(folder: Path, summary: Metrics) -> Data:
+    train, heldout = (open_split(folder, name) for name in ("train", "heldout"))
+    aside = summary.get("rows/validation", 0) > 0
+    return Data(train, heldout, open_split(folder, "validation") if aside else NO_ROWS, summary)
 
 
 def read_data(
     config: RunConfig, tokenizer: Tokenizer
-) -> tuple[list[Row], list[Row], dict[str, Counter[str]]]:
-    """Returns the training and the held-out rows of a run, before any is encoded, in memory; and of
-    every file the rows that were read, by what becomes of them.
+) -> tuple[dict[str, list[Row]], dict[str, Counter[str]]]:
+    """Returns the rows of a run by split, before any is encoded, in memory; and of every file the
+    rows that were read, by what becomes of them.
     """
     say_files(config)
     sources = _sources(config, _listed(config))
@@ -175,7 +183,14 @@ def _parents(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile])
         "columns": json.dumps([config.data_columns.named, sorted(config.ignore_columns)]),
         **{name: getattr(config, name) for name in KEYS},
         "evaluation.rows": config.evaluation.rows,
+        **_validation_parents(config),
     }
+
+
+def _validation_parents(config: RunConfig) -> Parents:
+    """What is asked for, where it is not none, as in versions that had no validation."""
+    rows = config.validation.rows
+    return {} if rows == 0 else {"validation.rows": json.dumps(rows)}
 
 
 def _most(config: RunConfig) -> int | None:
@@ -252,7 +267,7 @@ def _in_passing(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFil
     place = Path(on_rank0(lambda: temporary_folder("ldalign-data-")))
     try:
         summary = on_rank0(lambda: _make(place, config, tokenizer, files))
-        return Data(open_split(place, "train"), open_split(place, "heldout"), summary)
+        return _open(place, summary)
     finally:
         distributed.barrier()  # all have opened them
         if distributed.rank() == 0:
@@ -289,6 +304,7 @@ def _make(
         "rows/read": found.read,
         "rows/train": found.used["train"],
         "rows/heldout": found.used["heldout"],
+        "rows/validation": found.used["validation"],
         "rows/dropped": found.long,
         "rows/cut": found.cut,
         "rows/truncated": found.truncated,
@@ -350,6 +366,7 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
         kinds=frozenset(embedded.KINDS),
         heldout_fraction=config.heldout_fraction,
         heldout_rows=config.evaluation.rows,
+        validation_rows=config.validation.rows,
         most=_most(config),
         shares=None if config.data_shares is None else tuple(config.data_shares),
         seed=config.seed,
@@ -380,12 +397,15 @@ def _warn(found: Found, config: RunConfig) -> None:
             f"data: WARNING: {found.truncated} of {train} training prompts lost their beginning to "
             f"{length} (long_prompts=truncate)"
         )
-    asked = round(found.read * config.heldout_fraction)
-    asked = min(asked, config.evaluation.rows) if config.heldout is None else 0
-    if config.data not in EMBEDDED and found.used["heldout"] < FEWER * asked:
+    rows = config.validation.rows
+    asked = config.evaluation.rows + (VALIDATION_ROWS if rows is None else rows)
+    asked = min(asked, round(found.read * config.heldout_fraction)) if config.evaluation.rows else 0
+    asked = asked if config.heldout is None and config.data not in EMBEDDED else 0
+    heldout = found.used["heldout"] + found.used["validation"]
+    if heldout < FEWER * asked:
         say(
-            f"data: WARNING: {found.used['heldout']} rows are held out of {asked} that are asked "
-            "for: rows of one conversation or one prompt stay together, and their groups are larger"
+            f"data: WARNING: {heldout} rows are held out of {asked} that are asked for: rows of "
+            "one conversation or one prompt stay together, and their groups are larger"
         )
     if config.evaluation.rows and not found.used["heldout"] and not asked:
         say("data: nothing is held out (heldout_fraction=0): no policy will be evaluated")

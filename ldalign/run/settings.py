@@ -25,6 +25,7 @@ from ldalign.system.config import (
     setting,
 )
 from ldalign.training.latent_map import LatentMap
+from ldalign.training.validation import Metric
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,35 @@ class EvaluationKeys:
 
 
 @dataclass(frozen=True)
+class ValidationKeys:
+    """What is measured of a policy while it is trained, in every stage that trains one, on held-out
+    rows that the report leaves out; the best weights are what the stage writes (`select`).
+    """
+
+    rows: int | None = setting(
+        None,
+        "rows held out for it beside evaluation.rows; null: 32, or where so many are not to be had "
+        "a quarter of what is held out, none below 8; 0: none",
+        check=non_negative,
+    )
+    every: int | None = setting(
+        None,
+        "optimizer steps from one evaluation to the next; null: a quarter of the stage's",
+        check=positive,
+    )
+    metric: Metric = setting(
+        "nll",
+        "which weights are the best: nll, those that find the real responses likeliest; accuracy, "
+        "those whose greedy answers a program finds right most often (of as many, by nll)",
+    )
+    early_stop: int | None = setting(
+        None,
+        "evaluations in a row without a better one, after which the stage ends; null: off",
+        check=positive,
+    )
+
+
+@dataclass(frozen=True)
 class JudgeKeys:
     """Who decides which of two answers is better (docs/judges.md). `judge=NAME` sets
     `judge.model`.
@@ -544,6 +574,13 @@ class RunConfig:
         CheckpointKeys, "checkpoints inside the stages that train; a stop writes one too"
     )
     evaluation: EvaluationKeys = group(EvaluationKeys, "held-out evaluation")
+    validation: ValidationKeys = group(ValidationKeys, "evaluation during training")
+    select: Literal["last", "best"] | None = setting(
+        None,
+        "the weights of a stage that become its policy, and the iteration whose policy is the "
+        "run's result (selected.json): the last, or the best by validation; null: best where there "
+        "is a validation, else last",
+    )
     judge: JudgeKeys = group(JudgeKeys, "which of two answers is better")
     agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
     reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
@@ -679,7 +716,30 @@ class RunConfig:
                 found.append(
                     f"judge.model={self.judge.model} must be the endpoint's name for a model"
                 )
-        return found + self._folder_problems()
+        return found + self._folder_problems() + self._validation_problems()
+
+    def _validation_problems(self) -> list[str]:
+        """The contradictions between keys about evaluation during training."""
+        v, found = self.validation, []
+        if v.rows and not self.evaluation.rows:
+            found.append(
+                f"validation.rows={v.rows}: evaluation.rows=0 holds nothing out; give "
+                "evaluation.rows=200, say, or leave it out"
+            )
+        if v.rows == 0 or not self.evaluation.rows:
+            asked = {
+                "validation.every": v.every,
+                "validation.early_stop": v.early_stop,
+                "validation.metric": None if v.metric == "nll" else v.metric,
+                "select": None if self.select == "last" else self.select,
+            }
+            given = [f"{key}={value}" for key, value in asked.items() if value is not None]
+            if given:
+                found.append(
+                    f"{', '.join(given)}: no rows are set aside for validation; give "
+                    "validation.rows=32, say, or leave out"
+                )
+        return found
 
     @property
     def _semantic(self) -> bool:
@@ -794,6 +854,11 @@ class CompareConfig(RunConfig):
         for key in ("method", "weights", "weight_clip", "mix_previous", "responses"):
             if getattr(self, key) != getattr(RunConfig, key):
                 found.append(f"{key}: compare.methods says what is compared; leave {key} out")
+        if self.validation != ValidationKeys() or self.select is not None:
+            found.append(
+                "validation, select: all methods take the same steps, and the last weights are "
+                "compared; leave them out"
+            )
         if self.iterations < 1:
             found.append(f"iterations={self.iterations}: a comparison needs 1 or more")
         if self.training.steps is None:

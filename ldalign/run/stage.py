@@ -24,6 +24,8 @@ class Cost:
     steps: int = 0  # of the optimizer
     kept: int = 0  # bytes in its folder when it is finished
     checkpoint: int = 0  # bytes of one checkpoint in training
+    best: int = 0  # bytes of the best weights in training, and how often they may be written
+    bests: int = 0
 
 
 def no_cost(ctx: Context, name: str) -> Cost:

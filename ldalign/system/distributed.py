@@ -356,6 +356,18 @@ def full_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]
     return {name: p for name, p in state.items() if p is not None}
 
 
+def whole_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns all parameters by name, whole, in `dtype`, on every rank and its own device: copies,
+    beside what the rank holds of the model. All ranks must call it.
+    """
+    reshard(model)
+    state = {}
+    for name, p in model.named_parameters():
+        copy = p.detach().to(dtype, copy=True)
+        state[name] = copy.full_tensor() if isinstance(copy, DTensor) else copy
+    return state
+
+
 def _whole(p: Tensor, dtype: torch.dtype) -> Tensor | None:
     if not isinstance(p, DTensor):
         return p.detach().to("cpu", dtype) if rank() == 0 else None

@@ -4,7 +4,8 @@ What is trained hands in its rows, the function that adds up a global batch's gr
 record shows (`Task`); the loop does the rest, the same for both: the order of the rows, clipping,
 the refusal of a step that is not finite, the learning rate, the step itself, metrics, checkpoints,
 and requests to stop. Row order is a function of the seed and the epoch, and every other draw of the
-seed and the row, so a loop that goes on from a checkpoint repeats the very same steps.
+seed and the row, so a loop that goes on from a checkpoint repeats the very same steps. Between two
+steps a `Validator` may measure the model, and end the loop before its last step.
 """
 
 import json
@@ -26,6 +27,7 @@ from ldalign.system.metrics import MetricsLog
 from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
 from ldalign.training.optim import Optimizer, Schedule, learning_rate_factor
+from ldalign.training.validation import STATE, Validator
 
 REFUSED = "non_finite_step.json"  # beside metrics.jsonl: the rows of a step that was not done
 
@@ -101,12 +103,14 @@ def optimize(
     begin: State,
     metrics_path: Path | None = None,
     checkpoints: CheckpointPlan | None = None,
+    validator: Validator | None = None,
 ) -> State:
     """Trains `model`, which is sharded already, in place; returns the state at the end.
 
     begin: the state before the first step; "step" is added to it, the number of steps done. stage:
     named in records and errors. lower: what to lower where memory does not suffice. With
-    `checkpoints` it goes on from the newest one that is there.
+    `checkpoints` it goes on from the newest one that is there. validator: what measures the model
+    before the first step and after some others; it may end the loop.
 
     Raises NumericsError, naming rows, on a loss or gradient that is not finite, before the weights
     are touched; EnvironmentProblem where memory does not suffice; Stopped where a signal asked to
@@ -117,9 +121,22 @@ def optimize(
     state: State = keeper.resume() or {"step": 0, **begin}
     forget_refused_step(metrics_path)
     batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
+
+    def validate(step: int) -> None:
+        if validator is None:
+            return
+        with naming(lambda: f"validation after step {step}", lower):
+            shown = validator.after_step(step, step == settings.stop, state)
+        if shown is not None:
+            metrics_log.write(*shown)
+
+    if validator is not None:
+        validator.check(state)
     with interrupt.held():  # a request to stop waits until a checkpoint can be written
+        if state["step"] == 0 and STATE not in state:
+            validate(0)
         for step, (epoch, indices) in enumerate(batches):
-            if step == settings.stop:
+            if step == settings.stop or state.get("ended"):
                 break
             if step < state["step"]:  # done before the loop was cut short
                 continue
@@ -155,7 +172,9 @@ def optimize(
             )
             if (shown := task.record(done, state)) is not None:
                 metrics_log.write(*shown)
-            keeper.after_step(step + 1, step + 1 == settings.stop, state)
+            validate(step + 1)
+            last = step + 1 == settings.stop or bool(state.get("ended"))
+            keeper.after_step(step + 1, last, state)
     return state
 
 

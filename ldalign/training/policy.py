@@ -27,6 +27,7 @@ from ldalign.training.batches import Batch, count_steps, deal, pair_costs
 from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import Schedule, make_optimizer
+from ldalign.training.validation import ValidationPlan, Validator
 
 # How far DPO's loss of step 0 may be from ln 2, where policy equals reference: the reference's
 # log-probs were summed in batches of another shape, and a bf16 product depends on it. A wrong
@@ -82,13 +83,15 @@ def train(
     metrics_path: Path | None = None,
     step0_is_reference: bool = True,
     checkpoints: CheckpointPlan | None = None,
+    validation: ValidationPlan | None = None,
 ) -> dict[str, float]:
     """Trains `model` (float32 master weights) in place on pairs; returns the metrics of the last
     epoch, averaged.
 
     All pairs have a loser, or none has (SFT). The model is sharded over all ranks on
     return (`distributed.full_state` gathers it). With `checkpoints` it goes on from the
-    newest one that is there.
+    newest one that is there. With `validation` it is measured on the way, and may end early; the
+    model returned is the last one, and `best_weights` are the best.
 
     Raises NumericsError, naming rows, on a non-finite loss or gradient before the weights are
     touched, and where step 0 does not start at ln 2 (IPO: 1/(4 beta^2)) although policy and
@@ -125,6 +128,11 @@ def train(
     )
     same = compute_dtype if preference and step0_is_reference else None
     task = _PolicyTask(model, pairs, settings, loop, device, stage, preference, same)
+    validator = (
+        None
+        if validation is None
+        else Validator(validation, model, loop.stop, settings.micro_tokens, device, stage)
+    )
     state = optimize(
         model,
         optimizer,
@@ -136,10 +144,12 @@ def train(
         begin={"tokens": 0, "counted": 0, "sums": {}},
         metrics_path=metrics_path,
         checkpoints=checkpoints,
+        validator=validator,
     )
     model.eval()
     means = {name: value / state["counted"] for name, value in state["sums"].items()}
-    return means | {"tokens": state["tokens"], "steps": loop.stop}
+    found = {} if validator is None else validator.summary(state)
+    return means | {"tokens": state["tokens"], "steps": state["step"]} | found
 
 
 @dataclass
@@ -178,9 +188,11 @@ class _PolicyTask:
             _check_step0(self.means, self.settings, self.same, self.stage)
 
     def record(self, step: Step, state: State) -> tuple[dict[str, float], str]:
-        """Every step has a record. state: tokens read so far, and sums of the last epoch's metrics,
-        which the summary averages.
+        """Every step has a record. state: tokens read so far, and sums of this epoch's metrics,
+        which the summary averages: the last one's, that is, or the one's in which training ended.
         """
+        if state.setdefault("epoch", step.epoch) != step.epoch and not self.settings.max_steps:
+            state |= {"epoch": step.epoch, "counted": 0, "sums": {}}
         in_epoch = count_steps(len(self.pairs), self.settings.global_batch, 1)
         tokens = sum(pair.tokens for pair in self.batch(step.indices))
         state["tokens"] += tokens
@@ -196,10 +208,9 @@ class _PolicyTask:
             "time/step": step.seconds,
             "memory/peak_gib": peak_memory_gib(self.device),
         }
-        if step.epoch == self.loop.epochs - 1 or self.settings.max_steps:
-            state["counted"] += 1
-            for name, value in {"loss": step.loss, **self.means}.items():
-                state["sums"][name] = state["sums"].get(name, 0.0) + value
+        state["counted"] += 1
+        for name, value in {"loss": step.loss, **self.means}.items():
+            state["sums"][name] = state["sums"].get(name, 0.0) + value
         return record, _line(record, self.loop.stop)
 
     def ids(self, indices: np.ndarray) -> list[str]:

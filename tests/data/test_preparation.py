@@ -95,7 +95,7 @@ def test_every_row_is_used_or_accounted_for(
 ) -> None:
     found = prepare("whole")
     assert (found.read, found.long, found.bad, found.repeated) == (123, 1, 0, 1)
-    assert found.used == {"train": 110, "heldout": 12}
+    assert found.used == {"train": 110, "heldout": 12, "validation": 0}
     assert [row["id"] for row in found.left_out] == ["long"]
     train, heldout = splits(tmp_path / "whole")
     rows = {row.id: row for row in read_rows(list(map(str, files)))}
@@ -144,7 +144,7 @@ def test_a_stop_in_the_middle_is_gone_on_with(
 
 def test_only_rows_that_are_used_are_encoded(prepare: Prepare, tmp_path: Path) -> None:
     found = prepare("few", most=20, heldout_rows=3)
-    assert found.used == {"train": 20, "heldout": 3} and found.read == 123
+    assert found.used == {"train": 20, "heldout": 3, "validation": 0} and found.read == 123
     used = sum(found.used.values()) + found.long
     assert sum(int(str(row["rows"])) for row in found.left_out if "rows" in row) == 123 - used
     assert len(splits(tmp_path / "few")[0].pairs) == 20
@@ -161,7 +161,7 @@ def test_the_next_rows_come_in_the_place_of_those_that_are_too_long(
             row["prompt"] += " Say it." * (200 if number % 3 else 1)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = prepare("most", most=15, heldout_rows=10, processes=processes)
-    assert found.used == {"train": 15, "heldout": 10}
+    assert found.used == {"train": 15, "heldout": 10, "validation": 0}
     assert found.encoded == 25 + found.long < found.read and found.long > 20
     counted = sum(int(row.get("rows", 1)) for row in found.left_out)
     assert counted + 25 == found.read
@@ -217,7 +217,7 @@ def test_held_out_rows_that_are_given(prepare: Prepare, tmp_path: Path, files: l
     assert {"rows": 5, "reason": "its prompt or conversation is held out"} in found.left_out
     assert found.used["train"] == 122 - 5
     found = prepare("fewer", heldout=Source(rows=tuple(given)), heldout_rows=2)
-    assert found.used == {"train": 122 - 5, "heldout": 2}
+    assert found.used == {"train": 122 - 5, "heldout": 2, "validation": 0}
     assert {"rows": 3, "reason": "held-out rows beyond those that are used"} in found.left_out
     counted = sum(int(row.get("rows", 1)) for row in found.left_out)
     assert counted + sum(found.used.values()) == found.read == 123 + 5
@@ -236,7 +236,8 @@ def split_rows(
         policy, None, date(2026, 1, 1), Fitting(200), heldout_fraction=0.1, heldout_rows=200
     )
     assert sources[0] is not None
-    return preparation.read_splits(sources[0], sources[1], Reading(), plan)[:2]
+    rows, _ = preparation.read_splits(sources[0], sources[1], Reading(), plan)
+    return rows["train"], rows["heldout"]
 
 
 def test_turns_of_a_conversation_in_rows_of_their_own(tmp_path: Path, chatml_folder: Path) -> None:
@@ -311,7 +312,7 @@ def test_preference_rows_need_a_rejected_response(prepare: Prepare, files: list[
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     given = Row("h", ({"role": "user", "content": "Well?"},), "So.")
     found = prepare("pairs", preference=True, heldout=Source(rows=(given,)))
-    assert found.bad == 0 and found.used == {"train": 122, "heldout": 1}
+    assert found.bad == 0 and found.used == {"train": 122, "heldout": 1, "validation": 0}
 
 
 def test_the_hash_of_stored_rows_is_that_of_the_rows(prepare: Prepare, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldalign.data.splitting import divide, groups_of, held_out, mixed
+from ldalign.data.splitting import divide, groups_of, held_out, heldout_counts, mixed
+from ldalign.system.errors import InputError
 
 
 def keys(values: list[int]) -> list[bytes]:
@@ -65,8 +66,8 @@ def test_rows_are_in_a_random_order_before_any_cut() -> None:
 def test_rows_that_share_a_prompt_with_given_held_out_ones_are_left_out() -> None:
     conversations, prompts = keys([0, 1, 2, 3]), keys([10, 11, 12, 13])
     found = divide(
-        conversations, prompts, heldout=0, most=None, seed=0, shuffle=False,
-        given=(keys([7, 2, 8]), keys([11, 20, 13])), most_given=2,
+        conversations, prompts, heldout=2, most=None, seed=0, shuffle=False,
+        given=(keys([7, 2, 8]), keys([11, 20, 13])),
     )  # fmt: skip
     # Row 3 asks what a held-out row asks that is not among the two used: it is not trained on.
     assert found.heldout.tolist() == [0, 1] and found.train.tolist() == [0]
@@ -101,6 +102,58 @@ def test_the_next_rows_come_in_the_place_of_those_that_do_not_fit(
     order = divide(conversations, prompts, heldout=0, most=None, seed=1, shuffle=shuffle).train
     place = {row: n for n, row in enumerate(order.tolist())}
     assert sorted(found.train.tolist(), key=place.__getitem__) == found.train.tolist()
+
+
+def test_rows_for_validation_are_of_other_prompts() -> None:
+    """Three rows a conversation: of the held-out ones, and of given ones, none is shared."""
+    groups = keys([i // 3 for i in range(300)])
+    one, plain = (
+        divide(groups, groups, heldout=30, most=None, seed=3, shuffle=True, validation=n)
+        for n in (24, 0)
+    )
+    assert one.heldout.tolist() == plain.heldout.tolist() and len(one.validation) == 24
+    assert not len(plain.validation)
+    parts = [{int(i) // 3 for i in rows} for rows in (one.train, one.heldout, one.validation)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 100
+    both = (keys([0, 0, 1, 2, 3, 3]), keys([10, 11, 12, 10, 13, 14]))
+    found = divide(
+        keys([3, 7, 8]), keys([20, 12, 21]), heldout=1, most=None, seed=0, shuffle=False,
+        given=both, validation=3,
+    )  # fmt: skip
+    # Row 1 is of row 0's conversation, row 3 has its prompt; the last two are of one.
+    assert found.heldout.tolist() == [0] and found.validation.tolist() == [2, 4, 5]
+    # All given prompts are off limits, also those that are not used.
+    assert found.train.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("most", "reported", "asked", "expected"),
+    [
+        (232, 200, None, (200, 32)),
+        (600, 600, None, (568, 32)),
+        (100, 200, None, (75, 25)),
+        (32, 200, None, (24, 8)),
+        (31, 200, None, (31, 0)),
+        (31, 20, None, (20, 11)),
+        (0, 0, None, (0, 0)),
+        (20, 200, 10, (10, 10)),
+        (60, 20, 40, (20, 40)),
+        (60, 20, 0, (20, 0)),
+    ],
+)
+def test_how_many_are_set_aside(
+    most: int, reported: int, asked: int | None, expected: tuple[int, int]
+) -> None:
+    assert heldout_counts(most, reported, asked) == expected
+
+
+def test_more_than_is_left_to_report_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^validation.rows=11: of 20 rows .* 9 would be left"):
+        heldout_counts(20, 200, 11)
+    with pytest.raises(
+        InputError, match=r"validation.rows=30: .* give validation.rows=10 or fewer"
+    ):
+        heldout_counts(20, 200, 30)
 
 
 def test_entries_are_mixed_by_their_shares() -> None:

@@ -27,14 +27,15 @@ def test_a_later_start_opens_what_is_there(
     tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_toy(tmp_path, *options)
-    assert (len(first.train.rows), len(first.heldout.rows)) == (20, 7)
-    assert first.counts["rows/read"] == 90 and first.counts["rows/unused"] == 63
+    assert [len(s.rows) for s in (first.train, first.heldout, first.validation)] == [20, 7, 32]
+    assert first.counts["rows/read"] == 90 and first.counts["rows/unused"] == 31
     dropped = (tmp_path / "run/data/dropped.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["rows"] for line in dropped) == 63
+    assert sum(json.loads(line)["rows"] for line in dropped) == 31
     monkeypatch.setattr(prepared, "prepare_files", None)
     again = open_toy(tmp_path, *options)
     assert list(again.train.pairs) == list(first.train.pairs)
     assert list(again.heldout.rows) == list(first.heldout.rows)
+    assert list(again.validation.rows) == list(first.validation.rows)
     assert again.used_hash == first.used_hash
     looked = open_toy(tmp_path, *options, write=False)
     assert list(looked.train.rows) == list(first.train.rows)

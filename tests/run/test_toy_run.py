@@ -61,9 +61,7 @@ def align(run: Path, cache: Path, *arguments: str) -> None:
 
 
 def metrics(run: Path, stage: str) -> list[dict[str, float]]:
-    return [
-        record for record in read_jsonl(run / stage / "metrics.jsonl") if "global_step" in record
-    ]
+    return [record for record in read_jsonl(run / stage / "metrics.jsonl") if "loss" in record]
 
 
 def state_of(

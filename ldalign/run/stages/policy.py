@@ -2,19 +2,23 @@
 iteration's pairs (iteration_t/policy). Its folder is a model folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ldalign.data.pairs import Pair, Pairs
 from ldalign.data.store import data_hash
 from ldalign.data.tokenizer_export import COPIED_FILES
-from ldalign.models.weights import load_model, save_model
+from ldalign.evaluation.held_out import EvaluationSettings, greedy_accuracy
+from ldalign.generation.sampling import Sampling
+from ldalign.models.mistral import Mistral
+from ldalign.models.weights import LanguageModel, load_model, save_model
 from ldalign.run.context import Context, checkpoint_plan, file_hash, named_keys
-from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
+from ldalign.run.manifest import CHECKPOINTS, Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig, SftKeys
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.reference import LOGPS, REFERENCE_STAGE
@@ -23,6 +27,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.metrics import Metrics
 from ldalign.training.batches import count_steps
 from ldalign.training.policy import TrainSettings, train
+from ldalign.training.validation import ValidationPlan, best_weights, evaluations
 
 SFT = ("sft", "continual_sft")  # the policies that are trained by SFT, and their groups of keys
 SCHEDULE_KEYS = (
@@ -52,11 +57,19 @@ def _cost(ctx: Context, name: str) -> Cost:
     copied = [ctx.start / file for file in COPIED_FILES if (ctx.start / file).is_file()]
     written = ctx.parameters * _bytes(config.policy_dtype)
     weight_and_averages = _bytes(training.master_dtype) + averages * _bytes(training.state_dtype)
+    measured = evaluations(config.validation.every, steps) if ctx.validation.rows else 0
+    answered = checkable(ctx) if config.validation.metric == "accuracy" else []
+    keeps = ctx.select == "best" and measured > 0
     return Cost(
         trained=trained,
+        scored=measured * int(ctx.validation.pairs.tokens.sum()),
+        generated=measured * sum(len(ctx.validation.pairs[i].real) for i in answered),
         steps=steps,
         kept=written + sum(path.stat().st_size for path in copied),
         checkpoint=ctx.parameters * weight_and_averages,
+        # Of the first evaluation nothing is kept, and the last one's weights are the result.
+        best=written if keeps else 0,
+        bests=max(0, measured - 2) if keeps else 0,
     )
 
 
@@ -142,6 +155,8 @@ def _train_stage(
     """
 
     def make(folder: Path) -> Metrics:
+        dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
+        plan = _validation_plan(ctx, folder, dtype)
         model = load_model(
             start,
             getattr(torch, ctx.config.training.master_dtype),
@@ -159,9 +174,11 @@ def _train_stage(
             metrics_path=folder / "metrics.jsonl",
             step0_is_reference=step0_is_reference,
             checkpoints=checkpoint_plan(ctx, folder),
+            validation=plan,
         )
-        dtype = torch.bfloat16 if ctx.config.policy_dtype == "bfloat16" else torch.float32
-        state = distributed.full_state(model, dtype)
+        best = None if plan is None else best_weights(plan, summary)
+        # All ranks gather the last weights, or none does.
+        state = distributed.full_state(model, dtype) if best is None else best
         if distributed.rank() == 0:
             save_model(model, folder, start, dtype, state, ctx.template)
         return summary | (extra or {})
@@ -172,9 +189,79 @@ def _train_stage(
         **ctx.tokenizer.template_parents,
         **ctx.keys("seed", "policy_dtype", *SCHEDULE_KEYS),
         "dtype": str(ctx.dtype),
+        **_validation_parents(ctx),
     }
     ctx.run.stage(name, parents, make, resume=True)
     return ctx.run.path / name
+
+
+# --------------------------------------------------------------------------------------- validation
+
+
+def checkable(ctx: Context) -> list[int]:
+    """The numbers of the validation rows whose answers a program can check."""
+    return [i for i, row in enumerate(ctx.validation.rows) if row.kind is not None]
+
+
+def _validation_plan(ctx: Context, folder: Path, dtype: torch.dtype) -> ValidationPlan | None:
+    """What is measured while a policy is trained in `folder`; None where nothing is. dtype: of the
+    policy that is written.
+    """
+    v = ctx.config.validation
+    if not ctx.validation.rows:
+        return None
+    return ValidationPlan(
+        ctx.validation.pairs,
+        v.every,
+        v.early_stop,
+        # beside the checkpoints, which refer to them, and gone with them
+        folder / CHECKPOINTS if ctx.select == "best" else None,
+        dtype,
+        _accuracy(ctx, folder) if v.metric == "accuracy" else None,
+    )
+
+
+def _accuracy(ctx: Context, folder: Path) -> Callable[[LanguageModel], float]:
+    """What measures the greedy accuracy of a model in training: every rank gets a whole copy of it,
+    in the dtype of computing, for as long as that takes.
+    """
+    config, chosen = ctx.config, checkable(ctx)
+    rows, pairs = (
+        [ctx.validation.rows[i] for i in chosen],
+        ctx.validation.pairs.take(np.array(chosen)),
+    )
+    settings = EvaluationSettings(
+        0,
+        Sampling(config.max_new_tokens),
+        config.sampling.batch_rows,
+        config.training.micro_tokens,
+        config.seed,
+    )
+
+    def measure(model: LanguageModel) -> float:
+        assert isinstance(model, Mistral)  # `open_policy` refuses anything else
+        with torch.device("meta"):
+            copy = Mistral(model.config).to(ctx.dtype)
+        copy.load_state_dict(distributed.whole_state(model, ctx.dtype), strict=True, assign=True)
+        scratch = folder / CHECKPOINTS / "answers"
+        return greedy_accuracy(
+            copy.eval(), ctx.tokenizer, rows, pairs, settings, ctx.device, scratch
+        )
+
+    return measure
+
+
+def _validation_parents(ctx: Context) -> Parents:
+    """What a policy depends on beside its pairs; {} where nothing is measured on the way."""
+    if not ctx.validation.rows:
+        return {}
+    answers = ctx.config.validation.metric == "accuracy"
+    return {
+        "data (validation rows)": data_hash(ctx.validation.rows),
+        **ctx.keys("validation.every", "validation.metric", "validation.early_stop"),
+        "select": ctx.select,
+        **(ctx.keys("max_new_tokens") if answers else {}),
+    }
 
 
 # ---------------------------------------------------------------------------------------- iteration
