@@ -23,7 +23,7 @@ from ldalign.run.comparison import (
     start_config,
     validation_ids,
 )
-from ldalign.run.context import open_context
+from ldalign.run.context import check_verdicts, open_context
 from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.settings import CompareConfig
@@ -62,6 +62,8 @@ def compare(config: CompareConfig, run: RunFolder) -> None:
     arms = [Arm.of(name) for name in config.compare.methods]
     first_config = start_config(config)
     with open_run(first_config, align.planned(first_config)) as ctx:
+        if any(arm.weights == "oracle" for arm in arms):
+            check_verdicts(ctx.used[0])
         align.align(ctx)
         start = ctx.run.path / POLICY_STAGE.folder("sft") if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
@@ -97,7 +99,7 @@ def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) 
     own = arm_config(config, start, arm, seed, rate)
     folder = Path(own.run)
     say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")
-    share(config, seed, folder)
+    share(config, arm, seed, rate)
     with open_run(own, align.planned(own)) as ctx:
         align.align(ctx)
     return folder

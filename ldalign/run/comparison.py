@@ -5,44 +5,63 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ldalign.run.folder import STARTED
+from ldalign.run.manifest import MANIFEST
 from ldalign.run.settings import CompareConfig, RunConfig
 from ldalign.run.stages.data import DATA_STAGE
+from ldalign.run.stages.distances import DISTANCES_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
 from ldalign.run.stages.guide import GUIDE_STAGE
+from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 from ldalign.system.distributed import on_rank0
 from ldalign.system.files import make_folder, read_jsonl, write_text
 
 START = "start"
-# What runs of one seed have in common, whatever their method.
+# What trainings of one seed have in common, whatever their method; with the same pairs and weights
+# in the first iteration; and with the same learning rate too.
 SHARED = (
     EVALUATION_STAGE.folder("start"),
     GUIDE_STAGE.folder(0),
     RESPONSES_STAGE.folder(0),
     REFERENCE_STAGE.folder(0),
 )
+SHARED_PAIRS = (DISTANCES_STAGE.folder(0),)
+SHARED_TRAINING = (POLICY_STAGE.folder(0), EVALUATION_STAGE.folder("iteration_0"))
 FIGURES = ("sampled", "greedy", "nll")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method of the comparison, with the weights of its pairs."""
+    """One method of the comparison, and the keys that make it this one."""
 
-    name: str  # as the user gave it: METHOD or METHOD/WEIGHTS
-    method: str
-    weights: str
+    name: str  # as compare.methods has it
+    method: Literal["sft", "spin", "ld_align"]
+    weights: str = "latent"
+    sft_prompts: Literal["all", "pairs"] = "all"
+    retrain: bool = False  # a guide of its own for every iteration
 
     @classmethod
     def of(cls, name: str) -> "Arm":
-        """The method of that name: "ld_align" or "ld_align/shuffled"."""
-        method, _, weights = name.partition("/")
-        return cls(name, method, weights or "latent")
+        """The method of that name: "ld_align", "ld_align/shuffled" or "sft/pairs"."""
+        method, _, kind = name.partition("/")
+        if method == "sft":
+            return cls(name, "sft", sft_prompts="pairs" if kind else "all")
+        if method == "spin":
+            return cls(name, "spin")
+        if kind == "retrained":
+            return cls(name, "ld_align", retrain=True)
+        return cls(name, "ld_align", kind or "latent")
+
+    @property
+    def first_iteration(self) -> tuple[str, str, str]:
+        """What the first iteration depends on: a guide is trained again after it."""
+        return self.method, self.weights, self.sft_prompts
 
 
 def start_config(config: CompareConfig) -> RunConfig:
@@ -70,6 +89,8 @@ def arm_config(
         policy=str(start),
         method=arm.method,
         weights=arm.weights,
+        sft_prompts=arm.sft_prompts,
+        guide=replace(config.guide, retrain=arm.retrain),
         seed=seed,
         learning_rate=learning_rate,
         data=str(data / "train.jsonl"),
@@ -92,12 +113,21 @@ def _plain(config: CompareConfig, **changes: Any) -> RunConfig:
     return RunConfig(**{name: getattr(config, name) for name in names} | changes)
 
 
-def share(config: CompareConfig, seed: int, folder: Path) -> None:
-    """Links what other runs of this seed have made into a new run's folder. Rank 0 does it; all
-    ranks call it.
+def share(config: CompareConfig, arm: Arm, seed: int, rate: float) -> None:
+    """Links what other trainings of this seed have made into the folder of a new one. Rank 0 does
+    it; all ranks call it.
 
-    The new run also gets the start's date, as their prompts must be the same.
+    The new one also gets the start's date, as their prompts must be the same.
     """
+    folder = arm_folder(config, arm, seed, rate)
+    arms = [Arm.of(name) for name in config.compare.methods]
+    rates = config.compare.learning_rates
+    twins = [other for other in arms if other.first_iteration == arm.first_iteration]
+    sources = {
+        SHARED: [arm_folder(config, other, seed, r) for other in arms for r in rates],
+        SHARED_PAIRS: [arm_folder(config, other, seed, r) for other in twins for r in rates],
+        SHARED_TRAINING: [arm_folder(config, other, seed, rate) for other in twins],
+    }
 
     def link() -> None:
         make_folder(folder)
@@ -106,18 +136,15 @@ def share(config: CompareConfig, seed: int, folder: Path) -> None:
             write_text(
                 folder / STARTED, (Path(config.run) / START / STARTED).read_text(encoding="utf-8")
             )
-        for name in SHARED:
-            made = sorted(
-                path
-                for path in folder.parent.glob(f"*/{name}")
-                if (path / "manifest.json").is_file()
-            )
-            if made and not (folder / name).exists():
-                make_folder((folder / name).parent)
-                partial = folder / f"{name}.shared"
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(made[0], partial, copy_function=os.link)
-                partial.rename(folder / name)
+        for names, folders in sources.items():
+            for name in names:
+                made = [own / name for own in folders if (own / name / MANIFEST).is_file()]
+                if made and not (folder / name).exists():
+                    make_folder((folder / name).parent)
+                    partial = folder / f"{name}.shared"
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.copytree(made[0], partial, copy_function=os.link)
+                    partial.rename(folder / name)
 
     on_rank0(link)
 
