@@ -1,5 +1,6 @@
 """Several methods from one start, on the same prompts, with the same budget: their runs."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldalign.run.folder import STARTED
+from ldalign.evaluation.statistics import Array
+from ldalign.run.folder import STARTED, RunFolder, sign
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.stages.benchmarks import planned_benchmarks
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.run.stages.distances import DISTANCES_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
@@ -20,7 +23,7 @@ from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 from ldalign.system.distributed import on_rank0
-from ldalign.system.files import make_folder, read_jsonl, write_text
+from ldalign.system.files import make_folder, read_jsonl, write_text, writing
 
 START = "start"
 # What trainings of one seed have in common, whatever their method; with the same pairs and weights
@@ -149,6 +152,71 @@ def share(config: CompareConfig, arm: Arm, seed: int, rate: float) -> None:
     on_rank0(link)
 
 
+def hold(config: CompareConfig, seeds: Sequence[int]) -> contextlib.ExitStack:
+    """Holds the folders of these seeds for this process, until the stack is closed. Rank 0 does it;
+    all ranks call it.
+
+    Raises EnvironmentProblem where another process trains one of them.
+    """
+    held = contextlib.ExitStack()
+
+    def take() -> None:
+        for seed in seeds:
+            folder = Path(config.run) / f"seed_{seed}"
+            make_folder(folder)
+            sign(held.enter_context(RunFolder.lock(folder)))
+
+    with writing(Path(config.run)):
+        on_rank0(take)
+    return held
+
+
+def learning_rate(config: CompareConfig, arm: Arm) -> float | None:
+    """The best of the learning rates for a method on the validation rows, as the first seed's runs
+    found; None before all of them are evaluated.
+    """
+    if len(config.compare.learning_rates) == 1:
+        return config.compare.learning_rates[0]
+    found = searched(config, arm)
+    return max(found, key=lambda rate: found[rate].mean()) if found else None
+
+
+def searched(config: CompareConfig, arm: Arm) -> dict[float, Array]:
+    """By learning rate, what a method's policy of the first seed is worth on each validation row
+    (rows,), as `scores`; {} before all are evaluated.
+    """
+    rates, first = config.compare.learning_rates, config.compare.seeds[0]
+    if not all(is_evaluated(config, arm, first, rate) for rate in rates):
+        return {}
+    validation, _ = validation_ids(config)
+    folders = {rate: arm_folder(config, arm, first, rate) for rate in rates}
+    answers = {r: read_answers(last_iteration(f, config)) for r, f in folders.items()}
+    return {rate: scores(answers[rate], validation) for rate in rates}
+
+
+def is_evaluated(config: CompareConfig, arm: Arm, seed: int, rate: float) -> bool:
+    """Whether a training is finished, with its last policy's evaluation."""
+    folder = last_iteration(arm_folder(config, arm, seed, rate), config)
+    return (folder / EVALUATION_STAGE.name / MANIFEST).is_file()
+
+
+def unfinished(config: CompareConfig, arms: Sequence[Arm]) -> list[int]:
+    """Those of the seeds whose trainings, at the learning rates chosen, are not all evaluated; the
+    first also without its benchmarks.
+    """
+    last = f"iteration_{config.iterations - 1}"
+
+    def is_done(arm: Arm, seed: int) -> bool:
+        rate = learning_rate(config, arm)
+        if rate is None or not is_evaluated(config, arm, seed, rate):
+            return False
+        asked = planned_benchmarks(config, last) if seed == config.compare.seeds[0] else []
+        folder = arm_folder(config, arm, seed, rate)
+        return all((folder / name / MANIFEST).is_file() for name in asked)
+
+    return [n for n in config.compare.seeds if not all(is_done(arm, n) for arm in arms)]
+
+
 def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     """The figures of one policy for every held-out row, by id: sampled and greedy (shares right),
     nll (nats a token).
@@ -171,15 +239,15 @@ def last_iteration(folder: Path, config: CompareConfig) -> Path:
     return folder / f"iteration_{config.iterations - 1}"
 
 
-def score(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> float:
-    """What a learning rate is chosen by, on the validation rows: sampled accuracy, else greedy;
-    unchecked, -NLL.
+def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
+    """What a learning rate is chosen by, by its mean over the validation rows (rows,): sampled
+    accuracy, else greedy; unchecked, -NLL.
     """
     rows = [figures[i] for i in ids]
     for name in FIGURES[:2]:
         if all(name in row for row in rows):
-            return float(np.mean([row[name] for row in rows]))
-    return -float(np.mean([row["nll"] for row in rows]))
+            return np.array([row[name] for row in rows])
+    return -np.array([row["nll"] for row in rows])
 
 
 def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:

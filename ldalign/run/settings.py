@@ -752,6 +752,16 @@ class CompareKeys:
         "of sampling, guide and row order; the first one's runs choose the learning rates",
         check=not_empty,
     )
+    only: list[int] = setting(
+        [],
+        "those of the seeds that this process trains, while others train the rest of the same run; "
+        "[]: all",
+    )
+    primary: list[str] | None = setting(
+        None,
+        "differences named in advance, such as [ld_align - spin]: printed first, a family of tests "
+        "of their own; null: ld_align - spin and ld_align - ld_align/shuffled, where compared",
+    )
     learning_rates: list[float] = setting(
         [5e-6, 1.5e-5, 4.5e-5], "tried for every method", check=each(positive)
     )
@@ -784,7 +794,7 @@ class CompareConfig(RunConfig):
         return []
 
     def _arm_problems(self) -> list[str]:
-        """The contradictions about compare.methods."""
+        """The contradictions between what is compared."""
         found, names = [], self.compare.methods
         kinds = get_args(get_type_hints(RunConfig)["weights"])
         known = {*COMPARABLE, *(f"ld_align/{kind}" for kind in kinds)}
@@ -801,7 +811,32 @@ class CompareConfig(RunConfig):
                 f"iterations={self.iterations}: ld_align/retrained differs from ld_align from the "
                 "second iteration on; give iterations=2, or leave it out"
             )
+        for key in ("seeds", "only"):
+            seeds = getattr(self.compare, key)
+            if len(set(seeds)) < len(seeds):
+                found.append(f"compare.{key}: a seed is there twice; leave one out")
+        strange = [n for n in self.compare.only if n not in self.compare.seeds]
+        if strange:
+            found.append(
+                f"compare.only: {strange[0]} is none of compare.seeds={self.compare.seeds}; give "
+                "some of them"
+            )
+        for name in self.compare.primary or ():
+            sides = name.split(" - ")
+            if len(sides) != 2 or sides[0] == sides[1] or not {*sides} <= {*names, "start"}:
+                found.append(
+                    f"compare.primary: {name!r} is not METHOD - METHOD, two of compare.methods or "
+                    "start"
+                )
         return found
+
+    @property
+    def primary(self) -> list[tuple[str, str]]:
+        """The differences named in advance: (first, second), first minus second."""
+        usual = ["ld_align - spin", "ld_align - ld_align/shuffled"]
+        given = usual if self.compare.primary is None else self.compare.primary
+        pairs = [(a, b) for a, _, b in (name.partition(" - ") for name in given)]
+        return [(a, b) for a, b in pairs if {a, b} <= {*self.compare.methods, "start"}]
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
