@@ -25,18 +25,24 @@ from ldalign.run.comparison import (
     Arm,
     arm_config,
     hold,
+    is_removed,
     learning_rate,
     read_answers,
+    remove_weights,
     share,
+    stages_to_make,
     start_config,
+    trainings,
     unfinished,
     validation_ids,
 )
-from ldalign.run.context import check_verdicts, open_context
-from ldalign.run.dry_run import dry_run
+from ldalign.run.context import Context, check_verdicts, open_context
+from ldalign.run.dry_run import dry_run, rough_seconds
 from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import MANIFEST
+from ldalign.run.plan import stage_of
 from ldalign.run.settings import CompareConfig
-from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks
+from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks, planned_benchmarks
 from ldalign.run.stages.judged import check_embedding, embedding_folder
 from ldalign.run.stages.policy import POLICY_STAGE, start_name
 from ldalign.system import distributed, exits
@@ -56,14 +62,11 @@ def main(argv: list[str]) -> None:
     distributed.start(config.device, config.timeout_minutes)
     if config.judge.folder is not None:
         check_embedding(config)
-    start = start_config(config)
     if "--dry-run" in argv:
-        say(
-            dry_run(
-                open_context(RunFolder(Path(start.run), ""), start, write=False),
-                align.planned(start),
-            )
-        )
+        start = start_config(config)
+        ctx = open_context(RunFolder(Path(start.run), ""), start, write=False)
+        say(f"the start policy: {dry_run(ctx, align.planned(start))}")
+        say(outlook(config, ctx))
     else:
         compare(config)
     distributed.stop()
@@ -85,10 +88,14 @@ def compare(config: CompareConfig) -> None:
             run.record()
         chosen = choose_rates(config, start, arms, own)
         for seed in own:
+            rates: dict[str, list[float]] = {}
             for arm in arms:
                 train(config, start, arm, seed, chosen[arm.name])
-        if config.compare.seeds[0] in own and config.benchmarks.tasks:
-            run_benchmarks(config, start, arms, chosen)
+                if seed == config.compare.seeds[0] and config.benchmarks.tasks:
+                    run_benchmarks(config, start, arm, chosen[arm.name])
+                rates[arm.name] = [chosen[arm.name]]
+                if config.compare.policies == "remove":
+                    remove_weights(config, arms, seed, rates)
     with RunFolder(Path(config.run), _whole(config), wait=True):
         left = unfinished(config, arms)
         if left:
@@ -96,6 +103,30 @@ def compare(config: CompareConfig) -> None:
             return
         summary = summarise(config, arms, chosen, _far(config))
         say(f"\n{write_comparison(Path(config.run), summary)}")
+
+
+def outlook(config: CompareConfig, ctx: Context) -> str:
+    """Says how many trainings this process makes after the start, and what they roughly take. ctx:
+    the start's, whose rows they have.
+
+    Raises InputError where weights=oracle is compared and rows have no checker.
+    """
+    if "ld_align/oracle" in config.compare.methods:
+        check_verdicts(ctx.train.rows[: config.max_rows])
+    count = len(trainings(config))
+    stages = stages_to_make(config, ctx.start, align.planned)
+    costs = [(name, stage_of(name).cost(replace(ctx, config=own), name)) for own, name in stages]
+    hours = rough_seconds(ctx, [cost for _, cost in costs]) / 3600
+    policies = [cost.kept for name, cost in costs if stage_of(name) is POLICY_STAGE]
+    most = f"{sum(policies) / 2**30:.1f} GiB of policies"
+    if config.compare.policies == "keep":
+        most += " (compare.policies=remove: about those of one seed at a time, or fewer)"
+    else:
+        most += ", removed as they are evaluated"
+    return (
+        f"the comparison: {count} trainings, of {len(config.compare.methods)} methods, with "
+        f"{len(policies)} policies: {hours:.1f} hours, as rough as above; {most}"
+    )
 
 
 def _whole(config: CompareConfig) -> str:
@@ -133,6 +164,7 @@ def choose_rates(
     Raises InputError where the first seed is another's and not that far.
     """
     first, chosen = config.compare.seeds[0], {}
+    worse: dict[str, list[float]] = {}
     for arm in arms:
         for rate in config.compare.learning_rates if first in own else ():
             train(config, start, arm, first, rate)
@@ -145,6 +177,9 @@ def choose_rates(
             )
         chosen[arm.name] = best
         say(f"{arm.name}: learning rate {best:g}")
+        worse[arm.name] = [rate for rate in config.compare.learning_rates if rate != best]
+        if config.compare.policies == "remove" and first in own:
+            remove_weights(config, arms, first, worse)
     return chosen
 
 
@@ -152,21 +187,32 @@ def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) 
     """Makes one training with its evaluation, in its run folder."""
     own = arm_config(config, start, arm, seed, rate)
     say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {own.run}")
+    if is_removed(config, arm, seed, rate):
+        say("already done, and its weights are removed")
+        return
     share(config, arm, seed, rate)
     with open_run(own, align.planned(own)) as ctx:
         align.align(ctx)
 
 
-def run_benchmarks(
-    config: CompareConfig, start: Path, arms: Sequence[Arm], chosen: dict[str, float]
-) -> None:
-    """Runs benchmarks.tasks on the last policies of the first seed; the start has them already."""
-    for arm in arms:
-        own = arm_config(config, start, arm, config.compare.seeds[0], chosen[arm.name])
-        own = replace(own, benchmarks=config.benchmarks)
-        with open_run(own, align.planned(own)) as ctx:
-            name = f"iteration_{config.iterations - 1}"
-            benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
+def run_benchmarks(config: CompareConfig, start: Path, arm: Arm, rate: float) -> None:
+    """Runs benchmarks.tasks on a method's last policy of the first seed; the start has them.
+
+    Raises InputError where they are not done and the policy's weights are removed.
+    """
+    first, name = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
+    own = arm_config(config, start, arm, first, rate)
+    own = replace(own, benchmarks=config.benchmarks)
+    stages = [Path(own.run) / stage for stage in planned_benchmarks(own, name)]
+    if is_removed(config, arm, first, rate):
+        if not all((stage / MANIFEST).is_file() for stage in stages):
+            raise InputError(
+                f"{own.run}: its policy's weights are removed (compare.policies=remove), so "
+                "benchmarks.tasks cannot be run on it; delete the folder to train it again"
+            )
+        return
+    with open_run(own, align.planned(own)) as ctx:
+        benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
 
 
 def _far(config: CompareConfig) -> Callable[[RunPairs], Array] | None:

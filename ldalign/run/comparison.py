@@ -1,9 +1,10 @@
 """Several methods from one start, on the same prompts, with the same budget: their runs."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ SHARED = (
 SHARED_PAIRS = (DISTANCES_STAGE.folder(0),)
 SHARED_TRAINING = (POLICY_STAGE.folder(0), EVALUATION_STAGE.folder("iteration_0"))
 FIGURES = ("sampled", "greedy", "nll")
+WEIGHTS = "*.safetensors"  # in a policy's folder
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def share(config: CompareConfig, arm: Arm, seed: int, rate: float) -> None:
             )
         for names, folders in sources.items():
             for name in names:
-                made = [own / name for own in folders if (own / name / MANIFEST).is_file()]
+                made = [own / name for own in folders if _is_whole(own / name)]
                 if made and not (folder / name).exists():
                     make_folder((folder / name).parent)
                     partial = folder / f"{name}.shared"
@@ -150,6 +152,76 @@ def share(config: CompareConfig, arm: Arm, seed: int, rate: float) -> None:
                     partial.rename(folder / name)
 
     on_rank0(link)
+
+
+def trainings(config: CompareConfig) -> list[tuple[int, Arm, float]]:
+    """All trainings of this process, in order: seed, method, learning rate. Of seeds after the
+    first, whose rate is not known beforehand, with the first of compare.learning_rates.
+    """
+    rates, seeds = config.compare.learning_rates, config.compare.seeds
+    return [
+        (seed, Arm.of(name), rate)
+        for seed in config.compare.only or seeds
+        for name in config.compare.methods
+        for rate in (rates if seed == seeds[0] else rates[:1])
+    ]
+
+
+def stages_to_make(
+    config: CompareConfig, start: Path, planned: Callable[[RunConfig], list[str]]
+) -> list[tuple[RunConfig, str]]:
+    """Every stage of all trainings of this process, with its training's settings; what trainings
+    share is there once. planned: names the stages of a run.
+    """
+    made: dict[Any, tuple[RunConfig, str]] = {}
+    for seed, arm, rate in trainings(config):
+        own = arm_config(config, start, arm, seed, rate)
+        for name in planned(own):
+            key: tuple[Any, ...] = (name, seed)
+            if name not in SHARED:
+                key += (arm.first_iteration,)
+                if name not in SHARED_PAIRS:
+                    key += (rate,) if name in SHARED_TRAINING else (rate, arm.name)
+            made.setdefault(key, (own, name))
+    return list(made.values())
+
+
+def _is_whole(stage: Path) -> bool:
+    """Whether a stage is finished, and still has all files that it was finished with."""
+    path = stage / MANIFEST
+    if not path.is_file():
+        return False
+    files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    return all((stage / name).is_file() for name in files)
+
+
+def remove_weights(
+    config: CompareConfig, arms: Sequence[Arm], seed: int, rates: Mapping[str, Sequence[float]]
+) -> None:
+    """Deletes the weights of a seed's policies that no training needs any more; all else stays.
+    Rank 0 does it; all ranks call it.
+
+    rates: by method that is finished, the learning rates of its trainings that are. Where one of
+    `arms` that is not finished begins as it does, they stay.
+    """
+    waiting = {arm.first_iteration for arm in arms if arm.name not in rates}
+
+    def remove() -> None:
+        for arm in arms:
+            for rate in rates.get(arm.name, ()) if arm.first_iteration not in waiting else ():
+                run = arm_folder(config, arm, seed, rate)
+                # The last ones first: by them `is_removed` knows that all may go.
+                for t in reversed(range(config.iterations)):
+                    for path in (run / POLICY_STAGE.folder(t)).glob(WEIGHTS):
+                        path.unlink()
+
+    on_rank0(remove)
+
+
+def is_removed(config: CompareConfig, arm: Arm, seed: int, rate: float) -> bool:
+    """Whether a training is evaluated and its last policy's weights were removed after that."""
+    policy = last_iteration(arm_folder(config, arm, seed, rate), config) / POLICY_STAGE.name
+    return is_evaluated(config, arm, seed, rate) and not _is_whole(policy)
 
 
 def hold(config: CompareConfig, seeds: Sequence[int]) -> contextlib.ExitStack:

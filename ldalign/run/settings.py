@@ -757,6 +757,11 @@ class CompareKeys:
         "those of the seeds that this process trains, while others train the rest of the same run; "
         "[]: all",
     )
+    policies: Literal["keep", "remove"] = setting(
+        "keep",
+        "the weights of the policies that are trained; remove: each training's, once it is "
+        "evaluated and no other needs it",
+    )
     primary: list[str] | None = setting(
         None,
         "differences named in advance, such as [ld_align - spin]: printed first, a family of tests "

@@ -19,14 +19,14 @@ from runs import ROOT, one_thread, script_command
 from ldalign.evaluation.statistics import superiority
 from ldalign.report.analysis import read_pairs
 from ldalign.run import folder as run_folder
-from ldalign.run.comparison import Arm, arm_folder, hold, validation_ids
+from ldalign.run.comparison import Arm, arm_folder, hold, stages_to_make, validation_ids
 from ldalign.run.folder import RunFolder
 from ldalign.run.settings import CompareConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import read_jsonl
-from ldalign.train import compare
+from ldalign.train import align, compare
 
 ARMS = [
     "sft",
@@ -147,6 +147,66 @@ def test_the_first_seed_chooses_before_the_others(
         below = [found["below"] for found in tried.values()]
         assert min(below) == 0 and len(tried) == 2
     assert "**The search** (seed 0" in (run / "report/comparison.md").read_text()
+
+
+def test_weights_are_removed_when_no_training_needs_them(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those of ld_align stay until ld_align/retrained, which begins with its first iteration, has
+    them; then all are gone, and the same command again trains nothing and writes the same page.
+    """
+    run = tmp_path / "run"
+    methods = "compare.methods=[ld_align, spin, ld_align/retrained]"
+    more = ["compare.seeds=[0]", methods, "compare.learning_rates=[1e-3, 2e-3]"]
+    removing = [*more, "compare.policies=remove"]
+    compare.main(arguments(run, toy_cache, *removing))
+    assert not list(run.glob("seed_*/*/iteration_*/policy/*.safetensors"))
+    assert len(list(run.glob("seed_*/*/iteration_1/evaluation/answers.jsonl"))) == 6
+    config = config_of(run, *more)
+    first, second = (
+        arm_folder(config, Arm.of(name), 0, 2e-3) / "iteration_0/policy/manifest.json"
+        for name in ("ld_align", "ld_align/retrained")
+    )
+    assert os.path.samefile(first, second)
+    page = (run / "report/comparison.md").read_text()
+    (run / "report/comparison.md").unlink()
+    before = made_at(run)
+    capfd.readouterr()
+    compare.main(arguments(run, toy_cache, *removing))
+    said = capfd.readouterr().err
+    assert made_at(run) == before and "policy: done" not in said
+    assert "its weights are removed" in said
+    assert (run / "report/comparison.md").read_text() == page
+    # Kept, everything comes out the same.
+    compare.main(arguments(tmp_path / "kept", toy_cache, *more))
+    assert (tmp_path / "kept/report/comparison.md").read_text() == page
+    kept = list((tmp_path / "kept").glob("seed_*/*/iteration_*/policy/*.safetensors"))
+    assert len(kept) == 12
+    # What cannot be measured any more is said.
+    with pytest.raises(InputError, match="weights are removed .*, so benchmarks.tasks cannot be"):
+        compare.run_benchmarks(
+            config_of(run, *removing, "benchmarks=[piqa]"), tmp_path, Arm.of("spin"), 1e-3
+        )
+
+
+def test_a_dry_run_counts_what_is_made_once(
+    tmp_path: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    more = [f"compare.methods={ARMS}", f"judge.folder={write_bert(tmp_path / 'bert')}"]
+    more.append("compare.learning_rates=[1e-3, 2e-3]")
+    compare.main([*arguments(run, toy_cache, *more), "--dry-run"])
+    line = capfd.readouterr().err.splitlines()[-1]
+    # 12 methods, at two rates with the first seed; two iterations, the first of ld_align/retrained
+    # apart, which is that of ld_align at each rate.
+    assert "36 trainings, of 12 methods, with 69 policies" in line and not run.exists()
+    config = config_of(run, *more)
+    stages = [name for _, name in stages_to_make(config, tmp_path, align.planned)]
+    assert stages.count("guide") == stages.count("iteration_0/responses") == 2  # one a seed
+    assert stages.count("iteration_0/distances") == 2 * 8
+    assert stages.count("iteration_1/guide") == 3 and stages.count("start/evaluation") == 2
+    only = stages_to_make(config_of(run, *more, "compare.only=[1]"), tmp_path, align.planned)
+    assert len([name for _, name in only if name.endswith("policy")]) == 23
 
 
 def test_a_seed_has_one_process(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
