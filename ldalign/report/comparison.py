@@ -250,7 +250,7 @@ def weights_before_training(
 ) -> dict[str, Numbers]:
     """By method with weights, what those of the first iteration know of the losers: `wrong`, a seed
     each, the probability that a wrong one weighs more than a right one (None: too few of a kind);
-    `closeness`, Spearman's correlation of weight and distance from the data's response by sentence
+    `embedding`, Spearman's correlation of weight and distance from the data's response by sentence
     embeddings, and the numbers of wrong and right losers.
     """
     seeds = config.compare.seeds
@@ -277,6 +277,6 @@ def _known(pairs: RunPairs, far: Array | None) -> Numbers:
     farther = None if far is None else spearman(weight, far[kept])
     return {
         "wrong": vars(heavier) if heavier else None,
-        "closeness": vars(farther) if farther else None,
+        "embedding": vars(farther) if farther else None,
         "losers": {"wrong": int((right == 0).sum()), "right": int((right == 1).sum())},
     }

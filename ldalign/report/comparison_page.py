@@ -141,11 +141,11 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
     """A table of what the first iteration's weights know of the losers, before any training."""
     found = summary["weights"]
     checked = any(value for row in found.values() for value in row["wrong"])
-    closeness = any(value for row in found.values() for value in row["closeness"])
-    if not checked and not closeness:
+    embedded = any(value for row in found.values() for value in row["embedding"])
+    if not checked and not embedded:
         return []
     head = ["", *["a wrong loser weighs more than a right one"] * checked]
-    head += ["correlation with the loser's distance by sentence embeddings"] * closeness
+    head += ["correlation with the loser's distance by sentence embeddings"] * embedded
     lines = [
         "**What the weights know before any training** (of iteration 0's pairs: the probability, "
         "0.5 is nothing; Spearman's correlation; mean, and each seed)",
@@ -153,7 +153,7 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
         *_head(head),
     ]
     for name, row in found.items():
-        cells = [_over_seeds(row["wrong"])] * checked + [_over_seeds(row["closeness"])] * closeness
+        cells = [_over_seeds(row["wrong"])] * checked + [_over_seeds(row["embedding"])] * embedded
         lines.append(_line([name, *cells]))
     losers = next(iter(found.values()))["losers"]
     if checked:

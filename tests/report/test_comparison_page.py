@@ -190,10 +190,10 @@ def test_what_weights_know_before_training(monkeypatch: pytest.MonkeyPatch) -> N
         wins = [a > b for a in w[r == 0] for b in w[r == 1]]
         assert found["ld_align"]["wrong"][seed]["value"] == pytest.approx(np.mean(wins))
         assert found["ld_align/oracle"]["wrong"][seed]["value"] == 1.0
-        assert found["ld_align"]["closeness"][seed]["value"] == pytest.approx(1)
+        assert found["ld_align"]["embedding"][seed]["value"] == pytest.approx(1)
         assert found["ld_align"]["losers"][seed] == {"wrong": sum(r == 0), "right": sum(r == 1)}
     without = weights_before_training(config, arms, chosen, None)
-    assert without["ld_align"]["closeness"] == [None, None]
+    assert without["ld_align"]["embedding"] == [None, None]
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -207,7 +207,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
     }
     tried = {"0.01": {"score": 0.5, "below": 0.0, "se": 0.0}}
     tried["0.1"] = {"score": 0.4, "below": 0.1, "se": 0.04}
-    known = {"wrong": [{"value": 0.7}, {"value": 0.8}], "closeness": [None, None]}
+    known = {"wrong": [{"value": 0.7}, {"value": 0.8}], "embedding": [None, None]}
     known["losers"] = [{"wrong": 9, "right": 5}, {"wrong": 8, "right": 6}]
     return {
         "rows": {"validation": 8, "test": 200},

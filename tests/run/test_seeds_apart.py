@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def test_all_arms_in_two_iterations(tmp_path: Path, toy_cache: Path, in_process:
     gap = summary["others"]["ld_align/uniform - spin"]["nll"]
     assert gap["value"] == gap["se"] == 0
     assert [*summary["weights"]] == [a for a in ARMS if a.startswith("ld_align") and "re" not in a]
-    correlations = summary["weights"]["ld_align/semantic"]["closeness"]
+    correlations = summary["weights"]["ld_align/semantic"]["embedding"]
     assert [value["value"] for value in correlations] == pytest.approx([1, 1])
     for seed, found in enumerate(summary["weights"]["ld_align"]["wrong"]):
         own = read_pairs(arm_folder(config, Arm.of("ld_align"), seed, 1e-3), 0)
@@ -231,18 +230,24 @@ def test_a_seed_has_one_process(tmp_path: Path, toy_cache: Path, in_process: Non
 def test_who_finds_the_run_in_use_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.02)
+    """It tries again and again, here three times, and says once that it waits."""
     distributed.start("cpu")
-    first = contextlib.ExitStack()
+    first, slept, real = contextlib.ExitStack(), [], time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds != run_folder.WAIT_SECONDS:  # another thread's
+            real(seconds)
+            return
+        slept.append(seconds)
+        if len(slept) == 3:
+            first.close()
+
     first.enter_context(RunFolder(tmp_path / "run", "a: 1\n"))
     with pytest.raises(EnvironmentProblem, match="in use by"), RunFolder(tmp_path / "run", ""):
         pass
-    timer = threading.Timer(0.3, first.close)
-    timer.start()
-    began = time.monotonic()
+    monkeypatch.setattr(run_folder.time, "sleep", sleep)
     with RunFolder(tmp_path / "run", "a: 1\n", wait=True):
-        assert time.monotonic() - began > 0.2
-    timer.join()
+        assert slept == [run_folder.WAIT_SECONDS] * 3
     assert capfd.readouterr().err.count("another process works here; waiting for it") == 1
     distributed.stop()
 
