@@ -232,7 +232,8 @@ def test_who_finds_the_run_in_use_waits(
 ) -> None:
     """It tries again and again, here three times, and says once that it waits."""
     distributed.start("cpu")
-    first, slept, real = contextlib.ExitStack(), [], time.sleep
+    first, real = contextlib.ExitStack(), time.sleep
+    slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         if seconds != run_folder.WAIT_SECONDS:  # another thread's
