@@ -37,7 +37,16 @@ log = logging.getLogger(__name__)
 
 Metric = Literal["euclidean", "cosine"]
 # What a pair may be weighted by; `latent` is the method, the others are its controls.
-WEIGHTS = ("latent", "uniform", "shuffled", "length", "inverse", "semantic")
+WEIGHTS = (
+    "latent",
+    "uniform",
+    "shuffled",
+    "length",
+    "inverse",
+    "semantic",
+    "pooled",
+    "oracle",
+)
 # A share of the mean distance. Nearer pairs count as this near: no inverse weight exceeds 10.
 NEAREST = 0.1
 
@@ -195,42 +204,49 @@ def contrast_loss(own: Tensor, sibling: Tensor) -> Tensor:
     return F.softplus(sibling - own)
 
 
+def length_distance(pairs: Sequence[Pair]) -> Tensor:
+    """The distances (N,) float64 of pairs in token ids that know of length alone: |n_i - n'_i|, by
+    how many tokens the two responses differ.
+    """
+    return torch.tensor([pair.length_gap for pair in pairs], dtype=torch.float64)
+
+
+def oracle_distance(right: Sequence[bool], contrast: float) -> Tensor:
+    """The distances (N,) float64 of one who knows which losers are right answers: 1 + c of a wrong
+    loser, which is to become less likely, and 1 - c of a right one, which is not.
+
+    contrast: c, in (0, 1]. What these weights buy bounds what a perfect distance could.
+    """
+    signs = 1 - 2 * torch.tensor(list(right), dtype=torch.float64)
+    return 1 + contrast * signs
+
+
 def pair_weights(
     kind: str,
     distances: Tensor,
-    pairs: Sequence[Pair],
     kept: Sequence[bool],
     seed: int,
     clip: float | None = None,
 ) -> tuple[Tensor, int]:
-    """The weights (N,) float64 of pairs by the key `weights`, from latent distances (N,), and how
+    """The weights (N,) float64 of pairs by the key `weights`, from their distances (N,), and how
     many of them `clip` lowered.
 
-    latent: s_i = d_i / mean_j d_j, the method's. The others are its controls, all with mean 1 over
-    the kept pairs too:
-        uniform: 1, as SPIN has it;
-        shuffled: the latent ones dealt out among the kept pairs at random, so that only their
+    s_i = d_i / mean_j d_j, the method's, where d_i is the latent distance. In its controls d_i is
+    another (uniform: 1, as SPIN has it; length: `length_distance`; semantic: of sentence
+    embeddings; pooled: of the start policy's mean states; oracle: `oracle_distance`), or the latent
+    distances weigh otherwise:
+        shuffled: the weights are dealt out among the kept pairs at random, so that only their
             distribution is left;
-        length: of |n_i - n'_i| tokens instead of d_i;
-        inverse: of 1 / d_i, so that near pairs pull hard;
-        semantic: as latent, where the distances are of sentence embeddings.
-    clip: no weight exceeds it; the rest is left as it is.
+        inverse: they are of 1 / d_i, so that near pairs pull hard.
+    All have mean 1 over the kept pairs. clip: no weight exceeds it; the rest is left as it is.
     """
-    keep = torch.tensor(list(kept))
-    if kind == "uniform":
-        weights = keep.double()
-    elif kind == "length":
-        gaps = torch.tensor([pair.length_gap for pair in pairs], dtype=torch.float64)
-        weights = distance_weights(gaps, kept)
-    elif kind == "inverse":
-        latent = distance_weights(distances, kept)
-        weights = distance_weights(1.0 / latent.clamp(min=NEAREST), kept)
-    else:
-        weights = distance_weights(distances, kept)
-        if kind == "shuffled":
-            places = keep.nonzero()[:, 0]
-            order = torch.from_numpy(permutation(seed, "weights/shuffled", len(places)))
-            weights[places] = weights[places[order]]
+    weights = distance_weights(distances, kept)
+    if kind == "inverse":
+        weights = distance_weights(1.0 / weights.clamp(min=NEAREST), kept)
+    if kind == "shuffled":
+        places = torch.tensor(list(kept)).nonzero()[:, 0]
+        order = torch.from_numpy(permutation(seed, "weights/shuffled", len(places)))
+        weights[places] = weights[places[order]]
     if clip is None:
         return weights, 0
     return weights.clamp(max=clip), int((weights > clip).sum())

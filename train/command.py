@@ -15,7 +15,7 @@ from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
-from ldalign.run.settings import RunConfig, ValidationKeys, unread
+from ldalign.run.settings import RunConfig, ValidationKeys, reader, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.guide import check_guide, say_guide
 from ldalign.system import distributed
@@ -54,7 +54,7 @@ def run_script(
         config = replace(config, validation=ValidationKeys(rows=0), select=None)
     check(config)
     if by_method:
-        check_method_reads(argv, config.method)
+        check_method_reads(argv, config)
     if any(stage_of(name) is BENCHMARKS_STAGE for name in planned(config)):
         check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
@@ -101,7 +101,7 @@ def read_config(
     return load_config(cls, path, overrides)
 
 
-def check_method_reads(argv: Sequence[str], method: str) -> None:
+def check_method_reads(argv: Sequence[str], config: RunConfig) -> None:
     """Raises InputError for keys of the command line that the method does not read; names those of
     the config file.
 
@@ -109,7 +109,8 @@ def check_method_reads(argv: Sequence[str], method: str) -> None:
     not refused; what a base gives is not even named.
     """
     path, overrides, _ = split_argv(argv, FLAGS)
-    in_file, on_line = (unread(method, keys) for keys in given_keys(RunConfig, path, overrides))
+    method, name = config.method, reader(config.method, config.sft_prompts)
+    in_file, on_line = (unread(name, keys) for keys in given_keys(RunConfig, path, overrides))
     if on_line:
         raise InputError(
             f"{', '.join(on_line)}: method={method} does not read "

@@ -6,101 +6,221 @@ Makes the start policy (sft.*), then trains every method of compare.methods from
 for the same number of optimizer steps: at each of compare.learning_rates with the first seed, then
 at the best one with all seeds; benchmarks.tasks are run on the first seed's. Writes
 RUN/report/comparison.md, comparison.json and a figure. Every training is a run folder in
-RUN/seed_N/; running the same command again goes on where it stopped.
+RUN/seed_N/; running the same command again goes on where it stopped. Several processes may share
+the seeds of one run (compare.only=[0] in one, compare.only=[1,2] in another): whichever ends last
+writes the page.
 """
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldalign.report import comparison
+from ldalign.evaluation.embedding import EmbeddingModel
+from ldalign.evaluation.statistics import Array
+from ldalign.report.analysis import RunPairs
+from ldalign.report.comparison import power_before, summarise, table_of
+from ldalign.report.comparison_page import power_sentence, write_comparison
 from ldalign.run.comparison import (
     Arm,
     arm_config,
-    last_iteration,
+    hold,
+    is_removed,
+    learning_rate,
     read_answers,
-    score,
+    remove_weights,
     share,
+    stages_to_make,
     start_config,
+    trainings,
+    unfinished,
     validation_ids,
 )
-from ldalign.run.context import open_context
-from ldalign.run.dry_run import dry_run
+from ldalign.run.context import Context, check_verdicts, open_context
+from ldalign.run.dry_run import dry_run, rough_seconds
 from ldalign.run.folder import RunFolder
+from ldalign.run.manifest import MANIFEST
+from ldalign.run.plan import stage_of
 from ldalign.run.settings import CompareConfig
-from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks
+from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks, planned_benchmarks
+from ldalign.run.stages.judged import check_embedding, embedding_folder
 from ldalign.run.stages.policy import POLICY_STAGE, start_name
 from ldalign.system import distributed, exits
 from ldalign.system.config import to_yaml
+from ldalign.system.errors import InputError
 from ldalign.system.metrics import say
 from ldalign.train import align
 from ldalign.train.command import open_run, read_config
 
 
 def main(argv: list[str]) -> None:
-    """Reads the settings, runs whatever is not done, writes the table."""
+    """Reads the settings, runs whatever is not done, writes the page."""
     config = read_config(argv, __doc__ or "", CompareConfig)
     if not isinstance(config, CompareConfig):
         return
     check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
-    start = start_config(config)
+    if config.judge.folder is not None:
+        check_embedding(config)
     if "--dry-run" in argv:
-        say(
-            dry_run(
-                open_context(RunFolder(Path(start.run), ""), start, write=False),
-                align.planned(start),
-            )
-        )
+        start = start_config(config)
+        ctx = open_context(RunFolder(Path(start.run), ""), start, write=False)
+        say(f"the start policy: {dry_run(ctx, align.planned(start))}")
+        say(outlook(config, ctx))
     else:
-        with RunFolder(Path(config.run), to_yaml(config)) as run:
-            compare(config, run)
+        compare(config)
     distributed.stop()
 
 
-def compare(config: CompareConfig, run: RunFolder) -> None:
-    """Makes the start, searches the learning rates, trains the other seeds, writes the table."""
+def compare(config: CompareConfig) -> None:
+    """Makes the start, trains the seeds that are this process's, and where no other is left to
+    train, writes the page.
+
+    Whoever works on what all share, the start and the page, holds the run's folder, and the others
+    wait; whoever trains a seed holds that seed's, and another is refused.
+    """
     arms = [Arm.of(name) for name in config.compare.methods]
-    first_config = start_config(config)
-    with open_run(first_config, align.planned(first_config)) as ctx:
+    own = config.compare.only or config.compare.seeds
+    with contextlib.ExitStack() as held:
+        with RunFolder(Path(config.run), _whole(config), wait=True) as run:
+            held.enter_context(hold(config, own))
+            start = make_start(config, arms)
+            run.record()
+        chosen = choose_rates(config, start, arms, own)
+        for seed in own:
+            rates: dict[str, list[float]] = {}
+            for arm in arms:
+                train(config, start, arm, seed, chosen[arm.name])
+                if seed == config.compare.seeds[0] and config.benchmarks.tasks:
+                    run_benchmarks(config, start, arm, chosen[arm.name])
+                rates[arm.name] = [chosen[arm.name]]
+                if config.compare.policies == "remove":
+                    remove_weights(config, arms, seed, rates)
+    with RunFolder(Path(config.run), _whole(config), wait=True):
+        left = unfinished(config, arms)
+        if left:
+            say(f"\nseeds {left} are not finished: the page comes with the last of them")
+            return
+        summary = summarise(config, arms, chosen, _far(config))
+        say(f"\n{write_comparison(Path(config.run), summary)}")
+
+
+def outlook(config: CompareConfig, ctx: Context) -> str:
+    """Says how many trainings this process makes after the start, and what they roughly take. ctx:
+    the start's, whose rows they have.
+
+    Raises InputError where weights=oracle is compared and rows have no checker.
+    """
+    if "ld_align/oracle" in config.compare.methods:
+        check_verdicts(ctx.train.rows[: config.max_rows])
+    count = len(trainings(config))
+    stages = stages_to_make(config, ctx.start, align.planned)
+    costs = [(name, stage_of(name).cost(replace(ctx, config=own), name)) for own, name in stages]
+    hours = rough_seconds(ctx, [cost for _, cost in costs]) / 3600
+    policies = [cost.kept for name, cost in costs if stage_of(name) is POLICY_STAGE]
+    most = f"{sum(policies) / 2**30:.1f} GiB of policies"
+    if config.compare.policies == "keep":
+        most += " (compare.policies=remove: about those of one seed at a time, or fewer)"
+    else:
+        most += ", removed as they are evaluated"
+    return (
+        f"the comparison: {count} trainings, of {len(config.compare.methods)} methods, with "
+        f"{len(policies)} policies: {hours:.1f} hours, as rough as above; {most}"
+    )
+
+
+def _whole(config: CompareConfig) -> str:
+    """The settings as the run's folder keeps them, whichever process writes them down."""
+    return to_yaml(replace(config, compare=replace(config.compare, only=[])))
+
+
+def make_start(config: CompareConfig, arms: Sequence[Arm]) -> Path:
+    """Makes the start policy with its evaluation; returns its folder, and says which differences
+    the comparison could show.
+    """
+    own = start_config(config)
+    with open_run(own, align.planned(own)) as ctx:
+        if any(arm.weights == "oracle" for arm in arms):
+            check_verdicts(ctx.used[0])
         align.align(ctx)
         start = ctx.run.path / POLICY_STAGE.folder("sft") if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")
-    run.record()
-    validation, _ = validation_ids(config)
-    first, *others = config.compare.seeds
-    searched: dict[str, dict[str, float]] = {}
-    chosen: dict[str, float] = {}
+    _, test = validation_ids(config)
+    answers = read_answers(Path(own.run) / start_name(config))
+    seeds = len(config.compare.seeds)
+    power = power_before(table_of([answers], test), config.evaluation.samples, seeds, len(test))
+    if power:
+        sentence = power_sentence(power, seeds, len(test))
+        say(f"the smallest difference seen with 80 % power: {sentence}")
+    return start
+
+
+def choose_rates(
+    config: CompareConfig, start: Path, arms: Sequence[Arm], own: Sequence[int]
+) -> dict[str, float]:
+    """Trains the first seed at every learning rate, where it is this process's; returns each
+    method's best.
+
+    Raises InputError where the first seed is another's and not that far.
+    """
+    first, chosen = config.compare.seeds[0], {}
+    worse: dict[str, list[float]] = {}
     for arm in arms:
-        scores = {}
-        for rate in config.compare.learning_rates:
-            folder = train(config, start, arm, first, rate)
-            figures = read_answers(last_iteration(folder, config))
-            scores[rate] = score(figures, validation)
-        chosen[arm.name] = max(scores, key=lambda rate: scores[rate])
-        searched[arm.name] = {f"{rate:g}": score for rate, score in scores.items()}
-        say(f"{arm.name}: learning rate {chosen[arm.name]:g}")
-    for seed in others:
-        for arm in arms:
-            train(config, start, arm, seed, chosen[arm.name])
-    for arm in arms if config.benchmarks.tasks else ():
-        own = arm_config(config, start, arm, first, chosen[arm.name])
-        own = replace(own, benchmarks=config.benchmarks)
-        with open_run(own, align.planned(own)) as ctx:
-            name = f"iteration_{config.iterations - 1}"
-            benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
-    summary = comparison.summarise(config, arms, chosen, searched)
-    say(f"\n{comparison.write_comparison(config, summary)}")
+        for rate in config.compare.learning_rates if first in own else ():
+            train(config, start, arm, first, rate)
+        best = learning_rate(config, arm)
+        if best is None:
+            raise InputError(
+                f"compare.only={list(own)}: seed {first} has not tried all learning rates of "
+                f"{arm.name} yet, so it is not known which one to take; run compare.only=[{first}] "
+                "first, or give one of compare.learning_rates"
+            )
+        chosen[arm.name] = best
+        say(f"{arm.name}: learning rate {best:g}")
+        worse[arm.name] = [rate for rate in config.compare.learning_rates if rate != best]
+        if config.compare.policies == "remove" and first in own:
+            remove_weights(config, arms, first, worse)
+    return chosen
 
 
-def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> Path:
-    """Makes one training with its evaluation; returns its run folder."""
+def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> None:
+    """Makes one training with its evaluation, in its run folder."""
     own = arm_config(config, start, arm, seed, rate)
-    folder = Path(own.run)
-    say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {folder}")
-    share(config, seed, folder)
+    say(f"\n{arm.name}, seed {seed}, learning rate {rate:g}: {own.run}")
+    if is_removed(config, arm, seed, rate):
+        say("already done, and its weights are removed")
+        return
+    share(config, arm, seed, rate)
     with open_run(own, align.planned(own)) as ctx:
         align.align(ctx)
-    return folder
+
+
+def run_benchmarks(config: CompareConfig, start: Path, arm: Arm, rate: float) -> None:
+    """Runs benchmarks.tasks on a method's last policy of the first seed; the start has them.
+
+    Raises InputError where they are not done and the policy's weights are removed.
+    """
+    first, name = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
+    own = arm_config(config, start, arm, first, rate)
+    own = replace(own, benchmarks=config.benchmarks)
+    stages = [Path(own.run) / stage for stage in planned_benchmarks(own, name)]
+    if is_removed(config, arm, first, rate):
+        if not all((stage / MANIFEST).is_file() for stage in stages):
+            raise InputError(
+                f"{own.run}: its policy's weights are removed (compare.policies=remove), so "
+                "benchmarks.tasks cannot be run on it; delete the folder to train it again"
+            )
+        return
+    with open_run(own, align.planned(own)) as ctx:
+        benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
+
+
+def _far(config: CompareConfig) -> Callable[[RunPairs], Array] | None:
+    """How far losers are from the data's responses by the model judge.folder; None without one."""
+    if config.judge.folder is None:
+        return None
+    model = EmbeddingModel(embedding_folder(config), distributed.start(config.device))
+    return lambda pairs: model.distance(pairs.real, pairs.generated, pairs.ids).double().numpy()
 
 
 if __name__ == "__main__":

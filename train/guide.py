@@ -29,7 +29,7 @@ def check(config: RunConfig) -> None:
     need(config.method == "ld_align", f"method={config.method}: has no guide; give method=ld_align")
     need(
         config.needs_guide,
-        f"distance={config.distance} weights={config.weights}: no guide is read; leave them out",
+        f"weights={config.weights}: no guide is read; leave it out",
     )
 
 

@@ -13,7 +13,7 @@ judge.folder=FOLDER. Other keys: agreement.*, judge.*, evaluation.rows, sampling
 from pathlib import Path
 
 from ldalign.run.context import Context
-from ldalign.run.settings import RunConfig
+from ldalign.run.settings import GUIDED, RunConfig
 from ldalign.run.stages.agreement import AGREEMENT_STAGE, agreement_stage, find_guide
 from ldalign.run.stages.agreement_samples import AGREEMENT_SAMPLES_STAGE
 from ldalign.run.stages.policy import planned_start, start_stage
@@ -32,14 +32,11 @@ def check(config: RunConfig) -> None:
         config.evaluation.rows > 0,
         "evaluation.rows=0: no held-out prompts; give evaluation.rows=200, say",
     )
+    judged = config.method != "ld_align" or config.weights in (*GUIDED, "pooled")
     need(
-        config.weights != "semantic",
-        "weights=semantic: a guide's distance is judged here, or that of mean states "
-        "(distance=pooled); leave weights out, and let the embedding model judge (judge=embedding)",
-    )
-    need(
-        config.distance != "pooled" or config.guide.folder is None,
-        f"guide={config.guide.folder}: distance=pooled reads no guide; give one of the two",
+        judged,
+        f"weights={config.weights}: a guide's distance is judged here, or that of mean states "
+        "(weights=pooled); leave weights out (judge=embedding lets an embedding model judge)",
     )
 
 

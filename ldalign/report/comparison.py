@@ -1,24 +1,27 @@
-"""The comparison of several methods from one start: what `train/compare.py` reports.
+"""What a comparison of several methods from one start has found: the numbers of its page.
 
 The start policy is made once. Then every method trains from it, on the same rows with the same
 number of optimizer steps, at each learning rate of one grid (first seed); its best on the
 validation rows is run with the other seeds and reported on the rest of the held-out rows, which no
-choice has seen. run/comparison.py has the arms and reads their answers.
+choice has seen. `ldalign.run.comparison` has the arms and reads their answers;
+`ldalign.report.comparison_page` writes the page.
 
-Differences are paired by prompt: a method's figure for a prompt is the mean over seeds,
-the standard error is over prompts. It holds for these seeds' average; the spread
-between seeds is beside it.
+Methods of one seed share samples, guide, row order and the random numbers of the evaluation, so
+differences are taken seed by seed and prompt by prompt; their errors are of both
+(`ldalign.evaluation.crossed`).
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldalign.evaluation.statistics import standard_error
-from ldalign.report.table import LEADING
+from ldalign.evaluation.crossed import bootstrap, estimate, ratio, smallest_difference
+from ldalign.evaluation.statistics import Array, holm, spearman, standard_error, superiority
+from ldalign.report.analysis import RunPairs, read_pairs
 from ldalign.run.comparison import (
     FIGURES,
     START,
@@ -26,64 +29,119 @@ from ldalign.run.comparison import (
     arm_folder,
     last_iteration,
     read_answers,
+    searched,
     validation_ids,
 )
 from ldalign.run.folder import benchmark_summaries
 from ldalign.run.settings import CompareConfig
 from ldalign.run.stages.policy import start_name
-from ldalign.system import distributed
-from ldalign.system.files import make_folder, write_json, write_text
 
-TITLES = {"sampled": "sampled, %", "greedy": "greedy, %", "nll": "NLL, nats/token"}
-
-# ------------------------------------------------------------------------------------- measurements
+Numbers = dict[str, Any]
+Table = dict[str, Array]  # by figure, the values of one policy: (seeds, prompts)
+# What every other method is held against, where it is compared; without any of them all pairs are.
+ANCHORS = ("ld_align", "spin", "sft")
+ORACLE = "ld_align/oracle"
+EQUAL = ("spin", "ld_align/uniform")  # weights of 1: what a weight's gain is counted from
+MANY = 1e6  # degrees of freedom of an error that is known
 
 
 def summarise(
     config: CompareConfig,
     arms: Sequence[Arm],
-    chosen: dict[str, float],
-    searched: dict[str, dict[str, float]],
-) -> dict[str, Any]:
-    """Returns what the page shows: each arm's means, and differences from the start and others."""
+    chosen: Mapping[str, float],
+    far: Callable[[RunPairs], Array] | None = None,
+) -> Numbers:
+    """Returns what the page shows. chosen: every method's learning rate.
+
+    far: how far each loser is from the data's response by sentence embeddings (N,), where a model
+    is given.
+    """
     validation, test = validation_ids(config)
-    seeds = config.compare.seeds
-
-    def last_answers(arm: Arm, seed: int) -> dict[str, dict[str, float]]:
-        run = arm_folder(config, arm, seed, chosen[arm.name])
-        return read_answers(last_iteration(run, config))
-
-    start = _over_seeds([read_answers(_start_of(config, arms, chosen, s)) for s in seeds], test)
-    tables = {arm.name: _over_seeds([last_answers(arm, s) for s in seeds], test) for arm in arms}
-    policies = {name: _row(table, start) for name, table in {START: start, **tables}.items()}
-    contrasts = {
-        f"{a} - {b}": _row(tables[a], tables[b])["difference"]
-        for n, a in enumerate(tables)
-        for b in list(tables)[:n]
-    }
+    tables = read_tables(config, arms, chosen, test)
+    figures = [name for name in FIGURES if name in tables[START]]
+    primary, others = comparisons(config, tables)
     return {
         "rows": {"validation": len(validation), "test": len(test)},
-        "seeds": seeds,
-        "learning_rates": chosen,
-        "search": searched,
-        "policies": policies,
-        "contrasts": contrasts,
-        "settings": asdict(config.compare),
+        "seeds": config.compare.seeds,
+        "figures": figures,
+        "learning_rates": dict(chosen),
+        "search": {arm.name: search(config, arm) for arm in arms},
+        "policies": {
+            name: {figure: asdict(estimate(table[figure])) for figure in figures}
+            for name, table in tables.items()
+        },
+        "primary": primary,
+        "others": others,
+        "oracle": oracle_shares(tables),
+        "weights": weights_before_training(config, arms, chosen, far),
+        "power_before": power_before(
+            tables[START], config.evaluation.samples, len(config.compare.seeds), len(test)
+        ),
+        "settings": asdict(replace(config.compare, only=[])),
         "steps": config.training.steps,
+        "iterations": config.iterations,
         "global_batch": config.global_batch,
         "max_rows": config.max_rows,
-        "benchmarks": _benchmarks(config, arms, chosen),
+        "benchmarks": benchmarks(config, arms, chosen),
     }
 
 
-def _benchmarks(
-    config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float]
-) -> dict[str, dict[str, Any]]:
+# --------------------------------------------------------------------------------- policies' tables
+
+
+def read_tables(
+    config: CompareConfig, arms: Sequence[Arm], chosen: Mapping[str, float], ids: Sequence[str]
+) -> dict[str, Table]:
+    """The figures of the start and of every method's last policy, on these held-out rows."""
+
+    def read(arm: Arm, seed: int) -> tuple[Path, Path]:
+        run = arm_folder(config, arm, seed, chosen[arm.name])
+        return run / START, last_iteration(run, config)
+
+    seeds = config.compare.seeds
+    # The start's answers are in every training's folder: they are made once a seed.
+    folders = {START: [read(arms[0], seed)[0] for seed in seeds]}
+    folders |= {arm.name: [read(arm, seed)[1] for seed in seeds] for arm in arms}
+    return {
+        name: table_of([read_answers(folder) for folder in own], ids)
+        for name, own in folders.items()
+    }
+
+
+def table_of(answers: Sequence[Mapping[str, Mapping[str, float]]], ids: Sequence[str]) -> Table:
+    """Returns {figure: (seeds, rows)} of the rows in `ids`, without figures that no row has."""
+    out = {}
+    for name in FIGURES:
+        kept = [i for i in ids if name in answers[0][i]]
+        if kept:
+            out[name] = np.array([[table[i][name] for i in kept] for table in answers])
+    return out
+
+
+def search(config: CompareConfig, arm: Arm) -> dict[str, Numbers]:
+    """By learning rate, the score on the validation rows with the first seed, by how much the best
+    one's is more, paired by row, and the standard error of that over rows.
+    """
+    found = searched(config, arm)
+    best = max(found.values(), key=lambda values: values.mean())
+    return {
+        f"{rate:g}": {
+            "score": float(values.mean()),
+            "below": float((best - values).mean()),
+            "se": standard_error(best - values),
+        }
+        for rate, values in found.items()
+    }
+
+
+def benchmarks(
+    config: CompareConfig, arms: Sequence[Arm], chosen: Mapping[str, float]
+) -> dict[str, Numbers]:
     """Returns {policy: {task: its summary}} of the start and of each arm's first seed."""
     seed, last = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
     folders = {START: (Path(config.run) / START, start_name(config))}
     folders |= {arm.name: (arm_folder(config, arm, seed, chosen[arm.name]), last) for arm in arms}
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Numbers] = {}
     for name, (run, policy) in folders.items():
         found = benchmark_summaries(run).items()
         out[name] = {
@@ -92,179 +150,133 @@ def _benchmarks(
     return {name: tasks for name, tasks in out.items() if tasks}
 
 
-def _start_of(
-    config: CompareConfig, arms: Sequence[Arm], chosen: dict[str, float], seed: int
-) -> Path:
-    return arm_folder(config, arms[0], seed, chosen[arms[0].name]) / START
+# -------------------------------------------------------------------------------------- differences
 
 
-def _over_seeds(
-    tables: Sequence[dict[str, dict[str, float]]], ids: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Returns {figure: (seeds, rows)} of the rows in `ids`, without figures that no row has."""
-    out = {}
-    for name in FIGURES:
-        kept = [i for i in ids if name in tables[0][i]]
-        if kept:
-            out[name] = np.array([[table[i][name] for i in kept] for table in tables])
-    return out
+def comparisons(
+    config: CompareConfig, tables: Mapping[str, Table]
+) -> tuple[dict[str, Numbers], dict[str, Numbers]]:
+    """The differences named in advance, and the others shown: {"A - B": {figure: numbers}}.
 
-
-def _row(table: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:
-    out: dict[str, Any] = {"difference": {}}
-    for name, values in table.items():
-        gaps = values - other[name]
-        out[name] = float(values.mean())
-        out[f"{name}_se"] = standard_error(values.mean(0))
-        out["difference"][name] = {
-            "mean": float(gaps.mean()),
-            "se": standard_error(gaps.mean(0)),
-            "by_seed": [float(gap) for gap in gaps.mean(1)],
-        }
-    return out
-
-
-# ------------------------------------------------------------------------------------------- report
-
-
-def write_comparison(config: CompareConfig, summary: dict[str, Any]) -> str:
-    """Writes report/comparison.json, .md and, with matplotlib, .svg and .png; returns the page.
-
-    The page is the text of comparison.md.
+    Of the leading figure, the first that there is, the numbers have `p_holm`, p adjusted by Holm's
+    method over each of the two families; no other figure is tested.
     """
-    folder = Path(config.run) / "report"
-    text = render(summary)
-    if distributed.rank() == 0:
-        make_folder(folder)
-        write_json(folder / "comparison.json", summary)
-        write_text(folder / "comparison.md", text)
-        try:
-            from ldalign.report.chart import write_chart
-            from ldalign.report.figures import contrasts
-        except ImportError:
-            missing = "matplotlib is not installed; pip install 'ldalign[report]'"
-            return f"{text}\n(no figure: {missing})"
-        write_chart(contrasts(summary), folder)
-    return text
+    named = config.primary
+    rest = [pair for pair in shown_pairs(list(tables)) if not {pair, pair[::-1]} & {*named}]
+    families = []
+    for pairs in (named, rest):
+        family = {f"{a} - {b}": difference(tables[a], tables[b]) for a, b in pairs}
+        leading = {name: next(iter(gaps.values())) for name, gaps in family.items()}
+        adjusted = holm({name: gap["p"] for name, gap in leading.items()})
+        for name, gap in leading.items():
+            gap["p_holm"] = adjusted[name]
+        families.append(family)
+    return families[0], families[1]
 
 
-def render(summary: dict[str, Any]) -> str:
-    """Writes the Markdown page of what `summarise` returns."""
-    figures = [name for name in FIGURES if name in summary["policies"][START]]
-    seeds, rows = summary["seeds"], summary["rows"]
-    budget = f"{summary['steps']} optimizer steps of {summary['global_batch']}"
-    lines = [
-        f"**{len(seeds)} seed(s), {rows['test']} held-out rows; learning rates chosen on "
-        f"{rows['validation']} more**",
-        "",
-        f"Every method: {summary['max_rows']} prompts, {budget}",
-        "",
-        *_policy_lines(summary, figures),
-        "",
-        "**Between methods** (first minus second)",
-        "",
-        *_contrast_lines(summary, figures),
-        "",
-        *_search_lines(summary, figures[0]),
-        *_benchmark_lines(summary["benchmarks"], seeds[0]),
-        "",
-        "+- is one standard error over prompts of the seeds' mean; differences are paired by "
-        "prompt.",
-        "",
-    ]
-    return "\n".join(lines)
+def shown_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of policies whose difference is shown, first less second: every method and the
+    start; and all pairs of methods one of which is an anchor (LD-Align less any other, any other
+    less SPIN and SFT). Without an anchor all pairs of methods.
+    """
+    methods = [name for name in names if name != START]
+    anchors = [name for name in ANCHORS if name in methods]
+    others = [name for name in methods if name not in anchors]
+    pairs = [(name, START) for name in methods]
+    pairs += combinations(anchors or methods, 2)
+    for name in others:
+        pairs += [(a, name) if a == ANCHORS[0] else (name, a) for a in anchors]
+    return pairs
 
 
-def _policy_lines(summary: dict[str, Any], figures: Sequence[str]) -> list[str]:
-    """A table of every method's figures, and of its differences from the start."""
-    titles = [TITLES[f] for f in figures]
-    differences = [f"{title} - start" for title in titles]
-    last = f"each seed: {titles[0]} - start"
-    lines = [
-        _line(["method", "learning rate", *titles, *differences, last]),
-        _line(["---"] * (3 + 2 * len(figures))),
-    ]
-    for name, row in summary["policies"].items():
-        cells = [name, f"{summary['learning_rates'][name]:g}" if name != START else ""]
-        cells += [_shown(f, row[f], row[f"{f}_se"]) for f in figures]
-        empty = [""] * (len(figures) + 1)
-        cells += empty if name == START else _difference_cells(row["difference"], figures)
-        lines.append(_line(cells))
-    return lines
+def difference(first: Table, second: Table) -> dict[str, Numbers]:
+    """First minus second of two policies, by figure: mean, errors, interval, p, and the bootstrap's
+    error and interval.
+    """
+    out = {}
+    for figure, values in first.items():
+        gaps = values - second[figure]
+        found, drawn = estimate(gaps), bootstrap(gaps)
+        low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+        again = {"se": float(drawn.std()), "low": low, "high": high}
+        out[figure] = {**asdict(found), "sees": found.sees(), "bootstrap": again}
+    return out
 
 
-def _contrast_lines(summary: dict[str, Any], figures: Sequence[str]) -> list[str]:
-    """A table of the differences between methods."""
-    titles = [TITLES[f] for f in figures]
-    lines = [
-        _line(["", *titles, f"each seed: {titles[0]}"]),
-        _line(["---"] * (2 + len(figures))),
-    ]
-    for name, gaps in summary["contrasts"].items():
-        lines.append(_line([name, *_difference_cells(gaps, figures)]))
-    return lines
+def oracle_shares(tables: Mapping[str, Table]) -> Numbers:
+    """Which share of what the checker's weights gain over equal ones each other weight gains.
+
+    {} without the oracle or a method of equal weights. `shares`: {figure: {method: value, low,
+    high}}, and None for a method where the oracle's own gain may be none.
+    """
+    base = next((name for name in EQUAL if name in tables), None)
+    if base is None or ORACLE not in tables:
+        return {}
+    weighted = [name for name in tables if name.startswith("ld_align") and name != base]
+    shares: dict[str, dict[str, Numbers | None]] = {}
+    for figure, equal in tables[base].items():
+        gain = tables[ORACLE][figure] - equal
+        found = {
+            name: ratio(tables[name][figure] - equal, gain) for name in weighted if name != ORACLE
+        }
+        shares[figure] = {name: asdict(share) if share else None for name, share in found.items()}
+    return {"gain": f"{ORACLE} - {base}", "shares": shares}
 
 
-def _difference_cells(gaps: dict[str, Any], figures: Sequence[str]) -> list[str]:
-    """Each figure's difference, and the first figure's seed by seed."""
-    cells = [_shown(f, gaps[f]["mean"], gaps[f]["se"], sign="+") for f in figures]
-    by_seed = [_shown(figures[0], gap, sign="+") for gap in gaps[figures[0]]["by_seed"]]
-    return [*cells, ", ".join(by_seed)]
+def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Numbers:
+    """What can be known before any training of the differences that would be seen in sampled
+    accuracy: those of two policies that answer every prompt right as often as the start does, and
+    independently. {} without two samples of checked answers.
+
+    A prompt's share of right ones of n samples varies by p (1 - p) / n, estimated without bias by
+    share (1 - share) / (n - 1). Effects of seeds and prompts on the difference come on top.
+    """
+    if "sampled" not in start or samples < 2:
+        return {}
+    shares = start["sampled"]
+    variance = float((shares * (1 - shares)).mean()) / (samples - 1)
+    se = float(np.sqrt(2 * variance / (seeds * prompts)))
+    return {"se": se, "sees": smallest_difference(se, MANY)}
 
 
-def _search_lines(summary: dict[str, Any], figure: str) -> list[str]:
-    """A table of what the search found for each method at each learning rate."""
-    rates = summary["settings"]["learning_rates"]
-    what = "-NLL" if figure == "nll" else f"{figure} accuracy, %"
-    seed = summary["seeds"][0]
-    lines = [
-        f"**The search** (seed {seed}, validation rows: {what}; the best is taken)",
-        "",
-        _line(["method", *(f"{rate:g}" for rate in rates)]),
-        _line(["---"] * (1 + len(rates))),
-    ]
-    for name, found in summary["search"].items():
-        lines.append(_line([name, *(_shown(figure, found[f"{rate:g}"]) for rate in rates)]))
-    return lines
+# ------------------------------------------------------------------------ what weights know, before
 
 
-def _benchmark_lines(found: dict[str, dict[str, Any]], seed: int) -> list[str]:
-    """Returns a table of every task's leading metric, of the first seed's policies."""
-    if not found:
-        return []
-    tasks = sorted({task for scores in found.values() for task in scores})
-    first = next(iter(found.values()))
-
-    def leading(task: str) -> str:
-        seen = [scores[task] for scores in found.values() if task in scores]
-        return next(metric for metric in LEADING if any(metric in scores for scores in seen))
-
-    metrics = {task: leading(task) for task in tasks}
-    lines = [
-        "",
-        f"**Benchmarks**, % (seed {seed}; +- one standard error over rows)",
-        "",
-        _line(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
-        _line(["---"] * (1 + len(tasks))),
-    ]
-    for name, scores in found.items():
-        cells = [
-            _shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else ""
-            for t, m in metrics.items()
-        ]
-        lines.append(_line([name, *cells]))
-    shots = ", ".join(
-        f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items())
-    )
-    return [*lines, "", f"{shots}."]
+def weights_before_training(
+    config: CompareConfig,
+    arms: Sequence[Arm],
+    chosen: Mapping[str, float],
+    far: Callable[[RunPairs], Array] | None,
+) -> dict[str, Numbers]:
+    """By method with weights, what those of the first iteration know of the losers: `wrong`, a seed
+    each, the probability that a wrong one weighs more than a right one (None: too few of a kind);
+    `embedding`, Spearman's correlation of weight and distance from the data's response by sentence
+    embeddings, and the numbers of wrong and right losers.
+    """
+    seeds = config.compare.seeds
+    weighted = [arm for arm in arms if arm.method == "ld_align" and not arm.retrain]
+    measured: dict[int, Array] = {}
+    out: dict[str, Numbers] = {}
+    for arm in weighted:
+        found: list[Numbers] = []
+        for seed in seeds:
+            pairs = read_pairs(arm_folder(config, arm, seed, chosen[arm.name]), 0)
+            assert pairs is not None  # the training is finished
+            if far is not None and seed not in measured:
+                measured[seed] = far(pairs)  # all methods of a seed have the same losers
+            found.append(_known(pairs, measured.get(seed)))
+        out[arm.name] = {key: [numbers[key] for numbers in found] for key in found[0]}
+    return out
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _shown(figure: str, value: float, error: float | None = None, sign: str = "") -> str:
-    """Shows accuracies in per cent, NLL in nats."""
-    factor, digits = (1, 4) if figure == "nll" else (100, 1)
-    text = f"{factor * value:{sign}.{digits}f}"
-    return text if error is None else f"{text} +- {factor * error:.{digits}f}"
+def _known(pairs: RunPairs, far: Array | None) -> Numbers:
+    """What one seed's weights know of the losers that are trained on. far: (N,), as `summarise`."""
+    kept = pairs.trained
+    weight, right = pairs.weight[kept], pairs.right[kept]
+    heavier = superiority(weight[right == 0], weight[right == 1])
+    farther = None if far is None else spearman(weight, far[kept])
+    return {
+        "wrong": vars(heavier) if heavier else None,
+        "embedding": vars(farther) if farther else None,
+        "losers": {"wrong": int((right == 0).sum()), "right": int((right == 1).sum())},
+    }

@@ -662,40 +662,39 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
     """
 
     def draw() -> tuple[Figure, str]:
-        rows = {
-            f"{name} - start": row["difference"]
-            for name, row in summary["policies"].items()
-            if row["difference"] and name != "start"
-        }
-        rows |= summary["contrasts"]
+        primary = len(summary["primary"])
+        rows = summary["primary"] | summary["others"]
         measures = [
-            (key, factor, label)
-            for key, factor, label in (
-                ("sampled", 100, "sampled accuracy, points"),
-                ("greedy", 100, "greedy accuracy, points"),
-                ("nll", 1, "NLL, nats/token"),
+            (key, *scale)
+            for key, scale in (
+                ("sampled", (100, "sampled accuracy, points")),
+                ("greedy", (100, "greedy accuracy, points")),
+                ("nll", (1, "NLL, nats/token")),
             )
-            if key in next(iter(rows.values()))
+            if key in summary["figures"]
         ]
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
         panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
         places = np.arange(len(rows))
         for n, (axes, (key, factor, label)) in enumerate(zip(panels, measures, strict=True)):
-            means = np.array([factor * gaps[key]["mean"] for gaps in rows.values()])
-            errors = np.array([factor * NORMAL_95 * gaps[key]["se"] for gaps in rows.values()])
+            means = np.array([factor * gaps[key]["value"] for gaps in rows.values()])
+            highs = np.array([factor * gaps[key]["high"] for gaps in rows.values()])
             for place, gaps in zip(places, rows.values(), strict=True):
                 seeds = [factor * gap for gap in gaps[key]["by_seed"]]
                 axes.plot(seeds, [place + 0.22] * len(seeds), "|", ms=5, color=INK, alpha=0.6)
             axes.errorbar(
-                means, places, xerr=errors, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n]
+                means, places, xerr=highs - means, fmt=MARKERS[n], ms=4.5, lw=1.4, color=SERIES[n]
             )
+            if 0 < primary < len(rows):
+                axes.axhline(primary - 0.5, color=INK, lw=0.8, ls=":")
             axes.axvline(0, color=INK, lw=0.8)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(label)
         panels[0].set_yticks(places, list(rows))
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
         return figure, (
-            "Bars: 95 % intervals over prompts. Small strokes: each seed's own difference."
+            "Bars: 95 % intervals over seeds and prompts. Small strokes: each seed's own "
+            "difference. Above the dotted line: the comparisons named in advance."
         )
 
     return chart("comparison", "Differences between methods", draw)

@@ -15,7 +15,7 @@ from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
 from ldalign.report.result import BASELINE, method_name
 from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
-from ldalign.run.settings import LossKeys, unread
+from ldalign.run.settings import GUIDED, LossKeys, reader, unread
 from ldalign.system.files import read_jsonl
 
 METHODS = {
@@ -55,11 +55,28 @@ METHODS = {
         "1. The data's responses serve for held-out measurements alone."
     ),
 }
+# What the weights are where they are not the method's, and in what their distances are measured.
+WEIGHTS_SAID = {
+    "uniform": "1 for every pair, as in SPIN",
+    "shuffled": "the method's, dealt out among the pairs at random",
+    "length": "by how many tokens the two responses differ in length",
+    "inverse": "large where the latent distance is small",
+    "semantic": "by the distance of sentence embeddings",
+    "pooled": "by the distance of the two responses' mean states under the start policy",
+    "oracle": "by a checker's verdict: large where the policy's response is wrong",
+}
+SPACES = {
+    "uniform": "nothing: every pair has the distance 1",
+    "length": "numbers of tokens",
+    "semantic": "the space of a sentence-embedding model",
+    "pooled": "the space of the start policy's mean states",
+    "oracle": "the checker's verdicts",
+}
 # The keys of a config that the page shows, in this order.
 SETTINGS = (
-    "policy data method weights weight_clip mix_previous judge.model iterations max_rows "
-    "max_new_tokens max_length sampling.temperature global_batch learning_rate beta reference "
-    "loss.kind loss.nll loss.label_smoothing loss.length_normalised "
+    "policy data method sft_prompts weights oracle_contrast weight_clip mix_previous judge.model "
+    "iterations max_rows max_new_tokens max_length sampling.temperature global_batch learning_rate "
+    "beta reference loss.kind loss.nll loss.label_smoothing loss.length_normalised "
     "training.epochs training.steps training.optimizer training.schedule guide.folder "
     "guide.backbone guide.towers distance guide.retrain guide.readout guide.injection "
     "guide.latent_tokens guide.latent_width guide.contrast guide.epochs guide.gate sft.epochs "
@@ -142,24 +159,28 @@ def _said(row: Numbers, key: str) -> str:
 def method_text(config: Mapping[str, Any]) -> str:
     """Says what the method does, for somebody who does not know it, and names a control."""
     text = METHODS.get(str(config.get("method")), f"Method: {config.get('method')}.")
-    weights = config.get("weights", "latent")
-    if config.get("distance") == "pooled":
+    if config.get("sft_prompts", "all") == "pairs":
         text += (
-            " In this run no guide was trained: as a control, the distance is between the mean "
-            "states of the two responses under the start policy."
+            " In this run it was trained on those prompts alone on which the policy's own response "
+            "differed from the data's, as the methods with pairs are."
         )
+    weights = str(config.get("weights", "latent"))
     if weights == "latent":
         return text
-    return f"{text} In this run the weights are a control in their place: {weights}."
+    text += f" In this run the weights are a control in their place: {weights}"
+    if weights in WEIGHTS_SAID:
+        text += f", {WEIGHTS_SAID[weights]}"
+    return f"{text}." if weights in GUIDED else f"{text}. No guide was trained."
 
 
 def measured_in(config: Mapping[str, Any]) -> str:
     """Says in what the distances of a config are measured."""
-    if config.get("weights") == "semantic":
-        return "the space of a sentence-embedding model (weights=semantic)"
-    if config.get("distance") == "pooled":
-        return "the space of the start policy's mean states (distance=pooled)"
-    return "the guide's latent space"
+    weights = str(config.get("weights", "latent"))
+    return (
+        f"{SPACES[weights]} (weights={weights})"
+        if weights in SPACES
+        else "the guide's latent space"
+    )
 
 
 def short_name(policy: Any) -> str:
@@ -189,6 +210,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
     """
     counts = table["data"]
     out: list[tuple[str, Any]] = []
+    method = reader(str(config.get("method", "ld_align")), str(config.get("sft_prompts", "all")))
     if counts:
         rows = f"{counts.get('rows/train', 0):.0f} training"
         rows += f", {counts.get('rows/heldout', 0):.0f} held out"
@@ -205,7 +227,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
         )
         out.append(("rows", rows))
     for key in SETTINGS:
-        if unread(str(config.get("method", "ld_align")), [key]):
+        if unread(method, [key]):
             continue
         value: Any = config
         for part in key.split("."):
@@ -214,6 +236,7 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
     given = dict(out)
     off = {key for key, value in out if value is None}
     off |= {key for key in given if key.endswith(".epochs") and given[key] == 0}
+    off |= {"oracle_contrast"} if given.get("weights") != "oracle" else set()
     off |= {"sft.rows"} if "sft.epochs" in off else set()
     off |= {key for key, value in LOSS_OFF.items() if given.get(key) == value}
     off |= {"training.epochs"} if given.get("training.steps") is not None else set()

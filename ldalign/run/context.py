@@ -214,7 +214,8 @@ def open_context(
 
     planned: the stages to come; None: all. write: False: nothing is written into the run folder.
     Raises InputError for bad rows, rows that do not fit or are longer than the policy reads, fewer
-    of them than one global batch, or a guide that is asked for in two ways.
+    of them than one global batch, rows without the checker that weights=oracle asks, or a guide
+    that is asked for in two ways.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
@@ -225,6 +226,8 @@ def open_context(
     _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     _check_validation(ctx)
+    if config.method == "ld_align" and config.weights == "oracle" and config.iterations:
+        check_verdicts(ctx.used[0])
     distributed.copies(config.training.shard_ranks)
     n = {name.removeprefix("rows/"): f"{count:.0f}" for name, count in data.counts.items()}
     say(
@@ -313,6 +316,17 @@ def _check_validation(ctx: Context) -> None:
             f"{', '.join(key for key, given in wanted.items() if given)}: no rows are set aside "
             f"for validation, as only {len(ctx.heldout.rows)} are held out; hold out more "
             "(heldout_fraction, heldout), give validation.rows, or leave out"
+        )
+
+
+def check_verdicts(rows: Sequence[Row]) -> None:
+    """Raises InputError where weights=oracle finds rows that no program can check."""
+    unchecked = [row.id for row in rows if row.kind is None]
+    if unchecked:
+        raise InputError(
+            f"weights=oracle: {len(unchecked)} of {len(rows)} rows name no checker (kind and "
+            f"answer), the first: {unchecked[0]}; give rows that do (data=embedded), or other "
+            "weights"
         )
 
 

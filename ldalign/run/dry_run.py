@@ -219,16 +219,9 @@ def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
 
 
 def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> str:
-    """From the measured speed of two products: 6 operations a weight and token to
-    train, 2 to score or generate.
-    """
-    wide = _flops(ctx, config, ctx.config.training.micro_tokens)
-    narrow = _flops(ctx, config, min(ctx.config.sampling.batch_rows, len(ctx.used[1])))
-    seconds = sum(
-        ctx.parameters * ((6 * cost.trained + 2 * cost.scored) / wide + 2 * cost.generated / narrow)
-        for cost in costs
-    )
-    seconds /= distributed.world_size()
+    """A sentence on the time, from the measured speed of two products."""
+    wide, narrow = _speeds(ctx, config)
+    seconds = _seconds(ctx.parameters, wide, narrow, costs)
     small = ctx.config.needs_guide and not guide_plan(ctx).reads_ids
     left_out = "the guide and loading" if small else "loading"
     return (
@@ -237,6 +230,32 @@ def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> st
         f"one of a decoding step at {narrow / 1e9:.0f}, as measured now, and sampled responses are "
         "as long as the real ones"
     )
+
+
+def rough_seconds(ctx: Context, costs: Sequence[Cost]) -> float:
+    """A rough time for stages of these costs with the policy's weights, in seconds, from the speed
+    measured now.
+    """
+    model = check_model(ctx.start)
+    assert isinstance(model, Mistral)
+    return _seconds(ctx.parameters, *_speeds(ctx, model.config), costs)
+
+
+def _speeds(ctx: Context, config: MistralConfig) -> tuple[float, float]:
+    """Operations a second of a product as in training, and as in a step of sampling."""
+    wide = _flops(ctx, config, ctx.config.training.micro_tokens)
+    return wide, _flops(ctx, config, min(ctx.config.sampling.batch_rows, len(ctx.used[1])))
+
+
+def _seconds(parameters: int, wide: float, narrow: float, costs: Sequence[Cost]) -> float:
+    """The time of costs at these speeds, on all ranks together: 6 operations a weight and token to
+    train, 2 to score or generate.
+    """
+    total = sum(
+        parameters * ((6 * cost.trained + 2 * cost.scored) / wide + 2 * cost.generated / narrow)
+        for cost in costs
+    )
+    return total / distributed.world_size()
 
 
 def _flops(ctx: Context, config: MistralConfig, rows: int) -> float:

@@ -30,6 +30,7 @@ from ldalign.system.metrics import Metrics, say
 log = logging.getLogger(__name__)
 
 STARTED = "started.json"  # in the run folder: the day it was begun
+WAIT_SECONDS = 1.0  # between two tries to get a lock that is waited for
 # What helps where memory does not suffice and nothing within the stage knows better.
 LOWER_IN_A_STAGE = (
     "lower training.micro_tokens, sampling.batch_rows or max_length, or use more ranks or a "
@@ -48,13 +49,14 @@ class RunFolder:
     before the first stage that is made, or at the end where all were made before: a command
     that is refused leaves them as they are.
 
-    Raises InputError if `path` is a file, or a folder with something else in it; EnvironmentProblem
-    if it cannot be written or another live process has it.
+    wait: until another process that has it lets go, instead of refusing. Raises InputError if
+    `path` is a file, or a folder with something else in it; EnvironmentProblem if it cannot be
+    written or another live process has it.
     """
 
-    def __init__(self, path: Path, config_yaml: str) -> None:
+    def __init__(self, path: Path, config_yaml: str, wait: bool = False) -> None:
         self.path = path
-        self._config_yaml = config_yaml
+        self._config_yaml, self._wait = config_yaml, wait
         self._lock: IO[str] | None = None
         self._recorded = False
 
@@ -138,10 +140,8 @@ class RunFolder:
                     f"{self.path}: holds something that is no run; give a new or empty folder "
                     "(run=NAME)"
                 )
-            self._lock = self.lock(self.path)
-            self._lock.truncate(0)
-            self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-            self._lock.flush()
+            self._lock = self.waiting_lock(self.path) if self._wait else self.lock(self.path)
+            sign(self._lock)
 
     def _read_date(self) -> date:
         path = self.path / STARTED
@@ -163,6 +163,19 @@ class RunFolder:
             self.path / "environment.json",
             json.dumps(environment.describe_machine(), indent=1) + "\n",
         )
+
+    @staticmethod
+    def waiting_lock(path: Path) -> IO[str]:
+        """As `lock`, but waits, and says so once, where another process has it."""
+        said = False
+        while True:
+            try:
+                return RunFolder.lock(path)
+            except EnvironmentProblem:
+                if not said:
+                    say(f"{path}: another process works here; waiting for it")
+                said = True
+                time.sleep(WAIT_SECONDS)
 
     @staticmethod
     def lock(path: Path, write: bool = True) -> IO[str]:
@@ -189,6 +202,13 @@ class RunFolder:
                 error.strerror,
             )
         return file
+
+
+def sign(lock: IO[str]) -> None:
+    """Writes into a lock that is held whose it is."""
+    lock.truncate(0)
+    lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+    lock.flush()
 
 
 def stage_names(run: Path) -> list[str]:

@@ -17,7 +17,7 @@ from ldalign.data.pairs import Pairs, joined_pairs, ranked_pairs, with_losers
 from ldalign.evaluation.judges import POLICY
 from ldalign.run.context import Context, file_hash
 from ldalign.run.manifest import Parents
-from ldalign.run.settings import RunConfig
+from ldalign.run.settings import RunConfig, reader
 from ldalign.run.stage import Stage
 from ldalign.run.stages.distances import DISTANCES_STAGE, distances_stage
 from ldalign.run.stages.guide import GUIDE_STAGE, guide_stage
@@ -83,8 +83,15 @@ def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
 
 
 def sft(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
-    """Makes pairs of a real response and no loser, by no stage."""
-    return TrainingPairs(ctx.used[1], {})
+    """Makes pairs of a real response and no loser, by no stage; with sft_prompts=pairs by
+    responses, of those rows alone whose own sample would make a pair.
+    """
+    _, pairs = ctx.used
+    if ctx.config.sft_prompts == "all":
+        return TrainingPairs(pairs, {})
+    against, _ = _against_own(ctx, responses_stage(ctx, t, policy))
+    made_from: Parents = {"responses": file_hash(ctx, RESPONSES.format(t))}
+    return TrainingPairs(pairs.take(against.usable), made_from)
 
 
 def self_reward(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
@@ -153,12 +160,14 @@ SOURCES: dict[str, Callable[[Context, int, Path, Path], TrainingPairs]] = {
 }
 
 
-# The stages that each of them makes; their order is that of `ldalign.run.plan`.
+# The stages that each of them makes, by the method's `reader`; their order is that of
+# `ldalign.run.plan`.
 STAGES: dict[str, frozenset[Stage]] = {
     "ld_align": frozenset({RESPONSES_STAGE, GUIDE_STAGE, DISTANCES_STAGE, REFERENCE_STAGE}),
     "spin": frozenset({RESPONSES_STAGE, REFERENCE_STAGE}),
     "dpo": frozenset({REFERENCE_STAGE}),
     "sft": frozenset(),
+    "sft/pairs": frozenset({RESPONSES_STAGE}),
     "self_reward": frozenset({RESPONSES_STAGE, JUDGED_STAGE, REFERENCE_STAGE}),
     "rlaif": frozenset({RESPONSES_STAGE, JUDGED_STAGE, REFERENCE_STAGE}),
 }
@@ -166,7 +175,7 @@ STAGES: dict[str, frozenset[Stage]] = {
 
 def planned(config: RunConfig, t: int) -> list[str]:
     """The names of the stages that make iteration t's pairs, in no order."""
-    stages = STAGES[config.method]
+    stages = STAGES[reader(config.method, config.sft_prompts)]
     if not config.needs_guide or (t > 0 and not config.guide.retrain):
         stages -= {GUIDE_STAGE}  # the first iteration's serves all
     return [stage.folder(t) for stage in stages]

@@ -4,7 +4,7 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 2401.01335) and marked "choice" where neither does; `configs/` holds whole runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_type_hints
@@ -500,15 +500,29 @@ class RunConfig:
     method: Literal["ld_align", "spin", "dpo", "sft", "self_reward", "rlaif"] = setting(
         "ld_align", "which pairs are trained on (docs/methods.md)"
     )
-    distance: Literal["euclidean", "cosine", "pooled"] = setting(
-        "euclidean",
-        "of two latents: length of their difference (the paper's), or 1 - cos of their angle; "
-        "pooled, a control: of the start policy's mean states, without a guide",
+    sft_prompts: Literal["all", "pairs"] = setting(
+        "all",
+        "prompts that method=sft trains on: all, or those on which the other methods have a pair, "
+        "where the policy's own response differs from the data's",
     )
-    weights: Literal["latent", "uniform", "shuffled", "length", "inverse", "semantic"] = setting(
+    distance: Literal["euclidean", "cosine"] = setting(
+        "euclidean",
+        "of two latents: length of their difference (the paper's), or 1 - cos of their angle",
+        instead={"pooled": "weights=pooled"},
+    )
+    weights: Literal[
+        "latent", "uniform", "shuffled", "length", "inverse", "semantic", "pooled", "oracle"
+    ] = setting(
         "latent",
-        "of ld_align's pairs: the method's, or a control in its place (docs/methods.md); semantic: "
-        "of the distance of sentence embeddings (judge.folder), without a guide",
+        "of ld_align's pairs: the method's, or a control in its place (docs/methods.md); with no "
+        "guide: uniform, length, semantic (distance of sentence embeddings, judge.folder), pooled "
+        "(of the start policy's mean states), oracle (the checker's verdict)",
+    )
+    oracle_contrast: float = setting(
+        0.9,
+        "c of weights=oracle: a pair whose loser is wrong has 1 + c, one whose loser is right "
+        "1 - c, both over their mean",
+        check=above_up_to(0, 1),
     )
     weight_clip: float | None = setting(
         None, "most that a pair weighs (the mean is 1); null: off", check=positive
@@ -608,9 +622,7 @@ class RunConfig:
     @property
     def needs_guide(self) -> bool:
         """Whether the weights come of a guide."""
-        return (
-            self.method == "ld_align" and self.distance != "pooled" and self.weights != "semantic"
-        )
+        return self.method == "ld_align" and self.weights in GUIDED
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
@@ -642,7 +654,10 @@ class RunConfig:
             found.append(f"reference={self.reference}: method=sft has none; leave it out")
         if self.method != "spin" and self.mix_previous:
             found.append(f"mix_previous=true: is for method=spin, not {self.method}")
-        if self.method in ("dpo", "sft") and self.iterations > 1:
+        if self.method != "sft" and self.sft_prompts != "all":
+            found.append(f"sft_prompts={self.sft_prompts}: is for method=sft, not {self.method}")
+        same = self.method == "dpo" or (self.method == "sft" and self.sft_prompts == "all")
+        if same and self.iterations > 1:
             found.append(
                 f"iterations={self.iterations}: method={self.method} has the same pairs in each; "
                 "give iterations=1 and training.epochs"
@@ -652,7 +667,7 @@ class RunConfig:
                 f"judge.model={self.judge.model}: method=self_reward judges by itself; give "
                 "method=rlaif"
             )
-        if self.responses and self.method not in ("ld_align", "spin"):
+        if self.responses and reader(self.method, self.sft_prompts) not in SELF_PLAY:
             found.append(
                 f"responses={self.responses}: method={self.method} takes none; leave it out"
             )
@@ -668,16 +683,22 @@ class RunConfig:
                 f"the nearest: max_length={self.max_new_tokens + 1} or "
                 f"max_new_tokens={self.max_length - 1}"
             )
-        if self._semantic and self.distance != "euclidean":
-            found.append(
-                f"distance={self.distance}: weights=semantic has a distance of its own; leave "
-                "distance out"
-            )
         without = self.method == "ld_align" and not self.needs_guide
+        if without and self.distance != "euclidean":
+            found.append(
+                f"distance={self.distance}: weights={self.weights} has a distance of its own; "
+                "leave distance out"
+            )
         if without and (self.guide.folder is not None or self.guide.retrain):
             found.append(
-                f"guide.folder, guide.retrain: distance={self.distance} weights={self.weights} "
-                "come of no guide; leave them out"
+                f"guide.folder, guide.retrain: weights={self.weights} come of no guide; leave them "
+                "out"
+            )
+        usual = RunConfig.oracle_contrast
+        if "oracle" not in self._kinds and self.oracle_contrast != usual:
+            found.append(
+                f"oracle_contrast={self.oracle_contrast:g}: is read by weights=oracle alone; leave "
+                "it out"
             )
         new = self.guide.backbone == "gpt2" and self.guide.folder is None
         if new and self.guide.towers == "frozen":
@@ -742,16 +763,16 @@ class RunConfig:
         return found
 
     @property
-    def _semantic(self) -> bool:
-        """Whether weights are made of the distance of sentence embeddings."""
-        return self.weights == "semantic"
+    def _kinds(self) -> Collection[str]:
+        """The kinds of weights that are made, as the key `weights` names them."""
+        return (self.weights,)
 
     def _folder_problems(self) -> list[str]:
         """The contradictions about judge.folder between what reads it and what is given."""
         found = []
         readers = {
             "judge=embedding": self.judge.model == "embedding",
-            "weights=semantic": self._semantic,
+            "weights=semantic": "semantic" in self._kinds,
         }
         for reader, reads in readers.items():
             if reads and self.judge.folder is None:
@@ -766,18 +787,26 @@ class RunConfig:
         return found
 
 
+# The values of the key `weights` that are made of a guide's distances.
+GUIDED = ("latent", "shuffled", "inverse")
+# The methods whose first iteration samples from the start policy, so that `responses` may be given;
+# they share the samples, so `train/compare.py` compares them.
+SELF_PLAY = ("ld_align", "spin", "sft/pairs")
+
 # What `train/align.py` does not read, by method: keys, and groups of keys.
-_OF_LD_ALIGN = ("guide", "distance", "weights", "weight_clip")
+_OF_LD_ALIGN = ("guide", "distance", "weights", "weight_clip", "oracle_contrast")
 _OF_JUDGES = ("judge", "agreement")
+_OF_SFT = ("sft_prompts",)
 UNREAD: dict[str, tuple[str, ...]] = {
     # judge.folder is what weights=semantic reads; elsewhere it is refused (`RunConfig.problems`)
     "ld_align": (
         "mix_previous",
         *(f"judge.{key.name}" for key in fields(JudgeKeys) if key.name != "folder"),
         "agreement",
+        *_OF_SFT,
     ),
-    "spin": (*_OF_LD_ALIGN, *_OF_JUDGES),
-    "dpo": (*_OF_LD_ALIGN, *_OF_JUDGES, *SAMPLING_KEYS, "mix_previous", "responses"),
+    "spin": (*_OF_LD_ALIGN, *_OF_JUDGES, *_OF_SFT),
+    "dpo": (*_OF_LD_ALIGN, *_OF_JUDGES, *_OF_SFT, *SAMPLING_KEYS, "mix_previous", "responses"),
     "sft": (
         *_OF_LD_ALIGN,
         *_OF_JUDGES,
@@ -788,13 +817,19 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "loss",
         "reference",
     ),
-    "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "responses"),
-    "rlaif": (*_OF_LD_ALIGN, "agreement", "mix_previous", "responses"),
+    "sft/pairs": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "beta", "reference"),
+    "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, *_OF_SFT, "mix_previous", "responses"),
+    "rlaif": (*_OF_LD_ALIGN, *_OF_SFT, "agreement", "mix_previous", "responses"),
 }
 
 
+def reader(method: str, sft_prompts: str = "all") -> str:
+    """The name of a method in `UNREAD`: sft reads more with sft_prompts=pairs."""
+    return f"{method}/pairs" if method == "sft" and sft_prompts == "pairs" else method
+
+
 def unread(method: str, keys: Iterable[str]) -> list[str]:
-    """Those of the dotted keys that `train/align.py` does not read with this method."""
+    """Those of the dotted keys that `train/align.py` does not read with this method, a `reader`."""
     return [
         key
         for key in keys
@@ -802,8 +837,8 @@ def unread(method: str, keys: Iterable[str]) -> list[str]:
     ]
 
 
-# they share samples and reference; the others train on rows of their own
-COMPARABLE = ("sft", "spin", "ld_align")
+# What may be compared beside ld_align/WEIGHTS, with all WEIGHTS that the key `weights` has.
+COMPARABLE = ("sft", "sft/pairs", "spin", "ld_align", "ld_align/retrained")
 
 
 @dataclass(frozen=True)
@@ -812,13 +847,29 @@ class CompareKeys:
 
     methods: list[str] = setting(
         ["sft", "spin", "ld_align/shuffled", "ld_align"],
-        "METHOD or METHOD/WEIGHTS, by the keys of those names",
+        "sft, sft/pairs (sft_prompts=pairs), spin, ld_align, ld_align/retrained "
+        "(guide.retrain=true), ld_align/WEIGHTS (weights=WEIGHTS)",
         check=not_empty,
     )
     seeds: list[int] = setting(
         [0, 1, 2],
         "of sampling, guide and row order; the first one's runs choose the learning rates",
         check=not_empty,
+    )
+    only: list[int] = setting(
+        [],
+        "those of the seeds that this process trains, while others train the rest of the same run; "
+        "[]: all",
+    )
+    policies: Literal["keep", "remove"] = setting(
+        "keep",
+        "the weights of the policies that are trained; remove: each training's, once it is "
+        "evaluated and no other needs it",
+    )
+    primary: list[str] | None = setting(
+        None,
+        "differences named in advance, such as [ld_align - spin]: printed first, a family of tests "
+        "of their own; null: ld_align - spin and ld_align - ld_align/shuffled, where compared",
     )
     learning_rates: list[float] = setting(
         [5e-6, 1.5e-5, 4.5e-5], "tried for every method", check=each(positive)
@@ -837,21 +888,69 @@ class CompareConfig(RunConfig):
     compare: CompareKeys = group(CompareKeys, "the comparison")
 
     @property
-    def _semantic(self) -> bool:
-        return "ld_align/semantic" in self.compare.methods
+    def _kinds(self) -> Collection[str]:
+        return {name.partition("/")[2] or "latent" for name in self.compare.methods}
+
+    def _folder_problems(self) -> list[str]:
+        """As `RunConfig`'s; where no weights need it, the comparison's table of distances reads
+        judge.folder.
+        """
+        if "semantic" in self._kinds and self.judge.folder is None:
+            return [
+                "compare.methods: ld_align/semantic needs the folder of a sentence-embedding "
+                "model; give judge.folder"
+            ]
+        return []
+
+    def _arm_problems(self) -> list[str]:
+        """The contradictions between what is compared."""
+        found, names = [], self.compare.methods
+        kinds = get_args(get_type_hints(RunConfig)["weights"])
+        known = {*COMPARABLE, *(f"ld_align/{kind}" for kind in kinds)}
+        for name in dict.fromkeys(names):
+            if name not in known:
+                found.append(
+                    f"compare.methods: {name!r} is not one of {', '.join(COMPARABLE)}, "
+                    f"ld_align/WEIGHTS with weights of {', '.join(kinds)}"
+                )
+            if names.count(name) > 1:
+                found.append(f"compare.methods: {name!r} is there twice; leave one out")
+        if "ld_align/retrained" in names and self.iterations < 2:
+            found.append(
+                f"iterations={self.iterations}: ld_align/retrained differs from ld_align from the "
+                "second iteration on; give iterations=2, or leave it out"
+            )
+        for key in ("seeds", "only"):
+            seeds = getattr(self.compare, key)
+            if len(set(seeds)) < len(seeds):
+                found.append(f"compare.{key}: a seed is there twice; leave one out")
+        strange = [n for n in self.compare.only if n not in self.compare.seeds]
+        if strange:
+            found.append(
+                f"compare.only: {strange[0]} is none of compare.seeds={self.compare.seeds}; give "
+                "some of them"
+            )
+        for name in self.compare.primary or ():
+            sides = name.split(" - ")
+            if len(sides) != 2 or sides[0] == sides[1] or not {*sides} <= {*names, "start"}:
+                found.append(
+                    f"compare.primary: {name!r} is not METHOD - METHOD, two of compare.methods or "
+                    "start"
+                )
+        return found
+
+    @property
+    def primary(self) -> list[tuple[str, str]]:
+        """The differences named in advance: (first, second), first minus second."""
+        usual = ["ld_align - spin", "ld_align - ld_align/shuffled"]
+        given = usual if self.compare.primary is None else self.compare.primary
+        pairs = [(a, b) for a, _, b in (name.partition(" - ") for name in given)]
+        return [(a, b) for a, b in pairs if {a, b} <= {*self.compare.methods, "start"}]
 
     def problems(self) -> list[str]:
         """The contradictions between keys, a sentence each; [] where there are none."""
-        found = super().problems()
-        weights = get_args(get_type_hints(RunConfig)["weights"])
-        for name in self.compare.methods:
-            method, _, kind = name.partition("/")
-            if method not in COMPARABLE or (kind and (method != "ld_align" or kind not in weights)):
-                found.append(
-                    f"compare.methods: {name!r} is not METHOD or ld_align/WEIGHTS, with a method "
-                    f"of {', '.join(COMPARABLE)} and weights of {', '.join(weights)}"
-                )
-        for key in ("method", "weights", "weight_clip", "mix_previous", "responses"):
+        found = super().problems() + self._arm_problems()
+        for key in ("method", "sft_prompts", "weights", "weight_clip", "mix_previous", "responses"):
             if getattr(self, key) != getattr(RunConfig, key):
                 found.append(f"{key}: compare.methods says what is compared; leave {key} out")
         if self.validation != ValidationKeys() or self.select is not None:
@@ -859,6 +958,8 @@ class CompareConfig(RunConfig):
                 "validation, select: all methods take the same steps, and the last weights are "
                 "compared; leave them out"
             )
+        if self.guide.retrain:
+            found.append("guide.retrain: give ld_align/retrained in compare.methods; leave it out")
         if self.iterations < 1:
             found.append(f"iterations={self.iterations}: a comparison needs 1 or more")
         if self.training.steps is None:

@@ -87,14 +87,22 @@ def at_least_below(low: float, high: float) -> Check:
     return Check(lambda value: low <= value < high, f"{low} or greater, below {high}")
 
 
-def setting(default: Any, help: str, *, check: Check | None = None, path: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    check: Check | None = None,
+    path: bool = False,
+    instead: Mapping[str, str] | None = None,
+) -> Any:
     """Declares one key: the default and the help of a dataclass field.
 
     `help` gives meaning, unit and "off" value; `check` is skipped for None. A list given as the
     default is copied for each config. path: the value names files or folders, or may: a `~` that it
-    (or an entry of it) begins with is the home directory.
+    (or an entry of it) begins with is the home directory. instead: values of an earlier version,
+    each with what is written now.
     """
-    metadata = {"help": help, "check": check, "path": path}
+    metadata = {"help": help, "check": check, "path": path, "instead": instead or {}}
     if default is REQUIRED:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -355,6 +363,11 @@ def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: lis
             values[name] = _build(inner, f"{key}.", given, problems)
             continue
         if key in given:
+            old = str(given[key].node.value)
+            if old in declared.metadata.get("instead", ()):
+                now = declared.metadata["instead"][old]
+                problems.append(f"{where}{key}: {old!r} is written otherwise now; give {now}")
+                continue
             try:
                 values[name] = _convert(given[key].node, _types(cls)[name])
             except _Mismatch as error:

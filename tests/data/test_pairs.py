@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ldalign.data.pairs import Chosen, Pair, Pairs, joined_pairs, ranked_pairs, with_losers
-from ldalign.objective import WEIGHTS, distance_weights, effective_size, pair_weights
+from ldalign.objective import (
+    WEIGHTS,
+    distance_weights,
+    effective_size,
+    length_distance,
+    oracle_distance,
+    pair_weights,
+)
 from ldalign.run.settings import RunConfig
 
 
@@ -58,8 +65,8 @@ KEPT = [True, True, True, False, True]
 DISTANCES = torch.tensor([1.0, 4.0, 0.01, 7.0, 2.99])
 
 
-def weigh(kind: str, seed: int = 0, clip: float | None = None) -> list[float]:
-    return pair_weights(kind, DISTANCES, PAIRS, KEPT, seed, clip)[0].tolist()
+def weigh(kind: str, seed: int = 0, distances: torch.Tensor = DISTANCES) -> list[float]:
+    return pair_weights(kind, distances, KEPT, seed)[0].tolist()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -73,12 +80,33 @@ def test_the_kinds_of_weights_by_hand() -> None:
     3, 0, 1, 6, with mean 2.5.
     """
     assert weigh("latent") == pytest.approx([0.5, 2.0, 0.005, 0, 1.495])
-    assert weigh("uniform") == [1, 1, 1, 0, 1]
-    assert weigh("length") == pytest.approx([1.2, 0, 0.4, 0, 2.4])
+    assert weigh("uniform", 0, torch.ones(5)) == [1, 1, 1, 0, 1]
+    assert weigh("length", 0, length_distance(PAIRS)) == pytest.approx([1.2, 0, 0.4, 0, 2.4])
     inverse = [2, 0.5, 10, 1 / 1.495]  # 0.005 is nearer than a tenth of the mean
     assert weigh("inverse") == pytest.approx(
         [*(4 * x / sum(inverse) for x in inverse[:3]), 0, 4 * inverse[3] / sum(inverse)]
     )
+
+
+def test_the_oracle_weighs_wrong_losers_more_than_right_ones() -> None:
+    """Of the kept, the first two losers are wrong, c = 0.9: distances 1.9, 1.9, 0.1, 0.1, mean 1;
+    with one wrong loser the mean is 0.55. c = 1 leaves right losers out, and where every kept
+    loser is right, or wrong, there is nothing to tell apart.
+    """
+    distances = oracle_distance([False, False, True, False, True], 0.9)
+    assert distances.tolist() == pytest.approx([1.9, 1.9, 0.1, 1.9, 0.1])
+    assert weigh("oracle", 0, distances) == pytest.approx([1.9, 1.9, 0.1, 0, 0.1])
+    few = weigh("oracle", 0, oracle_distance([True, True, False, False, True], 0.9))
+    assert few == pytest.approx([0.1 / 0.55, 0.1 / 0.55, 1.9 / 0.55, 0, 0.1 / 0.55])
+    assert weigh("oracle", 0, oracle_distance([False, True, False, True, True], 1.0)) == [
+        2,
+        0,
+        2,
+        0,
+        0,
+    ]
+    for alike in (True, False):
+        assert weigh("oracle", 0, oracle_distance([alike] * 5, 1.0)) == [1, 1, 1, 0, 1]
 
 
 def test_shuffled_weights_are_the_latent_ones_elsewhere() -> None:
@@ -91,7 +119,7 @@ def test_shuffled_weights_are_the_latent_ones_elsewhere() -> None:
 
 
 def test_a_clip_lowers_the_largest_and_leaves_the_rest() -> None:
-    weights, clipped = pair_weights("latent", DISTANCES, PAIRS, KEPT, 0, 1.5)
+    weights, clipped = pair_weights("latent", DISTANCES, KEPT, 0, 1.5)
     assert weights.tolist() == pytest.approx([0.5, 1.5, 0.005, 0, 1.495]) and clipped == 1
 
 

@@ -16,6 +16,7 @@ from ldalign.data.columns import Columns
 from ldalign.models.toy import write_toy_model
 from ldalign.models.weights import load_model, save_model
 from ldalign.run.folder import stage_names
+from ldalign.run.methods import STAGES
 from ldalign.run.settings import UNREAD, RunConfig
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
@@ -109,7 +110,8 @@ def test_keys_that_a_method_does_not_read(
 
 def test_every_method_has_its_list_of_unread_keys() -> None:
     names = {key for keys in UNREAD.values() for key in keys}
-    assert set(UNREAD) == set(get_args(get_type_hints(RunConfig)["method"]))
+    assert set(UNREAD) == {*get_args(get_type_hints(RunConfig)["method"]), "sft/pairs"}
+    assert set(STAGES) == set(UNREAD)  # whose pairs are made by no other stages
     for name in names:
         value: object = RunConfig()
         for part in name.split("."):

@@ -13,13 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from ldalign.evaluation.agreement import RIVALS
+from ldalign.objective import WEIGHTS
 from ldalign.report import figures, words
 from ldalign.report.agreement import agreement_rows, read_agreement, sentence
 from ldalign.report.analysis import OWN, read_pairs
 from ldalign.report.guides import GAINS, gain_text
 from ldalign.report.page import try_page, write_page
 from ldalign.report.table import read_summaries, write_report
-from ldalign.run.settings import RunConfig
+from ldalign.run.settings import GUIDED, RunConfig
 from ldalign.system.config import to_dict
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import report as script
@@ -632,13 +633,23 @@ def test_spin_has_no_distances(toy: Path) -> None:
 def test_a_control_without_a_guide_is_named_as_such(toy: Path) -> None:
     shutil.rmtree(toy / "guide")
     config = toy / "config.yaml"
-    config.write_text(config.read_text().replace("distance: euclidean", "distance: pooled"))
+    config.write_text(config.read_text().replace("weights: latent", "weights: pooled"))
     page = made(toy)
     assert "lies from the data set's (“real”) in the space of the start policy's mean" in page.text
-    assert "no guide was trained: as a control" in page.text
+    assert (
+        "a control in their place: pooled, by the distance of the two responses' mean" in page.text
+    )
+    assert "No guide was trained." in page.text
     assert "What the guide's latent is worth: not drawn: this run trained no guide" in page.text
     assert "Iteration 0: the difference of the two lengths explains" in page.text
     assert "sentence-embedding model" in words.measured_in({"weights": "semantic"})
+    assert words.measured_in({"weights": "shuffled"}) == "the guide's latent space"
+    for kind in WEIGHTS:  # each is said, in words of its own
+        text = words.method_text({"method": "ld_align", "weights": kind})
+        assert (f"in their place: {kind}, " in text) == (kind != "latent")
+        assert ("No guide was trained" in text) == (kind not in GUIDED)
+    shorter = words.method_text({"method": "sft", "sft_prompts": "pairs"})
+    assert "those prompts alone" in shorter
 
 
 def test_an_unfinished_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

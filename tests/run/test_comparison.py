@@ -3,15 +3,13 @@ its differences.
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import ROOT
 
-from ldalign.report import comparison
-from ldalign.run.comparison import START, Arm, arm_folder, read_answers, score, validation_ids
+from ldalign.run.comparison import START, Arm, arm_folder, read_answers, scores, validation_ids
 from ldalign.run.settings import CompareConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
@@ -39,16 +37,26 @@ def config_of(*overrides: str) -> CompareConfig:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("compare.methods=[sft, spinn]", "'spinn' is not METHOD or ld_align/WEIGHTS"),
-        ("compare.methods=[spin/shuffled]", "'spin/shuffled' is not METHOD"),
-        ("compare.methods=[spin, rlaif]", "'rlaif' is not METHOD"),
+        ("compare.methods=[sft, spinn]", "'spinn' is not one of sft, sft/pairs, spin, ld_align, "),
+        ("compare.methods=[spin/shuffled]", "'spin/shuffled' is not one of"),
+        ("compare.methods=[spin, rlaif]", "'rlaif' is not one of"),
+        ("compare.methods=[sft/shuffled]", "'sft/shuffled' is not one of"),
+        ("compare.methods=[ld_align/noise]", "ld_align/WEIGHTS with weights of latent, uniform"),
+        ("compare.methods=[spin, spin]", "'spin' is there twice"),
+        ("compare.methods=[ld_align/retrained]", "iterations=1: ld_align/retrained differs from"),
         ("weights=uniform", "weights: compare.methods says what is compared"),
-        ("compare.methods=[ld_align/semantic]", "weights=semantic: needs the folder"),
-        ("judge.folder=x", "judge.folder=x: is read by judge=embedding and weights=semantic alone"),
+        ("guide.retrain=true", "guide.retrain: give ld_align/retrained in compare.methods"),
+        ("compare.methods=[ld_align/semantic]", "ld_align/semantic needs the folder"),
+        ("oracle_contrast=0.5", "oracle_contrast=0.5: is read by weights=oracle alone"),
         ("training.steps=null", "training.steps: must be given"),
         ("compare.validation_rows=26", "leaves none of evaluation.rows=26 to report"),
         ("compare.learning_rates=[0.0]", "must be greater than 0"),
         ("compare.seeds=[]", "must be not empty"),
+        ("compare.seeds=[1, 2, 1]", "compare.seeds: a seed is there twice"),
+        ("compare.only=[3]", r"compare.only: 3 is none of compare.seeds=\[0, 1\]"),
+        ("compare.primary=[spin]", "compare.primary: 'spin' is not METHOD - METHOD"),
+        ("compare.primary=[spin - dpo]", "'spin - dpo' is not METHOD - METHOD, two of"),
+        ("compare.primary=[spin - spin]", "'spin - spin' is not METHOD - METHOD"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(override: str, message: str) -> None:
@@ -102,10 +110,12 @@ def test_a_comparison_and_its_resumption(
         starts = [read_answers(arm_folder(config, arm, s, rates[arm.name]) / START) for s in (0, 1)]
         nll = np.mean([[t[i]["nll"] for i in test] for t in tables])
         gap = nll - np.mean([[t[i]["nll"] for i in test] for t in starts])
-        assert summary["policies"][arm.name]["nll"] == pytest.approx(nll)
-        assert summary["policies"][arm.name]["difference"]["nll"]["mean"] == pytest.approx(gap)
+        assert summary["policies"][arm.name]["nll"]["value"] == pytest.approx(nll)
+        found = summary["others"][f"{arm.name} - start"]["nll"]
+        assert found["value"] == pytest.approx(gap)
     text = (run / "report/comparison.md").read_text()
     assert "| spin - sft |" in text and "| ld_align/uniform |" in text
+    assert "named in advance" not in text  # neither of the usual two is compared
     assert (run / "report/comparison.svg").stat().st_size > 5000
     before = {
         path: path.stat().st_mtime_ns
@@ -123,21 +133,9 @@ def test_rates_are_scored_on_validation_rows_alone() -> None:
         "b": {"nll": 3.0, "sampled": 0.0},
         "c": {"nll": 9.0, "sampled": 0.0},
     }
-    assert score(figures, ["a", "b"]) == 0.5
+    assert scores(figures, ["a", "b"]).tolist() == [1.0, 0.0]
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
-    assert score(unchecked, ["a", "b"]) == -2.0
+    assert scores(unchecked, ["a", "b"]).tolist() == [-1.0, -3.0]
     # evaluation.samples=0
     greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
-    assert score(greedy, ["a"]) == 1.0
-
-
-def test_differences_are_paired_by_prompt() -> None:
-    """Two seeds, three rows: gaps of 1, 2, 3 and 3, 2, 1 have the same mean on every row, so no
-    error over rows.
-    """
-    start = {"nll": np.array([[0.0, 10.0, 20.0]] * 2)}
-    table = {"nll": np.array([[1.0, 12.0, 23.0], [3.0, 12.0, 21.0]])}
-    row = comparison._row(table, start)
-    assert row["nll"] == pytest.approx(12.0) and row["difference"]["nll"]["by_seed"] == [2.0, 2.0]
-    assert row["difference"]["nll"]["mean"] == 2.0 and row["difference"]["nll"]["se"] == 0.0
-    assert row["nll_se"] == pytest.approx(10 / math.sqrt(3))
+    assert scores(greedy, ["a"]).tolist() == [1.0]

@@ -125,8 +125,14 @@ def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("distance=pooled", "guide.retrain=true"), "come of no guide"),
-        (("distance=pooled", "guide=some/guide"), "come of no guide"),
+        (("distance=pooled",), "distance: 'pooled' is written otherwise now; give weights=pooled"),
+        (("weights=pooled", "guide.retrain=true"), "weights=pooled come of no guide"),
+        (("weights=pooled", "guide=some/guide"), "weights=pooled come of no guide"),
+        (("weights=oracle", "distance=cosine"), "weights=oracle has a distance of its own"),
+        (("oracle_contrast=0.5",), "oracle_contrast=0.5: is read by weights=oracle alone"),
+        (("weights=oracle", "oracle_contrast=0"), "must be greater than 0, at most 1"),
+        (("sft_prompts=pairs",), "sft_prompts=pairs: is for method=sft, not ld_align"),
+        (("method=sft", "iterations=2"), "has the same pairs in each"),
         (("weights=semantic", "judge.folder=x", "distance=cosine"), "a distance of its own"),
         (("weights=semantic",), "weights=semantic.*judge.folder"),
         (("guide.bag_of_words=1", "guide.injection=prefix"), "guide.injection=both"),
@@ -170,11 +176,12 @@ def test_a_guide_that_cannot_read_so_much_is_refused_before_any_stage(
 
 
 def test_no_guide_is_planned_where_none_is_read(tmp_path: Path, toy_cache: Path) -> None:
-    for given in (("distance=pooled",), ("weights=semantic", "judge.folder=x")):
+    kinds = [(f"weights={name}",) for name in ("pooled", "oracle", "uniform", "length")]
+    for given in (*kinds, ("weights=semantic", "judge.folder=x")):
         config = config_of(tmp_path, *given)
         assert not config.needs_guide and "guide" not in align.planned(config)
         assert "iteration_0/distances" in align.planned(config)
-        with pytest.raises(InputError, match="no guide is read; leave them out"):
+        with pytest.raises(InputError, match="no guide is read; leave it out"):
             guide_script.main(arguments(tmp_path / "run", toy_cache, *given))
     config = config_of(tmp_path, "distance=cosine", "weights=shuffled")
     assert config.needs_guide and "guide" in align.planned(config)
@@ -292,9 +299,6 @@ def test_a_trained_guide_that_is_given_meets_the_gate(
         guide_stage(given, 0, ctx.start, pairs)
     assert guide_stage(with_keys(given, gate="warn"), 0, ctx.start, pairs) == tmp_path
     assert message in capfd.readouterr().err
-    for weights in ("uniform", "length"):  # which are not made of its distances
-        control = replace(given, config=replace(given.config, weights=weights))
-        assert guide_stage(control, 0, ctx.start, pairs) == tmp_path
 
 
 def test_a_guide_that_tells_nothing_apart_stops_the_run(
@@ -383,7 +387,7 @@ def check_weights(run: Path, expected: Sequence[float]) -> None:
 def test_pooled_distances_need_no_guide(tmp_path: Path, toy_cache: Path, in_process: None) -> None:
     """They are those of the start policy's mean states, in the second iteration too."""
     sft = ("sft.epochs=1", "sft.rows=16", "sft.global_batch=8")
-    run, given = tmp_path / "run", ("distance=pooled", "iterations=2", "dtype=float32", *sft)
+    run, given = tmp_path / "run", ("weights=pooled", "iterations=2", "dtype=float32", *sft)
     align.main(arguments(run, toy_cache, *given))
     _, pairs = of_run(run, toy_cache, given)
     model = load_model(run / "sft/policy", torch.float32)
@@ -404,7 +408,7 @@ def test_pooled_distances_need_no_guide(tmp_path: Path, toy_cache: Path, in_proc
         json.loads((run / f"iteration_{t}/distances/manifest.json").read_text())["parents"]
         for t in (0, 1)
     ]
-    assert "guide" not in parents[0] and parents[0]["distance"] == "pooled"
+    assert "guide" not in parents[0] and parents[0]["weights"] == "pooled"
     assert parents[0]["policy"] == parents[1]["policy"]  # both measured by the start
     distributed.stop()
 

@@ -426,3 +426,22 @@ def test_trajectory_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
 def test_no_pairs_is_an_error() -> None:
     with pytest.raises(ValueError, match="no pairs"):
         run([])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_pairs_of_weight_0_do_no_harm(optimizer: str) -> None:
+    """Steps of such pairs alone leave every weight as it is; among others they add nothing to the
+    gradient, and still count in the divisor, as the mean weight is over all pairs.
+    """
+    pairs = with_reference(tiny.pairs(4, weights=[0.0] * 4))
+    model = tiny.mistral()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = replace(SETTINGS, optimizer=optimizer, weight_decay=0.0, epochs=2, global_batch=2)
+    found = train(
+        model, pairs, settings, compute_dtype=torch.float32, device=CPU, seed=0, stage="x"
+    )
+    assert found["loss"] == 0.0 and found["loss/unweighted"] > 0
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    some = tiny.pairs(4, weights=[0.0, 2.0, 0.0, 1.5])
+    alone = [replace(pair, weight=pair.weight / 2) for pair in some if pair.weight]
+    assert difference(gradient(some)[1], gradient(alone)[1]) < 1e-4

@@ -48,7 +48,7 @@ def agreement_stage(ctx: Context, policy: Path, guide: Path | None, start: Path)
     worse, into agreement/ with every pair they saw; returns the figures.
 
     Beside the guide stand, of the same pairs, what `ldalign.evaluation.agreement.RIVALS` names.
-    guide: its folder; None with distance=pooled. start: the policy that self-play starts from.
+    guide: its folder; None with weights=pooled. start: the policy that self-play starts from.
     """
     samples = agreement_samples_stage(ctx, policy)
     rows = ctx.heldout.rows[: ctx.config.agreement.rows]

@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldalign.data.embedded import check
 from ldalign.data.pairs import Pair, Pairs
 from ldalign.evaluation.embedding import EmbeddingModel
 from ldalign.evaluation.guide import explained_shares
 from ldalign.models.guide import Guide, Latent
 from ldalign.models.guide_folder import load_guide, pooled_guide
-from ldalign.objective import Metric, effective_size, pair_weights
+from ldalign.objective import (
+    Metric,
+    effective_size,
+    length_distance,
+    oracle_distance,
+    pair_weights,
+)
 from ldalign.run.context import Context, file_hash
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Cost, Stage
@@ -20,7 +27,7 @@ from ldalign.run.stages.guide import guide_hash, guide_pairs, guide_plan, guide_
 from ldalign.run.stages.judged import embedding_folder
 from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
-from ldalign.system.files import read_jsonl, write_jsonl
+from ldalign.system.files import iter_jsonl, read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
@@ -30,7 +37,7 @@ log = logging.getLogger(__name__)
 def _cost(ctx: Context, name: str) -> Cost:
     # Another guide, and an embedding model, is small beside the policy: its tokens are left out.
     config = ctx.config
-    of_policy = config.distance == "pooled" or (config.needs_guide and guide_plan(ctx).reads_ids)
+    of_policy = config.weights == "pooled" or (config.needs_guide and guide_plan(ctx).reads_ids)
     return Cost(scored=guide_tokens(ctx) if of_policy else 0)
 
 
@@ -38,8 +45,9 @@ DISTANCES_STAGE = Stage("distances", _cost)
 
 
 def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs: Pairs) -> Pairs:
-    """Measures how far each pair's two responses lie apart in latent space; returns the pairs with
-    the weights made of these distances (arXiv 2404.06390, section 4.2.2).
+    """Measures how far each pair's two responses lie apart, in latent space or as the key `weights`
+    says; returns the pairs with the weights made of these distances (arXiv 2404.06390, section
+    4.2.2).
 
     guide: the trained guide's folder; None where the weights come of none. start: the policy that
     self-play starts from. pairs: one a row of `ctx.used`, with losers.
@@ -49,15 +57,9 @@ def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs
     kept = pairs.usable.tolist()
 
     def make(folder: Path) -> Metrics:
-        parts = folder / PARTS / "distances"
-        if config.weights == "semantic":
-            distances = semantic_distances(ctx, pairs, parts)
-        else:
-            made = open_guide(ctx, guide, start)
-            read = guide_pairs(ctx, made, rows, pairs)
-            distances = latent_distances(ctx, made, read, parts)[:, 0]
+        distances = _distances(ctx, t, guide, start, pairs, folder / PARTS / "distances")
         weights, clipped = pair_weights(
-            config.weights, distances, pairs, kept, config.seed + t, config.weight_clip
+            config.weights, distances, kept, config.seed + t, config.weight_clip
         )
         if clipped:
             log.warning(
@@ -76,15 +78,8 @@ def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs
         found = _distance_summary(distances, weights, pairs, kept, ctx.tokenizer.end_ids)
         return found | {"weight/clipped": clipped}
 
-    measured: Parents
-    if config.weights == "semantic":
-        measured = {"judge.folder": hash_model_folder(embedding_folder(config))}
-    elif guide is None:
-        measured = {"policy": hash_model_folder(start), "dtype": str(ctx.dtype)}
-    else:
-        measured = {"guide": guide_hash(guide), "dtype": str(ctx.dtype)}
     parents: Parents = {
-        **measured,
+        **_measured_by(ctx, guide, start),
         "responses": file_hash(ctx, RESPONSES.format(t)),
         "data": ctx.used_hash,
         **ctx.keys("max_length", "distance", "weights", "weight_clip"),
@@ -95,9 +90,52 @@ def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs
     return pairs.changed(weights=np.array(weights))
 
 
+def _distances(
+    ctx: Context, t: int, guide: Path | None, start: Path, pairs: Pairs, parts: Path
+) -> torch.Tensor:
+    """(N,) float64: how far the two responses of pairs are apart by the key `weights`; where these
+    are made of a guide, in its latent space. parts: where the rows that are done are kept.
+    """
+    kind = ctx.config.weights
+    if kind == "uniform":
+        return torch.ones(len(pairs), dtype=torch.float64)
+    if kind == "length":
+        return length_distance(pairs)
+    if kind == "oracle":
+        return oracle_distance(right_losers(ctx, t), ctx.config.oracle_contrast)
+    if kind == "semantic":
+        return semantic_distances(ctx, pairs, parts)
+    made = open_guide(ctx, guide, start)
+    read = guide_pairs(ctx, made, ctx.used[0], pairs)
+    return latent_distances(ctx, made, read, parts)[:, 0]
+
+
+def _measured_by(ctx: Context, guide: Path | None, start: Path) -> Parents:
+    """What the distances depend on beside the pairs, for the stage's manifest."""
+    kind = ctx.config.weights
+    if guide is not None:
+        return {"guide": guide_hash(guide), "dtype": str(ctx.dtype)}
+    if kind == "semantic":
+        return {"judge.folder": hash_model_folder(embedding_folder(ctx.config))}
+    if kind == "pooled":
+        return {"policy": hash_model_folder(start), "dtype": str(ctx.dtype)}
+    return ctx.keys("oracle_contrast") if kind == "oracle" else {}
+
+
+def right_losers(ctx: Context, t: int) -> list[bool]:
+    """Says of each row of `ctx.used`, all of which name a checker, whether the response that
+    iteration t sampled is a right answer; one that did not end is none.
+    """
+    records = iter_jsonl(ctx.run.path / RESPONSES.format(t))
+    return [
+        record["finish_reason"] == "stop" and check(str(row.kind), row.answer, record["response"])
+        for row, record in zip(ctx.used[0], records, strict=True)
+    ]
+
+
 def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:
     """The trained guide in a folder; or where there is none, the one that reads the mean states of
-    the policy `start` for latents (distance=pooled).
+    the policy `start` for latents (weights=pooled).
     """
     if guide is None:
         return pooled_guide(start, ctx.dtype, ctx.device, ctx.template)

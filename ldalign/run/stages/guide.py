@@ -287,7 +287,7 @@ def _check_gate(ctx: Context, name: str, figures: Metrics) -> None:
     """Stops, or warns, where a guide does not tell a row's two responses apart and weights are made
     of its distances.
     """
-    if tells_apart(figures) or ctx.config.weights in ("uniform", "length"):
+    if tells_apart(figures):
         return
     if figures["differing"] < 2:
         found = (

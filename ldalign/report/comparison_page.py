@@ -1,0 +1,298 @@
+"""The page of a comparison, from what `ldalign.report.comparison.summarise` returns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldalign.report.table import LEADING
+from ldalign.run.comparison import START
+from ldalign.system import distributed
+from ldalign.system.files import make_folder, write_json, write_text
+
+TITLES = {"sampled": "sampled, %", "greedy": "greedy, %", "nll": "NLL, nats/token"}
+SAID = {"sampled": "sampled accuracy", "greedy": "greedy accuracy", "nll": "NLL"}
+UNITS = {"sampled": "points", "greedy": "points", "nll": "nats/token"}
+
+
+def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
+    """Writes report/comparison.json, .md and, with matplotlib, .svg and .png into the comparison's
+    folder; returns the page, the text of comparison.md.
+    """
+    folder = run / "report"
+    text = render(summary)
+    if distributed.rank() == 0:
+        make_folder(folder)
+        write_json(folder / "comparison.json", summary)
+        write_text(folder / "comparison.md", text)
+        try:
+            from ldalign.report.chart import write_chart
+            from ldalign.report.figures import contrasts
+        except ImportError:
+            missing = "matplotlib is not installed; pip install 'ldalign[report]'"
+            return f"{text}\n(no figure: {missing})"
+        write_chart(contrasts(summary), folder)
+    return text
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Writes the Markdown page."""
+    parts = (
+        _set_up,
+        _primary,
+        _policies,
+        _others,
+        _oracle,
+        _weights,
+        _power,
+        _search,
+        _benchmarks,
+        _notes,
+    )
+    return "\n".join("\n".join([*lines, ""]) for part in parts if (lines := part(summary)))
+
+
+def _set_up(summary: Mapping[str, Any]) -> list[str]:
+    rows, rounds = summary["rows"], summary["iterations"]
+    each = f"{rounds} iterations of {summary['steps']}" if rounds > 1 else f"{summary['steps']}"
+    return [
+        f"**{len(summary['seeds'])} seed(s), {rows['test']} held-out rows; learning rates chosen "
+        f"on {rows['validation']} more**",
+        "",
+        f"Every method: {summary['max_rows']} prompts, {each} optimizer steps of "
+        f"{summary['global_batch']}",
+    ]
+
+
+# -------------------------------------------------------------------------------------- differences
+
+
+def _primary(summary: Mapping[str, Any]) -> list[str]:
+    """A table of the comparisons named in advance, with all that is known of the first figure."""
+    if not summary["primary"]:
+        return []
+    figure, *others = summary["figures"]
+    head = ["", TITLES[figure], "95 % interval", "p", "p, Holm", "bootstrap's interval"]
+    head += [*(TITLES[f] for f in others), "each seed", "seen with 80 % power"]
+    lines = [f"**The comparisons named in advance** (first minus second, {UNITS[figure]})", ""]
+    lines += _head(head)
+    for name, gaps in summary["primary"].items():
+        gap = gaps[figure]
+        cells = [_gap(figure, gap), _interval(figure, gap), _p(gap["p"]), _p(gap["p_holm"])]
+        cells += [_interval(figure, gap["bootstrap"]), *(_gap(f, gaps[f]) for f in others)]
+        lines.append(_line([name, *cells, _seeds(figure, gap), _shown(figure, gap["sees"])]))
+    return lines
+
+
+def _policies(summary: Mapping[str, Any]) -> list[str]:
+    """A table of every policy's figures."""
+    figures = summary["figures"]
+    lines = ["**Policies**", "", *_head(["method", "learning rate", *(TITLES[f] for f in figures)])]
+    for name, row in summary["policies"].items():
+        rate = "" if name == START else f"{summary['learning_rates'][name]:g}"
+        cells = [_shown(f, row[f]["value"], row[f]["se"]) for f in figures]
+        lines.append(_line([name, rate, *cells]))
+    return lines
+
+
+def _others(summary: Mapping[str, Any]) -> list[str]:
+    """A table of the other comparisons."""
+    figure, *others = summary["figures"]
+    head = ["", TITLES[figure], "95 % interval", "p", "p, Holm"]
+    lines = [
+        f"**Other comparisons** (first minus second; {len(summary['others'])}, a family of tests)",
+        "",
+        *_head([*head, *(TITLES[f] for f in others), "each seed"]),
+    ]
+    for name, gaps in summary["others"].items():
+        gap = gaps[figure]
+        cells = [_gap(figure, gap), _interval(figure, gap), _p(gap["p"]), _p(gap["p_holm"])]
+        cells += [*(_gap(f, gaps[f]) for f in others), _seeds(figure, gap)]
+        lines.append(_line([name, *cells]))
+    return lines
+
+
+def _oracle(summary: Mapping[str, Any]) -> list[str]:
+    """A table of the share of the oracle's gain that each weight gets."""
+    found = summary["oracle"]
+    if not found:
+        return []
+    figures = summary["figures"]
+    names = list(found["shares"][figures[0]])
+
+    def cell(figure: str, name: str) -> str:
+        share = found["shares"][figure][name]
+        if share is None:
+            return "not defined"
+        return f"{share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f})"
+
+    return [
+        f"**The share of the oracle's gain** (of {found['gain']}, the bound on what a perfect "
+        "distance buys, with 95 % interval; not defined where that gain's own interval holds 0)",
+        "",
+        *_head(["", *(TITLES[f].partition(",")[0] for f in figures)]),
+        *(_line([name, *(cell(f, name) for f in figures)]) for name in names),
+    ]
+
+
+# ---------------------------------------------------------------------------- what was known before
+
+
+def _weights(summary: Mapping[str, Any]) -> list[str]:
+    """A table of what the first iteration's weights know of the losers, before any training."""
+    found = summary["weights"]
+    checked = any(value for row in found.values() for value in row["wrong"])
+    embedded = any(value for row in found.values() for value in row["embedding"])
+    if not checked and not embedded:
+        return []
+    head = ["", *["a wrong loser weighs more than a right one"] * checked]
+    head += ["correlation with the loser's distance by sentence embeddings"] * embedded
+    lines = [
+        "**What the weights know before any training** (of iteration 0's pairs: the probability, "
+        "0.5 is nothing; Spearman's correlation; mean, and each seed)",
+        "",
+        *_head(head),
+    ]
+    for name, row in found.items():
+        cells = [_over_seeds(row["wrong"])] * checked + [_over_seeds(row["embedding"])] * embedded
+        lines.append(_line([name, *cells]))
+    losers = next(iter(found.values()))["losers"]
+    if checked:
+        counts = ", ".join(f"{n['wrong']} / {n['right']}" for n in losers)
+        lines += ["", f"Wrong / right losers, by seed: {counts}."]
+    return lines
+
+
+def _over_seeds(found: Sequence[Mapping[str, float] | None]) -> str:
+    known = [value["value"] for value in found if value]
+    if not known:
+        return ""
+    return f"{sum(known) / len(known):.2f} ({', '.join(f'{value:.2f}' for value in known)})"
+
+
+def _power(summary: Mapping[str, Any]) -> list[str]:
+    """What difference could have been seen, as known before and after."""
+    figure, before = summary["figures"][0], summary["power_before"]
+    lines = []
+    if before:
+        lines.append(power_sentence(before, len(summary["seeds"]), summary["rows"]["test"]))
+    for name, gaps in summary["primary"].items():
+        gap = gaps[figure]
+        parts = ", ".join(
+            f"{part} {_shown(figure, gap[part])}" for part in ("seeds", "prompts", "rest")
+        )
+        lines.append(
+            f"After it: of {name}, {_shown(figure, gap['sees'])} {UNITS[figure]} of {SAID[figure]} "
+            f"(deviations of {parts}; {gap['df']:.1f} degrees of freedom)."
+        )
+    return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
+
+
+def power_sentence(before: Mapping[str, float], seeds: int, prompts: int) -> str:
+    """Says what `ldalign.report.comparison.power_before` found."""
+    return (
+        f"Before training, from the start's own answers: with {seeds} seed(s) and {prompts} "
+        f"prompts, {100 * before['sees']:.1f} points of sampled accuracy, for two policies that "
+        "answer as well as the start and independently; effects of seeds and prompts come on top."
+    )
+
+
+def _search(summary: Mapping[str, Any]) -> list[str]:
+    """A table of what the search found for each method at each learning rate."""
+    rates, figure = summary["settings"]["learning_rates"], summary["figures"][0]
+    if len(rates) < 2:
+        return []
+    what = "-NLL" if figure == "nll" else f"{SAID[figure]}, %"
+    lines = [
+        f"**The search** (seed {summary['seeds'][0]}, validation rows: {what}; the best is taken; "
+        "in brackets, by how many standard errors of the difference over rows a rate is below it)",
+        "",
+        *_head(["method", *(f"{rate:g}" for rate in rates)]),
+    ]
+    for name, found in summary["search"].items():
+        lines.append(_line([name, *(_tried(figure, found[f"{rate:g}"]) for rate in rates)]))
+    return lines
+
+
+def _tried(figure: str, found: Mapping[str, float]) -> str:
+    score = _shown(figure, found["score"])
+    if found["below"] == 0:
+        return score
+    return f"{score} ({found['below'] / found['se']:.1f})" if found["se"] else f"{score} (inf)"
+
+
+def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a table of every task's leading metric, of the first seed's policies."""
+    found: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
+    if not found:
+        return []
+    tasks = sorted({task for scores in found.values() for task in scores})
+    first = next(iter(found.values()))
+
+    def leading(task: str) -> str:
+        seen = [scores[task] for scores in found.values() if task in scores]
+        return next(metric for metric in LEADING if any(metric in scores for scores in seen))
+
+    metrics = {task: leading(task) for task in tasks}
+    lines = [
+        f"**Benchmarks**, % (seed {summary['seeds'][0]}; +- one standard error over rows)",
+        "",
+        *_head(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
+    ]
+    for name, scores in found.items():
+        cells = [
+            _shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else ""
+            for t, m in metrics.items()
+        ]
+        lines.append(_line([name, *cells]))
+    shots = ", ".join(
+        f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items())
+    )
+    return [*lines, "", f"{shots}."]
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    """Says what the errors are."""
+    seeds, figure = len(summary["seeds"]), summary["figures"][0]
+    alone = " With one seed they are over prompts alone, and hold for this seed." * (seeds == 1)
+    return [
+        "+- is one standard error over seeds and prompts, both taken as drawn at random (variance "
+        "components); differences are taken seed by seed and prompt by prompt. Intervals and p are "
+        f"Student's t with Satterthwaite's degrees of freedom.{alone} The bootstrap resamples "
+        "seeds and prompts; of few seeds its interval is too narrow. p is of "
+        f"{SAID[figure]} alone, adjusted by Holm's method over each table; differences of other "
+        "figures are shown with their error and not tested."
+    ]
+
+
+# ------------------------------------------------------------------------------------------- cells
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), _line(["---"] * len(cells))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _gap(figure: str, gap: Mapping[str, float]) -> str:
+    return _shown(figure, gap["value"], gap["se"], sign="+")
+
+
+def _interval(figure: str, gap: Mapping[str, float]) -> str:
+    return f"{_shown(figure, gap['low'], sign='+')} to {_shown(figure, gap['high'], sign='+')}"
+
+
+def _seeds(figure: str, gap: Mapping[str, Any]) -> str:
+    return ", ".join(_shown(figure, value, sign="+") for value in gap["by_seed"])
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _shown(figure: str, value: float, error: float | None = None, sign: str = "") -> str:
+    """Shows accuracies in per cent, NLL in nats."""
+    factor, digits = (1, 4) if figure == "nll" else (100, 1)
+    text = f"{factor * value:{sign}.{digits}f}"
+    return text if error is None else f"{text} +- {factor * error:.{digits}f}"

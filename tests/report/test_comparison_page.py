@@ -1,0 +1,283 @@
+"""A comparison's numbers and page: families of tests, the oracle's shares, what weights know."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import ROOT
+
+from ldalign.report import comparison, figures
+from ldalign.report.analysis import RunPairs
+from ldalign.report.comparison import (
+    comparisons,
+    difference,
+    oracle_shares,
+    power_before,
+    shown_pairs,
+    table_of,
+    weights_before_training,
+)
+from ldalign.report.comparison_page import render
+from ldalign.run.comparison import Arm
+from ldalign.run.settings import CompareConfig
+from ldalign.system.config import load_config
+
+METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
+TRUE = {"start": 0.5, "sft": 0.52, "spin": 0.55, "ld_align/shuffled": 0.54, "ld_align": 0.62}
+TRUE |= {"ld_align/oracle": 0.75}
+
+
+def config_of(*overrides: str) -> CompareConfig:
+    given = ["training.steps=2", f"compare.methods={METHODS}", "compare.validation_rows=8"]
+    return load_config(CompareConfig, ROOT / "configs/toy.yaml", [*given, *overrides])
+
+
+def tables(seed: int = 0, seeds: int = 4, prompts: int = 200) -> dict[str, comparison.Table]:
+    """Policies that answer as many prompts right as TRUE says, of two samples each."""
+    rng = np.random.default_rng(seed)
+    ease = rng.normal(0, 0.15, prompts)
+    chances = {name: np.clip(share + ease, 0, 1) for name, share in TRUE.items()}
+    size = (seeds, prompts)
+    return {
+        name: {
+            "sampled": rng.binomial(2, chance, size) / 2,
+            "nll": 1 - chance + rng.normal(0, 0.01, size),
+        }
+        for name, chance in chances.items()
+    }
+
+
+def test_differences_are_paired_by_seed_and_prompt() -> None:
+    """Gaps of 2 +- 1 in tables whose own values lie 10 apart: the error is that of the gaps."""
+    start = {"nll": np.array([[0.0, 10.0, 20.0], [5.0, 15.0, 25.0]])}
+    gaps = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    found = difference({"nll": start["nll"] + gaps}, start)["nll"]
+    assert found["value"] == 2.0 and found["by_seed"] == [2.0, 2.0]
+    assert found["se"] == pytest.approx(math.sqrt(2 / 6))
+    assert found["bootstrap"]["se"] == pytest.approx(math.sqrt(2 / 6), rel=0.05)
+    assert found["sees"] > 2 * found["se"]
+
+
+def test_tables_hold_the_asked_rows_and_the_figures_they_have() -> None:
+    answers = [{i: {"nll": n + k, "greedy": 1.0} for k, i in enumerate("abc")} for n in (0.0, 5.0)]
+    found = table_of(answers, ["c", "a"])
+    assert found["nll"].tolist() == [[2, 0], [7, 5]] and list(found) == ["greedy", "nll"]
+
+
+def test_which_pairs_are_shown() -> None:
+    shown = shown_pairs(["start", "sft", "spin", "ld_align/shuffled", "ld_align"])
+    assert [pair for pair in shown if pair[1] == "start"] == [
+        (name, "start") for name in ("sft", "spin", "ld_align/shuffled", "ld_align")
+    ]
+    assert shown[4:] == [
+        ("ld_align", "spin"),
+        ("ld_align", "sft"),
+        ("spin", "sft"),
+        ("ld_align", "ld_align/shuffled"),
+        ("ld_align/shuffled", "spin"),
+        ("ld_align/shuffled", "sft"),
+    ]
+    # Weights among themselves are not: 9 methods have 9 + 3 + 18 pairs, not 9 + 36.
+    many = ["sft", "spin", "ld_align", *(f"ld_align/{n}" for n in range(6))]
+    assert len(shown_pairs(["start", *many])) == 30
+    assert ("a", "b") in shown_pairs(["start", "a", "b"])
+
+
+def test_families_of_tests() -> None:
+    """Those named in advance are adjusted among themselves, and are not shown again."""
+    config, found = config_of(), tables()
+    primary, others = comparisons(config, found)
+    assert list(primary) == ["ld_align - spin", "ld_align - ld_align/shuffled"]
+    assert not {*primary} & {*others} and "ld_align/oracle - spin" in others
+    p = [gaps["sampled"]["p"] for gaps in primary.values()]
+    smaller, larger = sorted(p)
+    adjusted = sorted(gaps["sampled"]["p_holm"] for gaps in primary.values())
+    assert adjusted == pytest.approx([2 * smaller, max(2 * smaller, larger)])
+    least = min(gaps["sampled"]["p"] for gaps in others.values())
+    first = min(gaps["sampled"]["p_holm"] for gaps in others.values())
+    assert first == pytest.approx(len(others) * least)
+    assert all("p_holm" not in gaps["nll"] for gaps in (*primary.values(), *others.values()))
+    # Given the other way round they are still one comparison.
+    turned, rest = comparisons(config_of("compare.primary=[spin - ld_align]"), found)
+    assert list(turned) == ["spin - ld_align"] and "ld_align - spin" not in rest
+    assert turned["spin - ld_align"]["sampled"]["value"] == pytest.approx(
+        -primary["ld_align - spin"]["sampled"]["value"]
+    )
+    assert comparisons(config_of("compare.primary=[]"), found)[0] == {}
+
+
+def test_shares_of_the_oracles_gain() -> None:
+    found = oracle_shares(tables())
+    assert found["gain"] == "ld_align/oracle - spin"
+    share = found["shares"]["nll"]["ld_align"]
+    assert share["value"] == pytest.approx((0.62 - 0.55) / (0.75 - 0.55), abs=0.02)
+    assert share["low"] < share["value"] < share["high"] < 0.5
+    assert list(found["shares"]["sampled"]) == ["ld_align/shuffled", "ld_align"]
+    same = tables()
+    same["ld_align/oracle"] = same["spin"]
+    assert oracle_shares(same)["shares"]["sampled"]["ld_align"] is None
+    assert oracle_shares({k: v for k, v in same.items() if k != "spin"}) == {}
+
+
+def test_power_before_training_by_simulation() -> None:
+    """Its error is that of the difference of two such policies that answer independently."""
+    rng = np.random.default_rng(0)
+    chances = rng.uniform(0.1, 0.9, 300)
+
+    def answers(count: int) -> np.ndarray:
+        return rng.binomial(4, chances, (count, 3, 300)) / 4
+
+    found = power_before({"sampled": answers(1)[0]}, 4, 3, 300)
+    gaps = (answers(2000) - answers(2000)).mean((1, 2))
+    assert found["se"] == pytest.approx(gaps.std(), rel=0.05)
+    assert found["sees"] == pytest.approx((1.95996 + 0.84162) * found["se"], rel=1e-4)
+    assert power_before({"nll": chances[None]}, 4, 3, 300) == {}
+    assert power_before({"sampled": answers(1)[0]}, 1, 3, 300) == {}
+
+
+def pairs_of(weight: np.ndarray, right: np.ndarray) -> RunPairs:
+    n = len(weight)
+    words, nan = ["x"] * n, np.full(n, math.nan)
+    trained = np.arange(n) > 0  # the first pair has equal responses, and does not count
+    ids = [str(i) for i in range(n)]
+    return RunPairs(
+        0,
+        ids,
+        words,
+        words,
+        words,
+        nan,
+        trained,
+        trained,
+        weight,
+        weight,
+        nan,
+        nan,
+        right,
+        nan,
+        nan,
+    )
+
+
+def test_what_weights_know_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chance that a wrong loser weighs more, by counting pairs, and the rank correlation with
+    how far it is, for each seed; retrained guides have the same first weights.
+    """
+    rng = np.random.default_rng(0)
+    right = rng.integers(0, 2, 40).astype(float)
+    made: dict[str, RunPairs] = {}
+    for seed in range(2):
+        made[f"seed_{seed}/ld_align-0.1"] = pairs_of(rng.uniform(size=40), right)
+        made[f"seed_{seed}/ld_align-oracle-0.1"] = pairs_of(1.9 - 1.8 * right, right)
+    monkeypatch.setattr(
+        comparison, "read_pairs", lambda run, t: made[f"{run.parent.name}/{run.name}"]
+    )
+    names = ["sft", "spin", "ld_align", "ld_align/oracle", "ld_align/retrained"]
+    arms, chosen = [Arm.of(name) for name in names], dict.fromkeys(names, 0.1)
+    asked: list[RunPairs] = []
+
+    def far(pairs: RunPairs) -> np.ndarray:
+        asked.append(pairs)
+        return pairs.weight**3
+
+    config = config_of("compare.seeds=[0, 1]")
+    found = weights_before_training(config, arms, chosen, far)
+    assert list(found) == ["ld_align", "ld_align/oracle"] and len(asked) == 2
+    for seed in range(2):
+        w, r = made[f"seed_{seed}/ld_align-0.1"].weight[1:], right[1:]
+        wins = [a > b for a in w[r == 0] for b in w[r == 1]]
+        assert found["ld_align"]["wrong"][seed]["value"] == pytest.approx(np.mean(wins))
+        assert found["ld_align/oracle"]["wrong"][seed]["value"] == 1.0
+        assert found["ld_align"]["embedding"][seed]["value"] == pytest.approx(1)
+        assert found["ld_align"]["losers"][seed] == {"wrong": sum(r == 0), "right": sum(r == 1)}
+    without = weights_before_training(config, arms, chosen, None)
+    assert without["ld_align"]["embedding"] == [None, None]
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def summary_of(**changes: Any) -> dict[str, Any]:
+    found, config = tables(), config_of()
+    primary, others = comparisons(config, found)
+    figures_of = {
+        k: {f: vars(comparison.estimate(v)) for f, v in t.items()} for k, t in found.items()
+    }
+    tried = {"0.01": {"score": 0.5, "below": 0.0, "se": 0.0}}
+    tried["0.1"] = {"score": 0.4, "below": 0.1, "se": 0.04}
+    known = {"wrong": [{"value": 0.7}, {"value": 0.8}], "embedding": [None, None]}
+    known["losers"] = [{"wrong": 9, "right": 5}, {"wrong": 8, "right": 6}]
+    return {
+        "rows": {"validation": 8, "test": 200},
+        "seeds": [0, 1, 2, 3],
+        "figures": ["sampled", "nll"],
+        "learning_rates": dict.fromkeys(METHODS, 0.01),
+        "search": dict.fromkeys(METHODS, tried),
+        "policies": figures_of,
+        "primary": primary,
+        "others": others,
+        "oracle": oracle_shares(found),
+        "weights": {"ld_align": known},
+        "power_before": {"se": 0.01, "sees": 0.028},
+        "settings": {"learning_rates": [0.01, 0.1]},
+        "steps": 2,
+        "iterations": 2,
+        "global_batch": 8,
+        "max_rows": 16,
+        "benchmarks": {},
+    } | changes
+
+
+def test_the_page_says_what_was_found() -> None:
+    summary = summary_of()
+    text = render(summary)
+    places = [text.index(part) for part in ("named in advance**", "**Policies**", "**Other comp")]
+    assert places[0] > 0 and places == sorted(places)  # those named in advance come first
+    gap = summary["primary"]["ld_align - spin"]["sampled"]
+    line = next(x for x in text.splitlines() if x.startswith("| ld_align - spin |"))
+    assert f"| {100 * gap['value']:+.1f} +- {100 * gap['se']:.1f} |" in line
+    assert f"{100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}" in line
+    assert line.rstrip(" |").endswith(f"{100 * gap['sees']:.1f}")
+    assert "2 iterations of 2 optimizer steps" in text
+    assert "| sft | 50.0 | 40.0 (2.5) |" in text  # 0.1 below the best, an error of 0.04
+    assert "| ld_align | 0.75 (0.70, 0.80) |" in text and "9 / 5, 8 / 6" in text
+    assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
+    assert "ld_align/oracle - spin, the bound" in text
+    assert "nothing" in text and "correlation with the loser" not in text
+
+
+def test_the_page_without_what_is_not_known() -> None:
+    """No checker, one seed, no oracle, no search, nothing named in advance."""
+    found = {name: {"nll": table["nll"][:1]} for name, table in tables().items()}
+    del found["ld_align/oracle"]
+    primary, others = comparisons(config_of("compare.primary=[]"), found)
+    summary = summary_of(
+        seeds=[0],
+        figures=["nll"],
+        policies={k: {"nll": vars(comparison.estimate(t["nll"]))} for k, t in found.items()},
+        primary=primary,
+        others=others,
+        oracle=oracle_shares(found),
+        weights={},
+        power_before={},
+        settings={"learning_rates": [0.01]},
+        iterations=1,
+    )
+    text = render(summary)
+    assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
+    for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
+        assert part not in text, part
+
+
+def test_the_figure_has_the_intervals(tmp_path: Path) -> None:
+    summary = summary_of()
+    chart = figures.contrasts(summary)
+    assert chart.figure is not None
+    names = [*summary["primary"], *summary["others"]]
+    labels = [label.get_text() for label in chart.figure.axes[0].get_yticklabels()]
+    assert labels == names and len(chart.figure.axes) == 2
+    bars = chart.figure.axes[0].containers[0][2][0].get_segments()
+    gap = summary["primary"]["ld_align - spin"]["sampled"]
+    assert bars[0][:, 0].tolist() == pytest.approx([100 * gap["low"], 100 * gap["high"]])
