@@ -14,7 +14,8 @@ from made_tokenizers import CHATML_TEMPLATE
 
 from ldalign.data import preparation, records
 from ldalign.data.encoding import Fitting
-from ldalign.data.preparation import Found, Plan, Source, prepare_files
+from ldalign.data.ledger import Found
+from ldalign.data.preparation import Plan, Source, prepare_files
 from ldalign.data.reading import Reading, read_rows
 from ldalign.data.rows import Row
 from ldalign.data.store import Split, data_hash, open_split

@@ -129,7 +129,7 @@ def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) 
     ("change", "message"),
     [
         ("sampling.temperature=0.5", "sampling.temperature was 1.0, now 0.5"),
-        ("seed=1", r"data/manifest\.json: made from something else: seed was 0, now 1"),
+        ("seed=1", r"run/data: its rows were prepared otherwise, and used: seed was 0, now 1"),
         ("policy=nowhere", "nowhere': no such folder"),
         ("beta=0.2", "in use by"),
     ],

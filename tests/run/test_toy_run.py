@@ -243,7 +243,7 @@ def test_a_deleted_stage_is_made_again_and_no_other(
         ("loss.nll=0.5", "iteration_0/policy.*loss.nll was 'absent', now 0.5"),
         ("loss.kind=ipo", "iteration_0/policy.*loss.kind was 'absent', now 'ipo'"),
         ("guide.latent_width=8", "guide/.*guide.latent_width was 16, now 8"),
-        ("seed=1", "data/manifest.json: made from something else: seed was 0, now 1"),
+        ("seed=1", "toy/data: its rows were prepared otherwise, and used: seed was 0, now 1"),
         ("max_rows=40", "iteration_0/responses.*data was"),
         ("evaluation.samples=3", "sft/evaluation.*evaluation.samples was 2, now 3"),
     ],

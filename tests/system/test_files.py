@@ -23,7 +23,7 @@ from ldalign.system.files import (
 )
 
 ROW = Row("a", ({"role": "user", "content": "q"},), "r")
-FITTED = FittedRow(ROW, [1, 2], [3], None, False)
+FITTED = FittedRow(ROW, [1, 2], [3], None, [], [], 2)
 FULL = "No space left on device"
 
 
