@@ -168,7 +168,7 @@ def test_what_a_user_may_not_expect_is_said(
     assert "training responses are longer than max_length=160 leaves room" in capfd.readouterr().err
     path.write_text("".join(json.dumps({**row, "prompt": "Go on."}) + "\n" for row in rows))
     open_toy(tmp_path, *options, "max_rows=30")
-    assert "WARNING: 0 rows are held out of 7 that are asked for" in capfd.readouterr().err
+    assert "WARNING: 0 rows are held out of 39 that are asked for" in capfd.readouterr().err
     open_toy(tmp_path, *options, "heldout_fraction=0")
     assert "nothing is held out (heldout_fraction=0): no policy" in capfd.readouterr().err
 
@@ -193,7 +193,7 @@ def test_the_two_embedded_sets_are_told_apart(tmp_path: Path, in_process: None) 
     assert all(embedded.check(str(row.kind), row.answer, row.response) for row in rows)
     assert first.counts["rows/read"] == 4600
     (tmp_path / "run/iteration_0").mkdir()
-    with pytest.raises(InputError, match="sources was"):
+    with pytest.raises(InputError, match="data was 'embedded-wordings', now 'embedded'"):
         open_toy(tmp_path, "data=embedded", *options)
 
 
