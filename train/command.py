@@ -13,9 +13,10 @@ from ldalign.run.context import Context, open_context
 from ldalign.run.disk import check_disk
 from ldalign.run.dry_run import dry_run
 from ldalign.run.folder import RunFolder
+from ldalign.run.keys import ValidationKeys
 from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
-from ldalign.run.settings import RunConfig, ValidationKeys, reader, unread
+from ldalign.run.settings import RunConfig, reader, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.guide import check_guide, say_guide
 from ldalign.system import distributed

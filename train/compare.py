@@ -21,6 +21,7 @@ from ldalign.evaluation.statistics import Array
 from ldalign.report.analysis import RunPairs
 from ldalign.report.comparison import power_before, summarise, table_of
 from ldalign.report.comparison_page import power_sentence, write_comparison
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     Arm,
     arm_config,
@@ -41,7 +42,6 @@ from ldalign.run.dry_run import dry_run, rough_seconds
 from ldalign.run.folder import RunFolder
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.plan import stage_of
-from ldalign.run.settings import CompareConfig
 from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks, planned_benchmarks
 from ldalign.run.stages.judged import check_embedding, embedding_folder
 from ldalign.run.stages.policy import POLICY_STAGE, start_name

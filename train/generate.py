@@ -39,9 +39,10 @@ from ldalign.run.context import (
     open_policy,
     open_tokenizer,
 )
+from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.run.positions import reads, warn_of_answers
-from ldalign.run.settings import SAMPLING_KEYS, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.run.stages.policy import planned_start, start_stage
 from ldalign.run.stages.responses import (
     RESPONSES,

@@ -22,6 +22,7 @@ import numpy as np
 from ldalign.evaluation.crossed import bootstrap, estimate, ratio, smallest_difference
 from ldalign.evaluation.statistics import Array, holm, spearman, standard_error, superiority
 from ldalign.report.analysis import RunPairs, read_pairs
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     FIGURES,
     START,
@@ -33,7 +34,6 @@ from ldalign.run.comparison import (
     validation_ids,
 )
 from ldalign.run.folder import benchmark_summaries
-from ldalign.run.settings import CompareConfig
 from ldalign.run.stages.policy import start_name
 
 Numbers = dict[str, Any]

@@ -15,7 +15,8 @@ from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
 from ldalign.report.result import BASELINE, method_name
 from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
-from ldalign.run.settings import GUIDED, LossKeys, reader, unread
+from ldalign.run.keys import LossKeys
+from ldalign.run.settings import GUIDED, reader, unread
 from ldalign.system.files import read_jsonl
 
 METHODS = {

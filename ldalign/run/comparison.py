@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ldalign.evaluation.statistics import Array
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.folder import STARTED, RunFolder, sign
 from ldalign.run.manifest import MANIFEST
-from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.run.stages.benchmarks import planned_benchmarks
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.run.stages.distances import DISTANCES_STAGE

@@ -20,10 +20,11 @@ from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, count_parameters
+from ldalign.run.keys import GuideKeys
 from ldalign.run.manifest import CHECKPOINTS, Parents
 from ldalign.run.positions import check_rows, warn_of_answers
 from ldalign.run.prepared import open_data
-from ldalign.run.settings import GuideKeys, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
 from ldalign.system.distributed import on_rank0

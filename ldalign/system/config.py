@@ -3,7 +3,7 @@
 A config class lists its keys with `setting(default, help, check=...)` and its groups of keys with
 `group(Class)`; annotations are the types. `load_config` reads file and overrides, refuses what it
 does not know, and reports every problem it finds in one error. Nothing is adjusted in silence. The
-program's own config classes are in ldalign/run/settings.py.
+program's own config classes are in ldalign/run/keys.py and settings.py.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from runs import ROOT
 
-from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.compare_settings import CompareConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system.config import to_dict
 from ldalign.train.generate import GenerateConfig
 from ldalign.train.inspect_data import InspectConfig

@@ -20,8 +20,8 @@ from ldalign.report.comparison import (
     weights_before_training,
 )
 from ldalign.report.comparison_page import render
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm
-from ldalign.run.settings import CompareConfig
 from ldalign.system.config import load_config
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]

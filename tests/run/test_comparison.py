@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from runs import ROOT
 
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import START, Arm, arm_folder, read_answers, scores, validation_ids
-from ldalign.run.settings import CompareConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl

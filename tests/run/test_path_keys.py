@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ldalign.run.settings import ColumnsKeys, CompareConfig, RunConfig
+from ldalign.run.compare_settings import CompareConfig
+from ldalign.run.keys import ColumnsKeys
+from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config, split_argv
 from ldalign.system.errors import InputError
 from ldalign.train.generate import GenerateConfig

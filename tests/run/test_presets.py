@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_bert import write_bert
 from runs import ROOT
 
 from ldalign.models.mistral import Mistral, MistralConfig
-from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.compare_settings import CompareConfig
+from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config
 from ldalign.train import align, compare
@@ -139,7 +141,10 @@ def test_dry_run_of_a_small_preset(
     assert "134.5 million weights" in said and "dry run: nothing was made" in said
 
 
-@pytest.mark.parametrize(("name", "steps"), [("compare-smollm2", 125), ("compare-own-data", 60)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("compare-smollm2", 125), ("compare-own-data", 60), ("compare-wordings", 668)],
+)
 def test_dry_run_of_a_comparison(
     name: str,
     steps: int,
@@ -150,6 +155,9 @@ def test_dry_run_of_a_comparison(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     own = [f"data={rows}", "benchmarks.tasks=[]"] if name == "compare-own-data" else []
+    if name == "compare-wordings":
+        write_bert(tmp_path / "bert")
+        own = [f"judge.folder={tmp_path / 'bert'}"]
     compare.main(
         [
             "--config",
@@ -165,7 +173,9 @@ def test_dry_run_of_a_comparison(
 
 def test_every_config_is_tried() -> None:
     # toy.yaml is run by tests/run/test_toy_run.py
-    assert set(CONFIGS) == {*SMALL, *LARGE, "toy", "compare-smollm2", "compare-own-data"}
+    assert set(CONFIGS) == {*SMALL, *LARGE, "toy"} | {
+        f"compare-{name}" for name in ("smollm2", "own-data", "wordings")
+    }
     assert len(LARGE) == 4 and len(SMALL) == 7
 
 

@@ -18,9 +18,9 @@ from runs import ROOT, one_thread, script_command
 from ldalign.evaluation.statistics import superiority
 from ldalign.report.analysis import read_pairs
 from ldalign.run import folder as run_folder
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder, hold, stages_to_make, validation_ids
 from ldalign.run.folder import RunFolder
-from ldalign.run.settings import CompareConfig
 from ldalign.system import distributed
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError

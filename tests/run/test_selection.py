@@ -19,10 +19,11 @@ from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.toy import toy_model
 from ldalign.models.weights import load_model
 from ldalign.run import dry_run, selection
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.context import find_model, open_policy
 from ldalign.run.disk import at_worst, check_disk
 from ldalign.run.manifest import CHECKPOINTS
-from ldalign.run.settings import CompareConfig, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError

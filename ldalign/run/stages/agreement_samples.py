@@ -12,8 +12,8 @@ from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
+from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
-from ldalign.run.settings import SAMPLING_KEYS
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import new_engine, sampling_of
 from ldalign.system import distributed

@@ -18,8 +18,9 @@ from ldalign.generation.sampling import Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import LanguageModel, load_model, save_model
 from ldalign.run.context import Context, checkpoint_plan, file_hash, named_keys
+from ldalign.run.keys import SftKeys
 from ldalign.run.manifest import CHECKPOINTS, Parents, hash_model_folder, hash_settings
-from ldalign.run.settings import RunConfig, SftKeys
+from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.reference import LOGPS, REFERENCE_STAGE
 from ldalign.system import distributed

@@ -15,8 +15,9 @@ from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
+from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
-from ldalign.run.settings import SAMPLING_KEYS, RunConfig
+from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.system import distributed
