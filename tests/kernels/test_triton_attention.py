@@ -94,6 +94,7 @@ def by_definition(case: Case, qkv: Tensor, grad: Tensor) -> list[Tensor]:
 def check(case: Case, ours: list[Tensor], qkv: Tensor, grad: Tensor) -> None:
     """The rule of the module's first lines."""
     exact, eager = by_definition(case, qkv.double(), grad.double()), by_definition(case, qkv, grad)
+    largest, upstream = exact[1].abs().max(), grad.double().norm()  # an lse is near its best score
     for name, a, b, e in zip(RESULTS, ours, eager, exact, strict=True):
         assert a.shape == e.shape and a.dtype == b.dtype, f"{name}: {a.shape} {a.dtype}"
         error, allowed = (a.double() - e).norm(), (b.double() - e).norm()
@@ -102,9 +103,11 @@ def check(case: Case, ours: list[Tensor], qkv: Tensor, grad: Tensor) -> None:
         times = 2
         if name in ("dq", "dk", "dv"):
             times = 3  # and the difference dp - delta, however small, is rounded as dp is
-            floor += (
-                4 * torch.finfo(torch.float32).eps * grad.double().norm() * qkv.double().abs().max()
-            )
+            floor += 4 * torch.finfo(torch.float32).eps * upstream * qkv.double().abs().max()
+        if name == "dv":
+            # A softmax weight is exp(score - lse) of a score that was computed again, in another
+            # order of sums: float32 rounds the score, and the weight is off by as much of itself.
+            floor += torch.finfo(torch.float32).eps * upstream * largest
         assert error <= max(times * allowed, floor), f"{name}: {error:.1e}, {allowed:.1e}"
 
 
