@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,15 +28,17 @@ from ldalign.system.files import make_folder
 from ldalign.training.scoring import response_logps
 
 CHUNK = 64  # rows: there are few, and every rank is to get some
+# What rows that no program can check are asked for: nothing, a greedy answer, samples too.
+Unchecked = Literal["nothing", "greedy", "samples"]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is asked of a policy, and the sizes of its batches.
 
-    samples: answers a prompt at `sampling`'s temperature, beside the greedy one. answer_all: a
-    greedy answer also to rows that no program can check (for a reward model). batch_rows: rows
-    generated at a time. micro_tokens: tokens scored at a time.
+    samples: answers a prompt at `sampling`'s temperature, beside the greedy one. unchecked: which
+    of these are also asked of rows that no program can check (greedy: for a reward model).
+    batch_rows: rows generated at a time. micro_tokens: tokens scored at a time.
     """
 
     samples: int
@@ -43,7 +46,13 @@ class EvaluationSettings:
     batch_rows: int
     micro_tokens: int
     seed: int
-    answer_all: bool = False
+    unchecked: Unchecked = "nothing"
+
+    def answers(self, row: Row) -> int:
+        """How many answers a row is asked for, the greedy one included; 0: none."""
+        if row.kind is not None or self.unchecked == "samples":
+            return 1 + self.samples
+        return int(self.unchecked == "greedy")
 
 
 @torch.no_grad()
@@ -63,7 +72,7 @@ def evaluate(
     Metrics: nll/real (nats per response token), tokens_generated, truncated_frac; where rows can be
     checked also accuracy/greedy and accuracy/sampled with `_se` standard errors, and per kind
     accuracy/greedy/KIND. A record holds likelihood, texts and verdicts. A row that cannot be
-    checked is answered with `answer_all` alone, and has no samples and an empty `correct`.
+    checked is answered as `unchecked` says, and has an empty `correct`.
 
     kept: a folder for what is done, which a later call with the same arguments goes on from.
     release: the model may lose its weights, so that there is never a second copy of them.
@@ -73,10 +82,10 @@ def evaluate(
         "rows": float(len(rows)),
         "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs)),
     }
-    answered = [i for i, row in enumerate(rows) if settings.answer_all or row.kind is not None]
+    answered = [i for i, row in enumerate(rows) if settings.answers(row)]
     checkable = [i for i in answered if rows[i].kind is not None]
     decoder = new_decoder(model, release)
-    asked = _prompts(rows, pairs, answered, checkable, settings.samples)
+    asked = _prompts(rows, pairs, answered, settings)
     greedy, sampled = (
         _answers(kept / name, prompts, decoder, tokenizer, settings, name == "greedy", progress)
         for name, prompts in asked.items()
@@ -87,8 +96,7 @@ def evaluate(
     table = torch.zeros(len(rows), 4, dtype=torch.float64)  # the columns of `_check`
     samples = iter(sampled)
     for i, first in zip(answered, greedy, strict=True):
-        own = settings.samples if rows[i].kind is not None else 0
-        answers = [first, *(next(samples) for _ in range(own))]
+        answers = [first, *(next(samples) for _ in range(settings.answers(rows[i]) - 1))]
         said, table[i] = _check(rows[i], answers, tokenizer, settings.samples)
         records[i] |= said
     if checkable:
@@ -143,10 +151,9 @@ def _prompts(
     rows: Sequence[Row],
     pairs: Sequence[Pair],
     answered: Sequence[int],
-    checkable: Sequence[int],
-    samples: int,
+    settings: EvaluationSettings,
 ) -> dict[str, list[tuple[str, Sequence[int]]]]:
-    """Lists what is asked greedily, once a row, and by sampling, `samples` times: (key, prompt)s.
+    """Lists what is asked greedily, once a row, and by sampling: (key, prompt)s.
 
     The keys do not name the policy: every policy meets the same random numbers, and differences
     between policies have less noise.
@@ -154,7 +161,9 @@ def _prompts(
     return {
         "greedy": [(f"greedy/{rows[i].id}", pairs[i].prompt) for i in answered],
         "sampled": [
-            (f"sample/{rows[i].id}/{n}", pairs[i].prompt) for i in checkable for n in range(samples)
+            (f"sample/{rows[i].id}/{n}", pairs[i].prompt)
+            for i in answered
+            for n in range(settings.answers(rows[i]) - 1)
         ],
     }
 

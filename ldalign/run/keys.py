@@ -300,6 +300,11 @@ class EvaluationKeys:
         4, "sampled answers a prompt, for rows that a program can check", check=non_negative
     )
     temperature: float = setting(1.0, "of those samples", check=positive)
+    answers: Literal["checked", "all"] = setting(
+        "checked",
+        "whose answers are asked for: of rows that a program can check; all: of every row, as a "
+        "comparison needs to measure how close they come to the real ones (judge.folder)",
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +167,22 @@ def test_a_real_model(toy: Any, tmp_path: Path) -> None:
         model, tokenizer, plain[3:], pairs[3:4], SETTINGS, torch.device("cpu"), tmp_path / "one"
     )
     assert len(nothing) == 1 and none.keys() == {"rows", "nll/real"}
+
+
+@pytest.mark.parametrize(("unchecked", "samples"), [("greedy", 0), ("samples", 3)])
+def test_rows_without_a_checker_are_answered_where_asked(
+    unchecked: Any, samples: int, toy: Any, tmp_path: Path
+) -> None:
+    """Between two rows that a program checks: nobody gets another row's answers."""
+    model, tokenizer, rows, pairs = toy
+    mixed = [rows[0], Row("x", rows[1].history, rows[1].response), rows[2]]
+    settings = replace(SETTINGS, unchecked=unchecked)
+    assert [settings.answers(row) for row in mixed] == [4, 1 + samples, 4]
+    cpu = torch.device("cpu")
+    metrics, records = evaluate(
+        model, tokenizer, mixed, pairs[:3], settings, cpu, tmp_path / "mixed"
+    )
+    _, alone = evaluate(model, tokenizer, rows[:3], pairs[:3], SETTINGS, cpu, tmp_path / "checked")
+    assert [records[0], records[2]] == [alone[0], alone[2]]
+    assert records[1]["correct"] == [] and len(records[1]["sampled"]) == samples  # type: ignore[arg-type]
+    assert len(str(records[1]["greedy"])) > 0 and metrics["rows"] == 3

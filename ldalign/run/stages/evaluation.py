@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from ldalign.evaluation.held_out import EvaluationSettings, evaluate
+from ldalign.evaluation.held_out import EvaluationSettings, Unchecked, evaluate
 from ldalign.generation.sampling import Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
@@ -17,11 +17,9 @@ from ldalign.system.partial_rows import FOLDER as PARTS
 
 
 def _cost(ctx: Context, name: str) -> Cost:
-    # Where no program checks the answers, one is asked for if it gets a reward.
-    checked, unchecked = 1 + ctx.config.evaluation.samples, int(ctx.config.reward.model is not None)
+    settings, heldout = _settings(ctx), ctx.heldout
     asked = [
-        (unchecked if row.kind is None else checked, pair)
-        for row, pair in zip(ctx.heldout.rows, ctx.heldout.pairs, strict=True)
+        (settings.answers(row), pair) for row, pair in zip(heldout.rows, heldout.pairs, strict=True)
     ]
     return Cost(
         scored=sum(pair.tokens + answers * len(pair.prompt) for answers, pair in asked),
@@ -32,28 +30,32 @@ def _cost(ctx: Context, name: str) -> Cost:
 EVALUATION_STAGE = Stage("evaluation", _cost)
 
 
-def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
-    """Measures `policy` on the held-out rows, into NAME/evaluation with every answer it gave;
-    returns the metrics, {} where no rows are held out.
-    """
+def _settings(ctx: Context) -> EvaluationSettings:
     e, config = ctx.config.evaluation, ctx.config
-    name = EVALUATION_STAGE.folder(name)
-    if not ctx.heldout.rows:
-        return {}
-    settings = EvaluationSettings(
+    unchecked: Unchecked = "greedy" if config.reward.model is not None else "nothing"
+    return EvaluationSettings(
         e.samples,
         Sampling(config.max_new_tokens, e.temperature),
         config.sampling.batch_rows,
         config.training.micro_tokens,
         config.seed,
-        answer_all=config.reward.model is not None,
+        "samples" if e.answers == "all" else unchecked,
     )
-    checkable = sum(row.kind is not None for row in ctx.heldout.rows)
-    unchecked = len(ctx.heldout.rows) - checkable
+
+
+def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
+    """Measures `policy` on the held-out rows, into NAME/evaluation with every answer it gave;
+    returns the metrics, {} where no rows are held out.
+    """
+    name = EVALUATION_STAGE.folder(name)
+    if not ctx.heldout.rows:
+        return {}
+    settings = _settings(ctx)
+    unchecked = any(row.kind is None for row in ctx.heldout.rows)
 
     def make(folder: Path) -> Metrics:
         model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
-        answers = checkable * (1 + e.samples) + unchecked * settings.answer_all
+        answers = sum(settings.answers(row) for row in ctx.heldout.rows)
         with Bar(name, answers // distributed.world_size(), "rows") as progress:
             metrics, records = evaluate(
                 model,
@@ -70,7 +72,8 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
             write_jsonl(folder / "answers.jsonl", records)
         return metrics
 
-    every_row = settings.answer_all and unchecked
+    others = {"nothing": "", "greedy": "to every row, for reward.model", "samples": "to every row"}
+    said = others[settings.unchecked] if unchecked else ""
     parents: Parents = {
         "policy": hash_model_folder(policy),
         "data (held-out rows)": ctx.heldout_hash,
@@ -78,7 +81,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
         **ctx.tokenizer.template_parents,
         **ctx.keys("max_length", "max_new_tokens", "seed"),
         **ctx.keys("evaluation.samples", "evaluation.temperature"),
-        **({"answers": "to every row, for reward.model"} if every_row else {}),
+        **({"answers": said} if said else {}),
     }
     metrics = ctx.run.stage(name, parents, make, resume=True)
     if "accuracy/greedy" in metrics:
