@@ -4,7 +4,7 @@
 
 Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows
 for the same number of optimizer steps: at each of compare.learning_rates with the first seed, then
-at the best one with all seeds; benchmarks.tasks are run on the first seed's. Writes
+at the best one with all seeds; benchmarks.tasks are run on all of these. Writes
 RUN/report/comparison.md, comparison.json and a figure. Every training is a run folder in
 RUN/seed_N/; running the same command again goes on where it stopped. Several processes may share
 the seeds of one run (compare.only=[0] in one, compare.only=[1,2] in another): whichever ends last
@@ -12,14 +12,12 @@ writes the page.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ldalign.evaluation.embedding import EmbeddingModel
-from ldalign.evaluation.statistics import Array
-from ldalign.report.analysis import RunPairs
-from ldalign.report.comparison import power_before, summarise, table_of
+from ldalign.report.comparison import Distance, power_before, summarise, table_of
 from ldalign.report.comparison_page import power_sentence, write_comparison
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
@@ -91,8 +89,8 @@ def compare(config: CompareConfig) -> None:
             rates: dict[str, list[float]] = {}
             for arm in arms:
                 train(config, start, arm, seed, chosen[arm.name])
-                if seed == config.compare.seeds[0] and config.benchmarks.tasks:
-                    run_benchmarks(config, start, arm, chosen[arm.name])
+                if config.benchmarks.tasks:
+                    run_benchmarks(config, start, arm, seed, chosen[arm.name])
                 rates[arm.name] = [chosen[arm.name]]
                 if config.compare.policies == "remove":
                     remove_weights(config, arms, seed, rates)
@@ -101,7 +99,7 @@ def compare(config: CompareConfig) -> None:
         if left:
             say(f"\nseeds {left} are not finished: the page comes with the last of them")
             return
-        summary = summarise(config, arms, chosen, _far(config))
+        summary = summarise(config, arms, chosen, _distance(config))
         say(f"\n{write_comparison(Path(config.run), summary)}")
 
 
@@ -195,16 +193,16 @@ def train(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) 
         align.align(ctx)
 
 
-def run_benchmarks(config: CompareConfig, start: Path, arm: Arm, rate: float) -> None:
-    """Runs benchmarks.tasks on a method's last policy of the first seed; the start has them.
+def run_benchmarks(config: CompareConfig, start: Path, arm: Arm, seed: int, rate: float) -> None:
+    """Runs benchmarks.tasks on a method's last policy of one seed; the start has them.
 
     Raises InputError where they are not done and the policy's weights are removed.
     """
-    first, name = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
-    own = arm_config(config, start, arm, first, rate)
+    name = f"iteration_{config.iterations - 1}"
+    own = arm_config(config, start, arm, seed, rate)
     own = replace(own, benchmarks=config.benchmarks)
     stages = [Path(own.run) / stage for stage in planned_benchmarks(own, name)]
-    if is_removed(config, arm, first, rate):
+    if is_removed(config, arm, seed, rate):
         if not all((stage / MANIFEST).is_file() for stage in stages):
             raise InputError(
                 f"{own.run}: its policy's weights are removed (compare.policies=remove), so "
@@ -215,12 +213,12 @@ def run_benchmarks(config: CompareConfig, start: Path, arm: Arm, rate: float) ->
         benchmark_stages(ctx, name, ctx.run.path / POLICY_STAGE.folder(name))
 
 
-def _far(config: CompareConfig) -> Callable[[RunPairs], Array] | None:
-    """How far losers are from the data's responses by the model judge.folder; None without one."""
+def _distance(config: CompareConfig) -> Distance | None:
+    """How far texts are from others by the model judge.folder; None without one."""
     if config.judge.folder is None:
         return None
     model = EmbeddingModel(embedding_folder(config), distributed.start(config.device))
-    return lambda pairs: model.distance(pairs.real, pairs.generated, pairs.ids).double().numpy()
+    return lambda texts, others, ids: model.distance(texts, others, ids).double().numpy()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ differences are taken seed by seed and prompt by prompt; their errors are of bot
 (`ldalign.evaluation.crossed`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
@@ -24,20 +25,26 @@ from ldalign.evaluation.statistics import Array, holm, spearman, standard_error,
 from ldalign.report.analysis import RunPairs, read_pairs
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
-    FIGURES,
     START,
     Arm,
     arm_folder,
+    iterations,
     last_iteration,
     read_answers,
     searched,
     validation_ids,
 )
 from ldalign.run.folder import benchmark_summaries
+from ldalign.run.stages.evaluation import EVALUATION_STAGE
 from ldalign.run.stages.policy import start_name
+from ldalign.system.files import read_jsonl
 
 Numbers = dict[str, Any]
 Table = dict[str, Array]  # by figure, the values of one policy: (seeds, prompts)
+# How far texts are from others by sentence embeddings, 1 - cos (N,); of two lists and their ids.
+Distance = Callable[[Sequence[str], Sequence[str], Sequence[str]], Array]
+CLOSENESS = "closeness"  # cosine of a policy's answers and the real response, by that model
+SHOWN = ("sampled", "greedy", CLOSENESS, "nll")  # the first that there is leads
 # What every other method is held against, where it is compared; without any of them all pairs are.
 ANCHORS = ("ld_align", "spin", "sft")
 ORACLE = "ld_align/oracle"
@@ -49,16 +56,14 @@ def summarise(
     config: CompareConfig,
     arms: Sequence[Arm],
     chosen: Mapping[str, float],
-    far: Callable[[RunPairs], Array] | None = None,
+    distance: Distance | None = None,
 ) -> Numbers:
-    """Returns what the page shows. chosen: every method's learning rate.
-
-    far: how far each loser is from the data's response by sentence embeddings (N,), where a model
-    is given.
+    """Returns what the page shows. chosen: every method's learning rate. distance: by sentence
+    embeddings, where such a model is given.
     """
     validation, test = validation_ids(config)
-    tables = read_tables(config, arms, chosen, test)
-    figures = [name for name in FIGURES if name in tables[START]]
+    tables = read_tables(config, arms, chosen, test, distance)
+    figures = [name for name in SHOWN if name in tables[START]]
     primary, others = comparisons(config, tables)
     return {
         "rows": {"validation": len(validation), "test": len(test)},
@@ -72,8 +77,9 @@ def summarise(
         },
         "primary": primary,
         "others": others,
+        "on_the_way": on_the_way(config, arms, chosen, test, tables),
         "oracle": oracle_shares(tables),
-        "weights": weights_before_training(config, arms, chosen, far),
+        "weights": weights_before_training(config, arms, chosen, distance),
         "power_before": power_before(
             tables[START], config.evaluation.samples, len(config.compare.seeds), len(test)
         ),
@@ -90,9 +96,16 @@ def summarise(
 
 
 def read_tables(
-    config: CompareConfig, arms: Sequence[Arm], chosen: Mapping[str, float], ids: Sequence[str]
+    config: CompareConfig,
+    arms: Sequence[Arm],
+    chosen: Mapping[str, float],
+    ids: Sequence[str],
+    distance: Distance | None = None,
 ) -> dict[str, Table]:
-    """The figures of the start and of every method's last policy, on these held-out rows."""
+    """The figures of the start and of every method's last policy, on these held-out rows.
+
+    distance: measures `closeness`, of answers to rows that no program checks.
+    """
 
     def read(arm: Arm, seed: int) -> tuple[Path, Path]:
         run = arm_folder(config, arm, seed, chosen[arm.name])
@@ -102,16 +115,44 @@ def read_tables(
     # The start's answers are in every training's folder: they are made once a seed.
     folders = {START: [read(arms[0], seed)[0] for seed in seeds]}
     folders |= {arm.name: [read(arm, seed)[1] for seed in seeds] for arm in arms}
-    return {
-        name: table_of([read_answers(folder) for folder in own], ids)
-        for name, own in folders.items()
-    }
+    answers = {name: [read_answers(folder) for folder in own] for name, own in folders.items()}
+    if distance is not None:
+        every = [folder for own in folders.values() for folder in own]
+        close = iter(closeness(every, distance))
+        for table in (table for own in answers.values() for table in own):
+            for row, value in next(close).items():
+                table[row][CLOSENESS] = value
+    return {name: table_of(own, ids) for name, own in answers.items()}
+
+
+def closeness(folders: Sequence[Path], distance: Distance) -> list[dict[str, float]]:
+    """How close each policy's answers come to the real responses, by id of the rows that have
+    answers which no program checks: the mean cosine of the samples, or of the greedy answer where
+    there are none.
+
+    folders: the policies', as of `read_answers`. All are measured in one call, as they have the
+    real responses and many an answer in common.
+    """
+    out: list[dict[str, float]] = [{} for _ in folders]
+    asked: list[tuple[int, str, str, str]] = []  # policy, row, real response, answer
+    for n, folder in enumerate(folders):
+        for r in read_jsonl(folder / EVALUATION_STAGE.name / "answers.jsonl"):
+            if "greedy" in r and not r["correct"]:
+                own = r["sampled"] or [r["greedy"]]
+                asked += [(n, r["id"], r["real"], answer) for answer in own]
+                out[n][r["id"]] = 0.0
+    if asked:
+        _, ids, real, answers = zip(*asked, strict=True)
+        counts = Counter((n, row) for n, row, _, _ in asked)
+        for (n, row, _, _), far in zip(asked, distance(real, answers, ids), strict=True):
+            out[n][row] += (1 - float(far)) / counts[n, row]
+    return out
 
 
 def table_of(answers: Sequence[Mapping[str, Mapping[str, float]]], ids: Sequence[str]) -> Table:
     """Returns {figure: (seeds, rows)} of the rows in `ids`, without figures that no row has."""
     out = {}
-    for name in FIGURES:
+    for name in SHOWN:
         kept = [i for i in ids if name in answers[0][i]]
         if kept:
             out[name] = np.array([[table[i][name] for i in kept] for table in answers])
@@ -137,16 +178,23 @@ def search(config: CompareConfig, arm: Arm) -> dict[str, Numbers]:
 def benchmarks(
     config: CompareConfig, arms: Sequence[Arm], chosen: Mapping[str, float]
 ) -> dict[str, Numbers]:
-    """Returns {policy: {task: its summary}} of the start and of each arm's first seed."""
-    seed, last = config.compare.seeds[0], f"iteration_{config.iterations - 1}"
-    folders = {START: (Path(config.run) / START, start_name(config))}
-    folders |= {arm.name: (arm_folder(config, arm, seed, chosen[arm.name]), last) for arm in arms}
+    """Returns {policy: {task: [its summary, a seed each]}} of the start, which has one, and of
+    every method's last policy.
+    """
+    last = f"iteration_{config.iterations - 1}"
+    folders = {START: [Path(config.run) / START]}
+    folders |= {
+        arm.name: [arm_folder(config, arm, n, chosen[arm.name]) for n in config.compare.seeds]
+        for arm in arms
+    }
     out: dict[str, Numbers] = {}
-    for name, (run, policy) in folders.items():
-        found = benchmark_summaries(run).items()
-        out[name] = {
-            key.rpartition("/")[2]: value for key, value in found if key.startswith(f"{policy}/")
-        }
+    for name, runs in folders.items():
+        policy, tasks = start_name(config) if name == START else last, {}
+        for run in runs:
+            for key, value in benchmark_summaries(run).items():
+                if key.startswith(f"{policy}/"):
+                    tasks.setdefault(key.rpartition("/")[2], []).append(value)
+        out[name] = tasks
     return {name: tasks for name, tasks in out.items() if tasks}
 
 
@@ -203,6 +251,30 @@ def difference(first: Table, second: Table) -> dict[str, Numbers]:
     return out
 
 
+def on_the_way(
+    config: CompareConfig,
+    arms: Sequence[Arm],
+    chosen: Mapping[str, float],
+    ids: Sequence[str],
+    tables: Mapping[str, Table],
+) -> Numbers:
+    """How much of a method's difference from the start is there after each iteration: `figure`, the
+    first that every policy's answers have, and `methods`, {method: [value and errors, an iteration
+    each]}. {} where there is one iteration.
+    """
+    if config.iterations < 2:
+        return {}
+    start = {name: v for name, v in tables[START].items() if name != CLOSENESS}
+    figure = next(iter(start))
+    out: dict[str, list[Numbers]] = {}
+    for arm in arms:
+        runs = [arm_folder(config, arm, n, chosen[arm.name]) for n in config.compare.seeds]
+        rounds = zip(*(iterations(run, config) for run in runs), strict=True)
+        found = [table_of([read_answers(folder) for folder in own], ids) for own in rounds]
+        out[arm.name] = [asdict(estimate(table[figure] - start[figure])) for table in found]
+    return {"figure": figure, "methods": out}
+
+
 def oracle_shares(tables: Mapping[str, Table]) -> Numbers:
     """Which share of what the checker's weights gain over equal ones each other weight gains.
 
@@ -246,7 +318,7 @@ def weights_before_training(
     config: CompareConfig,
     arms: Sequence[Arm],
     chosen: Mapping[str, float],
-    far: Callable[[RunPairs], Array] | None,
+    distance: Distance | None,
 ) -> dict[str, Numbers]:
     """By method with weights, what those of the first iteration know of the losers: `wrong`, a seed
     each, the probability that a wrong one weighs more than a right one (None: too few of a kind);
@@ -262,15 +334,16 @@ def weights_before_training(
         for seed in seeds:
             pairs = read_pairs(arm_folder(config, arm, seed, chosen[arm.name]), 0)
             assert pairs is not None  # the training is finished
-            if far is not None and seed not in measured:
-                measured[seed] = far(pairs)  # all methods of a seed have the same losers
+            if distance is not None and seed not in measured:
+                # All methods of a seed have the same losers.
+                measured[seed] = distance(pairs.real, pairs.generated, pairs.ids)
             found.append(_known(pairs, measured.get(seed)))
         out[arm.name] = {key: [numbers[key] for numbers in found] for key in found[0]}
     return out
 
 
 def _known(pairs: RunPairs, far: Array | None) -> Numbers:
-    """What one seed's weights know of the losers that are trained on. far: (N,), as `summarise`."""
+    """What one seed's weights know of the losers that are trained on. far: (N,), `Distance`."""
     kept = pairs.trained
     weight, right = pairs.weight[kept], pairs.right[kept]
     heavier = superiority(weight[right == 0], weight[right == 1])

@@ -2,16 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from ldalign.report.comparison import CLOSENESS
 from ldalign.report.table import LEADING
-from ldalign.run.comparison import START
+from ldalign.run.comparison import ACCURACIES, START
 from ldalign.system import distributed
 from ldalign.system.files import make_folder, write_json, write_text
 
-TITLES = {"sampled": "sampled, %", "greedy": "greedy, %", "nll": "NLL, nats/token"}
-SAID = {"sampled": "sampled accuracy", "greedy": "greedy accuracy", "nll": "NLL"}
-UNITS = {"sampled": "points", "greedy": "points", "nll": "nats/token"}
+TITLES = {
+    "sampled": "sampled, %",
+    "greedy": "greedy, %",
+    CLOSENESS: "closeness, cosine",
+    "nll": "NLL, nats/token",
+}
+SAID = {
+    "sampled": "sampled accuracy",
+    "greedy": "greedy accuracy",
+    CLOSENESS: "closeness to the real response",
+    "nll": "NLL",
+}
+UNITS = {"sampled": "points", "greedy": "points", CLOSENESS: "cosine", "nll": "nats/token"}
 
 
 def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
@@ -41,6 +53,7 @@ def render(summary: Mapping[str, Any]) -> str:
         _primary,
         _policies,
         _others,
+        _on_the_way,
         _oracle,
         _weights,
         _power,
@@ -109,6 +122,24 @@ def _others(summary: Mapping[str, Any]) -> list[str]:
         cells += [*(_gap(f, gaps[f]) for f in others), _seeds(figure, gap)]
         lines.append(_line([name, *cells]))
     return lines
+
+
+def _on_the_way(summary: Mapping[str, Any]) -> list[str]:
+    """A table of every method's difference from the start after each iteration."""
+    found = summary["on_the_way"]
+    if not found:
+        return []
+    figure = found["figure"]
+    head = [f"after {n} iteration{'s' * (n > 1)}" for n in range(1, summary["iterations"] + 1)]
+    return [
+        f"**On the way** (method minus start, {SAID[figure]}, {UNITS[figure]})",
+        "",
+        *_head(["", *head]),
+        *(
+            _line([name, *(_gap(figure, gap) for gap in gaps)])
+            for name, gaps in found["methods"].items()
+        ),
+    ]
 
 
 def _oracle(summary: Mapping[str, Any]) -> list[str]:
@@ -198,7 +229,8 @@ def power_sentence(before: Mapping[str, float], seeds: int, prompts: int) -> str
 
 def _search(summary: Mapping[str, Any]) -> list[str]:
     """A table of what the search found for each method at each learning rate."""
-    rates, figure = summary["settings"]["learning_rates"], summary["figures"][0]
+    rates = summary["settings"]["learning_rates"]
+    figure = next((name for name in ACCURACIES if name in summary["figures"]), "nll")
     if len(rates) < 2:
         return []
     what = "-NLL" if figure == "nll" else f"{SAID[figure]}, %"
@@ -221,33 +253,39 @@ def _tried(figure: str, found: Mapping[str, float]) -> str:
 
 
 def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
-    """Returns a table of every task's leading metric, of the first seed's policies."""
-    found: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
+    """Returns a table of every task's leading metric, its mean over the seeds and each of them."""
+    found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]] = summary["benchmarks"]
     if not found:
         return []
     tasks = sorted({task for scores in found.values() for task in scores})
     first = next(iter(found.values()))
 
     def leading(task: str) -> str:
-        seen = [scores[task] for scores in found.values() if task in scores]
+        seen = [scores[task][0] for scores in found.values() if task in scores]
         return next(metric for metric in LEADING if any(metric in scores for scores in seen))
 
     metrics = {task: leading(task) for task in tasks}
     lines = [
-        f"**Benchmarks**, % (seed {summary['seeds'][0]}; +- one standard error over rows)",
+        "**Benchmarks**, % (mean over the seeds, +- one standard error over rows of one seed; each "
+        "seed)",
         "",
         *_head(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
     ]
     for name, scores in found.items():
-        cells = [
-            _shown(m, scores[t][m], scores[t][f"{m}_se"]) if t in scores else ""
-            for t, m in metrics.items()
-        ]
+        cells = [_over_runs(scores[t], m) if t in scores else "" for t, m in metrics.items()]
         lines.append(_line([name, *cells]))
     shots = ", ".join(
-        f"{t}: {s['rows']:.0f} rows, {s['shots']:.0f} shots" for t, s in sorted(first.items())
+        f"{t}: {s[0]['rows']:.0f} rows, {s[0]['shots']:.0f} shots" for t, s in sorted(first.items())
     )
     return [*lines, "", f"{shots}."]
+
+
+def _over_runs(scores: Sequence[Mapping[str, float]], metric: str) -> str:
+    """A benchmark's mean over the runs, the error of one of them, and each where there are more."""
+    values, errors = ([s[name] for s in scores] for name in (metric, f"{metric}_se"))
+    mean = f"{100 * fmean(values):.1f} +- {100 * fmean(errors):.1f}"
+    each = ", ".join(f"{100 * value:.1f}" for value in values)
+    return f"{mean} ({each})" if len(values) > 1 else mean
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
@@ -292,7 +330,7 @@ def _p(value: float) -> str:
 
 
 def _shown(figure: str, value: float, error: float | None = None, sign: str = "") -> str:
-    """Shows accuracies in per cent, NLL in nats."""
-    factor, digits = (1, 4) if figure == "nll" else (100, 1)
+    """Shows accuracies in per cent, NLL in nats, closeness as it is."""
+    factor, digits = (100, 1) if figure in ACCURACIES else (1, 4)
     text = f"{factor * value:{sign}.{digits}f}"
     return text if error is None else f"{text} +- {factor * error:.{digits}f}"

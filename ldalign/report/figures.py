@@ -664,15 +664,13 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
     def draw() -> tuple[Figure, str]:
         primary = len(summary["primary"])
         rows = summary["primary"] | summary["others"]
-        measures = [
-            (key, *scale)
-            for key, scale in (
-                ("sampled", (100, "sampled accuracy, points")),
-                ("greedy", (100, "greedy accuracy, points")),
-                ("nll", (1, "NLL, nats/token")),
-            )
-            if key in summary["figures"]
-        ]
+        scales = {
+            "sampled": (100, "sampled accuracy, points"),
+            "greedy": (100, "greedy accuracy, points"),
+            "closeness": (1, "closeness, cosine"),
+            "nll": (1, "NLL, nats/token"),
+        }
+        measures = [(key, *scales[key]) for key in summary["figures"]]
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
         panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
         places = np.arange(len(rows))

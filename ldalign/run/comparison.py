@@ -38,7 +38,7 @@ SHARED = (
 )
 SHARED_PAIRS = (DISTANCES_STAGE.folder(0),)
 SHARED_TRAINING = (POLICY_STAGE.folder(0), EVALUATION_STAGE.folder("iteration_0"))
-FIGURES = ("sampled", "greedy", "nll")
+ACCURACIES = ("sampled", "greedy")
 WEIGHTS = "*.safetensors"  # in a policy's folder
 
 
@@ -276,16 +276,15 @@ def is_evaluated(config: CompareConfig, arm: Arm, seed: int, rate: float) -> boo
 
 
 def unfinished(config: CompareConfig, arms: Sequence[Arm]) -> list[int]:
-    """Those of the seeds whose trainings, at the learning rates chosen, are not all evaluated; the
-    first also without its benchmarks.
+    """Those of the seeds whose trainings, at the learning rates chosen, are not all evaluated and
+    benchmarked.
     """
-    last = f"iteration_{config.iterations - 1}"
+    asked = planned_benchmarks(config, f"iteration_{config.iterations - 1}")
 
     def is_done(arm: Arm, seed: int) -> bool:
         rate = learning_rate(config, arm)
         if rate is None or not is_evaluated(config, arm, seed, rate):
             return False
-        asked = planned_benchmarks(config, last) if seed == config.compare.seeds[0] else []
         folder = arm_folder(config, arm, seed, rate)
         return all((folder / name / MANIFEST).is_file() for name in asked)
 
@@ -309,9 +308,14 @@ def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
+def iterations(folder: Path, config: CompareConfig) -> list[Path]:
+    """Returns the folders of the iterations in a training's run."""
+    return [folder / f"iteration_{t}" for t in range(config.iterations)]
+
+
 def last_iteration(folder: Path, config: CompareConfig) -> Path:
     """Returns the folder of the last iteration in a training's run."""
-    return folder / f"iteration_{config.iterations - 1}"
+    return iterations(folder, config)[-1]
 
 
 def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
@@ -319,7 +323,7 @@ def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
     accuracy, else greedy; unchecked, -NLL.
     """
     rows = [figures[i] for i in ids]
-    for name in FIGURES[:2]:
+    for name in ACCURACIES:
         if all(name in row for row in rows):
             return np.array([row[name] for row in rows])
     return -np.array([row["nll"] for row in rows])

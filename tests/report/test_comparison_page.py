@@ -1,6 +1,8 @@
 """A comparison's numbers and page: families of tests, the oracle's shares, what weights know."""
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,20 @@ from runs import ROOT
 from ldalign.report import comparison, figures
 from ldalign.report.analysis import RunPairs
 from ldalign.report.comparison import (
+    closeness,
     comparisons,
     difference,
+    on_the_way,
     oracle_shares,
     power_before,
+    read_tables,
     shown_pairs,
     table_of,
     weights_before_training,
 )
 from ldalign.report.comparison_page import render
 from ldalign.run.compare_settings import CompareConfig
-from ldalign.run.comparison import Arm
+from ldalign.run.comparison import Arm, arm_folder
 from ldalign.system.config import load_config
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
@@ -176,14 +181,16 @@ def test_what_weights_know_before_training(monkeypatch: pytest.MonkeyPatch) -> N
     )
     names = ["sft", "spin", "ld_align", "ld_align/oracle", "ld_align/retrained"]
     arms, chosen = [Arm.of(name) for name in names], dict.fromkeys(names, 0.1)
-    asked: list[RunPairs] = []
+    asked: list[tuple[Sequence[str], ...]] = []
 
-    def far(pairs: RunPairs) -> np.ndarray:
-        asked.append(pairs)
-        return pairs.weight**3
+    def distance(*texts: Sequence[str]) -> np.ndarray:
+        asked.append(texts)
+        return made[f"seed_{len(asked) - 1}/ld_align-0.1"].weight ** 3
 
     config = config_of("compare.seeds=[0, 1]")
-    found = weights_before_training(config, arms, chosen, far)
+    found = weights_before_training(config, arms, chosen, distance)
+    pairs = made["seed_0/ld_align-0.1"]
+    assert asked[0] == (pairs.real, pairs.generated, pairs.ids)
     assert list(found) == ["ld_align", "ld_align/oracle"] and len(asked) == 2
     for seed in range(2):
         w, r = made[f"seed_{seed}/ld_align-0.1"].weight[1:], right[1:]
@@ -194,6 +201,71 @@ def test_what_weights_know_before_training(monkeypatch: pytest.MonkeyPatch) -> N
         assert found["ld_align"]["losers"][seed] == {"wrong": sum(r == 0), "right": sum(r == 1)}
     without = weights_before_training(config, arms, chosen, None)
     assert without["ld_align"]["embedding"] == [None, None]
+
+
+def write_answers(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "evaluation").mkdir(parents=True)
+    lines = [json.dumps({"logp": -2.0, "n_tokens": 4, **row}) + "\n" for row in rows]
+    (folder / "evaluation/answers.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_closeness_is_the_mean_over_a_rows_samples(tmp_path: Path) -> None:
+    """Of the greedy answer where there are none; rows with a checker, and without answers, have
+    none.
+    """
+    rows = [
+        {"id": "a", "real": "ab", "greedy": "xy", "sampled": ["ab", "ax"], "correct": []},
+        {"id": "b", "real": "cd", "greedy": "cx", "sampled": [], "correct": []},
+        {"id": "c", "real": "ef", "greedy": "ef", "sampled": ["ef"], "correct": [True, True]},
+        {"id": "d", "real": "gh"},
+    ]
+    other = [rows[0] | {"sampled": ["xx", "xx"]}]
+    calls: list[list[str]] = []
+
+    def distance(real: Sequence[str], said: Sequence[str], ids: Sequence[str]) -> np.ndarray:
+        calls.append(list(ids))
+        same = [
+            sum(x == y for x, y in zip(a, b, strict=True)) for a, b in zip(real, said, strict=True)
+        ]
+        return 1 - np.array(same) / 2
+
+    folders = [write_answers(tmp_path / name, own) for name, own in (("1", rows), ("2", other))]
+    assert closeness(folders, distance) == [{"a": 0.75, "b": 0.5}, {"a": 0.0}]
+    assert calls == [["a", "a", "b", "a", "a"]]
+    assert closeness([write_answers(tmp_path / "3", rows[2:])], distance) == [{}]
+
+
+def test_closeness_leads_where_no_program_checks(tmp_path: Path) -> None:
+    """It is read for every policy, and is the figure that is tested."""
+    config = config_of("compare.seeds=[0]", "iterations=2", f"run={tmp_path}")
+    arms = [Arm.of(name) for name in METHODS]
+    chosen = dict.fromkeys(METHODS, 0.1)
+    for n, arm in enumerate(arms):
+        run = arm_folder(config, arm, 0, 0.1)
+        for name, k in (("start", 0), ("iteration_0", n + 1), ("iteration_1", n + 2)):
+            rows = [
+                {"id": i, "real": "", "greedy": "x" * k, "sampled": [], "correct": [], "logp": -k}
+                for i in "ab"
+            ]
+            write_answers(run / name, rows)
+
+    def distance(real: Sequence[str], said: Sequence[str], ids: Sequence[str]) -> np.ndarray:
+        return 1 - np.array([len(text) for text in said]) / 100
+
+    found = read_tables(config, arms, chosen, ["a", "b"], distance)
+    assert found["spin"]["closeness"].tolist() == [[pytest.approx(0.03)] * 2]
+    assert found["start"]["closeness"].tolist() == [[pytest.approx(0.0)] * 2]
+    primary, _ = comparisons(config, found)
+    gap = primary["ld_align - spin"]
+    assert list(gap) == ["closeness", "nll"] and gap["closeness"]["value"] == pytest.approx(0.02)
+    assert "p_holm" in gap["closeness"] and "p_holm" not in gap["nll"]
+    assert list(found["start"]) == ["closeness", "nll"]
+    way = on_the_way(config, arms, chosen, ["a", "b"], found)
+    assert way["figure"] == "nll"
+    values = [gap["value"] for gap in way["methods"]["ld_align"]]
+    assert values == pytest.approx([4 / 4, 5 / 4])  # nats a token, more than the start's
+    assert on_the_way(config_of("iterations=1"), arms, chosen, ["a"], found) == {}
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -227,6 +299,10 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "global_batch": 8,
         "max_rows": 16,
         "benchmarks": {},
+        "on_the_way": {
+            "figure": "sampled",
+            "methods": {"sft": [{"value": 0.01, "se": 0.002}, {"value": 0.03, "se": 0.004}]},
+        },
     } | changes
 
 
@@ -246,6 +322,44 @@ def test_the_page_says_what_was_found() -> None:
     assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
+    assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
+
+
+def test_benchmarks_of_every_seed() -> None:
+    def task(*values: float) -> list[dict[str, float]]:
+        return [{"acc": v, "acc_se": 0.01, "rows": 50, "shots": 0} for v in values]
+
+    found = {"start": {"piqa": task(0.5)}, "spin": {"piqa": task(0.5, 0.6, 0.55)}}
+    text = render(summary_of(benchmarks=found))
+    assert "| start | 50.0 +- 1.0 |" in text
+    assert "| spin | 55.0 +- 1.0 (50.0, 60.0, 55.0) |" in text
+
+
+def test_the_page_of_closeness() -> None:
+    found = {
+        name: {"closeness": table["nll"], "nll": table["nll"]} for name, table in tables().items()
+    }
+    primary, others = comparisons(config_of(), found)
+    estimates = {
+        k: {f: vars(comparison.estimate(v)) for f, v in t.items()} for k, t in found.items()
+    }
+    summary = summary_of(
+        figures=["closeness", "nll"],
+        primary=primary,
+        others=others,
+        oracle={},
+        policies=estimates,
+        power_before={},
+        on_the_way={},
+    )
+    text = render(summary)
+    gap = primary["ld_align - spin"]["closeness"]
+    assert f"| ld_align - spin | {gap['value']:+.4f} +- {gap['se']:.4f} |" in text
+    assert "(first minus second, cosine)" in text and "p is of closeness to the real" in text
+    assert "validation rows: -NLL" in text  # what a learning rate is chosen by
+    chart = figures.contrasts(summary)
+    assert chart.figure is not None
+    assert chart.figure.axes[0].get_xlabel() == "closeness, cosine"
 
 
 def test_the_page_without_what_is_not_known() -> None:
@@ -264,6 +378,7 @@ def test_the_page_without_what_is_not_known() -> None:
         power_before={},
         settings={"learning_rates": [0.01]},
         iterations=1,
+        on_the_way={},
     )
     text = render(summary)
     assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text

@@ -184,7 +184,7 @@ def test_weights_are_removed_when_no_training_needs_them(
     # What cannot be measured any more is said.
     with pytest.raises(InputError, match="weights are removed .*, so benchmarks.tasks cannot be"):
         compare.run_benchmarks(
-            config_of(run, *removing, "benchmarks=[piqa]"), tmp_path, Arm.of("spin"), 1e-3
+            config_of(run, *removing, "benchmarks=[piqa]"), tmp_path, Arm.of("spin"), 0, 1e-3
         )
 
 
