@@ -11,6 +11,7 @@ differences are taken seed by seed and prompt by prompt; their errors are of bot
 (`ldalign.evaluation.crossed`).
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ import numpy as np
 from ldalign.evaluation.crossed import bootstrap, estimate, ratio, smallest_difference
 from ldalign.evaluation.statistics import Array, holm, spearman, standard_error, superiority
 from ldalign.report.analysis import RunPairs, read_pairs
+from ldalign.report.words import machine_line
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     START,
@@ -34,9 +36,10 @@ from ldalign.run.comparison import (
     searched,
     validation_ids,
 )
-from ldalign.run.folder import benchmark_summaries
+from ldalign.run.folder import ENVIRONMENT, benchmark_summaries
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
 from ldalign.run.stages.policy import start_name
+from ldalign.system.config import to_yaml
 from ldalign.system.files import read_jsonl
 
 Numbers = dict[str, Any]
@@ -89,6 +92,21 @@ def summarise(
         "global_batch": config.global_batch,
         "max_rows": config.max_rows,
         "benchmarks": benchmarks(config, arms, chosen),
+        "again": again(config),
+    }
+
+
+def again(config: CompareConfig) -> Numbers:
+    """What makes the comparison again: every key that is not its default (YAML), the commit and the
+    machine, as the run wrote them down.
+    """
+    path = Path(config.run) / ENVIRONMENT
+    whole = replace(config, compare=replace(config.compare, only=[]))
+    machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        "settings": to_yaml(whole, changed=True),
+        "commit": machine.get("git_commit"),
+        "machine": machine_line(machine) if machine else None,
     }
 
 

@@ -60,6 +60,7 @@ def render(summary: Mapping[str, Any]) -> str:
         _search,
         _benchmarks,
         _notes,
+        _again,
     )
     return "\n".join("\n".join([*lines, ""]) for part in parts if (lines := part(summary)))
 
@@ -299,6 +300,29 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         "seeds and prompts; of few seeds its interval is too narrow. p is of "
         f"{SAID[figure]} alone, adjusted by Holm's method over each table; differences of other "
         "figures are shown with their error and not tested."
+    ]
+
+
+def _again(summary: Mapping[str, Any]) -> list[str]:
+    """How to make every number of the page again."""
+    found = summary["again"]
+    machine = [found["machine"], ""] if found["machine"] else []
+    commit = found["commit"]
+    checkout = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
+    return [
+        "**Every number again**",
+        "",
+        *machine,
+        "```",
+        *checkout,
+        "python train/compare.py --config compare.yaml",
+        "```",
+        "",
+        "where compare.yaml is",
+        "",
+        "```yaml",
+        found["settings"].rstrip(),
+        "```",
     ]
 
 

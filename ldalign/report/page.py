@@ -26,7 +26,7 @@ from ldalign.report.table import (
     read_summaries,
     read_validation,
 )
-from ldalign.run.folder import iterations
+from ldalign.run.folder import ENVIRONMENT, iterations
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import write_text
 
@@ -82,7 +82,7 @@ def gather(run: Path) -> dict[str, Any]:
     table, summaries = collect(run), read_summaries(run)
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = read_config(run)
-    machine = _json(run / "environment.json")
+    machine = _json(run / ENVIRONMENT)
     joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
     trained = read_steps(run, (f"iteration_{t}/policy" for t in iterations(run)))
     steps = {name.removesuffix("/policy"): records for name, records in trained.items()}

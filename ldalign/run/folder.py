@@ -29,6 +29,7 @@ from ldalign.system.metrics import Metrics, say
 
 log = logging.getLogger(__name__)
 
+ENVIRONMENT = "environment.json"  # machine, commit and versions of a run
 STARTED = "started.json"  # in the run folder: the day it was begun
 WAIT_SECONDS = 1.0  # between two tries to get a lock that is waited for
 # What helps where memory does not suffice and nothing within the stage knows better.
@@ -160,7 +161,7 @@ class RunFolder:
             write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
         write_text(self.path / "config.yaml", self._config_yaml)
         write_text(
-            self.path / "environment.json",
+            self.path / ENVIRONMENT,
             json.dumps(environment.describe_machine(), indent=1) + "\n",
         )
 

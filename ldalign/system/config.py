@@ -567,11 +567,27 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def to_yaml(config: Any) -> str:
-    """Writes the resolved config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.dump(
-        to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
-    )
+def to_yaml(config: Any, changed: bool = False) -> str:
+    """Writes the resolved config as YAML; `load_config` reads it back to an equal config.
+
+    changed: only the keys whose values are not the defaults, which reads back to the same.
+    """
+    values = to_dict(config)
+    if changed:
+        values = _differing(values, to_dict(type(config)()))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _differing(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are others, group by group."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if inner := _differing(value, others[name]):
+                out[name] = inner
+        elif value != others[name]:
+            out[name] = value
+    return out
 
 
 class _Dumper(yaml.SafeDumper):

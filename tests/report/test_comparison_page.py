@@ -299,6 +299,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "global_batch": 8,
         "max_rows": 16,
         "benchmarks": {},
+        "again": {"settings": "iterations: 2\n", "commit": "abc-dirty", "machine": "On a laptop."},
         "on_the_way": {
             "figure": "sampled",
             "methods": {"sft": [{"value": 0.01, "se": 0.002}, {"value": 0.03, "se": 0.004}]},
@@ -322,6 +323,8 @@ def test_the_page_says_what_was_found() -> None:
     assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
+    assert "git checkout abc\n" in text and "On a laptop." in text
+    assert text.endswith("```yaml\niterations: 2\n```\n")
     assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
 
 
@@ -379,9 +382,11 @@ def test_the_page_without_what_is_not_known() -> None:
         settings={"learning_rates": [0.01]},
         iterations=1,
         on_the_way={},
+        again={"settings": "run: x\n", "commit": None, "machine": None},
     )
     text = render(summary)
     assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
+    assert "git checkout" not in text
     for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
         assert part not in text, part
 

@@ -115,6 +115,11 @@ def test_a_comparison_and_its_resumption(
         assert found["value"] == pytest.approx(gap)
     text = (run / "report/comparison.md").read_text()
     assert "| spin - sft |" in text and "| ld_align/uniform |" in text
+    settings = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "again.yaml").write_text(settings)
+    assert load_config(CompareConfig, tmp_path / "again.yaml") == config_of(
+        f"run={run}", f"cache={toy_cache}"
+    )
     assert "named in advance" not in text  # neither of the usual two is compared
     assert (run / "report/comparison.svg").stat().st_size > 5000
     before = {

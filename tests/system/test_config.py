@@ -240,6 +240,14 @@ def test_yaml_round_trip(
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_bytes(c.to_yaml(config).encode())
     assert c.load_config(Toy, path) == config
+    path.write_bytes(c.to_yaml(config, changed=True).encode())
+    assert c.load_config(Toy, path) == config
+
+
+def test_yaml_of_what_is_changed() -> None:
+    assert c.to_yaml(Toy(), changed=True) == "{}\n"
+    config = Toy(max_rows=5, guide=Guide(epochs=4))
+    assert c.to_yaml(config, changed=True) == "max_rows: 5\nguide:\n  epochs: 4\n"
 
 
 def test_list_defaults_are_not_shared() -> None:
