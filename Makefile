@@ -2,7 +2,7 @@
 #   make setup   install everything needed to run, then say what this machine has
 #   make align   the whole method on the default model and data; make align CONFIG=FILE.yaml ARGS="key=value ..."
 #   make evaluate   one policy, on held-out rows and public benchmarks; make evaluate ARGS="policy=FOLDER key=value ..."
-#   make compare   SFT, SPIN, LD-Align and a control from one start, about an hour; make compare COMPARE=FILE.yaml ARGS="..."
+#   make compare   what the weights buy: SFT, SPIN, LD-Align by every kind of weights, hours; make compare COMPARE=FILE.yaml ARGS="..."
 #   make tour    one pair through the whole method with its numbers, a minute (docs/tour.md); make tour ARGS="policy=toy"
 #   make report RUN=FOLDER   a run folder's report again
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
@@ -24,7 +24,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 CONFIG ?= configs/smollm2-135m.yaml
-COMPARE ?= configs/compare-smollm2.yaml
+COMPARE ?= configs/compare-wordings.yaml
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -q
 

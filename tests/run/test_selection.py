@@ -156,7 +156,7 @@ def test_keys_that_contradict_each_other(tmp_path: Path, keys: list[str], said: 
 
 
 def test_a_comparison_takes_the_last(tmp_path: Path) -> None:
-    compare = ROOT / "configs/compare-smollm2.yaml"
+    compare = ROOT / "configs/compare-wordings.yaml"
     with pytest.raises(InputError, match="validation, select: all methods take the same steps"):
         load_config(CompareConfig, compare, ["validation.early_stop=2"])
 
