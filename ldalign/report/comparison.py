@@ -36,8 +36,9 @@ from ldalign.run.comparison import (
     searched,
     validation_ids,
 )
-from ldalign.run.folder import ENVIRONMENT, benchmark_summaries
+from ldalign.run.folder import ENVIRONMENT, SUMMARY, benchmark_summaries
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.guide import GUIDE_STAGE
 from ldalign.run.stages.policy import start_name
 from ldalign.system.config import to_yaml
 from ldalign.system.files import read_jsonl
@@ -82,6 +83,7 @@ def summarise(
         "others": others,
         "on_the_way": on_the_way(config, arms, chosen, test, tables),
         "oracle": oracle_shares(tables),
+        "guides": guides(config, arms, chosen),
         "weights": weights_before_training(config, arms, chosen, distance),
         "power_before": power_before(
             tables[START], config.evaluation.samples, len(config.compare.seeds), len(test)
@@ -330,6 +332,20 @@ def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Number
 
 
 # ------------------------------------------------------------------------ what weights know, before
+
+
+def guides(
+    config: CompareConfig, arms: Sequence[Arm], chosen: Mapping[str, float]
+) -> list[Numbers]:
+    """The held-out figures of each seed's guide, which its methods share; [] where none has one."""
+    out = []
+    for seed in config.compare.seeds:
+        runs = (arm_folder(config, arm, seed, chosen[arm.name]) for arm in arms)
+        paths = (run / GUIDE_STAGE.folder(0) / SUMMARY for run in runs)
+        found = next((path for path in paths if path.is_file()), None)
+        if found is not None:
+            out.append(json.loads(found.read_text(encoding="utf-8")))
+    return out
 
 
 def weights_before_training(

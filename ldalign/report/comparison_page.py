@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from ldalign.report.comparison import CLOSENESS
+from ldalign.report.guides import gain_text, is_known
 from ldalign.report.table import LEADING
 from ldalign.run.comparison import ACCURACIES, START
 from ldalign.system import distributed
@@ -56,6 +57,7 @@ def render(summary: Mapping[str, Any]) -> str:
         _on_the_way,
         _oracle,
         _weights,
+        _guides,
         _power,
         _search,
         _benchmarks,
@@ -192,6 +194,17 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
         counts = ", ".join(f"{n['wrong']} / {n['right']}" for n in losers)
         lines += ["", f"Wrong / right losers, by seed: {counts}."]
     return lines
+
+
+def _guides(summary: Mapping[str, Any]) -> list[str]:
+    """Whether each seed's guide tells a row's two responses apart."""
+    gains = [gain_text(found, "sibling_gain") for found in summary["guides"] if is_known(found)]
+    if not gains:
+        return []
+    return [
+        "The guide, on rows that it was not trained on: a response's own latent over that of the "
+        f"other response to its prompt, nats a response, by seed: {', '.join(gains)}."
+    ]
 
 
 def _over_seeds(found: Sequence[Mapping[str, float] | None]) -> str:

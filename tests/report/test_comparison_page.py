@@ -16,6 +16,7 @@ from ldalign.report.comparison import (
     closeness,
     comparisons,
     difference,
+    guides,
     on_the_way,
     oracle_shares,
     power_before,
@@ -210,6 +211,16 @@ def write_answers(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
+def test_a_seeds_guide_is_read_where_one_is(tmp_path: Path) -> None:
+    config = config_of("compare.seeds=[0, 1]", f"run={tmp_path}")
+    arms, chosen = [Arm.of(name) for name in METHODS], dict.fromkeys(METHODS, 0.1)
+    assert guides(config, arms, chosen) == []
+    folder = arm_folder(config, Arm.of("ld_align"), 1, 0.1) / "guide"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"sibling_gain": 0.5}')
+    assert guides(config, arms, chosen) == [{"sibling_gain": 0.5}]
+
+
 def test_closeness_is_the_mean_over_a_rows_samples(tmp_path: Path) -> None:
     """Of the greedy answer where there are none; rows with a checker, and without answers, have
     none.
@@ -292,6 +303,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "others": others,
         "oracle": oracle_shares(found),
         "weights": {"ld_align": known},
+        "guides": [{"sibling_gain": 0.7, "sibling_gain_se": 0.2}, {"latent_gain": 0.1}],
         "power_before": {"se": 0.01, "sees": 0.028},
         "settings": {"learning_rates": [0.01, 0.1]},
         "steps": 2,
@@ -323,6 +335,7 @@ def test_the_page_says_what_was_found() -> None:
     assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
+    assert "nats a response, by seed: +0.700 +- 0.200." in text
     assert "git checkout abc\n" in text and "On a laptop." in text
     assert text.endswith("```yaml\niterations: 2\n```\n")
     assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
@@ -378,6 +391,7 @@ def test_the_page_without_what_is_not_known() -> None:
         others=others,
         oracle=oracle_shares(found),
         weights={},
+        guides=[],
         power_before={},
         settings={"learning_rates": [0.01]},
         iterations=1,
@@ -386,7 +400,7 @@ def test_the_page_without_what_is_not_known() -> None:
     )
     text = render(summary)
     assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
-    assert "git checkout" not in text
+    assert "git checkout" not in text and "The guide, on rows" not in text
     for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
         assert part not in text, part
 
