@@ -33,6 +33,7 @@ from ldalign.run.comparison import (
     iterations,
     last_iteration,
     read_answers,
+    scored_by,
     searched,
     validation_ids,
 )
@@ -73,6 +74,7 @@ def summarise(
         "seeds": config.compare.seeds,
         "figures": figures,
         "learning_rates": dict(chosen),
+        "searched_by": searched_by(config, arms[0], chosen[arms[0].name]),
         "search": {arm.name: search(config, arm) for arm in arms},
         "policies": {
             name: {figure: asdict(estimate(table[figure])) for figure in figures}
@@ -175,6 +177,14 @@ def table_of(answers: Sequence[Mapping[str, Mapping[str, float]]], ids: Sequence
         if kept:
             out[name] = np.array([[table[i][name] for i in kept] for table in answers])
     return out
+
+
+def searched_by(config: CompareConfig, arm: Arm, rate: float) -> str:
+    """The figure that the validation rows choose by; all policies answer the same rows, so that any
+    training tells.
+    """
+    run = arm_folder(config, arm, config.compare.seeds[0], rate)
+    return scored_by(read_answers(last_iteration(run, config)), validation_ids(config)[0])
 
 
 def search(config: CompareConfig, arm: Arm) -> dict[str, Numbers]:

@@ -231,7 +231,7 @@ def power_sentence(before: Mapping[str, float], seeds: int, prompts: int) -> str
 def _search(summary: Mapping[str, Any]) -> list[str]:
     """A table of what the search found for each method at each learning rate."""
     rates = summary["settings"]["learning_rates"]
-    figure = next((name for name in ACCURACIES if name in summary["figures"]), "nll")
+    figure = summary["searched_by"]
     if len(rates) < 2:
         return []
     what = "-NLL" if figure == "nll" else f"{SAID[figure]}, %"

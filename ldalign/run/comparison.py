@@ -318,15 +318,21 @@ def last_iteration(folder: Path, config: CompareConfig) -> Path:
     return iterations(folder, config)[-1]
 
 
-def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
-    """What a learning rate is chosen by, by its mean over the validation rows (rows,): sampled
-    accuracy, else greedy; unchecked, -NLL.
+def scored_by(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> str:
+    """The figure that a learning rate is chosen by: sampled accuracy, else greedy; nll where a
+    validation row has no checker, whatever the rows that are reported have.
     """
-    rows = [figures[i] for i in ids]
-    for name in ACCURACIES:
-        if all(name in row for row in rows):
-            return np.array([row[name] for row in rows])
-    return -np.array([row["nll"] for row in rows])
+    known = (name for name in ACCURACIES if all(name in figures[i] for i in ids))
+    return next(known, "nll")
+
+
+def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
+    """What a learning rate is chosen by, by its mean over the validation rows (rows,): the figure
+    of `scored_by`, the NLL as -NLL.
+    """
+    name = scored_by(figures, ids)
+    values = np.array([figures[i][name] for i in ids])
+    return -values if name == "nll" else values
 
 
 def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:

@@ -286,6 +286,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "seeds": [0, 1, 2, 3],
         "figures": ["sampled", "nll"],
         "learning_rates": dict.fromkeys(METHODS, 0.01),
+        "searched_by": "sampled",
         "search": dict.fromkeys(METHODS, tried),
         "policies": figures_of,
         "primary": primary,
@@ -328,6 +329,14 @@ def test_the_page_says_what_was_found() -> None:
     assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
 
 
+def test_the_search_is_of_the_figure_that_chose() -> None:
+    """-NLL where one validation row has no checker, though accuracies of others are reported."""
+    tried = {"0.01": {"score": -5.7, "below": 0.0, "se": 0.0}}
+    tried["0.1"] = {"score": -5.8, "below": 0.1, "se": 0.04}
+    text = render(summary_of(searched_by="nll", search={"sft": tried}))
+    assert "validation rows: -NLL;" in text and "| sft | -5.7000 | -5.8000 (2.5) |" in text
+
+
 def test_benchmarks_of_every_seed() -> None:
     def task(*values: float) -> list[dict[str, float]]:
         return [{"acc": v, "acc_se": 0.01, "rows": 50, "shots": 0} for v in values]
@@ -348,6 +357,7 @@ def test_the_page_of_closeness() -> None:
     }
     summary = summary_of(
         figures=["closeness", "nll"],
+        searched_by="nll",
         primary=primary,
         others=others,
         oracle={},

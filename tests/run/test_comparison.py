@@ -10,7 +10,15 @@ import pytest
 from runs import ROOT
 
 from ldalign.run.compare_settings import CompareConfig
-from ldalign.run.comparison import START, Arm, arm_folder, read_answers, scores, validation_ids
+from ldalign.run.comparison import (
+    START,
+    Arm,
+    arm_folder,
+    read_answers,
+    scored_by,
+    scores,
+    validation_ids,
+)
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
@@ -141,6 +149,9 @@ def test_rates_are_scored_on_validation_rows_alone() -> None:
     assert scores(figures, ["a", "b"]).tolist() == [1.0, 0.0]
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
     assert scores(unchecked, ["a", "b"]).tolist() == [-1.0, -3.0]
+    mixed = figures | {"b": unchecked["b"]}  # one row without a checker
+    assert scored_by(mixed, ["a", "b"]) == "nll" and scored_by(mixed, ["a"]) == "sampled"
+    assert scores(mixed, ["a", "b"]).tolist() == [-1.0, -3.0]
     # evaluation.samples=0
     greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
     assert scores(greedy, ["a"]).tolist() == [1.0]
