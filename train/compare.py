@@ -146,10 +146,9 @@ def make_start(config: CompareConfig, arms: Sequence[Arm]) -> Path:
     _, test = validation_ids(config)
     answers = read_answers(Path(own.run) / start_name(config))
     seeds = len(config.compare.seeds)
-    power = power_before(table_of([answers], test), config.evaluation.samples, seeds, len(test))
+    power = power_before(table_of([answers], test), config.evaluation.samples, seeds)
     if power:
-        sentence = power_sentence(power, seeds, len(test))
-        say(f"the smallest difference seen with 80 % power: {sentence}")
+        say(f"the smallest difference seen with 80 % power: {power_sentence(power, seeds)}")
     return start
 
 

@@ -86,7 +86,7 @@ def summarise(
         "oracle": oracle_shares(tables),
         "weights": weights_before_training(config, arms, chosen, distance),
         "power_before": power_before(
-            tables[START], config.evaluation.samples, len(config.compare.seeds), len(test)
+            tables[START], config.evaluation.samples, len(config.compare.seeds)
         ),
         "settings": asdict(replace(config.compare, only=[])),
         "steps": config.training.steps,
@@ -323,10 +323,11 @@ def oracle_shares(tables: Mapping[str, Table]) -> Numbers:
     return {"gain": f"{ORACLE} - {base}", "shares": shares}
 
 
-def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Numbers:
+def power_before(start: Table, samples: int, seeds: int) -> Numbers:
     """What can be known before any training of the differences that would be seen in sampled
     accuracy: those of two policies that answer every prompt right as often as the start does, and
-    independently. {} without two samples of checked answers.
+    independently; and `prompts`, how many have a checker and count. {} without two samples of
+    checked answers.
 
     A prompt's share of right ones of n samples varies by p (1 - p) / n, estimated without bias by
     share (1 - share) / (n - 1). Effects of seeds and prompts on the difference come on top.
@@ -335,8 +336,9 @@ def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Number
         return {}
     shares = start["sampled"]
     variance = float((shares * (1 - shares)).mean()) / (samples - 1)
+    prompts = shares.shape[1]
     se = float(np.sqrt(2 * variance / (seeds * prompts)))
-    return {"se": se, "sees": smallest_difference(se, MANY)}
+    return {"se": se, "sees": smallest_difference(se, MANY), "prompts": prompts}
 
 
 # ------------------------------------------------------------------------ what weights know, before

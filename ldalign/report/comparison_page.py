@@ -206,7 +206,7 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     figure, before = summary["figures"][0], summary["power_before"]
     lines = []
     if before:
-        lines.append(power_sentence(before, len(summary["seeds"]), summary["rows"]["test"]))
+        lines.append(power_sentence(before, len(summary["seeds"])))
     for name, gaps in summary["primary"].items():
         gap = gaps[figure]
         parts = ", ".join(
@@ -219,12 +219,13 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
 
 
-def power_sentence(before: Mapping[str, float], seeds: int, prompts: int) -> str:
+def power_sentence(before: Mapping[str, float], seeds: int) -> str:
     """Says what `ldalign.report.comparison.power_before` found."""
     return (
-        f"Before training, from the start's own answers: with {seeds} seed(s) and {prompts} "
-        f"prompts, {100 * before['sees']:.1f} points of sampled accuracy, for two policies that "
-        "answer as well as the start and independently; effects of seeds and prompts come on top."
+        f"Before training, from the start's own answers: with {seeds} seed(s) and "
+        f"{before['prompts']} prompts, {100 * before['sees']:.1f} points of sampled accuracy, for "
+        "two policies that answer as well as the start and independently; effects of seeds and "
+        "prompts come on top."
     )
 
 

@@ -134,12 +134,15 @@ def test_power_before_training_by_simulation() -> None:
     def answers(count: int) -> np.ndarray:
         return rng.binomial(4, chances, (count, 3, 300)) / 4
 
-    found = power_before({"sampled": answers(1)[0]}, 4, 3, 300)
+    found = power_before({"sampled": answers(1)[0]}, 4, 3)
     gaps = (answers(2000) - answers(2000)).mean((1, 2))
     assert found["se"] == pytest.approx(gaps.std(), rel=0.05)
     assert found["sees"] == pytest.approx((1.95996 + 0.84162) * found["se"], rel=1e-4)
-    assert power_before({"nll": chances[None]}, 4, 3, 300) == {}
-    assert power_before({"sampled": answers(1)[0]}, 1, 3, 300) == {}
+    assert found["prompts"] == 300
+    rows = {str(i): {"nll": 1.0} | ({"sampled": 0.5} if i % 3 else {}) for i in range(9)}
+    assert power_before(table_of([rows], list(rows)), 2, 3)["prompts"] == 6  # with a checker
+    assert power_before({"nll": chances[None]}, 4, 3) == {}
+    assert power_before({"sampled": answers(1)[0]}, 1, 3) == {}
 
 
 def pairs_of(weight: np.ndarray, right: np.ndarray) -> RunPairs:
@@ -293,7 +296,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "others": others,
         "oracle": oracle_shares(found),
         "weights": {"ld_align": known},
-        "power_before": {"se": 0.01, "sees": 0.028},
+        "power_before": {"se": 0.01, "sees": 0.028, "prompts": 150},
         "settings": {"learning_rates": [0.01, 0.1]},
         "steps": 2,
         "iterations": 2,
@@ -321,7 +324,8 @@ def test_the_page_says_what_was_found() -> None:
     assert "2 iterations of 2 optimizer steps" in text
     assert "| sft | 50.0 | 40.0 (2.5) |" in text  # 0.1 below the best, an error of 0.04
     assert "| ld_align | 0.75 (0.70, 0.80) |" in text and "9 / 5, 8 / 6" in text
-    assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
+    assert "150 prompts, 2.8 points of sampled accuracy" in text  # of 200 rows, as many checked
+    assert "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
     assert "git checkout abc\n" in text and "On a laptop." in text
