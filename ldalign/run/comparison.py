@@ -25,6 +25,7 @@ from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
 from ldalign.system.files import make_folder, read_jsonl, write_text, writing
 
 START = "start"
@@ -333,6 +334,19 @@ def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
     name = scored_by(figures, ids)
     values = np.array([figures[i][name] for i in ids])
     return -values if name == "nll" else values
+
+
+def check_reported(config: CompareConfig, heldout: int) -> None:
+    """Raises InputError where the held-out rows, so many, leave fewer than two to report: of one
+    there is no error.
+    """
+    aside = config.compare.validation_rows
+    if heldout - aside < 2:
+        raise InputError(
+            f"compare.validation_rows={aside}: of {heldout} rows that are held out "
+            f"{max(0, heldout - aside)} would be left to report; hold out more (heldout_fraction, "
+            "heldout), or give fewer"
+        )
 
 
 def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:

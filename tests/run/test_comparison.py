@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import ROOT
+from toy_context import rows_file
 
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     START,
     Arm,
     arm_folder,
+    check_reported,
     read_answers,
     scored_by,
     scores,
@@ -138,6 +140,23 @@ def test_a_comparison_and_its_resumption(
     compare.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "iteration_0/policy: done" not in capfd.readouterr().err
+
+
+def test_two_rows_at_least_are_left_to_report(
+    tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """A file's share held out may be smaller than evaluation.rows: said before any training."""
+    rows, run = rows_file(tmp_path / "rows.jsonl", 60), tmp_path / "run"
+    given = ["--config", str(ROOT / "configs/toy.yaml"), *OPTIONS, f"run={run}"]
+    given += [f"cache={toy_cache}", f"data={rows}", "heldout_fraction=0.1", "sft.epochs=0"]
+    for count in (5, 8):
+        more = [*given, f"compare.validation_rows={count}"]
+        message = f"validation_rows={count}: of 6 rows that are held out {max(0, 6 - count)} would"
+        for last in ([], ["--dry-run"]):
+            with pytest.raises(InputError, match=message):
+                compare.main([*more, *last])
+    assert not list(run.glob("start/*/evaluation")) and not list(run.glob("seed_*/*/*"))
+    check_reported(config_of("compare.validation_rows=4"), 6)
 
 
 def test_rates_are_scored_on_validation_rows_alone() -> None:
