@@ -63,6 +63,8 @@ def config_of(*overrides: str) -> CompareConfig:
         ("compare.learning_rates=[0.0]", "must be greater than 0"),
         ("compare.seeds=[]", "must be not empty"),
         ("compare.seeds=[1, 2, 1]", "compare.seeds: a seed is there twice"),
+        ("compare.learning_rates=[]", r"compare.learning_rates=\[\]: give one or more, each once"),
+        ("compare.learning_rates=[1e-3, 1.0000001e-3]", "each once in six figures, as folders"),
         ("compare.only=[3]", r"compare.only: 3 is none of compare.seeds=\[0, 1\]"),
         ("compare.primary=[spin]", "compare.primary: 'spin' is not METHOD - METHOD"),
         ("compare.primary=[spin - dpo]", "'spin - dpo' is not METHOD - METHOD, two of"),
