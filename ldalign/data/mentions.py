@@ -313,14 +313,17 @@ def _minutes(time: str) -> int:
     return 60 * int(hour) + int(minute)
 
 
-def _time(match: re.Match[str]) -> int:
-    """Minutes after midnight."""
+def _time(match: re.Match[str]) -> int | None:
+    """Minutes after midnight; None: no clock shows this, as 13:65 or 17:35 am."""
     if match["noon"]:
         return 12 * 60
-    hour, half = int(match["hour"]), match["half"] or match["other"]
+    hour, minute = int(match["hour"]), int(match["minute"] or 0)
+    half = match["half"] or match["other"]
+    if hour > 23 or minute > 59 or (half == "a" and hour > 12):
+        return None
     if half and 1 <= hour <= 12:
         hour = hour % 12 + 12 * (half == "p")
-    return 60 * hour + int(match["minute"] or 0)
+    return 60 * hour + minute
 
 
 def find_codes(text: str, final: str, known: Sequence[str]) -> list[Mention]:
