@@ -309,7 +309,7 @@ def _logic(response: str, final: str, known: Sequence[str]) -> bool:
     person, asked = final.casefold().split(" is the ")
     name = "|".join(sorted(_NAMES | {person, *map(str.casefold, known)}))
     text = _without_ranking(plain(response), name)
-    claims = [m[1] for pattern in _claims(asked, name) for m in re.finditer(pattern, text)]
+    claims = [m[1] for pattern in _claims(asked, name, person) for m in re.finditer(pattern, text)]
     mentions = [
         Mention(m.start(), m.end(), m[0] == person, True)
         for m in re.finditer(rf"\b(?:{name})\b(?!'s)", text)
@@ -323,8 +323,8 @@ def _logic(response: str, final: str, known: Sequence[str]) -> bool:
     return bool(claims) and set(claims) == {person}
 
 
-def _claims(asked: str, name: str) -> Iterator[str]:
-    """The patterns that say of group 1 that it is the one asked for."""
+def _claims(asked: str, name: str, person: str) -> Iterator[str]:
+    """The patterns that say of group 1 that it is the one asked for; person: who is."""
     one, is_so = rf"\b({name})\b", rf"(?:{_BE}|[:=(-])(?: \w+ly| also| thus| indeed)?"
     between = r"(?: (?!to\b|is\b)\w+){0,5} ?"
     yield rf"{one} {is_so} ?(?:the )?(?:\w+ )?{asked}\b"
@@ -333,6 +333,8 @@ def _claims(asked: str, name: str) -> Iterator[str]:
     yield rf"\b(?:it|that|this|he|she)(?:'s| {_BE})(?: \w+ly)? {one}"
     yield rf"\b(?:{name}),? or(?: maybe| perhaps)? (\w+)"
     yield rf"\bor(?: maybe| perhaps)? {one}"
+    yield rf"{one}(?:,? or\b| ?/)"
+    yield rf"/ ?{one}"
     two = rf"(?:{name}),? and (?:{name})\b(?! is\b)"
     everyone = r"(?:both|all|every|any|everyone|everybody|anyone|anybody|the others?|the rest)\b"
     for relation, most, _ in SCALES:
@@ -340,6 +342,7 @@ def _claims(asked: str, name: str) -> Iterator[str]:
             yield rf"{one} {_BE} {relation} than (?:{everyone}|{two})"
     # "Mia is not the tallest" must not be said of the right one; no such claim is ever right.
     yield rf"\b(?:{name})( (?:is not|isn't)) (?:the )?{asked}\b"
+    yield rf"((?:\bnot|n't|\bnever) {person})\b"
 
 
 def _without_ranking(text: str, name: str) -> str:
