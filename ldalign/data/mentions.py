@@ -344,17 +344,24 @@ _LINK = re.compile(
 )
 
 
+_LABEL = re.compile(r" ?[.:)-] ?\S")  # behind the 1 of "1. 77", "(1) 77", "1: 77"
+
+
 def find_lists(text: str, final: str, known: Sequence[str]) -> list[Mention]:
     """Finds lists of all the items or more; final: "cat, dog, sun"; known: the prompt's order.
 
-    An item is any word of the data, and any number of two figures or more.
+    An item is any word of the data, and any number of two figures or more; of numbers also one of
+    one figure that does not number what follows it.
     """
     items, others = _items(final), [_items(one) for one in known]
-    found = [
-        m
-        for m in re.finditer(r"(?<![\w.-])(?:\d+|[a-z]+)\b", text)
-        if m[0] in items or (len(m[0]) > 1 if m[0].isdigit() else m[0] in WORDS)
-    ]
+    numbers = items[0].isdigit()
+
+    def is_item(m: re.Match[str]) -> bool:
+        if not m[0].isdigit():
+            return m[0] in items or m[0] in WORDS
+        return len(m[0]) > 1 or (numbers and not _LABEL.match(text, m.end()))
+
+    found = [m for m in re.finditer(r"(?<![\w.-])(?:\d+|[a-z]+)\b", text) if is_item(m)]
     runs: list[list[re.Match[str]]] = []
     for one in found:
         if runs and _LINK.fullmatch(text, runs[-1][-1].end(), one.start()):
