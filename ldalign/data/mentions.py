@@ -396,7 +396,7 @@ def _list_of(
     text: str, run: Sequence[re.Match[str]], items: Sequence[str], others: Sequence[Sequence[str]]
 ) -> Mention:
     named = [m[0] for m in run]
-    more = re.match(r"(?:, and |, | and )([a-z]+)\s*(?:[.,;!]|$)", text[run[-1].end() :])
+    more = re.match(r"(?:, ?and |, ?| and )([a-z]+)\s*(?:[.,;!]|$)", text[run[-1].end() :])
     longer = more is not None and more[1] not in ("please", "respectively", "sorted", "thanks")
     right = named == list(items) and not longer
     return Mention(run[0].start(), run[-1].end(), right, named in others and not right)

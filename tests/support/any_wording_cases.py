@@ -215,6 +215,7 @@ WRONG = [
     ("sorting", WORDS, "apple, cat"),
     ("sorting", WORDS, "apple, cat, zebra, dog"),
     ("sorting", WORDS, "apple, cat, zebra, blurb"),
+    ("sorting", WORDS, "The list is apple,cat,zebra,blurb."),
     ("sorting", WORDS, "dog, apple, cat, zebra"),
     ("sorting", WORDS, "apple, cat, zebra or cat, apple, zebra"),
     ("sorting", WORDS, "apple, cat, zebra\nAnswer: cat, zebra, apple"),
