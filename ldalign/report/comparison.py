@@ -24,7 +24,7 @@ import numpy as np
 from ldalign.evaluation.crossed import bootstrap, estimate, ratio, smallest_difference
 from ldalign.evaluation.statistics import Array, holm, spearman, standard_error, superiority
 from ldalign.report.analysis import RunPairs, read_pairs
-from ldalign.report.words import machine_line
+from ldalign.report.words import command, machine_line
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     START,
@@ -99,14 +99,15 @@ def summarise(
 
 
 def again(config: CompareConfig) -> Numbers:
-    """What makes the comparison again: every key that is not its default (YAML), the commit and the
-    machine, as the run wrote them down.
+    """What makes the comparison again: every key that is not its default (YAML), the command, the
+    commit and the machine, as the run wrote them down.
     """
     path = Path(config.run) / ENVIRONMENT
     whole = replace(config, compare=replace(config.compare, only=[]))
     machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
         "settings": to_yaml(whole, changed=True),
+        "command": command({"run": config.run}, machine, "compare"),
         "commit": machine.get("git_commit"),
         "machine": machine_line(machine) if machine else None,
     }

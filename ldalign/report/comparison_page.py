@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ldalign.report.cautions import UNCOMMITTED
 from ldalign.report.comparison import CLOSENESS
 from ldalign.report.table import LEADING
 from ldalign.run.comparison import ACCURACIES, START
@@ -308,18 +309,17 @@ def _again(summary: Mapping[str, Any]) -> list[str]:
     """How to make every number of the page again."""
     found = summary["again"]
     machine = [found["machine"], ""] if found["machine"] else []
-    commit = found["commit"]
-    checkout = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
+    changed = str(found["commit"] or "").endswith("-dirty")
     return [
         "**Every number again**",
         "",
         *machine,
+        *[UNCOMMITTED, ""] * changed,
         "```",
-        *checkout,
-        "python train/compare.py --config compare.yaml",
+        found["command"],
         "```",
         "",
-        "where compare.yaml is",
+        "where config.yaml is",
         "",
         "```yaml",
         found["settings"].rstrip(),

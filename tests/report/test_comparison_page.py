@@ -12,7 +12,9 @@ from runs import ROOT
 
 from ldalign.report import comparison, figures
 from ldalign.report.analysis import RunPairs
+from ldalign.report.cautions import UNCOMMITTED
 from ldalign.report.comparison import (
+    again,
     closeness,
     comparisons,
     difference,
@@ -27,6 +29,7 @@ from ldalign.report.comparison import (
 from ldalign.report.comparison_page import render
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder
+from ldalign.run.folder import ENVIRONMENT
 from ldalign.system.config import load_config
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
@@ -303,7 +306,12 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "global_batch": 8,
         "max_rows": 16,
         "benchmarks": {},
-        "again": {"settings": "iterations: 2\n", "commit": "abc-dirty", "machine": "On a laptop."},
+        "again": {
+            "settings": "iterations: 2\n",
+            "command": "git checkout abc\ntorchrun train/compare.py --config config.yaml",
+            "commit": "abc-dirty",
+            "machine": "On a laptop.",
+        },
         "on_the_way": {
             "figure": "sampled",
             "methods": {"sft": [{"value": 0.01, "se": 0.002}, {"value": 0.03, "se": 0.004}]},
@@ -328,7 +336,7 @@ def test_the_page_says_what_was_found() -> None:
     assert "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
-    assert "git checkout abc\n" in text and "On a laptop." in text
+    assert "git checkout abc\n" in text and "On a laptop." in text and UNCOMMITTED in text
     assert text.endswith("```yaml\niterations: 2\n```\n")
     assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
 
@@ -339,6 +347,15 @@ def test_the_search_is_of_the_figure_that_chose() -> None:
     tried["0.1"] = {"score": -5.8, "below": 0.1, "se": 0.04}
     text = render(summary_of(searched_by="nll", search={"sft": tried}))
     assert "validation rows: -NLL;" in text and "| sft | -5.7000 | -5.8000 (2.5) |" in text
+
+
+def test_it_is_made_again_elsewhere_on_as_many_ranks(tmp_path: Path) -> None:
+    """In its own folder all would be done already."""
+    machine = {"world_size": 8, "git_commit": "abc-dirty", "packages": {}}
+    (tmp_path / ENVIRONMENT).write_text(json.dumps(machine))
+    lines = again(config_of(f"run={tmp_path}"))["command"].splitlines()
+    start = "torchrun --standalone --nproc-per-node 8 train/compare.py --config config.yaml"
+    assert lines == ["git checkout abc", f"{start} run={tmp_path}-again"]
 
 
 def test_benchmarks_of_every_seed() -> None:
@@ -396,11 +413,11 @@ def test_the_page_without_what_is_not_known() -> None:
         settings={"learning_rates": [0.01]},
         iterations=1,
         on_the_way={},
-        again={"settings": "run: x\n", "commit": None, "machine": None},
+        again={"settings": "run: x\n", "command": "c", "commit": None, "machine": None},
     )
     text = render(summary)
     assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
-    assert "git checkout" not in text
+    assert "git checkout" not in text and UNCOMMITTED not in text
     for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
         assert part not in text, part
 
