@@ -45,7 +45,7 @@ _MARKER = re.compile(r"\b(?:answer|result|solution)\b\W{0,3}?\s*(?::|=|\b(?:is|w
 # The answer follows these ...
 _CUE = re.compile(
     r"\b(?:so(?! (?:far|that|many|much)\b)|therefore|thus|hence|total|final|in all|altogether|"
-    r"in the end|actually|sorry|wait|rather|correction|i mean|no(?=[,:]))\b"
+    r"in the end|actually|sorry|wait|rather(?! than)|correction|i mean|no(?=[,:]))\b"
 )
 # ... and stands before these: "47 pens are left", "it is 47, because".
 _LEFT = re.compile(r"\b(?:left|remains?)\b")
@@ -56,7 +56,8 @@ _IT_IS = re.compile(
 )
 _STOP = re.compile(r"[.!?;]+(?=\s|$)|\n+")
 _NOT = re.compile(
-    r"(?:\bnot|n't|\bnever)(?: (?:be|on|at|a|an|the|have|has|get|simply|exactly))* ?$"
+    r"(?:\bnot|n't|\bnever|\binstead of|\brather than)"
+    r"(?: (?:be|on|at|a|an|the|have|has|get|simply|exactly))* ?$"
 )
 _NOT_AFTER = re.compile(
     r" ?(?:is|are|was|would be)?(?: not|n't)\b| ?(?:is|are|would be) (?:wrong|incorrect|false)\b"
@@ -342,7 +343,7 @@ def _claims(asked: str, name: str, person: str) -> Iterator[str]:
             yield rf"{one} {_BE} {relation} than (?:{everyone}|{two})"
     # "Mia is not the tallest" must not be said of the right one; no such claim is ever right.
     yield rf"\b(?:{name})( (?:is not|isn't)) (?:the )?{asked}\b"
-    yield rf"((?:\bnot|n't|\bnever) {person})\b"
+    yield rf"((?:\bnot|n't|\bnever|\binstead of|\brather than) {person})\b"
 
 
 def _without_ranking(text: str, name: str) -> str:
