@@ -7,7 +7,7 @@ final answer and nothing else as the answer. In doubt it is not:
 - A value that is neither the answer nor known is an answer given, and a wrong one. Only inside an
   equation it is working, unless it is the result of the last one.
 - What follows "answer:" or "the answer is", and what stands alone in a sentence or line, is an
-  answer, known or not. Where two are joined by "or", both are.
+  answer, known or not. Where two are joined by "or", both are; there, by "and" or a comma too.
 - After the last "so", "total" and the like, the answer has to come again, if any value does.
 - Where none of these is there, the answer must be the first value that the response names, or the
   last, and the response no longer than 60 words.
@@ -67,6 +67,7 @@ _ROUGHLY = re.compile(
     r"before|after|until|between) ?$"
 )
 _OR = re.compile(r"(?:\bor\b|/)(?: (?:maybe|perhaps|even|it is|on|at|the|a|an))* ?$")
+_AND = re.compile(r",? and |, ?| & ?")
 _FILLER = re.compile(
     r"\b(?:so|it|is|it's|its|that|that's|this|there|are|the|a|an|on|at|by|and|then|just|only|yes|"
     r"ok|okay|sure|here|will|be|must|would|has|to|i|get|think)\b|\W"
@@ -133,14 +134,21 @@ def _sentences(text: str, mentions: Sequence[Mention]) -> Iterator[Sentence]:
 
 
 def _marked(text: str, sentences: Sequence[Sentence]) -> Iterator[Mention | None]:
-    """The first value after every "answer:"; None where there is none."""
+    """The first value after every "answer:", with those that "and" or a comma joins to it; None
+    where there is none.
+    """
     for i, sentence in enumerate(sentences):
         for marker in _MARKER.finditer(text, sentence.start, sentence.end):
             rest = [m for m in sentence.mentions if m.start >= marker.end()]
             if not text[marker.end() : sentence.end].strip(" :") and i + 1 < len(sentences):
                 rest = sentences[i + 1].mentions
-            if not sentence.asks:
-                yield rest[0] if rest else None
+            if sentence.asks:
+                continue
+            yield rest[0] if rest else None
+            for before, one in pairwise(rest):
+                if not _AND.fullmatch(text, before.end, one.start):
+                    break
+                yield one
 
 
 def _alone(text: str, sentences: Sequence[Sentence]) -> Iterator[Mention]:
