@@ -218,7 +218,7 @@ def benchmarks(
     }
     out: dict[str, Numbers] = {}
     for name, runs in folders.items():
-        policy, tasks = start_name(config) if name == START else last, {}
+        policy, tasks = start_name(config) if name == START else last, dict[str, list[Numbers]]()
         for run in runs:
             for key, value in benchmark_summaries(run).items():
                 if key.startswith(f"{policy}/"):
