@@ -23,6 +23,7 @@ from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     Arm,
     arm_config,
+    check_reported,
     hold,
     is_removed,
     learning_rate,
@@ -107,8 +108,10 @@ def outlook(config: CompareConfig, ctx: Context) -> str:
     """Says how many trainings this process makes after the start, and what they roughly take. ctx:
     the start's, whose rows they have.
 
-    Raises InputError where weights=oracle is compared and rows have no checker.
+    Raises InputError where weights=oracle is compared and rows have no checker, and as
+    `check_reported`.
     """
+    check_reported(config, len(ctx.heldout.rows))
     if "ld_align/oracle" in config.compare.methods:
         check_verdicts(ctx.train.rows[: config.max_rows])
     count = len(trainings(config))
@@ -134,10 +137,11 @@ def _whole(config: CompareConfig) -> str:
 
 def make_start(config: CompareConfig, arms: Sequence[Arm]) -> Path:
     """Makes the start policy with its evaluation; returns its folder, and says which differences
-    the comparison could show.
+    the comparison could show. Raises InputError as `outlook`, before anything is trained.
     """
     own = start_config(config)
     with open_run(own, align.planned(own)) as ctx:
+        check_reported(config, len(ctx.heldout.rows))
         if any(arm.weights == "oracle" for arm in arms):
             check_verdicts(ctx.used[0])
         align.align(ctx)
@@ -146,10 +150,9 @@ def make_start(config: CompareConfig, arms: Sequence[Arm]) -> Path:
     _, test = validation_ids(config)
     answers = read_answers(Path(own.run) / start_name(config))
     seeds = len(config.compare.seeds)
-    power = power_before(table_of([answers], test), config.evaluation.samples, seeds, len(test))
+    power = power_before(table_of([answers], test), config.evaluation.samples, seeds)
     if power:
-        sentence = power_sentence(power, seeds, len(test))
-        say(f"the smallest difference seen with 80 % power: {sentence}")
+        say(f"the smallest difference seen with 80 % power: {power_sentence(power, seeds)}")
     return start
 
 

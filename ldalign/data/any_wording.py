@@ -7,7 +7,7 @@ final answer and nothing else as the answer. In doubt it is not:
 - A value that is neither the answer nor known is an answer given, and a wrong one. Only inside an
   equation it is working, unless it is the result of the last one.
 - What follows "answer:" or "the answer is", and what stands alone in a sentence or line, is an
-  answer, known or not. Where two are joined by "or", both are.
+  answer, known or not. Where two are joined by "or", both are; there, by "and" or a comma too.
 - After the last "so", "total" and the like, the answer has to come again, if any value does.
 - Where none of these is there, the answer must be the first value that the response names, or the
   last, and the response no longer than 60 words.
@@ -45,7 +45,7 @@ _MARKER = re.compile(r"\b(?:answer|result|solution)\b\W{0,3}?\s*(?::|=|\b(?:is|w
 # The answer follows these ...
 _CUE = re.compile(
     r"\b(?:so(?! (?:far|that|many|much)\b)|therefore|thus|hence|total|final|in all|altogether|"
-    r"in the end|actually|sorry|wait|rather|correction|i mean|no(?=[,:]))\b"
+    r"in the end|actually|sorry|wait|rather(?! than)|correction|i mean|no(?=[,:]))\b"
 )
 # ... and stands before these: "47 pens are left", "it is 47, because".
 _LEFT = re.compile(r"\b(?:left|remains?)\b")
@@ -56,7 +56,8 @@ _IT_IS = re.compile(
 )
 _STOP = re.compile(r"[.!?;]+(?=\s|$)|\n+")
 _NOT = re.compile(
-    r"(?:\bnot|n't|\bnever)(?: (?:be|on|at|a|an|the|have|has|get|simply|exactly))* ?$"
+    r"(?:\bnot|n't|\bnever|\binstead of|\brather than)"
+    r"(?: (?:be|on|at|a|an|the|have|has|get|simply|exactly))* ?$"
 )
 _NOT_AFTER = re.compile(
     r" ?(?:is|are|was|would be)?(?: not|n't)\b| ?(?:is|are|would be) (?:wrong|incorrect|false)\b"
@@ -66,6 +67,7 @@ _ROUGHLY = re.compile(
     r"before|after|until|between) ?$"
 )
 _OR = re.compile(r"(?:\bor\b|/)(?: (?:maybe|perhaps|even|it is|on|at|the|a|an))* ?$")
+_AND = re.compile(r",? and |, ?| & ?")
 _FILLER = re.compile(
     r"\b(?:so|it|is|it's|its|that|that's|this|there|are|the|a|an|on|at|by|and|then|just|only|yes|"
     r"ok|okay|sure|here|will|be|must|would|has|to|i|get|think)\b|\W"
@@ -132,14 +134,21 @@ def _sentences(text: str, mentions: Sequence[Mention]) -> Iterator[Sentence]:
 
 
 def _marked(text: str, sentences: Sequence[Sentence]) -> Iterator[Mention | None]:
-    """The first value after every "answer:"; None where there is none."""
+    """The first value after every "answer:", with those that "and" or a comma joins to it; None
+    where there is none.
+    """
     for i, sentence in enumerate(sentences):
         for marker in _MARKER.finditer(text, sentence.start, sentence.end):
             rest = [m for m in sentence.mentions if m.start >= marker.end()]
             if not text[marker.end() : sentence.end].strip(" :") and i + 1 < len(sentences):
                 rest = sentences[i + 1].mentions
-            if not sentence.asks:
-                yield rest[0] if rest else None
+            if sentence.asks:
+                continue
+            yield rest[0] if rest else None
+            for before, one in pairwise(rest):
+                if not _AND.fullmatch(text, before.end, one.start):
+                    break
+                yield one
 
 
 def _alone(text: str, sentences: Sequence[Sentence]) -> Iterator[Mention]:
@@ -309,7 +318,7 @@ def _logic(response: str, final: str, known: Sequence[str]) -> bool:
     person, asked = final.casefold().split(" is the ")
     name = "|".join(sorted(_NAMES | {person, *map(str.casefold, known)}))
     text = _without_ranking(plain(response), name)
-    claims = [m[1] for pattern in _claims(asked, name) for m in re.finditer(pattern, text)]
+    claims = [m[1] for pattern in _claims(asked, name, person) for m in re.finditer(pattern, text)]
     mentions = [
         Mention(m.start(), m.end(), m[0] == person, True)
         for m in re.finditer(rf"\b(?:{name})\b(?!'s)", text)
@@ -323,8 +332,8 @@ def _logic(response: str, final: str, known: Sequence[str]) -> bool:
     return bool(claims) and set(claims) == {person}
 
 
-def _claims(asked: str, name: str) -> Iterator[str]:
-    """The patterns that say of group 1 that it is the one asked for."""
+def _claims(asked: str, name: str, person: str) -> Iterator[str]:
+    """The patterns that say of group 1 that it is the one asked for; person: who is."""
     one, is_so = rf"\b({name})\b", rf"(?:{_BE}|[:=(-])(?: \w+ly| also| thus| indeed)?"
     between = r"(?: (?!to\b|is\b)\w+){0,5} ?"
     yield rf"{one} {is_so} ?(?:the )?(?:\w+ )?{asked}\b"
@@ -333,6 +342,8 @@ def _claims(asked: str, name: str) -> Iterator[str]:
     yield rf"\b(?:it|that|this|he|she)(?:'s| {_BE})(?: \w+ly)? {one}"
     yield rf"\b(?:{name}),? or(?: maybe| perhaps)? (\w+)"
     yield rf"\bor(?: maybe| perhaps)? {one}"
+    yield rf"{one}(?:,? or\b| ?/)"
+    yield rf"/ ?{one}"
     two = rf"(?:{name}),? and (?:{name})\b(?! is\b)"
     everyone = r"(?:both|all|every|any|everyone|everybody|anyone|anybody|the others?|the rest)\b"
     for relation, most, _ in SCALES:
@@ -340,6 +351,7 @@ def _claims(asked: str, name: str) -> Iterator[str]:
             yield rf"{one} {_BE} {relation} than (?:{everyone}|{two})"
     # "Mia is not the tallest" must not be said of the right one; no such claim is ever right.
     yield rf"\b(?:{name})( (?:is not|isn't)) (?:the )?{asked}\b"
+    yield rf"((?:\bnot|n't|\bnever|\binstead of|\brather than) {person})\b"
 
 
 def _without_ranking(text: str, name: str) -> str:

@@ -313,14 +313,17 @@ def _minutes(time: str) -> int:
     return 60 * int(hour) + int(minute)
 
 
-def _time(match: re.Match[str]) -> int:
-    """Minutes after midnight."""
+def _time(match: re.Match[str]) -> int | None:
+    """Minutes after midnight; None: no clock shows this, as 13:65 or 17:35 am."""
     if match["noon"]:
         return 12 * 60
-    hour, half = int(match["hour"]), match["half"] or match["other"]
+    hour, minute = int(match["hour"]), int(match["minute"] or 0)
+    half = match["half"] or match["other"]
+    if hour > 23 or minute > 59 or (half == "a" and hour > 12):
+        return None
     if half and 1 <= hour <= 12:
         hour = hour % 12 + 12 * (half == "p")
-    return 60 * hour + int(match["minute"] or 0)
+    return 60 * hour + minute
 
 
 def find_codes(text: str, final: str, known: Sequence[str]) -> list[Mention]:
@@ -341,17 +344,24 @@ _LINK = re.compile(
 )
 
 
+_LABEL = re.compile(r" ?[.:)-] ?\S")  # behind the 1 of "1. 77", "(1) 77", "1: 77"
+
+
 def find_lists(text: str, final: str, known: Sequence[str]) -> list[Mention]:
     """Finds lists of all the items or more; final: "cat, dog, sun"; known: the prompt's order.
 
-    An item is any word of the data, and any number of two figures or more.
+    An item is any word of the data, and any number of two figures or more; of numbers also one of
+    one figure that does not number what follows it.
     """
     items, others = _items(final), [_items(one) for one in known]
-    found = [
-        m
-        for m in re.finditer(r"(?<![\w.-])(?:\d+|[a-z]+)\b", text)
-        if m[0] in items or (len(m[0]) > 1 if m[0].isdigit() else m[0] in WORDS)
-    ]
+    numbers = items[0].isdigit()
+
+    def is_item(m: re.Match[str]) -> bool:
+        if not m[0].isdigit():
+            return m[0] in items or m[0] in WORDS
+        return len(m[0]) > 1 or (numbers and not _LABEL.match(text, m.end()))
+
+    found = [m for m in re.finditer(r"(?<![\w.-])(?:\d+|[a-z]+)\b", text) if is_item(m)]
     runs: list[list[re.Match[str]]] = []
     for one in found:
         if runs and _LINK.fullmatch(text, runs[-1][-1].end(), one.start()):
@@ -386,7 +396,7 @@ def _list_of(
     text: str, run: Sequence[re.Match[str]], items: Sequence[str], others: Sequence[Sequence[str]]
 ) -> Mention:
     named = [m[0] for m in run]
-    more = re.match(r"(?:, and |, | and )([a-z]+)\s*(?:[.,;!]|$)", text[run[-1].end() :])
+    more = re.match(r"(?:, ?and |, ?| and )([a-z]+)\s*(?:[.,;!]|$)", text[run[-1].end() :])
     longer = more is not None and more[1] not in ("please", "respectively", "sorted", "thanks")
     right = named == list(items) and not longer
     return Mention(run[0].start(), run[-1].end(), right, named in others and not right)

@@ -15,6 +15,9 @@ FEW = 0.3  # share of the pairs, as an effective sample size
 MANY = 0.25  # share of texts that were cut
 FEW_ROWS = 20  # held out, of whose standard errors little is to be had
 FEWEST_RECORDS = 8  # training records, below which no trend is looked for
+UNCOMMITTED = (
+    "The code had changes that are in no commit: the run cannot be repeated from its commit alone."
+)
 
 
 def cautions(
@@ -42,10 +45,7 @@ def cautions(
                 "cut at max_new_tokens; a cut answer counts as wrong."
             )
     if str(commit or "").endswith("-dirty"):
-        out.append(
-            "The code had changes that are in no commit: the run cannot be repeated from its "
-            "commit alone."
-        )
+        out.append(UNCOMMITTED)
     return out
 
 

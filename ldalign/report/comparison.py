@@ -24,7 +24,7 @@ import numpy as np
 from ldalign.evaluation.crossed import bootstrap, estimate, ratio, smallest_difference
 from ldalign.evaluation.statistics import Array, holm, spearman, standard_error, superiority
 from ldalign.report.analysis import RunPairs, read_pairs
-from ldalign.report.words import machine_line
+from ldalign.report.words import command, machine_line
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import (
     START,
@@ -33,6 +33,7 @@ from ldalign.run.comparison import (
     iterations,
     last_iteration,
     read_answers,
+    scored_by,
     searched,
     validation_ids,
 )
@@ -74,6 +75,7 @@ def summarise(
         "seeds": config.compare.seeds,
         "figures": figures,
         "learning_rates": dict(chosen),
+        "searched_by": searched_by(config, arms[0], chosen[arms[0].name]),
         "search": {arm.name: search(config, arm) for arm in arms},
         "policies": {
             name: {figure: asdict(estimate(table[figure])) for figure in figures}
@@ -86,7 +88,7 @@ def summarise(
         "guides": guides(config, arms, chosen),
         "weights": weights_before_training(config, arms, chosen, distance),
         "power_before": power_before(
-            tables[START], config.evaluation.samples, len(config.compare.seeds), len(test)
+            tables[START], config.evaluation.samples, len(config.compare.seeds)
         ),
         "settings": asdict(replace(config.compare, only=[])),
         "steps": config.training.steps,
@@ -99,14 +101,15 @@ def summarise(
 
 
 def again(config: CompareConfig) -> Numbers:
-    """What makes the comparison again: every key that is not its default (YAML), the commit and the
-    machine, as the run wrote them down.
+    """What makes the comparison again: every key that is not its default (YAML), the command, the
+    commit and the machine, as the run wrote them down.
     """
     path = Path(config.run) / ENVIRONMENT
     whole = replace(config, compare=replace(config.compare, only=[]))
     machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
         "settings": to_yaml(whole, changed=True),
+        "command": command({"run": config.run}, machine, "compare"),
         "commit": machine.get("git_commit"),
         "machine": machine_line(machine) if machine else None,
     }
@@ -179,6 +182,14 @@ def table_of(answers: Sequence[Mapping[str, Mapping[str, float]]], ids: Sequence
     return out
 
 
+def searched_by(config: CompareConfig, arm: Arm, rate: float) -> str:
+    """The figure that the validation rows choose by; all policies answer the same rows, so that any
+    training tells.
+    """
+    run = arm_folder(config, arm, config.compare.seeds[0], rate)
+    return scored_by(read_answers(last_iteration(run, config)), validation_ids(config)[0])
+
+
 def search(config: CompareConfig, arm: Arm) -> dict[str, Numbers]:
     """By learning rate, the score on the validation rows with the first seed, by how much the best
     one's is more, paired by row, and the standard error of that over rows.
@@ -209,7 +220,7 @@ def benchmarks(
     }
     out: dict[str, Numbers] = {}
     for name, runs in folders.items():
-        policy, tasks = start_name(config) if name == START else last, {}
+        policy, tasks = start_name(config) if name == START else last, dict[str, list[Numbers]]()
         for run in runs:
             for key, value in benchmark_summaries(run).items():
                 if key.startswith(f"{policy}/"):
@@ -315,10 +326,11 @@ def oracle_shares(tables: Mapping[str, Table]) -> Numbers:
     return {"gain": f"{ORACLE} - {base}", "shares": shares}
 
 
-def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Numbers:
+def power_before(start: Table, samples: int, seeds: int) -> Numbers:
     """What can be known before any training of the differences that would be seen in sampled
     accuracy: those of two policies that answer every prompt right as often as the start does, and
-    independently. {} without two samples of checked answers.
+    independently; and `prompts`, how many have a checker and count. {} without two samples of
+    checked answers.
 
     A prompt's share of right ones of n samples varies by p (1 - p) / n, estimated without bias by
     share (1 - share) / (n - 1). Effects of seeds and prompts on the difference come on top.
@@ -327,8 +339,9 @@ def power_before(start: Table, samples: int, seeds: int, prompts: int) -> Number
         return {}
     shares = start["sampled"]
     variance = float((shares * (1 - shares)).mean()) / (samples - 1)
+    prompts = shares.shape[1]
     se = float(np.sqrt(2 * variance / (seeds * prompts)))
-    return {"se": se, "sees": smallest_difference(se, MANY)}
+    return {"se": se, "sees": smallest_difference(se, MANY), "prompts": prompts}
 
 
 # ------------------------------------------------------------------------ what weights know, before

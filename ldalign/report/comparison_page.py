@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ldalign.report.cautions import UNCOMMITTED
 from ldalign.report.comparison import CLOSENESS
 from ldalign.report.guides import gain_text, is_known
 from ldalign.report.table import LEADING
@@ -219,7 +220,7 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     figure, before = summary["figures"][0], summary["power_before"]
     lines = []
     if before:
-        lines.append(power_sentence(before, len(summary["seeds"]), summary["rows"]["test"]))
+        lines.append(power_sentence(before, len(summary["seeds"])))
     for name, gaps in summary["primary"].items():
         gap = gaps[figure]
         parts = ", ".join(
@@ -232,19 +233,20 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
 
 
-def power_sentence(before: Mapping[str, float], seeds: int, prompts: int) -> str:
+def power_sentence(before: Mapping[str, float], seeds: int) -> str:
     """Says what `ldalign.report.comparison.power_before` found."""
     return (
-        f"Before training, from the start's own answers: with {seeds} seed(s) and {prompts} "
-        f"prompts, {100 * before['sees']:.1f} points of sampled accuracy, for two policies that "
-        "answer as well as the start and independently; effects of seeds and prompts come on top."
+        f"Before training, from the start's own answers: with {seeds} seed(s) and "
+        f"{before['prompts']} prompts, {100 * before['sees']:.1f} points of sampled accuracy, for "
+        "two policies that answer as well as the start and independently; effects of seeds and "
+        "prompts come on top."
     )
 
 
 def _search(summary: Mapping[str, Any]) -> list[str]:
     """A table of what the search found for each method at each learning rate."""
     rates = summary["settings"]["learning_rates"]
-    figure = next((name for name in ACCURACIES if name in summary["figures"]), "nll")
+    figure = summary["searched_by"]
     if len(rates) < 2:
         return []
     what = "-NLL" if figure == "nll" else f"{SAID[figure]}, %"
@@ -320,18 +322,17 @@ def _again(summary: Mapping[str, Any]) -> list[str]:
     """How to make every number of the page again."""
     found = summary["again"]
     machine = [found["machine"], ""] if found["machine"] else []
-    commit = found["commit"]
-    checkout = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
+    changed = str(found["commit"] or "").endswith("-dirty")
     return [
         "**Every number again**",
         "",
         *machine,
+        *[UNCOMMITTED, ""] * changed,
         "```",
-        *checkout,
-        "python train/compare.py --config compare.yaml",
+        found["command"],
         "```",
         "",
-        "where compare.yaml is",
+        "where config.yaml is",
         "",
         "```yaml",
         found["settings"].rstrip(),

@@ -257,14 +257,14 @@ def machine_line(machine: Numbers) -> str:
     )
 
 
-def command(config: Mapping[str, Any], machine: Numbers) -> str:
-    """Says how to run the same again, as one types it."""
+def command(config: Mapping[str, Any], machine: Numbers, script: str = "align") -> str:
+    """Says how to run the same again, as one types it: elsewhere, and on as many ranks."""
     commit = machine.get("git_commit")
     checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
     ranks = machine.get("world_size", 1)
     start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
     run = f"{config.get('run', 'runs/this')}-again"
-    return f"{checkout}{start} train/align.py --config config.yaml run={run}"
+    return f"{checkout}{start} train/{script}.py --config config.yaml run={run}"
 
 
 # ------------------------------------------------------------------------------------------ results

@@ -101,6 +101,12 @@ class CompareConfig(RunConfig):
             seeds = getattr(self.compare, key)
             if len(set(seeds)) < len(seeds):
                 found.append(f"compare.{key}: a seed is there twice; leave one out")
+        rates = self.compare.learning_rates
+        if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
+            found.append(
+                f"compare.learning_rates={rates}: give one or more, each once in six figures, as "
+                "folders are named by them"
+            )
         strange = [n for n in self.compare.only if n not in self.compare.seeds]
         if strange:
             found.append(

@@ -25,6 +25,7 @@ from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
 from ldalign.system.files import make_folder, read_jsonl, write_text, writing
 
 START = "start"
@@ -318,15 +319,34 @@ def last_iteration(folder: Path, config: CompareConfig) -> Path:
     return iterations(folder, config)[-1]
 
 
-def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
-    """What a learning rate is chosen by, by its mean over the validation rows (rows,): sampled
-    accuracy, else greedy; unchecked, -NLL.
+def scored_by(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> str:
+    """The figure that a learning rate is chosen by: sampled accuracy, else greedy; nll where a
+    validation row has no checker, whatever the rows that are reported have.
     """
-    rows = [figures[i] for i in ids]
-    for name in ACCURACIES:
-        if all(name in row for row in rows):
-            return np.array([row[name] for row in rows])
-    return -np.array([row["nll"] for row in rows])
+    known = (name for name in ACCURACIES if all(name in figures[i] for i in ids))
+    return next(known, "nll")
+
+
+def scores(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> Array:
+    """What a learning rate is chosen by, by its mean over the validation rows (rows,): the figure
+    of `scored_by`, the NLL as -NLL.
+    """
+    name = scored_by(figures, ids)
+    values = np.array([figures[i][name] for i in ids])
+    return -values if name == "nll" else values
+
+
+def check_reported(config: CompareConfig, heldout: int) -> None:
+    """Raises InputError where the held-out rows, so many, leave fewer than two to report: of one
+    there is no error.
+    """
+    aside = config.compare.validation_rows
+    if heldout - aside < 2:
+        raise InputError(
+            f"compare.validation_rows={aside}: of {heldout} rows that are held out "
+            f"{max(0, heldout - aside)} would be left to report; hold out more (heldout_fraction, "
+            "heldout), or give fewer"
+        )
 
 
 def validation_ids(config: CompareConfig) -> tuple[list[str], list[str]]:

@@ -426,7 +426,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "loss",
         "reference",
     ),
-    "sft/pairs": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "beta", "reference"),
+    "sft/pairs": (*_OF_LD_ALIGN, *_OF_JUDGES, "mix_previous", "beta", "loss", "reference"),
     "self_reward": (*_OF_LD_ALIGN, *_OF_JUDGES, *_OF_SFT, "mix_previous", "responses"),
     "rlaif": (*_OF_LD_ALIGN, *_OF_SFT, "agreement", "mix_previous", "responses"),
 }

@@ -12,7 +12,9 @@ from runs import ROOT
 
 from ldalign.report import comparison, figures
 from ldalign.report.analysis import RunPairs
+from ldalign.report.cautions import UNCOMMITTED
 from ldalign.report.comparison import (
+    again,
     closeness,
     comparisons,
     difference,
@@ -28,6 +30,7 @@ from ldalign.report.comparison import (
 from ldalign.report.comparison_page import render
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder
+from ldalign.run.folder import ENVIRONMENT
 from ldalign.system.config import load_config
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
@@ -135,12 +138,15 @@ def test_power_before_training_by_simulation() -> None:
     def answers(count: int) -> np.ndarray:
         return rng.binomial(4, chances, (count, 3, 300)) / 4
 
-    found = power_before({"sampled": answers(1)[0]}, 4, 3, 300)
+    found = power_before({"sampled": answers(1)[0]}, 4, 3)
     gaps = (answers(2000) - answers(2000)).mean((1, 2))
     assert found["se"] == pytest.approx(gaps.std(), rel=0.05)
     assert found["sees"] == pytest.approx((1.95996 + 0.84162) * found["se"], rel=1e-4)
-    assert power_before({"nll": chances[None]}, 4, 3, 300) == {}
-    assert power_before({"sampled": answers(1)[0]}, 1, 3, 300) == {}
+    assert found["prompts"] == 300
+    rows = {str(i): {"nll": 1.0} | ({"sampled": 0.5} if i % 3 else {}) for i in range(9)}
+    assert power_before(table_of([rows], list(rows)), 2, 3)["prompts"] == 6  # with a checker
+    assert power_before({"nll": chances[None]}, 4, 3) == {}
+    assert power_before({"sampled": answers(1)[0]}, 1, 3) == {}
 
 
 def pairs_of(weight: np.ndarray, right: np.ndarray) -> RunPairs:
@@ -297,6 +303,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "seeds": [0, 1, 2, 3],
         "figures": ["sampled", "nll"],
         "learning_rates": dict.fromkeys(METHODS, 0.01),
+        "searched_by": "sampled",
         "search": dict.fromkeys(METHODS, tried),
         "policies": figures_of,
         "primary": primary,
@@ -304,14 +311,19 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "oracle": oracle_shares(found),
         "weights": {"ld_align": known},
         "guides": [{"sibling_gain": 0.7, "sibling_gain_se": 0.2}, {"latent_gain": 0.1}],
-        "power_before": {"se": 0.01, "sees": 0.028},
+        "power_before": {"se": 0.01, "sees": 0.028, "prompts": 150},
         "settings": {"learning_rates": [0.01, 0.1]},
         "steps": 2,
         "iterations": 2,
         "global_batch": 8,
         "max_rows": 16,
         "benchmarks": {},
-        "again": {"settings": "iterations: 2\n", "commit": "abc-dirty", "machine": "On a laptop."},
+        "again": {
+            "settings": "iterations: 2\n",
+            "command": "git checkout abc\ntorchrun train/compare.py --config config.yaml",
+            "commit": "abc-dirty",
+            "machine": "On a laptop.",
+        },
         "on_the_way": {
             "figure": "sampled",
             "methods": {"sft": [{"value": 0.01, "se": 0.002}, {"value": 0.03, "se": 0.004}]},
@@ -332,13 +344,31 @@ def test_the_page_says_what_was_found() -> None:
     assert "2 iterations of 2 optimizer steps" in text
     assert "| sft | 50.0 | 40.0 (2.5) |" in text  # 0.1 below the best, an error of 0.04
     assert "| ld_align | 0.75 (0.70, 0.80) |" in text and "9 / 5, 8 / 6" in text
-    assert "2.8 points of sampled accuracy" in text and "After it: of ld_align - spin" in text
+    assert "150 prompts, 2.8 points of sampled accuracy" in text  # of 200 rows, as many checked
+    assert "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
     assert "nats a response, by seed: +0.700 +- 0.200." in text
-    assert "git checkout abc\n" in text and "On a laptop." in text
+    assert "git checkout abc\n" in text and "On a laptop." in text and UNCOMMITTED in text
     assert text.endswith("```yaml\niterations: 2\n```\n")
     assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
+
+
+def test_the_search_is_of_the_figure_that_chose() -> None:
+    """-NLL where one validation row has no checker, though accuracies of others are reported."""
+    tried = {"0.01": {"score": -5.7, "below": 0.0, "se": 0.0}}
+    tried["0.1"] = {"score": -5.8, "below": 0.1, "se": 0.04}
+    text = render(summary_of(searched_by="nll", search={"sft": tried}))
+    assert "validation rows: -NLL;" in text and "| sft | -5.7000 | -5.8000 (2.5) |" in text
+
+
+def test_it_is_made_again_elsewhere_on_as_many_ranks(tmp_path: Path) -> None:
+    """In its own folder all would be done already."""
+    machine = {"world_size": 8, "git_commit": "abc-dirty", "packages": {}}
+    (tmp_path / ENVIRONMENT).write_text(json.dumps(machine))
+    lines = again(config_of(f"run={tmp_path}"))["command"].splitlines()
+    start = "torchrun --standalone --nproc-per-node 8 train/compare.py --config config.yaml"
+    assert lines == ["git checkout abc", f"{start} run={tmp_path}-again"]
 
 
 def test_benchmarks_of_every_seed() -> None:
@@ -361,6 +391,7 @@ def test_the_page_of_closeness() -> None:
     }
     summary = summary_of(
         figures=["closeness", "nll"],
+        searched_by="nll",
         primary=primary,
         others=others,
         oracle={},
@@ -396,11 +427,12 @@ def test_the_page_without_what_is_not_known() -> None:
         settings={"learning_rates": [0.01]},
         iterations=1,
         on_the_way={},
-        again={"settings": "run: x\n", "commit": None, "machine": None},
+        again={"settings": "run: x\n", "command": "c", "commit": None, "machine": None},
     )
     text = render(summary)
     assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
     assert "git checkout" not in text and "The guide, on rows" not in text
+    assert UNCOMMITTED not in text
     for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
         assert part not in text, part
 

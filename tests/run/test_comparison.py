@@ -8,9 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import ROOT
+from toy_context import rows_file
 
 from ldalign.run.compare_settings import CompareConfig
-from ldalign.run.comparison import START, Arm, arm_folder, read_answers, scores, validation_ids
+from ldalign.run.comparison import (
+    START,
+    Arm,
+    arm_folder,
+    check_reported,
+    read_answers,
+    scored_by,
+    scores,
+    validation_ids,
+)
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
@@ -53,6 +63,8 @@ def config_of(*overrides: str) -> CompareConfig:
         ("compare.learning_rates=[0.0]", "must be greater than 0"),
         ("compare.seeds=[]", "must be not empty"),
         ("compare.seeds=[1, 2, 1]", "compare.seeds: a seed is there twice"),
+        ("compare.learning_rates=[]", r"compare.learning_rates=\[\]: give one or more, each once"),
+        ("compare.learning_rates=[1e-3, 1.0000001e-3]", "each once in six figures, as folders"),
         ("compare.only=[3]", r"compare.only: 3 is none of compare.seeds=\[0, 1\]"),
         ("compare.primary=[spin]", "compare.primary: 'spin' is not METHOD - METHOD"),
         ("compare.primary=[spin - dpo]", "'spin - dpo' is not METHOD - METHOD, two of"),
@@ -132,6 +144,23 @@ def test_a_comparison_and_its_resumption(
     assert "iteration_0/policy: done" not in capfd.readouterr().err
 
 
+def test_two_rows_at_least_are_left_to_report(
+    tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """A file's share held out may be smaller than evaluation.rows: said before any training."""
+    rows, run = rows_file(tmp_path / "rows.jsonl", 60), tmp_path / "run"
+    given = ["--config", str(ROOT / "configs/toy.yaml"), *OPTIONS, f"run={run}"]
+    given += [f"cache={toy_cache}", f"data={rows}", "heldout_fraction=0.1", "sft.epochs=0"]
+    for count in (5, 8):
+        more = [*given, f"compare.validation_rows={count}"]
+        message = f"validation_rows={count}: of 6 rows that are held out {max(0, 6 - count)} would"
+        for last in ([], ["--dry-run"]):
+            with pytest.raises(InputError, match=message):
+                compare.main([*more, *last])
+    assert not list(run.glob("start/*/evaluation")) and not list(run.glob("seed_*/*/*"))
+    check_reported(config_of("compare.validation_rows=4"), 6)
+
+
 def test_rates_are_scored_on_validation_rows_alone() -> None:
     figures = {
         "a": {"nll": 1.0, "sampled": 1.0},
@@ -141,6 +170,9 @@ def test_rates_are_scored_on_validation_rows_alone() -> None:
     assert scores(figures, ["a", "b"]).tolist() == [1.0, 0.0]
     unchecked = {i: {"nll": row["nll"]} for i, row in figures.items()}
     assert scores(unchecked, ["a", "b"]).tolist() == [-1.0, -3.0]
+    mixed = figures | {"b": unchecked["b"]}  # one row without a checker
+    assert scored_by(mixed, ["a", "b"]) == "nll" and scored_by(mixed, ["a"]) == "sampled"
+    assert scores(mixed, ["a", "b"]).tolist() == [-1.0, -3.0]
     # evaluation.samples=0
     greedy = {i: {"nll": 1.0, "greedy": row["sampled"]} for i, row in figures.items()}
     assert scores(greedy, ["a"]).tolist() == [1.0]

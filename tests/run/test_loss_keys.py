@@ -10,7 +10,7 @@ from runs import ROOT
 from safetensors.torch import load_file
 
 from ldalign.kernels.loss_options import DPO
-from ldalign.run.settings import RunConfig, unread
+from ldalign.run.settings import RunConfig, reader, unread
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
@@ -33,6 +33,8 @@ def test_off_by_default() -> None:
 def test_every_method_with_pairs_reads_them(method: str) -> None:
     names = [key.partition("=")[0] for key in KEYS]
     assert unread(method, names) == (names if method == "sft" else [])
+    if method == "sft":
+        assert unread(reader(method, "pairs"), names) == names  # it has prompts of pairs, no losers
     more = {"dpo": ["iterations=1"], "sft": ["iterations=1"]}.get(method, [])
     options = load_config(RunConfig, None, [f"method={method}", *more, *KEYS]).loss.options
     assert options == ("sigmoid", 0.5, 0.1, True)
