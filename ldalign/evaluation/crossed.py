@@ -12,7 +12,7 @@ out A / S, and with few seeds that can be most of it. Two estimates of var(mean)
   effects (Searle, Casella and McCulloch, Variance Components, 1992, chapter 4). A component whose
   estimate would be negative is 0 and joins the rest. Its interval and p-value are Student's t with
   Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). With 3 and 4 seeds the 95 %
-  interval covers in 93 to 98 % of cases, whichever component is the largest
+  interval covers in 92 to 98 % of cases, whichever component is the largest
   (`tests/evaluation/test_crossed.py`).
 - `bootstrap`: draws of the mean with seeds and prompts resampled, each with replacement (the
   "pigeonhole" bootstrap of Owen, Annals of Applied Statistics 1, 2007). As it stands it

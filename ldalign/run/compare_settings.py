@@ -92,6 +92,8 @@ class CompareConfig(RunConfig):
                 )
             if names.count(name) > 1:
                 found.append(f"compare.methods: {name!r} is there twice; leave one out")
+        if {"ld_align", "ld_align/latent"} <= set(names):
+            found.append("compare.methods: ld_align is ld_align/latent; leave one out")
         if "ld_align/retrained" in names and self.iterations < 2:
             found.append(
                 f"iterations={self.iterations}: ld_align/retrained differs from ld_align from the "

@@ -53,6 +53,7 @@ def config_of(*overrides: str) -> CompareConfig:
         ("compare.methods=[sft/shuffled]", "'sft/shuffled' is not one of"),
         ("compare.methods=[ld_align/noise]", "ld_align/WEIGHTS with weights of latent, uniform"),
         ("compare.methods=[spin, spin]", "'spin' is there twice"),
+        ("compare.methods=[ld_align/latent, ld_align]", "ld_align is ld_align/latent"),
         ("compare.methods=[ld_align/retrained]", "iterations=1: ld_align/retrained differs from"),
         ("weights=uniform", "weights: compare.methods says what is compared"),
         ("guide.retrain=true", "guide.retrain: give ld_align/retrained in compare.methods"),
