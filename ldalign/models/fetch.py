@@ -83,8 +83,11 @@ def _checked_folder(path: Path) -> Path:
             f"{path}: is a file; expected a model folder with config.json and safetensors"
         )
     if not (path / "config.json").is_file():
+        made = sorted(str(p.parent) for p in path.glob("*/policy/config.json"))
+        inside = f"; is it a run? it has {', '.join(made)}" if made else ""
         raise InputError(
             f"{path}: has no config.json; expected a model folder in the Hugging Face layout"
+            f"{inside}"
         )
     return path
 

@@ -159,6 +159,16 @@ def test_an_existing_folder_wins(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_run_is_no_model_but_has_some(tmp_path):
+    """Of a run whose result is not chosen yet the policies are named."""
+    for name in ("sft", "iteration_0"):
+        (tmp_path / name / "policy").mkdir(parents=True)
+        (tmp_path / name / "policy/config.json").write_text("{}")
+    named = ", ".join(f"{tmp_path}/{name}/policy" for name in ("iteration_0", "sft"))
+    with pytest.raises(InputError, match=f"is it a run\\? it has {named}$"):
+        resolve_model(str(tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["", "nowhere", "./org/name", "/nowhere/x", "a/b/c", "org/", "../x", "smollm", "o/n@"]
 )
