@@ -291,9 +291,9 @@ def on_the_way(
 ) -> Numbers:
     """How much of a method's difference from the start is there after each iteration: `figure`, the
     first that every policy's answers have, and `methods`, {method: [value and errors, an iteration
-    each]}. {} where there is one iteration.
+    each]}. {} where there is one iteration, or only the last is measured.
     """
-    if config.iterations < 2:
+    if config.iterations < 2 or config.evaluation.iterations == "last":
         return {}
     start = {name: v for name, v in tables[START].items() if name != CLOSENESS}
     figure = next(iter(start))

@@ -68,6 +68,10 @@ class CompareConfig(RunConfig):
     def _kinds(self) -> Collection[str]:
         return {name.partition("/")[2] or "latent" for name in self.compare.methods}
 
+    def _measuring_problems(self) -> list[str]:
+        """None: the last iteration's policies are compared."""
+        return []
+
     def _folder_problems(self) -> list[str]:
         """As `RunConfig`'s; where no weights need it, the comparison's table of distances reads
         judge.folder.

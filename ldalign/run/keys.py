@@ -300,6 +300,9 @@ class EvaluationKeys:
         4, "sampled answers a prompt, for rows that a program can check", check=non_negative
     )
     temperature: float = setting(1.0, "of those samples", check=positive)
+    iterations: Literal["every", "last"] = setting(
+        "every", "whose policies are measured; last: the start, the last one and the baseline alone"
+    )
     answers: Literal["checked", "all"] = setting(
         "checked",
         "whose answers are asked for: of rows that a program can check; all: of every row, as a "

@@ -24,10 +24,20 @@ def measure(ctx: Context, name: str, policy: Path, first: str) -> None:
 
     first: the name of the policy that its rewards are compared with.
     """
+    if not is_measured(ctx.config, name):
+        return
     evaluation_stage(ctx, name, policy)
     if ctx.config.reward.model is not None and ctx.heldout.rows:
         reward_stage(ctx, name, first)
     benchmark_stages(ctx, name, policy)
+
+
+def is_measured(config: RunConfig, name: str) -> bool:
+    """Whether a policy is measured at all: evaluation.iterations=last leaves out the iterations
+    before the last.
+    """
+    on_the_way = [f"iteration_{t}" for t in range(config.iterations - 1)]
+    return config.evaluation.iterations == "every" or name not in on_the_way
 
 
 def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
@@ -48,6 +58,8 @@ def check_measurements(config: RunConfig, planned: Sequence[str]) -> None:
 
 def measurements(config: RunConfig, name: str) -> list[str]:
     """The names of the stages that `measure` makes, in the order of the method."""
+    if not is_measured(config, name):
+        return []
     names = planned_benchmarks(config, name)
     if config.evaluation.rows:
         names.append(EVALUATION_STAGE.folder(name))

@@ -346,7 +346,8 @@ class RunConfig:
                 found.append(
                     f"judge.model={self.judge.model} must be the endpoint's name for a model"
                 )
-        return found + self._folder_problems() + self._validation_problems()
+        found += self._folder_problems() + self._measuring_problems()
+        return found + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
         """The contradictions between keys about evaluation during training."""
@@ -375,6 +376,16 @@ class RunConfig:
     def _kinds(self) -> Collection[str]:
         """The kinds of weights that are made, as the key `weights` names them."""
         return (self.weights,)
+
+    def _measuring_problems(self) -> list[str]:
+        """The run's result may be any iteration, unless it is the last by name."""
+        may_be_any = self.select != "last" and self.validation.rows != 0 and self.iterations > 1
+        if self.evaluation.iterations == "last" and may_be_any:
+            return [
+                "evaluation.iterations=last: the best iteration by validation may be another; give "
+                "select=last too"
+            ]
+        return []
 
     def _folder_problems(self) -> list[str]:
         """The contradictions about judge.folder between what reads it and what is given."""

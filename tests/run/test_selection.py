@@ -161,6 +161,26 @@ def test_a_comparison_takes_the_last(tmp_path: Path) -> None:
         load_config(CompareConfig, compare, ["validation.early_stop=2"])
 
 
+def test_the_last_iteration_alone_is_measured(tmp_path: Path, toy_cache: Path) -> None:
+    """The policies are those of a run that measures all, and the report leads with the last."""
+    keys = [*SHORT, "method=spin", "iterations=2", "select=last"]
+    every = run(tmp_path / "every", toy_cache, *keys)
+    last = run(tmp_path / "last", toy_cache, *keys, "evaluation.iterations=last")
+    assert not (last / "iteration_0/evaluation").exists()
+    for name in ("iteration_0", "iteration_1"):
+        one, two = weights(every, name), weights(last, name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    found, whole = (
+        json.loads((folder / "report/table.json").read_text())["result"] for folder in (last, every)
+    )
+    assert found["policy"] == "iteration_1" and found["sentence"] == whole["sentence"]
+    config = config_of(tmp_path, *keys, "evaluation.iterations=last")
+    names = [name for name in align.planned(config) if name.endswith("/evaluation")]
+    assert names == ["start/evaluation", "iteration_1/evaluation"]
+    with pytest.raises(InputError, match="evaluation.iterations=last: the best iteration by"):
+        config_of(tmp_path, "iterations=2", "evaluation.iterations=last")
+
+
 # ------------------------------------------------------------------------------ within an iteration
 
 
