@@ -81,9 +81,9 @@ def compare(config: CompareConfig) -> None:
     arms = [Arm.of(name) for name in config.compare.methods]
     own = config.compare.only or config.compare.seeds
     with contextlib.ExitStack() as held:
-        with RunFolder(Path(config.run), _whole(config), wait=True) as run:
+        with RunFolder(Path(config.run), to_yaml(config.of_all), wait=True) as run:
             held.enter_context(hold(config, own))
-            start = make_start(config, arms)
+            start = make_start(config)
             run.record()
         chosen = choose_rates(config, start, arms, own)
         for seed in own:
@@ -95,7 +95,7 @@ def compare(config: CompareConfig) -> None:
                 rates[arm.name] = [chosen[arm.name]]
                 if config.compare.policies == "remove":
                     remove_weights(config, arms, seed, rates)
-    with RunFolder(Path(config.run), _whole(config), wait=True):
+    with RunFolder(Path(config.run), to_yaml(config.of_all), wait=True):
         left = unfinished(config, arms)
         if left:
             say(f"\nseeds {left} are not finished: the page comes with the last of them")
@@ -108,12 +108,9 @@ def outlook(config: CompareConfig, ctx: Context) -> str:
     """Says how many trainings this process makes after the start, and what they roughly take. ctx:
     the start's, whose rows they have.
 
-    Raises InputError where weights=oracle is compared and rows have no checker, and as
-    `check_reported`.
+    Raises InputError as `check_rows`.
     """
-    check_reported(config, len(ctx.heldout.rows))
-    if "ld_align/oracle" in config.compare.methods:
-        check_verdicts(ctx.train.rows[: config.max_rows])
+    check_rows(config, ctx)
     count = len(trainings(config))
     stages = stages_to_make(config, ctx.start, align.planned)
     costs = [(name, stage_of(name).cost(replace(ctx, config=own), name)) for own, name in stages]
@@ -130,20 +127,22 @@ def outlook(config: CompareConfig, ctx: Context) -> str:
     )
 
 
-def _whole(config: CompareConfig) -> str:
-    """The settings as the run's folder keeps them, whichever process writes them down."""
-    return to_yaml(replace(config, compare=replace(config.compare, only=[])))
+def check_rows(config: CompareConfig, ctx: Context) -> None:
+    """Raises InputError where weights=oracle is compared and rows have no checker, and as
+    `check_reported`. ctx: the start's, whose rows all trainings have.
+    """
+    check_reported(config, len(ctx.heldout.rows))
+    if "ld_align/oracle" in config.compare.methods:
+        check_verdicts(ctx.used[0])
 
 
-def make_start(config: CompareConfig, arms: Sequence[Arm]) -> Path:
+def make_start(config: CompareConfig) -> Path:
     """Makes the start policy with its evaluation; returns its folder, and says which differences
-    the comparison could show. Raises InputError as `outlook`, before anything is trained.
+    the comparison could show. Raises InputError as `check_rows`, before anything is trained.
     """
     own = start_config(config)
     with open_run(own, align.planned(own)) as ctx:
-        check_reported(config, len(ctx.heldout.rows))
-        if any(arm.weights == "oracle" for arm in arms):
-            check_verdicts(ctx.used[0])
+        check_rows(config, ctx)
         align.align(ctx)
         start = ctx.run.path / POLICY_STAGE.folder("sft") if config.sft.epochs else ctx.start
         say(f"start: {start} ({start_name(config)})")

@@ -14,7 +14,7 @@ differences are taken seed by seed and prompt by prompt; their errors are of bot
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ldalign.run.comparison import (
     START,
     Arm,
     arm_folder,
-    iterations,
+    iteration_folders,
     last_iteration,
     read_answers,
     scored_by,
@@ -90,7 +90,7 @@ def summarise(
         "power_before": power_before(
             tables[START], config.evaluation.samples, len(config.compare.seeds)
         ),
-        "settings": asdict(replace(config.compare, only=[])),
+        "settings": asdict(config.of_all.compare),
         "steps": config.training.steps,
         "iterations": config.iterations,
         "global_batch": config.global_batch,
@@ -105,10 +105,9 @@ def again(config: CompareConfig) -> Numbers:
     commit and the machine, as the run wrote them down.
     """
     path = Path(config.run) / ENVIRONMENT
-    whole = replace(config, compare=replace(config.compare, only=[]))
     machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
-        "settings": to_yaml(whole, changed=True),
+        "settings": to_yaml(config.of_all, changed=True),
         "command": command({"run": config.run}, machine, "compare"),
         "commit": machine.get("git_commit"),
         "machine": machine_line(machine) if machine else None,
@@ -300,8 +299,9 @@ def on_the_way(
     out: dict[str, list[Numbers]] = {}
     for arm in arms:
         runs = [arm_folder(config, arm, n, chosen[arm.name]) for n in config.compare.seeds]
-        rounds = zip(*(iterations(run, config) for run in runs), strict=True)
-        found = [table_of([read_answers(folder) for folder in own], ids) for own in rounds]
+        earlier = zip(*(iteration_folders(run, config)[:-1] for run in runs), strict=True)
+        found = [table_of([read_answers(folder) for folder in own], ids) for own in earlier]
+        found.append(tables[arm.name])
         out[arm.name] = [asdict(estimate(table[figure] - start[figure])) for table in found]
     return {"figure": figure, "methods": out}
 

@@ -1,7 +1,7 @@
 """The keys of a comparison: what `train/compare.py` reads beside a run's."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 from ldalign.run.keys import ValidationKeys
@@ -127,6 +127,11 @@ class CompareConfig(RunConfig):
                     "start"
                 )
         return found
+
+    @property
+    def of_all(self) -> "CompareConfig":
+        """The settings of the whole comparison, whichever of its processes has them."""
+        return replace(self, compare=replace(self.compare, only=[]))
 
     @property
     def primary(self) -> list[tuple[str, str]]:

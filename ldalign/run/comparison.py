@@ -309,14 +309,14 @@ def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
-def iterations(folder: Path, config: CompareConfig) -> list[Path]:
+def iteration_folders(folder: Path, config: CompareConfig) -> list[Path]:
     """Returns the folders of the iterations in a training's run."""
     return [folder / f"iteration_{t}" for t in range(config.iterations)]
 
 
 def last_iteration(folder: Path, config: CompareConfig) -> Path:
     """Returns the folder of the last iteration in a training's run."""
-    return iterations(folder, config)[-1]
+    return iteration_folders(folder, config)[-1]
 
 
 def scored_by(figures: dict[str, dict[str, float]], ids: Sequence[str]) -> str:
