@@ -211,7 +211,7 @@ def test_a_zstd_file_may_begin_with_a_frame_to_skip(tmp_path):
     ("name", "content", "is_csv"),
     [
         ("x.csv", b"prompt,response\nhi,there\n", True),
-        ("x.CSV.gz", gzip.compress(b"a,b\n1,2\n"), True),
+        ("x.CSV.gz", gzip.compress(b"a,b\n1,2\n", mtime=0), True),
         ("x.tsv", b"1\n2\n", True),
         ("x.jsonl", b'\xef\xbb\xbf\n"Question"\tanswer\r\nhi\tthere\n', True),
         ("x.csv", json.dumps(GOOD).encode(), False),
