@@ -211,9 +211,9 @@ def test_the_wheel_alone_is_enough(sent: tuple[Path, Path], tmp_path: Path) -> N
     assert command("presets", "copy", "toy", "my.yaml").returncode == 0
     done = command("align", "--config", "my.yaml", "cache=cache", "--dry-run")
     assert done.returncode == 0 and "dry run: nothing was made" in done.stderr, done.stderr
+    assert sorted(path.name for path in work.iterdir()) == ["cache", "my.yaml"]
     where = command("align", "--config", "my.yaml", "policy=nowhere", "--debug").stderr
     assert f"{packages}/ldalign/train/align.py" in where and str(ROOT) not in where
-    assert sorted(path.name for path in work.iterdir()) == ["cache", "my.yaml"]
 
 
 def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
