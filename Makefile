@@ -40,11 +40,7 @@ setup check-env: $(VENV)/.product
 
 # One process on the CPU or on one GPU, one per GPU where there are several.
 align: $(VENV)/.product
-	@gpus="$(GPUS)"; \
-	[ -n "$$gpus" ] || gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ "$$gpus" -gt 1 ]; then \
-		exec $(VENV)/bin/torchrun --standalone --nproc-per-node "$$gpus" train/align.py --config $(CONFIG) $(ARGS); \
-	else exec $(PY) train/align.py --config $(CONFIG) $(ARGS); fi
+	@exec $(VENV)/bin/ldalign align --ranks $(or $(GPUS),auto) --config $(CONFIG) $(ARGS)
 
 # One pair through the whole method, told in docs/tour.md.
 tour: $(VENV)/.product
@@ -58,6 +54,7 @@ compare: $(VENV)/.eval
 	@$(PY) train/compare.py --config $(COMPARE) $(ARGS)
 
 report: $(VENV)/.product
+	@[ -n "$(RUN)" ] || { echo "make report: give the run folder: make report RUN=runs/smollm2-135m" >&2; exit 2; }
 	@$(PY) train/report.py run=$(RUN) $(ARGS)
 
 # Tests run side by side, one process a core; ARGS="-n 0" for one after the other, as a debugger needs.

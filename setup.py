@@ -1,10 +1,11 @@
 """Where the packages lie, and how the extension `ldalign._C` is built. The rest is in
 pyproject.toml.
 
-`kernels/` and `train/` stand at the top of the repository but install as `ldalign.kernels` and
-`ldalign.train`: a package named `kernels` exists on PyPI, and nothing but `ldalign` may appear at
-the top level of a user's environment. Develop with an editable install (`make setup` makes one);
-without `kernels/__init__.py` it cannot find the package.
+`kernels/`, `train/` and `configs/` stand at the top of the repository but install as
+`ldalign.kernels`, `ldalign.train` and `ldalign.configs` (presets, no code): a package named
+`kernels` exists on PyPI, and nothing but `ldalign` may appear at the top level of a user's
+environment. Develop with an editable install (`make setup` makes one); without
+`kernels/__init__.py` it cannot find the package.
 
 The extension is optional: without torch, a C++ compiler or Python's headers the install succeeds
 without it and says so. Where it can be built, a build that fails is an error. From the environment:
@@ -165,15 +166,23 @@ setup(
         *find_packages(include=["ldalign", "ldalign.*"]),
         "ldalign.kernels",
         "ldalign.train",
+        "ldalign.configs",
     ],
-    package_dir={"ldalign": "ldalign", "ldalign.kernels": "kernels", "ldalign.train": "train"},
+    package_dir={
+        "ldalign": "ldalign",
+        "ldalign.kernels": "kernels",
+        "ldalign.train": "train",
+        "ldalign.configs": "configs",
+    },
     package_data={
+        "ldalign.configs": ["*.yaml"],
         "ldalign": [
+            "py.typed",
             "evaluation/benchmarks/tasks/*.yaml",
             "data/responses.txt",
             "data/wordings.txt",
             "report/page.html",
-        ]
+        ],
     },
     **extension(),
 )

@@ -443,9 +443,7 @@ def draw(result: dict[str, Any], path: Path) -> bool:
     try:
         import matplotlib
     except ImportError:
-        common.say(
-            "profile: no figure, matplotlib is not installed (pip install 'ldalign[report]')"
-        )
+        common.say("profile: no figure, matplotlib is not installed (pip install matplotlib)")
         return False
     matplotlib.use("svg")
     from matplotlib import pyplot

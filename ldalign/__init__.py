@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ldalign.models.guide_folder import load_guide
     from ldalign.models.weights import load_model, save_model
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 __all__ = ["generate", "load_guide", "load_model", "load_tokenizer", "ops", "save_model"]
 _HOMES = {
     "generate": "ldalign.generation.generate",

@@ -1,6 +1,7 @@
 """LD-Align, the whole method (arXiv 2404.06390).
 
-    torchrun train/align.py [--config FILE.yaml] [key=value ...]
+    ldalign align [--ranks N] [--config FILE.yaml] [key=value ...]
+    torchrun train/align.py ...  # the same, also on several machines
 
 Stage by stage: SFT (optional), then for every iteration: responses, guide (once, or each time with
 guide.retrain), distances, reference, policy, evaluation; at the end the report. Other methods

@@ -3,6 +3,8 @@ data, then do their stages.
 """
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +29,24 @@ from ldalign.system.metrics import say
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """
-Options: --config FILE.yaml; --help; --dry-run (check everything and estimate memory, disk and
-time, make nothing); --debug (the traceback with an error). Keys, with their defaults:
+Options: --config FILE.yaml, or the name of a preset (`ldalign presets`); --help; --dry-run (check
+everything and estimate memory, disk and time, make nothing); --debug (the traceback with an error).
 """
+# Of a run's keys, those that people set first: at the top of --help.
+SET_FIRST = (
+    "policy",
+    "data",
+    "run",
+    "method",
+    "iterations",
+    "beta",
+    "learning_rate",
+    "max_length",
+    "max_new_tokens",
+    "global_batch",
+    "max_rows",
+    "sft.epochs",
+)
 
 
 def run_script(
@@ -94,11 +111,23 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
 def read_config(
     argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig
 ) -> RunConfig | None:
-    """The settings that the command line asks for; None where it asks for help, printed here."""
+    """The settings that the command line asks for; None where it asks for help, printed here.
+
+    Raises InputError, after the usage, where it says nothing: no command starts a run that nobody
+    asked for.
+    """
     path, overrides, flags = split_argv(argv, FLAGS)
     if "--help" in flags:
-        print(doc.strip(), USAGE, describe(cls), sep="\n")
+        own = [name for name in vars(cls).get("__annotations__", {}) if cls is not RunConfig]
+        keys = describe(cls, (*own, *SET_FIRST))
+        print(doc.strip(), f"{USAGE}\nKeys, with their defaults.\n", keys, sep="\n")
         return None
+    if path is None and not overrides:
+        if os.environ.get("RANK", "0") == "0":
+            print(doc.strip(), USAGE, sep="\n", file=sys.stderr)
+        raise InputError(
+            "nothing is asked for: give --config FILE.yaml or key=value, or --help for all keys"
+        )
     return load_config(cls, path, overrides)
 
 

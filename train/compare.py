@@ -1,6 +1,7 @@
 """Methods compared from one start.
 
-    torchrun train/compare.py --config configs/compare-wordings.yaml [key=value ...]
+    ldalign compare [--ranks N] --config configs/compare-wordings.yaml [key=value ...]
+    torchrun train/compare.py ...
 
 Makes the start policy (sft.*), then trains every method of compare.methods from it on the same rows
 for the same number of optimizer steps: at each of compare.learning_rates with the first seed, then

@@ -1,6 +1,7 @@
 """Evaluation alone.
 
-    torchrun train/evaluate.py policy=FOLDER run=RUN [--config FILE.yaml] [key=value ...]
+    ldalign evaluate [--ranks N] policy=FOLDER run=RUN [--config FILE.yaml] [key=value ...]
+    torchrun train/evaluate.py ...
 
 Measures any policy folder on the held-out rows, into RUN/start/evaluation: likelihood of the real
 responses, and for rows that a program can check, greedy and sampled accuracy with every answer

@@ -1,18 +1,21 @@
 """Sampling alone.
 
-    torchrun train/generate.py policy=FOLDER prompts=FILE output=FOLDER [key=value ...]
+    ldalign generate [--ranks N] policy=FOLDER prompts=FILE output=FOLDER [key=value ...]
+    torchrun train/generate.py ...
 
 Answers every prompt of a file ({"prompt": text or messages} or {"messages": [...]}, `id` optional),
 `samples` times each, with max_new_tokens and sampling.*, and writes {"id", "sample", "messages",
 "response", "finish_reason", "n_tokens"} lines to FOLDER/answers.jsonl; the same seed and id give
 the same answers. FOLDER/manifest.json says how they were made. Answers are kept as they come (in
-FOLDER.partial), so a run that was cut short is gone on with. `--chat` talks in the terminal
-instead. Without both it samples for the run's own data, into RUN/iteration_0/responses: a stage of
-align.py, which goes on from here with the same settings.
+FOLDER.partial), so a run that was cut short is gone on with. `--chat` (`ldalign chat
+policy=FOLDER`) talks in the terminal instead; Ctrl-C or Ctrl-D leaves. Without both it samples for
+the run's own data, into RUN/iteration_0/responses: a stage of align.py, which goes on from here
+with the same settings.
 """
 
 import codecs
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +54,7 @@ from ldalign.run.stages.responses import (
     responses_stage,
     sampling_of,
 )
-from ldalign.system import distributed, exits
+from ldalign.system import distributed, exits, interrupt
 from ldalign.system.config import positive, setting
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
@@ -83,7 +86,13 @@ def main(argv: list[str]) -> None:
             config.prompts is None and config.output is None,
             "--chat: reads the terminal; leave out prompts and output",
         )
-        chat(config)
+        try:
+            chat(config)
+        except interrupt.Stopped as stop:
+            if stop.number != signal.SIGINT:
+                raise
+            say("")  # Ctrl-C is a way to leave a chat: nothing to explain, a line to end
+            exits.leave(stop.exit_code)
         return
     if config.prompts is None:
         need(

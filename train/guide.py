@@ -1,6 +1,7 @@
 """The guiding model alone.
 
-    torchrun train/guide.py [--config FILE.yaml] [key=value ...]
+    ldalign guide [--ranks N] [--config FILE.yaml] [key=value ...]
+    torchrun train/guide.py ...
 
 Trains the guide into RUN/guide on the data's responses and generated ones. The generated ones are
 those of the data where every row has one ({"real", "generated"} or {"chosen", "rejected"}), else

@@ -1,6 +1,7 @@
 """The data as they are trained on, to look at.
 
-    python train/inspect_data.py policy=FOLDER data=FILE [rows=...] [key=value ...]
+    ldalign inspect policy=FOLDER data=FILE [rows=...] [key=value ...]
+    python train/inspect_data.py ...
 
 Prints the tokens of some rows with their ids, by part: the prompt, which is read; the response and
 its end token, which are trained on; what max_length cuts off. In colour in a terminal (NO_COLOR=1:
@@ -10,7 +11,6 @@ list of these. The keys are those of train/align.py (policy, template, data, hel
 max_length, long_prompts, bad_rows, method, ...); nothing is trained or written.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -84,8 +84,7 @@ def main(argv: list[str]) -> None:
         not isinstance(config.rows, int) or config.rows >= 0,
         f"rows={config.rows}: give 0 or more, or ids",
     )
-    with contextlib.suppress(BrokenPipeError):  # `... | head` has seen enough
-        inspect(config)
+    inspect(config)
 
 
 def inspect(config: InspectConfig) -> None:

@@ -1,6 +1,7 @@
 """Judge agreement alone.
 
-    torchrun train/judge.py policy=FOLDER guide=FOLDER judge=WHO run=RUN [key=value ...]
+    ldalign judge [--ranks N] policy=FOLDER guide=FOLDER judge=WHO run=RUN [key=value ...]
+    torchrun train/judge.py ...
 
 Samples two answers a held-out prompt, calls the one farther from the real response in latent space
 the worse one, and counts how often a judge agrees (paper 5.2), into RUN/agreement. With the

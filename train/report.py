@@ -1,7 +1,7 @@
-"""The report alone: `python train/report.py run=RUN` writes RUN/report/ again, from
-whatever stages are finished.
+"""The report alone: `ldalign report run=RUN` (or `python train/report.py run=RUN`) writes
+RUN/report/ again, from whatever stages are finished.
 
-table.md and table.json, and with matplotlib (`pip install 'ldalign[report]'`) report.html
+table.md and table.json, and with matplotlib (`pip install matplotlib`) report.html
 and its figures. No model is loaded and nothing but RUN/report/ is written, so it may be
 called while the run goes on.
 """

@@ -1,6 +1,7 @@
 """Supervised fine-tuning alone.
 
-    torchrun train/sft.py sft.epochs=2 [--config FILE.yaml] [key=value ...]
+    ldalign sft [--ranks N] sft.epochs=2 [--config FILE.yaml] [key=value ...]
+    torchrun train/sft.py ...
 
 Trains `policy` on the real responses (keys sft.*) into RUN/sft/policy and evaluates it: the first
 stages of align.py, which goes on from here with the same settings. Continual SFT, the baseline, is

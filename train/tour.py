@@ -1,4 +1,4 @@
-"""The method on one pair, with its numbers: `python train/tour.py [seed=0] [policy=NAME]`.
+"""The method on one pair, with its numbers: `ldalign tour [seed=0] [policy=NAME]`.
 
 One prompt and its two responses are followed from the file to the update of the policy: token ids,
 sampling, guide, latents, distance, weight, packed batch, log-probs, loss, gradient, optimizer step.

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError
+from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError, how_to_install
 
 RETRIES = 6  # after waits of 0.5, 1, 2, 4, 8 and 8 seconds, where the server names none
 KEY = "OPENAI_API_KEY"
@@ -45,7 +45,7 @@ class Endpoint:
             import openai
         except ImportError:
             raise EnvironmentProblem(
-                "judge.endpoint: the openai package is missing; pip install ldalign[judge]"
+                f"judge.endpoint: the openai package is missing; {how_to_install('judge')}"
             ) from None
         self.url, self.model, self.path = url, model, answers
         self.token_cap, self.concurrency, self._longest = token_cap, concurrency, answer_tokens

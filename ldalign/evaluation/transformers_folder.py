@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_files
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.memory import OutOfMemory, naming
 from ldalign.system.untrusted import read_json
 
@@ -44,7 +44,7 @@ def need_transformers(key: str) -> None:
 
 
 def _no_transformers(key: str) -> EnvironmentProblem:
-    return EnvironmentProblem(f"{key}: transformers is missing; pip install ldalign[reward]")
+    return EnvironmentProblem(f"{key}: transformers is missing; {how_to_install('reward')}")
 
 
 def load(folder: Path, device: torch.device, kind: Kind) -> tuple[Any, Any]:

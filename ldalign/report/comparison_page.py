@@ -11,6 +11,7 @@ from ldalign.report.guides import gain_text, is_known
 from ldalign.report.table import LEADING
 from ldalign.run.comparison import ACCURACIES, START
 from ldalign.system import distributed
+from ldalign.system.errors import how_to_install
 from ldalign.system.files import make_folder, write_json, write_text
 
 TITLES = {
@@ -42,7 +43,7 @@ def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
             from ldalign.report.chart import write_chart
             from ldalign.report.figures import contrasts
         except ImportError:
-            missing = "matplotlib is not installed; pip install 'ldalign[report]'"
+            missing = f"matplotlib is not installed; {how_to_install('report')}"
             return f"{text}\n(no figure: {missing})"
         write_chart(contrasts(summary), folder)
     return text

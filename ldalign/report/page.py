@@ -27,7 +27,7 @@ from ldalign.report.table import (
     read_validation,
 )
 from ldalign.run.folder import ENVIRONMENT, iterations
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.files import write_text
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def write_page(run: Path) -> Path:
         import matplotlib  # noqa: F401
     except ImportError:
         raise EnvironmentProblem(
-            f"{run / PAGE}: not written, as matplotlib is not installed: pip install "
-            f"'ldalign[report]', then train/report.py run={run}"
+            f"{run / PAGE}: not written, as matplotlib is not installed: "
+            f"{how_to_install('report')}, then ldalign report run={run}"
         ) from None
     values = gather(run)
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -247,8 +247,11 @@ def _run(command: list[str]) -> str | None:
 
 def main(argv: list[str]) -> None:
     """Prints the tick list. Raises EnvironmentProblem if something required is missing."""
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return
     if argv:
-        raise errors.InputError(f"{argv[0]}: python -m ldalign.run.environment takes no arguments")
+        raise errors.InputError(f"{argv[0]}: ldalign env takes no arguments")
     ticks = tick_list()
     print("\n".join(map(str, ticks)))
     missing = [tick.name for tick in ticks if tick.required and not tick.found]

@@ -7,14 +7,13 @@ program's own config classes are in ldalign/run/keys.py and settings.py.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +21,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ldalign.system.errors import InputError
+from ldalign.system.errors import nearest as _nearest
+from ldalign.system.presets import find_config, presets
 
 T = TypeVar("T")
 
@@ -133,7 +134,8 @@ class _Given:
 def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Builds `cls` from its defaults, then the file at `path`, then the `key=value` overrides.
 
-    A file's `base: OTHER.yaml` (relative to it) is read before it. Nested keys are dotted
+    A file's `base: OTHER.yaml` (relative to it, or a preset: `find_config`) is read before it.
+    Nested keys are dotted
     (`sft.epochs=2`); a value starting with [ { or a quote is read as YAML, any other is
     taken as it stands. A config class may define `problems(self) -> list[str]` to check its
     keys against each other.
@@ -181,7 +183,8 @@ def split_argv(
 ) -> tuple[Path | None, list[str], set[str]]:
     """Splits `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags.
 
-    `flags` are the flags the command knows, with their dashes. Raises InputError for anything else.
+    `flags` are the flags the command knows, with their dashes (`-h` is `--help`). FILE may be the
+    name of a preset, as `find_config` says. Raises InputError for anything else.
     """
     path: Path | None = None
     overrides: list[str] = []
@@ -193,9 +196,11 @@ def split_argv(
             value = value if equals else next(arguments, "")
             if not value:
                 raise InputError("--config: needs a file name; write --config FILE.yaml")
-            path = _at_home(Path(value))
+            path = find_config(_at_home(Path(value)))
         elif argument in flags:
             seen.add(argument)
+        elif argument == "-h" and "--help" in flags:
+            seen.add("--help")
         elif argument.startswith("-"):
             hint = _nearest(name, ["--config", *flags])
             if not hint and name.startswith("--"):
@@ -223,7 +228,7 @@ def _read_file(
             raise InputError(f"{path}: has more than {MAX_BYTES} bytes; is it a config?")
         root = yaml.compose(text.decode("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}{_preset_hint(path)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.MarkedYAMLError as error:
@@ -248,16 +253,25 @@ def _read_file(
             raise InputError(
                 f"{where}: {BASE} must be the name of a config file, not {_kind(node)}"
             )
-        base = path.parent / _at_home(Path(node.value))
+        base = find_config(_at_home(Path(node.value)), path.parent)
         if base.resolve() in (path.resolve(), *seen):
             raise InputError(f"{where}: {BASE}: {base} leads back to itself")
         if not base.is_file():
             raise InputError(
-                f"{where}: {BASE}: {base}: no such file; the name is relative to this file's folder"
+                f"{where}: {BASE}: {base}: no such file; the name is relative to this file's "
+                "folder, or a preset's"
             )
         _read_file(cls, base, given, problems, (path.resolve(), *seen))
     root.value = [pair for pair in root.value if pair[0].value != BASE]
     _flatten(cls, root, "", str(path), given, problems)
+
+
+def _preset_hint(path: Path) -> str:
+    """The end of a message about a config file that is not there: the preset that may be meant."""
+    if path.exists():
+        return ""
+    hint = _nearest(path.stem, presets(), "--config ")
+    return hint or "; `ldalign presets` lists those that come with it"
 
 
 def _read_override(cls: type, override: str, given: dict[str, _Given], problems: list[str]) -> None:
@@ -546,11 +560,6 @@ def _unknown(cls: type, prefix: str, key: str) -> str:
     return f"{prefix}{key}: unknown key{_nearest(key, _fields(cls), prefix)}"
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -605,29 +614,55 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
-def describe(cls: type) -> str:
-    """Says every key of `cls` with default, type, bound and help: the text of `--help`."""
-    return "\n".join(_describe_lines(cls, ""))
+def describe(cls: type, first: Sequence[str] = ()) -> str:
+    """Says every key of `cls` with default, type, bound and help: the text of `--help`.
 
-
-def _describe_lines(cls: type, prefix: str) -> list[str]:
-    lines: list[str] = []
-    for name, declared in _fields(cls).items():
-        key = prefix + name
-        inner = _group_class(cls, name)
-        if inner is not None:
-            shorthand = getattr(inner, "SHORTHAND", None)
-            short = f"{key}=VALUE is short for {key}.{shorthand}=VALUE" if shorthand else ""
-            help_text = " ".join(filter(None, (declared.metadata.get("help", ""), short)))
-            lines += [f"{key}:  {help_text}".rstrip(), *_describe_lines(inner, f"{key}.")]
+    first: the dotted names of keys, or of whole groups, that are set first: they stand at the top
+    under a line of their own. Then come the other keys, then the groups, a paragraph each.
+    """
+    top = [line for key in first for line in _describe_dotted(cls, key)]
+    plain: list[str] = []
+    groups: list[str] = []
+    for name in _fields(cls):
+        if name in first:
             continue
-        check: Check | None = declared.metadata.get("check")
-        bound = f"; {check.bound}" if check else ""
-        lines.append(f"{key}={_default_text(declared)}  ({_type_name(_types(cls)[name])}{bound})")
-        lines += textwrap.wrap(
-            declared.metadata.get("help", ""), 100, initial_indent="    ", subsequent_indent="    "
-        )
-    return lines
+        if _group_class(cls, name) is None:
+            plain += _describe_key(cls, name, "")
+        else:
+            groups += ["", *_describe_key(cls, name, "")]
+    if top:
+        top = ["Set first:", "", *top, "", "The other keys:", ""]
+    return "\n".join([*top, *plain, *groups])
+
+
+def _describe_dotted(cls: type, key: str) -> list[str]:
+    *parts, name = key.split(".")
+    for part in parts:
+        cls = _group_class(cls, part) or cls
+    return _describe_key(cls, name, "".join(f"{part}." for part in parts))
+
+
+def _describe_key(cls: type, name: str, prefix: str) -> list[str]:
+    """The lines of a key, or of a group and all its keys. Raises KeyError for one that is none."""
+    declared = _fields(cls)[name]
+    key = prefix + name
+    help_text = declared.metadata.get("help", "")
+    inner = _group_class(cls, name)
+    if inner is not None:
+        shorthand = getattr(inner, "SHORTHAND", None)
+        short = f"{key}=VALUE is short for {key}.{shorthand}=VALUE" if shorthand else ""
+        lines = [f"{key}:  {' '.join(filter(None, (help_text, short)))}".rstrip()]
+        for each_key in _fields(inner):
+            lines += _describe_key(inner, each_key, f"{key}.")
+        return lines
+    check: Check | None = declared.metadata.get("check")
+    bound = f"; {check.bound}" if check else ""
+    head = f"{key}={_default_text(declared)}  ({_type_name(_types(cls)[name])}{bound})"
+    indent = "    "
+    return [
+        head,
+        *textwrap.wrap(help_text, 100, initial_indent=indent, subsequent_indent=indent),
+    ]
 
 
 def _default_text(declared: dataclasses.Field[Any]) -> str:

@@ -5,6 +5,9 @@ form `FILE:LINE: what is wrong; what to do`; `exits.run` turns it into one line 
 exit code. Everything else is a bug of ours and says so.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class LdalignError(Exception):
     """Base of every error ldalign raises on purpose; `exit_code` is what the command exits with."""
@@ -33,3 +36,34 @@ class NumericsError(LdalignError, ArithmeticError):
 def is_failure(error: BaseException) -> bool:
     """Whether a library failed, if only by a panic of its Rust code, and nobody asked to stop."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about the unknown `name`: the known one that is most like it, or "".
+
+    prefix: stands before the known name.
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def how_to_install(*extras: str) -> str:
+    """The command that installs what `extras` of pyproject.toml name, quoted for any shell.
+
+    The packages themselves are named: `ldalign[extra]` is found only where an index has ldalign.
+    """
+    wanted: list[str] = []
+    for extra in extras:
+        of_extra = f'extra == "{extra}"'
+        lines = [line for line in _requirements() if of_extra in line.replace("'", '"')]
+        wanted += [line.partition(";")[0].strip() for line in lines] or [f"ldalign[{extra}]"]
+    return " ".join(["pip install", *(f"'{requirement}'" for requirement in wanted)])
+
+
+def _requirements() -> list[str]:
+    import importlib.metadata  # here: it is slow to import, and seldom needed
+
+    try:
+        return importlib.metadata.requires("ldalign") or []
+    except importlib.metadata.PackageNotFoundError:  # its files alone were copied
+        return []

@@ -1,15 +1,18 @@
 """The one way every command ends: one line, from one rank, and an exit code.
 
-The codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. (torchrun itself
-exits with 1 whatever a worker's code; the worker's own is in the summary that torchrun prints.) In
-a run of several ranks the line begins with the rank that failed.
+The codes: 1 bug, 2 input, 3 environment, 4 numerics; 130 Ctrl-C, 143 terminated. In a run of
+several ranks the line begins with the rank that failed. `ldalign --ranks` ends with that rank's
+code (launch.py). torchrun exits with 1 whatever a worker's code and always prints a traceback of
+its own and a summary, which no worker can prevent; the summary names the rank and its code.
 """
 
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
+import select
 import socket
 import sys
 import tempfile
@@ -65,6 +68,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
     except KeyboardInterrupt:
         _exit("interrupted", 130, aftermath=True)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            leave(0)  # `... | head` has seen enough
         rank = getattr(error, "ldalign_rank", None)
         trace = traceback.format_exc() if debug else ""
         if isinstance(error, LdalignError):
@@ -91,6 +96,8 @@ def _exit(
     line = " ".join(message.split())
     if _ranks() > 1:
         line = f"rank {os.environ.get('RANK', '0') if rank is None else rank}: {line}"
+    if not aftermath:
+        _record_cause(line, code)
     if _may_speak(line if rank is not None else line.partition(": ")[2], aftermath):
         with contextlib.suppress(OSError):
             print(f"{trace}ldalign: error: {line}", file=sys.stderr, flush=True)
@@ -105,9 +112,31 @@ def leave(code: int) -> NoReturn:
     an active exception", and a finished run would exit with -6.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        # nobody reads it any more, or (`>&-`) nobody ever did
+        with contextlib.suppress(OSError, AttributeError):
             stream.flush()
     os._exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _record_cause(line: str, code: int) -> None:
+    """Writes the file in which torchrun and launch.py look for the rank that failed first, and why:
+    ranks that end for it write none.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    rank = line.partition(":")[0]  # the line itself is said once, not in the summary again
+    why = f"said above, in the line that begins with `ldalign: error: {rank}` (exit code {code})"
+    more = {"py_callstack": why, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": why, "extraInfo": more}}))
 
 
 # ---------------------------------------------------------------------------------- one rank speaks

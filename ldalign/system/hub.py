@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.files import hash_file, write_json, writing
 from ldalign.system.untrusted import read_json
 
@@ -117,8 +117,8 @@ def _client(kind: Kind, name: str) -> Iterator[Any]:
         from huggingface_hub import errors
     except ImportError as error:
         raise EnvironmentProblem(
-            f"{begin}: {kind.absent}, and to download it huggingface_hub is missing; pip install "
-            "ldalign[hub]"
+            f"{begin}: {kind.absent}, and to download it huggingface_hub is missing; "
+            f"{how_to_install('hub')}"
         ) from error
     try:
         yield huggingface_hub

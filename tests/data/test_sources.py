@@ -250,7 +250,7 @@ def test_a_download_that_is_not_whole(tmp_path, monkeypatch):
 
 def test_a_name_without_the_hubs_client(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install ldalign\[hub\]"):
+    with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install 'huggingface"):
         read_rows("org/name", cache=tmp_path)
 
 

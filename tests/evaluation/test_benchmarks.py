@@ -434,7 +434,7 @@ def test_without_lm_eval(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(runner.importlib.metadata, "version", absent)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'ldalign\[eval\]'"):
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'lm_eval"):
         evaluate.main(arguments(tmp_path / "run", toy_cache, data, "benchmarks=[piqa]"))
 
 

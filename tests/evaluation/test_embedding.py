@@ -331,7 +331,7 @@ def test_what_goes_wrong_with_a_text(bert: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OutOfMemory, match=r"embeddings of 2 texts of at most 4 tokens: out of mem"):
         model.embed(["is it", "a"])
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = r"^judge.folder: transformers is missing; pip install ldalign\[reward\]"
+    message = "^judge.folder: transformers is missing; pip install 'transformers"
     with pytest.raises(EnvironmentProblem, match=message):
         EmbeddingModel(bert, CPU)
     config = load_config(RunConfig, overrides=["judge=embedding", f"judge.folder={bert}"])

@@ -115,7 +115,7 @@ def test_what_is_no_reward_model(
     with pytest.raises(NumericsError, match="^row a: the reward is nan"):
         model.score(["what"], ["it"], ["a"])
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install ldalign\[reward\]"):
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'transformers"):
         RewardModel(deberta, torch.device("cpu"))
 
 

@@ -191,7 +191,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_hub_name_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install ldalign\[hub\]"):
+    with pytest.raises(EnvironmentProblem, match=r"'org/name': .* pip install 'huggingface"):
         resolve_model("org/name", tmp_path)
 
 

@@ -38,7 +38,10 @@ LITERAL = r"null|true|false|-?\d[\d.e-]*"
 QUOTED = re.compile(
     rf"`([\w.]+)` \(({LITERAL})\)|`([\w.]+)=([^`\s]+)` \(default\)|default `([\w.]+)=([^`\s]+)`"
 )
-COMMAND = re.compile(r"(?:train/(\w+)\.py|make (align|compare|evaluate))\b(.*)")
+OURS = "align|sft|guide|generate|chat|evaluate|judge|compare|inspect"
+COMMAND = re.compile(
+    rf"(?:train/\w+\.py|make (?:align|compare|evaluate)|\bldalign (?:{OURS}))\b(.*)"
+)
 ARGUMENT = re.compile(r"(?<![\w.,/=-])([a-z_]+(?:\.[a-z_]+)?)=")
 
 
@@ -65,7 +68,7 @@ def wrong_arguments(text: str) -> Iterator[str]:
     """`key=` in the commands of a page (their continued lines too) that no script knows."""
     for line in re.sub(r"\\\n\s*#?", " ", text).splitlines():
         command = COMMAND.search(line)
-        rest = re.split(r"[`#]", command[3])[0] if command else ""
+        rest = re.split(r"[`#]", command[1])[0] if command else ""
         for argument in ARGUMENT.findall(re.sub(r"--\w+[ =]\S+", "", rest)):
             group, _, key = argument.partition(".")
             if group not in DEFAULTS or (key and key not in GROUPS.get(group, ())):
@@ -159,6 +162,7 @@ def test_every_page_is_in_the_index() -> None:
         ("| `judge=policy` (default) |", "judge.model=policy"),
         ("torchrun train/align.py policy=X \\\n    sft.epoch=0", "sft.epoch"),
         ('make align ARGS="model=X"', "model"),
+        ("ldalign align model=X", "model"),
         ("see `ldalign/generation/pages.py`", "ldalign/generation/pages.py"),
         ("see `tests/test_bench.py`", "tests/test_bench.py"),
         ("`kernels/{eager,fast}.py`, `bench/none.py`", "bench/none.py"),

@@ -2,10 +2,11 @@
 
 import functools
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+
+import ldalign
 
 ROOT = Path(__file__).resolve().parents[2]
 README_LINES, COLUMNS = 150, 120
@@ -42,11 +43,6 @@ def too_long(text: str) -> list[int]:
         for number, line in lines
         if not line.startswith("|") and len(re.sub(r"\]\([^)]*\)", "]", line)) > COLUMNS
     ]
-
-
-def version() -> str:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return str(project["version"])
 
 
 def test_readme_is_short() -> None:
@@ -87,9 +83,9 @@ def test_make_targets_are_there() -> None:
 
 def test_changelog_and_citation_say_the_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)[0] == version()
+    assert re.findall(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)[0] == ldalign.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.findall(r"^version: (\S+)$", citation, re.MULTILINE) == [version()]
+    assert re.findall(r"^version: (\S+)$", citation, re.MULTILINE) == [ldalign.__version__]
 
 
 def test_these_tests_can_fail(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("report",),
     ("train",),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # These know nothing of models and data: beside themselves they import only what is named here.
@@ -100,6 +102,8 @@ def room(module: str) -> str:
 def test_arrows_point_down(module: str) -> None:
     own, found = room(module), targets(modules()[module])
     rooms = {room(target) for target in found} - {own, "_C"}
+    if own == "cli":
+        rooms.discard("")  # the version, which stands in ldalign/__init__.py
     if own:  # ldalign/__init__.py names the public things of any room
         assert own in FLOOR, f"{own}: give it a floor, above all it imports"
         upward = sorted(other for other in rooms if FLOOR.get(other, 99) >= FLOOR[own])

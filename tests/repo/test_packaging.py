@@ -1,16 +1,22 @@
 """What gets installed, under which names, and that nothing of ours hides somebody else's module."""
 
+import email
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import pytest
+import torch
+import yaml
+from runs import one_thread
 
+import ldalign
 from ldalign.kernels import cpp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +49,9 @@ def test_extension_lies_in_the_package() -> None:
 def copy_sources(folder: Path) -> Path:
     source = folder / "source"
     source.mkdir()
-    for name in ("ldalign", "kernels", "train", "csrc"):
+    for name in ("ldalign", "kernels", "train", "configs", "csrc"):
         copytree(ROOT / name, source / name, ignore=ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         copy(ROOT / name, source / name)
     return source
 
@@ -96,6 +102,118 @@ def test_wheel_without_a_compiler_puts_only_ldalign_at_the_top(tmp_path: Path) -
     suffixes = (".yaml", ".html", ".txt")
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "ldalign").rglob("*") if p.suffix in suffixes}
     assert len(data) > 10 and data <= set(names), f"missing from the wheel: {data - set(names)}"
+
+
+# ------------------------------------------------------------------------------------- what is sent
+
+
+def build(hook: str, source: Path, target: Path) -> Path:
+    """Calls a hook of the build backend, build_sdist or build_wheel; returns what it made."""
+    code = f"import sys, setuptools.build_meta as b; print(b.{hook}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target)],
+        cwd=source,
+        env={**os.environ, "LDALIGN_BUILD": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An sdist of the files that git knows, and the wheel that is built from it alone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    folder = tmp_path_factory.mktemp("sent")
+    known = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, known.stdout.split("\0")):
+        if (ROOT / name).is_file():  # not one that is being removed
+            (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / name, folder / "clone" / name)
+    sdist = build("build_sdist", folder / "clone", folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return sdist, build("build_wheel", folder / sdist.name.removesuffix(".tar.gz"), folder)
+
+
+def test_the_sdist_has_all_that_git_has(sent: tuple[Path, Path]) -> None:
+    """So whoever has it can build, test, lint and read."""
+    with tarfile.open(sent[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    known = {str(path.relative_to(sent[0].parent / "clone")) for path in clone_files(sent[0])}
+    assert len(known) > 300 and known <= names, f"missing from the sdist: {known - names}"
+
+
+def clone_files(sdist: Path) -> list[Path]:
+    folder = sdist.parent / "clone"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if "ldalign.egg-info" not in path.parts]
+
+
+def test_the_wheel_has_the_command_the_presets_and_no_tests(sent: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(sent[1]) as wheel:
+        names = set(wheel.namelist())
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        entries = wheel.read(entry_points).decode()
+        (metadata,) = (name for name in names if name.endswith("/METADATA"))
+        described = email.message_from_bytes(wheel.read(metadata))
+    presets = {f"ldalign/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert len(presets) > 10 and presets <= names and "ldalign/py.typed" in names
+    assert "[console_scripts]\nldalign = ldalign.cli:main\n" in entries
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ldalign"}
+    assert not [name for name in names if "test" in name]
+    assert described["Version"] == ldalign.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert described["Author"] == citation["authors"][0]["name"]
+    assert described["Description-Content-Type"] == "text/markdown"
+    assert str(described.get_payload()).lstrip().startswith("# ldalign")
+
+
+def test_an_index_takes_them(sent: tuple[Path, Path]) -> None:
+    """`twine check` reads the metadata as PyPI does; check-wheel-contents looks for strays."""
+    twine = ["twine", "check", "--strict", *map(str, sent)]
+    for command in (twine, ["check_wheel_contents", str(sent[1])]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, cwd=sent[0].parent
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_is_enough(sent: tuple[Path, Path], tmp_path: Path) -> None:
+    """In an environment of its own with torch, from an empty folder: a preset is copied, a dry run
+    checks it, and nothing comes from the checkout.
+    """
+    environment, work = tmp_path / "environment", tmp_path / "work"
+    work.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    # This environment's packages without its .pth files, so without this checkout.
+    (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python")]
+    subprocess.run(
+        [*pip, "install", "-q", "--no-deps", "--no-index", str(sent[1])], check=True, cwd=work
+    )
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(environment / "bin/ldalign"), *arguments],
+            cwd=work,
+            env={**one_thread(), "PYTHONPATH": "", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    assert command("presets", "copy", "toy", "my.yaml").returncode == 0
+    done = command("align", "--config", "my.yaml", "cache=cache", "--dry-run")
+    assert done.returncode == 0 and "dry run: nothing was made" in done.stderr, done.stderr
+    assert sorted(path.name for path in work.iterdir()) == ["cache", "my.yaml"]
+    where = command("align", "--config", "my.yaml", "policy=nowhere", "--debug").stderr
+    assert f"{packages}/ldalign/train/align.py" in where and str(ROOT) not in where
 
 
 def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:

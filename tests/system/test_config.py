@@ -286,6 +286,7 @@ def test_split_argv() -> None:
     for argv in (["--max-rows"], ["--max-rows", "seed=1"]):
         with pytest.raises(InputError, match="without dashes: max_rows=VALUE$"):
             c.split_argv(argv)
+    assert c.split_argv(["-h"], ["--help"]) == (None, [], {"--help"})
     with pytest.raises(InputError, match="-h: unknown option$"):
         c.split_argv(["-h"])
     with pytest.raises(InputError, match="needs a file name"):

@@ -1,5 +1,6 @@
 """How commands end: exit codes, one line, one rank."""
 
+import json
 import os
 import re
 import subprocess
@@ -154,3 +155,47 @@ def test_a_request_to_stop_is_no_failure_of_a_library() -> None:
     panic = type("PanicException", (BaseException,), {})
     assert is_failure(ValueError()) and is_failure(panic())
     assert not any(map(is_failure, (interrupt.Stopped(15), KeyboardInterrupt(), SystemExit())))
+
+
+PRINTS = """
+from ldalign.system import exits
+
+def main(argv):
+    for _ in range(10_000):
+        print("a line that fills the buffer more than once")
+
+exits.run(main)
+"""
+
+
+def test_who_stops_reading_gets_no_error() -> None:
+    """As `| head` does; a pipe of another kind that breaks is an error still."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = command("BrokenPipeError")
+    assert result.returncode == 1 and "unexpected BrokenPipeError" in result.stderr
+
+
+def test_a_closed_stdout_changes_nothing() -> None:
+    closed = ["sh", "-c", '"$0" "$@" >&-', sys.executable, "-c", SCRIPT]
+    for kind, code in (("fine", 0), ("InputError", 2)):
+        done = subprocess.run([*closed, kind], stderr=subprocess.PIPE, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_the_cause_is_written_for_the_launcher(tmp_path: Path) -> None:
+    """By the rank that failed, once more without its text; not by one that ends for another."""
+    file = tmp_path / "0" / "error.json"
+    file.parent.mkdir()
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(file)}
+    command("KeyboardInterrupt", **variables)
+    assert not file.exists()
+    command("NumericsError", **variables)
+    message = json.loads(file.read_text())["message"]
+    assert "rank 0" in message["message"] and "exit code 4" in message["message"]
+    assert "bad row" not in message["message"] and int(message["extraInfo"]["timestamp"]) > 0

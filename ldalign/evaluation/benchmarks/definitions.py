@@ -19,7 +19,7 @@ import jinja2
 import jinja2.meta
 import yaml
 
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -31,8 +31,8 @@ FEWSHOT_SEED = 1234  # the harness's own
 def no_harness(error: ImportError) -> EnvironmentProblem:
     """Returns what to raise where lm-eval cannot be imported."""
     return EnvironmentProblem(
-        f"benchmarks need lm-eval, which cannot be imported ({error}): pip install "
-        "'ldalign[eval]', or, in the repository, run them by `make evaluate`"
+        f"benchmarks need lm-eval, which cannot be imported ({error}): "
+        f"{how_to_install('eval')}, or, in the repository, run them by `make evaluate`"
     )
 
 

@@ -33,7 +33,7 @@ from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import RESPONSES, Responses, response_texts
 from ldalign.system import distributed
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
@@ -94,7 +94,7 @@ def check_judge(config: RunConfig) -> None:
     if config.judge.endpoint is not None:
         if importlib.util.find_spec("openai") is None:
             raise EnvironmentProblem(
-                "judge.endpoint: openai is missing; pip install ldalign[judge]"
+                f"judge.endpoint: openai is missing; {how_to_install('judge')}"
             )
         return
     if config.judge.model == EMBEDDING:

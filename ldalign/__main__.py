@@ -1,0 +1,5 @@
+"""`python -m ldalign`, the same as `ldalign`."""
+
+from ldalign.cli import main
+
+main()
