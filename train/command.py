@@ -95,7 +95,7 @@ def read_config(
     argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig
 ) -> RunConfig | None:
     """The settings that the command line asks for; None where it asks for help, printed here."""
-    path, overrides, flags = split_argv(argv, FLAGS)
+    path, overrides, flags = split_argv(argv, FLAGS, cls)
     if "--help" in flags:
         print(doc.strip(), USAGE, describe(cls), sep="\n")
         return None

@@ -6,12 +6,13 @@ says something (arXiv 2404.06390, 2401.01335) and marked "choice" where neither 
 holds whole runs.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ldalign.data.columns import Columns
+from ldalign.run import foreign_names
 from ldalign.run.keys import (
     SAMPLING_KEYS,
     AgreementKeys,
@@ -43,6 +44,9 @@ from ldalign.system.config import (
 @dataclass(frozen=True)
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
+
+    FOREIGN: ClassVar[Mapping[str, str]] = foreign_names.FOREIGN
+    MAIN: ClassVar[str] = "training"
 
     run: str = setting("runs/align", "run folder: everything is written here", path=True)
     policy: str = setting(
