@@ -11,7 +11,7 @@ from ldalign.report.page import try_page
 from ldalign.report.table import say_table, write_report
 from ldalign.run.context import Context, open_context
 from ldalign.run.disk import check_disk
-from ldalign.run.dry_run import dry_run
+from ldalign.run.dry_run import Gpus, dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.keys import ValidationKeys
 from ldalign.run.measures import check_measurements
@@ -28,7 +28,8 @@ from ldalign.system.metrics import say
 FLAGS = ("--help", "--dry-run")
 USAGE = """
 Options: --config FILE.yaml; --help; --dry-run (check everything and estimate memory, disk and
-time, make nothing); --debug (the traceback with an error). Keys, with their defaults:
+time, make nothing; beside it gpus=8x80: the memory of 8 GPUs of 80 GiB, computed here); --debug
+(the traceback with an error). Keys, with their defaults:
 """
 
 
@@ -48,6 +49,7 @@ def run_script(
     read are refused. trains: no policy is trained where it is False, and no held-out row is set
     aside for validation.
     """
+    argv, gpus = take_gpus(argv)
     config = read_config(argv, doc)
     if config is None:
         return
@@ -63,7 +65,7 @@ def run_script(
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
         ctx = open_context(folder, config, planned(config), write=False)
-        say(dry_run(ctx, planned(config)))
+        say(dry_run(ctx, planned(config), gpus))
     else:
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
@@ -100,6 +102,17 @@ def read_config(
         print(doc.strip(), USAGE, describe(cls), sep="\n")
         return None
     return load_config(cls, path, overrides)
+
+
+def take_gpus(argv: Sequence[str]) -> tuple[list[str], Gpus | None]:
+    """Takes `gpus=COUNTxGIB` out of a dry run's arguments; elsewhere it is an unknown key. Raises
+    InputError for another form.
+    """
+    if "--dry-run" not in argv:
+        return list(argv), None
+    found = [argument for argument in argv if argument.startswith("gpus=")]
+    rest = [argument for argument in argv if argument not in found]
+    return rest, Gpus.of(found[-1].removeprefix("gpus=")) if found else None
 
 
 def check_method_reads(argv: Sequence[str], config: RunConfig) -> None:
