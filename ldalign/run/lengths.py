@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -183,5 +183,5 @@ def read_lengths(folder: Path, config: RunConfig) -> Lengths | None:
     return lengths if lengths.asked == given(config) else None
 
 
-def _tuple(value: object) -> object:
+def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

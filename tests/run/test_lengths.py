@@ -11,6 +11,7 @@ from toy_context import config_of, open_toy
 
 from ldalign.models.toy import write_toy_model
 from ldalign.run import lengths, prepared
+from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.context import Context
 from ldalign.run.lengths import choose
 from ldalign.run.settings import RunConfig
@@ -94,6 +95,9 @@ def test_a_run_keeps_its_lengths(
     manifest = json.loads((run / "data/manifest.json").read_text())
     assert manifest["parents"]["max_length"] == length and lengths.FILE in manifest["files"]
     assert ctx.keys("max_new_tokens") == {"max_new_tokens": new}
+    # what train/inspect_data.py shows
+    looked = prepared.with_lengths(config_of(tmp_path, *options, *FROM_DATA), ctx.tokenizer)
+    assert (looked.max_new_tokens, looked.max_length) == (new, length)
 
     (run / "iteration_0").mkdir()  # something was made of the rows
     monkeypatch.setattr(prepared, "measure", None)
@@ -164,6 +168,11 @@ def test_where_no_data_are_read_a_number_must_be_given(tmp_path: Path, toy_cache
 def test_no_other_number_means_from_the_data(value: str) -> None:
     with pytest.raises(InputError, match="must be"):
         load_config(RunConfig, None, [value])
+
+
+def test_a_comparison_needs_numbers() -> None:
+    with pytest.raises(InputError, match="max_length: all trainings must have the same; give num"):
+        load_config(CompareConfig, None, ["training.steps=2", "max_length=0"])
 
 
 def test_the_preset_asks_for_policy_data_and_run_alone() -> None:
