@@ -178,7 +178,7 @@ def read_lengths(folder: Path, config: RunConfig) -> Lengths | None:
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         lengths = Lengths(**{key: _tuple(value) for key, value in found.items()})
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # damaged: the stage says so itself
     return lengths if lengths.asked == given(config) else None
 
