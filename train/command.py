@@ -13,7 +13,7 @@ from ldalign.report.page import try_page
 from ldalign.report.table import say_table, write_report
 from ldalign.run.context import Context, open_context
 from ldalign.run.disk import check_disk
-from ldalign.run.dry_run import dry_run
+from ldalign.run.dry_run import Gpus, dry_run
 from ldalign.run.folder import RunFolder
 from ldalign.run.keys import ValidationKeys
 from ldalign.run.measures import check_measurements
@@ -30,7 +30,8 @@ from ldalign.system.metrics import say
 FLAGS = ("--help", "--dry-run")
 USAGE = """
 Options: --config FILE.yaml, or the name of a preset (`ldalign presets`); --help; --dry-run (check
-everything and estimate memory, disk and time, make nothing); --debug (the traceback with an error).
+everything and estimate memory, disk and time, make nothing; beside it gpus=8x80: the memory of 8
+GPUs of 80 GiB, computed here); --debug (the traceback with an error).
 """
 # Of a run's keys, those that people set first: at the top of --help.
 SET_FIRST = (
@@ -65,6 +66,7 @@ def run_script(
     read are refused. trains: no policy is trained where it is False, and no held-out row is set
     aside for validation.
     """
+    argv, gpus = take_gpus(argv)
     config = read_config(argv, doc)
     if config is None:
         return
@@ -80,7 +82,7 @@ def run_script(
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
         ctx = open_context(folder, config, planned(config), write=False)
-        say(dry_run(ctx, planned(config)))
+        say(dry_run(ctx, planned(config), gpus))
     else:
         with open_run(config, planned(config)) as ctx:
             closing = work(ctx)
@@ -116,7 +118,7 @@ def read_config(
     Raises InputError, after the usage, where it says nothing: no command starts a run that nobody
     asked for.
     """
-    path, overrides, flags = split_argv(argv, FLAGS)
+    path, overrides, flags = split_argv(argv, FLAGS, cls)
     if "--help" in flags:
         own = [name for name in vars(cls).get("__annotations__", {}) if cls is not RunConfig]
         keys = describe(cls, (*own, *SET_FIRST))
@@ -129,6 +131,17 @@ def read_config(
             "nothing is asked for: give --config FILE.yaml or key=value, or --help for all keys"
         )
     return load_config(cls, path, overrides)
+
+
+def take_gpus(argv: Sequence[str]) -> tuple[list[str], Gpus | None]:
+    """Takes `gpus=COUNTxGIB` out of a dry run's arguments; elsewhere it is an unknown key. Raises
+    InputError for another form.
+    """
+    if "--dry-run" not in argv:
+        return list(argv), None
+    found = [argument for argument in argv if argument.startswith("gpus=")]
+    rest = [argument for argument in argv if argument not in found]
+    return rest, Gpus.of(found[-1].removeprefix("gpus=")) if found else None
 
 
 def check_method_reads(argv: Sequence[str], config: RunConfig) -> None:

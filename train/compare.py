@@ -50,11 +50,12 @@ from ldalign.system.config import to_yaml
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import say
 from ldalign.train import align
-from ldalign.train.command import open_run, read_config
+from ldalign.train.command import open_run, read_config, take_gpus
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, runs whatever is not done, writes the page."""
+    argv, gpus = take_gpus(argv)
     config = read_config(argv, __doc__ or "", CompareConfig)
     if not isinstance(config, CompareConfig):
         return
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     if "--dry-run" in argv:
         start = start_config(config)
         ctx = open_context(RunFolder(Path(start.run), ""), start, write=False)
-        say(f"the start policy: {dry_run(ctx, align.planned(start))}")
+        say(f"the start policy: {dry_run(ctx, align.planned(start), gpus)}")
         say(outlook(config, ctx))
     else:
         compare(config)

@@ -81,6 +81,10 @@ def main(argv: list[str]) -> None:
     config = read_config(argv, __doc__ or "", GenerateConfig)
     if not isinstance(config, GenerateConfig):
         return
+    need(
+        config.max_new_tokens > 0 or not (talks or config.prompts),
+        "max_new_tokens=0: is taken from the run's data, which are not read here; give a number",
+    )
     if talks:
         need(
             config.prompts is None and config.output is None,

@@ -38,7 +38,7 @@ from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.weights import context_length
 from ldalign.run.context import open_policy, open_tokenizer
 from ldalign.run.folder import RunFolder
-from ldalign.run.prepared import read_data
+from ldalign.run.prepared import read_data, with_lengths
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed, exits
 from ldalign.system.config import setting, to_yaml
@@ -91,6 +91,7 @@ def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
+    config = with_lengths(config, tokenizer)
     rows, files = read_data(config, tokenizer)
     splits: list[tuple[Row, Split]] = [(row, "training") for row in rows["train"]]
     splits += [(row, "held out") for row in rows["heldout"]]

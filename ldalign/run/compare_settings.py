@@ -156,6 +156,11 @@ class CompareConfig(RunConfig):
             found.append("guide.retrain: give ld_align/retrained in compare.methods; leave it out")
         if self.iterations < 1:
             found.append(f"iterations={self.iterations}: a comparison needs 1 or more")
+        if not self.max_new_tokens or not self.max_length:
+            found.append(
+                "max_new_tokens, max_length: all trainings must have the same; give numbers, such "
+                "as train/align.py --dry-run says for 0"
+            )
         if self.training.steps is None:
             found.append("training.steps: must be given, so that all methods have the same budget")
         if self.compare.validation_rows >= self.evaluation.rows:

@@ -56,6 +56,9 @@ class Run(Protocol):
         returns its summary.
         """
 
+    def settle(self, config_yaml: str) -> None:
+        """Takes the settings as the data have completed them, to be written down."""
+
     def record(self) -> None:
         """Writes settings, machine and date down, once."""
 
@@ -211,7 +214,8 @@ def open_context(
     run: Run, config: RunConfig, planned: Sequence[str] | None = None, write: bool = True
 ) -> Context:
     """Reads and checks data, tokenizer and template, and the headers of the policy's
-    files; the rows are prepared into RUN/data where they are not there yet.
+    files; the rows are prepared into RUN/data where they are not there yet. The context's settings
+    have the lengths that come from the data.
 
     planned: the stages to come; None: all. write: False: nothing is written into the run folder.
     Raises InputError for bad rows, rows that do not fit or are longer than the policy reads, fewer
@@ -223,7 +227,9 @@ def open_context(
     start = open_policy(config)
     tokenizer = open_tokenizer(config, start, run.began)
     data = open_data(run, config, tokenizer, write)
-    ctx = Context(run, config, device, choose_dtype(config, device), start, tokenizer, *data)
+    config, splits = data.config, (data.train, data.heldout, data.validation)
+    dtype = choose_dtype(config, device)
+    ctx = Context(run, config, device, dtype, start, tokenizer, *splits, data.counts)
     _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     _check_validation(ctx)

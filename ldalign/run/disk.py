@@ -44,10 +44,19 @@ def check_disk(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
     folder: the run folder, or where it will be made. Raises EnvironmentProblem where the need is
     more than is free.
     """
-    return distributed.on_rank0(lambda: _check(ctx, planned, folder))
+    disk = disk_need(ctx, planned, folder)
+    refuse_full_disk(ctx, disk, folder)
+    return disk
 
 
-def _check(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
+def disk_need(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
+    """What the planned stages need that are not finished, and what is free in `folder`. All ranks
+    call it.
+    """
+    return distributed.on_rank0(lambda: _need(ctx, planned, folder))
+
+
+def _need(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
     todo, free = to_do(ctx, planned), shutil.disk_usage(folder).free
     needs, held = [], 0
     for name in todo:
@@ -55,14 +64,17 @@ def _check(ctx: Context, planned: Sequence[str], folder: Path) -> Disk:
         needs.append(need)
         held = max(held, checkpoints)
     policies = sum(stage_of(name) is POLICY_STAGE for name in todo)
-    disk = Disk(at_worst(needs), policies, held, free)
-    if disk.needed > free:
+    return Disk(at_worst(needs), policies, held, free)
+
+
+def refuse_full_disk(ctx: Context, disk: Disk, folder: Path) -> None:
+    """Raises EnvironmentProblem where the need is more than is free."""
+    if disk.needed > disk.free:
         raise EnvironmentProblem(
             f"{folder}: the run needs about {disk.needed} bytes of disk ({described(disk)}), "
-            f"{free} bytes are free; make room, give another folder (run=NAME), or lower "
+            f"{disk.free} bytes are free; make room, give another folder (run=NAME), or lower "
             f"{_what_to_lower(ctx, disk)}"
         )
-    return disk
 
 
 def described(disk: Disk) -> str:

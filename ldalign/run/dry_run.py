@@ -1,26 +1,29 @@
-"""`--dry-run`: all that can be checked before work begins, and what the
-work left will roughly take.
+"""`--dry-run`: all that can be checked before work begins, and what the work left will take.
 
 Checked: settings, data, template and ids of every row (`open_context`); names and shapes of the
 policy's and the guide's tensors, from their files' headers; the run folder; room on the disk.
-Estimated: tokens, optimizer steps, memory, disk, time, of the stages that are not finished. Nothing
-is written into the run folder.
+Warned of: rows and answers that the settings cut. Estimated: tokens, optimizer steps, memory (of
+this machine's ranks, or of GPUs elsewhere), disk, time, of the stages that are not finished. What
+cannot be is said at the end, after all else. Nothing is written into the run folder.
 """
 
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from ldalign.kernels import cuda
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import check_model
-from ldalign.run.context import Context
-from ldalign.run.disk import check_disk, described
+from ldalign.run.context import SAMPLED, Context
+from ldalign.run.disk import described, disk_need, refuse_full_disk
 from ldalign.run.folder import RunFolder
+from ldalign.run.lengths import Counts, quantiles
 from ldalign.run.plan import stage_of, to_do
 from ldalign.run.stage import Cost
 from ldalign.run.stages.guide import (
@@ -48,40 +51,90 @@ PROBE_SECONDS = 0.1  # a matrix product is timed for this long
 OVERHEAD_GIB = 0.4  # interpreter, torch and its libraries
 
 
-def dry_run(ctx: Context, planned: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs that a run is meant for; this machine need not have them."""
+
+    count: int
+    gib: float  # of memory, each
+
+    @classmethod
+    def of(cls, text: str) -> "Gpus":
+        """Reads "8x80", or "80" for one. Raises InputError for anything else."""
+        found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6}(?:\.\d+)?)", text)
+        gpus = cls(int(found[1] or 1), float(found[2])) if found else cls(0, 0.0)
+        if not gpus.count or not gpus.gib:
+            raise InputError(
+                f"gpus={text}: give COUNTxGIB, such as gpus=8x80 (8 GPUs of 80 GiB each), or "
+                "gpus=80 for one"
+            )
+        return gpus
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        return f"{self.count} GPU{'s' * (self.count > 1)} of {self.gib:g} GiB"
+
+
+def dry_run(ctx: Context, planned: Sequence[str], gpus: Gpus | None = None) -> str:
     """Checks what `open_context` has not checked; returns the page to print. All ranks call it.
 
-    Raises InputError for a model, guide or run folder that cannot be used, EnvironmentProblem where
-    the disk has no room.
+    gpus: what memory is estimated for, in place of this machine's ranks. Raises InputError for a
+    model, guide or run folder that cannot be used, EnvironmentProblem where the disk has no room:
+    where there are problems beside the model's, the page is printed before, and all are named.
     """
     model = check_model(ctx.start)
     assert isinstance(model, Mistral)  # `open_policy` refuses anything else
-    check_guide(ctx.config, planned)
-    costs = {name: stage_of(name).cost(ctx, name) for name in to_do(ctx, planned)}
     lines = [
         f"policy: {ctx.start}: {ctx.parameters / 1e6:.1f} million weights, "
-        "all names and shapes right",
-        *_data_lines(ctx),
-        f"stages: {len(costs)} to be made, {len(planned) - len(costs)} are there",
+        "all names and shapes right"
     ]
-    for name, cost in costs.items():
-        if cost.steps:
-            tokens = f", {cost.trained} tokens to train on" if cost.trained else ""
-            lines.append(f"{name}: {cost.steps} optimizer steps{tokens}")
-    if any(stage_of(name) is POLICY_STAGE for name in costs):
-        lines += _memory_lines(ctx, model)
-    if GUIDE_STAGE.folder(0) in costs:
-        plan = guide_plan(ctx)
-        check_reach(ctx, plan)
-        lines.append(plan.why)
-        if plan.reads_ids:
-            lines += _guide_memory_lines(ctx, model, plan)
-    lines += [
-        _disk_line(ctx, planned),
-        _time_line(ctx, model.config, list(costs.values())),
-        "dry run: nothing was made",
-    ]
+    costs: dict[str, Cost] = {}
+    problems: list[InputError | EnvironmentProblem] = []
+
+    def stage_lines() -> Iterator[str]:
+        check_guide(ctx.config, planned)
+        costs.update({name: stage_of(name).cost(ctx, name) for name in to_do(ctx, planned)})
+        yield f"stages: {len(costs)} to be made, {len(planned) - len(costs)} are there"
+        for name, cost in costs.items():
+            if cost.steps:
+                tokens = f", {cost.trained} tokens to train on" if cost.trained else ""
+                yield f"{name}: {cost.steps} optimizer steps{tokens}"
+
+    def time_lines() -> Iterable[str]:
+        known = costs or not problems  # else the stages could not be counted
+        return _time_lines(ctx, model.config, list(costs.values()), gpus) if known else []
+
+    sections: tuple[Callable[[], Iterable[str]], ...] = (
+        lambda: _data_lines(ctx),
+        lambda: _cut_lines(ctx, planned),
+        stage_lines,
+        lambda: _memory(ctx, model, list(costs), gpus),
+        lambda: _disk_lines(ctx, planned),
+        time_lines,
+    )
+    for section in sections:
+        try:
+            for line in section():
+                lines.append(line)
+        except (InputError, EnvironmentProblem) as error:
+            if str(error) not in map(str, problems):  # sections may look at the same thing
+                problems.append(error)
+    lines.append("dry run: nothing was made")
+    if problems:
+        say("\n".join(lines))
+        raise _together(problems)
     return "\n".join(lines)
+
+
+def _together(
+    problems: Sequence[InputError | EnvironmentProblem],
+) -> InputError | EnvironmentProblem:
+    """One error that names all; of the first one's kind, and so with its exit code."""
+    if len(problems) == 1:
+        return problems[0]
+    text = f"{len(problems)} problems: {' | '.join(map(str, problems))}"
+    return (InputError if isinstance(problems[0], InputError) else EnvironmentProblem)(text)
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -116,120 +169,215 @@ def _existing(run: Path) -> Path:
 # ---------------------------------------------------------------------------------------- estimates
 
 
-def _data_lines(ctx: Context) -> list[str]:
-    lines = []
+def _data_lines(ctx: Context) -> Iterator[str]:
     splits = {"training": ctx.train, "held-out": ctx.heldout, "validation": ctx.validation}
     for name, prepared in splits.items():
         if prepared.rows:
             prompts = _tokens(prepared.pairs.prompts.lengths)
             responses = _tokens(prepared.pairs.real.lengths)
-            lines.append(
-                f"{name} rows: {len(prepared.rows)}; prompt {prompts}, response {responses}"
+            yield f"{name} rows: {len(prepared.rows)}; prompt {prompts}; response {responses}"
+
+
+def _tokens(sizes: Counts) -> str:
+    median, high, most = quantiles(sizes)
+    return f"median {median} tokens, 95 % {high}, longest {most}"
+
+
+def _cut_lines(ctx: Context, planned: Sequence[str]) -> Iterator[str]:
+    """Warnings of what the settings leave out or cut, which a demonstration may and a run of one's
+    own data may not want.
+    """
+    config, real = ctx.config, ctx.train.pairs.real.lengths
+    steps = {name.rpartition("/")[2] for name in planned}
+    used, usable = len(ctx.used[0]), len(ctx.train.rows) + int(ctx.counts.get("rows/unused", 0))
+    if config.max_rows is not None and used < usable and config.iterations:
+        yield (
+            f"WARNING: max_rows={config.max_rows}: an iteration uses {used} of {usable} rows that "
+            "are left beside those held out; for all: max_rows=null"
+        )
+    if len(real) and steps & {*SAMPLED}:
+        high, new = quantiles(real)[1], config.max_new_tokens
+        if high > new:
+            yield (
+                f"WARNING: max_new_tokens={new}: {np.mean(real > new):.0%} of the real responses "
+                f"are longer (95 % have up to {high} tokens), and sampled ones are cut there; give "
+                f"max_new_tokens={high} or more, or 0 (from the data)"
             )
-    return lines
+    cut = int(ctx.counts.get("rows/cut", 0))
+    if cut:
+        yield (
+            f"WARNING: max_length={config.max_length}: cuts the end of {cut} of "
+            f"{len(ctx.train.rows)} training responses; raise it, or give 0 (from the data)"
+        )
 
 
-def _tokens(sizes: npt.NDArray[np.int64]) -> str:
-    high = np.percentile(sizes, 95)
-    return f"{np.mean(sizes):.0f} tokens (95 %: {high:.0f}, most {sizes.max()})"
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes whose memory is estimated."""
+
+    count: int
+    device: str  # its type
+    dtype: torch.dtype  # of computing
+    available: float  # bytes for `sharing` of them
+    sharing: int = 1
+    gpus: Gpus | None = None  # None: this machine's
+    logits: int | None = None  # `TrainingShape.logits`
 
 
-def _memory_lines(ctx: Context, model: Mistral) -> list[str]:
+def _ranks(ctx: Context, gpus: Gpus | None) -> _Ranks:
+    """This machine's ranks, which share the memory of its CPUs; or one a GPU.
+
+    Raises InputError where the GPUs cannot be divided as training.shard_ranks has it.
+    """
+    if gpus is None:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ctx.device.type != "cuda" else 1
+        there = available_bytes(ctx.device)
+        return _Ranks(distributed.world_size(), ctx.device.type, ctx.dtype, there, sharing)
+    shards = ctx.config.training.shard_ranks
+    if shards and gpus.count % shards:
+        raise InputError(
+            f"gpus: {gpus.count} GPUs cannot be split by training.shard_ranks={shards}; give a "
+            "multiple of it, or another training.shard_ranks"
+        )
+    # This machine may have no bfloat16, and other kernels.
+    dtype = torch.bfloat16 if ctx.config.dtype == "auto" else ctx.dtype
+    most = cuda.WORKSPACE_BYTES
+    return _Ranks(gpus.count, "cuda", dtype, gpus.gib * 2**30, gpus=gpus, logits=most)
+
+
+def _memory(ctx: Context, model: Mistral, todo: Sequence[str], gpus: Gpus | None) -> Iterator[str]:
+    """What training takes of memory in the stages to do."""
+    trains = any(stage_of(name) is POLICY_STAGE for name in todo)
+    guides = GUIDE_STAGE.folder(0) in todo
+    if not trains and not guides:
+        return
+    ranks = _ranks(ctx, gpus)
+    if trains:
+        yield from _memory_lines(ctx, model, ranks)
+    if guides:
+        plan = guide_plan(ctx)
+        yield plan.why
+        if plan.reads_ids:
+            yield from _guide_memory_lines(ctx, model, plan, ranks)
+        check_reach(ctx, plan)
+
+
+def _memory_lines(ctx: Context, model: Mistral, on: _Ranks) -> list[str]:
     """Peak of one rank while it trains. Steps are taken to be of full micro-batches, with their
     share of response tokens.
     """
-    t, config, ranks = ctx.config.training, ctx.config, distributed.world_size()
+    t, config = ctx.config.training, ctx.config
     pairs = ctx.used[1] if len(ctx.used[1]) else ctx.train.pairs
     sizes = pairs.prompts.lengths + 2 * pairs.real.lengths
     longest, both = int(sizes.max()), int(sizes.sum())
-    step = config.global_batch * both / len(pairs) / ranks
+    step = config.global_batch * both / len(pairs) / on.count
     tokens = int(max(longest, min(t.micro_tokens, step)))
     adamw = t.optimizer == "adamw" or config.sft.epochs or config.continual_sft.epochs
     shape = TrainingShape(
         weight_bytes=getattr(torch, t.master_dtype).itemsize,
         state_bytes=getattr(torch, t.state_dtype).itemsize * (2 if adamw else 1),
-        compute_bytes=ctx.dtype.itemsize,
+        compute_bytes=on.dtype.itemsize,
         checkpointing=t.checkpointing,
         tokens=tokens,
         responses=2 * int(pairs.real.lengths.sum()) * tokens // both,
         micros=max(1, round(step / tokens)),
-        ranks=ranks,
-        shards=t.shard_ranks or ranks,
+        ranks=on.count,
+        shards=t.shard_ranks or on.count,
         whole=t.whole,
-        device=ctx.device.type,
+        device=on.device,
+        logits=on.logits,
     )
     parts = training_memory(model, shape) | {"program": OVERHEAD_GIB * 2**30}
     if ctx.validation.rows and config.validation.metric == "accuracy":
-        parts["whole copy that answers in validation"] = ctx.parameters * ctx.dtype.itemsize
-    return _shown(ctx, "memory", parts, tokens)
+        parts["whole copy that answers in validation"] = ctx.parameters * on.dtype.itemsize
+    return _shown("memory", parts, tokens, on)
 
 
-def _shown(ctx: Context, title: str, parts: Mapping[str, float], tokens: int) -> list[str]:
+def _shown(title: str, parts: Mapping[str, float], tokens: int, on: _Ranks) -> list[str]:
     """The estimate, and a warning where it is more than there is: on the CPU the machine's ranks
     share its memory.
     """
     shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    ranks = 1 if ctx.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, there = sum(parts.values()), available_bytes(ctx.device)
-    lines = [
-        f"{title}: {needed / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown}); "
-        f"{there / 2**30:.1f} available"
-    ]
-    if ranks * needed > there:
+    needed, there = sum(parts.values()), on.available / 2**30
+    what = f"{needed / 2**30:.1f} GiB a rank, {tokens} tokens at a time ({shown})"
+    fits = on.sharing * needed <= on.available
+    if on.gpus is None:
+        lines = [f"{title}: {what}; {there:.1f} available"]
+    else:
+        verdict = "fits" if fits else "does not fit"
+        computed = "computed from the shapes, not measured"
+        lines = [f"{title} on {on.gpus.text}: {what}: {verdict}; {computed}"]
+    if not fits:
         lines.append(
-            f"WARNING: {title}: does not fit: {ranks * needed / 2**30:.1f} GiB for {ranks} "
-            f"rank(s), of {there / 2**30:.1f} available; lower training.micro_tokens or "
+            f"WARNING: {title}: does not fit: {on.sharing * needed / 2**30:.1f} GiB for "
+            f"{on.sharing} rank(s), of {there:.1f} available; lower training.micro_tokens or "
             "max_length, set training.checkpointing=full, or use more ranks (GPUs)"
         )
     return lines
 
 
-def _guide_memory_lines(ctx: Context, model: Mistral, plan: GuidePlan) -> list[str]:
+def _guide_memory_lines(ctx: Context, model: Mistral, plan: GuidePlan, on: _Ranks) -> list[str]:
     """Peak of one rank while it trains a guide of the policy's size: one tower as it is, or two in
     float32 with AdamW.
     """
-    g, ranks, pairs = ctx.config.guide, distributed.world_size(), ctx.used[1]
+    g, pairs = ctx.config.guide, ctx.used[1]
     # Two towers read it all.
     rows, read = max(1, len(pairs)), guide_tokens(ctx) * (1 if plan.frozen else 2)
-    step = g.global_batch * read / rows / ranks
+    step = g.global_batch * read / rows / on.count
     tokens = int(max(min(ctx.config.training.micro_tokens, step), read / rows))
     counted = pairs.real.lengths if g.loss_tokens is None else pairs.real.cut(g.loss_tokens).lengths
     responses = 2 * int(counted.sum())
     shape = TrainingShape(
         weight_bytes=4,
         state_bytes=8,
-        compute_bytes=ctx.dtype.itemsize,
+        compute_bytes=on.dtype.itemsize,
         checkpointing="none",
         tokens=tokens,
         responses=responses * tokens // max(1, read),
         micros=max(1, round(step / tokens)),
-        ranks=ranks,
-        shards=ranks,
-        device=ctx.device.type,
+        ranks=on.count,
+        shards=on.count,
+        device=on.device,
+        logits=on.logits,
     )
     parts = (frozen_guide_memory if plan.frozen else guide_memory)(model, shape)
-    return _shown(ctx, "guide memory", parts | {"program": OVERHEAD_GIB * 2**30}, tokens)
+    return _shown("guide memory", parts | {"program": OVERHEAD_GIB * 2**30}, tokens, on)
 
 
-def _disk_line(ctx: Context, planned: Sequence[str]) -> str:
+def _disk_lines(ctx: Context, planned: Sequence[str]) -> Iterator[str]:
     # `_existing` tries the lock, so one rank alone calls it.
     folder = Path(distributed.on_rank0(lambda: str(_existing(Path(ctx.config.run)))))
-    disk = check_disk(ctx, planned, folder)
-    return f"disk: {described(disk)}; {disk.free / 2**30:.1f} GiB free in {folder}"
+    disk = disk_need(ctx, planned, folder)
+    yield f"disk: {described(disk)}; {disk.free / 2**30:.1f} GiB free in {folder}"
+    refuse_full_disk(ctx, disk, folder)
 
 
-def _time_line(ctx: Context, config: MistralConfig, costs: Sequence[Cost]) -> str:
+def _time_lines(
+    ctx: Context, config: MistralConfig, costs: Sequence[Cost], gpus: Gpus | None
+) -> Iterator[str]:
     """A sentence on the time, from the measured speed of two products."""
     wide, narrow = _speeds(ctx, config)
     seconds = _seconds(ctx.parameters, wide, narrow, costs)
     small = ctx.config.needs_guide and not guide_plan(ctx).reads_ids
     left_out = "the guide and loading" if small else "loading"
-    return (
-        f"time, rough (a third to three times): {seconds / 60:.1f} min without {left_out}, if a "
-        f"product of {ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s and "
-        f"one of a decoding step at {narrow / 1e9:.0f}, as measured now, and sampled responses are "
-        "as long as the real ones"
+    elsewhere = " on this machine, not on those GPUs" if gpus else ""
+    yield (
+        f"time, rough (a third to three times): {duration(seconds)} without {left_out}{elsewhere}, "
+        f"if a product of {ctx.config.training.micro_tokens} rows runs at {wide / 1e9:.0f} GFLOP/s "
+        f"and one of a decoding step at {narrow / 1e9:.0f}, as measured now, and sampled responses "
+        "are as long as the real ones"
     )
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that a person would say: "3 h 20 min"; to the minute."""
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // (24 * 60)
+    if not minutes:
+        return "under 1 min"
+    if not hours:
+        return f"{minutes} min"
+    return f"{days} d {hours % 24} h" if days else f"{hours} h {minutes % 60} min"
 
 
 def rough_seconds(ctx: Context, costs: Sequence[Cost]) -> float:

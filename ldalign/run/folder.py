@@ -113,6 +113,12 @@ class RunFolder:
         on_rank0(lambda: _join_metrics(self.path))
         return summary
 
+    def settle(self, config_yaml: str) -> None:
+        """Takes the settings as the data have completed them, in place of those it was made with:
+        before anything is written.
+        """
+        self._config_yaml = config_yaml
+
     def record(self) -> None:
         """Writes settings, machine and date down, once; for when nothing can refuse the command any
         more. All ranks.

@@ -30,9 +30,11 @@ from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, fin
 from ldalign.data.splitting import VALIDATION_ROWS
 from ldalign.data.store import NO_ROWS, Split, open_split
 from ldalign.data.tokenizer import Tokenizer
+from ldalign.run.lengths import C, Lengths, asked_of, given, measure, read_lengths, write_lengths
 from ldalign.run.manifest import MANIFEST, Parents, as_read, hash_settings, stage_parents
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
+from ldalign.system.config import to_yaml
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.files import (
@@ -64,16 +66,18 @@ FEWER = 0.9  # held out, as a share of what is asked for, below which it is said
 
 
 class Data(NamedTuple):
-    """The rows of a run."""
+    """The rows of a run, and its settings with the lengths that come from them."""
 
     train: Split
     heldout: Split  # whose figures are reported
     validation: Split  # which choices are made by; empty: none are set aside
     counts: Metrics  # what was read, and what became of it
+    config: RunConfig
 
 
 def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = True) -> Data:
-    """Opens the rows of a run, prepared first where they are not there: all ranks call it.
+    """Opens the rows of a run, prepared first where they are not there: all ranks call it. Lengths
+    that are 0 in the settings are taken from the data before, or from what is there.
 
     write: False: nothing is written into the run folder. Raises InputError for rows that cannot be
     used, and where the data, or what is asked of them, are others than when the run began.
@@ -81,23 +85,59 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
     on_rank0(lambda: say_files(config))
     folder = run.path / DATA
     files = on_rank0(lambda: _read_files(config, folder))
+    lengths = None
+    if asked_of(given(config)):
+        lengths = on_rank0(lambda: _lengths(config, tokenizer, files, folder))
+        config = lengths.applied(config)
+        run.settle(to_yaml(config))
+        say(lengths.text)
     parents = _parents(config, tokenizer, files)
     there = on_rank0(lambda: _there(run.path, parents, files, write))
     if not there and not write:
-        return _in_passing(config, tokenizer, files)
+        return Data(*_in_passing(config, tokenizer, files), config)
     summary = run.stage(
         DATA,
         parents,
-        lambda place: on_rank0(lambda: _make(place, config, tokenizer, files)),
+        lambda place: on_rank0(lambda: _make(place, config, tokenizer, files, lengths)),
         resume=True,
     )
-    return _open(folder, summary)
+    return Data(*_open(folder, summary), config)
 
 
-def _open(folder: Path, summary: Metrics) -> Data:
+def _open(folder: Path, summary: Metrics) -> tuple[Split, Split, Split, Metrics]:
     train, heldout = (open_split(folder, name) for name in ("train", "heldout"))
     aside = summary.get("rows/validation", 0) > 0
-    return Data(train, heldout, open_split(folder, "validation") if aside else NO_ROWS, summary)
+    return train, heldout, open_split(folder, "validation") if aside else NO_ROWS, summary
+
+
+def _lengths(
+    config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile], folder: Path
+) -> Lengths:
+    """The lengths of a run: those that its rows were prepared with, where these are of the same
+    data; else new ones.
+    """
+    old = read_lengths(folder, config)
+    if old is not None:
+        parents = as_read(_parents(old.applied(config), tokenizer, files))
+        if stage_parents(folder) == parents:
+            return old
+    data, _ = _sources(config, [(file.key, file.entry, Path(file.path)) for file in files])
+    return measure(config, data, _reading(config), tokenizer)
+
+
+def with_lengths(config: C, tokenizer: Tokenizer) -> C:
+    """The settings with the lengths that a new run would take from its data, for whoever only looks
+    at rows.
+    """
+    if not asked_of(given(config)):
+        return config
+    lengths = measure(config, _sources(config, _listed(config))[0], _reading(config), tokenizer)
+    say(lengths.text)
+    return lengths.applied(config)
+
+
+def _reading(config: RunConfig) -> Reading:
+    return Reading(config.turns, config.bad_rows, config.data_columns)
 
 
 def read_data(
@@ -108,8 +148,7 @@ def read_data(
     """
     say_files(config)
     sources = _sources(config, _listed(config))
-    reading = Reading(config.turns, config.bad_rows, config.data_columns)
-    return read_splits(*sources, reading, _plan(config, tokenizer))
+    return read_splits(*sources, _reading(config), _plan(config, tokenizer))
 
 
 def say_files(config: RunConfig) -> None:
@@ -262,7 +301,9 @@ def _written_files(folder: Path) -> list[tuple[str, str, str]]:
 # ------------------------------------------------------------------------------------------- making
 
 
-def _in_passing(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]) -> Data:
+def _in_passing(
+    config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]
+) -> tuple[Split, Split, Split, Metrics]:
     """The rows, out of a folder that is gone when they are open."""
     place = Path(on_rank0(lambda: temporary_folder("ldalign-data-")))
     try:
@@ -275,9 +316,16 @@ def _in_passing(config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFil
 
 
 def _make(
-    folder: Path, config: RunConfig, tokenizer: Tokenizer, files: Sequence[DataFile]
+    folder: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    files: Sequence[DataFile],
+    lengths: Lengths | None = None,
 ) -> Metrics:
-    """Prepares the rows into a folder; returns its summary. Rank 0 does it."""
+    """Prepares the rows into a folder; returns its summary. Rank 0 does it.
+
+    lengths: those that come from the data, to be kept beside the rows.
+    """
     large = sum(file.version[0] for file in files) > SMALL_BYTES
     with writing(folder), contextlib.ExitStack() as stack:
 
@@ -289,7 +337,7 @@ def _make(
             found = prepare_files(
                 folder,
                 *_sources(config, [(file.key, file.entry, Path(file.path)) for file in files]),
-                Reading(config.turns, config.bad_rows, config.data_columns),
+                _reading(config),
                 _plan(config, tokenizer),
                 folder / PARTS,
                 progress,
@@ -299,6 +347,8 @@ def _make(
             _refuse_changing(files, folder / PARTS)  # also where a row is bad only now
     write_jsonl(folder / "dropped.jsonl", found.left_out)
     write_json(folder / SOURCES_FILE, [_account(file, found) for file in files])
+    if lengths is not None:
+        write_lengths(folder, lengths)
     _warn(found, config)
     return {
         "rows/read": found.read,

@@ -6,12 +6,13 @@ says something (arXiv 2404.06390, 2401.01335) and marked "choice" where neither 
 holds whole runs.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ldalign.data.columns import Columns
+from ldalign.run import foreign_names
 from ldalign.run.keys import (
     SAMPLING_KEYS,
     AgreementKeys,
@@ -29,6 +30,7 @@ from ldalign.run.keys import (
     ValidationKeys,
 )
 from ldalign.system.config import (
+    Check,
     above_up_to,
     at_least,
     between,
@@ -43,6 +45,9 @@ from ldalign.system.config import (
 @dataclass(frozen=True)
 class RunConfig:
     """One run of `train/align.py`; the other scripts read the keys they need."""
+
+    FOREIGN: ClassVar[Mapping[str, str]] = foreign_names.FOREIGN
+    MAIN: ClassVar[str] = "training"
 
     run: str = setting("runs/align", "run folder: everything is written here", path=True)
     policy: str = setting(
@@ -147,9 +152,17 @@ class RunConfig:
     max_rows: int | None = setting(
         None, "rows of the data an iteration uses; null: all", check=positive
     )
-    max_new_tokens: int = setting(256, "longest sampled response (choice: SPIN's)", check=positive)
+    max_new_tokens: int = setting(
+        256,
+        "longest sampled response (choice: SPIN's); 0: from the data, enough for 95 % of the real "
+        "responses",
+        check=non_negative,
+    )
     max_length: int = setting(
-        1024, "longest prompt and response together; the response is cut", check=at_least(2)
+        1024,
+        "longest prompt and response together; the response is cut; 0: from the data, enough for "
+        "99.5 % of the rows with responses of max_new_tokens, at most what the policy reads",
+        check=Check(lambda value: value == 0 or value >= 2, "0, or 2 or greater"),
     )
     global_batch: int = setting(64, "pairs an optimizer step, over all ranks", check=positive)
     learning_rate: float | list[float] = setting(
@@ -286,7 +299,7 @@ class RunConfig:
                 f"data_shares: {len(self.data_shares)} shares for {entries} entries of data; give "
                 "one an entry"
             )
-        if self.max_new_tokens >= self.max_length:
+        if self.max_new_tokens >= self.max_length > 0:
             found.append(
                 f"max_new_tokens={self.max_new_tokens} must be below max_length={self.max_length}; "
                 f"the nearest: max_length={self.max_new_tokens + 1} or "

@@ -7,13 +7,15 @@ program's own config classes are in ldalign/run/keys.py and settings.py.
 """
 
 import dataclasses
+import difflib
+import itertools
 import math
 import os
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +28,9 @@ from ldalign.system.presets import find_config, presets
 
 T = TypeVar("T")
 
+FOREIGN = "FOREIGN"  # class attribute of a config: {a name from elsewhere: what is written here}
+MAIN = "MAIN"  # the same: the group whose keys are named first, where several groups have a key
+VALUE = "VALUE"  # in what FOREIGN says: the value that came with the name
 BASE = "base"  # in a file: the config file whose keys hold where this one says nothing
 REQUIRED: Any = object()  # a default: the key must be given (its class then needs kw_only=True)
 MAX_BYTES = 10**6  # the most that a config file may have
@@ -140,7 +145,10 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
     taken as it stands. A config class may define `problems(self) -> list[str]` to check its
     keys against each other.
 
-    Raises InputError with all problems found: unknown keys (nearest name given), repeated keys,
+    `cls` may have two class attributes for unknown keys: FOREIGN, {name: what is written here in
+    its place}, and MAIN, the group that is named first where several have a key of that name.
+
+    Raises InputError with all problems found: unknown keys (what is meant is named), repeated keys,
     wrong types, NaN and infinity, values out of bounds, contradictions.
     """
     problems: list[str] = []
@@ -156,9 +164,13 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
             f"{path or 'key=value'}: nested too deeply, or an alias within itself"
         ) from None
     if problems or config is None:
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise InputError(count + " | ".join(problems))
+        raise InputError(_counted(problems))
     return config
+
+
+def _counted(problems: Sequence[str]) -> str:
+    """All problems in one line."""
+    return (f"{len(problems)} problems: " if len(problems) > 1 else "") + " | ".join(problems)
 
 
 def given_keys(
@@ -179,21 +191,24 @@ def given_keys(
 
 
 def split_argv(
-    argv: Sequence[str], flags: Sequence[str] = ()
+    argv: Sequence[str], flags: Sequence[str] = (), cls: type | None = None
 ) -> tuple[Path | None, list[str], set[str]]:
     """Splits `[--config FILE] [flag ...] [key=value ...]` into config file, overrides and flags.
 
-    `flags` are the flags the command knows, with their dashes (`-h` is `--help`). FILE may be the
-    name of a preset, as `find_config` says. Raises InputError for anything else.
+    `flags` are the flags the command knows, with their dashes (`-h` is `--help`); `cls` is the
+    config whose keys it has. FILE may be the name of a preset, as `find_config` says. Raises
+    InputError for anything else; for keys with dashes, all of them, each with the form that is
+    right.
     """
     path: Path | None = None
     overrides: list[str] = []
     seen: set[str] = set()
-    arguments = iter(argv)
-    for argument in arguments:
+    problems: list[str] = []
+    arguments = iter(enumerate(argv))
+    for number, argument in arguments:
         name, equals, value = argument.partition("=")
         if name == "--config":
-            value = value if equals else next(arguments, "")
+            value = value if equals else next(arguments, (0, ""))[1]
             if not value:
                 raise InputError("--config: needs a file name; write --config FILE.yaml")
             path = find_config(_at_home(Path(value)))
@@ -202,16 +217,39 @@ def split_argv(
         elif argument == "-h" and "--help" in flags:
             seen.add("--help")
         elif argument.startswith("-"):
-            hint = _nearest(name, ["--config", *flags])
-            if not hint and name.startswith("--"):
-                given = value if equals else next(arguments, "=")
-                key = name.removeprefix("--").replace("-", "_")
-                given = "VALUE" if "=" in given and not equals else given
-                hint = f"; a key is given without dashes: {key}={given}"
-            raise InputError(f"{argument}: unknown option{hint}")
+            following = argv[number + 1] if number + 1 < len(argv) else "-"
+            takes = not equals and not following.startswith("--") and "=" not in following
+            if takes and following != "-":
+                value = following
+                next(arguments)
+            hint = _undashed(cls, name, value, ["--config", *flags])
+            problems.append(f"{argument}: unknown option{hint}")
         else:
             overrides.append(argument)
+    if problems:
+        raise InputError(_counted(problems))
     return path, overrides, seen
+
+
+def _undashed(cls: type | None, name: str, value: str, flags: Sequence[str]) -> str:
+    """What to write in place of an option that is no flag: a key where it is one, or the flag
+    that is nearest.
+    """
+    key = name.lstrip("-").replace("-", "_")
+    given = value or VALUE
+    without = "; a key is given without dashes: "
+    if not name.startswith("--") or not key:
+        return _nearest(name, flags)
+    if cls is None:
+        return _nearest(name, flags) or f"{without}{key}={given}"
+    leaves = _leaves(cls)
+    if key in itertools.chain(*leaves.values()):
+        return f"{without}{key}={given}"
+    if key in getattr(cls, FOREIGN, {}):
+        return _foreign(cls, key, given)
+    if key in leaves:
+        return without + _listed([f"{found}={given}" for found in leaves[key]])
+    return _nearest(name, flags) or _meant(cls, cls, "", key, given) or "; --help has all keys"
 
 
 def _read_file(
@@ -263,7 +301,7 @@ def _read_file(
             )
         _read_file(cls, base, given, problems, (path.resolve(), *seen))
     root.value = [pair for pair in root.value if pair[0].value != BASE]
-    _flatten(cls, root, "", str(path), given, problems)
+    _flatten(cls, cls, root, "", str(path), given, problems)
 
 
 def _preset_hint(path: Path) -> str:
@@ -297,16 +335,21 @@ def _read_override(cls: type, override: str, given: dict[str, _Given], problems:
     for part in groups:
         inner = _group_class(owner, part)
         if inner is None:
-            problem = _unknown(owner, prefix, part)
+            near = _near(part, (field for field in _fields(owner) if _group_class(owner, field)))
             if part in _fields(owner):
                 problem = f"{prefix}{part} is a key, not a group of keys"
+            elif near and name not in getattr(cls, FOREIGN, {}):
+                problem = f"{prefix}{part}: unknown key; did you mean {prefix}{near[0]}?"
+            else:  # "trainer.optimizer": by its last part
+                problem = f"{key}: unknown key{_meant(cls, cls, '', name, value)}"
             problems.append(f"{override}: {problem}")
             return
         owner, prefix = inner, f"{prefix}{part}."
-    _place(owner, name, node, prefix, override, None, given, problems)
+    _place(cls, owner, name, node, prefix, override, None, given, problems)
 
 
 def _flatten(
+    root: type,
     cls: type,
     mapping: yaml.MappingNode,
     prefix: str,
@@ -316,7 +359,8 @@ def _flatten(
 ) -> None:
     """Puts each key of a YAML mapping into `given` under its dotted name.
 
-    file: the config file, for messages; None inside an override.
+    root: the whole config, of which `cls` may be a group. file: the config file, for messages; None
+    inside an override.
     """
     seen: dict[str, int] = {}
     for key_node, node in mapping.value:
@@ -332,10 +376,11 @@ def _flatten(
             )
             continue
         seen[key] = line
-        _place(cls, key, node, prefix, where, file, given, problems)
+        _place(root, cls, key, node, prefix, where, file, given, problems)
 
 
 def _place(
+    root: type,
     cls: type,
     key: str,
     node: yaml.Node,
@@ -347,7 +392,8 @@ def _place(
 ) -> None:
     """Puts the value given for `key` of `cls` into `given`, a group's value key by key."""
     if key not in _fields(cls):
-        problems.append(f"{where}: {_unknown(cls, prefix, key)}")
+        value = node.value if isinstance(node, yaml.ScalarNode) else ""
+        problems.append(f"{where}: {_unknown(root, cls, prefix, key, value)}")
         return
     inner = _group_class(cls, key)
     if inner is None:
@@ -355,9 +401,9 @@ def _place(
         return
     shorthand = getattr(inner, "SHORTHAND", None)
     if isinstance(node, yaml.MappingNode):
-        _flatten(inner, node, f"{prefix}{key}.", file, given, problems)
+        _flatten(root, inner, node, f"{prefix}{key}.", file, given, problems)
     elif shorthand is not None:
-        _place(inner, shorthand, node, f"{prefix}{key}.", where, file, given, problems)
+        _place(root, inner, shorthand, node, f"{prefix}{key}.", where, file, given, problems)
     else:
         problems.append(
             f"{where}: {prefix}{key} is a group of keys ({', '.join(_fields(inner))}), not "
@@ -556,8 +602,55 @@ def _group_class(cls: type, name: str) -> type | None:
     return annotation if is_group else None
 
 
-def _unknown(cls: type, prefix: str, key: str) -> str:
-    return f"{prefix}{key}: unknown key{_nearest(key, _fields(cls), prefix)}"
+def _unknown(root: type, cls: type, prefix: str, key: str, value: str = "") -> str:
+    return f"{prefix}{key}: unknown key{_meant(root, cls, prefix, key, value)}"
+
+
+def _meant(root: type, cls: type, prefix: str, key: str, value: str) -> str:
+    """What an unknown key of `cls`, a group or `root` itself, stands for: what `root` says of that
+    name, else the keys that end in it, else the nearest; "" where nothing is near.
+    """
+    if key in getattr(root, FOREIGN, {}):
+        return _foreign(root, key, value or VALUE)
+    leaves, own = _leaves(root), _fields(cls)
+    found = leaves.get(key, [])
+    if not found:
+        near = [*_near(key, own), *_near(key, leaves, 0.6)]
+        if not near:
+            return ""
+        best = max(near, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
+        found = [prefix + best] if best in own else leaves[best]
+    return f"; did you mean {_listed(found)}?"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in words: "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)}{' or ' if others else ''}{last}"
+
+
+def _foreign(root: type, key: str, value: str) -> str:
+    """What the config says of a name from elsewhere, with the value that came with it."""
+    text: str = getattr(root, FOREIGN)[key]
+    none = text.removeprefix("none: ")
+    if none != text:
+        return f"; there is none here: {none}"
+    return f"; write {text.replace(VALUE, value)}"
+
+
+def _leaves(cls: type) -> dict[str, list[str]]:
+    """The dotted keys by their last part: those in no group first, then those of the main one."""
+    groups = [name for name in _fields(cls) if _group_class(cls, name) is not None]
+    groups.sort(key=lambda name: name != getattr(cls, MAIN, None))
+    leaves = {name: [name] for name in _fields(cls) if name not in groups}
+    for name in groups:
+        for leaf, keys in _leaves(typing.cast(type, _group_class(cls, name))).items():
+            leaves.setdefault(leaf, []).extend(f"{name}.{key}" for key in keys)
+    return leaves
+
+
+def _near(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    return difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -26,6 +26,12 @@ class TrainingShape:
     shards: int = 1  # ranks that share one copy of the model
     whole: str = "gradients"  # `distributed.Sharding.whole`
     device: str = "cpu"
+    logits: int | None = None  # most bytes of them at once; None: as this machine's kernels have it
+
+    @property
+    def workspace(self) -> int:
+        """The most bytes of logits that the head holds at once."""
+        return ops.workspace_bytes(self.device) if self.logits is None else self.logits
 
 
 def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
@@ -41,7 +47,7 @@ def training_memory(model: Mistral, shape: TrainingShape) -> dict[str, float]:
     several = shape.ranks > 1
     wrapped = several or shape.weight_bytes != itemsize
     kept, again = activation_bytes(config, itemsize, shape.checkpointing)
-    logits = min(ops.workspace_bytes(shape.device), 4 * config.vocab_size * shape.responses)
+    logits = min(shape.workspace, 4 * config.vocab_size * shape.responses)
     # The gradient of the head's weight is made in the forward, beside its hidden states and theirs.
     at_head = head + logits + 2 * itemsize * config.hidden_size * shape.responses
     # A block's backward: gradients of the feed-forward's inner activations, of the stream and of q,
@@ -94,7 +100,7 @@ def frozen_guide_memory(model: Mistral, shape: TrainingShape) -> dict[str, float
     parameters, block = count_parameters(model), count_parameters(model.blocks[0])
     rest = parameters - block * len(model.blocks)
     gathered = min(parameters, rest + 2 * block) * itemsize if shape.ranks > 1 else 0
-    logits = min(ops.workspace_bytes(shape.device), 8 * config.vocab_size * shape.responses)
+    logits = min(shape.workspace, 8 * config.vocab_size * shape.responses)
     # The head's input and its gradient of each reading, and the float32 sums they are made by.
     head = 2 * shape.responses * config.hidden_size * (2 * itemsize + 8)
     inner = tokens * itemsize * (3 * config.intermediate_size + 4 * config.hidden_size)

@@ -174,7 +174,7 @@ def test_every_config_is_tried() -> None:
     assert set(CONFIGS) == {*SMALL, *LARGE, "toy"} | {
         f"compare-{name}" for name in ("own-data", "wordings")
     }
-    assert len(LARGE) == 4 and len(SMALL) == 7
+    assert len(LARGE) == 4 and len(SMALL) == 8
 
 
 def test_the_papers_numbers_stand_in_the_presets() -> None:

@@ -373,7 +373,7 @@ def test_dry_run_compares_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With what is available, for all ranks of this machine together."""
     ctx = open_toy(tmp_path)
     monkeypatch.setattr(dry_run, "available_bytes", lambda device: 2**30)
-    assert "WARNING" not in dry_run.dry_run(ctx, planned(ctx.config))
+    assert "WARNING: memory" not in dry_run.dry_run(ctx, planned(ctx.config))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     text = dry_run.dry_run(ctx, planned(ctx.config))
     assert (

@@ -1,13 +1,15 @@
 """The configuration machinery, on a toy config of its own."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldalign.run.foreign_names import FOREIGN
 from ldalign.run.settings import RunConfig
 from ldalign.system import config as c
 from ldalign.system.errors import InputError
@@ -120,6 +122,111 @@ def test_unknown_keys_name_the_nearest() -> None:
     assert "giude: unknown key; did you mean guide?" in refusal("giude.epochs=1")
     assert "seed is a key, not a group of keys" in refusal("seed.x=1")
     assert "xyzzy: unknown key" in refusal("xyzzy=1") and "did you mean" not in refusal("xyzzy=1")
+
+
+def refusal_of_a_run(*overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        c.load_config(RunConfig, None, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optimizer=adamw", "training.optimizer"),
+        ("optimiser=adamw", "training.optimizer"),
+        ("sft.optimizer=adamw", "training.optimizer"),
+        ("trainer.optimizer=adamw", "training"),
+        ("xyz.top_k=5", "sampling.top_k"),
+        ("training.beta_=1", "beta"),
+        ("epochs=3", "training.epochs, guide.epochs, sft.epochs or continual_sft.epochs"),
+        ("learning_rat=1", "learning_rate"),
+        ("guide.epoch=1", "guide.epochs"),
+    ],
+)
+def test_a_key_is_found_in_whichever_group_it_is(override: str, meant: str) -> None:
+    """By the last part of its name, those of the main training first; then by nearness."""
+    assert refusal_of_a_run(override).endswith(f"unknown key; did you mean {meant}?")
+
+
+def test_a_key_in_the_wrong_group_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", "sft:\n  optimizer: adamw\ntraining: {num_epochs: 2}\n")
+    with pytest.raises(InputError) as caught:
+        c.load_config(RunConfig, path)
+    assert str(caught.value) == (
+        f"2 problems: {path}:2: sft.optimizer: unknown key; did you mean training.optimizer? | "
+        f"{path}:3: training.num_epochs: unknown key; write training.epochs=2; of each iteration"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("num_train_epochs=3", "write training.epochs=3; of each iteration"),
+        ("base_model=org/name", "write policy=org/name"),
+        ("trainer.max_steps=5", "write training.steps=5; of each iteration"),
+        ("lora_r=8", "there is none here: LoRA and other adapters are not part of ldalign; all"),
+    ],
+)
+def test_a_name_from_elsewhere_is_answered(override: str, answer: str) -> None:
+    assert f"unknown key; {answer}" in refusal_of_a_run(override)
+
+
+def dotted_keys(cls: type = RunConfig) -> set[str]:
+    """With the groups themselves."""
+    found = set()
+    for declared in fields(cls):
+        inner = get_type_hints(cls)[declared.name]
+        found.add(declared.name)
+        if is_dataclass(inner):
+            found |= {f"{declared.name}.{key}" for key in dotted_keys(inner)}  # type: ignore[arg-type]
+    return found
+
+
+def test_every_name_from_elsewhere_has_an_answer_in_one_line_that_is_true() -> None:
+    """It begins with a key that there is, or with "none: "; every KEY= in it is a key. A name that
+    is a key's last part says that key.
+    """
+    keys = dotted_keys()
+    last_parts = {key.rpartition(".")[2] for key in keys}
+    assert len(FOREIGN) > 120 and {"learning_rate", "training.epochs", "guide"} <= keys
+    for name, text in FOREIGN.items():
+        assert len(text) < 200 and text.isprintable() and text == text.strip(), name
+        named = re.findall(r"([\w.]+)=", text)
+        assert named or text.startswith("none: "), name
+        assert set(named) - {"gpus"} <= keys, name
+        first = named[0] if named else ""
+        assert text.startswith(("none: ", f"{first}=")), name
+        if name in last_parts - {"model", "chat_template"}:  # a judge's, the benchmarks'
+            assert first.rpartition(".")[2] == name, name
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (["--learning_rate", "1e-5"], "--learning_rate: unknown option; a key is given without "
+         "dashes: learning_rate=1e-5"),
+        (["--learning_rate=1e-5", "seed=1"], "--learning_rate=1e-5: unknown option; a key is given "
+         "without dashes: learning_rate=1e-5"),
+        (["--sft.epochs", "2"], "--sft.epochs: unknown option; a key is given without dashes: "
+         "sft.epochs=2"),
+        (["--weight-decay", "0"], "--weight-decay: unknown option; write training.weight_decay=0"),
+        (["--top_k", "5"], "--top_k: unknown option; a key is given without dashes: "
+         "sampling.top_k=5"),
+        (["--optimiser", "a"], "--optimiser: unknown option; did you mean training.optimizer?"),
+        (["--dry-rum"], "--dry-rum: unknown option; did you mean --dry-run?"),
+        (["--xyzzy", "3"], "--xyzzy: unknown option; --help has all keys"),
+        (["--num_train_epochs", "3", "--push_to_hub", "--lr=1"],
+         "3 problems: --num_train_epochs: unknown option; write training.epochs=3; of each "
+         "iteration | --push_to_hub: unknown option; there is none here: nothing is uploaded; each "
+         "policy is a Hugging Face model folder in the run folder | --lr=1: unknown option; write "
+         "learning_rate=1"),
+    ],
+)  # fmt: skip
+def test_keys_with_dashes_are_answered_with_the_right_form(argv: list[str], answer: str) -> None:
+    with pytest.raises(InputError) as caught:
+        c.split_argv(argv, ["--dry-run"], RunConfig)
+    assert str(caught.value) == answer
 
 
 @pytest.mark.parametrize(
