@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ldalign.report.live import watched
 from ldalign.report.page import try_page
 from ldalign.report.table import say_table, write_report
 from ldalign.run.context import Context, open_context
@@ -24,6 +25,7 @@ from ldalign.system.config import describe, given_keys, load_config, split_argv,
 from ldalign.system.errors import InputError
 from ldalign.system.files import writing
 from ldalign.system.metrics import say
+from ldalign.system.sinks import check_sinks
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """
@@ -88,18 +90,24 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
         ctx = open_context(run, config, planned)
         check_disk(ctx, planned, run.path)
         say_guide(ctx, planned)
-        yield ctx
+        with watched(ctx, planned):
+            yield ctx
 
 
 def read_config(
     argv: Sequence[str], doc: str, cls: type[RunConfig] = RunConfig
 ) -> RunConfig | None:
-    """The settings that the command line asks for; None where it asks for help, printed here."""
+    """The settings that the command line asks for; None where it asks for help, printed here.
+
+    Raises EnvironmentProblem for a sink of the key `log` whose library is not installed.
+    """
     path, overrides, flags = split_argv(argv, FLAGS)
     if "--help" in flags:
         print(doc.strip(), USAGE, describe(cls), sep="\n")
         return None
-    return load_config(cls, path, overrides)
+    config = load_config(cls, path, overrides)
+    check_sinks(config.log)
+    return config
 
 
 def check_method_reads(argv: Sequence[str], config: RunConfig) -> None:
