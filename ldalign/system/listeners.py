@@ -53,4 +53,4 @@ def tell(event: Callable[[Listener], None]) -> None:
 def switched_off(name: str, error: BaseException) -> None:
     """Says, in one line, that a listener failed and is told nothing more."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    logs.line(f"WARNING: {name}: {reason}; it is switched off, the run goes on")
+    logs.line(f"WARNING: {name}: {reason}; it is switched off, and nothing else changes")

@@ -3,7 +3,7 @@
 Each through its own library, an extra, which is imported when it is asked for. A library may be
 slow, hang, or fail in any way: it is called in a thread of its own, which takes what it is to do
 out of a queue, and what it raises is said once and ends it. The run never waits for it, but for
-`FINISH_SECONDS` at the end.
+`FINISH_SECONDS` at the end, or `STOPPED_SECONDS`.
 """
 
 import functools
@@ -24,6 +24,7 @@ SinkName = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "ldalign"  # where the library's own variable (WANDB_PROJECT) does not name another
 AHEAD = 10_000  # records that may wait for a sink
 FINISH_SECONDS = 20.0  # that the run waits for a sink at its end
+STOPPED_SECONDS = 5.0  # where it does not end well: who stops it may not wait long
 
 
 def check_sinks(names: Sequence[SinkName]) -> None:
@@ -60,7 +61,7 @@ class Sink:
     """A listener (`ldalign.system.listeners`) that hands everything on to a writer's thread."""
 
     def __init__(self, name: str, new_writer: Callable[[], Writer]) -> None:
-        self.name = name
+        self.name = f"log={name}"
         self._work: queue.Queue[Callable[[Writer], None] | None] = queue.Queue(AHEAD)
         self._off = False
         self._thread = threading.Thread(
@@ -97,13 +98,10 @@ class Sink:
 
         self._hand(close)
         self._hand(None)
-        self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive() and not self._off:
-            self._off = True
-            line(
-                f"WARNING: {self.name}: has not taken everything in {FINISH_SECONDS:.0f} s; it is "
-                "left behind"
-            )
+        seconds = STOPPED_SECONDS if failed else FINISH_SECONDS
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._fail(TimeoutError(f"it has not taken everything in {seconds:g} s"))
 
     def _hand(self, work: Callable[[Writer], None] | None) -> None:
         if self._off:
@@ -124,7 +122,7 @@ class Sink:
     def _fail(self, error: BaseException) -> None:
         if not self._off:
             self._off = True
-            switched_off(f"log={self.name}", error)
+            switched_off(self.name, error)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
