@@ -238,9 +238,9 @@ def curve_svg(points: Sequence[tuple[float, float]]) -> str:
     width, height, left, bottom = 640, 220, 52, 24
     every = -(-len(points) // POINTS)
     finite = [(x, y) for x, y in points if math.isfinite(y)]
-    shown = [*finite[::every], *finite[-1:]]
-    if len(shown) < 2:
+    if len(finite) < 2:
         return ""
+    shown = [*finite[:-1:every], finite[-1]]
     span = max(2, len(shown) // 20)
     sums = [0.0, *itertools.accumulate(y for _, y in shown)]
     means = [

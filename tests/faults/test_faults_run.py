@@ -170,7 +170,6 @@ def test_T12_a_sink_that_fails_or_hangs(
     Expected: one line says so; training goes on to the end, the command ends well, and the files
     are bit-identical.
     """
-    monkeypatch.setattr(sinks, "FINISH_SECONDS", 0.1)
     module = ModuleType("trackio")
     module.__spec__ = ModuleSpec("trackio", None)
     monkeypatch.setitem(sys.modules, "trackio", module)
@@ -191,6 +190,7 @@ def test_T12_a_sink_that_fails_or_hangs(
     capfd.readouterr()
     for at in ("init", "mid-run", "end"):
         for way in (refuse, hang):
+            monkeypatch.setattr(sinks, "FINISH_SECONDS", 0.1 if way is hang else 600.0)
             left = trained(f"{at}-{way.__name__}", at, way)
             assert differing(left, expected) == []
             said = capfd.readouterr().err
