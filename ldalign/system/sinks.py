@@ -177,7 +177,8 @@ class WandB:
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online":
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        if online:
             key = getattr(getattr(wandb, "api", None), "api_key", "unknown")
             if not key:  # or it would ask at the terminal
                 raise RuntimeError(
@@ -192,7 +193,7 @@ class WandB:
             settings=wandb.Settings(console="off", silent=True),
         )
         self.stages: set[str] = set()
-        line(f"log=wandb: {getattr(self.run, 'url', None) or run / 'wandb'}")
+        line(f"log=wandb: {self.run.url if online else run / 'wandb'}")
 
     def record(self, stage: str, step: int | None, values: Mapping[str, float]) -> None:
         """As `Writer.record`."""
@@ -214,6 +215,7 @@ class WandB:
     def close(self, failed: bool) -> None:
         """As `Writer.close`."""
         self.run.finish(exit_code=int(failed))
+        self.wandb.teardown(exit_code=int(failed))  # its own process has written all
 
 
 class Trackio:

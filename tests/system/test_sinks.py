@@ -162,6 +162,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[ModuleType, list[F
         return runs[-1]
 
     module.init = init  # type: ignore[attr-defined]
+    module.teardown = lambda exit_code: runs[-1].ended.append(exit_code)  # type: ignore[attr-defined]
     module.Settings = dict  # type: ignore[attr-defined]
     module.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
@@ -210,7 +211,7 @@ def test_wandb_gets_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (None, {"report": (["policy", "nll/real"], [["start", 2.0], ["iteration_0", 1.5]])}),
     ]
     assert run.summary == {"iteration_0/policy/steps": 2, "iteration_0/policy/seconds": 1}
-    assert run.ended == [{"exit_code": 0}]
+    assert run.ended == [{"exit_code": 0}, 0]
 
 
 def test_wandb_never_asks_for_a_key(
