@@ -203,7 +203,8 @@ class LivePage:
     def _shown(self, ended: str) -> dict[str, Any]:
         left = self.left() if not ended else None
         rows = []
-        for name in dict.fromkeys([*self.costs, *self.seconds, *filter(None, [self.stage])]):
+        under_way = [] if self.stage is None else [self.stage]
+        for name in dict.fromkeys([*self.costs, *self.seconds, *under_way]):
             if name in self.seconds:
                 rows.append((name, "done", in_words(self.seconds[name])))
             elif name == self.stage:
@@ -212,7 +213,7 @@ class LivePage:
             elif ended != "done":
                 rows.append((name, "to come", ""))
         trained = [name for name in self.curves if len(self.curves[name]) > 1]
-        shown = self.stage if self.stage in trained else (trained or [None])[-1]
+        shown = self.stage if self.stage in trained else trained[-1] if trained else None
         return {
             "title": self.run.resolve().name,
             "ended": ended,

@@ -82,7 +82,7 @@ def fetch(
     with writing(folder):
         sums = {one: [(folder / one).stat().st_size, hash_file(folder / one)] for one in files}
         write_json(folder / SOURCE_FILE, {"name": name, "commit": info.sha, "files": sums})
-    size = sum(size for size, _ in sums.values()) / 2**20
+    size = sum((folder / one).stat().st_size for one in files) / 2**20
     said = (kind.word, name, len(files), size, info.sha, folder)
     log.info("%s %s: %d files, %.1f MiB, of commit %s in %s", *said)
     return [folder / one for one in files]

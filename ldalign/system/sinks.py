@@ -184,7 +184,7 @@ class WandB:
                 raise RuntimeError(
                     "no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
                 )
-        self.wandb = wandb
+        self.wandb: Any = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", run.resolve().name),
