@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ldalign.report.live import watched
 from ldalign.report.page import try_page
 from ldalign.report.table import say_table, write_report
 from ldalign.run.context import Context, open_context
@@ -26,6 +27,7 @@ from ldalign.system.config import describe, given_keys, load_config, split_argv,
 from ldalign.system.errors import InputError
 from ldalign.system.files import writing
 from ldalign.system.metrics import say
+from ldalign.system.sinks import check_sinks
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """
@@ -107,7 +109,8 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
         ctx = open_context(run, config, planned)
         check_disk(ctx, planned, run.path)
         say_guide(ctx, planned)
-        yield ctx
+        with watched(ctx, planned):
+            yield ctx
 
 
 def read_config(
@@ -116,7 +119,7 @@ def read_config(
     """The settings that the command line asks for; None where it asks for help, printed here.
 
     Raises InputError, after the usage, where it says nothing: no command starts a run that nobody
-    asked for.
+    asked for; EnvironmentProblem for a sink of the key `log` whose library is not installed.
     """
     path, overrides, flags = split_argv(argv, FLAGS, cls)
     if "--help" in flags:
@@ -130,7 +133,9 @@ def read_config(
         raise InputError(
             "nothing is asked for: give --config FILE.yaml or key=value, or --help for all keys"
         )
-    return load_config(cls, path, overrides)
+    config = load_config(cls, path, overrides)
+    check_sinks(config.log)
+    return config
 
 
 def take_gpus(argv: Sequence[str]) -> tuple[list[str], Gpus | None]:

@@ -16,6 +16,7 @@ from ldalign.data.pairs import Pair
 from ldalign.evaluation.statistics import standard_error
 from ldalign.models.guide import NO_LATENT, Guide, Reading, States, joined
 from ldalign.objective import effective_size, latent_distance
+from ldalign.system.metrics import Bar
 
 SURE = 2.0  # standard errors that the sibling gain must be above zero
 
@@ -48,12 +49,14 @@ def heldout_figures(
     rows: list[dict[str, float]] = []
     distances: list[Tensor] = []
     # Runs of nearly the same size, of two rows at least.
-    for indices in np.array_split(np.arange(n), max(1, min(wanted, n // 2))):
-        run = [pairs[i] for i in indices]
-        known = None if states is None else joined([states[i] for i in indices])
-        found, z = _rows_of_run(guide, run, known)
-        rows += found
-        distances.append(latent_distance(z[0::2], z[1::2]).double().cpu())
+    with Bar("guide: held-out figures", n, "pairs") as progress:
+        for indices in np.array_split(np.arange(n), max(1, min(wanted, n // 2))):
+            run = [pairs[i] for i in indices]
+            known = None if states is None else joined([states[i] for i in indices])
+            found, z = _rows_of_run(guide, run, known)
+            rows += found
+            distances.append(latent_distance(z[0::2], z[1::2]).double().cpu())
+            progress(len(run), 0)
     figures: dict[str, float] = {"rows": n}
     tokens = sum(row["tokens"] for row in rows)
     for name in ("true", "other", "none"):

@@ -25,6 +25,7 @@ from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.system import distributed
 from ldalign.system.files import make_folder
+from ldalign.system.metrics import Bar
 from ldalign.training.scoring import response_logps
 
 CHUNK = 64  # rows: there are few, and every rank is to get some
@@ -77,7 +78,15 @@ def evaluate(
     kept: a folder for what is done, which a later call with the same arguments goes on from.
     release: the model may lose its weights, so that there is never a second copy of them.
     """
-    logps = response_logps(model, pairs, settings.micro_tokens, device, path=kept / "logps")[:, 0]
+    with Bar("log-probs of real responses", len(pairs), "rows") as scored:
+        logps = response_logps(
+            model,
+            pairs,
+            settings.micro_tokens,
+            device,
+            lambda n: scored(n, 0),
+            kept / "logps",
+        )[:, 0]
     metrics = {
         "rows": float(len(rows)),
         "nll/real": float(-logps.sum() / sum(len(p.real) for p in pairs)),
@@ -136,9 +145,8 @@ def greedy_accuracy(
     distributed.on_rank0(empty)
     asked = [(f"greedy/{row.id}", pair.prompt) for row, pair in zip(rows, pairs, strict=True)]
     decoder = new_decoder(model, release=True)
-    answers = _answers(
-        scratch / "greedy", asked, decoder, tokenizer, settings, True, lambda rows, tokens: None
-    )
+    with Bar("validation", len(rows) // distributed.world_size(), "answers") as progress:
+        answers = _answers(scratch / "greedy", asked, decoder, tokenizer, settings, True, progress)
 
     def right() -> int:
         found = zip(rows, answers, strict=True)

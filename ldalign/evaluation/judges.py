@@ -138,7 +138,10 @@ class ModelJudge:
             if fits[-1]:
                 asked += [Pair(row.id, ids, self.letters[:1], self.letters[1:]) for ids in both]
         # (2 x rows that fit, 2): both orders of each row, by both letters
-        logps = response_logps(self.model, asked, self.micro_tokens, self.device, path=path)
+        with Bar("judge", len(asked), "questions") as progress:
+            logps = response_logps(
+                self.model, asked, self.micro_tokens, self.device, lambda n: progress(n, 0), path
+            )
         says_a = torch.sigmoid(logps[:, 0] - logps[:, 1])
         lesser = iter(((says_a[0::2] + 1 - says_a[1::2]) / 2).tolist())  # that min(a, b) is better
         preferences = [next(lesser) if fit else math.nan for fit in fits]

@@ -5,7 +5,7 @@ over a pair of texts, run by transformers (extra `reward`). It reads the raw tex
 template around them its scores are others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from ldalign.evaluation.statistics import standard_error
 from ldalign.evaluation.transformers_folder import Kind, batches, check_folder, load
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
-from ldalign.system.metrics import Metrics
+from ldalign.system.metrics import Bar, Metrics
 from ldalign.system.partial_rows import table
 
 REWARD = Kind(
@@ -56,7 +56,6 @@ class RewardModel:
         answers: Sequence[str],
         ids: Sequence[str] | None = None,
         path: Path | None = None,
-        progress: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
         """Returns the reward of each answer to its question: (N,) float32 on the CPU.
 
@@ -83,7 +82,9 @@ class RewardModel:
             return f"row {names[i]}: the reward is {value}; look at its texts and at reward.model"
 
         dealt = batches(sizes, self.batch_tokens)
-        return table(dealt, rate, 1, refusal, path, progress)[:, 0].float()
+        with Bar("rewards", len(rows), "answers") as progress:
+            found = table(dealt, rate, 1, refusal, path, lambda n: progress(n, 0))
+        return found[:, 0].float()
 
 
 def check_reward_model(folder: Path) -> None:

@@ -9,6 +9,7 @@ answers are those of a run that was not killed.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.files import read_jsonl, write_text
 from ldalign.system.partial_rows import Parts, append
+
+log = logging.getLogger(__name__)
 
 CHUNK = 256  # rows that a rank takes at a time
 CLAIM = ".claim"  # an empty file, PATH.claimN: chunk N has its rank
@@ -48,7 +51,9 @@ def make_answers(
     size = chunk_rows or CHUNK
     done = set(on_rank0(lambda: _resume(path, requests, decoder.row_exact, size)))
     missing = [[r for r in chunk if r.index not in done] for chunk in chunks(requests, size)]
-    progress(len(done), 0)
+    if done:
+        log.info("%s: goes on: %d of %d answers are there", path, len(done), len(requests))
+    progress(len(done) // distributed.world_size(), 0)
     engine = new_engine(decoder)
     with Parts(path).open() as file:
         mine = _claimed(path, missing)

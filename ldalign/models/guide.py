@@ -22,7 +22,7 @@ response tokens of all responses, D width, V vocabulary; m latent tokens of widt
 width; Q readings, in which one response is predicted with one latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -517,6 +517,7 @@ class Guide(nn.Module):
         batch_tokens: int = 8192,
         metric: Metric = "euclidean",
         path: Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
     ) -> Tensor:
         """Returns how far the responses of N pairs are apart, by each of L maps of the encoder's
         states to latents: (N, L) float32 on the CPU.
@@ -527,7 +528,7 @@ class Guide(nn.Module):
 
         latents: the guide's own, or others for the same encoder, which have the same queries.
         pairs: in the guide's token ids (`pair`, `fit`). batch_tokens: the most tokens of a batch.
-        path: as in `partial_rows.table`, for a stage that can be gone on with.
+        path, progress: as in `partial_rows.table`, for a stage that can be gone on with.
 
         Raises NumericsError naming a row whose distance is not finite, OutOfMemory.
         """
@@ -554,7 +555,7 @@ class Guide(nn.Module):
             )
 
         batches = longest_first(costs, batch_tokens)
-        return table(batches, measure, len(latents), refusal, path).float()
+        return table(batches, measure, len(latents), refusal, path, progress).float()
 
 
 def training_readings(

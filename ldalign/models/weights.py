@@ -40,6 +40,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import save_tensors
 from ldalign.system.memory import naming
+from ldalign.system.metrics import Bar
 from ldalign.system.untrusted import refuse_links_out
 
 LanguageModel = Mistral | GPT2
@@ -269,16 +270,18 @@ def write_weights(
         size, total = size + nbytes, total + nbytes
     count = len(shards)
     files = [SINGLE] if count == 1 else [_shard_file(i + 1, count) for i in range(count)]
-    for file, names in zip(files, shards, strict=True):
-        # One shard at a time: a whole second model in `dtype` may not fit.
-        cast = {name: state[name].detach().to("cpu", dtype) for name in names}
-        for name, tensor in cast.items():
-            if not finite(tensor):
-                raise NumericsError(
-                    f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; not "
-                    "saved"
-                )
-        save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
+    with Bar(f"{folder}: weights written", total >> 20, "MiB") as progress:
+        for file, names in zip(files, shards, strict=True):
+            # One shard at a time: a whole second model in `dtype` may not fit.
+            cast = {name: state[name].detach().to("cpu", dtype) for name in names}
+            for name, tensor in cast.items():
+                if not finite(tensor):
+                    raise NumericsError(
+                        f"{folder / file}: tensor {name} holds NaN or Inf as {DTYPE_NAMES[dtype]}; "
+                        "not saved"
+                    )
+            save_tensors({name: t.contiguous() for name, t in cast.items()}, folder / file)
+            progress((folder / file).stat().st_size >> 20, 0)
     if count > 1:
         named = zip(files, shards, strict=True)
         weight_map = {name: file for file, names in named for name in names}

@@ -236,6 +236,7 @@ def open_context(
     if config.method == "ld_align" and config.weights == "oracle" and config.iterations:
         check_verdicts(ctx.used[0])
     distributed.copies(config.training.shard_ranks)
+    _say_policy(config.policy, start)
     n = {name.removeprefix("rows/"): f"{count:.0f}" for name, count in data.counts.items()}
     say(
         f"data: {n['train']} training rows ({n['cut']} responses cut), {n['heldout']} held out"
@@ -252,6 +253,14 @@ def open_context(
             "responses"
         )
     return ctx
+
+
+def _say_policy(name: str, folder: Path) -> None:
+    """Says which files the policy is."""
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files) / 2**20
+    where = f"{name}: {folder}" if name != str(folder) else name
+    say(f"policy: {where}: {len(files)} file(s) of weights, {size:.1f} MiB")
 
 
 def _check_guide(guide: GuideKeys) -> None:

@@ -9,13 +9,13 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from ldalign.run import environment
-from ldalign.run.manifest import Parents, run_stage
+from ldalign.run.manifest import MANIFEST, Parents, run_stage
 from ldalign.run.plan import FIRST, LAST, PER_POLICY, stage_of
 from ldalign.run.stage import Stage
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
@@ -24,6 +24,7 @@ from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import PARTIAL, make_folder, write_json, write_text, writing
+from ldalign.system.listeners import tell
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Metrics, say
 
@@ -99,6 +100,7 @@ class RunFolder:
 
         def timed(folder: Path) -> None:
             self.record()
+            tell(lambda listener: listener.begins(name))
             began = time.perf_counter()
             with naming(lambda: name, LOWER_IN_A_STAGE):
                 summary = make(folder)
@@ -108,9 +110,14 @@ class RunFolder:
 
         made = run_stage(self.path / name, parents, timed, resume)
         summary: Metrics = json.loads((self.path / name / SUMMARY).read_text(encoding="utf-8"))
-        say(f"{name}: done ({summary['seconds']:.0f} s)" if made else f"{name}: already done")
+        if made:
+            say(f"{name}: done ({summary['seconds']:.0f} s)")
+        else:
+            at = datetime.fromtimestamp((self.path / name / MANIFEST).stat().st_mtime)
+            say(f"{name}: already done, from {at:%Y-%m-%d %H:%M}")
         # Also if it was done before: the run may have been killed right then.
         on_rank0(lambda: _join_metrics(self.path))
+        tell(lambda listener: listener.ends(name, summary, made))
         return summary
 
     def settle(self, config_yaml: str) -> None:

@@ -6,6 +6,7 @@ every file and of everything the stage was made from (its parents), so running t
 again skips what is done, redoes what was cut short, and refuses what was made from something else.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ldalign.system.files import (
     write_text,
     writing,
 )
+from ldalign.system.metrics import Bar
 from ldalign.system.partial_rows import FOLDER as PARTS
 
 Parents = Mapping[str, str | int | float]
@@ -105,7 +107,20 @@ def hash_model_folder(folder: Path) -> str:
     )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise InputError(f"{folder}: not a model folder: it has no .safetensors file")
-    return hash_settings({path.name: _hash_unchanged(path, *_version_of(path)) for path in paths})
+    versions = {path: _version_of(path) for path in paths}
+    with _hashing(folder, sum(size for size, _ in versions.values())) as progress:
+        hashes = {}
+        for path, version in versions.items():
+            hashes[path.name] = _hash_unchanged(path, *version)
+            progress(version[0])
+    return hash_settings(hashes)
+
+
+@contextlib.contextmanager
+def _hashing(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of so many bytes are read; gives what takes the bytes that are."""
+    with Bar(f"{folder}: files read", size >> 20, "MiB") as progress:
+        yield lambda done: progress(done >> 20, 0)
 
 
 def _version_of(path: Path) -> tuple[int, int]:
@@ -232,18 +247,24 @@ def check_stage(folder: Path, parents: Parents | None = None) -> None:
     manifest = _read_manifest(folder)
     if parents is not None:
         _compare_parents(folder / MANIFEST, manifest["parents"], as_read(parents))
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        again = f"delete {folder} to make it again"
-        if not path.is_file():
-            raise InputError(f"{path}: missing, though {MANIFEST} lists it; {again}")
-        if path.stat().st_size != expected["size"]:
-            raise InputError(
-                f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; "
-                f"{again}"
-            )
-        if hash_file(path) != expected["sha256"]:
-            raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
+    paths = [folder / name for name in manifest["files"]]
+    with _hashing(folder, sum(p.stat().st_size for p in paths if p.is_file())) as progress:
+        for path, expected in zip(paths, manifest["files"].values(), strict=True):
+            _check_file(folder, path, expected)
+            progress(path.stat().st_size)
+
+
+def _check_file(folder: Path, path: Path, expected: Mapping[str, Any]) -> None:
+    """Compares a file of the finished stage `folder` with what its manifest expects."""
+    again = f"delete {folder} to make it again"
+    if not path.is_file():
+        raise InputError(f"{path}: missing, though {MANIFEST} lists it; {again}")
+    if path.stat().st_size != expected["size"]:
+        raise InputError(
+            f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; {again}"
+        )
+    if hash_file(path) != expected["sha256"]:
+        raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
 
 
 def _compare_parents(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -287,11 +308,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _finish(folder: Path, partial: Path, parents: dict[str, str | int | float]) -> None:
     """Syncs everything, writes the manifest, and gives the stage its name."""
     with writing(folder):
-        files = {}
-        for path in _files(partial):
-            sync(path)
-            name = path.relative_to(partial).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+        files, paths = {}, _files(partial)
+        with _hashing(folder, sum(path.stat().st_size for path in paths)) as progress:
+            for path in paths:
+                sync(path)
+                name, size = path.relative_to(partial).as_posix(), path.stat().st_size
+                files[name] = {"size": size, "sha256": hash_file(path)}
+                progress(size)
         for inner in (path for path in partial.rglob("*") if path.is_dir()):
             sync(inner)
         manifest = {"parents": parents, "files": files}

@@ -40,6 +40,7 @@ from ldalign.system.config import (
     positive,
     setting,
 )
+from ldalign.system.sinks import SinkName
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,11 @@ class RunConfig:
         "page",
         "at the end: report.html with its figures (where matplotlib is installed) and table.md, or "
         "table.md alone",
+    )
+    log: list[SinkName] = setting(
+        [],
+        "where else metrics go: tensorboard, wandb, trackio, each by the library of that name "
+        "(pip install 'ldalign[log]'); it can never stop a run",
     )
     sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
     training: TrainingKeys = group(TrainingKeys, "training of the policy")

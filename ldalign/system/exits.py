@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ldalign.system import interrupt
+from ldalign.system import interrupt, logs
 from ldalign.system.errors import LdalignError
 
 PEERS: list[tuple[str, int]] = []  # (host, process number) by rank, once `distributed` knows them
@@ -54,6 +54,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     interrupt.listen()
+    logs.configure()
     _forget_earlier_lines()
     try:
         _run(main, argv, debug)

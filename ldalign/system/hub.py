@@ -59,6 +59,7 @@ def fetch(
     with _client(kind, name) as hub:
         info = hub.repo_info(repo, repo_type=kind.repo_type, revision=revision)
     there = [one.rfilename for one in info.siblings or []]
+    log.info("%s %s: fetching commit %s from the hub", kind.word, name, info.sha)
     files: list[str] = []
     for choose in choices:
         chosen = choose(there, getattr(info, "card_data", None))
@@ -81,7 +82,9 @@ def fetch(
     with writing(folder):
         sums = {one: [(folder / one).stat().st_size, hash_file(folder / one)] for one in files}
         write_json(folder / SOURCE_FILE, {"name": name, "commit": info.sha, "files": sums})
-    log.info("%s %s: %d files of commit %s in %s", kind.word, name, len(files), info.sha, folder)
+    size = sum((folder / one).stat().st_size for one in files) / 2**20
+    said = (kind.word, name, len(files), size, info.sha, folder)
+    log.info("%s %s: %d files, %.1f MiB, of commit %s in %s", *said)
     return [folder / one for one in files]
 
 

@@ -12,6 +12,7 @@ refused where it was begun from anything else (`manifest.run_stage`).
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
+
+log = logging.getLogger(__name__)
 
 FOLDER = "parts"  # in the temporary folder of a stage; goes when the stage is finished
 
@@ -120,6 +123,10 @@ def table(
 
     done = set(distributed.on_rank0(resume))
     progress(len(done))
+    total = sum(map(len, chunks))
+    if done:
+        log.info("%s: goes on: %d of %d rows are there", path, len(done), total)
+    left = total - len(done)
     missing = [chunk for chunk in chunks if not done.issuperset(chunk)]
     odd: list[tuple[int, float]] = []
     with parts.open() if parts else contextlib.nullcontext() as file:
@@ -132,9 +139,12 @@ def table(
             values.update(zip(chunk, rows, strict=True))
             if file is not None:
                 append(file, zip(chunk, rows, strict=True))
-            progress(len(chunk))
+            # The other ranks are about as far.
+            moved = min(left, len(chunk) * distributed.world_size())
+            left -= moved
+            progress(moved)
     refused = [row for rows in distributed.on_all(lambda: odd) for row in rows]
     if refused:
         raise NumericsError(refusal(*min(refused)))
     mine = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, width)
-    return distributed.merge_rows(sum(map(len, chunks)), list(values), mine)
+    return distributed.merge_rows(total, list(values), mine)

@@ -2,9 +2,8 @@
 it).
 """
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from ldalign.models.guide import Counts, Guide, GuideLoss, Latent, States, joine
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
+from ldalign.system.metrics import Bar, in_words, peak_memory_gib
 from ldalign.system.seeds import normals, permutation, uniforms
 from ldalign.training.batches import count_steps, deal
 from ldalign.training.checkpoint import CheckpointPlan, State
@@ -114,18 +114,19 @@ def train_guide(
         schedule="cosine",
         max_grad_norm=settings.max_grad_norm,
     )
-    optimize(
-        guide,
-        optimizer,
-        _GuideTask(guide, pairs, settings, steps, device, seed, stage, states),
-        loop,
-        seed=seed,
-        stage=stage,
-        lower=LOWER_TO_TRAIN_GUIDE,
-        begin={},
-        metrics_path=metrics_path,
-        checkpoints=checkpoints,
-    )
+    with Bar(f"{stage}: training", steps, "steps") as progress:
+        optimize(
+            guide,
+            optimizer,
+            _GuideTask(guide, pairs, settings, steps, device, seed, stage, states, progress),
+            loop,
+            seed=seed,
+            stage=stage,
+            lower=LOWER_TO_TRAIN_GUIDE,
+            begin={},
+            metrics_path=metrics_path,
+            checkpoints=checkpoints,
+        )
     guide.eval()
     return settings.epochs * sum(pair.tokens for pair in pairs)
 
@@ -165,7 +166,10 @@ class _GuideTask:
     seed: int
     stage: str
     states: list[States] | None  # of each pair, where they are kept (`keep_states`)
-    began: float = field(default_factory=time.perf_counter)
+    progress: Callable[[int, int], None]  # gets steps, and new tokens
+    done: int = 0  # steps that `progress` knows of
+    tokens: int = 0  # since the last record, and the seconds that they took
+    seconds: float = 0.0
 
     def accumulate(self, epoch: int, indices: np.ndarray) -> float:
         chosen = [self.pairs[i] for i in indices]
@@ -181,6 +185,10 @@ class _GuideTask:
 
     def record(self, step: Step, state: State) -> tuple[dict[str, float], str] | None:
         """Twenty records over the whole training."""
+        self.progress(step.number - self.done, 0)  # at once with what an earlier start did
+        self.done = step.number
+        self.tokens += sum(self.pairs[i].tokens for i in step.indices)
+        self.seconds += step.seconds
         if step.number % max(1, self.steps // 20) and step.number != self.steps:
             return None
         record = {
@@ -189,8 +197,18 @@ class _GuideTask:
             "grad_norm": step.grad_norm,
             "learning_rate": step.learning_rate,
         }
-        seconds = time.perf_counter() - self.began
-        return record, f"step {step.number}/{self.steps}  loss {step.loss:.4f}  {seconds:.0f} s"
+        shown = [
+            f"step {step.number}/{self.steps}",
+            f"loss {step.loss:.4f}",
+            f"grad {step.grad_norm:.2f}",
+            f"lr {step.learning_rate:.1e}",
+            f"{self.tokens / self.seconds:.0f} tokens/s",
+            f"{peak_memory_gib(self.device):.1f} GiB",
+        ]
+        if step.number < self.steps:
+            shown.append(f"{in_words(step.left)} left")
+        self.tokens, self.seconds = 0, 0.0
+        return record, "  ".join(shown)
 
     def ids(self, indices: np.ndarray) -> list[str]:
         return [self.pairs[i].id for i in indices]
@@ -279,12 +297,14 @@ def keep_states(guide: Guide, pairs: Sequence[Pair], budget: int) -> list[States
     tokens at a time.
     """
     kept: dict[int, States] = {}
-    for run in longest_first([pair.tokens for pair in pairs], budget):
-        with naming(lambda: f"the guide's states of {len(pairs)} rows", LOWER_TO_TRAIN_GUIDE):
-            read, before = guide.states([pairs[i] for i in run])
-        lengths = [sum(map(len, pairs[i].responses)) for i in run]
-        for i, two, own in zip(run, read.split(2), before.split(lengths), strict=True):
-            kept[i] = States(two.clone(), own.clone())
+    with Bar("guide: states", len(pairs), "rows") as progress:
+        for run in longest_first([pair.tokens for pair in pairs], budget):
+            with naming(lambda: f"the guide's states of {len(pairs)} rows", LOWER_TO_TRAIN_GUIDE):
+                read, before = guide.states([pairs[i] for i in run])
+            lengths = [sum(map(len, pairs[i].responses)) for i in run]
+            for i, two, own in zip(run, read.split(2), before.split(lengths), strict=True):
+                kept[i] = States(two.clone(), own.clone())
+            progress(len(run), 0)
     return [kept[i] for i in range(len(pairs))]
 
 

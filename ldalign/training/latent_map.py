@@ -18,6 +18,7 @@ from torch import Tensor
 from ldalign.data.pairs import Pair
 from ldalign.models.guide import Guide, States, runs
 from ldalign.system.errors import NumericsError
+from ldalign.system.metrics import Bar
 
 FIT_PAIRS = 512  # whose states the map is fitted to
 STANDARD_PAIRS = 64  # that say what a drawn map's mean and deviation are
@@ -130,6 +131,8 @@ def standardise(guide: Guide, pairs: Sequence[Pair], budget: int = READ_TOKENS) 
 
 
 def _read(guide: Guide, pairs: Sequence[Pair], budget: int) -> Iterator[tuple[list[Pair], States]]:
-    for run in runs(range(len(pairs)), [pair.tokens for pair in pairs], budget):
-        batch = [pairs[i] for i in run]
-        yield batch, guide.states(batch)
+    with Bar("guide: states", len(pairs), "rows") as progress:
+        for run in runs(range(len(pairs)), [pair.tokens for pair in pairs], budget):
+            batch = [pairs[i] for i in run]
+            yield batch, guide.states(batch)
+            progress(len(batch), 0)

@@ -23,7 +23,7 @@ from ldalign.system import distributed, interrupt
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
 from ldalign.system.memory import naming
-from ldalign.system.metrics import MetricsLog
+from ldalign.system.metrics import MetricsLog, say
 from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
 from ldalign.training.optim import Optimizer, Schedule, learning_rate_factor
@@ -58,6 +58,7 @@ class Step:
     grad_norm: float  # before clipping
     learning_rate: float
     seconds: float
+    left: float  # about how many seconds the steps after it take, evaluations in between too
 
 
 class Task(Protocol):
@@ -119,6 +120,9 @@ def optimize(
     metrics_log = MetricsLog(metrics_path, stage)
     keeper = Checkpoints(checkpoints, model, optimizer, metrics_path)
     state: State = keeper.resume() or {"step": 0, **begin}
+    if first := state["step"]:
+        say(f"{stage}: goes on at step {first + 1} of {settings.stop}")
+    started = time.perf_counter()
     forget_refused_step(metrics_path)
     batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
 
@@ -161,6 +165,7 @@ def optimize(
                 optimizer.step()
             optimizer.zero_grad()
             state["step"] = step + 1
+            now = time.perf_counter()
             done = Step(
                 step + 1,
                 epoch,
@@ -168,7 +173,8 @@ def optimize(
                 loss,
                 norm,
                 settings.learning_rate * factor,
-                time.perf_counter() - began,
+                now - began,
+                (now - started) / (step + 1 - first) * (settings.stop - step - 1),
             )
             if (shown := task.record(done, state)) is not None:
                 metrics_log.write(*shown)

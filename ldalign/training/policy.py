@@ -22,7 +22,7 @@ from ldalign.objective import preference_loss, winner_nll
 from ldalign.system import distributed
 from ldalign.system.distributed import Sharding
 from ldalign.system.errors import NumericsError
-from ldalign.system.metrics import Mean, peak_memory_gib
+from ldalign.system.metrics import Mean, in_words, peak_memory_gib
 from ldalign.training.batches import Batch, count_steps, deal, pair_costs
 from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.loop import LoopSettings, Step, optimize
@@ -211,7 +211,7 @@ class _PolicyTask:
         state["counted"] += 1
         for name, value in {"loss": step.loss, **self.means}.items():
             state["sums"][name] = state["sums"].get(name, 0.0) + value
-        return record, _line(record, self.loop.stop)
+        return record, _line(record, self.loop.stop, step.left)
 
     def ids(self, indices: np.ndarray) -> list[str]:
         return [pair.id for pair in self.batch(indices)]
@@ -378,17 +378,21 @@ def _check_step0(
         )
 
 
-def _line(record: dict[str, float], steps: int) -> str:
+def _line(record: Mapping[str, float], steps: int, left: float) -> str:
+    """The line of a step that a person reads: with a stage's name before it, at most 160
+    characters. left: seconds.
+    """
     shown: list[tuple[str, Callable[[float], str]]] = [
-        ("loss", "{:.4f}".format),
-        ("nll", "{:.4f}".format),
-        ("rewards/margins", "{:+.4f}".format),
-        ("rewards/accuracies", "{:.2f}".format),
-        ("grad_norm", "{:.2f}".format),
-        ("learning_rate", "{:.1e}".format),
-        ("tokens_per_second", "{:.0f}".format),
+        ("loss", "loss {:.4f}".format),
+        ("loss/unweighted", "unweighted {:.4f}".format),
+        ("rewards/margins", "margin {:+.4f}".format),
+        ("rewards/accuracies", "accuracy {:.2f}".format),
+        ("grad_norm", "grad {:.2f}".format),
+        ("learning_rate", "lr {:.1e}".format),
+        ("tokens_per_second", "{:.0f} tokens/s".format),
+        ("memory/peak_gib", "{:.1f} GiB".format),
     ]
-    parts = [
-        f"{name.split('/')[-1]} {form(record[name])}" for name, form in shown if name in record
-    ]
+    parts = [form(record[name]) for name, form in shown if name in record]
+    if record["global_step"] < steps:
+        parts.append(f"{in_words(left)} left")
     return f"step {record['global_step']}/{steps}  " + "  ".join(parts)

@@ -2,11 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from faults import differing, outcome
 from runs import ROOT
 from toy_context import open_toy
 
@@ -15,7 +21,7 @@ from ldalign.data.tokenizer import load_tokenizer
 from ldalign.models import toy, weights
 from ldalign.run import disk, folder, manifest
 from ldalign.run.folder import RunFolder
-from ldalign.system import distributed
+from ldalign.system import distributed, sinks
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import align, generate, sft
 from ldalign.training import checkpoint
@@ -123,6 +129,73 @@ def test_T12_answers_keep_the_day_they_were_begun(begun: Path, set_day: SetDay) 
     for wrong in (3, "then"):
         (partial / "parents.json").write_text(json.dumps({**parents, "template's date": wrong}))
         assert generate.began(out) is None
+
+
+class FailingRun:
+    """A run of a tracker's, which fails in one way at one place; elsewhere it counts records."""
+
+    def __init__(self, at: str, way: Callable[[], None]) -> None:
+        self.at, self.way, self.records = at, way, 0
+
+    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self.records += 1
+        self._fail("mid-run" if self.records == 2 else "")
+
+    def finish(self) -> None:
+        self._fail("end")
+
+    def _fail(self, here: str) -> None:
+        if here == self.at:
+            self.way()
+
+
+def refuse() -> None:
+    raise ConnectionError("no route to host")
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+@pytest.mark.slow
+def test_T12_a_sink_that_fails_or_hangs(
+    tmp_path: Path,
+    toy_cache: Path,
+    in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A sink of the key `log` raises, or hangs, as it is opened, in a step, and as the run ends.
+
+    Expected: one line says so; training goes on to the end, the command ends well, and the files
+    are bit-identical.
+    """
+    module = ModuleType("trackio")
+    module.__spec__ = ModuleSpec("trackio", None)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+
+    def trained(name: str, at: str = "", way: Callable[[], None] = refuse) -> dict[str, Any]:
+        def init(**_: object) -> FailingRun:
+            if at == "init":
+                way()
+            return FailingRun(at, way)
+
+        monkeypatch.setattr(module, "init", init, raising=False)
+        more = ["sft.epochs=1", "sft.rows=16", "sft.global_batch=4", "policy=toy"]
+        more += [f"cache={toy_cache}", "max_length=160", "log=[trackio]" if at else "log=[]"]
+        sft.main(arguments(tmp_path / name, *more))
+        return outcome(tmp_path / name)
+
+    expected = trained("undisturbed")
+    capfd.readouterr()
+    for at in ("init", "mid-run", "end"):
+        for way in (refuse, hang):
+            monkeypatch.setattr(sinks, "FINISH_SECONDS", 0.1 if way is hang else 600.0)
+            left = trained(f"{at}-{way.__name__}", at, way)
+            assert differing(left, expected) == []
+            said = capfd.readouterr().err
+            (line,) = [s for s in said.splitlines() if s.startswith("WARNING: log=trackio: ")]
+            assert ("no route to host" if way is refuse else "0.1 s") in line
 
 
 @pytest.mark.parametrize(

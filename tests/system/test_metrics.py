@@ -1,12 +1,17 @@
-"""Means over examples, and the two places a record goes to."""
+"""Means over examples, the places a record goes to, and how far work is."""
 
 import json
+import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ldalign.system.metrics import Mean, MetricsLog, peak_memory_gib
+from ldalign.system.listeners import listening
+from ldalign.system.metrics import Bar, Mean, MetricsLog, in_words, peak_memory_gib
 
 CPU = torch.device("cpu")
 
@@ -59,3 +64,126 @@ def test_peak_memory_is_in_gib() -> None:
     assert 0.05 < before < 100
     block = torch.ones(int(before * 2**30) // 4 + 2**25)  # more than all that was held
     assert peak_memory_gib(CPU) > before and len(block)
+
+
+# ------------------------------------------------------------------------------------- who listens
+
+
+class Heard:
+    """Keeps what it is told; fails at the record called `bad`."""
+
+    name = "heard"
+
+    def __init__(self, bad: str = "") -> None:
+        self.told: list[str] = []
+        self.bad = bad
+
+    def begins(self, stage: str) -> None:
+        self.told.append(stage)
+
+    def record(self, stage: str, record: Mapping[str, Any], line: str) -> None:
+        if stage == self.bad:
+            raise OSError("no route\nto host")
+        self.told.append(f"{line} {dict(record)}")
+
+    def ends(self, stage: str, summary: Mapping[str, float], made: bool) -> None:
+        self.told.append(stage)
+
+
+def test_a_listener_that_fails_is_told_nothing_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails, other = Heard(bad="b"), Heard()
+    with listening([fails, other]):
+        for stage in ("a", "b", "c"):
+            MetricsLog(tmp_path / "m.jsonl", stage).write({"loss": 1.0}, "x")
+    MetricsLog(tmp_path / "m.jsonl", "d").write({}, "x")  # nobody listens any more
+    assert fails.told == ["a: x {'loss': 1.0}"]
+    assert [line[0] for line in other.told] == ["a", "b", "c"]
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 4
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert said.startswith("WARNING: heard: OSError: no route to host; ")
+
+
+# ----------------------------------------------------------------------------------- how far it is
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_in_a_file_a_bar_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Bar("responses", 500, "rows", clock) as progress:
+        progress(100, 0)  # of an earlier start: they took no time
+        for _ in range(8):
+            clock.now += 10
+            progress(10, 50)
+    assert capsys.readouterr().err.splitlines() == [
+        "responses: 130 of 500 rows (26%), 5 tokens/s, about 6 min left",
+        "responses: 160 of 500 rows (32%), 5 tokens/s, about 6 min left",
+        "responses: 400 tokens in 80 s, 5 tokens/s",
+    ]
+
+
+def test_a_bar_without_total_or_with_one_step(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Bar("data", None, "rows", clock) as progress:
+        clock.now += 31
+        progress(7, 0)
+    with Bar("reference", 4, "pairs", clock) as progress:
+        clock.now += 40
+        progress(1, 0)  # the first there was tells how long one takes
+        clock.now += 40
+        progress(3, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "data: 7 rows",
+        "reference: 1 of 4 pairs (25%), about 2 min left",
+        "reference: 4 of 4 pairs (100%), about 0 s left",
+    ]
+
+
+def test_a_short_piece_of_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("reference", 4, "pairs", Clock()) as progress:
+        progress(4, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_whose_terminal_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with Bar("responses", 2, "rows") as progress:
+        progress(1, 10)
+        progress(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (3570, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (187_200, "2 d 4 h"),
+        (math.inf, "unknown"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words

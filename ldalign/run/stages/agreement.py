@@ -34,7 +34,7 @@ from ldalign.run.stages.judged import judge_parents, open_judge
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
 from ldalign.system.files import hash_file, write_jsonl
-from ldalign.system.metrics import Metrics, say
+from ldalign.system.metrics import Bar, Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.training.latent_map import standardise
 from ldalign.training.scoring import response_logps
@@ -151,7 +151,8 @@ def _nll(ctx: Context, policy: Path, pairs: Sequence[Pair], path: Path) -> torch
     """(N,) float64: minus the mean log-prob a token of each pair's sample under the policy."""
     model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device)).requires_grad_(False)
     micro = ctx.config.training.micro_tokens
-    logps = response_logps(model, pairs, micro, ctx.device, path=path)
+    with Bar("log-probs", len(pairs), "samples") as progress:
+        logps = response_logps(model, pairs, micro, ctx.device, lambda n: progress(n, 0), path)
     counts = torch.tensor([len(pair.generated or ()) for pair in pairs], dtype=torch.float64)
     return -logps[:, 1].double() / counts
 

@@ -28,7 +28,7 @@ from ldalign.run.stages.judged import embedding_folder
 from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
 from ldalign.system.files import iter_jsonl, read_jsonl, write_jsonl
-from ldalign.system.metrics import Metrics
+from ldalign.system.metrics import Bar, Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,10 @@ def latent_distances(
     """
     metric: Metric = "cosine" if ctx.config.distance == "cosine" else "euclidean"
     budget = ctx.config.training.micro_tokens
-    return guide.distances_by([guide.latent, *others], pairs, budget, metric, path).double()
+    latents = [guide.latent, *others]
+    with Bar("distances", len(pairs), "pairs") as progress:
+        found = guide.distances_by(latents, pairs, budget, metric, path, lambda n: progress(n, 0))
+    return found.double()
 
 
 def semantic_distances(ctx: Context, pairs: Sequence[Pair], path: Path) -> torch.Tensor:
@@ -167,7 +170,10 @@ def semantic_distances(ctx: Context, pairs: Sequence[Pair], path: Path) -> torch
     real, generated = (
         [ctx.tokenizer.decode(pair.responses[side]) for pair in pairs] for side in (0, 1)
     )
-    return model.distance(real, generated, [pair.id for pair in pairs], path).double()
+    ids = [pair.id for pair in pairs]
+    with Bar("distances", len(pairs), "pairs") as progress:
+        found = model.distance(real, generated, ids, path, lambda n: progress(n, 0))
+    return found.double()
 
 
 def _distance_summary(
