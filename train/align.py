@@ -9,6 +9,7 @@ guide.retrain), distances, reference, policy, evaluation; at the end the report.
 same command again goes on where it stopped.
 """
 
+from ldalign.report.model_card import try_cards
 from ldalign.run import methods
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
@@ -40,6 +41,7 @@ def align(ctx: Context) -> str:
     config = ctx.config
     start = start_stage(ctx)
     first = start_name(config)
+    try_cards(ctx.run.path)
     measure(ctx, first, start, first)
 
     policy = start
@@ -48,12 +50,14 @@ def align(ctx: Context) -> str:
         if scores_pairs(config):
             pair_rewards_stage(ctx, t)
         policy = policy_stage(ctx, t, policy, made.pairs, made.made_from)
+        try_cards(ctx.run.path)
         measure(ctx, f"iteration_{t}", policy, first)
 
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
         measure(ctx, "continual_sft", baseline, first)
     chosen = select(ctx, start)
+    try_cards(ctx.run.path)  # now with what was measured
     aligned = "The aligned policy" if config.iterations else "The policy"
     return f"{aligned}: {ctx.run.path / chosen.folder} ({chosen.why})"
 

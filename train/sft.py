@@ -7,6 +7,7 @@ stages of align.py, which goes on from here with the same settings. Continual SF
 this script with policy=RUN/sft/policy and a run folder of its own.
 """
 
+from ldalign.report.model_card import try_cards
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
@@ -28,7 +29,9 @@ def check(config: RunConfig) -> None:
 def sft(ctx: Context) -> str:
     """Trains and measures; returns the closing line."""
     policy = sft_stage(ctx, "sft", ctx.start)
+    try_cards(ctx.run.path)
     measure(ctx, "sft", policy, "sft")
+    try_cards(ctx.run.path)  # now with what was measured
     return f"The policy: {policy}"
 
 

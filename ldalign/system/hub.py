@@ -19,7 +19,8 @@ from ldalign.system.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
-SOURCE_FILE = "ldalign_source.json"  # in a fetched folder: commit, and size and sha256 of each file
+# In a fetched folder: name, commit, licence, and size and sha256 of each file.
+SOURCE_FILE = "ldalign_source.json"
 
 # Names of files to fetch, given the names of all files of the repository and its card (or None).
 Choose = Callable[[list[str], Any], list[str]]
@@ -80,7 +81,10 @@ def fetch(
         )
     with writing(folder):
         sums = {one: [(folder / one).stat().st_size, hash_file(folder / one)] for one in files}
-        write_json(folder / SOURCE_FILE, {"name": name, "commit": info.sha, "files": sums})
+        license = getattr(getattr(info, "card_data", None), "license", None)
+        license = license if isinstance(license, str) else None
+        about = {"name": name, "commit": info.sha, "files": sums, "license": license}
+        write_json(folder / SOURCE_FILE, about)
     log.info("%s %s: %d files of commit %s in %s", kind.word, name, len(files), info.sha, folder)
     return [folder / one for one in files]
 
