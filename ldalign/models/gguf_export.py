@@ -165,10 +165,9 @@ def _data(gguf: Any, stored: Stored, heads: int | None, kind: Any) -> Any:
         weight = half_split_to_interleaved(weight, heads).contiguous()
     if kind.name == "BF16":
         return weight.view(torch.uint8).numpy()
-    data = gguf.quants.quantize(weight.numpy(), kind)
     if kind.name == "Q8_0" and weight.abs().max() > Q8_0_MAX:
         raise InputError(f"{stored.where} reaches more than q8_0 holds; give dtype=bf16")
-    return data
+    return gguf.quants.quantize(weight.numpy(), kind)
 
 
 def _kind(gguf: Any, shape: tuple[int, ...], dtype: GgufDtype) -> Any:

@@ -22,7 +22,7 @@ import ldalign
 from ldalign.models.gguf import PRE_TOKENIZERS, convert_gguf
 from ldalign.models.gguf_export import DTYPES, export_gguf, read_vocabulary
 from ldalign.models.stored_tensors import read_config
-from ldalign.models.toy import random_mistral, write_toy_model
+from ldalign.models.toy import CONFIG, random_mistral, write_toy_model
 from ldalign.models.weights import build, save_model
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import export
@@ -223,10 +223,9 @@ TEXTS = [*CORPUS, "lazy clips altogether  sold", " in front", "Größe 42\n\n�
 def test_sentencepiece_tokens_are_those_of_llama_cpp(tmp_path: Path) -> None:
     made = as_sentencepiece_has_it(sentencepiece_tokenizer())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    rows = made.get_vocab_size() + 3
-    folder = write_toy_model(tmp_path / "policy", vocab_size=rows, bos_token_id=1)
-    (folder / "generation_config.json").write_text("{}")
-    write_tokenizer_folder(folder, made, ZEPHYR_TEMPLATE, **names)
+    folder = write_tokenizer_folder(tmp_path / "policy", made, ZEPHYR_TEMPLATE, **names)
+    sizes = CONFIG | {"vocab_size": made.get_vocab_size() + 3, "bos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(sizes))
     done = export_gguf(lively(folder), tmp_path / "x.gguf")
     found = read(done.path)
     for text in TEXTS:
