@@ -21,8 +21,7 @@ from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
 from ldalign.system.metrics import say
 
-PUSHED = (*MODEL_FILES, "README.md", "LICENSE*", "added_tokens.json")
-PUSHED += ("additional_chat_templates/*.jinja",)
+MORE = ("README.md", "LICENSE*", "added_tokens.json", "additional_chat_templates/*.jinja")
 PRIVATE = {"private=true": True, "private=false": False}
 
 
@@ -31,17 +30,18 @@ def main(argv: list[str]) -> None:
     if "--help" in argv:
         print((__doc__ or "").strip())
         return
-    private = [PRIVATE[argument] for argument in argv if argument in PRIVATE]
+    given = [PRIVATE[argument] for argument in argv if argument in PRIVATE]
     places = [argument for argument in argv if argument not in PRIVATE]
-    if len(places) != 2 or len(private) > 1 or any(place.startswith("-") for place in places):
+    if len(places) != 2 or len(given) > 1 or any(place.startswith("-") for place in places):
         raise InputError(f"{' '.join(argv) or 'push'}: give FOLDER OWNER/NAME [private=false]")
     name, repo = places
     if not hub.is_repository(repo):
         raise InputError(f"{repo}: no repository of the hub is called that; give OWNER/NAME")
     folder = find_model(RunConfig(), name)
     check_model(folder)
-    hub.check_push(repo, *private or [True], make=True)
-    push(folder, repo, *private or [True])
+    private = given[0] if given else True
+    hub.check_push(repo, private, make=True)
+    push(folder, repo, private)
 
 
 def push(folder: Path, repo: str, private: bool) -> None:
@@ -52,7 +52,7 @@ def push(folder: Path, repo: str, private: bool) -> None:
     files = sorted(
         {
             path.relative_to(folder).as_posix()
-            for pattern in PUSHED
+            for pattern in (*MODEL_FILES, *MORE)
             for path in folder.glob(pattern)
             if path.is_file()
         }

@@ -40,6 +40,7 @@ from ldalign.system.untrusted import read_json, read_text
 CARD = "README.md"
 # A card without this line is a person's, and stays.
 MARK = "<!-- Written by ldalign, which writes it anew: take this line out to keep your changes. -->"
+MADE = "## How it was made"
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -90,7 +91,9 @@ def write_cards(run: Path) -> list[Path]:
         old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
         if old is not None and MARK not in old:
             continue
-        text = card(run, name.partition("/")[0], config, summaries, base)
+        # By what it was made stays true when another version measures it.
+        made = (old or "").partition(f"{MADE}\n")[2].lstrip("\n") or _made(run)
+        text = card(run, name.partition("/")[0], config, summaries, base, made)
         if text != old:
             write_text(path, text)
             changed.append(path)
@@ -179,8 +182,12 @@ def card(
     config: Mapping[str, Any],
     summaries: Mapping[str, Numbers],
     base: Base,
+    made: str,
 ) -> str:
-    """Returns the card of one policy of a run: sft, iteration_0, ..., continual_sft."""
+    """Returns the card of one policy of a run: sft, iteration_0, ..., continual_sft.
+
+    made: by which version, and when.
+    """
     parts = [
         f"---\n{yaml.safe_dump(_about(policy, config, base), sort_keys=False, allow_unicode=True)}"
         f"---\n\n{MARK}\n",
@@ -197,8 +204,8 @@ def card(
         LOADING,
         "## Limits\n",
         LIMITS,
-        "## How it was made\n",
-        _made(run),
+        f"{MADE}\n",
+        made,
     ]
     return "\n".join(parts)
 
@@ -301,14 +308,15 @@ def _method(policy: str, config: Mapping[str, Any]) -> str:
             "More supervised fine-tuning on the data's responses, from where the run's method "
             "began: its baseline.\n"
         )
-    count = config.get("iterations")
-    return f"{words.method_text(config)}\n\nThis is {shown_name(policy)} (of {count}, from 0).\n"
+    return f"{words.method_text(config)}\n\nThis is {shown_name(policy)}, where 0 is the first.\n"
 
 
 def _settings(config: Mapping[str, Any], summaries: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
-    """The settings that matter; what names a folder is above, or is nobody else's."""
+    """The settings that matter; what names a folder is above, or is nobody else's, and how many
+    iterations follow says nothing of this one.
+    """
     found = words.settings(config, {"data": summaries.get("data", {})})
-    hidden = ("policy", "data", "guide.folder", "judge.model")
+    hidden = ("policy", "data", "guide.folder", "judge.model", "iterations")
     return [(code(key), code(str(value))) for key, value in found if key not in hidden]
 
 

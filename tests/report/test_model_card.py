@@ -79,7 +79,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
         "| `rows.jsonl` | `ffffffffffffffff` |",
         "| `rows` | `48 training, 26 held out, 3 dropped as too long` |",
         "| `seed` | `7` |",
-        "This is iteration 0 (of 3, from 0).",
+        "This is iteration 0, where 0 is the first.",
         "|  | start (after SFT) | this policy |",
         "| greedy accuracy, % | 25.0 +- 10.0 | 75.0 +- 10.0 |",
         "| NLL of the data's responses | 2.0000 | 1.0000 |",
@@ -107,8 +107,11 @@ def test_a_finished_stage_stays_as_it_is(tmp_path: Path) -> None:
     write_cards(run)
     assert "Not measured yet." in card_of(run)[1]
     evaluation.rename(run / "iteration_0/evaluation")
+    (run / "environment.json").write_text('{"ldalign": "9", "git_commit": "def"}')
     assert write_cards(run) == [run / "iteration_0/policy" / CARD]
-    assert "75.0 +- 10.0" in card_of(run)[1] and write_cards(run) == []
+    text = card_of(run)[1]
+    assert "75.0 +- 10.0" in text and write_cards(run) == []
+    assert "ldalign 0.1.0, commit `abc123`" in text and "def" not in text.split("##")[-1]
     check_stage(run / "iteration_0/policy")
     assert not run_stage(run / "iteration_0/policy", {}, lambda folder: None)
     assert manifest.read_bytes() == before and CARD.encode() not in before

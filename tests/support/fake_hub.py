@@ -145,6 +145,10 @@ def hub_on_this_machine(token: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     class Hub(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
+        @property
+        def address(self) -> str:
+            return f"http://{self.headers['Host']}"
+
         def answer(self, value: Any, status: int = 200) -> None:
             text = json.dumps(value).encode()
             self.send_response(status)
@@ -175,7 +179,7 @@ def hub_on_this_machine(token: str) -> Iterator[tuple[str, dict[str, bytes]]]:
                 private = given.get("private", given.get("visibility") == "private")
                 status = 409 if repo in repositories else 200
                 repositories.setdefault(repo, bool(private))
-                return self.answer({"url": f"http://hub/{repo}"}, status)
+                return self.answer({"url": f"{self.address}/{repo}"}, status)
             if path == "/api/validate-yaml":
                 return self.answer({"errors": [], "warnings": []})
             _, _, _, owner, name, *rest = path.split("/")
@@ -202,7 +206,7 @@ def hub_on_this_machine(token: str) -> Iterator[tuple[str, dict[str, bytes]]]:
                         there[f"{repo}/{value['path']}"] = base64.b64decode(value["content"])
                     elif line["key"] == "deletedFile":
                         del there[f"{repo}/{value['path']}"]
-                url = f"http://hub/{repo}/commit/{COMMIT}"
+                url = f"{self.address}/{repo}/commit/{COMMIT}"
                 return self.answer({"commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
             return self.answer({"error": f"{path}: not known"}, 404)
 
