@@ -41,6 +41,8 @@ COMMANDS = {
     "compare": Command("ldalign.train.compare", "several methods from one start", ranks=True),
     "report": Command("ldalign.train.report", "write a run's report again"),
     "inspect": Command("ldalign.train.inspect_data", "show rows as the tokens trained on"),
+    "export": Command("ldalign.train.export", "write a policy as a GGUF file"),
+    "push": Command("ldalign.train.push", "send a policy's folder to the hub"),
     "presets": Command("ldalign.train.presets", "list the presets, or copy one"),
     "tour": Command("ldalign.train.tour", "one pair through the whole method, in numbers"),
     "env": Command("ldalign.run.environment", "what this machine has, and what is used of it"),

@@ -10,11 +10,14 @@ guide.retrain), distances, reference, policy, evaluation; at the end the report.
 same command again goes on where it stopped.
 """
 
+from pathlib import Path
+
+from ldalign.report.model_card import try_cards
 from ldalign.run import methods
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.plan import in_order
-from ldalign.run.selection import select
+from ldalign.run.selection import read_selected, select
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.pair_rewards import PAIR_REWARDS_STAGE, pair_rewards_stage
 from ldalign.run.stages.policy import (
@@ -31,7 +34,7 @@ from ldalign.train.command import run_script
 
 def main(argv: list[str]) -> None:
     """Reads the settings and runs all stages that are not done."""
-    run_script(argv, __doc__ or "", align, planned, by_method=True)
+    run_script(argv, __doc__ or "", align, planned, by_method=True, kept=kept)
 
 
 def align(ctx: Context) -> str:
@@ -41,6 +44,7 @@ def align(ctx: Context) -> str:
     config = ctx.config
     start = start_stage(ctx)
     first = start_name(config)
+    try_cards(ctx.run.path)
     measure(ctx, first, start, first)
 
     policy = start
@@ -49,14 +53,21 @@ def align(ctx: Context) -> str:
         if scores_pairs(config):
             pair_rewards_stage(ctx, t)
         policy = policy_stage(ctx, t, policy, made.pairs, made.made_from)
+        try_cards(ctx.run.path)
         measure(ctx, f"iteration_{t}", policy, first)
 
     if config.continual_sft.epochs:
         baseline = sft_stage(ctx, "continual_sft", start)
         measure(ctx, "continual_sft", baseline, first)
     chosen = select(ctx, start)
+    try_cards(ctx.run.path)  # now with what was measured
     aligned = "The aligned policy" if config.iterations else "The policy"
     return f"{aligned}: {ctx.run.path / chosen.folder} ({chosen.why})"
+
+
+def kept(ctx: Context) -> Path:
+    """The folder of the run's result."""
+    return ctx.run.path / str(read_selected(ctx.run.path)["folder"])
 
 
 def planned(config: RunConfig) -> list[str]:

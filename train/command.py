@@ -28,6 +28,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import writing
 from ldalign.system.metrics import say
 from ldalign.system.sinks import check_sinks
+from ldalign.train.push import check_run_pushes, push
 
 FLAGS = ("--help", "--dry-run")
 USAGE = """
@@ -60,13 +61,15 @@ def run_script(
     check: Callable[[RunConfig], None] = lambda config: None,
     by_method: bool = False,
     trains: bool = True,
+    kept: Callable[[Context], Path] | None = None,
 ) -> None:
     """Runs a script: `work(ctx)` makes its stages and returns a closing line, `planned` names them.
 
     doc: the script's docstring. check: raises InputError for settings with which the script has
     nothing to do. by_method: the key `method` says what the script reads, so keys that it does not
     read are refused. trains: no policy is trained where it is False, and no held-out row is set
-    aside for validation.
+    aside for validation. kept: the folder of the policy that the script's work ends with, which
+    hub.push pushes; None: it has none, and pushes nothing.
     """
     argv, gpus = take_gpus(argv)
     config = read_config(argv, doc)
@@ -81,6 +84,8 @@ def run_script(
         check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
     check_measurements(config, planned(config))
+    if kept is not None:
+        check_run_pushes(config, planned(config), make="--dry-run" not in argv)
     if "--dry-run" in argv:
         folder = RunFolder(Path(config.run), to_yaml(config))
         ctx = open_context(folder, config, planned(config), write=False)
@@ -96,6 +101,8 @@ def run_script(
                 if config.report == "page":
                     say(try_page(ctx.run.path))
             say(closing)
+            if kept is not None and config.hub.push is not None:
+                push(kept(ctx), config.hub.push, config.hub.private)
     distributed.stop()
 
 

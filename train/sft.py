@@ -8,17 +8,20 @@ stages of align.py, which goes on from here with the same settings. Continual SF
 this script with policy=RUN/sft/policy and a run folder of its own.
 """
 
+from pathlib import Path
+
+from ldalign.report.model_card import try_cards
 from ldalign.run.context import Context
 from ldalign.run.measures import measure, measurements
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages.policy import planned_start, sft_stage
+from ldalign.run.stages.policy import POLICY_STAGE, planned_start, sft_stage
 from ldalign.system import exits
 from ldalign.train.command import need, run_script
 
 
 def main(argv: list[str]) -> None:
     """Reads the settings, trains, evaluates."""
-    run_script(argv, __doc__ or "", sft, planned, check)
+    run_script(argv, __doc__ or "", sft, planned, check, kept=kept)
 
 
 def check(config: RunConfig) -> None:
@@ -29,8 +32,15 @@ def check(config: RunConfig) -> None:
 def sft(ctx: Context) -> str:
     """Trains and measures; returns the closing line."""
     policy = sft_stage(ctx, "sft", ctx.start)
+    try_cards(ctx.run.path)
     measure(ctx, "sft", policy, "sft")
+    try_cards(ctx.run.path)  # now with what was measured
     return f"The policy: {policy}"
+
+
+def kept(ctx: Context) -> Path:
+    """The folder of the policy."""
+    return ctx.run.path / POLICY_STAGE.folder("sft")
 
 
 def planned(config: RunConfig) -> list[str]:

@@ -95,10 +95,15 @@ def _checked_folder(path: Path) -> Path:
 # ----------------------------------------------------------------------------- the Hugging Face hub
 
 
+def hub_folder(name: str, cache: Path) -> Path:
+    """Returns where the model `org/name[@revision]` is kept, whether or not it has been fetched."""
+    return cache / "hub" / re.sub(r"[/@]", "--", name)
+
+
 def _hub_model(name: str, cache: Path) -> Path:
     """Downloads `org/name[@revision]` as plain files: the loader refuses links out of a folder."""
     repo, _, revision = name.partition("@")
-    folder = cache / "hub" / re.sub(r"[/@]", "--", name)
+    folder = hub_folder(name, cache)
 
     def small(names: list[str], _: Any) -> list[str]:
         if "config.json" not in names:

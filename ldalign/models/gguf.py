@@ -116,9 +116,42 @@ class _Scan:
             raise self.broken(f"value type {kind} is not known")
 
 
-# Token types of ggml (gguf.TokenType): the entries of the vocabulary that are matched as whole
+# Token types of ggml (gguf.TokenType). Those of control and user tokens are matched as whole
 # strings, before any merge.
-CONTROL_TOKEN, USER_TOKEN = 3, 4
+NORMAL_TOKEN, UNKNOWN_TOKEN, CONTROL_TOKEN, USER_TOKEN, UNUSED_TOKEN, BYTE_TOKEN = range(1, 7)
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # GPT-2's pattern
+
+
+def _split(pattern: str) -> list[dict[str, Any]]:
+    """A pre-tokenizer that splits by a pattern, then writes bytes as characters."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return [{**split, "invert": False}, {**_BYTE_LEVEL, "use_regex": False}]
+
+
+# Pre-tokenizers by llama.cpp's names (`tokenizer.ggml.pre`): how they split a text, as
+# tokenizer.json says it (its src/llama-vocab.cpp has the same patterns), and whether a word that is
+# a token as it is becomes that one, whatever the merges make of it (ignore_merges).
+PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    # SmolLM splits digits one by one
+    "smollm": ([{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL], False),
+    "gpt-2": ([_BYTE_LEVEL], False),
+    "llama-bpe": (
+        _split(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+        True,
+    ),
+    "tekken": (
+        _split(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+        True,
+    ),
+}
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -166,7 +199,7 @@ def write_model_folder(reader: "GGUFReader", folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     os.chmod(folder / "model.safetensors", 0o644)  # safetensors creates it for the owner only
     write_json(folder / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: config[key] for key in CONFIG_IDS if key in config}
     write_json(folder / "generation_config.json", ids)
     _write_tokenizer(metadata, folder)
 
@@ -177,6 +210,7 @@ def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     tied: the head is the embedding.
     """
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
+    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in CONFIG_IDS.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -185,7 +219,7 @@ def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
         "num_hidden_layers": metadata["llama.block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": metadata["llama.attention.head_count_kv"],
-        "head_dim": hidden // heads,
+        "head_dim": metadata.get("llama.attention.key_length", hidden // heads),
         "hidden_act": "silu",
         "max_position_embeddings": metadata["llama.context_length"],
         "rope_theta": metadata["llama.rope.freq_base"],
@@ -197,13 +231,13 @@ def model_config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+        **{key: value for key, value in ids.items() if value is not None},
         "torch_dtype": "bfloat16",
     }
 
 
+# Keys of config.json, and GGUF's names of these tokens; a file may lack some.
+CONFIG_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -267,6 +301,15 @@ def interleaved_to_half_split(weight: "torch.Tensor", heads: int) -> "torch.Tens
     return neighbours.transpose(1, 2).reshape(rows, columns)
 
 
+def half_split_to_interleaved(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Gives the rows of a Q or K projection the order of llama.cpp: `interleaved_to_half_split`,
+    undone.
+    """
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.transpose(1, 2).reshape(rows, columns)
+
+
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     template = metadata["tokenizer.chat_template"]
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -275,6 +318,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     special = {
         f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
     }
     write_json(folder / "special_tokens_map.json", special)
     settings = {
@@ -295,24 +339,33 @@ def _build_tokenizer(metadata: dict[str, Any]) -> Any:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    if metadata.get("tokenizer.ggml.pre") != "smollm":
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
         raise InputError(
-            f"GGUF pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not known; expected "
-            "'smollm'"
+            f"GGUF pre-tokenizer {pre!r} is not known; expected {', '.join(PRE_TOKENIZERS)}"
         )
+    steps, ignores_merges = PRE_TOKENIZERS[pre]
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)  # SmolLM splits digits one by one
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=ignores_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in steps])
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
         if kind in (CONTROL_TOKEN, USER_TOKEN):
             special = kind == CONTROL_TOKEN
             tokenizer.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
     return tokenizer
+
+
+def _step(step: dict[str, Any]) -> Any:
+    """One step of PRE_TOKENIZERS, as the tokenizers library has it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    arguments = {key: value for key, value in step.items() if key != "type"}
+    if step["type"] == "Split":
+        arguments |= {"pattern": Regex(step["pattern"]["Regex"]), "behavior": "isolated"}
+    return getattr(pre_tokenizers, step["type"])(**arguments)
 
 
 def write_json(path: Path, value: Any) -> None:

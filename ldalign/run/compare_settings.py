@@ -152,6 +152,8 @@ class CompareConfig(RunConfig):
                 "validation, select: all methods take the same steps, and the last weights are "
                 "compared; leave them out"
             )
+        if self.hub.push is not None:
+            found.append("hub.push: a comparison pushes none of its policies; leave it out")
         if self.guide.retrain:
             found.append("guide.retrain: give ld_align/retrained in compare.methods; leave it out")
         if self.iterations < 1:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from ldalign.kernels.loss_options import SMOOTHING_BOUND, Kind, LossOptions
 from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
+    Check,
     above_up_to,
     at_least,
     at_least_below,
@@ -18,6 +19,7 @@ from ldalign.system.config import (
     positive,
     setting,
 )
+from ldalign.system.hub import is_repository
 from ldalign.training.latent_map import LatentMap
 from ldalign.training.validation import Metric
 
@@ -431,3 +433,16 @@ class BenchmarksKeys:
     chat_template: bool = setting(
         False, "put prompts into the chat template (the leaderboards do not)"
     )
+
+
+@dataclass(frozen=True)
+class HubKeys:
+    """Where the run's policy is pushed when the run ends (docs/models.md)."""
+
+    push: str | None = setting(
+        None,
+        "repository of the Hugging Face hub, OWNER/NAME; the token is HF_TOKEN's, or that of "
+        "hf auth login; null: nothing is pushed",
+        check=Check(is_repository, "OWNER/NAME, as the hub has them"),
+    )
+    private: bool = setting(True, "for nobody else to see")

@@ -21,6 +21,7 @@ from ldalign.run.keys import (
     ColumnsKeys,
     EvaluationKeys,
     GuideKeys,
+    HubKeys,
     JudgeKeys,
     LossKeys,
     RewardKeys,
@@ -227,6 +228,7 @@ class RunConfig:
     agreement: AgreementKeys = group(AgreementKeys, "agreement of latent distance with the judge")
     reward: RewardKeys = group(RewardKeys, "rewards of held-out answers")
     benchmarks: BenchmarksKeys = group(BenchmarksKeys, "public benchmarks")
+    hub: HubKeys = group(HubKeys, "pushing the run's policy to the Hugging Face hub")
     cache: str | None = setting(
         None, "where fetched models and data are kept; null: ~/.cache/ldalign", path=True
     )

@@ -53,7 +53,7 @@ MODEL_FILES = {
     "tokenizer_config.json",
     "chat_template.jinja",
 }
-OUR_FILES = {"manifest.json", "metrics.jsonl", "summary.json"}
+OUR_FILES = {"manifest.json", "metrics.jsonl", "summary.json", "README.md"}
 
 
 def align(run: Path, cache: Path, *arguments: str) -> None:

@@ -33,7 +33,7 @@ METHODS = {
 # Keys of records that a clock or the machine's memory fills in.
 MEASURED = re.compile(r".*seconds|.*tokens_per_second|.*time/.*|.*memory/.*")
 # Files that say where and when a run was made, or repeat with times what other files say.
-LEFT_OUT = {"environment.json", "started.json", "lock", "report.html", "report.json"}
+LEFT_OUT = {"environment.json", "started.json", "lock", "report.html", "report.json", "README.md"}
 # Files whose text holds times: a manifest's hash of them says nothing.
 TIMED = ("summary.json", "metrics.jsonl", "table.json", "table.md")
 
