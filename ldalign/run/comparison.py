@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def arm_folder(config: CompareConfig, arm: Arm, seed: int, learning_rate: float)
 
 
 def _plain(config: CompareConfig, **changes: Any) -> RunConfig:
-    names = RunConfig.__dataclass_fields__
+    names = [key.name for key in fields(RunConfig)]
     # All methods take the same steps.
     without = {"validation": replace(config.validation, rows=0)}
     return RunConfig(**{name: getattr(config, name) for name in names} | without | changes)
