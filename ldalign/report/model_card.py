@@ -48,6 +48,11 @@ LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LICENSE_TEXTS = {"Apache License": "apache-2.0", "MIT License": "mit"}
 UNKNOWN_LICENSE = "other"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Of the settings that a report shows (`words.settings`): those that no card shows, and those that
+# fine-tuning reads too, beside its own.
+HIDDEN = ("policy", "data", "guide.folder", "judge.model", "iterations")
+ALL_READ = ("rows", "max_length", "training.schedule", "validation.metric", "seed", "dtype")
+SFT_KEYS = ("epochs", "rows", "learning_rate", "global_batch")
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +202,7 @@ def card(
         _data(run, config),
         "## Method\n",
         _method(policy, config),
-        _table(("setting", "value"), _settings(config, summaries)),
+        _table(("setting", "value"), _settings(policy, config, summaries)),
         "## Results\n",
         _results(run, policy, config, summaries),
         "## How to load it\n",
@@ -311,13 +316,19 @@ def _method(policy: str, config: Mapping[str, Any]) -> str:
     return f"{words.method_text(config)}\n\nThis is {shown_name(policy)}, where 0 is the first.\n"
 
 
-def _settings(config: Mapping[str, Any], summaries: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
-    """The settings that matter; what names a folder is above, or is nobody else's, and how many
-    iterations follow says nothing of this one.
+def _settings(
+    policy: str, config: Mapping[str, Any], summaries: Mapping[str, Numbers]
+) -> list[tuple[str, ...]]:
+    """The settings that matter to this policy; what names a folder is above, or is nobody else's,
+    and how many iterations follow says nothing of this one.
     """
     found = words.settings(config, {"data": summaries.get("data", {})})
-    hidden = ("policy", "data", "guide.folder", "judge.model", "iterations")
-    return [(code(key), code(str(value))) for key, value in found if key not in hidden]
+    if policy in SFT:
+        group = config.get(policy) or {}
+        own = [(f"{policy}.{key}", group[key]) for key in SFT_KEYS if group.get(key) is not None]
+        found = [*((key, value) for key, value in found if key in ALL_READ), *own]
+    shown = ((key, value) for key, value in found if key not in HIDDEN)
+    return [(code(key), code(str(value))) for key, value in shown]
 
 
 def _results(

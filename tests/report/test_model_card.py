@@ -94,7 +94,9 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert "/home/me" not in text and "held.jsonl" not in text, "a card may be published"
     data = ModelCard(text).data
     assert data.license == "apache-2.0" and data.base_model == about["base_model"]
-    assert "supervised fine-tuning\n" in card_of(run, "sft")[1]
+    tuned = card_of(run, "sft")[1]
+    assert "supervised fine-tuning\n" in tuned and "`sft.learning_rate`" in tuned
+    assert "`beta`" in text and "`beta`" not in tuned, "which it does not read"
     assert card_of(run, "sft")[0]["tags"] == ["ldalign", "sft"]
 
 

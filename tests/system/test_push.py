@@ -17,7 +17,7 @@ from ldalign.run.settings import RunConfig
 from ldalign.system import hub
 from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError
-from ldalign.train import align, push, sft
+from ldalign.train import align, command, push, sft
 
 
 @pytest.fixture
@@ -140,8 +140,13 @@ CHECKS = {
 
 @pytest.mark.parametrize("case", CHECKS)
 def test_a_run_is_refused_before_it_begins(
-    case: str, fake: FakeHub, tmp_path: Path, in_process: None
+    case: str,
+    fake: FakeHub,
+    tmp_path: Path,
+    in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(command, "open_run", lambda *_: pytest.fail("it began"))
     arrange, kind, message = CHECKS[case]
     arrange(fake)
     run = ["policy=toy", f"cache={tmp_path}", f"run={tmp_path / 'run'}", "hub.push=me/policy"]
