@@ -28,7 +28,7 @@ from ldalign.report.chart import (
     choose_scale,
 )
 from ldalign.report.guides import GAINS, gain_text, guide_name, is_known
-from ldalign.report.notation import FIGURES, HELD_OUT, page, percent
+from ldalign.report.notation import FIGURES, HELD_OUT, interval, number, page, percent
 from ldalign.report.table import duration
 from ldalign.run.folder import shown_name
 from ldalign.run.plan import stage_of
@@ -144,11 +144,13 @@ def held_out(rows: Sequence[Numbers]) -> Chart:
             "better. "
         )
         if scores:
+            paired = (
+                "All policies met the same prompts and random numbers, so differences between them "
+                "are surer than the bars make them look: the table has them in points. "
+            )
             caption = (
                 "Right is better on the left panel, left is better on the right. Bars: 95 % "
-                "intervals over prompts. All policies met the same prompts and random numbers, so "
-                "differences between them are surer than the bars make them look: the table has "
-                "them in points. " + caption
+                f"intervals over prompts. {paired * (len(rows) > 1)}{caption}"
             )
         return figure, caption.strip()
 
@@ -385,10 +387,8 @@ def correlations(found: Mapping[str, Any]) -> Chart:
 
 def _interval(found: Mapping[str, float]) -> str:
     """Says a rank correlation with its interval."""
-    return (
-        f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} "
-        "pairs)"
-    )
+    ends = interval(found["low"], found["high"], "+", 2)
+    return f"ρ = {number(found['value'], 2, '+')} ({ends}; {found['n']} pairs)"
 
 
 def _with_distances(iterations: Sequence[RunPairs]) -> list[RunPairs] | str:

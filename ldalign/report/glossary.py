@@ -38,7 +38,7 @@ TERMS: tuple[tuple[str, str, str], ...] = (
         r"\bNLL\b",
         "minus the log-probability of a text, for each token; lower is likelier",
     ),
-    ("95 % interval", r"95 % interval", "two standard errors, or about, to either side"),
+    ("95 % interval", r"95 % interval", "about two standard errors to either side"),
     ("+-", r"\+-|±", "one standard error"),
     (
         "guide",

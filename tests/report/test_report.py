@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_run import made_run
+from made_run import POLICY, made_run
 from safetensors.numpy import save_file
 
 from ldalign.evaluation.agreement import RIVALS
@@ -855,29 +855,29 @@ def test_no_run_folder(tmp_path: Path) -> None:
 
 KINDS = {
     "align": (
-        "LD-Align on SmolLM2-135M-Instruct",
+        f"LD-Align on {POLICY}",
         "LD-Align (iteration 1) minus continual SFT from the same start: ",
         ["results", "run", "distance", "pull", "steps", "judges", "samples", "cost", "again"],
     ),
     "evaluate": (
-        "Evaluation of SmolLM2-135M-Instruct",
+        f"Evaluation of {POLICY}",
         "No difference to a baseline, as this run measured one policy alone: the policy given "
         "reached ",
         ["results", "run", "samples", "cost", "again"],
     ),
     "judge": (
-        "Judge agreement on SmolLM2-135M-Instruct",
+        f"Judge agreement on {POLICY}",
         "The judge (checker) agreed with the guide in 64.8 % of the cases (95 % interval 53.2 to ",
         ["judges", "run", "cost", "again"],
     ),
     "sft": (
-        "Supervised fine-tuning of SmolLM2-135M-Instruct",
+        f"Supervised fine-tuning of {POLICY}",
         "No difference to a baseline, as this run measured one policy alone: the policy after SFT "
         "reached ",
         ["results", "run", "steps", "samples", "cost", "again"],
     ),
     "guide": (
-        "A guide for SmolLM2-135M-Instruct",
+        f"A guide for {POLICY}",
         "No difference to a baseline, as no policy was trained, only a guide. The guide tells a "
         "row's two responses apart: a response is +1.03 +- 0.24 nats likelier",
         ["pull", "run", "cost", "again"],

@@ -31,8 +31,9 @@ MACHINE = {
     "gpus": [],
     "world_size": 1,
 }
+POLICY = "a-policy-with-made-numbers"  # so that no picture of such a run is taken for a result
 # A path longer than a phone is wide, without a place to break it.
-LONG_PATH = "/srv/models/" + "a-folder-with-a-long-name/" * 6 + "SmolLM2-135M-Instruct"
+LONG_PATH = "/srv/models/" + "a-folder-with-a-long-name/" * 6 + POLICY
 GUIDE = {
     "rows": 51, "differing": 23, "true": 2.31, "other": 2.48, "none": 2.42, "latent_gain": 0.17,
     "sibling_gain": 1.033, "sibling_gain_se": 0.241, "first_gain": 0.633, "first_gain_se": 0.146,
