@@ -21,7 +21,7 @@ BEYOND = """
   if (one.closest("svg") && one.tagName !== "svg") return false
   for (let box = one.parentElement; box; box = box.parentElement)
     if (getComputedStyle(box).overflowX === "auto") return false
-  return one.getBoundingClientRect().right > innerWidth + 0.5
+  return one.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5
 }).map(one => one.outerHTML.slice(0, 120))
 """
 CUT = """
