@@ -82,11 +82,13 @@ def render(summary: Mapping[str, Any]) -> str:
 
 
 def _opening(summary: Mapping[str, Any]) -> list[str]:
-    """LD-Align less more SFT, win or lose, else less the start, else the first difference there is:
-    by the first figure.
+    """LD-Align less more SFT, win or lose, else less the start, else the first difference named in
+    advance, else one less more SFT, else the first there is: by the first figure.
     """
     known = summary["primary"] | summary["others"]
-    name = next((name for name in (*LEADING_DIFFERENCES, *known) if name in known), None)
+    against = (name for name in summary["others"] if name.endswith(" - sft"))
+    order = (*LEADING_DIFFERENCES, *summary["primary"], *against, *known)
+    name = next((name for name in order if name in known), None)
     if name is None:
         return ["No two policies are compared."]
     figure, seeds = summary["figures"][0], len(summary["seeds"])

@@ -419,6 +419,20 @@ def test_the_page_of_closeness() -> None:
     assert chart.figure.axes[0].get_xlabel() == "closeness to the real response, cosine"
 
 
+def test_the_first_sentence_is_of_what_is_compared() -> None:
+    """Without LD-Align the first difference named in advance, else one less more SFT."""
+    whole = summary_of()
+    gap = whole["others"]["ld_align - sft"]
+    for primary, others, first in (
+        ({"spin - x": gap}, {"spin - sft": gap}, "SPIN minus x: "),
+        ({}, {"sft - start": gap, "spin - sft": gap}, "SPIN minus more SFT from the same start: "),
+        ({}, {"ld_align - start": gap, "spin - sft": gap}, "LD-Align minus the start: "),
+        ({}, {"sft - start": gap}, "More SFT from the same start minus the start: "),
+    ):
+        summary = whole | {"primary": primary, "others": others}
+        assert render(summary).startswith(first), first
+
+
 def test_the_page_without_what_is_not_known() -> None:
     """No checker, one seed, no oracle, no search, nothing named in advance."""
     found = {name: {"nll": table["nll"][:1]} for name, table in tables().items()}
