@@ -12,6 +12,7 @@ from ldalign.evaluation.agreement import CHANCE, RIVALS
 from ldalign.evaluation.judges import CHECKER, EMBEDDING, POLICY
 from ldalign.evaluation.statistics import FEWEST
 from ldalign.report.analysis import Numbers
+from ldalign.report.notation import interval, interval_decimals, number, percent, with_error
 from ldalign.run.folder import SUMMARY
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.stages.agreement import AGREEMENT_STAGE
@@ -77,14 +78,19 @@ def sentence(found: Numbers) -> str:
             f"of the two tied.{rest}"
         )
     low, high = (found.get(f"agreement/{end}") for end in ("low", "high"))
-    said = f"{judge} agreed with {found.get('guide', GUIDE)} in {rate:.1%} of the cases"
+    digits = 1 if low is None or high is None else interval_decimals(100 * low, 100 * high)
+    shown = percent(rate, digits)
+    said = f"{judge} agreed with {found.get('guide', GUIDE)} in {shown} of the cases"
     if low is None or high is None:
-        return f"{said}; chance is {CHANCE:.0%}.{rest}"
+        return f"{said}; chance is {percent(CHANCE)}.{rest}"
     if low <= CHANCE <= high:
         meaning = "the interval holds chance, so no agreement is shown"
     else:
         meaning = f"{'more' if low > CHANCE else 'less'} often than chance"
-    return f"{said} (95 % {low:.1%} to {high:.1%}); chance is {CHANCE:.0%}: {meaning}.{rest}"
+    return (
+        f"{said} (95 % interval {interval(100 * low, 100 * high)} %); chance is {percent(CHANCE)}: "
+        f"{meaning}.{rest}"
+    )
 
 
 def _counts(found: Numbers) -> str:
@@ -130,11 +136,11 @@ def _cells(found: Numbers, prefix: str) -> list[str]:
     """The rate with its interval, the number of pairs, and the paired difference."""
     rate = gap = "-"
     if f"{prefix}rate" in found:
-        rate, low, high = (f"{100 * found[f'{prefix}{n}']:.1f}" for n in ("rate", "low", "high"))
-        rate = f"{rate} ({low} to {high})"
+        value, low, high = (100 * found[f"{prefix}{n}"] for n in ("rate", "low", "high"))
+        rate = f"{number(value, interval_decimals(low, high))} ({interval(low, high)})"
     rows = found.get(f"{prefix}rows", 0)
     if f"{prefix}behind" in found and rows >= FEWEST:
-        gap = f"{100 * found[f'{prefix}behind']:+.1f} +- {100 * found[f'{prefix}behind_se']:.1f}"
+        gap = with_error(100 * found[f"{prefix}behind"], 100 * found[f"{prefix}behind_se"], "+")
     return [rate, f"{rows:.0f}", gap]
 
 

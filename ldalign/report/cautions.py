@@ -1,4 +1,7 @@
-"""Cautions: what a reader of a run's numbers must know before believing them."""
+"""Cautions: what a reader of a run's numbers must know before believing them, the weightiest first.
+
+A page has the first few under its result, and the others further down.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +10,7 @@ import numpy as np
 from ldalign.evaluation.guide import SURE, tells_apart
 from ldalign.report.analysis import Numbers
 from ldalign.report.guides import gain_text, guide_name, is_known, older
+from ldalign.report.notation import percent
 from ldalign.run.folder import shown_name
 
 MOSTLY = 0.5  # share of the variance of distances that something else explains
@@ -15,6 +19,24 @@ FEW = 0.3  # share of the pairs, as an effective sample size
 MANY = 0.25  # share of texts that were cut
 FEW_ROWS = 20  # held out, of whose standard errors little is to be had
 FEWEST_RECORDS = 8  # training records, below which no trend is looked for
+LEADING_CAUTIONS = 3  # that stand under the result
+# The kinds of cautions by how much they take from the result: noise in all weights first, then
+# what was trained or measured on little, then what weights and guides might be, last the record.
+WEIGHT = (
+    "guide is noise",
+    "guide unknown",
+    "margin",
+    "pairs left out",
+    "answers cut",
+    "undecided",
+    "distances explained",
+    "few carry",
+    "no latent read",
+    "samples cut",
+    "still falling",
+    "uncommitted",
+)
+Caution = tuple[str, str]  # its kind, of WEIGHT, and its sentence
 UNCOMMITTED = (
     "The code had changes that are in no commit: the run cannot be repeated from its commit alone."
 )
@@ -25,68 +47,78 @@ def cautions(
 ) -> list[str]:
     """Looks at every guide and policy; returns sentences, [] where nothing speaks against a run.
 
-    First comes what makes all weights doubtful: a guide that does not tell two responses apart.
-    table: what table.json holds. guide_steps: each guide's training records by stage
-    name. commit: the code's.
+    The order is that of `WEIGHT`; of the first LEADING_CAUTIONS each is of another kind, where
+    there are so many kinds. table: what table.json holds. guide_steps: each guide's training
+    records by stage name. commit: the code's.
     """
     guides: Mapping[str, Numbers] = table["guides"]
-    out: list[str] = []
-    for caution in (_untold, _unsure):
-        for name, figures in guides.items():
-            out += caution(guide_name(name), figures)
+    found: list[Caution] = []
     for name, figures in guides.items():
-        out += _guide_cautions(guide_name(name), figures, guide_steps.get(name, ()))
+        found += _untold(guide_name(name), figures) + _unsure(guide_name(name), figures)
+        found += _guide_cautions(guide_name(name), figures, guide_steps.get(name, ()))
     for row in table["policies"]:
         if row["policy"].startswith("iteration_"):
-            out += _iteration_cautions(row, table["analysis"].get(row["policy"], {}))
+            found += _iteration_cautions(row, table["analysis"].get(row["policy"], {}))
         if row.get("truncated_frac", 0) > MANY:
-            out.append(
-                f"{_cap(row['policy'])}: {row['truncated_frac']:.0%} of the held-out answers were "
-                "cut at max_new_tokens; a cut answer counts as wrong."
+            cut = percent(row["truncated_frac"])
+            found.append(
+                (
+                    "answers cut",
+                    f"{_cap(row['policy'])}: {cut} of the held-out answers were cut at "
+                    "max_new_tokens; a cut answer counts as wrong.",
+                )
             )
     if str(commit or "").endswith("-dirty"):
-        out.append(UNCOMMITTED)
-    return out
+        found.append(("uncommitted", UNCOMMITTED))
+    found.sort(key=lambda caution: WEIGHT.index(caution[0]))
+    firsts = [n for n, (kind, _) in enumerate(found) if kind not in [k for k, _ in found[:n]]]
+    leading = firsts[:LEADING_CAUTIONS]
+    order = [*leading, *(n for n in range(len(found)) if n not in leading)]
+    return [found[n][1] for n in order]
 
 
-def _untold(name: str, figures: Numbers) -> list[str]:
+def _untold(name: str, figures: Numbers) -> list[Caution]:
     """Says that a guide does not tell a row's two responses apart."""
     if not is_known(figures) or figures["differing"] < 2 or tells_apart(figures):
         return []
-    return [
+    said = (
         f"{_cap(name)} does not tell a row's two responses apart, so the distances and weights "
         f"made with it are near noise: a response is only {gain_text(figures, 'sibling_gain')} "
         "nats likelier with its own latent than with that of the other response, on "
         f"{figures['differing']:.0f} held-out rows, which is not {SURE:.0f} standard errors above "
         "0."
-    ]
+    )
+    return [("guide is noise", said)]
 
 
-def _unsure(name: str, figures: Numbers) -> list[str]:
+def _unsure(name: str, figures: Numbers) -> list[Caution]:
     """Says that it is not known whether a guide tells a row's two responses apart."""
     if not is_known(figures):
-        return [
+        said = (
             f"{older(name)}: whether it tells a row's two responses apart, or distances and "
             "weights are near noise, is not known."
-        ]
+        )
+        return [("guide unknown", said)]
     if figures["differing"] >= FEW_ROWS or _untold(name, figures):
         return []
-    return [
+    said = (
         f"{_cap(name)} was tried on only {figures['differing']:.0f} held-out rows whose responses "
         "differ: whether it tells the two apart, or distances and weights are near noise, is not "
         f"sure, as the standard error of so few is rough ({gain_text(figures, 'sibling_gain')} "
         "nats a response; max_rows, guide.heldout_fraction)."
-    ]
+    )
+    return [("guide unknown", said)]
 
 
-def _guide_cautions(name: str, figures: Numbers, steps: Sequence[Numbers]) -> list[str]:
+def _guide_cautions(name: str, figures: Numbers, steps: Sequence[Numbers]) -> list[Caution]:
     """Looks at one guide's other held-out figures and its training records."""
-    out: list[str] = []
+    out: list[Caution] = []
     if {"true", "none"} <= figures.keys() and figures["true"] >= figures["none"]:
-        out.append(
+        said = (
             f"{_cap(name)} reconstructs no better with the right latent ({figures['true']:.4f} "
             f"nats/token) than with none ({figures['none']:.4f})."
         )
+        out.append(("no latent read", said))
     found = {key: figures.get(f"{key}_share", 0.0) for key in ("length", "cut")}
     out += _explained(f"{_cap(name)}'s held-out distances", found)
     loss = [step["loss"] for step in steps if "loss" in step]
@@ -95,64 +127,73 @@ def _guide_cautions(name: str, figures: Numbers, steps: Sequence[Numbers]) -> li
         before = float(np.mean(loss[-2 * quarter : -quarter]))
         last = float(np.mean(loss[-quarter:]))
         if last < (1 - STILL_FALLING) * before:
-            out.append(
+            said = (
                 f"{_cap(name)}'s training loss was still falling at its end, from {before:.3f} to "
                 f"{last:.3f} between the last two quarters of its steps: it had not converged "
                 "(guide.epochs)."
             )
+            out.append(("still falling", said))
     return out
 
 
-def _explained(whose: str, shares: Mapping[str, float]) -> list[str]:
+def _explained(whose: str, shares: Mapping[str, float]) -> list[Caution]:
     """Says where something simpler explains most of the variance of distances."""
     by = {
         "length": "the difference in length of the two responses",
         "cut": "how many of the two responses were cut, so that they have no end,",
     }
     return [
-        f"{whose} mostly follow something simpler: {words} explains {shares[key]:.0%} of their "
-        "variance, so the weights say little that this does not."
+        (
+            "distances explained",
+            f"{whose} mostly follow something simpler: {words} explains {percent(shares[key])} of "
+            "their variance, so the weights say little that this does not.",
+        )
         for key, words in by.items()
         if shares[key] > MOSTLY
     ]
 
 
-def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[str]:
+def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[Caution]:
     """Looks at one iteration's pairs, weights and training."""
     name = _cap(row["policy"])
-    out: list[str] = []
+    out: list[Caution] = []
     cut = row.get("responses/losers/truncated_frac", 0)
     if cut > MANY:
-        out.append(
-            f"{name}: {cut:.0%} of its sampled responses were cut at max_new_tokens and have no "
-            "end."
+        said = (
+            f"{name}: {percent(cut)} of its sampled responses were cut at max_new_tokens and have "
+            "no end."
         )
+        out.append(("samples cut", said))
     found = {key: row.get(f"distance/{key}_share", 0.0) for key in ("length", "cut")}
     out += _explained(f"{name}'s distances", found)
     ties, none = row.get("judged/ties", 0), row.get("judged/none", 0)
     if ties + none > 0.5:
-        out.append(
-            f"{name}: the judge preferred neither sample on {ties + none:.0%} of the prompts "
-            f"({none:.0%} without a verdict); these were not trained on."
+        said = (
+            f"{name}: the judge preferred neither sample on {percent(ties + none)} of the prompts "
+            f"({percent(none)} without a verdict); these were not trained on."
         )
+        out.append(("undecided", said))
     left_out = row.get("train/losers/identical_frac", 0)
     if left_out > 0.5:
-        out.append(
-            f"{name} trained on {row['train/pairs']:.0f} pairs only: {left_out:.0%} had two equal "
-            "responses and were left out."
+        said = (
+            f"{name} trained on {row['train/pairs']:.0f} pairs only: {percent(left_out)} had two "
+            "equal responses and were left out."
         )
+        out.append(("pairs left out", said))
     if analysis.get("weight/ess", 1) < FEW:
         share, pairs = analysis["weight/ess"], analysis["pairs"]
-        out.append(
+        said = (
             f"{name}: few pairs carry the weights: their effective sample size is "
-            f"{share * pairs:.0f} of {pairs} ({share:.0%})."
+            f"{share * pairs:.0f} of {pairs} ({percent(share)})."
         )
+        out.append(("few carry", said))
     margin = row.get("train/rewards/margins", 1)
     if margin <= 0:
-        out.append(
+        said = (
             f"{name}: the mean reward margin over its last epoch is {margin:+.3f}, not positive: "
             "it did not learn to prefer the better side of its pairs."
         )
+        out.append(("margin", said))
     return out
 
 

@@ -38,7 +38,7 @@ from ldalign.run.comparison import (
     validation_ids,
 )
 from ldalign.run.folder import ENVIRONMENT, SUMMARY, benchmark_summaries
-from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.evaluation import answers_file
 from ldalign.run.stages.guide import GUIDE_STAGE
 from ldalign.run.stages.policy import start_name
 from ldalign.system.config import to_yaml
@@ -158,7 +158,7 @@ def closeness(folders: Sequence[Path], distance: Distance) -> list[dict[str, flo
     out: list[dict[str, float]] = [{} for _ in folders]
     asked: list[tuple[int, str, str, str]] = []  # policy, row, real response, answer
     for n, folder in enumerate(folders):
-        for r in read_jsonl(folder / EVALUATION_STAGE.name / "answers.jsonl"):
+        for r in read_jsonl(answers_file(folder)):
             if "greedy" in r and not r["correct"]:
                 own = r["sampled"] or [r["greedy"]]
                 asked += [(n, r["id"], r["real"], answer) for answer in own]

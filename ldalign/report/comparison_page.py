@@ -1,44 +1,42 @@
 """The page of a comparison, from what `ldalign.report.comparison.summarise` returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ldalign.report import notation
 from ldalign.report.cautions import UNCOMMITTED
-from ldalign.report.comparison import CLOSENESS
+from ldalign.report.glossary import Glossary, explained
 from ldalign.report.guides import gain_text, is_known
-from ldalign.report.table import LEADING
-from ldalign.run.comparison import ACCURACIES, START
+from ldalign.report.notation import (
+    FIGURES,
+    LEADING,
+    decimals,
+    interval,
+    number,
+    with_error,
+)
+from ldalign.report.result import METHOD_NAMES, difference_sentence
+from ldalign.run.comparison import START
 from ldalign.system import distributed
 from ldalign.system.errors import how_to_install
 from ldalign.system.files import make_folder, write_json, write_text
 
-TITLES = {
-    "sampled": "sampled, %",
-    "greedy": "greedy, %",
-    CLOSENESS: "closeness, cosine",
-    "nll": "NLL, nats/token",
-}
-SAID = {
-    "sampled": "sampled accuracy",
-    "greedy": "greedy accuracy",
-    CLOSENESS: "closeness to the real response",
-    "nll": "NLL",
-}
-UNITS = {"sampled": "points", "greedy": "points", CLOSENESS: "cosine", "nll": "nats/token"}
+# The differences that the page may begin with: the first of these that there is.
+LEADING_DIFFERENCES = ("ld_align - sft", f"ld_align - {START}")
 
 
 def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
     """Writes report/comparison.json, .md and, with matplotlib, .svg and .png into the comparison's
-    folder; returns the page, the text of comparison.md.
+    folder; returns the page, in ASCII, as a console shows it.
     """
     folder = run / "report"
     text = render(summary)
     if distributed.rank() == 0:
         make_folder(folder)
         write_json(folder / "comparison.json", summary)
-        write_text(folder / "comparison.md", text)
+        write_text(folder / "comparison.md", "\n".join(_signed(text)))
         try:
             from ldalign.report.chart import write_chart
             from ldalign.report.figures import contrasts
@@ -49,9 +47,18 @@ def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
     return text
 
 
+def _signed(text: str) -> Iterator[str]:
+    """The lines of a page with the signs of one, those of code as they are."""
+    code = False
+    for line in text.split("\n"):
+        code ^= line.startswith("```")
+        yield line if code else notation.markdown(line)
+
+
 def render(summary: Mapping[str, Any]) -> str:
-    """Writes the Markdown page."""
+    """Writes the Markdown page, in ASCII."""
     parts = (
+        _opening,
         _set_up,
         _primary,
         _policies,
@@ -66,7 +73,45 @@ def render(summary: Mapping[str, Any]) -> str:
         _notes,
         _again,
     )
-    return "\n".join("\n".join([*lines, ""]) for part in parts if (lines := part(summary)))
+    glossary, out = Glossary(), []
+    for part in parts:
+        lines = part(summary)
+        terms = [] if part is _again else glossary.first_used("\n".join(lines))
+        lines += ["", f"*{explained(terms)}*"] if terms else []
+        out += [*lines, ""] if lines else []
+    return "\n".join(out)
+
+
+def _opening(summary: Mapping[str, Any]) -> list[str]:
+    """LD-Align less more SFT, win or lose, else less the start, else the first difference named in
+    advance, else one less more SFT, else the first there is: by the first figure.
+    """
+    known = summary["primary"] | summary["others"]
+    against = (name for name in summary["others"] if name.endswith(" - sft"))
+    order = (*LEADING_DIFFERENCES, *summary["primary"], *against, *known)
+    name = next((name for name in order if name in known), None)
+    if name is None:
+        return ["No two policies are compared."]
+    figure, seeds = summary["figures"][0], len(summary["seeds"])
+    gap = known[name][figure]
+    first, second = (_called(method) for method in name.split(" - "))
+    over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    return [
+        difference_sentence(
+            f"{first[0].upper()}{first[1:]} minus {second}",
+            first,
+            figure,
+            (gap["value"], gap["low"], gap["high"]),
+            f"{summary['rows']['test']} held-out prompts",
+            f"paired by {'seed and prompt' if seeds > 1 else 'prompt'}; {over}",
+        )
+    ]
+
+
+def _called(method: str) -> str:
+    """A method of a comparison as a reader says it."""
+    named = {START: "the start", "sft": "more SFT from the same start"}
+    return named.get(method) or METHOD_NAMES.get(method, method)
 
 
 def _set_up(summary: Mapping[str, Any]) -> list[str]:
@@ -89,25 +134,32 @@ def _primary(summary: Mapping[str, Any]) -> list[str]:
     if not summary["primary"]:
         return []
     figure, *others = summary["figures"]
-    head = ["", TITLES[figure], "95 % interval", "p", "p, Holm", "bootstrap's interval"]
-    head += [*(TITLES[f] for f in others), "each seed", "seen with 80 % power"]
-    lines = [f"**The comparisons named in advance** (first minus second, {UNITS[figure]})", ""]
+    head = ["", _title(figure), "95 % interval", "p", "p, Holm", "bootstrap's interval"]
+    head += [*map(_title, others), "each seed", "seen with 80 % power"]
+    unit = FIGURES[figure].points
+    lines = [f"**The comparisons named in advance** (first minus second, {unit})", ""]
     lines += _head(head)
+    digits = _digits(summary["primary"].values(), figure)
+    places = {f: _digits(summary["primary"].values(), f) for f in others}
     for name, gaps in summary["primary"].items():
         gap = gaps[figure]
-        cells = [_gap(figure, gap), _interval(figure, gap), _p(gap["p"]), _p(gap["p_holm"])]
-        cells += [_interval(figure, gap["bootstrap"]), *(_gap(f, gaps[f]) for f in others)]
-        lines.append(_line([name, *cells, _seeds(figure, gap), _shown(figure, gap["sees"])]))
+        cells = [_gap(figure, gap, digits), _interval(figure, gap, digits)]
+        cells += [_p(gap["p"]), _p(gap["p_holm"]), _interval(figure, gap["bootstrap"], digits)]
+        cells += [_gap(f, gaps[f], places[f]) for f in others]
+        cells += [_seeds(figure, gap, digits), _shown(figure, gap["sees"], digits)]
+        lines.append(_line([name, *cells]))
     return lines
 
 
 def _policies(summary: Mapping[str, Any]) -> list[str]:
     """A table of every policy's figures."""
     figures = summary["figures"]
-    lines = ["**Policies**", "", *_head(["method", "learning rate", *(TITLES[f] for f in figures)])]
+    titles = [FIGURES[f].title() for f in figures]
+    lines = ["**Policies**", "", *_head(["method", "learning rate", *titles])]
+    digits = {f: _digits(summary["policies"].values(), f) for f in figures}
     for name, row in summary["policies"].items():
         rate = "" if name == START else f"{summary['learning_rates'][name]:g}"
-        cells = [_shown(f, row[f]["value"], row[f]["se"]) for f in figures]
+        cells = [_shown(f, row[f]["value"], digits[f], row[f]["se"]) for f in figures]
         lines.append(_line([name, rate, *cells]))
     return lines
 
@@ -115,16 +167,18 @@ def _policies(summary: Mapping[str, Any]) -> list[str]:
 def _others(summary: Mapping[str, Any]) -> list[str]:
     """A table of the other comparisons."""
     figure, *others = summary["figures"]
-    head = ["", TITLES[figure], "95 % interval", "p", "p, Holm"]
+    head = ["", _title(figure), "95 % interval", "p", "p, Holm"]
     lines = [
         f"**Other comparisons** (first minus second; {len(summary['others'])}, a family of tests)",
         "",
-        *_head([*head, *(TITLES[f] for f in others), "each seed"]),
+        *_head([*head, *map(_title, others), "each seed"]),
     ]
+    digits = {f: _digits(summary["others"].values(), f) for f in summary["figures"]}
     for name, gaps in summary["others"].items():
-        gap = gaps[figure]
-        cells = [_gap(figure, gap), _interval(figure, gap), _p(gap["p"]), _p(gap["p_holm"])]
-        cells += [*(_gap(f, gaps[f]) for f in others), _seeds(figure, gap)]
+        gap, own = gaps[figure], digits[figure]
+        cells = [_gap(figure, gap, own), _interval(figure, gap, own)]
+        cells += [_p(gap["p"]), _p(gap["p_holm"])]
+        cells += [*(_gap(f, gaps[f], digits[f]) for f in others), _seeds(figure, gap, own)]
         lines.append(_line([name, *cells]))
     return lines
 
@@ -136,12 +190,14 @@ def _on_the_way(summary: Mapping[str, Any]) -> list[str]:
         return []
     figure = found["figure"]
     head = [f"after {n} iteration{'s' * (n > 1)}" for n in range(1, summary["iterations"] + 1)]
+    every = [{figure: gap} for gaps in found["methods"].values() for gap in gaps]
+    digits = _digits(every, figure)
     return [
-        f"**On the way** (method minus start, {SAID[figure]}, {UNITS[figure]})",
+        f"**On the way** (method minus start, {_title(figure)})",
         "",
         *_head(["", *head]),
         *(
-            _line([name, *(_gap(figure, gap) for gap in gaps)])
+            _line([name, *(_gap(figure, gap, digits) for gap in gaps)])
             for name, gaps in found["methods"].items()
         ),
     ]
@@ -165,7 +221,7 @@ def _oracle(summary: Mapping[str, Any]) -> list[str]:
         f"**The share of the oracle's gain** (of {found['gain']}, the bound on what a perfect "
         "distance buys, with 95 % interval; not defined where that gain's own interval holds 0)",
         "",
-        *_head(["", *(TITLES[f].partition(",")[0] for f in figures)]),
+        *_head(["", *(FIGURES[f].words for f in figures)]),
         *(_line([name, *(cell(f, name) for f in figures)]) for name in names),
     ]
 
@@ -224,12 +280,13 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
         lines.append(power_sentence(before, len(summary["seeds"])))
     for name, gaps in summary["primary"].items():
         gap = gaps[figure]
+        digits, said = _digits([gaps], figure), FIGURES[figure]
         parts = ", ".join(
-            f"{part} {_shown(figure, gap[part])}" for part in ("seeds", "prompts", "rest")
+            f"{part} {_shown(figure, gap[part], digits)}" for part in ("seeds", "prompts", "rest")
         )
         lines.append(
-            f"After it: of {name}, {_shown(figure, gap['sees'])} {UNITS[figure]} of {SAID[figure]} "
-            f"(deviations of {parts}; {gap['df']:.1f} degrees of freedom)."
+            f"After it: of {name}, {_shown(figure, gap['sees'], digits)} {said.points} of "
+            f"{said.words} (deviations of {parts}; {gap['df']:.1f} degrees of freedom)."
         )
     return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
 
@@ -250,7 +307,7 @@ def _search(summary: Mapping[str, Any]) -> list[str]:
     figure = summary["searched_by"]
     if len(rates) < 2:
         return []
-    what = "-NLL" if figure == "nll" else f"{SAID[figure]}, %"
+    what = "-NLL" if figure == "nll" else FIGURES[figure].title()
     lines = [
         f"**The search** (seed {summary['seeds'][0]}, validation rows: {what}; the best is taken; "
         "in brackets, by how many standard errors of the difference over rows a rate is below it)",
@@ -263,7 +320,7 @@ def _search(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _tried(figure: str, found: Mapping[str, float]) -> str:
-    score = _shown(figure, found["score"])
+    score = _shown(figure, found["score"], FIGURES[figure].digits)
     if found["below"] == 0:
         return score
     return f"{score} ({found['below'] / found['se']:.1f})" if found["se"] else f"{score} (inf)"
@@ -300,22 +357,23 @@ def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
 def _over_runs(scores: Sequence[Mapping[str, float]], metric: str) -> str:
     """A benchmark's mean over the runs, the error of one of them, and each where there are more."""
     values, errors = ([s[name] for s in scores] for name in (metric, f"{metric}_se"))
-    mean = f"{100 * fmean(values):.1f} +- {100 * fmean(errors):.1f}"
-    each = ", ".join(f"{100 * value:.1f}" for value in values)
+    digits = decimals(100 * error for error in errors)
+    mean = with_error(100 * fmean(values), 100 * fmean(errors), "", digits)
+    each = ", ".join(number(100 * value, digits) for value in values)
     return f"{mean} ({each})" if len(values) > 1 else mean
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
     """Says what the errors are."""
-    seeds, figure = len(summary["seeds"]), summary["figures"][0]
+    seeds, leading = len(summary["seeds"]), FIGURES[summary["figures"][0]].words
     alone = " With one seed they are over prompts alone, and hold for this seed." * (seeds == 1)
     return [
         "+- is one standard error over seeds and prompts, both taken as drawn at random (variance "
         "components); differences are taken seed by seed and prompt by prompt. Intervals and p are "
         f"Student's t with Satterthwaite's degrees of freedom.{alone} The bootstrap resamples "
         "seeds and prompts; of few seeds its interval is too narrow. p is of "
-        f"{SAID[figure]} alone, adjusted by Holm's method over each table; differences of other "
-        "figures are shown with their error and not tested."
+        f"{leading} alone, adjusted by Holm's method over each table; differences of other figures "
+        "are shown with their error and not tested."
     ]
 
 
@@ -352,24 +410,38 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _gap(figure: str, gap: Mapping[str, float]) -> str:
-    return _shown(figure, gap["value"], gap["se"], sign="+")
+def _title(figure: str) -> str:
+    """The head of a column of differences."""
+    return f"{FIGURES[figure].words}, {FIGURES[figure].points}"
 
 
-def _interval(figure: str, gap: Mapping[str, float]) -> str:
-    return f"{_shown(figure, gap['low'], sign='+')} to {_shown(figure, gap['high'], sign='+')}"
+def _digits(rows: Iterable[Mapping[str, Mapping[str, float]]], figure: str) -> int:
+    """How many decimals a column of this figure has, by its standard errors."""
+    said = FIGURES[figure]
+    return decimals((said.factor * row[figure]["se"] for row in rows), said.digits)
 
 
-def _seeds(figure: str, gap: Mapping[str, Any]) -> str:
-    return ", ".join(_shown(figure, value, sign="+") for value in gap["by_seed"])
+def _gap(figure: str, gap: Mapping[str, float], digits: int) -> str:
+    return _shown(figure, gap["value"], digits, gap["se"], sign="+")
+
+
+def _interval(figure: str, gap: Mapping[str, float], digits: int) -> str:
+    factor = FIGURES[figure].factor
+    return interval(factor * gap["low"], factor * gap["high"], "+", digits)
+
+
+def _seeds(figure: str, gap: Mapping[str, Any], digits: int) -> str:
+    return ", ".join(_shown(figure, value, digits, sign="+") for value in gap["by_seed"])
 
 
 def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _shown(figure: str, value: float, error: float | None = None, sign: str = "") -> str:
-    """Shows accuracies in per cent, NLL in nats, closeness as it is."""
-    factor, digits = (100, 1) if figure in ACCURACIES else (1, 4)
-    text = f"{factor * value:{sign}.{digits}f}"
-    return text if error is None else f"{text} +- {factor * error:.{digits}f}"
+def _shown(
+    figure: str, value: float, digits: int, error: float | None = None, sign: str = ""
+) -> str:
+    factor = FIGURES[figure].factor
+    if error is None:
+        return number(factor * value, digits, sign)
+    return with_error(factor * value, factor * error, sign, digits)

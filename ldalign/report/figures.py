@@ -28,7 +28,8 @@ from ldalign.report.chart import (
     choose_scale,
 )
 from ldalign.report.guides import GAINS, gain_text, guide_name, is_known
-from ldalign.report.table import HELD_OUT, duration
+from ldalign.report.notation import FIGURES, HELD_OUT, interval, number, page, percent
+from ldalign.report.table import duration
 from ldalign.run.folder import shown_name
 from ldalign.run.plan import stage_of
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
@@ -134,7 +135,7 @@ def held_out(rows: Sequence[Numbers]) -> Chart:
         axes[-1].plot(
             [rows[i]["nll/real"] for i in known], places[known], "D", ms=5, color=SERIES[2]
         )
-        axes[-1].set_xlabel("NLL of real responses, nats/token")
+        axes[-1].set_xlabel(FIGURES["nll"].title())
         axes[-1].xaxis.set_major_locator(MaxNLocator(5))
         axes[0].set_yticks(places, [shown_name(row["policy"]) for row in rows])
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -143,11 +144,13 @@ def held_out(rows: Sequence[Numbers]) -> Chart:
             "better. "
         )
         if scores:
+            paired = (
+                "All policies met the same prompts and random numbers, so differences between them "
+                "are surer than the bars make them look: the table has them in points. "
+            )
             caption = (
                 "Right is better on the left panel, left is better on the right. Bars: 95 % "
-                "intervals over prompts. All policies met the same prompts and random numbers, so "
-                "differences between them are surer than the bars make them look: the table has "
-                "them in points. " + caption
+                f"intervals over prompts. {paired * (len(rows) > 1)}{caption}"
             )
         return figure, caption.strip()
 
@@ -205,7 +208,7 @@ def _explained(row: Numbers) -> str:
     """Says what explains an iteration's distances; "" where it is not known."""
     if "distance/length_share" not in row:
         return ""
-    by = [f"{row[f'distance/{key}_share']:.0%}" for key in ("length", "cut")]
+    by = [percent(row[f"distance/{key}_share"]) for key in ("length", "cut")]
     return (
         f" {shown_name(row['policy']).capitalize()}: the difference of the two lengths explains "
         f"{by[0]} of their variance (a straight line, in tokens), how many of the two were cut "
@@ -384,10 +387,8 @@ def correlations(found: Mapping[str, Any]) -> Chart:
 
 def _interval(found: Mapping[str, float]) -> str:
     """Says a rank correlation with its interval."""
-    return (
-        f"ρ = {found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}; {found['n']} "
-        "pairs)"
-    )
+    ends = interval(found["low"], found["high"], "+", 2)
+    return f"ρ = {number(found['value'], 2, '+')} ({ends}; {found['n']} pairs)"
 
 
 def _with_distances(iterations: Sequence[RunPairs]) -> list[RunPairs] | str:
@@ -430,7 +431,7 @@ def guide(guides: Mapping[str, Mapping[str, float]]) -> Chart:
             axes.axvline(0, color=INK, lw=0.8, ls=":")
             for place, found in zip(places, known.values(), strict=True):
                 axes.annotate(
-                    gain_text(found, key).replace("+-", "±"),
+                    page(gain_text(found, key)),
                     (found[key], place),
                     (0, 7),
                     textcoords="offset points",
@@ -488,8 +489,8 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
         right.legend(loc="lower right")
         seen = [
             f"Iteration {p.iteration}: effective sample size {a['weight/ess'] * a['pairs']:.0f} of "
-            f"{a['pairs']} pairs ({a['weight/ess']:.0%}), the heaviest 10 % carry "
-            f"{a['weight/top10_share']:.0%}"
+            f"{a['pairs']} pairs ({percent(a['weight/ess'])}), the heaviest 10 % carry "
+            f"{percent(a['weight/top10_share'])}"
             for p in known
             if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
         ]
@@ -664,17 +665,12 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
     def draw() -> tuple[Figure, str]:
         primary = len(summary["primary"])
         rows = summary["primary"] | summary["others"]
-        scales = {
-            "sampled": (100, "sampled accuracy, points"),
-            "greedy": (100, "greedy accuracy, points"),
-            "closeness": (1, "closeness, cosine"),
-            "nll": (1, "NLL, nats/token"),
-        }
-        measures = [(key, *scales[key]) for key in summary["figures"]]
+        measures = [(key, FIGURES[key]) for key in summary["figures"]]
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(rows)))
         panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
         places = np.arange(len(rows))
-        for n, (axes, (key, factor, label)) in enumerate(zip(panels, measures, strict=True)):
+        for n, (axes, (key, measured)) in enumerate(zip(panels, measures, strict=True)):
+            factor = measured.factor
             means = np.array([factor * gaps[key]["value"] for gaps in rows.values()])
             highs = np.array([factor * gaps[key]["high"] for gaps in rows.values()])
             for place, gaps in zip(places, rows.values(), strict=True):
@@ -687,7 +683,7 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
                 axes.axhline(primary - 0.5, color=INK, lw=0.8, ls=":")
             axes.axvline(0, color=INK, lw=0.8)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.set_xlabel(label)
+            axes.set_xlabel(f"{measured.words}, {measured.points}")
         panels[0].set_yticks(places, list(rows))
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
         return figure, (

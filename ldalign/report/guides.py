@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ldalign.evaluation.guide import SURE, tells_apart
 from ldalign.report.analysis import Numbers
+from ldalign.report.notation import with_error
 
 # What a response's own latent is compared with: key, words, unit. The leading gain comes first.
 GAINS = (
@@ -16,7 +17,6 @@ GAINS = (
     ("none_gain", "own latent over none", "nats a response"),
     ("other_gain", "own latent over another row's", "nats a response"),
 )
-SMALL = 0.001  # nats: below this, a gain is written with its power of ten
 WHAT = "on held-out rows"  # the table's first column
 Form = Callable[[Numbers], str]
 
@@ -54,10 +54,7 @@ def older_figures(name: str, figures: Mapping[str, float]) -> str:
 
 def gain_text(figures: Mapping[str, float], key: str) -> str:
     """Says a gain with its standard error."""
-    gain, error = figures[key], figures[f"{key}_se"]
-    if max(abs(gain), error) < SMALL:
-        return f"{gain:+.1e} +- {error:.1e}"
-    return f"{gain:+.3f} +- {error:.3f}"
+    return with_error(figures[key], figures[f"{key}_se"], "+")
 
 
 def guide_rows(guides: Mapping[str, Numbers]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -109,7 +106,7 @@ def _percent(key: str) -> Form:
     def cell(figures: Numbers) -> str:
         if key not in figures:
             return "-"
-        return f"{100 * figures[key]:.0f} +- {100 * figures[f'{key}_se']:.0f}"
+        return with_error(100 * figures[key], 100 * figures[f"{key}_se"])
 
     return cell
 

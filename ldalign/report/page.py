@@ -8,17 +8,20 @@ put in words by words.py.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ldalign.report import words
+from ldalign.report import notation, words
 from ldalign.report.analysis import Numbers, RunPairs, read_pairs, sides_of
-from ldalign.report.cautions import cautions
-from ldalign.report.result import method_name
+from ldalign.report.cautions import LEADING_CAUTIONS, cautions
+from ldalign.report.glossary import Glossary
+from ldalign.report.result import Kind, kind_of, method_name
 from ldalign.report.table import (
     collect,
     read_config,
@@ -33,6 +36,15 @@ from ldalign.system.files import write_text
 log = logging.getLogger(__name__)
 
 PAGE = "report/report.html"
+# In which part of the page a figure stands, but for those of the distances.
+PART_OF = {
+    "held_out": "results",
+    "guide": "pull",
+    "weights": "distance",
+    "training": "steps",
+    "validation": "steps",
+    "budget": "cost",
+}
 
 
 def try_page(run: Path) -> str:
@@ -72,49 +84,71 @@ def write_page(run: Path) -> Path:
         ) from None
     values = gather(run)
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-    write_text(run / PAGE, template.render(values) + "\n")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"signs": notation.page, "glossed": _glossed(Glossary())}
+    write_text(run / PAGE, environment.from_string(source).render(values) + "\n")
     return run / PAGE
 
 
 def gather(run: Path) -> dict[str, Any]:
     """Returns everything that the template shows; the figures are drawn and written on the way."""
     table, summaries = collect(run), read_summaries(run)
+    kind = kind_of(list(summaries))
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = read_config(run)
     machine = _json(run / ENVIRONMENT)
     joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
-    trained = read_steps(run, (f"iteration_{t}/policy" for t in iterations(run)))
+    stages = [
+        *["sft/policy"] * (kind == "sft"),
+        *(f"iteration_{t}/policy" for t in iterations(run)),
+    ]
+    trained = read_steps(run, stages)
     steps = {name.removesuffix("/policy"): records for name, records in trained.items()}
     method, sides = config.get("method", "ld_align"), sides_of(config.get("method"))
     rows = table["policies"]
-    settings = words.settings(config, table)
-    kind = str(dict(settings).get("loss.kind", "sigmoid"))
-    policy = words.short_name(config.get("policy", "a policy"))
+    settings = words.settings(config, table, kind)
+    loss = str(dict(settings).get("loss.kind", "sigmoid"))
+    found = cautions(table, read_steps(run, table["guides"]), machine.get("git_commit"))
+    whole = kind in ("align", "nothing")
+    sampled = words.samples(joined if whole else [])
+    answered = words.answers(run, rows, table["result"].get("policy"))
+    rewards, judged = words.rewards(rows), words.judge_agreement(table["agreement"])
+    parts = _parts(
+        kind,
+        bool(rewards["rows"] or judged),
+        bool(answered["answers"]),
+        bool(table["guides"]),
+    )
     return {
-        "title": f"{method_name(config)} on {policy}",
+        "kind": kind,
+        "title": words.title(config, kind),
         "meta": words.origin(run, machine),
         "headline": words.headline(table, config),
-        "warnings": cautions(table, read_steps(run, table["guides"]), machine.get("git_commit")),
+        "cautions": found[:LEADING_CAUTIONS],
+        "more_cautions": found[LEADING_CAUTIONS:],
+        "parts": parts,
         "has_guide": method == "ld_align" or bool(table["guides"]),
         "has_pairs": method != "sft",
         "sides": sides,
         "method_name": method_name(config),
-        "method": words.method_text(config),
+        "method": words.SCRIPTS.get(kind) or words.method_text(config),
+        "data": words.data_text(config),
         "settings": settings,
         "machine": words.machine_line(machine),
         "results": words.results(rows),
         "kinds": words.kinds(rows),
         "measured_in": words.measured_in(config),
         "guides": words.guide_figures(table["guides"]),
-        "charts": _charts(run, table, joined, steps, str(method), kind),
+        "charts": _charts(run, table, joined, steps, str(method), loss, list(parts)),
         "fallen": words.fallen(steps, sides),
-        "rewards": words.rewards(rows),
-        "agreement": words.judge_agreement(table["agreement"]),
-        **words.samples(joined),
-        **words.answers(run, rows, table["result"].get("policy")),
+        "rewards": rewards,
+        "agreement": judged,
+        **sampled,
+        **answered,
         "budget": words.budget(summaries),
-        "command": words.command(config, machine),
+        "command": words.command(config, machine, kind if kind in words.SCRIPTS else "align"),
         "reproduce_note": (
             f"config.yaml is the run folder's own, below. Seed {config.get('seed')}; the same "
             "seed, machine and versions give the same samples; on another machine the last bits of "
@@ -123,6 +157,55 @@ def gather(run: Path) -> dict[str, Any]:
         "config": text,
         "environment": json.dumps(machine, indent=1),
     }
+
+
+def _parts(kind: Kind, judged: bool, answered: bool, guided: bool) -> dict[str, str]:
+    """The page's parts, in their order: what they are called in the page and in its list.
+
+    judged, answered, guided: whether a judge or reward model, answers and a guide are there.
+    """
+    titles = {
+        "results": "Results",
+        "run": "What was run",
+        "distance": "Distances",
+        "pull": "Guide and weights",
+        "steps": "Training",
+        "judges": "Other judges",
+        "samples": "Samples",
+        "cost": "Time and tokens",
+        "again": "Reproduce",
+    }
+    if kind == "judge":
+        order = ["judges", "run", *["pull"] * guided]
+    elif kind == "guide":
+        order = ["pull", "run"]
+    elif kind in ("sft", "evaluate"):
+        order = ["results", "run", *["steps"] * (kind == "sft")]
+    else:
+        return titles
+    order += ["judges"] * (judged and kind != "judge") + ["samples"] * answered
+    own = {"judge": {"judges": "Agreement"}, "guide": {"pull": "The guide"}}.get(kind, {})
+    return {name: (titles | own)[name] for name in [*order, "cost", "again"]}
+
+
+def _glossed(glossary: Glossary) -> Callable[[str], str]:
+    """Makes the filter that ends a block of the page with a line on the terms that it is the first
+    to use, as a reader sees it: texts of the data, settings and drawings do not count.
+    """
+
+    def filtered(block: str) -> str:
+        shown = re.sub(r"<(svg|pre|dl|details)\b.*?</\1>", " ", block, flags=re.DOTALL)
+        found = glossary.first_used(re.sub(r"<[^>]*>", " ", shown).replace("\u00a0", " "))
+        if not found:
+            return block
+        said = " ".join(
+            f"<span><dfn>{term[0].upper()}{term[1:]}</dfn>: {meaning}.</span>"
+            for term, meaning in found
+        )
+        # both are ours, and hold nothing to escape
+        return f'{block}<p class="terms">{notation.page(said)}</p>\n'
+
+    return filtered
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -134,9 +217,12 @@ def _charts(
     joined: Sequence[RunPairs],
     steps: Mapping[str, list[Numbers]],
     method: str,
-    kind: str,
+    loss: str,
+    parts: Sequence[str],
 ) -> dict[str, Numbers]:
-    """Draws and writes every figure: name -> title, caption, SVG ("" where there is no figure)."""
+    """Draws and writes every figure of the page's parts: name -> title, caption, SVG ("" where
+    there is no figure).
+    """
     from ldalign.report import figures
     from ldalign.report.chart import write_chart
     from ldalign.report.validation import validation
@@ -152,12 +238,16 @@ def _charts(
         figures.against(figures.REWARD, joined, found),
         figures.guide(table["guides"]),
         figures.weights(joined, found),
-        figures.training(steps, sides_of(method), kind),
+        figures.training(steps, sides_of(method), loss),
         validation(*_validation(run, table["policies"])),
         figures.budget(table["seconds"]),
     ]
     folder = run / "report/figures"
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = [
+        chart if PART_OF.get(chart.name, "distance") in parts else replace(chart, figure=None)
+        for chart in drawn
+    ]
     return {
         chart.name: {
             "title": chart.title,

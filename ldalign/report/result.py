@@ -1,20 +1,33 @@
 """A run's main result: the selected policy against the baseline of the same run, paired by prompt.
 
 The baseline is more SFT from the same start, where the run has it, else the start. Whoever wins,
-this difference is the report's first sentence.
+this difference is the report's first sentence; where a run has none, the sentence says so, and
+what was found instead.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from ldalign.evaluation.guide import tells_apart
 from ldalign.evaluation.statistics import NORMAL_95, ratio_error, standard_error
+from ldalign.report import agreement
 from ldalign.report.analysis import Numbers
+from ldalign.report.guides import gain_text, guide_name, is_known
+from ldalign.report.notation import (
+    FIGURES,
+    interval,
+    interval_decimals,
+    leading,
+    number,
+    with_error,
+)
 from ldalign.run.folder import shown_name
 from ldalign.run.selection import read_selected
+from ldalign.run.stages.evaluation import answers_file
 from ldalign.system.files import read_jsonl
 
 BASELINE = "continual_sft"
@@ -26,13 +39,27 @@ METHOD_NAMES = {
     "self_reward": "self-rewarding",
     "rlaif": "RLAIF",
 }
-# What the first sentence is of: the first of these that is known. Its words, unit and factor, and
-# whether more of it is better.
-FIGURES: dict[str, tuple[str, str, float, bool]] = {
-    "sampled": ("sampled accuracy", "points", 100.0, True),
-    "greedy": ("greedy accuracy", "points", 100.0, True),
-    "nll": ("NLL of real responses", "nats/token", 1.0, False),
-}
+# Where a figure of `notation.FIGURES` is among a policy's numbers.
+KEYS = {"sampled": "accuracy/sampled", "greedy": "accuracy/greedy", "nll": "nll/real"}
+Kind = Literal["align", "judge", "guide", "sft", "evaluate", "nothing"]
+
+
+def kind_of(names: Sequence[str]) -> Kind:
+    """Says what was run, by the names of the finished stages: of `align` at least an iteration has
+    begun; the others are named for the script that makes these stages and goes no further.
+    """
+    own = set(names)
+    later = (name for name in own - {"iteration_0/responses"} if name.startswith("iteration_"))
+    if any(later) or any(name.startswith(BASELINE) for name in own):
+        return "align"
+    if own & {"agreement", "agreement_samples"}:
+        return "judge"
+    if "guide" in own:
+        return "guide"
+    if "sft/policy" in own:
+        return "sft"
+    measured = any("/evaluation" in name or "/benchmarks/" in name for name in own)
+    return "evaluate" if measured else "nothing"
 
 
 def method_name(config: Mapping[str, Any]) -> str:
@@ -41,18 +68,33 @@ def method_name(config: Mapping[str, Any]) -> str:
     return METHOD_NAMES.get(method, method)
 
 
-def paired(run: Path, base: str, name: str, prefix: str) -> Numbers:
+# ------------------------------------------------------------------------------- paired differences
+
+
+def read_answers(run: Path, policies: Sequence[str]) -> dict[str, dict[str, Numbers]]:
+    """Reads what the policies' held-out answers were found to be: {policy: {row: verdicts, log-prob
+    and number of tokens of the real response}}, without texts, of those that were evaluated.
+    """
+    kept = ("correct", "logp", "n_tokens")
+    files = {name: answers_file(run / name) for name in policies}
+    return {
+        name: {r["id"]: {key: r[key] for key in kept if key in r} for r in read_jsonl(path)}
+        for name, path in files.items()
+        if path.is_file()
+    }
+
+
+def paired(
+    answers: Mapping[str, Mapping[str, Numbers]], base: str, name: str, prefix: str
+) -> Numbers:
     """Returns PREFIX/greedy, /sampled and /nll, the figures of policy `name` minus those of `base`,
     each with its standard error (`_se`) over the prompts, and PREFIX/rows, how many these are.
 
     {} where the two did not answer the same prompts, or are one. The NLL is over all tokens, as in
-    the tables.
+    the tables. answers: of `read_answers`.
     """
-    files = [run / policy / "evaluation/answers.jsonl" for policy in (base, name)]
-    if base == name or not all(path.is_file() for path in files):
-        return {}
-    old, new = ({r["id"]: r for r in read_jsonl(path)} for path in files)
-    if not old or old.keys() != new.keys():
+    old, new = (answers.get(policy, {}) for policy in (base, name))
+    if base == name or not old or old.keys() != new.keys():
         return {}
     both = [(old[i], new[i]) for i in old]
     out: Numbers = {}
@@ -78,13 +120,19 @@ def _share(record: Numbers, pick: slice) -> float:
     return float(right.mean())
 
 
-def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any]) -> Numbers:
+# ------------------------------------------------------------------------------- the first sentence
+
+
+def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any], kind: Kind) -> Numbers:
     """Returns what table.json says of the main result: the policy, the baseline, the difference
-    with its 95 % interval, and the sentences; {} where no iteration has finished.
+    with its 95 % interval, and the sentences; {} where no iteration has finished, and of a run of
+    another kind.
 
     rows: the policies' numbers, which have the differences already (`paired`).
     """
     aligned = {row["policy"]: row for row in rows if row["policy"].startswith("iteration_")}
+    if kind == "sft" and len(rows) > 1:
+        aligned = {"sft": rows[-1]}
     if not aligned:
         return {}
     chosen = read_selected(run)
@@ -98,32 +146,57 @@ def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any]) -> Num
         gap, half = row[f"{prefix}/{key}"], NORMAL_95 * row[f"{prefix}/{key}_se"]
         found |= {"figure": key, "rows": row[f"{prefix}/rows"], "difference": gap}
         found |= {"low": gap - half, "high": gap + half}
-        found["sentence"] = _sentence(found, config)
-    found["selection"] = _selection(found, len(aligned))
+        method = "SFT" if kind == "sft" else method_name(config)
+        found["sentence"] = _sentence(found, method)
+    found["selection"] = "" if kind == "sft" else _selection(found, len(aligned))
     return found
 
 
-def _sentence(found: Numbers, config: Mapping[str, Any]) -> str:
-    words, unit, factor, more = FIGURES[found["figure"]]
-    form = "{:+.1f}" if factor == 100 else "{:+.4f}"
-    gap, low, high = (form.format(factor * found[key]) for key in ("difference", "low", "high"))
-    method = method_name(config)
-    against = f"{shown_name(BASELINE)} from the same start"
-    if found["baseline"] != BASELINE:
-        against = f"the {shown_name(found['baseline'])}, as the run has no continual SFT"
-    better = "" if more else "lower is better; "
-    policy = f"{method[0].upper()}{method[1:]} ({shown_name(found['policy'])})"
-    return (
-        f"{policy} minus {against}: {gap} {unit} of {words} on {found['rows']:.0f} held-out "
-        f"prompts (95 % interval {low} to {high}; {better}paired by prompt; one seed): "
-        f"{_verdict(method, found, more)}."
+def _sentence(found: Numbers, method: str) -> str:
+    what = f"{method} minus the start"
+    if found["policy"] != "sft":
+        policy = f"{_capital(method)} ({shown_name(found['policy'])})"
+        what = f"{policy} minus {_against(found['baseline'])}"
+    return difference_sentence(
+        what,
+        method,
+        found["figure"],
+        (found["difference"], found["low"], found["high"]),
+        f"{found['rows']:.0f} held-out prompts",
+        "paired by prompt; one seed",
     )
 
 
-def _verdict(method: str, found: Numbers, more: bool) -> str:
-    if found["low"] <= 0 <= found["high"]:
-        return "the two cannot be told apart"
-    return f"{method} is {'better' if (found['low'] > 0) == more else 'worse'}"
+def difference_sentence(
+    what: str,
+    winner: str,
+    figure: str,
+    gap: tuple[float, float, float],
+    prompts: str,
+    how: str,
+) -> str:
+    """Says a difference with its 95 % interval, and whether `winner` is the better one.
+
+    gap: the difference and the interval's ends. how: in what it is paired, and over what the
+    interval is.
+    """
+    said = FIGURES[figure]
+    gap_, low, high = (said.factor * value for value in gap)
+    digits = interval_decimals(low, high, said.digits)
+    better = "" if said.more else "lower is better; "
+    verdict = "the two cannot be told apart"
+    if not low <= 0 <= high:
+        verdict = f"{winner} is {'better' if (low > 0) == said.more else 'worse'}"
+    return (
+        f"{what}: {number(gap_, digits, '+')} {said.points} of {said.words} on {prompts} (95 % "
+        f"interval {interval(low, high, '+', digits)}; {better}{how}): {verdict}."
+    )
+
+
+def _against(baseline: str) -> str:
+    if baseline == BASELINE:
+        return f"{shown_name(BASELINE)} from the same start"
+    return f"the {shown_name(baseline)}, as the run has no {shown_name(BASELINE)}"
 
 
 def _selection(found: Numbers, count: int) -> str:
@@ -135,3 +208,90 @@ def _selection(found: Numbers, count: int) -> str:
     if count > 1:
         return f"{name.capitalize()}, the last so far, stands for the run: none is selected yet."
     return ""
+
+
+def first_sentence(table: Numbers, config: Mapping[str, Any]) -> str:
+    """Says what came out: the difference to the baseline; where there is none, so, and what was
+    found instead. table: what table.json holds.
+    """
+    main, kind = table["result"], kind_of(list(table["seconds"]))
+    if main.get("sentence"):
+        return str(main["sentence"])
+    rows: Sequence[Numbers] = table["policies"]
+    if kind == "judge":
+        return _judge_sentence(table)
+    if kind == "guide":
+        return " ".join(_guide_sentence(table["guides"]))
+    if main:
+        return _unmeasured(main, rows, method_name(config))
+    if kind == "nothing" or not rows:
+        return "No stage of this run has results yet."
+    if kind == "align":
+        reached = measured_text(rows[0])
+        begun = f" It reached {reached}." if reached else ""
+        return f"No iteration has finished: this is where the run starts from.{begun}"
+    reached = measured_text(rows[-1])
+    named = {"sft": "the policy after SFT", "evaluate": "the policy given"}[kind]
+    if not reached:
+        reached = ", ".join(
+            f"{100 * found[metric]:.1f} % {metric} on {task}"
+            for task, found in rows[-1]["benchmarks"].items()
+            if (metric := leading(found))
+        )
+    if not reached:
+        return "No difference to a baseline: nothing was evaluated on held-out rows."
+    return (
+        f"No difference to a baseline, as this run measured one policy alone: {named} reached "
+        f"{reached}."
+    )
+
+
+def _unmeasured(main: Numbers, rows: Sequence[Numbers], method: str) -> str:
+    """Says why a run with an iteration has no difference to its baseline."""
+    what = f"{_capital(method)} minus a baseline is not known: "
+    evaluated = [row["policy"] for row in rows if "nll/real" in row]
+    if not evaluated:
+        return f"{what}nothing was evaluated on held-out rows (evaluation.rows=0, or not yet)."
+    if main["policy"] not in evaluated or len(evaluated) == 1:
+        names = ", ".join(shown_name(name) for name in evaluated)
+        return f"{what}of this run's policies only {names} was evaluated on held-out rows."
+    return f"{what}{shown_name(main['policy'])} and the others did not answer the same prompts."
+
+
+def _judge_sentence(table: Numbers) -> str:
+    """Says what the judge found; no two policies are compared in such a run."""
+    if not table["agreement"]:
+        return "No policy was compared with another; the judge has not judged yet."
+    return agreement.sentence(table["agreement"])
+
+
+def _guide_sentence(guides: Mapping[str, Numbers]) -> list[str]:
+    """Says that no policy was trained, and whether the guide tells two responses apart."""
+    said = ["No difference to a baseline, as no policy was trained, only a guide."]
+    for name, figures in guides.items():
+        if is_known(figures):
+            apart = "tells" if tells_apart(figures) else "does not tell"
+            said.append(
+                f"{_capital(guide_name(name))} {apart} a row's two responses apart: a response is "
+                f"{gain_text(figures, 'sibling_gain')} nats likelier with its own latent than with "
+                f"that of the other response, on {figures['differing']:.0f} held-out rows."
+            )
+    return said
+
+
+def measured_text(row: Numbers) -> str:
+    """Says a policy's leading figure: "49.5 +- 3.5 % sampled accuracy"; "" where it has none."""
+    key = next((key for key in KEYS if KEYS[key] in row), None)
+    if key is None:
+        return ""
+    figure, name = FIGURES[key], KEYS[key]
+    value = figure.factor * row[name]
+    if f"{name}_se" not in row:
+        on = "" if figure.more else " (lower is better)"
+        return f"{number(value, figure.digits)} {figure.unit} {figure.words}{on}"
+    error = figure.factor * row[f"{name}_se"]
+    return f"{with_error(value, error)} {figure.unit} {figure.words} on held-out prompts"
+
+
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"

@@ -7,32 +7,51 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ldalign.evaluation import statistics
-from ldalign.report import agreement, analysis, guides
+from ldalign.report import agreement, analysis, guides, notation
 from ldalign.report.analysis import Numbers
-from ldalign.report.cautions import cautions
-from ldalign.report.result import BASELINE, paired, result
+from ldalign.report.cautions import LEADING_CAUTIONS, cautions
+from ldalign.report.glossary import Glossary, explained
+from ldalign.report.notation import (
+    FIGURES,
+    HELD_OUT,
+    Figure,
+    column_decimals,
+    decimals,
+    leading,
+    number,
+    with_error,
+)
+from ldalign.report.result import (
+    BASELINE,
+    first_sentence,
+    kind_of,
+    paired,
+    read_answers,
+    result,
+)
 from ldalign.run.folder import SUMMARY, benchmark_summaries, iterations, stage_names
 from ldalign.run.plan import PER_POLICY
 from ldalign.system.files import make_folder, read_jsonl, write_text
 from ldalign.system.metrics import say
 
-HELD_OUT = (("accuracy/greedy", "greedy accuracy"), ("accuracy/sampled", "sampled accuracy"))
-# Which of a benchmark's metrics stands for it in a comparison: the first of these that it has.
-LEADING = ("acc_norm", "acc", "exact_match/strict", "r@1", "exact_match/flexible")
-Column = tuple[str, Callable[[Numbers], str]]  # of a Markdown table: its title, a row's cell
+Form = Callable[[Numbers], str]  # a row's cell
+Column = tuple[str, Form]  # of a Markdown table: its title and cells
 
 
 def write_report(run: Path) -> str:
-    """Collects a run's finished stages into report/table.json and table.md; returns the text."""
+    """Collects a run's finished stages into report/table.json and table.md; returns the text, in
+    ASCII, as a console shows it.
+    """
     table = collect(run)
     make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
-    text = render(table, read_steps(run, table["guides"]))
-    write_text(run / "report/table.md", text)
+    text = render(table, read_steps(run, table["guides"]), read_config(run))
+    write_text(run / "report/table.md", notation.markdown(text))
     return text
 
 
@@ -43,7 +62,7 @@ def say_table(run: Path) -> None:
         policy, _, task = name.partition("/benchmarks/")
         about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
         scores = ", ".join(
-            f"{key} {100 * value:.1f} +- {100 * summary[f'{key}_se']:.1f}"
+            f"{key} {with_error(100 * value, 100 * summary[f'{key}_se'])}"
             for key, value in summary.items()
             if f"{key}_se" in summary
         )
@@ -69,10 +88,11 @@ def collect(run: Path) -> Numbers:
     summaries = read_summaries(run)
     names = ["start", "sft", *(f"iteration_{t}" for t in iterations(run)), "continual_sft"]
     rows = [row for name in names if (row := _collect(run, summaries, name))]
+    answers = read_answers(run, [row["policy"] for row in rows])
     for row in rows:
-        row |= paired(run, rows[0]["policy"], row["policy"], "difference")
+        row |= paired(answers, rows[0]["policy"], row["policy"], "difference")
         if row["policy"].startswith("iteration_"):
-            row |= paired(run, BASELINE, row["policy"], "baseline")
+            row |= paired(answers, BASELINE, row["policy"], "baseline")
         if row is not rows[0]:
             scores, base = _scores(row), _scores(rows[0])
             gain = statistics.mean_relative_gain(scores, base)
@@ -80,7 +100,7 @@ def collect(run: Path) -> Numbers:
             row |= {} if gain is None else {"mean_relative_gain": gain, "mean_relative_gain_of": of}
     joined = [pairs for t in iterations(run) if (pairs := analysis.read_pairs(run, t))]
     return {
-        "result": result(run, rows, read_config(run)),
+        "result": result(run, rows, read_config(run), kind_of(list(summaries))),
         "policies": rows,
         "guides": {k: v for k, v in summaries.items() if k.rpartition("/")[2] == "guide"},
         "data": summaries.get("data", {}),
@@ -159,60 +179,86 @@ def _read(path: Path) -> Numbers:
 # ----------------------------------------------------------------------------------------- Markdown
 
 
-def render(table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]]) -> str:
-    """Writes the Markdown page of what table.json holds. guide_steps: as in `cautions`."""
+def render(
+    table: Numbers, guide_steps: Mapping[str, Sequence[Numbers]], config: Mapping[str, Any]
+) -> str:
+    """Writes the text of table.md about what table.json holds, in ASCII (`notation.markdown` has
+    the signs of a page). guide_steps: as in `cautions`. config: the run folder's.
+    """
     rows: list[Numbers] = table["policies"]
     first = rows[0]["policy"] if rows else "start"
     found = cautions(table, guide_steps)
-    main = [table["result"][key] for key in ("sentence", "selection") if table["result"].get(key)]
+    main = [first_sentence(table, config)]
+    main += [table["result"]["selection"]] if table["result"].get("selection") else []
     parts = [
-        "".join(f"{text}\n\n" for text in main),
-        "".join(f"Caution: {text}\n\n" for text in found),
-        _table("Held out", rows, _held_out_columns(first)),
+        "".join(f"{text}\n\n" for text in main)
+        + "".join(f"Caution: {text}\n\n" for text in found[:LEADING_CAUTIONS]),
+        _table("Held out", rows, _held_out_columns(rows, first), HELD_OUT_NOTE),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
+        _more(found[LEADING_CAUTIONS:]),
         _guides(table["guides"]),
-        _table("Training", rows, _training_columns()),
+        _table("Training", rows, _training_columns(), TRAINING_NOTE),
         _agreement(table["agreement"]),
         _times(table["seconds"], [r["policy"] for r in rows]),
-        "Accuracy: a program checks the answers to held-out prompts; +- is one standard error over "
-        "prompts, and the differences are paired by prompt. NLL: of the data set's own responses. "
-        "Reward margin, reward accuracy and loss: means over the last epoch of training. Weight: "
-        "distance over its mean; its effective sample size is a share of the pairs. Distance "
-        "explained: the share of the variance of the pairs' distances that a straight line "
-        "explains in the difference of the two lengths, in tokens, and in how many of the two "
-        "responses were cut. Validation NLL: of held-out rows that no other figure is of, before "
-        "the stage, of the weights that it wrote, after its last step. Tokens generated: sampled "
-        "for training. Tokens trained: read in training, a prompt once a pair.\n",
     ]
-    return "\n".join(part for part in parts if part)
+    glossary = Glossary()
+    return "\n".join(_explained_part(part, glossary) for part in parts if part)
 
 
-def _held_out_columns(first: str) -> list[Column]:
+def _explained_part(part: str, glossary: Glossary) -> str:
+    """A part of the page, with what its terms mean where no part before had them."""
+    terms = explained(glossary.first_used(part))
+    return f"{part.rstrip()}\n\n*{terms}*\n" if terms else part
+
+
+HELD_OUT_NOTE = (
+    "Accuracy: a program checks the answers to held-out prompts; one that does not end is wrong. "
+    "Differences are paired by prompt. NLL: of the data set's own responses."
+)
+TRAINING_NOTE = (
+    "Reward margin, reward accuracy and loss: means over the last epoch of training. Weight: "
+    "distance over its mean; its effective sample size is a share of the pairs. Distance "
+    "explained: the share of the variance of the pairs' distances that a straight line "
+    "explains in the difference of the two lengths, in tokens, and in how many of the two "
+    "responses were cut. Validation NLL: of held-out rows that no other figure is of, before "
+    "the stage, of the weights that it wrote, after its last step. Tokens generated: sampled "
+    "for training. Tokens trained: read in training, a prompt once a pair."
+)
+
+
+def _more(found: Sequence[str]) -> str:
+    """The cautions that do not stand at the top."""
+    return "**More cautions**\n\n" + "".join(f"- {text}\n" for text in found) if found else ""
+
+
+def _held_out_columns(rows: Sequence[Numbers], first: str) -> list[Column]:
+    nll = FIGURES["nll"]
     return [
-        ("greedy accuracy, %", _percents("accuracy/greedy", "{:.1f}")),
-        ("sampled accuracy, %", _percents("accuracy/sampled", "{:.1f}")),
-        (f"greedy - {first}, points", _percents("difference/greedy", "{:+.1f}")),
-        (f"sampled - {first}, points", _percents("difference/sampled", "{:+.1f}")),
-        (f"greedy - {BASELINE}, points", _percents("baseline/greedy", "{:+.1f}")),
-        (f"sampled - {BASELINE}, points", _percents("baseline/sampled", "{:+.1f}")),
-        ("answers cut, %", _numbers("truncated_frac", "{:.1f}", 100)),
-        ("NLL of real responses, nats/token", _numbers("nll/real", "{:.4f}")),
-        (f"NLL - {first}", _with_error("difference/nll", "{:+.4f}")),
-        (f"NLL - {BASELINE}", _with_error("baseline/nll", "{:+.4f}")),
+        *((f"{words}, %", _percents(rows, key)) for key, words in HELD_OUT),
+        *(
+            (f"{figure} - {base}, points", _percents(rows, f"{prefix}/{figure}", "+"))
+            for prefix, base in (("difference", first), ("baseline", BASELINE))
+            for figure in ("greedy", "sampled")
+        ),
+        ("answers cut, %", _numbers("truncated_frac", 1, factor=100)),
+        (nll.title(), _numbers("nll/real", nll.digits)),
+        (f"NLL - {first}", _with_error(rows, "difference/nll", nll, "+")),
+        (f"NLL - {BASELINE}", _with_error(rows, "baseline/nll", nll, "+")),
         ("reward of greedy answers", _reward),
-        ("they beat the real ones, %", _percents("reward/win_rate", "{:.1f}")),
-        (f"they beat those of {first}, %", _percents("reward/win_rate_first", "{:.1f}")),
+        ("they beat the real ones, %", _percents(rows, "reward/win_rate")),
+        (f"they beat those of {first}, %", _percents(rows, "reward/win_rate_first")),
     ]
 
 
 def _benchmark_columns(rows: list[Numbers]) -> list[Column]:
     def column(task: str) -> Column:
-        name = next((leading(r["benchmarks"][task]) for r in rows if task in r["benchmarks"]), None)
-        score = _percents(str(name), "{:.1f}")
+        found = [r["benchmarks"][task] for r in rows if task in r["benchmarks"]]
+        name = next(map(leading, found))
+        score = _percents(found, str(name))
         return f"{task} {name}, %", lambda r: score(r["benchmarks"].get(task, {}))
 
-    gain = ("mean relative gain, %", _numbers("mean_relative_gain", "{:+.2f}", 100))
+    gain = ("mean relative gain, %", _numbers("mean_relative_gain", 2, "+", 100))
     columns = [column(task) for task in tasks_of(rows)]
     return [*columns, gain] if columns else []
 
@@ -222,16 +268,16 @@ def _training_columns() -> list[Column]:
         ("latent distance, mean (p10, p50, p90)", _distances),
         ("distance explained by length / by the cut, %", _explained),
         ("weight spread: deviation (min, max)", _spread),
-        ("effective sample size", _numbers("weight/ess", "{:.2f}")),
-        ("reward margin", _numbers("train/rewards/margins", "{:+.3f}")),
-        ("reward accuracy", _numbers("train/rewards/accuracies", "{:.3f}")),
-        ("loss", _numbers("train/loss", "{:.4f}")),
+        ("effective sample size", _numbers("weight/ess", 2)),
+        ("reward margin", _numbers("train/rewards/margins", 3, "+")),
+        ("reward accuracy", _numbers("train/rewards/accuracies", 3)),
+        ("loss", _numbers("train/loss", 4)),
         ("validation NLL, start, written, last", _validated),
         ("step written, of", _step_written),
-        ("pairs skipped", _numbers("train/skipped_pairs", "{:.0f}")),
-        ("losers cut, %", _numbers("responses/losers/truncated_frac", "{:.1f}", 100)),
-        ("tokens generated", _numbers("responses/tokens", "{:.0f}")),
-        ("tokens trained", _numbers("train/tokens", "{:.0f}")),
+        ("pairs skipped", _numbers("train/skipped_pairs", 0)),
+        ("losers cut, %", _numbers("responses/losers/truncated_frac", 1, factor=100)),
+        ("tokens generated", _numbers("responses/tokens", 0)),
+        ("tokens trained", _numbers("train/tokens", 0)),
     ]
 
 
@@ -260,12 +306,17 @@ def _agreement(found: Numbers) -> str:
     return f"{table}\n{said}\n{agreement.NOTE}\n"
 
 
-def _table(title: str, rows: list[Numbers], columns: list[Column]) -> str:
-    """Writes a table of the policies, without the columns that no row has a value for."""
+def _table(title: str, rows: list[Numbers], columns: list[Column], note: str = "") -> str:
+    """Writes a table of the policies, without the columns that no row has a value for, and what is
+    to be said of it.
+    """
     cells = [(name, [form(r) for r in rows]) for name, form in columns]
     cells = [(name, values) for name, values in cells if any(value != "-" for value in values)]
     lines = [(r["policy"], [values[i] for _, values in cells]) for i, r in enumerate(rows)]
-    return _texts(title, "policy", [name for name, _ in cells], lines) if cells else ""
+    if not cells:
+        return ""
+    table = _texts(title, "policy", [name for name, _ in cells], lines)
+    return f"{table}\n{note}\n" if note else table
 
 
 def _texts(
@@ -291,8 +342,8 @@ def _verdict(row: Numbers) -> str:
     for key in ("sampled", "greedy"):
         if f"difference/{key}" in row:
             gap, error = row[f"difference/{key}"], row[f"difference/{key}_se"]
-            points = f"{100 * gap:+.1f} +- {100 * error:.1f} points"
-            parts.append(f"{key} accuracy {movement(gap, error)} ({points})")
+            points = with_error(100 * gap, 100 * error, "+")
+            parts.append(f"{key} accuracy {movement(gap, error)} ({points} points)")
     return "; ".join(parts)
 
 
@@ -314,27 +365,29 @@ def _times(seconds: dict[str, float], policies: list[str]) -> str:
     return "\n".join(lines) + f"\n\nOnce a run: {once}everything {sum(seconds.values()):.0f} s.\n"
 
 
-def _numbers(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers], str]:
-    """Makes the cells of a metric: `form` of its value, "-" where it is not there."""
-    return lambda row: form.format(factor * row[key]) if key in row else "-"
+def _numbers(key: str, digits: int, sign: str = "", factor: float = 1.0) -> Form:
+    """Makes the cells of a metric: its value, "-" where it is not there."""
+    return lambda row: number(factor * row[key], digits, sign) if key in row else "-"
 
 
-def _percents(key: str, form: str) -> Callable[[Numbers], str]:
+def _percents(rows: Sequence[Numbers], key: str, sign: str = "") -> Form:
     """Makes the cells of a share, in per cent, with its standard error where that is known."""
-    return _with_error(key, form, 100)
+    return _with_error(rows, key, FIGURES["greedy"], sign)
 
 
-def _with_error(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers], str]:
-    """Makes the cells of a metric with its standard error, as `form` has both, where it is known;
-    "-" where the metric is not there.
+def _with_error(rows: Sequence[Numbers], key: str, figure: Figure, sign: str = "") -> Form:
+    """Makes the cells of a metric with its standard error where it is known; "-" where the metric
+    is not there. One form for all rows.
     """
+    digits = column_decimals(rows, key, figure)
 
     def cell(row: Numbers) -> str:
         if key not in row:
             return "-"
-        plain = form.replace("+", "")
-        error = f" +- {plain.format(factor * row[f'{key}_se'])}" if f"{key}_se" in row else ""
-        return f"{form.format(factor * row[key])}{error}"
+        value = figure.factor * row[key]
+        if f"{key}_se" not in row:
+            return number(value, digits, sign)
+        return with_error(value, figure.factor * row[f"{key}_se"], sign, digits)
 
     return cell
 
@@ -342,8 +395,9 @@ def _with_error(key: str, form: str, factor: float = 1.0) -> Callable[[Numbers],
 def _reward(row: Numbers) -> str:
     if "reward/mean" not in row:
         return "-"
-    mean = f"{row['reward/mean']:+.3f} +- {row['reward/mean_se']:.3f}"
-    return f"{mean} (real {row['reward/real']:+.3f})"
+    digits = decimals([row["reward/mean_se"]], 3)
+    mean = with_error(row["reward/mean"], row["reward/mean_se"], "+", digits)
+    return f"{mean} (real {number(row['reward/real'], digits, '+')})"
 
 
 def _distances(row: Numbers) -> str:
@@ -377,11 +431,6 @@ def _spread(row: Numbers) -> str:
 
 
 # ----------------------------------------------------------------------------- shared with the page
-
-
-def leading(benchmark: Numbers) -> str | None:
-    """Returns the metric that stands for a benchmark; None where its summary has none we know."""
-    return next((name for name in LEADING if name in benchmark), None)
 
 
 def tasks_of(rows: Sequence[Numbers]) -> list[str]:

@@ -8,12 +8,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ldalign.report.analysis import Numbers
 from ldalign.report.chart import DASHES, MARKERS, SERIES, WIDTH, Chart, chart
+from ldalign.report.notation import FIGURES
 from ldalign.run.folder import shown_name
 
-PANELS = {
-    "validation/nll": ("NLL of real responses", "nats/token", 1.0),
-    "validation/accuracy": ("greedy accuracy", "%", 100.0),
-}
+PANELS = {"validation/nll": FIGURES["nll"], "validation/accuracy": FIGURES["greedy"]}
 ABSENT = (
     "no policy was measured while it was trained: no held-out rows are set aside for validation "
     "(validation.rows)."
@@ -41,10 +39,10 @@ def validation(records: Mapping[str, Sequence[Numbers]], written: Mapping[str, f
         figure = Figure(figsize=(WIDTH, 2.8))
         (panels,) = figure.subplots(1, len(keys), squeeze=False)
         for axes, key in zip(panels, keys, strict=True):
-            title, unit, factor = PANELS[key]
+            measured = PANELS[key]
             for n, (name, rows) in enumerate(known.items()):
                 steps = np.array([row["global_step"] for row in rows])
-                values = factor * np.array([row.get(key, np.nan) for row in rows])
+                values = measured.factor * np.array([row.get(key, np.nan) for row in rows])
                 colour, n = SERIES[n % len(SERIES)], n % len(DASHES)
                 axes.plot(
                     steps,
@@ -58,8 +56,8 @@ def validation(records: Mapping[str, Sequence[Numbers]], written: Mapping[str, f
                 )
                 chosen = steps == written.get(name)
                 axes.plot(steps[chosen], values[chosen], "o", ms=9, mfc="none", mec=colour, mew=1.4)
-            axes.set_title(title)
-            axes.set_ylabel(unit)
+            axes.set_title(measured.words)
+            axes.set_ylabel(measured.unit)
             axes.set_xlabel("optimizer step of the stage")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.legend(loc="best")

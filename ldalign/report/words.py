@@ -12,11 +12,22 @@ import numpy as np
 
 from ldalign.report import agreement, guides
 from ldalign.report.analysis import GIVEN, Numbers, RunPairs, Sides
-from ldalign.report.result import BASELINE, method_name
-from ldalign.report.table import HELD_OUT, duration, leading, movement, tasks_of
+from ldalign.report.notation import (
+    FIGURES,
+    HELD_OUT,
+    column_decimals,
+    decimals,
+    leading,
+    number,
+    percent,
+    with_error,
+)
+from ldalign.report.result import BASELINE, Kind, first_sentence, measured_text, method_name
+from ldalign.report.table import duration, movement, tasks_of
 from ldalign.run.folder import SUMMARY, shown_name
 from ldalign.run.keys import LossKeys
 from ldalign.run.settings import GUIDED, reader, unread
+from ldalign.run.stages.evaluation import answers_file
 from ldalign.system.files import read_jsonl
 
 METHODS = {
@@ -56,6 +67,45 @@ METHODS = {
         "1. The data's responses serve for held-out measurements alone."
     ),
 }
+# What was run where it was not the whole method.
+SCRIPTS = {
+    "evaluate": (
+        "Evaluation alone (train/evaluate.py): one policy answered held-out prompts, and its "
+        "log-probability of the data's responses was measured. Nothing was trained."
+    ),
+    "judge": (
+        "Judge agreement alone (train/judge.py): the policy answered every held-out prompt twice. "
+        "The guide called the answer that lies farther from the data's the worse one, and a judge "
+        "said which of the two is the better one. No policy was trained by the guide."
+    ),
+    "sft": (
+        "Supervised fine-tuning alone (train/sft.py): the policy was trained to predict the data "
+        "set's responses, and measured. It is the first step of train/align.py, which goes on from "
+        "here with the same settings."
+    ),
+    "guide": (
+        "The guide alone (train/guide.py): a conditional autoencoder was trained on the data's "
+        "responses and on generated ones. No policy was trained by it; train/align.py goes on from "
+        "here with the same settings."
+    ),
+}
+MADE_TASKS = (
+    "small tasks made by a program that also checks the answers; the held-out prompts have "
+    "wordings, people and combinations of numbers that training never shows"
+)
+DATA_SAID = {
+    "embedded": f"The data are ldalign's own (data=embedded): {MADE_TASKS}.",
+    "embedded-wordings": (
+        f"The data are ldalign's own (data=embedded-wordings): {MADE_TASKS}. Every answer has nine "
+        "right wordings, and the checker takes any of them."
+    ),
+}
+TITLES = {
+    "evaluate": "Evaluation of",
+    "judge": "Judge agreement on",
+    "sft": "Supervised fine-tuning of",
+    "guide": "A guide for",
+}
 # What the weights are where they are not the method's, and in what their distances are measured.
 WEIGHTS_SAID = {
     "uniform": "1 for every pair, as in SPIN",
@@ -82,8 +132,16 @@ SETTINGS = (
     "guide.backbone guide.towers distance guide.retrain guide.readout guide.injection "
     "guide.latent_tokens guide.latent_width guide.contrast guide.epochs guide.gate sft.epochs "
     "sft.rows continual_sft.epochs evaluation.rows evaluation.samples validation.every "
-    "validation.metric validation.early_stop select seed dtype"
+    "validation.metric validation.early_stop select agreement.rows benchmarks.tasks seed dtype"
 ).split()
+# Which of them the scripts that do a part read: these, and those that begin so.
+ALWAYS = "policy data max_new_tokens max_length evaluation. seed dtype".split()
+READ = {
+    "evaluate": [*ALWAYS, "benchmarks."],
+    "judge": [*ALWAYS, "sampling.", "weights", "distance", "guide.folder", "judge.", "agreement."],
+    "sft": [*ALWAYS, "sft.", "training.optimizer", "training.schedule", "validation."],
+    "guide": [*ALWAYS, "max_rows", "sampling.", "distance", "guide.", "sft."],
+}
 LOSS_OFF = {f"loss.{key}": value for key, value in vars(LossKeys()).items()}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distance, at which samples are shown
 ANSWERS_SHOWN = 4
@@ -93,21 +151,18 @@ ANSWERS_SHOWN = 4
 
 
 def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
-    """Says what came out: the selected policy against the run's baseline first, then which policy
-    that is and why, then what stands beside it.
+    """Says what came out, a paragraph each: the selected policy against the run's baseline first,
+    then which policy that is and why, then what stands beside it.
     """
     rows: list[Numbers] = table["policies"]
-    aligned = [row for row in rows if row["policy"].startswith("iteration_")]
-    if not rows:
-        return ["No stage of this run has results yet."]
-    first = rows[0]
-    if not aligned:
-        known = [key for key in ("accuracy/sampled", "accuracy/greedy", "nll/real") if key in first]
-        have = f" {_said(first, known[0])}." if known else ""
-        return [f"No iteration has finished: this is where the run starts from.{have}"]
     main: Numbers = table["result"]
-    last = next(row for row in aligned if row["policy"] == main["policy"])
-    opening = [main[key] for key in ("sentence", "selection") if main.get(key)]
+    opening = [first_sentence(table, config)]
+    if main.get("selection"):
+        opening.append(main["selection"])
+    aligned = [row for row in rows if row["policy"].startswith("iteration_")]
+    if not aligned:
+        return opening
+    first, last = rows[0], next(row for row in aligned if row["policy"] == main["policy"])
     count = aligned.index(last) + 1
     done = f"After {count} iteration{'s' * (count > 1)} of {method_name(config)}"
     sentences: list[str] = []
@@ -117,11 +172,12 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
     ]
     scores = [score for score in scores if score[2] in last]
     for key, name, difference in scores:
-        gap, error = last[difference], last[f"{difference}_se"]
+        gap, error = 100 * last[difference], 100 * last[f"{difference}_se"]
+        digits = decimals([error])
+        before, after = (number(100 * row[key], digits) for row in (first, last))
         sentence = (
-            f"{name} on held-out prompts {movement(gap, error)}: from {100 * first[key]:.1f} % to "
-            f"{100 * last[key]:.1f} % ({100 * gap:+.1f} ± {100 * error:.1f} points, paired by "
-            "prompt)"
+            f"{name} on held-out prompts {movement(gap, error)}: from {before} % to {after} % "
+            f"({with_error(gap, error, '+')} points, paired by prompt)"
         )
         sentences.append(f"{done}, {sentence}." if not sentences else f"{sentence.capitalize()}.")
     if "nll/real" in first and "nll/real" in last:
@@ -139,22 +195,26 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(f"{done}, {text}." if not sentences else f"{text.capitalize()}.")
     baseline = next((row for row in rows if row["policy"] == BASELINE), None)
-    measured = [key for key, _, _ in scores if baseline and key in baseline]
-    if baseline and measured:
+    if baseline and scores and scores[0][0] in baseline:
         sentences.append(
             f"The baseline, {shown_name(BASELINE)} from the same start, reached "
-            f"{_said(baseline, measured[0])}."
+            f"{measured_text(baseline)}."
         )
-    return [*opening, *(sentences or [f"{done}, nothing was measured on held-out data."])]
-
-
-def _said(row: Numbers, key: str) -> str:
-    if key == "nll/real":
-        return f"{row[key]:.4f} nats/token on held-out real responses"
-    return f"{100 * row[key]:.1f} ± {100 * row[f'{key}_se']:.1f} % {dict(HELD_OUT)[key]}"
+    return [*opening, " ".join(sentences) or f"{done}, nothing was measured on held-out data."]
 
 
 # ------------------------------------------------------------------------------------- what was run
+
+
+def title(config: Mapping[str, Any], kind: Kind) -> str:
+    """The page's title: what was run, on which policy."""
+    policy = short_name(config.get("policy", "a policy"))
+    return f"{TITLES[kind] if kind in TITLES else f'{method_name(config)} on'} {policy}"
+
+
+def data_text(config: Mapping[str, Any]) -> str:
+    """Says what the data are where they are ldalign's own; "" of others, which a setting names."""
+    return DATA_SAID.get(str(config.get("data")), "")
 
 
 def method_text(config: Mapping[str, Any]) -> str:
@@ -204,10 +264,12 @@ def origin(run: Path, machine: Numbers) -> str:
     return " · ".join(parts)
 
 
-def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]:
+def settings(
+    config: Mapping[str, Any], table: Numbers, kind: Kind = "align"
+) -> list[tuple[str, Any]]:
     """Lists the settings that matter, by their keys, after the number of rows.
 
-    Those that are off, or that the method does not read, are left out.
+    Those that are off, or that the method or the script does not read, are left out.
     """
     counts = table["data"]
     out: list[tuple[str, Any]] = []
@@ -228,14 +290,14 @@ def settings(config: Mapping[str, Any], table: Numbers) -> list[tuple[str, Any]]
         )
         out.append(("rows", rows))
     for key in SETTINGS:
-        if unread(method, [key]):
+        if unread(method, [key]) or (kind in READ and not key.startswith(tuple(READ[kind]))):
             continue
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         out.append((key, value))
     given = dict(out)
-    off = {key for key, value in out if value is None}
+    off = {key for key, value in out if value is None or value == []}
     off |= {key for key in given if key.endswith(".epochs") and given[key] == 0}
     off |= {"oracle_contrast"} if given.get("weights") != "oracle" else set()
     off |= {"sft.rows"} if "sft.epochs" in off else set()
@@ -273,40 +335,51 @@ def command(config: Mapping[str, Any], machine: Numbers, script: str = "align") 
 def results(rows: Sequence[Numbers]) -> Numbers:
     """Makes the table in the paper's form: policies by scores, with gains over the first."""
     columns = _result_columns(rows)
+    gained = any("mean_relative_gain" in row for row in rows)
     lines = []
     for row in rows:
         cells = [_cell(column, row, rows[0]) for column in columns]
-        gain = f"{100 * row['mean_relative_gain']:+.2f} %" if "mean_relative_gain" in row else "–"
-        lines.append({"name": _shown(row), "cells": [*cells, {"value": gain, "below": ""}]})
+        if gained:
+            gain = "-"
+            if "mean_relative_gain" in row:
+                gain = f"{number(100 * row['mean_relative_gain'], 2, '+')} %"
+            cells.append({"value": gain, "below": []})
+        lines.append({"name": _shown(row), "cells": cells})
     over = "the benchmarks" if tasks_of(rows) else "the held-out accuracies"
     shown = [{"title": c["title"], "unit": c["unit"]} for c in columns]
     first = f" over {_shown(rows[0])}" if rows else ""
-    last = {"title": "mean relative gain", "unit": f"of {over}"}
+    last = [{"title": "mean relative gain", "unit": f"of {over}"}] * gained
+    compared = (
+        f"Below each score: the gain{first} relative to its score, as in the paper's table, and "
+        "for held-out accuracy the difference in points, paired by prompt; then that to the "
+        "baseline, continual SFT from the same start. A gain below two standard errors may be "
+        "chance. "
+    )
     return {
         "what": "policy",
-        "columns": [*shown, last] if columns else [],
+        "columns": [*shown, *last] if columns else [],
         "rows": lines,
         "note": (
-            "Real responses: the data set's own (of preference data, the chosen ones). ±: one "
-            f"standard error over prompts or questions. Below each score: the gain{first} relative "
-            "to its score, as in the paper's table, and for held-out accuracy the difference in "
-            "points, paired by prompt; then that to the baseline, continual SFT from the same "
-            "start. A gain below two standard errors may be chance. Accuracy: a "
+            "Real responses: the data set's own (of preference data, the chosen ones). +-: one "
+            f"standard error over prompts or questions. {compared * (len(rows) > 1)}Accuracy: a "
             "program checks the answers; one that does not end is wrong."
         ),
     }
 
 
 def _result_columns(rows: Sequence[Numbers]) -> list[Numbers]:
-    """Lists the scores: title, unit, where it is (task or None, key), whether it is a share."""
+    """Lists the scores: title, unit, where it is (task or None, key), its figure, and the decimals
+    of its values and differences.
+    """
     columns: list[Numbers] = [
-        {"title": name, "unit": "held out, %", "get": (None, key), "percent": True}
+        {"title": name, "unit": "held out, %", "get": (None, key), "figure": FIGURES["greedy"]}
         for key, name in HELD_OUT
         if any(key in row for row in rows)
     ]
+    nll = FIGURES["nll"]
     if any("nll/real" in row for row in rows):
-        title, unit = "NLL of real responses", "nats/token, lower is better"
-        columns.append({"title": title, "unit": unit, "get": (None, "nll/real"), "percent": False})
+        unit = f"{nll.unit}, lower is better"
+        columns.append({"title": nll.words, "unit": unit, "get": (None, "nll/real"), "figure": nll})
     for task in tasks_of(rows):
         seen = next(row["benchmarks"][task] for row in rows if task in row["benchmarks"])
         if metric := leading(seen):
@@ -317,32 +390,48 @@ def _result_columns(rows: Sequence[Numbers]) -> list[Numbers]:
                 unit += ", chat template"
             if "rows" in seen:
                 unit += f", {seen['rows']:.0f} rows"
-            columns.append({"title": task, "unit": unit, "get": (task, metric), "percent": True})
+            figure = FIGURES["greedy"]
+            columns.append({"title": task, "unit": unit, "get": (task, metric), "figure": figure})
+    for column in columns:
+        task, key = column["get"]
+        values = [_values(row, task) for row in rows]
+        gap = "nll" if key == "nll/real" else key.removeprefix("accuracy/")
+        column["digits"] = column_decimals(values, key, column["figure"])
+        column["gaps"] = {
+            f"{prefix}/{gap}": column_decimals(values, f"{prefix}/{gap}", column["figure"])
+            for prefix in ("difference", "baseline")
+        }
     return columns
 
 
-def _cell(column: Numbers, row: Numbers, first: Numbers) -> dict[str, str]:
+def _values(row: Numbers, task: str | None) -> Numbers:
+    """The numbers of a policy, or of one of its benchmarks."""
+    values: Numbers = row if task is None else row["benchmarks"].get(task, {})
+    return values
+
+
+def _cell(column: Numbers, row: Numbers, first: Numbers) -> Numbers:
+    """A score; below it the relative gain over the first policy and the paired differences."""
     task, key = column["get"]
-    values, base = ((r if task is None else r["benchmarks"].get(task, {})) for r in (row, first))
+    figure, digits = column["figure"], column["digits"]
+    values, base = _values(row, task), _values(first, task)
     if key not in values:
-        return {"value": "–", "below": ""}
-    gain = ""
+        return {"value": "-", "below": []}
+    below = []
     if row is not first and base.get(key):
-        gain = f"{100 * (values[key] / base[key] - 1):+.1f} %"
-    if not column["percent"]:
-        if "baseline/nll" in values:
-            gap, error = values["baseline/nll"], values["baseline/nll_se"]
-            gain += f"; {gap:+.4f} ± {error:.4f} over {shown_name(BASELINE)}"
-        return {"value": f"{values[key]:.4f}", "below": gain.removeprefix("; ")}
-    error = f" ± {100 * values[f'{key}_se']:.1f}" if f"{key}_se" in values else ""
-    points = f"difference/{key.removeprefix('accuracy/')}"
-    if points in values:
-        gain += f"; {100 * values[points]:+.1f} ± {100 * values[f'{points}_se']:.1f} points"
-    over = f"baseline/{key.removeprefix('accuracy/')}"
-    if over in values:
-        gain += f"; {100 * values[over]:+.1f} ± {100 * values[f'{over}_se']:.1f} points over "
-        gain += shown_name(BASELINE)
-    return {"value": f"{100 * values[key]:.1f}{error}", "below": gain.removeprefix("; ")}
+        below.append(f"{number(100 * (values[key] / base[key] - 1), 1, '+')} %")
+    for name, places in column["gaps"].items():
+        over = "" if name.startswith("difference") else f" over {shown_name(BASELINE)}"
+        if name in values and (over or figure.unit == "%"):
+            gap, error = (figure.factor * values[n] for n in (name, f"{name}_se"))
+            unit = f" {figure.points}" if figure.unit == "%" else ""
+            below.append(f"{with_error(gap, error, '+', places)}{unit}{over}")
+    value = figure.factor * values[key]
+    if f"{key}_se" in values:
+        shown = with_error(value, figure.factor * values[f"{key}_se"], "", digits)
+    else:
+        shown = number(value, digits)
+    return {"value": shown, "below": below}
 
 
 def _shown(row: Numbers) -> str:
@@ -357,7 +446,7 @@ def kinds(rows: Sequence[Numbers]) -> Numbers:
 
     def text(row: Numbers, kind: str) -> str:
         pair = [row.get(f"{key}/{kind}") for key, _ in HELD_OUT]
-        return " / ".join("–" if value is None else f"{100 * value:.0f}" for value in pair)
+        return " / ".join("–" if value is None else number(100 * value, 0) for value in pair)
 
     return {
         "policies": [_shown(row) for row in known],
@@ -398,19 +487,15 @@ def judge_agreement(found: Numbers) -> Numbers:
 def _scores(
     corner: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]], note: str
 ) -> Numbers:
-    """Makes a table of texts that table.md has too, with the page's signs."""
-
-    def shown(text: str) -> str:
-        return "–" if text == "-" else text.replace("+-", "±")
-
+    """Makes a table of texts that table.md has too."""
     return {
         "what": corner,
         "columns": [{"title": title, "unit": ""} for title in columns],
         "rows": [
-            {"name": name, "cells": [{"value": shown(cell), "below": ""} for cell in cells]}
+            {"name": name, "cells": [{"value": cell, "below": []} for cell in cells]}
             for name, cells in lines
         ],
-        "note": shown(note),
+        "note": note,
     }
 
 
@@ -499,29 +584,28 @@ def _note(pairs: RunPairs, i: int) -> str:
 
 
 def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers:
-    """Picks held-out prompts whose greedy answer the selected iteration changed."""
-    files = {row["policy"]: run / row["policy"] / "evaluation/answers.jsonl" for row in rows}
+    """Picks held-out prompts whose greedy answer the selected iteration changed; of a run that
+    measured one policy alone, the first ones.
+    """
+    files = {row["policy"]: answers_file(run / row["policy"]) for row in rows}
     found = {
         name: {r["id"]: r for r in read_jsonl(path) if "greedy" in r}
         for name, path in files.items()
         if path.is_file()
     }
+    if selected is None and len(rows) == 1 and any(found.values()):
+        (name,) = found
+        shown = list(found[name])[:ANSWERS_SHOWN]
+        rule = f"of {len(found[name])}, the first {len(shown)} in the file's order."
+        return {"answers": [_answer(i, name, found) for i in shown], "answer_rule": rule}
     if selected is None or selected not in found or rows[0]["policy"] not in found:
         return {"answers": [], "answer_rule": ""}
-    old, new = found[rows[0]["policy"]], found[selected]
+    first = rows[0]["policy"]
+    old, new = found[first], found[selected]
     changed = [i for i in old if i in new and old[i]["greedy"] != new[i]["greedy"]]
     turned = [i for i in changed if old[i]["correct"][:1] != new[i]["correct"][:1]]
     rest = [i for i in changed if i not in set(turned)]
-    answers = []
-    for i in (turned + rest)[:ANSWERS_SHOWN]:
-        given = [{"title": "real", "text": old[i]["real"], "note": ""}]
-        for name, records in found.items():
-            if i in records:
-                correct = records[i]["correct"][:1]
-                note = "" if not correct else "right" if correct[0] else "wrong"
-                title = shown_name(name)
-                given.append({"title": title, "text": records[i]["greedy"], "note": note})
-        answers.append({"label": f"row {i}", "prompt": old[i]["prompt"], "answers": given})
+    answers = [_answer(i, first, found) for i in (turned + rest)[:ANSWERS_SHOWN]]
     rule = (
         f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to "
         f"{shown_name(selected)}; {sum(new[i]['correct'][0] for i in turned)} became "
@@ -529,6 +613,17 @@ def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers
         f"{len(answers)} in the file's order, those whose verdict changed before others."
     )
     return {"answers": answers, "answer_rule": rule}
+
+
+def _answer(i: str, first: str, found: Mapping[str, Mapping[str, Numbers]]) -> Numbers:
+    """A held-out prompt with the real response and every policy's greedy answer."""
+    given = [{"title": "real", "text": found[first][i]["real"], "note": ""}]
+    for name, records in found.items():
+        if i in records:
+            correct = records[i]["correct"][:1]
+            note = "" if not correct else "right" if correct[0] else "wrong"
+            given.append({"title": shown_name(name), "text": records[i]["greedy"], "note": note})
+    return {"label": f"row {i}", "prompt": found[first][i]["prompt"], "answers": given}
 
 
 # ------------------------------------------------------------------------------------------- budget
@@ -562,4 +657,4 @@ def _budget_line(
 ) -> tuple[str, ...]:
     tokens = [f"{n:,.0f}" if n else "–" for n in (made, read)]
     rate = f"{(made + read) / seconds:,.0f}" if made + read and seconds and name != "all" else "–"
-    return name, *tokens, duration(seconds), f"{seconds / total:.0%}", rate
+    return name, *tokens, duration(seconds), percent(seconds / total), rate

@@ -19,7 +19,7 @@ from ldalign.run.settings import RunConfig
 from ldalign.run.stages.benchmarks import planned_benchmarks
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.run.stages.distances import DISTANCES_STAGE
-from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.evaluation import EVALUATION_STAGE, answers_file
 from ldalign.run.stages.guide import GUIDE_STAGE
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
@@ -299,7 +299,7 @@ def read_answers(folder: Path) -> dict[str, dict[str, float]]:
     folder: the policy's in the run ("RUN/iteration_0").
     """
     figures: dict[str, dict[str, float]] = {}
-    for r in read_jsonl(folder / EVALUATION_STAGE.name / "answers.jsonl"):
+    for r in read_jsonl(answers_file(folder)):
         figures[r["id"]] = {"nll": -r["logp"] / r["n_tokens"]}
         greedy, sampled = r.get("correct", [])[:1], r.get("correct", [])[1:]
         if greedy:

@@ -27,11 +27,13 @@ from ldalign.report.comparison import (
     table_of,
     weights_before_training,
 )
-from ldalign.report.comparison_page import render
+from ldalign.report.comparison_page import render, write_comparison
+from ldalign.report.notation import decimals
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder
 from ldalign.run.folder import ENVIRONMENT
 from ldalign.system.config import load_config
+from ldalign.train import report as script
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
 TRUE = {"start": 0.5, "sft": 0.52, "spin": 0.55, "ld_align/shuffled": 0.54, "ld_align": 0.62}
@@ -334,6 +336,12 @@ def summary_of(**changes: Any) -> dict[str, Any]:
 def test_the_page_says_what_was_found() -> None:
     summary = summary_of()
     text = render(summary)
+    lead = summary["others"]["ld_align - sft"]["sampled"]
+    assert text.startswith(
+        f"LD-Align minus more SFT from the same start: {100 * lead['value']:+.1f} points of "
+        f"sampled accuracy on 200 held-out prompts (95 % interval {100 * lead['low']:+.1f} to "
+        f"{100 * lead['high']:+.1f}; paired by seed and prompt; 4 seeds): LD-Align is better."
+    )
     places = [text.index(part) for part in ("named in advance**", "**Policies**", "**Other comp")]
     assert places[0] > 0 and places == sorted(places)  # those named in advance come first
     gap = summary["primary"]["ld_align - spin"]["sampled"]
@@ -348,10 +356,10 @@ def test_the_page_says_what_was_found() -> None:
     assert "After it: of ld_align - spin" in text
     assert "ld_align/oracle - spin, the bound" in text
     assert "nothing" in text and "correlation with the loser" not in text
-    assert "nats a response, by seed: +0.700 +- 0.200." in text
+    assert "nats a response, by seed: +0.70 +- 0.20." in text
     assert "git checkout abc\n" in text and "On a laptop." in text and UNCOMMITTED in text
     assert text.endswith("```yaml\niterations: 2\n```\n")
-    assert "| sft | +1.0 +- 0.2 | +3.0 +- 0.4 |" in text and "after 2 iterations |" in text
+    assert "| sft | +1.00 +- 0.20 | +3.00 +- 0.40 |" in text and "after 2 iterations |" in text
 
 
 def test_the_search_is_of_the_figure_that_chose() -> None:
@@ -401,12 +409,28 @@ def test_the_page_of_closeness() -> None:
     )
     text = render(summary)
     gap = primary["ld_align - spin"]["closeness"]
-    assert f"| ld_align - spin | {gap['value']:+.4f} +- {gap['se']:.4f} |" in text
+    digits = decimals(gaps["closeness"]["se"] for gaps in primary.values())
+    shown = f"{gap['value']:+.{digits}f} +- {gap['se']:.{digits}f}"
+    assert f"| ld_align - spin | {shown} |" in text and digits > 1
     assert "(first minus second, cosine)" in text and "p is of closeness to the real" in text
     assert "validation rows: -NLL" in text  # what a learning rate is chosen by
     chart = figures.contrasts(summary)
     assert chart.figure is not None
-    assert chart.figure.axes[0].get_xlabel() == "closeness, cosine"
+    assert chart.figure.axes[0].get_xlabel() == "closeness to the real response, cosine"
+
+
+def test_the_first_sentence_is_of_what_is_compared() -> None:
+    """Without LD-Align the first difference named in advance, else one less more SFT."""
+    whole = summary_of()
+    gap = whole["others"]["ld_align - sft"]
+    for primary, others, first in (
+        ({"spin - x": gap}, {"spin - sft": gap}, "SPIN minus x: "),
+        ({}, {"sft - start": gap, "spin - sft": gap}, "SPIN minus more SFT from the same start: "),
+        ({}, {"ld_align - start": gap, "spin - sft": gap}, "LD-Align minus the start: "),
+        ({}, {"sft - start": gap}, "More SFT from the same start minus the start: "),
+    ):
+        summary = whole | {"primary": primary, "others": others}
+        assert render(summary).startswith(first), first
 
 
 def test_the_page_without_what_is_not_known() -> None:
@@ -430,7 +454,10 @@ def test_the_page_without_what_is_not_known() -> None:
         again={"settings": "run: x\n", "command": "c", "commit": None, "machine": None},
     )
     text = render(summary)
-    assert "With one seed they are over prompts alone" in text and "p is of NLL alone" in text
+    assert (
+        "With one seed they are over prompts alone" in text
+        and "p is of NLL of real responses alone" in text
+    )
     assert "git checkout" not in text and "The guide, on rows" not in text
     assert UNCOMMITTED not in text
     for part in ("in advance**", "oracle", "power**", "search", "before any training", "sampled"):
@@ -447,3 +474,18 @@ def test_the_figure_has_the_intervals(tmp_path: Path) -> None:
     bars = chart.figure.axes[0].containers[0][2][0].get_segments()
     gap = summary["primary"]["ld_align - spin"]["sampled"]
     assert bars[0][:, 0].tolist() == pytest.approx([100 * gap["low"], 100 * gap["high"]])
+
+
+def test_a_comparisons_page_is_made_again_from_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By train/report.py; signs are true but in code."""
+    (tmp_path / "config.yaml").touch()
+    text = write_comparison(tmp_path, summary_of())
+    page = (tmp_path / "report/comparison.md").read_text(encoding="utf-8")
+    assert text.isascii() and "ld_align \u2212 spin" in page and "+-" in page
+    assert "train/compare.py --config config.yaml" in page  # code is as it was
+    (tmp_path / "report/comparison.md").unlink()
+    script.main([f"run={tmp_path}"])
+    assert (tmp_path / "report/comparison.md").read_text(encoding="utf-8") == page
+    assert "The report: " in capsys.readouterr().err

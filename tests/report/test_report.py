@@ -5,18 +5,22 @@ import math
 import re
 import shutil
 import sys
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_run import POLICY, made_run
 from safetensors.numpy import save_file
 
 from ldalign.evaluation.agreement import RIVALS
 from ldalign.objective import WEIGHTS
-from ldalign.report import figures, words
+from ldalign.report import figures, notation, words
 from ldalign.report.agreement import agreement_rows, read_agreement, sentence
 from ldalign.report.analysis import OWN, read_pairs
+from ldalign.report.glossary import TERMS
 from ldalign.report.guides import GAINS, gain_text
 from ldalign.report.page import try_page, write_page
 from ldalign.report.table import read_summaries, write_report
@@ -88,6 +92,15 @@ def first_caution(text: str) -> str:
     return next(line for line in text.splitlines() if line.startswith("Caution: "))
 
 
+def all_cautions(text: str) -> list[str]:
+    """The sentences of table.md's cautions: those under the result, and those further down."""
+    first = [line[9:] for line in text.splitlines() if line.startswith("Caution: ")]
+    _, _, more = text.partition("**More cautions**\n\n")
+    rest = more.partition("\n\n")[0].splitlines()
+    assert len(first) <= 3 and (len(first) == 3 or not rest)
+    return first + [line.removeprefix("- ") for line in rest]
+
+
 def untold(gain: float, error: float) -> dict[str, float]:
     return FIGURES | {"sibling_gain": gain, "sibling_gain_se": error}
 
@@ -124,31 +137,31 @@ def run(tmp_path: Path) -> Path:
 
 def test_every_number_is_in_its_place(run: Path) -> None:
     text = write_report(run)
-    assert text == (run / "report/table.md").read_text()
+    assert notation.markdown(text) == (run / "report/table.md").read_text(encoding="utf-8")
+    assert text.isascii()  # what a console is shown
     for line in (
-        "| sft | 50.0 +- 25.0 | 25.0 +- 12.5 | - | - | 12.5 | 1.2500 |",
+        "| sft | 50 +- 25 | 25 +- 12 | - | - | 12.5 | 1.2500 |",
         # paired gaps 1, 0, 1/2, 0: mean 3/8, standard error sqrt(11/48 / 4); greedy gaps 1, 0, 0,
         # 1: mean 1/2
-        "| iteration_0 | 50.0 +- 25.0 | 25.0 +- 12.5 | +50.0 +- 28.9 | +37.5 +- 23.9 | - | 1.5000 "
-        "|",
+        "| iteration_0 | 50 +- 25 | 25 +- 12 | +50 +- 29 | +38 +- 24 | - | 1.5000 |",
         "| sft | - | - | - | - | - | - | 2.0000 | - | - | 999 |",
         "| iteration_0 | 2 (1, 1.75, 3.25) | 25 / 4 | 0.40 (0.10, 2.20) | 0.86 | +0.123 | 0.750 | "
         "0.6000 | 50.0 | 1234 | 5678 |",
         "| iteration_0 | 2 | 2 | 2 | 2 | 6 |",
         "| on held-out rows | the guide |\n|---|---|\n"
-        "| own latent over the sibling's, nats a response | +2.400 +- 0.400 |",
+        "| own latent over the sibling's, nats a response | +2.40 +- 0.40 |",
         "| so it tells the two apart (at least 2 standard errors above 0) | yes |",
         "| the same at the first differing token alone, nats | +0.350 +- 0.050 |",
-        "| own latent better than the sibling's, % of responses | 81 +- 3 |",
-        "| own latent over none, nats a response | +1.500 +- 0.250 |",
-        "| own latent over another row's, nats a response | +4.500 +- 0.500 |",
+        "| own latent better than the sibling's, % of responses | 81.0 +- 3.0 |",
+        "| own latent over none, nats a response | +1.50 +- 0.25 |",
+        "| own latent over another row's, nats a response | +4.50 +- 0.50 |",
         "| rows whose two responses differ | 58 of 60 |",
         "| effective sample size of the distances, share of the rows | 0.91 |",
         "| distance explained by length, % of its variance | 12 |",
         "| distance explained by the cut, % of its variance | 3 |",
     ):
         assert line in text, text
-    assert "sampled accuracy did not move beyond two standard errors (+37.5 +- 23.9 points)" in text
+    assert "sampled accuracy did not move beyond two standard errors (+38 +- 24 points)" in text
 
 
 def test_table_json(run: Path) -> None:
@@ -168,23 +181,40 @@ def test_table_json(run: Path) -> None:
     assert first["distance/length_share"] == 0.253
 
 
-@pytest.mark.parametrize(("gain", "error"), [(0.7, 0.4), (0.0, 0.0), (-2.4, 0.4)])
-def test_a_guide_near_noise_is_the_first_caution(run: Path, gain: float, error: float) -> None:
+@pytest.mark.parametrize(
+    ("gain", "error", "shown"),
+    [
+        (0.7, 0.4, "+0.70 +- 0.40"),
+        (0.0, 0.0, "+0.0 +- 0.0"),
+        (-2.4, 0.4, "-2.40 +- 0.40"),
+        (1.2e-6, 8e-7, "+1.2e-06 +- 8.0e-07"),
+    ],
+)
+def test_a_guide_near_noise_is_the_first_caution(
+    run: Path, gain: float, error: float, shown: str
+) -> None:
     """Whatever its gains over no latent and over another row's, and whatever else there is."""
     put(run, "iteration_1/guide", untold(gain, error))
     put(run, "iteration_1/policy", {"rewards/margins": -0.1, "tokens": 1})
     (run / "guide/metrics.jsonl").write_text('{"loss": 4.0}\n' * 6 + '{"loss": 2.0}\n' * 2)
     text = write_report(run)
-    first, *others = (line for line in text.splitlines() if line.startswith("Caution: "))
+    first, *others = all_cautions(text)
     assert "Iteration 1's guide does not tell a row's two responses apart" in first
-    assert "near noise" in first and f"{gain:+.3f} +- {error:.3f} nats" in first.replace(
-        f"{gain:+.1e} +- {error:.1e}", f"{gain:+.3f} +- {error:.3f}"
-    )
-    assert len(others) == 3 and "The guide's training loss was still falling" in others[0]
+    assert "near noise" in first and f"{shown} nats" in first
+    assert [
+        part in caution
+        for part, caution in zip(
+            ("margin over its last epoch is -0.100", "sampled responses were cut", "still falling"),
+            others,
+            strict=True,
+        )
+    ] == [True] * 3
     assert "(at least 2 standard errors above 0) | yes | NO |" in text
     page = made(run)
-    where = [page.text.index(line.removeprefix("Caution: ")) for line in (first, *others)]
+    where = [page.text.index(notation.page(caution)) for caution in (first, *others)]
     assert where == sorted(where)
+    results = page.text.index("Results on held-out data")
+    assert where[2] < results < where[3]  # three under the result, the others further down
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 19])
@@ -218,7 +248,7 @@ def test_guides_of_an_older_version_are_shown_as_such(run: Path) -> None:
     put(run, "iteration_1/guide", FIGURES)  # one of each
     text, page = write_report(run), made(run)
     assert "| on held-out rows | iteration 1's guide |" in text and "older version" in text
-    assert "+2.400 ± 0.400" in section(page, "pull") and "older version" in section(page, "pull")
+    assert "+2.40 ± 0.40" in section(page, "pull") and "older version" in section(page, "pull")
     (run / "guide/summary.json").write_text('{"seconds": 1}')  # and what has no figures at all
     assert "without standard errors.\n" in write_report(run)
 
@@ -230,14 +260,16 @@ def test_distances_that_follow_length_or_cuts_are_cautioned_about(run: Path) -> 
     shares = {"distance/length_share": 0.2, "distance/cut_share": 0.77}
     path = run / "iteration_0/distances/summary.json"
     path.write_text(json.dumps({"seconds": 1.5, **DISTANCES, **shares}))
-    said = [line for line in write_report(run).splitlines() if line.startswith("Caution: ")]
+    said = all_cautions(write_report(run))
     assert len(said) == 3
     assert (
         "The guide's held-out distances mostly follow something simpler: the difference in length "
-        "of the two responses explains 51%"
+        "of the two responses explains 51 %"
     ) in said[0]
+    # Of three at most, the first are each of another kind.
+    assert "sampled responses were cut" in said[1]
     assert "Iteration 0's distances mostly follow something simpler: how many" in said[2]
-    assert "explains 77% of their variance" in said[2]
+    assert "explains 77 % of their variance" in said[2]
 
 
 def test_the_guide_figure_shows_all_gains_with_their_bars() -> None:
@@ -266,7 +298,7 @@ def test_the_guide_figure_shows_all_gains_with_their_bars() -> None:
             gain, error = found[name][key], found[name][f"{key}_se"]
             expected = [[gain - 1.959964 * error, place], [gain + 1.959964 * error, place]]
             np.testing.assert_allclose(segment, expected)
-            assert panel.texts[place].get_text() == gain_text(found[name], key).replace("+-", "±")
+            assert panel.texts[place].get_text() == notation.page(gain_text(found[name], key))
     assert figures.guide({"guide": OLDER}).figure is None and figures.guide({}).figure is None
 
 
@@ -326,8 +358,8 @@ def test_benchmarks_stand_in_the_papers_form(run: Path) -> None:
     assert "| iteration_0 | 60.0 +- 7.0 | 25.0 +- 7.0 | +22.50 |" in text
     page = made(run)
     assert (
-        "arc_easy<small>acc, %, 5-shot, 50 rows</small>"
-    ) in page.source and "+22.50 %" in page.text
+        "arc_easy<small>acc,\u00a0%, 5-shot, 50 rows</small>"
+    ) in page.source and "+22.50\u00a0%" in page.text
     assert "Mean relative gain over 2 benchmarks: +22.50\xa0%." in page.text
 
 
@@ -469,22 +501,22 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
         {"rewards/margins": -0.1, "losers/identical_frac": 0.75, "pairs": 3, "tokens": 1},
     )
     put(run, "iteration_2/evaluation", {"nll/real": 1.5, "truncated_frac": 0.5, **ACCURACY}, {})
-    said = [line for line in write_report(run).splitlines() if line.startswith("Caution: ")]
+    said = all_cautions(write_report(run))
     for part in (
-        "Iteration 0: 50% of its sampled responses were cut",
+        "Iteration 0: 50 % of its sampled responses were cut",
         "Iteration 1's guide does not tell a row's two responses apart",
         "Iteration 1's guide reconstructs no better",
         "Iteration 1's guide's training loss was still falling at its end, from 4.000 to 2.000",
         "Iteration 2's guide's held-out distances mostly follow something simpler: how many",
-        "neither sample on 75% of the prompts (25%",
-        "Iteration 1 trained on 3 pairs only: 75%",
+        "neither sample on 75 % of the prompts (25 %",
+        "Iteration 1 trained on 3 pairs only: 75 %",
         "Iteration 1: the mean reward margin over its last epoch is -0.100",
-        "Iteration 2: 50% of the held-out answers were cut",
+        "Iteration 2: 50 % of the held-out answers were cut",
     ):
         assert sum(part in line for line in said) == 1, (part, said)
     assert len(said) == 9, said
     page = made(run)
-    assert all(line.removeprefix("Caution: ") in page.text for line in said)
+    assert all(notation.page(line) in page.text for line in said)
 
 
 def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
@@ -543,7 +575,7 @@ def test_given_pairs_are_called_chosen_and_rejected(tmp_path: Path) -> None:
     for part in (
         "this one",
         "that one",
-        "reward of the chosen responses -0.100, of the rejected ones -0.200",
+        "reward of the chosen responses \u22120.100, of the rejected ones \u22120.200",
         "DPO has no guide, so this run has no latent distances",
         "DPO has no guide and weighs all pairs alike",
     ):
@@ -584,7 +616,7 @@ def test_ranked_samples_are_called_preferred_and_not(tmp_path: Path) -> None:
         "preferred, iteration 0",
         "rejected, iteration 0",
         "judge preferred the other, p = 0.750",
-        "reward of the preferred responses -0.100, of the rejected ones",
+        "reward of the preferred responses \u22120.100, of the rejected ones",
     ):
         assert part in page.text, part
     assert "generated" not in section(page, "steps")
@@ -704,26 +736,25 @@ def test_agreement_is_shown_beside_its_rivals(run: Path) -> None:
     for line in (
         f"| {' | '.join(titles)} |",
         "| the guide | 65.0 (49.5 to 77.9) | 40 | - | 80.0 (58.4 to 91.9) | 20 | - |",
-        "| the guide before training | 50.0 (30.0 to 70.0) | 36 | +15.0 +- 6.0 | "
-        "50.0 (30.0 to 70.0) | 18 | +15.0 +- 6.0 |",
-        "| the policy's mean states | 51.0 (30.0 to 70.0) | 36 | +14.0 +- 6.0 | ",
-        "| NLL under the policy (higher is worse) | 52.0 (30.0 to 70.0) | 36 | +13.0 +- 6.0 | ",
+        "| the guide before training | 50 (30 to 70) | 36 | +15.0 +- 6.0 | "
+        "50 (30 to 70) | 18 | +15.0 +- 6.0 |",
+        "| the policy's mean states | 51 (30 to 70) | 36 | +14.0 +- 6.0 | ",
+        "| NLL under the policy (higher is worse) | 52 (30 to 70) | 36 | +13.0 +- 6.0 | ",
         # an error over four pairs says nothing
-        "| length (longer is worse) | 53.0 (30.0 to 70.0) | 36 | +12.0 +- 6.0 | "
-        "53.0 (30.0 to 70.0) | 4 | - |",
-        "The judge (checker) agreed with the guide in 65.0% of the cases (95 % 49.5% to 77.9%); "
-        "chance is 50%: the interval holds chance, so no agreement is shown. Of 50 prompts: 40 "
-        "decided, 7 ties, 2 without a verdict, 1 with two equal samples.",
+        "| length (longer is worse) | 53 (30 to 70) | 36 | +12.0 +- 6.0 | 53 (30 to 70) | 4 | - |",
+        "The judge (checker) agreed with the guide in 65.0 % of the cases (95 % interval 49.5 to "
+        "77.9 %); chance is 50 %: the interval holds chance, so no agreement is shown. Of 50 "
+        "prompts: 40 decided, 7 ties, 2 without a verdict, 1 with two equal samples.",
     ):
         assert line in text, text
     shown = section(page, "judges")
     for cells in (
-        "<td>the guide</td><td>65.0 (49.5 to 77.9)</td><td>40</td><td>–</td>",
-        "<td>length (longer is worse)</td><td>53.0 (30.0 to 70.0)</td><td>36</td>"
-        "<td>+12.0 ± 6.0</td><td>53.0 (30.0 to 70.0)</td><td>4</td><td>–</td>",
+        '<th scope="row">the guide</th><td>65.0 (49.5 to 77.9)</td><td>40</td><td>–</td>',
+        '<th scope="row">length (longer is worse)</th><td>53 (30 to 70)</td><td>36</td>'
+        "<td>+12.0 ± 6.0</td><td>53 (30 to 70)</td><td>4</td><td>–</td>",
     ):
         assert cells in shown, shown
-    assert "The judge (checker) agreed with the guide in 65.0%" in shown and "+-" not in shown
+    assert "The judge (checker) agreed with the guide in 65.0\u00a0%" in shown and "+-" not in shown
     table = json.loads((run / "report/table.json").read_text())
     assert table["agreement"]["judge"] == "checker"
     assert table["agreement"]["agreement/untrained_behind"] == 0.15
@@ -736,7 +767,8 @@ def test_what_agreement_amounts_to() -> None:
     titles, rows = agreement_rows(agreement(sure_rows=40))
     assert len(titles) == 3 and len(rows) == 5
     older = {"agreement/rate": 0.64, "agreement/low": 0.5, "agreement/high": 0.75}
-    assert "in 64.0% of the cases (95 % 50.0% to 75.0%); chance is 50%" in sentence(older)
+    said = "in 64.0 % of the cases (95 % interval 50.0 to 75.0 %); chance is 50 %"
+    assert said in sentence(older)
     assert agreement_rows(older) == ([], [])
     older |= {"agreement/rows": 40, "agreement/length_rows": 30, "agreement/length_rate": 0.5}
     older |= {"agreement/length_low": 0.33, "agreement/length_high": 0.67}
@@ -791,7 +823,7 @@ def test_agreement_without_a_guide_is_of_the_mean_states(tmp_path: Path) -> None
     manifest = {"parents": {"judge.model": "checker", "guide": "none"}}
     (tmp_path / "agreement/manifest.json").write_text(json.dumps(manifest))
     found = read_agreement(tmp_path, {})
-    assert "agreed with the policy's mean states in 65.0%" in sentence(found)
+    assert "agreed with the policy's mean states in 65.0 %" in sentence(found)
     names = [who for who, _ in agreement_rows(found)[1]]
     assert names[0] == "the policy's mean states" and names.count(names[0]) == 1
     assert read_agreement(tmp_path / "none", {}) == {}
@@ -817,3 +849,110 @@ def test_no_run_folder(tmp_path: Path) -> None:
         script.main([f"run={tmp_path}"])
     with pytest.raises(InputError, match="run"):
         script.main([])
+
+
+# ------------------------------------------------------------------------------- every kind of run
+
+KINDS = {
+    "align": (
+        f"LD-Align on {POLICY}",
+        "LD-Align (iteration 1) minus continual SFT from the same start: ",
+        ["results", "run", "distance", "pull", "steps", "judges", "samples", "cost", "again"],
+    ),
+    "evaluate": (
+        f"Evaluation of {POLICY}",
+        "No difference to a baseline, as this run measured one policy alone: the policy given "
+        "reached ",
+        ["results", "run", "samples", "cost", "again"],
+    ),
+    "judge": (
+        f"Judge agreement on {POLICY}",
+        "The judge (checker) agreed with the guide in 64.8 % of the cases (95 % interval 53.2 to ",
+        ["judges", "run", "cost", "again"],
+    ),
+    "sft": (
+        f"Supervised fine-tuning of {POLICY}",
+        "No difference to a baseline, as this run measured one policy alone: the policy after SFT "
+        "reached ",
+        ["results", "run", "steps", "samples", "cost", "again"],
+    ),
+    "guide": (
+        f"A guide for {POLICY}",
+        "No difference to a baseline, as no policy was trained, only a guide. The guide tells a "
+        "row's two responses apart: a response is +1.03 +- 0.24 nats likelier",
+        ["pull", "run", "cost", "again"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_has_a_page_of_its_own(tmp_path: Path, kind: str) -> None:
+    """Title, first sentence and parts are those of what was run; no part is empty."""
+    title, first, parts = KINDS[kind]
+    run = made_run(tmp_path / kind, kind)
+    text, page = write_report(run), made(run)
+    assert text.startswith(first)
+    assert f"<h1>{title}</h1>" in page.source
+    assert re.search(rf'<p class="lead">{re.escape(notation.page(first))}', unescape(page.source))
+    headings = re.findall(r'<h2 id="([a-z]+)">', page.source)
+    assert headings == parts
+    linked = re.findall(r'<li><a href="#([a-z]+)">', page.source)
+    assert linked == parts
+    assert "small tasks made by a program that also checks the answers" in section(page, "run")
+    script = "align" if kind == "align" else kind
+    assert f"train/{script}.py --config config.yaml" in page.text
+    if kind != "align":
+        absent = re.findall(r'<p class="absent">(.*?)</p>', page.source)
+        assert not absent, absent
+        assert "learning_rate" not in section(page, "run") or kind == "sft"
+    accessible(page)
+
+
+def accessible(page: Page) -> None:
+    """Headings in order, heads of tables that say what they head, drawings with a text."""
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels)), levels
+    heads = [given.get("scope") for tag, given in page.elements if tag == "th"]
+    assert heads and set(heads) == {"col", "row"}
+    for row in re.findall(r"<tbody>(.*?)</tbody>", page.source, flags=re.DOTALL):
+        assert row.count("<tr>") == row.count('<th scope="row">')
+    drawings = [given for tag, given in page.elements if tag == "svg"]
+    assert all(d.get("role") == "img" and d.get("aria-label") for d in drawings)
+    assert page.source.count("<figcaption>") == len(drawings)
+
+
+def test_a_term_is_explained_where_it_first_stands_and_once(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "align")
+    text, page = write_report(run), made(run)
+    terms = re.findall(r"<dfn>(.*?)</dfn>: ", page.source)
+    assert len(set(terms)) == len(terms) == len(TERMS) - ("reward accuracy" not in page.text)
+    # No block of the page before the one that explains the guide speaks of a guide.
+    blocks = page.source.split("<main>")[1].split('<p class="terms">')
+    before = [block for block in blocks if "<dfn>Guide</dfn>" not in block]
+    at = next(n for n, block in enumerate(blocks) if "<dfn>Guide</dfn>" in block)
+    parts = "".join(before[: at - 1])
+    parts = re.sub(r"<(svg|nav|pre|dl|details)\b.*?</\1>|<[^>]*>", " ", parts, flags=re.DOTALL)
+    assert "guide" not in parts.lower()
+    for term, _, meaning in TERMS:
+        assert text.count(f"{term[0].upper()}{term[1:]}: {meaning}.") <= 1
+    first = text.split("**Held out**")[0]
+    for term in ("Policy", "Sampled", "Points", "95 % interval", "Continual SFT"):
+        assert f"{term}: " in first, first
+    assert "NLL: minus" in text and "Weight: how" in text and "Reward accuracy: the" in text
+
+
+def test_signs_are_true_in_pages_and_plain_in_json(run: Path) -> None:
+    """Names, paths, code and what a policy wrote keep their hyphens."""
+    path = run / "sft/evaluation/answers.jsonl"
+    better = {name: [True, True, True] for name in "abcd"}
+    lines = [json.dumps({"id": name, "correct": right}) + "\n" for name, right in better.items()]
+    path.write_text("".join(lines))
+    write_report(run)
+    text = (run / "report/table.md").read_text(encoding="utf-8")
+    assert "| iteration_0 | 50 +- 25 | 25 +- 12 | +0.0 +- 0.0 | \u221212 +- 12 |" in text
+    assert "greedy \u2212 sft, points" in text and "| - |" in text
+    assert "\\u2212" not in (run / "report/table.json").read_text()
+    page = made(run)
+    assert "\u221212 ± 12 points" in page.text and "+-" not in page.text
+    assert "LD-Align" in page.text

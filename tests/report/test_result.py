@@ -4,6 +4,7 @@ found, as the report shows it.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from markupsafe import escape
 
 from ldalign.evaluation.statistics import ratio_error, standard_error
+from ldalign.report.notation import page as signs
 from ldalign.report.page import write_page
-from ldalign.report.result import paired
+from ldalign.report.result import kind_of, paired, read_answers
 from ldalign.report.table import collect, read_steps, read_validation, write_report
 from ldalign.report.validation import validation
 
@@ -95,10 +97,10 @@ def sentences(run: Path) -> list[str]:
     page = write_page(run).read_text().replace("\u00a0", " ")
     first, second, *_ = text.split("\n\n")
     for sentence in (first, second):
-        assert f"<p>{escape(sentence)}</p>" in page
+        assert f">{escape(signs(sentence).replace(chr(160), ' '))}</p>" in page
     assert (
-        page.index(first)
-        < page.index(escape(second))
+        page.index('<p class="lead">LD-Align')
+        < page.index(f"<p>{escape(second)}")
         < page.index("<p>After 1 iteration of LD-Align")
     )
     return [first, second]
@@ -122,7 +124,7 @@ def test_the_selected_policy_minus_the_baseline_comes_first(run: Path) -> None:
     assert (found["policy"], found["baseline"], found["figure"]) == (
         "iteration_0", "continual_sft", "sampled",
     )  # fmt: skip
-    text = (run / "report/table.md").read_text()
+    text = (run / "report/table.md").read_text(encoding="utf-8").replace("\u2212", "-")
     head = next(line for line in text.splitlines() if line.startswith("| policy | greedy"))
     columns = head.split(" | ")
     at = columns.index("sampled - continual_sft, points")
@@ -133,6 +135,7 @@ def test_the_selected_policy_minus_the_baseline_comes_first(run: Path) -> None:
     assert "6 of 8" in text and "1.5000, 1.2500, 1.3750" in text
     page = (run / "report/report.html").read_text()
     assert f"{100 * gap:+.1f} ± {100 * error:.1f} points over continual SFT" in page
+    assert first.isascii() and found["sentence"] == first
 
 
 def test_a_loss_is_said_as_one(run: Path) -> None:
@@ -171,7 +174,7 @@ def test_where_no_program_checks_it_is_the_likelihood(
     logps = np.random.default_rng(3).uniform(-8, -4, (2, len(NAMES)))
     measured(tmp_path, "start", None, logps[0].tolist())
     put(tmp_path, "iteration_0/policy", {})
-    other = logps[0] + shift + 0.01 * logps[1]
+    other = logps[0] + shift + 0.1 * (logps[1] + 6)
     measured(tmp_path, "iteration_0", None, other.tolist())
     text = write_report(tmp_path)
     start, own = (
@@ -186,15 +189,50 @@ def test_where_no_program_checks_it_is_the_likelihood(
 
 
 def test_differences_are_paired(run: Path) -> None:
-    found = paired(run, "sft", "iteration_1", "difference")
+    answers = read_answers(run, ["sft", "iteration_1", "nobody"])
+    found = paired(answers, "sft", "iteration_1", "difference")
     gaps = shares(run, "iteration_1") - shares(run, "sft")
     assert found["difference/sampled"] == pytest.approx(gaps.mean())
     assert found["difference/sampled_se"] == pytest.approx(gaps.std(ddof=1) / math.sqrt(40))
     assert found["difference/rows"] == 40
-    assert paired(run, "sft", "sft", "x") == {} == paired(run, "sft", "nobody", "x")
+    assert paired(answers, "sft", "sft", "x") == {} == paired(answers, "sft", "nobody", "x")
     path = run / "iteration_1/evaluation/answers.jsonl"
     path.write_text(path.read_text().replace("row-39", "row-40"))
-    assert paired(run, "sft", "iteration_1", "difference") == {}
+    answers = read_answers(run, ["sft", "iteration_1"])
+    assert paired(answers, "sft", "iteration_1", "difference") == {}
+
+
+def test_where_nothing_can_be_compared_it_says_why(run: Path) -> None:
+    (run / "continual_sft").rename(run / "apart")
+    select(run, "iteration_1", "the last")
+    path = run / "iteration_1/evaluation/answers.jsonl"
+    path.write_text(path.read_text().replace("row-39", "row-40"))
+    said = "LD-Align minus a baseline is not known: "
+    assert write_report(run).startswith(
+        f"{said}iteration 1 and the others did not answer the same prompts."
+    )
+    shutil.rmtree(run / "iteration_1/evaluation")
+    assert write_report(run).startswith(
+        f"{said}of this run's policies only start (after SFT), iteration 0 was evaluated"
+    )
+    for name in ("sft", "iteration_0"):
+        shutil.rmtree(run / name / "evaluation")
+    assert write_report(run).startswith(f"{said}nothing was evaluated on held-out rows")
+
+
+def test_what_was_run_is_told_by_its_stages() -> None:
+    found = {
+        "nothing": ["data"],
+        "evaluate": ["start/evaluation"],
+        "sft": ["sft/policy", "sft/evaluation"],
+        "guide": ["sft/policy", "iteration_0/responses", "guide"],
+        "judge": ["sft/policy", "guide", "agreement_samples"],
+        "align": ["sft/policy", "guide", "iteration_0/distances"],
+    }
+    assert {kind: kind_of(names) for kind, names in found.items()} == {k: k for k in found}
+    assert kind_of(["start/benchmarks/piqa"]) == "evaluate"
+    assert kind_of(["start/evaluation", "continual_sft/policy"]) == "align"
+    assert kind_of(["iteration_0/responses"]) == "nothing"
 
 
 def test_the_error_of_a_ratio_is_the_jackknifes() -> None:

@@ -126,8 +126,8 @@ def test_a_comparison_and_its_resumption(
         assert summary["policies"][arm.name]["nll"]["value"] == pytest.approx(nll)
         found = summary["others"][f"{arm.name} - start"]["nll"]
         assert found["value"] == pytest.approx(gap)
-    text = (run / "report/comparison.md").read_text()
-    assert "| spin - sft |" in text and "| ld_align/uniform |" in text
+    text = (run / "report/comparison.md").read_text(encoding="utf-8")
+    assert "| spin \u2212 sft |" in text and "| ld_align/uniform |" in text
     settings = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "again.yaml").write_text(settings)
     assert load_config(CompareConfig, tmp_path / "again.yaml") == config_of(

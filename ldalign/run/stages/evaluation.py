@@ -28,6 +28,12 @@ def _cost(ctx: Context, name: str) -> Cost:
 
 
 EVALUATION_STAGE = Stage("evaluation", _cost)
+ANSWERS = "answers.jsonl"  # in its folder: every held-out row with every answer
+
+
+def answers_file(policy: Path) -> Path:
+    """Where a policy's folder in a run (RUN/iteration_1) has its held-out answers."""
+    return policy / EVALUATION_STAGE.name / ANSWERS
 
 
 def _settings(ctx: Context) -> EvaluationSettings:
@@ -69,7 +75,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
                 release=True,
             )
         if distributed.rank() == 0:
-            write_jsonl(folder / "answers.jsonl", records)
+            write_jsonl(folder / ANSWERS, records)
         return metrics
 
     others = {"nothing": "", "greedy": "to every row, for reward.model", "samples": "to every row"}

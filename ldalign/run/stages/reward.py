@@ -10,7 +10,7 @@ from ldalign.evaluation.reward import RewardModel, summary
 from ldalign.run.context import Context, find_model
 from ldalign.run.manifest import hash_model_folder
 from ldalign.run.stage import Stage
-from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stages.evaluation import answers_file
 from ldalign.system import distributed
 from ldalign.system.files import hash_file, read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics, say
@@ -29,7 +29,7 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
     """
     r, stage = ctx.config.reward, REWARD_STAGE.folder(name)
     model = find_model(ctx.config, str(r.model))
-    answers = ctx.run.path / EVALUATION_STAGE.folder(name) / "answers.jsonl"
+    answers = answers_file(ctx.run.path / name)
     before = ctx.run.path / REWARD_STAGE.folder(first) / REWARDS if first != name else None
 
     def make(folder: Path) -> Metrics:
