@@ -24,8 +24,8 @@ from ldalign.models.fetch import DEFAULT_MODEL, HUB_NAME, hub_folder
 from ldalign.models.toy import TOY_MODEL
 from ldalign.report import words
 from ldalign.report.analysis import Numbers
-from ldalign.report.result import BASELINE, method_name, paired
 from ldalign.report.notation import HELD_OUT, leading
+from ldalign.report.result import BASELINE, method_name, paired
 from ldalign.report.table import read_config, read_summaries
 from ldalign.run.context import SELECTED
 from ldalign.run.folder import ENVIRONMENT, STARTED, shown_name
