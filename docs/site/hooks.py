@@ -3,18 +3,22 @@
 The pages are written for a code host: they link to files of the repository, wherever these lie, and
 their formulas are TeX. Here a linked page or figure outside docs/ becomes one of the site's, any
 other linked file a page that shows it, and a formula becomes MathML, which browsers draw by
-themselves. Pages about the public calls and the settings are made of the source.
+themselves; the font for it comes with the package ziamath. Pages about the public calls and the
+settings are made of the source.
 """
 
 import html
 import posixpath
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import ziamath
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -25,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = ROOT / ".venv-docs/source"  # the package as it is installed: mkdocs.yml names it too
 INDEX = "docs/README.md"
 PLACES = {"README.md": "index.md", INDEX: "pages.md"}  # in the site, of what does not keep its name
+FOREIGN = ROOT / "ldalign/run/foreign_names.py"  # keys of other trainers, and what to give here
 MORE = ("CONTRIBUTING.md", "CHANGELOG.md")
 # Modules with a page of their own, beside the public names.
 MODULES = (
@@ -48,15 +53,23 @@ MATH_FENCE = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MATH = re.compile(
     r'<(span|div) class="arithmatex">\s*(?:\\\((.*?)\\\)|\\\[(.*?)\\\])\s*</\1>', re.DOTALL
 )
+LOST_LIST = re.compile(r"<p>(?:(?!</p>).)*?\n((?:- |\d+\. )[^\n<]*)", re.DOTALL)
+SPACED = (  # what latex2mathml leaves to be spaced: a function's name, a sign, a prime
+    (re.compile(r"<mi>(log|ln|max|min)</mi>(?!<mo)"), r'<mi>\1</mi><mspace width="0.17em" />'),
+    (re.compile(r"(?<=<mo>&#x0003D;</mo>)<mo>&#x02212;"), '<mo form="prefix">&#x02212;'),
+    (re.compile(r"<mi>&#x02032;</mi>"), "<mo>&#x02032;</mo>"),
+    (re.compile(r"<mo[^>]*>(?=&#x0?2016;|&#x0?2225;)"), '<mo stretchy="false">'),
+)
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".cu": "cpp", ".yaml": "yaml"}
 
+log = get_plugin_logger("site")
 _sources: dict[str, str] = {}  # of the site's pages: where each lies in the repository
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lays the package out and makes the navigation."""
     _lay_out()
-    nav: list[dict[str, Any]] = [{"ldalign": "index.md"}]
+    nav: list[dict[str, Any]] = [{"What it is": "index.md"}]
     index = (ROOT / INDEX).read_text(encoding="utf-8")
     for group in index.split("\n## ")[1:]:
         title, _, text = group.partition("\n")
@@ -69,6 +82,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {
             "Reference": [
                 {"Settings": "settings.md"},
+                *([{"Names of other trainers": "foreign-names.md"}] if FOREIGN.is_file() else []),
                 {"Public names": "api/ldalign.md"},
                 *_modules(),
             ]
@@ -97,13 +111,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if files.get_file_from_path(place) is None:
             files.append(_file(path, place, config))
     made = {"settings.md": settings_page.page(), "api/ldalign.md": _public()}
+    if FOREIGN.is_file():
+        made["foreign-names.md"] = _foreign()
     for name in MODULES:
         made[f"api/{name}.md"] = f"# ldalign.{name}\n\n::: ldalign.{name}\n"
     for place, text in made.items():
         files.append(File.generated(config, place, content=text))
-    for asset in ("site.css", "iframe-worker.js"):
-        path = str(Path(__file__).with_name(asset))
-        files.append(File.generated(config, f"assets/{asset}", abs_src_path=path))
+    assets = [Path(__file__).with_name(name) for name in ("site.css", "iframe-worker.js")]
+    for path in [*assets, Path(ziamath.__file__).parent / "fonts/STIXTwoMath-Regular.ttf"]:
+        files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
     return files
 
 
@@ -112,6 +128,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = _sources.get(page.file.src_uri)
     if source is None or not source.endswith(".md"):
         return markdown
+    markdown = re.sub(r"\A## ", "# ", markdown)  # a table of bench/, made for a longer page
     markdown = MATH_FENCE.sub(lambda found: f"\n$$\n{found[1]}$$\n", markdown)
     here = posixpath.dirname(page.file.src_uri)
 
@@ -122,13 +139,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns formulas into MathML, and lets wide tables be moved sideways."""
+    """Turns formulas into MathML; warns, which ends the build, of what was not understood."""
+    for found in LOST_LIST.finditer(content):
+        log.warning("%s: no empty line before a list: %s", page.file.src_uri, found[1])
 
     def drawn(found: re.Match[str]) -> str:
         inline, block = found[2], found[3]
         tex = html.unescape(inline if inline is not None else block)
-        return convert(tex, display="inline" if inline is not None else "block")
+        drawing = convert(tex, display="inline" if inline is not None else "block")
+        for pattern, better in SPACED:
+            drawing = pattern.sub(better, drawing)
+        return drawing
 
+    content = re.sub(r"<code>(?=[^<]{1,16}</code>)", '<code class="whole">', content)
     return MATH.sub(drawn, content)
 
 
@@ -201,6 +224,21 @@ def _public() -> str:
             "      heading_level: 3\n"
         )
     return "".join(parts)
+
+
+def _foreign() -> str:
+    """The page of the keys of other trainers, as the settings answer to them."""
+    names: dict[str, str] = runpy.run_path(str(FOREIGN))["FOREIGN"]
+    rows = []
+    for name, here in names.items():
+        key, semicolon, note = here.partition(";")
+        shown = f"`{key}`{semicolon}{note}" if re.match(r"[\w.]+=", key) else here
+        rows.append(f"| `{name}` | {shown.replace('|', chr(92) + '|')} |\n")
+    return (
+        "# Names of other trainers\n\nWhat is answered where a key of TRL, axolotl or "
+        "LLaMA-Factory is given; [coming from other trainers](coming-from.md) has the rest.\n\n"
+        "| there | here |\n|---|---|\n" + "".join(rows)
+    )
 
 
 def _lay_out() -> None:
