@@ -69,6 +69,8 @@ def test_a_wrong_command_is_found(command: str, what: str) -> None:
         "ldalign chat policy=runs/mine",
         "ldalign inspect policy=toy data=rows.jsonl rows=3",
         "ldalign export gguf FOLDER",
+        "ldalign presets smollm2-135m > mine.yaml",
+        "make align CONFIG=smollm2-135m-spin 2>&1 | tee log",
         "make align CONFIG=configs/toy.yaml GPUS=2",
         "pip install 'ldalign[hub,reward]'",
     ],

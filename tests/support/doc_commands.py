@@ -13,7 +13,7 @@ from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
-from ldalign.train.command import check_method_reads
+from ldalign.train import command
 from ldalign.train.generate import GenerateConfig
 from ldalign.train.inspect_data import InspectConfig
 from ldalign.train.report import ReportConfig
@@ -49,7 +49,7 @@ SCRIPTS: dict[str, Any] = {
     "report": ReportConfig,
     "tour": TourKeys,
 }
-FLAGS = ("--help", "--dry-run", "--debug", "--chat")
+FLAGS = {*command.FLAGS, "--help", "--debug", "--chat"}
 CONSOLE = {"chat": "generate", "inspect": "inspect_data"}  # `ldalign NAME` of another name
 WITHOUT_KEYS = ("env", "presets", "export")  # console commands that take no keys of a run
 # A reader's own config file, which is not here: checked with this one in its place.
@@ -105,11 +105,11 @@ def _parts(text: str) -> Iterator[str]:
             part.append(word)
 
 
-def wrong(command: str) -> str | None:
+def wrong(text: str) -> str | None:
     """What is wrong with a command; None: nothing, or it is one that nobody can check."""
-    if command.startswith(UNCHECKED):
+    if text.startswith(UNCHECKED):
         return None
-    words = shlex.split(command)
+    words = shlex.split(re.sub(r"\s(\||\d?>).*", "", text))  # where its output goes is no matter
     while words and re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     program, arguments = Path(words[0]).name, words[1:]
@@ -212,8 +212,8 @@ def _pip(arguments: Sequence[str]) -> str | None:
 def check_script(name: str, arguments: Sequence[str]) -> str | None:
     """Resolves the settings of a script of train/; raises InputError where they are refused."""
     cls = SCRIPTS.get(name)
-    if cls is None:
-        return f"train/ has no script {name}.py"
+    if cls is None:  # one that takes no keys
+        return None if (ROOT / f"train/{name}.py").is_file() else f"train/ has no script {name}.py"
     rest = [word for word in arguments if word not in FLAGS]
     config: str | None = None
     if "--config" in rest:
@@ -231,7 +231,7 @@ def check_script(name: str, arguments: Sequence[str]) -> str | None:
     loaded = load_config(cls, path, rest)
     if name == "align":
         where = ["--config", str(path)] if path else []
-        check_method_reads([*where, *rest], loaded)
+        command.check_method_reads([*where, *rest], loaded)
     return None
 
 
