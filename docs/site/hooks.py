@@ -66,9 +66,13 @@ log = get_plugin_logger("site")
 _sources: dict[str, str] = {}  # of the site's pages: where each lies in the repository
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lays the package out and makes the navigation."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Lays the package out, before mkdocstrings looks for it."""
     _lay_out()
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Makes the navigation."""
     nav: list[dict[str, Any]] = [{"What it is": "index.md"}]
     index = (ROOT / INDEX).read_text(encoding="utf-8")
     for group in index.split("\n## ")[1:]:
