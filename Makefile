@@ -89,7 +89,7 @@ lint: $(VENV)/.dev
 	MYPYPATH=$(VENV)/typed $(VENV)/bin/mypy -p ldalign | sed -E 's#^$(VENV)/typed/(ldalign/(kernels|train)/)?#\2/#; s#^/##'
 
 docs: $(DOCS)/.made
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
 	@echo "make: site/index.html"
 
 bench: $(VENV)/.bench
