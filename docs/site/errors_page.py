@@ -5,7 +5,7 @@
 The texts are read from the source, nothing of it is run: what is given to InputError and its like,
 to `need`, and to the lists of problems of a config. What a value stands for in a text is shown as a
 word in capitals. errors.yaml has the topics, and says what to do about the texts that do not say it
-themselves; such a text without an entry there is an error.
+themselves, by a part of the text; such a text without an entry there is an error.
 """
 
 import ast
@@ -178,7 +178,7 @@ def _readable(
         return [t for side in sides for t in _readable(side, function, tree, constants, depth)]
     if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
         text = " ".join(_text(node, constants).split())
-        return [text] if re.search(r"[a-z]{3}", text) else []
+        return [text] if re.search(r"[a-z]{3}", re.sub(r"\[.*?\]", "", text)) else []
     if depth > 1:
         return []
     sources: list[ast.expr] = []
@@ -266,9 +266,9 @@ def make(found: list[Text], advice: dict[str, Any]) -> tuple[str, list[str]]:
     """Returns the page, and what has to be done to errors.yaml before it may stand."""
     said: dict[str, str] = advice["advice"]
     problems = [
-        f"errors.yaml: a text that the source does not have: {text}"
-        for text in said
-        if text not in {one.text for one in found}
+        f"errors.yaml: in no text of the source: {part}"
+        for part in said
+        if not any(part in one.text for one in found)
     ]
     topics: list[dict[str, Any]] = advice["topics"]
     parts = [advice["head"].rstrip() + "\n"]
@@ -283,9 +283,10 @@ def make(found: list[Text], advice: dict[str, Any]) -> tuple[str, list[str]]:
             if one.file != source:
                 source = one.file
                 parts.append(f"\n### From `{source}`\n")
-            if one.text not in said and not SAYS.search(one.text):
+            todo = next((said[part] for part in said if part in one.text), "")
+            if not todo and not SAYS.search(one.text):
                 problems.append(f"errors.yaml: {one.file}: say what to do about: {one.text}")
-            parts.append(_entry(one, said.get(one.text, "")))
+            parts.append(_entry(one, todo))
     problems += [f"errors.yaml: no topic has {one.file}" for one in found if one.text not in placed]
     return "".join(parts), list(dict.fromkeys(problems))
 

@@ -117,6 +117,11 @@ def _shown(path: Path, node: ast.expr) -> str:
 
 
 def _bound(path: Path, node: ast.expr) -> str:
+    if isinstance(node, ast.Call) and _name(node.func) == "Check":
+        return _text(node.args[1])
+    if isinstance(node, ast.Name) and node.id not in BOUNDS:
+        value = _value(path, node.id)
+        return node.id if value is None else _bound(_home(path, node.id)[0], value)
     if isinstance(node, ast.Call):
         given = [
             _bound(path, one) if _name(one) in BOUNDS else _shown(path, one) for one in node.args

@@ -113,7 +113,7 @@ def test_a_text_that_says_nothing_to_do_needs_an_entry(tmp_path: Path) -> None:
     page, problems = errors_page.make(found, told | {"advice": {"X is odd": "Give an even one."}})
     assert not problems and "#### `X is odd`\n\nGive an even one.\n" in page
     _, problems = errors_page.make(found, told | {"advice": {"X is odd": "So.", "gone": "Old."}})
-    assert problems == ["errors.yaml: a text that the source does not have: gone"]
+    assert problems == ["errors.yaml: in no text of the source: gone"]
 
 
 def test_what_the_questions_quote_is_said() -> None:

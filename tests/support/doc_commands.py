@@ -29,6 +29,7 @@ UNCHECKED = (
     "pip install pre-commit",
     "pre-commit install",
     "unzip ",
+    "llama-",
 )
 PROGRAMS = "make|python3?|torchrun|ldalign|pip|git|hf|unzip|cd|pre-commit"
 START = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:{PROGRAMS})(?: |$)")
@@ -51,7 +52,7 @@ SCRIPTS: dict[str, Any] = {
 }
 FLAGS = {*command.FLAGS, "--help", "--debug", "--chat"}
 CONSOLE = {"chat": "generate", "inspect": "inspect_data"}  # `ldalign NAME` of another name
-WITHOUT_KEYS = ("env", "presets", "export")  # console commands that take no keys of a run
+WITHOUT_KEYS = ("env", "presets", "export", "push")  # console commands that take no keys of a run
 # A reader's own config file, which is not here: checked with this one in its place.
 OWN_CONFIG = {CompareConfig: "configs/compare-own-data.yaml"}
 
