@@ -75,7 +75,7 @@ LISTED = "NAME, ..."
 # A text with one of these says itself what to do, or what would have been right.
 SAYS = re.compile(
     r"; |: (give|read|run|hold|shorten|delete)\b|\b(expected|must be|give|allowed|needs|instead|"
-    r"install|leave out|lower|raise|set|delete|remove)\b"
+    r"install|leave out|lower|raise|set|delete|remove)\b|HOW-TO-"
 )
 
 
@@ -274,11 +274,15 @@ def make(found: list[Text], advice: dict[str, Any]) -> tuple[str, list[str]]:
     parts = [advice["head"].rstrip() + "\n"]
     placed: set[str] = set()
     for topic in topics:
-        parts.append(f"\n## {topic['title']}\n\n{topic['about'].rstrip()}\n")
+        of_topic = [
+            one
+            for one in found
+            if one.text not in placed and any(map(one.file.startswith, topic["files"]))
+        ]
+        if of_topic:
+            parts.append(f"\n## {topic['title']}\n\n{topic['about'].rstrip()}\n")
         source = ""
-        for one in found:
-            if one.text in placed or not any(map(one.file.startswith, topic["files"])):
-                continue
+        for one in of_topic:
             placed.add(one.text)
             if one.file != source:
                 source = one.file
