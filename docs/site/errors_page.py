@@ -286,7 +286,7 @@ def make(found: list[Text], advice: dict[str, Any]) -> tuple[str, list[str]]:
             placed.add(one.text)
             if one.file != source:
                 source = one.file
-                parts.append(f"\n### From `{source}`\n")
+                parts.append(f"\n### `{source}`\n")
             todo = next((said[part] for part in said if part in one.text), "")
             if not todo and not SAYS.search(one.text):
                 problems.append(f"errors.yaml: {one.file}: say what to do about: {one.text}")

@@ -219,13 +219,14 @@ def _public() -> str:
     names = [(home, name) for home, listed in homes for name in listed.split(", ")]
     parts = ["# Public names\n\nWhat `import ldalign` gives; other modules may change.\n"]
     for home, name in sorted(names, key=lambda pair: pair[1]):
-        parts.append(f"\n## `ldalign.{name}`\n")
         if name == "ops":
-            parts.append("\nThe fused operations, a function each: [ldalign.ops](ops.md).\n")
+            parts.append(
+                "\n## ldalign.ops\n\nThe fused operations, a function each: [ops](ops.md).\n"
+            )
             continue
         parts.append(
-            f"\n::: {home}.{name}\n    options:\n      show_root_heading: true\n"
-            "      heading_level: 3\n"
+            f"\n::: {home}.{name}\n    options:\n      heading: ldalign.{name}\n"
+            "      show_root_heading: true\n      show_root_toc_entry: true\n"
         )
     return "".join(parts)
 
