@@ -9,6 +9,7 @@
 #   make test-slow   the long ones: every write point, a hundred kills; some hours; ARGS="-k T1_" for the kills, minutes
 #   make reliability   the tests of the fault matrix, long ones too, and docs/reliability.md made of their results
 #   make lint    ruff and mypy
+#   make docs    the pages as a site, site/index.html; needs no network once its packages are there
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
 #   make profile   where the time of a training step and of a generation goes: table, figure, traces for Perfetto
 #   make fuzz    every reader of files against 10,000 damaged and hostile inputs; ARGS="--count 300" for fewer
@@ -20,9 +21,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align tour evaluate compare report test test-slow reliability fuzz lint bench profile gpu
+.PHONY: setup check-env align tour evaluate compare report test test-slow reliability fuzz lint docs bench profile gpu
 
 VENV := .venv
+DOCS := .venv-docs
 CONFIG ?= configs/smollm2-135m.yaml
 COMPARE ?= configs/compare-wordings.yaml
 PY := $(VENV)/bin/python
@@ -83,6 +85,10 @@ lint: $(VENV)/.dev
 	@ln -s $(CURDIR)/ldalign/* $(CURDIR)/kernels $(CURDIR)/train $(VENV)/typed/ldalign/
 	MYPYPATH=$(VENV)/typed $(VENV)/bin/mypy -p ldalign | sed -E 's#^$(VENV)/typed/(ldalign/(kernels|train)/)?#\2/#; s#^/##'
 
+docs: $(DOCS)/.made
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+	@echo "make: site/index.html"
+
 bench: $(VENV)/.bench
 	@$(PY) bench/run.py $(ARGS)
 
@@ -136,4 +142,11 @@ $(VENV)/.eval: $(VENV)/.product requirements/eval.txt
 # Its packages' own needs are torch and triton, which are there.
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	@$(PIP) install --no-deps -r requirements/bench.txt
+	@touch $@
+
+# No torch: the site's pages about the code are read from the source.
+$(DOCS)/.made: requirements/docs.txt | $(VENV)/.made
+	@echo "make: installing what the site is built with"
+	@$(PY) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check --no-input -q install -r requirements/docs.txt
 	@touch $@

@@ -46,9 +46,9 @@ ARGUMENT = re.compile(r"(?<![\w.,/=-])([a-z_]+(?:\.[a-z_]+)?)=")
 
 
 def unknown_keys(text: str) -> Iterator[str]:
-    """Names in a group of the config that are no keys of it."""
+    """Names in a group of the config that are no keys of it; capitals stand for any (errors.md)."""
     for group, key in GROUP_KEY.findall(text):
-        if key not in (*GROUPS[group], *FILE_ENDINGS, "*"):
+        if key not in (*GROUPS[group], *FILE_ENDINGS, "*") and not key.isupper():
             yield f"{group}.{key}"
 
 
