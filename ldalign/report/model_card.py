@@ -25,7 +25,7 @@ from ldalign.models.toy import TOY_MODEL
 from ldalign.report import words
 from ldalign.report.analysis import Numbers
 from ldalign.report.notation import HELD_OUT, leading
-from ldalign.report.result import BASELINE, method_name, paired
+from ldalign.report.result import BASELINE, method_name, paired, read_answers
 from ldalign.report.table import read_config, read_summaries
 from ldalign.run.context import SELECTED
 from ldalign.run.folder import ENVIRONMENT, STARTED, shown_name
@@ -380,9 +380,9 @@ def _held_out(run: Path, policy: str, measured: Mapping[str, Numbers]) -> list[t
 
 def _moved(run: Path, policy: str, measured: Mapping[str, Numbers]) -> list[str]:
     """The differences to the other policies of the table, a line each."""
-    lines = []
+    lines, answers = [], read_answers(run, [*measured])
     for base in measured:
-        found = paired(run, base, policy, "gap")
+        found = paired(answers, base, policy, "gap")
         parts = [
             f"{name} {_cell(found, f'gap/{key}', factor, form)}"
             for key, name, factor, form in (
