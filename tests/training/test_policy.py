@@ -319,6 +319,21 @@ def test_both_optimizers_lower_both_losses(optimizer: str, kind: str, tmp_path: 
         assert last["rewards/accuracies"] > 0.9 and last["rewards/margins"] > 0.05
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_line_has_what_a_person_watches(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = with_reference(tiny.pairs(11, weights=[*WEIGHTS, 1.0, 2.0, 0.0]))
+    records, _ = run(as_sft(pairs) if kind == "sft" else pairs, tmp_path / "m.jsonl")
+    first, last = capsys.readouterr().err.splitlines()
+    wanted = [f"step 1/2  loss {records[0]['loss']:.4f}"]
+    wanted += ["lr ", " tokens/s", " GiB"]
+    if kind == "dpo":
+        wanted.append(f"  unweighted {records[0]['loss/unweighted']:.4f}  margin ")
+    assert all(part in first for part in wanted) and first.endswith(" left")
+    assert "step 2/2" in last and "left" not in last and len(first) <= 160
+
+
 def test_metrics_have_trl_names_and_means_over_examples(tmp_path: Path) -> None:
     """11 pairs in steps of 8 and 3, micro-batches uneven: step 1's metrics are
     those of its own 8 pairs.
