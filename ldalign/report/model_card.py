@@ -230,7 +230,7 @@ answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
-With ldalign: `ldalign chat FOLDER`. For llama.cpp and Ollama: `ldalign export gguf FOLDER`.
+With ldalign: `ldalign chat policy=FOLDER`. For llama.cpp and Ollama: `ldalign export gguf FOLDER`.
 """
 LIMITS = """\
 - The policy is no safer and knows no more than its base: it was trained towards the answers of the
