@@ -14,7 +14,9 @@ _ATTENTION += "where it is installed"
 _SHARDING = "none: FSDP2 shards over all processes that torchrun starts; "
 _SHARDING += "training.shard_ranks=RANKS and training.whole=nothing, gradients or all change how"
 _LOGGED = "none: every optimizer step is a line in RUN/metrics.jsonl"
-_HUB = "none: nothing is uploaded; each policy is a Hugging Face model folder in the run folder"
+_HUB = "hub.push=OWNER/NAME; the run's result goes there at its end, and each policy is a Hugging "
+_HUB += "Face model folder in the run folder"
+_WANDB = "none: log=[wandb], and W&B's own environment variables (WANDB_PROJECT, WANDB_ENTITY)"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"
 _RESPONSES = "none: a row's response alone is trained on, never its prompt; turns=first, last or "
 _RESPONSES += "all says which one"
@@ -91,11 +93,13 @@ FOREIGN: dict[str, str] = {
     "logging_dir": _LOGGED,
     "logging_steps": _LOGGED,
     "logging_strategy": _LOGGED,
-    "report_to": _LOGGED,
+    "report_to": "log=[VALUE]; tensorboard, wandb or trackio; every step is in RUN/metrics.jsonl "
+    "anyway",
     "disable_tqdm": "none: bars are drawn in a terminal alone",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
-    "hub_token": "none: a token is taken from where Hugging Face's programs keep it",
+    "hub_private_repo": "hub.private=true or false",
+    "hub_token": "none: the token is HF_TOKEN's, or that of `hf auth login`",
     # TRL: ScriptArguments, ModelConfig, SFTConfig, DPOConfig
     "model_name_or_path": "policy=VALUE",
     "model": "policy=VALUE",
@@ -173,8 +177,8 @@ FOREIGN: dict[str, str] = {
     "evals_per_epoch": "validation.every=STEPS; without it four times a stage",
     "saves_per_epoch": "checkpoint.steps=STEPS; these are for going on after a stop",
     "early_stopping_patience": "validation.early_stop=VALUE",
-    "wandb_project": _LOGGED,
-    "wandb_entity": _LOGGED,
+    "wandb_project": _WANDB,
+    "wandb_entity": _WANDB,
     # LLaMA-Factory: src/llamafactory/hparams
     "stage": "method=ld_align, spin, dpo, sft, self_reward or rlaif",
     "finetuning_type": _PEFT,
