@@ -20,7 +20,7 @@ from ldalign.train.report import ReportConfig
 CONFIGS = (RunConfig, CompareConfig, GenerateConfig, InspectConfig, ReportConfig)
 # The keys that hold text and name no file. A new key of text must be here, or be a path.
 NO_PATHS = {"sampling.stop", "judge.endpoint", "benchmarks.tasks", "compare.methods"}
-NO_PATHS |= {"compare.primary", "rows"}
+NO_PATHS |= {"compare.primary", "rows", "hub.push"}
 NO_PATHS |= {"ignore_columns"} | {f"columns.{key.name}" for key in dataclasses.fields(ColumnsKeys)}
 
 
