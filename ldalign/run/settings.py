@@ -203,8 +203,8 @@ class RunConfig:
     )
     log: list[SinkName] = setting(
         [],
-        "where else metrics go: tensorboard, wandb, trackio, each by the library of that name"
-        "; none of them can stop a run",
+        "where else metrics go: tensorboard, wandb, trackio, each by the library of that name; "
+        "none of them can stop a run",
     )
     sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
     training: TrainingKeys = group(TrainingKeys, "training of the policy")
