@@ -38,8 +38,8 @@ class EvaluationSettings:
     """What is asked of a policy, and the sizes of its batches.
 
     samples: answers a prompt at `sampling`'s temperature, beside the greedy one. unchecked: which
-    of these are also asked of rows that no program can check (greedy: for a reward model).
-    batch_rows: rows generated at a time. micro_tokens: tokens scored at a time.
+    of these are also asked of rows that no program can check (greedy: for a reward model and the
+    report). batch_rows: rows generated at a time. micro_tokens: tokens scored at a time.
     """
 
     samples: int

@@ -606,12 +606,15 @@ def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers
     turned = [i for i in changed if old[i]["correct"][:1] != new[i]["correct"][:1]]
     rest = [i for i in changed if i not in set(turned)]
     answers = [_answer(i, first, found) for i in (turned + rest)[:ANSWERS_SHOWN]]
-    rule = (
-        f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to "
-        f"{shown_name(selected)}; {sum(new[i]['correct'][0] for i in turned)} became "
-        f"right and {sum(old[i]['correct'][0] for i in turned)} became wrong. Shown: the first "
-        f"{len(answers)} in the file's order, those whose verdict changed before others."
-    )
+    rule = f"of {len(old)}, {len(changed)} changed from {_shown(rows[0])} to {shown_name(selected)}"
+    order = ""
+    if any(record["correct"] for record in old.values()):
+        rule += (
+            f"; {sum(new[i]['correct'][0] for i in turned)} became right and "
+            f"{sum(old[i]['correct'][0] for i in turned)} became wrong"
+        )
+        order = ", those whose verdict changed before others"
+    rule += f". Shown: the first {len(answers)} in the file's order{order}."
     return {"answers": answers, "answer_rule": rule}
 
 

@@ -305,10 +305,11 @@ class EvaluationKeys:
     iterations: Literal["every", "last"] = setting(
         "every", "whose policies are measured; last: the start, the last one and the baseline alone"
     )
-    answers: Literal["checked", "all"] = setting(
+    answers: Literal["checked", "greedy", "all"] = setting(
         "checked",
-        "whose answers are asked for: of rows that a program can check; all: of every row, as a "
-        "comparison needs to measure how close they come to the real ones (judge.folder)",
+        "whose answers are asked for: of rows that a program can check; greedy: of the others the "
+        "greedy answer, for the report to show; all: samples of every row too, as a comparison "
+        "needs to measure how close they come to the real ones (judge.folder)",
     )
 
 

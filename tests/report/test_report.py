@@ -956,3 +956,29 @@ def test_signs_are_true_in_pages_and_plain_in_json(run: Path) -> None:
     page = made(run)
     assert "\u221212 ± 12 points" in page.text and "+-" not in page.text
     assert "LD-Align" in page.text
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_answers_before_and_after_stand_side_by_side(checked: bool, tmp_path: Path) -> None:
+    """Also where no program checks them: then the page counts changes, and no verdicts."""
+    texts = {"start": ["a", "b", "c"], "iteration_0": ["a", "B", "C"]}
+    verdicts = {"start": [True, True, False], "iteration_0": [True, True, True]}
+    for policy, greedy in texts.items():
+        lines = [
+            {"id": str(i), "prompt": f"p{i}", "real": "r", "greedy": text, "correct": right}
+            for i, (text, right) in enumerate(
+                zip(greedy, ([one] * checked for one in verdicts[policy]), strict=True)
+            )
+        ]
+        folder = tmp_path / policy / "evaluation"
+        folder.mkdir(parents=True)
+        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = words.answers(tmp_path, [{"policy": name} for name in texts], "iteration_0")
+    labels = [one["label"] for one in shown["answers"]]
+    assert labels == (["row 2", "row 1"] if checked else ["row 1", "row 2"])
+    assert [side["text"] for side in shown["answers"][-1]["answers"]] == (
+        ["r", "b", "B"] if checked else ["r", "c", "C"]
+    )
+    rule = shown["answer_rule"]
+    assert rule.startswith("of 3, 2 changed from ") and "the first 2 in the file's order" in rule
+    assert ("1 became right and 0 became wrong" in rule) == ("verdict" in rule) == checked

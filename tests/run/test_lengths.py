@@ -178,5 +178,6 @@ def test_a_comparison_needs_numbers() -> None:
 def test_the_preset_asks_for_policy_data_and_run_alone() -> None:
     own = load_config(RunConfig, ROOT / "configs/own-data.yaml")
     assert (own.max_new_tokens, own.max_length, own.max_rows, own.sft.epochs) == (0, 0, None, 0)
+    assert own.evaluation.answers == "greedy"  # or its report has no answers before and after
     first = (ROOT / "configs/own-data.yaml").read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) <= 92

@@ -38,14 +38,16 @@ def answers_file(policy: Path) -> Path:
 
 def _settings(ctx: Context) -> EvaluationSettings:
     e, config = ctx.config.evaluation, ctx.config
-    unchecked: Unchecked = "greedy" if config.reward.model is not None else "nothing"
+    unchecked: Unchecked = "nothing"
+    if e.answers != "checked" or config.reward.model is not None:
+        unchecked = "samples" if e.answers == "all" else "greedy"
     return EvaluationSettings(
         e.samples,
         Sampling(config.max_new_tokens, e.temperature),
         config.sampling.batch_rows,
         config.training.micro_tokens,
         config.seed,
-        "samples" if e.answers == "all" else unchecked,
+        unchecked,
     )
 
 
@@ -78,7 +80,7 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
             write_jsonl(folder / ANSWERS, records)
         return metrics
 
-    others = {"nothing": "", "greedy": "to every row, for reward.model", "samples": "to every row"}
+    others = {"nothing": "", "greedy": "to every row, greedy alone", "samples": "to every row"}
     said = others[settings.unchecked] if unchecked else ""
     parents: Parents = {
         "policy": hash_model_folder(policy),
