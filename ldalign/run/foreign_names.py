@@ -11,12 +11,13 @@ _BITS = "none: weights of 4 or 8 bits are not trained here; training.master_dtyp
 _BITS += "training.state_dtype=bfloat16 save memory"
 _ATTENTION = "none: the implementation is chosen by the machine, and flash-attn is used on GPUs "
 _ATTENTION += "where it is installed"
-_SHARDING = "none: FSDP2 shards over all processes that torchrun starts; "
+_SHARDING = "none: FSDP2 shards over all processes (--ranks N, torchrun); "
 _SHARDING += "training.shard_ranks=RANKS and training.whole=nothing, gradients or all change how"
 _LOGGED = "none: every optimizer step is a line in RUN/metrics.jsonl"
 _HUB = "hub.push=OWNER/NAME; the run's result goes there at its end, and each policy is a Hugging "
 _HUB += "Face model folder in the run folder"
 _WANDB = "none: log=[wandb], and W&B's own environment variables (WANDB_PROJECT, WANDB_ENTITY)"
+_RANKS = "none: --ranks N starts N processes on this machine, torchrun those of several"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"
 _RESPONSES = "none: a row's response alone is trained on, never its prompt; turns=first, last or "
 _RESPONSES += "all says which one"
@@ -28,6 +29,7 @@ FOREIGN: dict[str, str] = {
     # transformers: TrainingArguments (training_args.py)
     "output_dir": "run=VALUE",
     "overwrite_output_dir": "none: a run folder is gone on with; for a new run give run=FOLDER",
+    "resume": "none: the same command again goes on where the run stopped",
     "resume_from_checkpoint": "none: the same command again goes on where the run stopped",
     "run_name": "run=VALUE; the run folder",
     "do_train": _SCRIPT,
@@ -90,14 +92,14 @@ FOREIGN: dict[str, str] = {
     "eval_steps": "validation.every=VALUE",
     "load_best_model_at_end": "select=best or last",
     "metric_for_best_model": "validation.metric=nll or accuracy",
-    "logging_dir": _LOGGED,
+    "logging_dir": "log=[tensorboard]; it writes into RUN/tensorboard",
     "logging_steps": _LOGGED,
     "logging_strategy": _LOGGED,
     "report_to": "log=[VALUE]; tensorboard, wandb or trackio; every step is in RUN/metrics.jsonl "
     "anyway",
     "disable_tqdm": "none: bars are drawn in a terminal alone",
     "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
+    "hub_model_id": "hub.push=VALUE; the run's result goes there at its end",
     "hub_private_repo": "hub.private=true or false",
     "hub_token": "none: the token is HF_TOKEN's, or that of `hf auth login`",
     # TRL: ScriptArguments, ModelConfig, SFTConfig, DPOConfig
@@ -179,6 +181,7 @@ FOREIGN: dict[str, str] = {
     "early_stopping_patience": "validation.early_stop=VALUE",
     "wandb_project": _WANDB,
     "wandb_entity": _WANDB,
+    "use_wandb": _WANDB,
     # LLaMA-Factory: src/llamafactory/hparams
     "stage": "method=ld_align, spin, dpo, sft, self_reward or rlaif",
     "finetuning_type": _PEFT,
@@ -213,5 +216,12 @@ FOREIGN: dict[str, str] = {
     # short names in many scripts
     "lr": "learning_rate=VALUE",
     "batch_size": "global_batch=VALUE; pairs of a step, over all ranks",
-    "gpus": "none: torchrun starts one process a GPU; gpus=NxGIB goes with --dry-run alone",
+    "gpus": "none: --ranks auto starts one process a GPU; gpus=NxGIB goes with --dry-run alone",
+    "num_processes": _RANKS,
+    "num_gpus": _RANKS,
+    "nproc_per_node": _RANKS,
+    # SPIN and the alignment handbook: their recipes' YAML
+    "dataset_mixer": "data=[FILE, ...]; and data_shares=[...] for their shares",
+    "dataset_mixture": "data=[FILE, ...]; and data_shares=[...] for their shares",
+    "dataset_splits": "data=ORG/NAME:CONFIG:SPLIT; and heldout=ORG/NAME:CONFIG:SPLIT",
 }

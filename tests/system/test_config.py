@@ -221,6 +221,11 @@ def test_every_name_from_elsewhere_has_an_answer_in_one_line_that_is_true() -> N
          "iteration | --push_to_hub: unknown option; write hub.push=OWNER/NAME; the run's result "
          "goes there at its end, and each policy is a Hugging Face model folder in the run folder "
          "| --lr=1: unknown option; write learning_rate=1"),
+        (["--hub_model_id=a/b", "--num_processes", "8", "--resume"],
+         "3 problems: --hub_model_id=a/b: unknown option; write hub.push=a/b; the run's result "
+         "goes there at its end | --num_processes: unknown option; there is none here: --ranks N "
+         "starts N processes on this machine, torchrun those of several | --resume: unknown option; "
+         "there is none here: the same command again goes on where the run stopped"),
     ],
 )  # fmt: skip
 def test_keys_with_dashes_are_answered_with_the_right_form(argv: list[str], answer: str) -> None:
