@@ -367,8 +367,14 @@ class RunConfig:
                 found.append(
                     f"judge.model={self.judge.model} must be the endpoint's name for a model"
                 )
-        found += self._folder_problems() + self._measuring_problems()
+        found += self._folder_problems() + self._measuring_problems() + self._name_problems()
         return found + self._validation_problems()
+
+    def _name_problems(self) -> list[str]:
+        """A run folder of the policy's name would be read in place of that model, as paths win."""
+        if Path(self.run) == Path(self.policy) and not Path(self.policy).exists():
+            return [f"run={self.run}: is the policy's name too; give another, run=runs/{self.run}"]
+        return []
 
     def _validation_problems(self) -> list[str]:
         """The contradictions between keys about evaluation during training."""

@@ -88,6 +88,10 @@ def test_C1_hostile_yaml(text: str, tmp_path: Path) -> None:
         ),
         (["max_length=128"], "the nearest: max_length=257 or max_new_tokens=127"),
         (["guide.width=130", "guide.heads=4"], "guide.heads=4; the nearest: guide.width=128"),
+        (
+            ["policy=toy", "run=toy"],
+            "run=toy: is the policy's name too; give another, run=runs/toy",
+        ),
     ],
 )
 def test_C2_contradictions_name_the_nearest_valid_value(overrides: list[str], message: str) -> None:
