@@ -42,9 +42,15 @@ def line(text: str) -> None:
 
 
 def shows_bars() -> bool:
-    """Whether stderr is a terminal, where a bar can be drawn; a file or a pipe gets plain lines."""
+    """Whether stderr is a terminal, where a bar can be drawn; a file or a pipe gets plain lines,
+    and so does a terminal without a width (a container's, say), where tqdm draws nothing.
+    """
     try:
-        return sys.stderr.isatty()
+        if not sys.stderr.isatty():
+            return False
+        with contextlib.suppress(OSError, AttributeError):  # it does not say its width
+            return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        return True
     except (AttributeError, ValueError):  # there is none, or it is closed
         return False
 

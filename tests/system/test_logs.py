@@ -1,9 +1,14 @@
 """How lines go out: levels, one line each, and a reader who has gone."""
 
+import fcntl
 import io
 import logging
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import warnings
 from collections.abc import Iterator
 
@@ -89,3 +94,17 @@ def test_a_line_that_cannot_be_printed_is_lost(
         assert not logs.shows_bars()
         with warnings.catch_warnings():
             logs.line("lost")
+
+
+@pytest.mark.parametrize(("columns", "bars"), [(0, False), (100, True)])
+def test_a_terminal_without_a_width_gets_plain_lines(
+    columns: int, bars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a container or a recorder calls a terminal may have no width: bars would be empty."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert logs.shows_bars() is bars
+        monkeypatch.undo()
+    os.close(ours)
