@@ -8,6 +8,7 @@ out of a queue, and what it raises is said once and ends it. The run never waits
 
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import queue
@@ -178,12 +179,10 @@ class WandB:
         import wandb
 
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        if online:
-            key = getattr(getattr(wandb, "api", None), "api_key", "unknown")
-            if not key:  # or it would ask at the terminal
-                raise RuntimeError(
-                    "no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
-                )
+        if online and not _has_key(wandb):  # or it would ask at the terminal
+            raise RuntimeError(
+                "no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+            )
         self.wandb: Any = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -216,6 +215,13 @@ class WandB:
         """As `Writer.close`."""
         self.run.finish(exit_code=int(failed))
         self.wandb.teardown(exit_code=int(failed))  # its own process has written all
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether wandb has a key, which newer versions tell by `login` and older ones by `api`."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)
 
 
 class Trackio:

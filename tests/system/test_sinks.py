@@ -214,16 +214,33 @@ def test_wandb_gets_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert run.ended == [{"exit_code": 0}, 0]
 
 
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("new", [False, True], ids=["by api", "by login"])
 def test_wandb_never_asks_for_a_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    new: bool,
+    key: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     module, runs = fake(monkeypatch, "wandb")
-    module.api = ModuleType("api")  # type: ignore[attr-defined]
-    module.api.api_key = None
+
+    def old_login(key: str | None = None) -> bool:
+        raise AssertionError("it asks at the terminal")
+
+    def new_login(verify: bool = True, prompt: bool = True) -> bool:
+        assert not prompt and not verify
+        return key is not None
+
+    module.login = new_login if new else old_login  # type: ignore[attr-defined]
+    if not new:
+        module.api = ModuleType("api")  # type: ignore[attr-defined]
+        module.api.api_key = key
     monkeypatch.delenv("WANDB_MODE", raising=False)
     (sink,) = open_sinks(["wandb"], tmp_path, CONFIG)
     sink.finish(False)
-    assert not runs and "set WANDB_API_KEY" in capsys.readouterr().err
+    assert len(runs) == (key is not None)
+    assert ("set WANDB_API_KEY" in capsys.readouterr().err) == (key is None)
 
 
 def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
