@@ -20,7 +20,7 @@ from ldalign.models.mistral import MistralConfig
 from ldalign.run import context, dry_run, methods, plan
 from ldalign.run.folder import stage_names
 from ldalign.run.settings import RunConfig
-from ldalign.run.stages import data, guide, reference
+from ldalign.run.stages import data, evaluation, guide, reference
 from ldalign.run.stages.responses import Responses
 from ldalign.system import distributed, files
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -443,3 +443,21 @@ def test_activations_are_estimated_within_a_tenth(dtype: torch.dtype, checkpoint
     counted = sum(t.untyped_storage().nbytes() for t in kept.values()) / len(batch.ids)
     estimated, _ = memory_model.activation_bytes(config, dtype.itemsize, checkpointing)
     assert 0.9 < estimated / counted < 1.1
+
+
+@pytest.mark.parametrize(("answers", "asked"), [("checked", None), ("greedy", 0), ("all", 2)])
+def test_held_out_rows_without_a_checker_are_asked_as_the_key_says(
+    answers: str, asked: int | None, tmp_path: Path
+) -> None:
+    """Nothing, the greedy answer, or the samples too; what was asked is in the manifest."""
+    path = rows_file(tmp_path / "rows.jsonl", 40)
+    ctx = open_toy(
+        tmp_path, f"data={path}", "heldout_fraction=0.1", f"evaluation.answers={answers}"
+    )
+    evaluation.evaluation_stage(ctx, "start", toy.toy_model(tmp_path))
+    file = evaluation.answers_file(Path(ctx.config.run) / "start")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 4
+    assert {len(r["sampled"]) if "greedy" in r else None for r in records} == {asked}
+    parents = json.loads((file.parent / "manifest.json").read_text())["parents"]
+    assert ("answers" in parents) == (answers != "checked")
