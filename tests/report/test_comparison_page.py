@@ -322,7 +322,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "benchmarks": {},
         "again": {
             "settings": "iterations: 2\n",
-            "command": "git checkout abc\ntorchrun train/compare.py --config config.yaml",
+            "command": "git checkout abc\nldalign compare --config config.yaml",
             "commit": "abc-dirty",
             "machine": "On a laptop.",
         },
@@ -375,7 +375,7 @@ def test_it_is_made_again_elsewhere_on_as_many_ranks(tmp_path: Path) -> None:
     machine = {"world_size": 8, "git_commit": "abc-dirty", "packages": {}}
     (tmp_path / ENVIRONMENT).write_text(json.dumps(machine))
     lines = again(config_of(f"run={tmp_path}"))["command"].splitlines()
-    start = "torchrun --standalone --nproc-per-node 8 train/compare.py --config config.yaml"
+    start = "ldalign compare --ranks 8 --config config.yaml"
     assert lines == ["git checkout abc", f"{start} run={tmp_path}-again"]
 
 
@@ -484,7 +484,7 @@ def test_a_comparisons_page_is_made_again_from_its_numbers(
     text = write_comparison(tmp_path, summary_of())
     page = (tmp_path / "report/comparison.md").read_text(encoding="utf-8")
     assert text.isascii() and "ld_align \u2212 spin" in page and "+-" in page
-    assert "train/compare.py --config config.yaml" in page  # code is as it was
+    assert "ldalign compare --config config.yaml" in page  # code is as it was
     (tmp_path / "report/comparison.md").unlink()
     script.main([f"run={tmp_path}"])
     assert (tmp_path / "report/comparison.md").read_text(encoding="utf-8") == page
