@@ -14,7 +14,8 @@ _ATTENTION += "where it is installed"
 _SHARDING = "none: FSDP2 shards over all processes that torchrun starts; "
 _SHARDING += "training.shard_ranks=RANKS and training.whole=nothing, gradients or all change how"
 _LOGGED = "none: every optimizer step is a line in RUN/metrics.jsonl"
-_HUB = "none: nothing is uploaded; each policy is a Hugging Face model folder in the run folder"
+_SINKS = "log=[tensorboard,wandb,trackio], or some of these; RUN/metrics.jsonl has all without them"
+_HUB = "hub.push=OWNER/NAME; later `ldalign push` does it"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"
 _RESPONSES = "none: a row's response alone is trained on, never its prompt; turns=first, last or "
 _RESPONSES += "all says which one"
@@ -91,7 +92,7 @@ FOREIGN: dict[str, str] = {
     "logging_dir": _LOGGED,
     "logging_steps": _LOGGED,
     "logging_strategy": _LOGGED,
-    "report_to": _LOGGED,
+    "report_to": _SINKS,
     "disable_tqdm": "none: bars are drawn in a terminal alone",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
@@ -173,8 +174,8 @@ FOREIGN: dict[str, str] = {
     "evals_per_epoch": "validation.every=STEPS; without it four times a stage",
     "saves_per_epoch": "checkpoint.steps=STEPS; these are for going on after a stop",
     "early_stopping_patience": "validation.early_stop=VALUE",
-    "wandb_project": _LOGGED,
-    "wandb_entity": _LOGGED,
+    "wandb_project": "log=wandb, and the variable WANDB_PROJECT",
+    "wandb_entity": "log=wandb, and the variable WANDB_ENTITY",
     # LLaMA-Factory: src/llamafactory/hparams
     "stage": "method=ld_align, spin, dpo, sft, self_reward or rlaif",
     "finetuning_type": _PEFT,
