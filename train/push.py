@@ -65,7 +65,7 @@ def check_run_pushes(config: RunConfig, planned: Sequence[str], make: bool) -> N
     """Makes sure, before any work, that the policy of a run can be pushed where hub.push says.
 
     planned: the run's stages. make: the repository may be made. Raises InputError where the run
-    trains no policy that could be its result; further as `system.hub.check_push` raises.
+    trains no policy that could be its result. All else is raised by `hub.check_push`.
     """
     repo, private = config.hub.push, config.hub.private
     if repo is None:

@@ -370,6 +370,17 @@ def test_the_search_is_of_the_figure_that_chose() -> None:
     assert "validation rows: -NLL;" in text and "| sft | -5.7000 | -5.8000 (2.5) |" in text
 
 
+def test_without_any_spread_no_difference_is_promised() -> None:
+    """Where all answers are wrong an error is 0, and so would be the smallest difference seen."""
+    summary = summary_of(power_before={"se": 0.0, "sees": 0.0, "prompts": 150})
+    for gaps in summary["primary"].values():
+        gaps["sampled"] |= {"sees": 0.0, "se": 0.0}
+    text = render(summary)
+    assert text.count(" | not known |") == len(summary["primary"])
+    assert "Before training: not known" in text and ", not known, as the differences" in text
+    assert "with 4 seed(s) and" not in text
+
+
 def test_it_is_made_again_elsewhere_on_as_many_ranks(tmp_path: Path) -> None:
     """In its own folder all would be done already."""
     machine = {"world_size": 8, "git_commit": "abc-dirty", "packages": {}}
