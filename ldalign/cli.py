@@ -55,7 +55,9 @@ def main() -> NoReturn:
 
 
 def run(argv: list[str]) -> None:
-    """Runs `argv`: a command's name, then its arguments. Raises InputError for an unknown one."""
+    """Runs `argv`: a command's name, then its arguments. Raises InputError, which says what is
+    wrong with them.
+    """
     name, arguments = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help"):
         print(usage())

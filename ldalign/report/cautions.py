@@ -59,15 +59,11 @@ def cautions(
     for row in table["policies"]:
         if row["policy"].startswith("iteration_"):
             found += _iteration_cautions(row, table["analysis"].get(row["policy"], {}))
-        if row.get("truncated_frac", 0) > MANY:
-            cut = percent(row["truncated_frac"])
-            found.append(
-                (
-                    "answers cut",
-                    f"{_cap(row['policy'])}: {cut} of the held-out answers were cut at "
-                    "max_new_tokens; a cut answer counts as wrong.",
-                )
-            )
+    rows = table["policies"]
+    what = "the held-out answers were cut at max_new_tokens; a cut answer counts as wrong"
+    found += _cut("answers cut", rows, "truncated_frac", what)
+    what = "the responses sampled for training were cut at max_new_tokens and have no end"
+    found += _cut("samples cut", rows, "responses/losers/truncated_frac", what)
     if str(commit or "").endswith("-dirty"):
         found.append(("uncommitted", UNCOMMITTED))
     found.sort(key=lambda caution: WEIGHT.index(caution[0]))
@@ -103,9 +99,9 @@ def _unsure(name: str, figures: Numbers) -> list[Caution]:
         return []
     said = (
         f"{_cap(name)} was tried on only {figures['differing']:.0f} held-out rows whose responses "
-        "differ: whether it tells the two apart, or distances and weights are near noise, is not "
-        f"sure, as the standard error of so few is rough ({gain_text(figures, 'sibling_gain')} "
-        "nats a response; max_rows, guide.heldout_fraction)."
+        "differ. The standard error of so few is rough, so it is not sure whether it tells the two "
+        f"apart or distances and weights are near noise ({gain_text(figures, 'sibling_gain')} "
+        "nats a response). A larger max_rows or guide.heldout_fraction gives more."
     )
     return [("guide unknown", said)]
 
@@ -129,8 +125,8 @@ def _guide_cautions(name: str, figures: Numbers, steps: Sequence[Numbers]) -> li
         if last < (1 - STILL_FALLING) * before:
             said = (
                 f"{_cap(name)}'s training loss was still falling at its end, from {before:.3f} to "
-                f"{last:.3f} between the last two quarters of its steps: it had not converged "
-                "(guide.epochs)."
+                f"{last:.3f} between the last two quarters of its steps: with more "
+                "guide.epochs the distances may be others."
             )
             out.append(("still falling", said))
     return out
@@ -153,17 +149,19 @@ def _explained(whose: str, shares: Mapping[str, float]) -> list[Caution]:
     ]
 
 
+def _cut(kind: str, rows: Sequence[Numbers], key: str, what: str) -> list[Caution]:
+    """Says of which policies many texts were cut: one caution for all of them."""
+    many = [row for row in rows if row.get(key, 0) > MANY]
+    if not many:
+        return []
+    names = _cap(", ".join(shown_name(row["policy"]) for row in many))
+    return [(kind, f"{names}: {', '.join(percent(row[key]) for row in many)} of {what}.")]
+
+
 def _iteration_cautions(row: Numbers, analysis: Numbers) -> list[Caution]:
     """Looks at one iteration's pairs, weights and training."""
     name = _cap(row["policy"])
     out: list[Caution] = []
-    cut = row.get("responses/losers/truncated_frac", 0)
-    if cut > MANY:
-        said = (
-            f"{name}: {percent(cut)} of its sampled responses were cut at max_new_tokens and have "
-            "no end."
-        )
-        out.append(("samples cut", said))
     found = {key: row.get(f"distance/{key}_share", 0.0) for key in ("length", "cut")}
     out += _explained(f"{name}'s distances", found)
     ties, none = row.get("judged/ties", 0), row.get("judged/none", 0)

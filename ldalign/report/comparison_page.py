@@ -146,7 +146,8 @@ def _primary(summary: Mapping[str, Any]) -> list[str]:
         cells = [_gap(figure, gap, digits), _interval(figure, gap, digits)]
         cells += [_p(gap["p"]), _p(gap["p_holm"]), _interval(figure, gap["bootstrap"], digits)]
         cells += [_gap(f, gaps[f], places[f]) for f in others]
-        cells += [_seeds(figure, gap, digits), _shown(figure, gap["sees"], digits)]
+        sees = _shown(figure, gap["sees"], digits) if gap["sees"] else "not known"
+        cells += [_seeds(figure, gap, digits), sees]
         lines.append(_line([name, *cells]))
     return lines
 
@@ -281,6 +282,9 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     for name, gaps in summary["primary"].items():
         gap = gaps[figure]
         digits, said = _digits([gaps], figure), FIGURES[figure]
+        if not gap["sees"]:  # an error of 0 would claim that any difference is seen
+            lines.append(f"After it: of {name}, not known, as the differences have no spread.")
+            continue
         parts = ", ".join(
             f"{part} {_shown(figure, gap[part], digits)}" for part in ("seeds", "prompts", "rest")
         )
@@ -293,6 +297,8 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
 
 def power_sentence(before: Mapping[str, float], seeds: int) -> str:
     """Says what `ldalign.report.comparison.power_before` found."""
+    if not before["sees"]:
+        return "Before training: not known, as the start's answers are all right or all wrong."
     return (
         f"Before training, from the start's own answers: with {seeds} seed(s) and "
         f"{before['prompts']} prompts, {100 * before['sees']:.1f} points of sampled accuracy, for "

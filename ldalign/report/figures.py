@@ -40,6 +40,7 @@ from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 
+FEWEST_SMOOTHED = 20  # steps, below which a running mean hides more than it shows
 MOST_POINTS = 800  # of a scatter; of more, so many are drawn at random, as the caption says
 # The stages that have a colour of their own, in the order of SERIES; benchmarks have that of the
 # evaluation.
@@ -130,6 +131,8 @@ def held_out(rows: Sequence[Numbers]) -> Chart:
             )
         if scores:
             axes[0].set_xlabel("held-out accuracy, %")
+            if not any(row.get(f"{key}_se", 0.0) for row in rows for key in scores):
+                axes[0].set_xlim(-2, 102)  # of no width, its own would show a share below 0
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         known = [i for i, row in enumerate(rows) if "nll/real" in row]
         axes[-1].plot(
@@ -210,9 +213,9 @@ def _explained(row: Numbers) -> str:
         return ""
     by = [percent(row[f"distance/{key}_share"]) for key in ("length", "cut")]
     return (
-        f" {shown_name(row['policy']).capitalize()}: the difference of the two lengths explains "
-        f"{by[0]} of their variance (a straight line, in tokens), how many of the two were cut "
-        f"{by[1]}."
+        f" {shown_name(row['policy']).capitalize()}: of the variance of these distances, the "
+        f"difference in length of the two responses explains {by[0]}, and how many of the two were "
+        f"cut {by[1]} (each by a straight line)."
     )
 
 
@@ -246,7 +249,7 @@ def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[s
             )
             for side, scale in zip("xy", scales, strict=True):
                 apply_scale(axes, side, scale)
-            axes.set(title=f"iteration {p.iteration}", xlabel=relation.xlabel)
+            axes.set(title=f"iteration {p.iteration}", xlabel=page(relation.xlabel))
         panels[0].set_ylabel("latent distance d")
         seen = [
             f"Iteration {p.iteration}: "
@@ -300,8 +303,8 @@ def verdicts(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
             "Boxes: quartiles and median; whiskers: 5th to 95th percentile; dots: pairs beyond; "
             "the number of pairs in brackets. If the distance knew quality, wrong answers would "
             "lie farther from the real response than right ones, and with a probability well above "
-            f"0.5. {'. '.join(seen)}. Right answers here are worded otherwise than the real ones: "
-            "equal responses were left out."
+            f"0.5. {'. '.join(seen)}. Answers equal to the real one, word for word, are not among "
+            "them, as such pairs are not trained on."
         )
 
     return chart("distance_verdict", "Distance and the checker's verdict", draw)
@@ -368,7 +371,7 @@ def correlations(found: Mapping[str, Any]) -> Chart:
                 label=shown_name(name),
             )
         axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(shown)), [label for _, label in shown])
+        axes.set_yticks(range(len(shown)), [page(label) for _, label in shown])
         axes.set(
             ylim=(len(shown) - 0.5, -0.5),
             xlim=(-1, 1),
@@ -489,8 +492,8 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
         right.legend(loc="lower right")
         seen = [
             f"Iteration {p.iteration}: effective sample size {a['weight/ess'] * a['pairs']:.0f} of "
-            f"{a['pairs']} pairs ({percent(a['weight/ess'])}), the heaviest 10 % carry "
-            f"{percent(a['weight/top10_share'])}"
+            f"{a['pairs']} pairs ({percent(a['weight/ess'])}), the heaviest 10 % have "
+            f"{percent(a['weight/top10_share'])} of the pull"
             for p in known
             if "weight/ess" in (a := found[f"iteration_{p.iteration}"])
         ]
@@ -563,7 +566,8 @@ def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides, kind: str) ->
 def _draw_steps(
     axes: Axes, names: Mapping[str, tuple[str, int]], rows: Sequence[Numbers], begin: int
 ) -> None:
-    """Draws metrics of one iteration, whose first step is number `begin` + 1, thin and smoothed.
+    """Draws metrics of one iteration, whose first step is number `begin` + 1: thin and smoothed,
+    or every step alone where these are few.
 
     names: of each metric the label and the place in SERIES and DASHES.
     """
@@ -571,8 +575,10 @@ def _draw_steps(
     for key, (label, n) in names.items():
         values = np.array([row.get(key, np.nan) for row in rows])
         smooth = {"color": SERIES[n], "ls": DASHES[n], "label": "" if begin else label}
-        axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
-        axes.plot(at, _smooth(values), lw=1.6, **smooth)
+        if len(rows) >= FEWEST_SMOOTHED:
+            axes.plot(at, values, color=SERIES[n], lw=0.7, alpha=0.25)
+            values = _smooth(values)
+        axes.plot(at, values, lw=1.6, **smooth)
     if begin:
         axes.axvline(begin + 0.5, color=INK, lw=0.8, ls=":")
 
@@ -607,14 +613,14 @@ def _training_caption(sides: Sides | None) -> str:
     """Says what to see in the training figure; sides: None where responses have no pairs."""
     thin = (
         "Thin: every step, another batch each; thick: a running mean over about a tenth of an "
-        "iteration."
+        f"iteration, or every step where there are fewer than {FEWEST_SMOOTHED}."
     )
     if sides is None:
         return f"{thin} How unlikely the responses trained on are to the policy; lower is better."
     return (
         f"{thin} A reward is β times what a response has gained in log-prob over the reference; "
         f"the margin is that of the {sides.better} response minus that of the {sides.worse} one, "
-        "and is what the loss raises: look at it first. With reference: iteration each iteration "
+        "and is what the loss raises: look at it first. With reference=iteration, each iteration "
         "starts again from 0, as its reference is the policy it starts from."
     )
 

@@ -5,11 +5,11 @@ import re
 # In the order of explanation: the term as a reader looks for it, what it looks like in a text, and
 # one plain sentence.
 TERMS: tuple[tuple[str, str, str], ...] = (
-    ("policy", r"\bpolic(?:y|ies)\b", "the model that is trained"),
+    ("policy", r"\bpolic(?:y|ies)\b", "the language model that is trained or measured"),
     (
         "start",
         r"(?<!random )\bstart\b(?! policy)|\bstart policy\b|\bsft\b(?=[ ,;]| \|)",
-        "the policy before its first iteration",
+        "the policy that the run, or its first iteration, begins with",
     ),
     (
         "iteration",
@@ -25,6 +25,12 @@ TERMS: tuple[tuple[str, str, str], ...] = (
         "continual SFT",
         r"\bcontinual[ _](?:SFT|sft)\b",
         "more SFT from the same start, the baseline",
+    ),
+    ("held-out", r"\bheld[- ]out\b", "kept apart from all training"),
+    (
+        "validation",
+        r"\bvalidation\b",
+        "held-out rows that choose which weights are kept, and are in no other figure",
     ),
     ("greedy", r"\bgreedy\b", "an answer made of the likeliest token each time"),
     (
@@ -60,6 +66,12 @@ TERMS: tuple[tuple[str, str, str], ...] = (
         r"\bmargins?\b",
         "how much more a policy prefers the better response than its reference does",
     ),
+    ("reference", r"\breference\b", "the fixed policy that a training is measured against"),
+    (
+        "log-prob",
+        r"\blog-prob(?:s|abilit(?:y|ies))?\b",
+        "the natural logarithm of a text's probability",
+    ),
     ("reward accuracy", r"\breward accuracy\b", "the share of pairs with a positive margin"),
 )
 
@@ -77,7 +89,7 @@ class Glossary:
         new = [
             (term, meaning)
             for term, looks, meaning in TERMS
-            if term not in self._said and re.search(looks, text)
+            if term not in self._said and re.search(looks, text, re.IGNORECASE)
         ]
         self._said |= {term for term, _ in new}
         return new

@@ -25,7 +25,7 @@ from ldalign.run.plan import stage_of
 from ldalign.run.stage import Cost
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
-from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.errors import EnvironmentProblem, LdalignError
 from ldalign.system.files import PARTIAL, make_folder, read_jsonl, write_text
 from ldalign.system.listeners import listening
 from ldalign.system.metrics import in_words
@@ -35,6 +35,23 @@ LIVE = "report/live.html"
 MINUTES = 1.0  # of training between two writes
 RELOAD_SECONDS = 20
 POINTS = 400  # of a curve: of more steps every so many are drawn
+FEWEST_FOR_A_MEAN = 40  # points of a curve: of fewer a moving mean is no smoother, only late
+MOST_OF_AN_ERROR = 2000  # characters
+# What a stage does, in a reader's words, by its name.
+SAID = {
+    "responses": "the policy answers the prompts",
+    "judged": "the judge compares the answers",
+    "guide": "the guide is trained",
+    "distances": "how far the answers are from the data's",
+    "reference": "log-probabilities before training",
+    "pair_rewards": "a reward model scores the pairs",
+    "policy": "the policy is trained",
+    "evaluation": "held-out prompts are answered",
+    "reward": "a reward model scores the answers",
+    "benchmarks": "a public benchmark",
+    "agreement_samples": "two answers to each held-out prompt",
+    "agreement": "guide and judge compared",
+}
 # A token sampled takes about as long as so many that are scored, until a run has shown its own.
 SAMPLED = 4.0
 
@@ -50,17 +67,18 @@ def watched(ctx: Context, planned: Sequence[str]) -> Iterator[None]:
     config, run = ctx.config, ctx.run.path
     page = LivePage(run, _costs(ctx, planned)) if config.report == "page" else None
     sinks = open_sinks(config.log, run, to_dict(config))
-    ended = "stopped"
+    ended, why = "stopped", ""
     try:
         with listening([*([page] if page else []), *sinks]):
             yield
         ended = "done"
-    except Exception:
+    except Exception as error:
         ended = "failed"
+        why = str(error) if isinstance(error, LdalignError) else f"{type(error).__name__}: {error}"
         raise
     finally:
         if page is not None:
-            page.finish(ended)
+            page.finish(ended, why)
         report = _report(run) if ended == "done" else ("", [])
         for sink in sinks:
             sink.finish(ended != "done", *report)
@@ -129,10 +147,10 @@ class LivePage:
         self.stage = None
         self._write()
 
-    def finish(self, ended: str) -> None:
-        """Writes the page for the last time. ended: done, stopped or failed."""
+    def finish(self, ended: str, why: str = "") -> None:
+        """Writes the page for the last time. ended: done, stopped or failed; why: the error."""
         if self.written > -math.inf or ended == "done":  # a command that is refused leaves it
-            self._write(ended)
+            self._write(ended, why[:MOST_OF_AN_ERROR])
 
     # --------------------------------------------------------------------------------------- curves
 
@@ -188,7 +206,7 @@ class LivePage:
 
     # -------------------------------------------------------------------------------------- writing
 
-    def _write(self, ended: str = "") -> None:
+    def _write(self, ended: str = "", why: str = "") -> None:
         self.written = self.clock()
         with contextlib.suppress(OSError, EnvironmentProblem):
             folder = (self.run / LIVE).parent
@@ -198,18 +216,18 @@ class LivePage:
             partial = folder / f"live.html{PARTIAL}"
             if partial.is_symlink():
                 partial.unlink()
-            write_text(self.run / LIVE, _TEMPLATE.render(self._shown(ended)) + "\n")
+            write_text(self.run / LIVE, _TEMPLATE.render(self._shown(ended, why)) + "\n")
 
-    def _shown(self, ended: str) -> dict[str, Any]:
+    def _shown(self, ended: str, why: str) -> dict[str, Any]:
         left = self.left() if not ended else None
         rows = []
         under_way = [] if self.stage is None else [self.stage]
         for name in dict.fromkeys([*self.costs, *self.seconds, *under_way]):
             if name in self.seconds:
-                rows.append((name, "done", in_words(self.seconds[name])))
+                rows.append((name, "done", _time(self.seconds[name])))
             elif name == self.stage:
                 state = "under way" if not ended else ended
-                rows.append((name, state, in_words(self.clock() - self.began)))
+                rows.append((name, state, _time(self.clock() - self.began)))
             elif ended != "done":
                 rows.append((name, "to come", ""))
         trained = [name for name in self.curves if len(self.curves[name]) > 1]
@@ -220,10 +238,12 @@ class LivePage:
             "reload": None if ended else RELOAD_SECONDS,
             "at": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
             "left": None if left is None else in_words(left),
-            "rows": rows,
+            "why": why,
+            "rows": [(name, SAID.get(stage_of(name).name, ""), *rest) for name, *rest in rows],
             "done": sum(state == "done" for _, state, _ in rows),
+            "all": _time(sum(self.seconds.values())),
             "line": self.line,
-            "curve": None if shown is None else Markup(curve_svg(self.curves[shown])),
+            "curve": None if shown is None else Markup(curve_html(self.curves[shown])),
             "curve_of": shown,
             "report": Path(PAGE).name if ended and (self.run / PAGE).is_file() else None,
         }
@@ -234,9 +254,16 @@ def _size(cost: Cost) -> float:
     return 3 * cost.trained + cost.scored + SAMPLED * cost.generated
 
 
-def curve_svg(points: Sequence[tuple[float, float]]) -> str:
-    """A loss by step as an SVG: what was measured, pale, and its moving mean."""
-    width, height, left, bottom = 640, 220, 52, 24
+def _time(seconds: float) -> str:
+    return in_words(seconds) if seconds >= 0.5 else "under 1 s"
+
+
+def curve_html(points: Sequence[tuple[float, float]]) -> str:
+    """A loss by step: what was measured as a line, its moving mean where there are steps enough
+    for one, and the ends of both axes. "" of fewer than two finite losses.
+
+    The drawing stretches to its place and the texts do not, so that both suit any screen.
+    """
     every = -(-len(points) // POINTS)
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     if len(finite) < 2:
@@ -250,23 +277,24 @@ def curve_svg(points: Sequence[tuple[float, float]]) -> str:
     ]
     x0, x1 = shown[0][0], max(shown[-1][0], shown[0][0] + 1)
     y0, y1 = min(y for _, y in shown), max(y for _, y in shown)
-    y1 = y1 if y1 > y0 else y0 + 1e-6
+    y1 = y1 if y1 > y0 else y0 + 1e-6 * max(1.0, abs(y0))
 
-    def path(line: Sequence[tuple[float, float]]) -> str:
-        return " ".join(
-            f"{left + (x - x0) / (x1 - x0) * (width - left - 8):.1f},"
-            f"{8 + (y1 - y) / (y1 - y0) * (height - bottom - 16):.1f}"
-            for x, y in line
+    digits = min(4, max(0, 2 - math.floor(math.log10(y1 - y0))))
+
+    def drawn(line: Sequence[tuple[float, float]], look: str) -> str:
+        at = " ".join(
+            f"{100 * (x - x0) / (x1 - x0):.2f},{100 * (y1 - y) / (y1 - y0):.2f}" for x, y in line
         )
+        return f'<polyline class="{look}" points="{at}"/>'
 
+    lines = drawn(shown, "mean")
+    if len(shown) >= FEWEST_FOR_A_MEAN:
+        lines = drawn(shown, "each") + drawn(means, "mean")
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by step">'
-        f'<text x="{left - 6}" y="14" text-anchor="end">{y1:.4g}</text>'
-        f'<text x="{left - 6}" y="{height - bottom - 4}" text-anchor="end">{y0:.4g}</text>'
-        f'<text x="{left}" y="{height - 6}">step {x0:.0f}</text>'
-        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{x1:.0f}</text>'
-        f'<polyline class="each" points="{path(shown)}"/>'
-        f'<polyline class="mean" points="{path(means)}"/></svg>'
+        f'<div class="curve"><span>{y1:.{digits}f}</span><span>{y0:.{digits}f}</span>'
+        '<svg viewBox="-0.5 -1 101 102" preserveAspectRatio="none" role="img" '
+        f'aria-label="loss by step">{lines}</svg>'
+        f"<span>step {x0:.0f}</span><span>{x1:.0f}</span></div>"
     )
 
 
@@ -280,40 +308,66 @@ _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
 {% if reload %}<meta http-equiv="refresh" content="{{ reload }}">
 {% endif %}<title>{{ title }}: {{ ended or "under way" }}</title>
 <style>
-:root { --ink: #1b1f24; --soft: #59626d; --rule: #d5d9de; --page: #fff; --accent: #0072b2 }
+:root { --ink: #1b1f24; --soft: #59626d; --rule: #d5d9de; --page: #fff; --accent: #0072b2;
+  --warn: #9a3b00 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --soft: #9aa4af; --rule: #3a424c; --page: #14171b; --accent: #56b4e9 }
+  :root { --ink: #e6e9ed; --soft: #9aa4af; --rule: #3a424c; --page: #14171b; --accent: #56b4e9;
+    --warn: #f0a35e }
 }
 body { margin: 0 auto; padding: 1.25rem; max-width: 44rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere }
 p { margin: .5rem 0 } a { color: var(--accent) } .soft { color: var(--soft); font-size: .875rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8125rem }
+pre.why { padding-left: .75rem; border-left: 3px solid var(--warn) }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
-td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--rule) }
-td:first-child { overflow-wrap: anywhere } td:last-child { text-align: right; white-space: nowrap }
+th, td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left;
+  vertical-align: baseline }
+th { font-weight: 400; color: var(--soft); font-size: .8125rem }
+:is(th, td):first-child { overflow-wrap: anywhere }
+:is(th, td):nth-child(n + 2) { white-space: nowrap }
+:is(th, td):last-child { text-align: right; padding-right: 0 }
+td small { color: var(--soft); font-weight: 400; margin-left: .75rem }
 .now td { font-weight: 600 } .later td { color: var(--soft) }
-svg { width: 100%; height: auto } svg text { font-size: 11px; fill: var(--soft) }
-polyline { fill: none; stroke: var(--accent) }
-.each { stroke-opacity: .35 } .mean { stroke-width: 2 }
+figure { margin: 1rem 0 1.5rem } figcaption { margin-top: .25rem }
+.curve { display: grid; grid-template: auto 1fr auto / auto 1fr auto; column-gap: .5rem;
+  color: var(--soft); font-size: .75rem; line-height: 1.2; font-variant-numeric: tabular-nums }
+.curve span { grid-column: 1; text-align: right } .curve span:nth-of-type(2) { grid-row: 2;
+  align-self: end }
+.curve svg { grid-area: 1 / 2 / 3 / 4; width: 100%; height: 11rem; overflow: visible;
+  border: solid var(--rule); border-width: 0 0 1px 1px }
+.curve svg ~ span { grid-row: 3; margin-top: .25rem } .curve svg + span { grid-column: 2;
+  text-align: left } .curve span:last-child { grid-column: 3 }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.75;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round }
+.each { stroke-width: 1; stroke-opacity: .45 }
+@media (max-width: 34rem) { td small { display: block; margin: 0 } }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
-<p>{% if ended %}The run {{ {"done": "is done", "stopped": "was stopped", "failed": "failed"}[ended]
-}}.{% if report %} <a href="{{ report }}">The report</a>.{% endif %}
-{%- else %}Under way: {{ done }} of {{ rows|length }} stages are done; about
-{{ left or "an unknown time" }} left.{% endif %}</p>
-<p class="soft">Written {{ at }}.{% if not ended %} Where that is long ago, the run has ended; the
-same command goes on.{% endif %}</p>
+<h1>Run {{ title }}</h1>
+<p>{% if ended == "done" %}The run is done: {{ done }} stages, {{ all }} in all.
+{%- elif ended %}The run {{ {"stopped": "was stopped", "failed": "failed"}[ended] }} after
+{{ done }} of {{ rows|length }} stages. What is finished is kept: the same command goes on from
+there.{% else %}Under way: {{ done }} of {{ rows|length }} stages are done;
+{{ "about " ~ left ~ " left" if left else "the time left is not known yet" }}.{% endif %}
+{%- if report %} <a href="{{ report }}">The report</a>.{% endif %}</p>
+{% if why %}<pre class="why">{{ why }}</pre>
+{% endif %}<p class="soft">Written {{ at }}.{% if not ended %} That is done as a stage begins and
+ends, and every minute of training; this page loads itself again. Where it is longer ago than a
+stage takes, the run was killed: the same command goes on.{% endif %}</p>
 {% if line and not ended %}<pre>{{ line }}</pre>
-{% endif %}{% if curve %}<figure style="margin: 1rem 0">{{ curve }}
-<figcaption class="soft">Loss of {{ curve_of }}, and its moving mean.</figcaption></figure>
+{% endif %}{% if curve %}<figure>{{ curve }}
+<figcaption class="soft">Loss of {{ curve_of }}, by optimizer step
+{%- if "each" in curve %}: pale every step, strong a moving mean{% endif %}.</figcaption></figure>
 {% endif %}<table>
-{% for name, state, time in rows %}<tr class="{{ {"under way": "now", "to come": "later"}[state]
-if state in ("under way", "to come") else "" }}"><td>{{ name }}</td><td>{{ state }}</td>
-<td>{{ time }}</td></tr>
-{% endfor %}</table>
+<thead><tr><th scope="col">stage</th><th scope="col">state</th>
+<th scope="col">time</th></tr></thead>
+<tbody>
+{% for name, said, state, time in rows %}<tr{% if state == "under way" %} class="now"
+{%- elif state == "to come" %} class="later"{% endif %}><td>{{ name }}
+{%- if said %}<small>{{ said }}</small>{% endif %}</td><td>{{ state }}</td><td>{{ time }}</td></tr>
+{% endfor %}</tbody></table>
 </body>
 </html>"""
 )

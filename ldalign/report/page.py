@@ -1,7 +1,7 @@
 """report.html: one self-contained page that tells an outsider what a run did, reached and cost.
 
 Derived from the run folder alone, from whatever stages are finished, without loading a
-model: `train/report.py run=RUN` makes it again at any time. The page itself is page.html, a
+model: `ldalign report run=RUN` makes it again at any time. The page itself is page.html, a
 jinja2 template with autoescaping (responses are data); what it shows beside the figures is
 put in words by words.py.
 """
@@ -60,7 +60,7 @@ def try_page(run: Path) -> str:
         log.debug("report", exc_info=True)
         return (
             f"{run / PAGE}: not written: {type(error).__name__}: {error}; everything else is "
-            f"there, and `train/report.py run={run} --debug` tries again"
+            f"there, and `ldalign report run={run} --debug` tries again"
         )
 
 
@@ -88,6 +88,7 @@ def write_page(run: Path) -> Path:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"signs": notation.page, "glossed": _glossed(Glossary())}
+    environment.filters["parted"] = _parted
     write_text(run / PAGE, environment.from_string(source).render(values) + "\n")
     return run / PAGE
 
@@ -186,6 +187,11 @@ def _parts(kind: Kind, judged: bool, answered: bool, guided: bool) -> dict[str, 
     order += ["judges"] * (judged and kind != "judge") + ["samples"] * answered
     own = {"judge": {"judges": "Agreement"}, "guide": {"pull": "The guide"}}.get(kind, {})
     return {name: (titles | own)[name] for name in [*order, "cost", "again"]}
+
+
+def _parted(name: str) -> Markup:
+    """A stage's name that may be broken after its slashes, and nowhere else."""
+    return Markup("/<wbr>").join(name.split("/"))
 
 
 def _glossed(glossary: Glossary) -> Callable[[str], str]:

@@ -147,16 +147,18 @@ def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any], kind: 
         found |= {"figure": key, "rows": row[f"{prefix}/rows"], "difference": gap}
         found |= {"low": gap - half, "high": gap + half}
         method = "SFT" if kind == "sft" else method_name(config)
-        found["sentence"] = _sentence(found, method)
+        epochs = (config.get(BASELINE) or {}).get("epochs", 0)
+        found["sentence"] = _sentence(found, method, planned=bool(epochs))
     found["selection"] = "" if kind == "sft" else _selection(found, len(aligned))
     return found
 
 
-def _sentence(found: Numbers, method: str) -> str:
+def _sentence(found: Numbers, method: str, planned: bool) -> str:
+    """The difference in words. planned: whether the run is to have more SFT as its baseline."""
     what = f"{method} minus the start"
     if found["policy"] != "sft":
         policy = f"{_capital(method)} ({shown_name(found['policy'])})"
-        what = f"{policy} minus {_against(found['baseline'])}"
+        what = f"{policy} minus {_against(found['baseline'], planned)}"
     return difference_sentence(
         what,
         method,
@@ -193,10 +195,11 @@ def difference_sentence(
     )
 
 
-def _against(baseline: str) -> str:
+def _against(baseline: str, planned: bool) -> str:
     if baseline == BASELINE:
         return f"{shown_name(BASELINE)} from the same start"
-    return f"the {shown_name(baseline)}, as the run has no {shown_name(BASELINE)}"
+    yet = " yet" if planned else ""
+    return f"the {shown_name(baseline)}, as the run has no {shown_name(BASELINE)}{yet}"
 
 
 def _selection(found: Numbers, count: int) -> str:

@@ -1,6 +1,7 @@
 """The figure of what validation found while the policies of a run were trained."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,10 +18,10 @@ ABSENT = (
     "(validation.rows)."
 )
 CAPTION = (
-    "Of rows that no other figure is of, as these choose: a line a training, over its optimizer "
-    "steps, beginning with the weights that it started from. The ring marks the weights that the "
-    "stage wrote: the best after a step of training, or the last (select). NLL: left where it "
-    "rises, training longer makes the data's responses less likely."
+    "Measured on the validation rows, a line for each training, over its optimizer steps; step 0 "
+    "is before the first. The ring marks the weights that were kept: the best after a step of "
+    "training (select=best), or the last. Where the NLL rises, training longer makes the data's "
+    "responses less likely. Every panel has a scale of its own."
 )
 
 
@@ -36,11 +37,15 @@ def validation(records: Mapping[str, Sequence[Numbers]], written: Mapping[str, f
         keys = [key for key in PANELS if any(key in row for rows in known.values() for row in rows)]
         if not keys:
             return ABSENT
-        figure = Figure(figsize=(WIDTH, 2.8))
-        (panels,) = figure.subplots(1, len(keys), squeeze=False)
-        for axes, key in zip(panels, keys, strict=True):
+        # SFT falls so far that the other lines would lie on each other beside it.
+        groups = [g for g in ({"sft"} & known.keys(), known.keys() - {"sft"}) if g]
+        figure = Figure(figsize=(WIDTH, 0.2 + 2.6 * len(keys)))
+        grid = figure.subplots(len(keys), len(groups), squeeze=False)
+        for axes, (key, group) in zip(grid.flat, product(keys, groups), strict=True):
             measured = PANELS[key]
             for n, (name, rows) in enumerate(known.items()):
+                if name not in group:
+                    continue
                 steps = np.array([row["global_step"] for row in rows])
                 values = measured.factor * np.array([row.get(key, np.nan) for row in rows])
                 colour, n = SERIES[n % len(SERIES)], n % len(DASHES)

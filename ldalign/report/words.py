@@ -70,22 +70,22 @@ METHODS = {
 # What was run where it was not the whole method.
 SCRIPTS = {
     "evaluate": (
-        "Evaluation alone (train/evaluate.py): one policy answered held-out prompts, and its "
+        "Evaluation alone (ldalign evaluate): one policy answered held-out prompts, and its "
         "log-probability of the data's responses was measured. Nothing was trained."
     ),
     "judge": (
-        "Judge agreement alone (train/judge.py): the policy answered every held-out prompt twice. "
+        "Judge agreement alone (ldalign judge): the policy answered every held-out prompt twice. "
         "The guide called the answer that lies farther from the data's the worse one, and a judge "
         "said which of the two is the better one. No policy was trained by the guide."
     ),
     "sft": (
-        "Supervised fine-tuning alone (train/sft.py): the policy was trained to predict the data "
-        "set's responses, and measured. It is the first step of train/align.py, which goes on from "
+        "Supervised fine-tuning alone (ldalign sft): the policy was trained to predict the data "
+        "set's responses, and measured. It is the first step of ldalign align, which goes on from "
         "here with the same settings."
     ),
     "guide": (
-        "The guide alone (train/guide.py): a conditional autoencoder was trained on the data's "
-        "responses and on generated ones. No policy was trained by it; train/align.py goes on from "
+        "The guide alone (ldalign guide): a conditional autoencoder was trained on the data's "
+        "responses and on generated ones. No policy was trained by it; ldalign align goes on from "
         "here with the same settings."
     ),
 }
@@ -255,9 +255,10 @@ def origin(run: Path, machine: Numbers) -> str:
     parts = [f"run folder {run.resolve().name}"]
     if times:
         ends = (datetime.fromtimestamp(t, UTC) for t in (min(times), max(times)))
-        first, last = (end.strftime("%Y-%m-%d %H:%M") for end in ends)
-        one = f"finished {last} UTC"
-        parts.append(one if first == last else f"stages finished {first} to {last} UTC")
+        (day, first), (other, last) = (end.strftime("%Y-%m-%d %H:%M").split() for end in ends)
+        begun = "" if (day, first) == (other, last) else f"stages from {day} {first} to "
+        ended = last if begun and day == other else f"{other} {last}"
+        parts.append(f"{begun or 'finished '}{ended} UTC")
     commit = machine.get("git_commit")
     version = f"ldalign {machine.get('ldalign')}, commit {commit[:12]}" if commit else None
     parts.append(version or "ldalign outside a checkout")
@@ -324,9 +325,9 @@ def command(config: Mapping[str, Any], machine: Numbers, script: str = "align") 
     commit = machine.get("git_commit")
     checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
     ranks = machine.get("world_size", 1)
-    start = "python" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks}"
+    start = f"ldalign {script}{f' --ranks {ranks}' * (ranks != 1)}"
     run = f"{config.get('run', 'runs/this')}-again"
-    return f"{checkout}{start} train/{script}.py --config config.yaml run={run}"
+    return f"{checkout}{start} --config config.yaml run={run}"
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -348,16 +349,17 @@ def results(rows: Sequence[Numbers]) -> Numbers:
     over = "the benchmarks" if tasks_of(rows) else "the held-out accuracies"
     shown = [{"title": c["title"], "unit": c["unit"]} for c in columns]
     first = f" over {_shown(rows[0])}" if rows else ""
-    last = [{"title": "mean relative gain", "unit": f"of {over}"}] * gained
+    means = [{"title": "mean relative gain", "unit": f"of {over}"}] * gained
+    has_baseline = any(row["policy"] == BASELINE for row in rows)
+    last = f"; last, the difference from the baseline, {shown_name(BASELINE)}" * has_baseline
     compared = (
-        f"Below each score: the gain{first} relative to its score, as in the paper's table, and "
-        "for held-out accuracy the difference in points, paired by prompt; then that to the "
-        "baseline, continual SFT from the same start. A gain below two standard errors may be "
-        "chance. "
+        f"Below each score: the gain{first} relative to its score, as in the paper's table; of "
+        f"held-out accuracy the difference in points, paired by prompt{last}. A difference below "
+        "two standard errors may be chance. "
     )
     return {
         "what": "policy",
-        "columns": [*shown, *last] if columns else [],
+        "columns": [*shown, *means] if columns else [],
         "rows": lines,
         "note": (
             "Real responses: the data set's own (of preference data, the chosen ones). +-: one "
@@ -421,7 +423,7 @@ def _cell(column: Numbers, row: Numbers, first: Numbers) -> Numbers:
     if row is not first and base.get(key):
         below.append(f"{number(100 * (values[key] / base[key] - 1), 1, '+')} %")
     for name, places in column["gaps"].items():
-        over = "" if name.startswith("difference") else f" over {shown_name(BASELINE)}"
+        over = "" if name.startswith("difference") else f" vs {shown_name(BASELINE)}"
         if name in values and (over or figure.unit == "%"):
             gap, error = (figure.factor * values[n] for n in (name, f"{name}_se"))
             unit = f" {figure.points}" if figure.unit == "%" else ""
@@ -613,7 +615,7 @@ def answers(run: Path, rows: Sequence[Numbers], selected: str | None) -> Numbers
             f"; {sum(new[i]['correct'][0] for i in turned)} became right and "
             f"{sum(old[i]['correct'][0] for i in turned)} became wrong"
         )
-        order = ", those whose verdict changed before others"
+        order = ", beginning with those that became right or wrong"
     rule += f". Shown: the first {len(answers)} in the file's order{order}."
     return {"answers": answers, "answer_rule": rule}
 

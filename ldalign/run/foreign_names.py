@@ -18,6 +18,7 @@ _HUB = "hub.push=OWNER/NAME; the run's result goes there at its end, and each po
 _HUB += "Face model folder in the run folder"
 _WANDB = "none: log=[wandb], and W&B's own environment variables (WANDB_PROJECT, WANDB_ENTITY)"
 _RANKS = "none: --ranks N starts N processes on this machine, torchrun those of several"
+_SINKS = "log=[tensorboard,wandb,trackio], or some of these; RUN/metrics.jsonl has all without them"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"
 _RESPONSES = "none: a row's response alone is trained on, never its prompt; turns=first, last or "
 _RESPONSES += "all says which one"
@@ -95,8 +96,7 @@ FOREIGN: dict[str, str] = {
     "logging_dir": "log=[tensorboard]; it writes into RUN/tensorboard",
     "logging_steps": _LOGGED,
     "logging_strategy": _LOGGED,
-    "report_to": "log=[VALUE]; tensorboard, wandb or trackio; every step is in RUN/metrics.jsonl "
-    "anyway",
+    "report_to": _SINKS,
     "disable_tqdm": "none: bars are drawn in a terminal alone",
     "push_to_hub": _HUB,
     "hub_model_id": "hub.push=VALUE; the run's result goes there at its end",

@@ -1,8 +1,9 @@
-"""The report in a real browser: at three widths, light and dark, and on paper.
+"""The report and the live page in a real browser: at three widths, light and dark, and on paper.
 
 Skipped where no Chromium is on the PATH. What needs no browser of the same is in test_report.py.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 from browser import NAMES, Browser, find_browser
 from made_run import made_run
 
+from ldalign.report.live import LIVE, LivePage
 from ldalign.report.page import write_page
+from ldalign.run.plan import ORDER
+from ldalign.run.stage import Cost
 
 KINDS = ("align", "evaluate", "judge", "sft", "guide")
+STATES = ("begun", "under way", "done", "failed")
+LONG = "a_long_name_that_nothing_breaks/" * 4
 WIDTHS = (360, 768, 1280)
 PAPER = 658  # CSS pixels between the margins of A4
 # What reaches beyond the window and cannot be scrolled to within a box of its own.
@@ -28,6 +34,16 @@ CUT = """
 [...document.querySelectorAll(".wide, .drawing")].filter(one =>
   one.scrollWidth > one.clientWidth).map(one => one.outerHTML.slice(0, 120))
 """
+# The size of the smallest text, in pixels; a drawing's texts shrink with it.
+SMALLEST = """
+Math.min(...[...document.querySelectorAll("body *")].filter(one =>
+  [...one.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(one => {
+    const box = one.closest("svg")
+    const scale = box ? box.getBoundingClientRect().width / box.viewBox.baseVal.width : 1
+    return scale * parseFloat(getComputedStyle(one).fontSize)
+  }))
+"""
+CURVE = "document.querySelector('.curve svg').getBoundingClientRect().width"
 # Texts whose contrast with what is behind them is below 4.5 (WCAG AA).
 FAINT = """
 (() => {
@@ -80,6 +96,43 @@ def test_nothing_sticks_out_at_any_width(
             assert browser.evaluate(BEYOND) == [], (width, scheme)
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             assert browser.evaluate(FAINT) == [], (width, scheme)
+    assert not browser.errors
+
+
+def live_page(run: Path, state: str) -> Path:
+    """The live page of a run that trains its first policy, or has ended."""
+    run.mkdir()
+    costs = {f"iteration_{t}/{stage.name}": Cost() for t in range(12) for stage in ORDER}
+    page = LivePage(run, costs, clock=lambda: 0.0)
+    page.begins("iteration_0/policy")
+    if state != "begun":
+        for step in range(1, 100):
+            loss = 1e5 * math.exp(-step / 20) * (1 + 0.3 * math.sin(step))
+            line = f"iteration_0/policy: step {step}/100  loss {loss}  {LONG}"
+            page.record("iteration_0/policy", {"global_step": step, "loss": loss}, line)
+        page.ends("iteration_0/policy", {"seconds": 12345.0}, True)
+    if state == "under way":
+        page.begins("iteration_0/evaluation")
+    elif state != "begun":
+        page.finish(state, f"{LONG}: no such file; give another" if state == "failed" else "")
+    return run / LIVE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", STATES)
+def test_a_live_page_fits_any_width(browser: Browser, tmp_path: Path, state: str) -> None:
+    """With a long name, a long line and a long error; the curve's numbers can be read."""
+    page = live_page(tmp_path / ("a-folder-with-a-long-name-" * 3), state)
+    drawn = state != "begun"
+    for width in WIDTHS:
+        for scheme in ("light", "dark"):
+            browser.show(page, width, scheme=scheme)
+            assert browser.evaluate(BEYOND) == [], (width, scheme)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate(FAINT) == [], (width, scheme)
+            assert browser.evaluate("document.querySelectorAll('.curve span').length") == 4 * drawn
+            assert browser.evaluate(SMALLEST) >= 12, (width, scheme)
+            assert not drawn or browser.evaluate(CURVE) > 0.6 * min(width, 700), width
     assert not browser.errors
 
 

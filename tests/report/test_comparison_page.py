@@ -322,7 +322,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "benchmarks": {},
         "again": {
             "settings": "iterations: 2\n",
-            "command": "git checkout abc\ntorchrun train/compare.py --config config.yaml",
+            "command": "git checkout abc\nldalign compare --config config.yaml",
             "commit": "abc-dirty",
             "machine": "On a laptop.",
         },
@@ -370,12 +370,23 @@ def test_the_search_is_of_the_figure_that_chose() -> None:
     assert "validation rows: -NLL;" in text and "| sft | -5.7000 | -5.8000 (2.5) |" in text
 
 
+def test_without_any_spread_no_difference_is_promised() -> None:
+    """Where all answers are wrong an error is 0, and so would be the smallest difference seen."""
+    summary = summary_of(power_before={"se": 0.0, "sees": 0.0, "prompts": 150})
+    for gaps in summary["primary"].values():
+        gaps["sampled"] |= {"sees": 0.0, "se": 0.0}
+    text = render(summary)
+    assert text.count(" | not known |") == len(summary["primary"])
+    assert "Before training: not known" in text and ", not known, as the differences" in text
+    assert "with 4 seed(s) and" not in text
+
+
 def test_it_is_made_again_elsewhere_on_as_many_ranks(tmp_path: Path) -> None:
     """In its own folder all would be done already."""
     machine = {"world_size": 8, "git_commit": "abc-dirty", "packages": {}}
     (tmp_path / ENVIRONMENT).write_text(json.dumps(machine))
     lines = again(config_of(f"run={tmp_path}"))["command"].splitlines()
-    start = "torchrun --standalone --nproc-per-node 8 train/compare.py --config config.yaml"
+    start = "ldalign compare --ranks 8 --config config.yaml"
     assert lines == ["git checkout abc", f"{start} run={tmp_path}-again"]
 
 
@@ -484,7 +495,7 @@ def test_a_comparisons_page_is_made_again_from_its_numbers(
     text = write_comparison(tmp_path, summary_of())
     page = (tmp_path / "report/comparison.md").read_text(encoding="utf-8")
     assert text.isascii() and "ld_align \u2212 spin" in page and "+-" in page
-    assert "train/compare.py --config config.yaml" in page  # code is as it was
+    assert "ldalign compare --config config.yaml" in page  # code is as it was
     (tmp_path / "report/comparison.md").unlink()
     script.main([f"run={tmp_path}"])
     assert (tmp_path / "report/comparison.md").read_text(encoding="utf-8") == page

@@ -3,11 +3,16 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from ldalign.report.live import LIVE, LivePage, curve_svg
+from ldalign.report.live import FEWEST_FOR_A_MEAN, LIVE, SAID, LivePage, curve_html, watched
+from ldalign.run.plan import ORDER
+from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost
+from ldalign.system.errors import InputError
 from ldalign.system.listeners import listening, tell
 from ldalign.system.metrics import MetricsLog
 
@@ -44,7 +49,8 @@ def text(page: LivePage) -> str:
 
 
 def rows(page: LivePage) -> list[tuple[str, str, str]]:
-    found = re.findall(r"<td>(.*?)</td><td>(.*?)</td>\s*<td>(.*?)</td>", text(page))
+    row = r"<td>([^<]*)(?:<small>[^<]+</small>)?</td><td>(.*?)</td><td>(.*?)</td>"
+    found = re.findall(row, text(page))
     return [(name, state, time) for name, state, time in found]
 
 
@@ -58,8 +64,8 @@ def train(page: LivePage, clock: Clock, stage: str, steps: range, seconds: float
 
 def test_stages_and_the_time_left(page: LivePage, clock: Clock) -> None:
     page.begins("iteration_0/responses")
-    assert "an unknown time left" in text(page)
-    assert rows(page)[0] == ("iteration_0/responses", "under way", "0 s")
+    assert "the time left is not known yet" in text(page)
+    assert rows(page)[0] == ("iteration_0/responses", "under way", "under 1 s")
     page.ends("iteration_0/responses", {"seconds": 60.0}, True)
     # A token sampled for 4 scored: 60 s for 400, so 450 s each for twice 3 x 1000, and 120 s.
     assert page.left() == pytest.approx(450 + 450 + 120)
@@ -68,7 +74,7 @@ def test_stages_and_the_time_left(page: LivePage, clock: Clock) -> None:
     assert page.left() == pytest.approx(150 + 450 + 120)  # 15 steps of 10 s
     page.ends("iteration_0/policy", {"seconds": 200.0}, True)
     assert page.left() == pytest.approx(200 + 120)
-    assert "2 of 4 stages are done" in text(page) and "about\n5 min left" in text(page)
+    assert "2 of 4 stages are done" in text(page) and "\nabout 5 min left." in text(page)
     assert [state for _, state, _ in rows(page)] == ["done", "done", "to come", "to come"]
 
 
@@ -86,11 +92,40 @@ def test_it_loads_itself_again_until_the_end(page: LivePage) -> None:
 def test_a_page_takes_nothing_from_elsewhere_and_escapes(page: LivePage, clock: Clock) -> None:
     page.begins("iteration_0/policy")
     train(page, clock, "iteration_0/policy", range(1, 10), 61.0)
-    assert "<h1>a&lt;b&gt;run</h1>" in text(page)
+    assert "<h1>Run a&lt;b&gt;run</h1>" in text(page)
     assert "iteration_0/policy: step 9/20 &lt;i&gt;" in text(page)
     assert not re.search(r"https?:|<script|<link|src=|url\(", text(page))
     assert "prefers-color-scheme: dark" in text(page) and "width=device-width" in text(page)
-    assert text(page).count("<polyline") == 2
+    assert text(page).count("<polyline") == 1 and "moving mean" not in text(page)
+
+
+def test_many_steps_have_a_moving_mean(page: LivePage, clock: Clock) -> None:
+    page.begins("iteration_0/policy")
+    train(page, clock, "iteration_0/policy", range(1, FEWEST_FOR_A_MEAN + 1), 61.0)
+    assert text(page).count("<polyline") == 2 and "a moving mean" in text(page)
+
+
+def test_a_failure_says_why_and_what_to_do(page: LivePage) -> None:
+    page.begins("iteration_0/responses")
+    page.finish("failed", "rows.jsonl:3: <b> is no row; mend it" + "x" * 5000)
+    assert "The run failed after\n0 of 4 stages" in text(page) and len(text(page)) < 9000
+    assert '<pre class="why">rows.jsonl:3: &lt;b&gt; is no row; mend it' in text(page)
+    assert "the same command goes on" in text(page) and "refresh" not in text(page)
+    page.finish("stopped")
+    assert "The run was stopped after" in text(page) and 'class="why"' not in text(page)
+
+
+def test_a_run_that_fails_leaves_its_error(tmp_path: Path) -> None:
+    ctx = SimpleNamespace(config=RunConfig(), run=SimpleNamespace(path=tmp_path))
+    for error, said in ((InputError("a: b; do c"), "a: b; do c"), (KeyError("x"), "KeyError: ")):
+        with pytest.raises(type(error)), watched(cast(Any, ctx), []):
+            tell(lambda listener: listener.begins("guide"))
+            raise error
+        assert f'<pre class="why">{said}' in (tmp_path / LIVE).read_text()
+
+
+def test_every_stage_is_said_in_words() -> None:
+    assert SAID.keys() == {stage.name for stage in ORDER} - {"data"}
 
 
 def test_it_is_written_now_and_then(page: LivePage, clock: Clock) -> None:
@@ -151,14 +186,17 @@ def test_no_link_is_followed_out_of_the_run(page: LivePage, tmp_path: Path) -> N
 
 def test_a_curve_of_many_steps_and_of_odd_ones() -> None:
     points = [(float(n), float("nan") if n == 7 else 5.0) for n in range(1, 10_001)]
-    drawn = curve_svg(points)
+    drawn = curve_html(points)
     assert "nan" not in drawn and len(drawn) < 20_000
-    assert curve_svg(points[:1]) == "" and curve_svg([]) == ""
+    assert curve_html(points[:1]) == "" and curve_html([]) == ""
+    assert "nan" not in curve_html([(1.0, 1e300), (2.0, 1e300)])
+    ends = re.findall("<span>(.*?)</span>", curve_html([(1.0, 1.67), (2.0, 0.2373), (8.0, 0.3)]))
+    assert ends == ["1.67", "0.24", "step 1", "8"]
 
 
 def test_a_run_leaves_its_page(toy_run: Path) -> None:
     left = (toy_run / LIVE).read_text()
-    assert "The run is done." in left and '<a href="report.html">The report</a>' in left
+    assert "The run is done: 15 stages, " in left and '<a href="report.html">The report</a>' in left
     for stage in ("sft/policy", "guide", "iteration_1/policy", "continual_sft/evaluation"):
-        assert f"<td>{stage}</td><td>done</td>" in left
-    assert "to come" not in left and left.count("<polyline") == 2
+        assert re.search(f"<td>{stage}<small>[^<]+</small></td><td>done</td>", left), stage
+    assert "to come" not in left and left.count("<polyline") == 1

@@ -59,8 +59,14 @@ def test_a_term_is_explained_once() -> None:
     glossary = Glossary()
     found = glossary.first_used("The policy's NLL, 3 +- 1")
     assert [term for term, _ in found] == ["policy", "NLL", "+-"]
-    assert explained(found).startswith("Policy: the model that is trained. NLL: minus")
+    assert explained(found).startswith(
+        "Policy: the language model that is trained or measured. NLL: minus"
+    )
     assert glossary.first_used("The policies and the guide") == [
         (term, meaning) for term, _, meaning in TERMS if term == "guide"
+    ]
+    assert [term for term, _ in glossary.first_used("Greedy accuracy, and Validation")] == [
+        "validation",
+        "greedy",
     ]
     assert explained(glossary.first_used("policy, guide ± NLL")) == ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -204,7 +205,11 @@ def test_a_guide_near_noise_is_the_first_caution(
     assert [
         part in caution
         for part, caution in zip(
-            ("margin over its last epoch is -0.100", "sampled responses were cut", "still falling"),
+            (
+                "margin over its last epoch is -0.100",
+                "responses sampled for training were cut",
+                "still falling",
+            ),
             others,
             strict=True,
         )
@@ -244,7 +249,7 @@ def test_guides_of_an_older_version_are_shown_as_such(run: Path) -> None:
             "without standard errors. Own latent over another row's +0.5000, over the sibling's "
             "+0.2500 nats a token."
         ) in said
-    assert "What the guide's latent is worth: not drawn: the guide's held-out" in page.text
+    assert "Not drawn, “What the guide's latent is worth”: the guide's held-out" in page.text
     put(run, "iteration_1/guide", FIGURES)  # one of each
     text, page = write_report(run), made(run)
     assert "| on held-out rows | iteration 1's guide |" in text and "older version" in text
@@ -267,7 +272,7 @@ def test_distances_that_follow_length_or_cuts_are_cautioned_about(run: Path) -> 
         "of the two responses explains 51 %"
     ) in said[0]
     # Of three at most, the first are each of another kind.
-    assert "sampled responses were cut" in said[1]
+    assert "responses sampled for training were cut" in said[1]
     assert "Iteration 0's distances mostly follow something simpler: how many" in said[2]
     assert "explains 77 % of their variance" in said[2]
 
@@ -377,7 +382,7 @@ CHARTS = (
     "validation",
     "budget",
 )
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -468,13 +473,13 @@ def test_the_page_of_a_whole_run_with_hostile_texts(toy: Path) -> None:
     ) in page.text
     assert "Why both log-probs may fall" in page.text and "ρ = " in page.text
     assert (
-        "Distance and reward: not drawn: no responses were scored by a reward model."
+        "Not drawn, “Distance and reward”: no responses were scored by a reward model."
     ) in page.text
     table = json.loads((toy / "iteration_1/policy/summary.json").read_text())
     assert f"{table['tokens']:,.0f}" in page.text  # the token budget
     assert (
         "learning_rate: 0.001"
-    ) in page.text and "train/align.py --config config.yaml" in page.text
+    ) in page.text and "ldalign align --config config.yaml run=" in page.text
 
 
 def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
@@ -503,7 +508,7 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     put(run, "iteration_2/evaluation", {"nll/real": 1.5, "truncated_frac": 0.5, **ACCURACY}, {})
     said = all_cautions(write_report(run))
     for part in (
-        "Iteration 0: 50 % of its sampled responses were cut",
+        "Iteration 0: 50 % of the responses sampled for training were cut",
         "Iteration 1's guide does not tell a row's two responses apart",
         "Iteration 1's guide reconstructs no better",
         "Iteration 1's guide's training loss was still falling at its end, from 4.000 to 2.000",
@@ -511,12 +516,33 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
         "neither sample on 75 % of the prompts (25 %",
         "Iteration 1 trained on 3 pairs only: 75 %",
         "Iteration 1: the mean reward margin over its last epoch is -0.100",
-        "Iteration 2: 50 % of the held-out answers were cut",
+        "Iteration 2: 50 % of the held-out answers were cut at max_new_tokens",
     ):
         assert sum(part in line for line in said) == 1, (part, said)
     assert len(said) == 9, said
     page = made(run)
     assert all(notation.page(line) in page.text for line in said)
+
+
+def test_cut_answers_of_several_policies_are_one_caution(run: Path) -> None:
+    for name, share in (("iteration_1", 0.5), ("iteration_2", 0.75)):
+        put(run, f"{name}/evaluation", {"nll/real": 1.5, "truncated_frac": share, **ACCURACY}, {})
+        put(run, f"{name}/policy", {"tokens": 1})
+    (said,) = (one for one in all_cautions(write_report(run)) if "held-out answers" in one)
+    assert said.startswith("Iteration 1, iteration 2: 50 %, 75 % of the held-out answers were cut")
+
+
+def test_when_a_run_was_made(tmp_path: Path) -> None:
+    """A day that both ends share is said once."""
+    for name, at in (("guide", 1_800_000_000), ("sft/policy", 1_800_000_000)):
+        put(tmp_path, name, {})
+        os.utime(tmp_path / name / "summary.json", (at, at))
+    said = "2027-01-15 08:00"
+    assert f" · finished {said} UTC · " in words.origin(tmp_path, {})
+    for later, end in ((3600, "09:00"), (86_400, "2027-01-16 08:00")):
+        at = 1_800_000_000 + later
+        os.utime(tmp_path / "guide/summary.json", (at, at))
+        assert f" · stages from {said} to {end} UTC · " in words.origin(tmp_path, {})
 
 
 def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
@@ -672,8 +698,8 @@ def test_a_control_without_a_guide_is_named_as_such(toy: Path) -> None:
         "a control in their place: pooled, by the distance of the two responses' mean" in page.text
     )
     assert "No guide was trained." in page.text
-    assert "What the guide's latent is worth: not drawn: this run trained no guide" in page.text
-    assert "Iteration 0: the difference of the two lengths explains" in page.text
+    assert "Not drawn, “What the guide's latent is worth”: this run trained no guide" in page.text
+    assert "Iteration 0: of the variance of these distances, the difference in length" in page.text
     assert "sentence-embedding model" in words.measured_in({"weights": "semantic"})
     assert words.measured_in({"weights": "shuffled"}) == "the guide's latent space"
     for kind in WEIGHTS:  # each is said, in words of its own
@@ -709,7 +735,7 @@ def test_rewards_are_shown(run: Path) -> None:
     put(run, "iteration_0/reward", {"reward/mean": 0.731, "reward/win_rate": 0.25})
     page = made(run)
     assert "reward/win_rate" in page.text and "0.731" in page.text
-    assert "Agreement with a judge: not shown: it was not measured." in page.text
+    assert "No agreement with a judge: it was not measured." in page.text
 
 
 def agreement(**more: float) -> dict[str, float]:
@@ -900,7 +926,7 @@ def test_every_kind_of_run_has_a_page_of_its_own(tmp_path: Path, kind: str) -> N
     assert linked == parts
     assert "small tasks made by a program that also checks the answers" in section(page, "run")
     script = "align" if kind == "align" else kind
-    assert f"train/{script}.py --config config.yaml" in page.text
+    assert f"ldalign {script} --config config.yaml" in page.text
     if kind != "align":
         absent = re.findall(r'<p class="absent">(.*?)</p>', page.source)
         assert not absent, absent

@@ -134,7 +134,7 @@ def test_the_selected_policy_minus_the_baseline_comes_first(run: Path) -> None:
     assert rows["| sft"][at] == rows["| continual_sft"][at] == "-"
     assert "6 of 8" in text and "1.5000, 1.2500, 1.3750" in text
     page = (run / "report/report.html").read_text()
-    assert f"{100 * gap:+.1f} ± {100 * error:.1f} points over continual SFT" in page
+    assert f"{100 * gap:+.1f} ± {100 * error:.1f} points vs continual SFT" in page
     assert first.isascii() and found["sentence"] == first
 
 
@@ -163,6 +163,9 @@ def test_without_a_baseline_the_start_is_it(run: Path) -> None:
     )
     assert second == "Iteration 1, the last so far, stands for the run: none is selected yet."
     assert "- continual_sft" not in (run / "report/table.md").read_text()
+    with (run / "config.yaml").open("a") as file:
+        file.write("continual_sft: {epochs: 1}\n")
+    assert "as the run has no continual SFT yet: " in write_report(run).split("\n\n")[0]
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.4, "better"), (-0.4, "worse")])
@@ -269,5 +272,11 @@ def test_validation_is_drawn_apart_from_the_steps(tmp_path: Path) -> None:
     np.testing.assert_array_equal(curve.get_xydata(), [[0, 2.0], [1, 1.0], [2, 1.5]])
     np.testing.assert_array_equal(ring.get_xydata(), [[1, 1.0]])
     np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), [25, 50, 50])
+    both = validation({"sft": records, "iteration_0": records}, {}).figure
+    assert both is not None and len(both.axes) == 4  # SFT has its own scale
+    assert [axes.get_legend().get_texts()[0].get_text() for axes in both.axes[:2]] == [
+        "start (after SFT)",
+        "iteration 0",
+    ]
     assert validation({}, {}).figure is None
     assert validation({"iteration_0": []}, {}).figure is None

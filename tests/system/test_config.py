@@ -216,16 +216,15 @@ def test_every_name_from_elsewhere_has_an_answer_in_one_line_that_is_true() -> N
         (["--optimiser", "a"], "--optimiser: unknown option; did you mean training.optimizer?"),
         (["--dry-rum"], "--dry-rum: unknown option; did you mean --dry-run?"),
         (["--xyzzy", "3"], "--xyzzy: unknown option; --help has all keys"),
-        (["--num_train_epochs", "3", "--push_to_hub", "--lr=1"],
+        (["--num_train_epochs", "3", "--disable_tqdm", "--lr=1"],
          "3 problems: --num_train_epochs: unknown option; write training.epochs=3; of each "
-         "iteration | --push_to_hub: unknown option; write hub.push=OWNER/NAME; the run's result "
-         "goes there at its end, and each policy is a Hugging Face model folder in the run folder "
-         "| --lr=1: unknown option; write learning_rate=1"),
+         "iteration | --disable_tqdm: unknown option; there is none here: bars are drawn in a "
+         "terminal alone | --lr=1: unknown option; write learning_rate=1"),
         (["--hub_model_id=a/b", "--num_processes", "8", "--resume"],
          "3 problems: --hub_model_id=a/b: unknown option; write hub.push=a/b; the run's result "
          "goes there at its end | --num_processes: unknown option; there is none here: --ranks N "
-         "starts N processes on this machine, torchrun those of several | --resume: unknown option; "
-         "there is none here: the same command again goes on where the run stopped"),
+         "starts N processes on this machine, torchrun those of several | --resume: unknown "
+         "option; there is none here: the same command again goes on where the run stopped"),
     ],
 )  # fmt: skip
 def test_keys_with_dashes_are_answered_with_the_right_form(argv: list[str], answer: str) -> None:
