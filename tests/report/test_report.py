@@ -1007,4 +1007,4 @@ def test_answers_before_and_after_stand_side_by_side(checked: bool, tmp_path: Pa
     )
     rule = shown["answer_rule"]
     assert rule.startswith("of 3, 2 changed from ") and "the first 2 in the file's order" in rule
-    assert ("1 became right and 0 became wrong" in rule) == ("verdict" in rule) == checked
+    assert ("1 became right and 0 became wrong" in rule) == ("beginning with" in rule) == checked
