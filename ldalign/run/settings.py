@@ -203,8 +203,8 @@ class RunConfig:
     )
     log: list[SinkName] = setting(
         [],
-        "where else metrics go: tensorboard, wandb, trackio, each by the library of that name "
-        "(pip install 'ldalign[log]'); it can never stop a run",
+        "where else metrics go: tensorboard, wandb, trackio, each by the library of that "
+        "name, which pip installs; it can never stop a run",
     )
     sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
     training: TrainingKeys = group(TrainingKeys, "training of the policy")
