@@ -70,8 +70,12 @@ def run(argv: list[str]) -> None:
         raise InputError("no command is given")
     command = COMMANDS.get(name)
     if command is None:
+        if name in ("-v", "-V"):
+            raise InputError(f"{name}: unknown option; write ldalign --version")
         if name.startswith("-") or "=" in name:
             raise InputError(f"{name}: a command comes first: ldalign align {name}")
+        if name in ("help", "version"):
+            raise InputError(f"{name}: unknown command; write ldalign --{name}")
         hint = nearest(name, COMMANDS) or "; `ldalign --help` lists them"
         raise InputError(f"{name}: unknown command{hint}")
     given, ranks = _split_ranks(name, command, arguments)

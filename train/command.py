@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ldalign.report.live import watched
@@ -130,7 +130,8 @@ def read_config(
     """
     path, overrides, flags = split_argv(argv, FLAGS, cls)
     if "--help" in flags:
-        own = [name for name in vars(cls).get("__annotations__", {}) if cls is not RunConfig]
+        inherited = {one.name for one in fields(RunConfig)}
+        own = [one.name for one in fields(cls) if one.name not in inherited]
         keys = describe(cls, (*own, *SET_FIRST))
         print(doc.strip(), f"{USAGE}\nKeys, with their defaults.\n", keys, sep="\n")
         return None

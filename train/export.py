@@ -24,7 +24,7 @@ KEY = re.compile(r"(\w+)=(.*)", re.DOTALL)
 
 def main(argv: list[str]) -> None:
     """Reads what is to be exported, and exports it."""
-    if "--help" in argv:
+    if {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return
     places, dtype, force = _read_arguments(argv)
@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
         given = f"{places[0]}: " if places else ""
         raise InputError(f"{given}what is to be written? give: gguf FOLDER [OUT.gguf]")
     if not 2 <= len(places) <= 3:
-        raise InputError(f"gguf: takes a folder and a file, got {len(places) - 1} names")
+        raise InputError(
+            f"gguf: give FOLDER [OUT.gguf], one or two names; there are {len(places) - 1}"
+        )
     folder = find_model(RunConfig(), places[1])
     out = Path(places[2]).expanduser() if len(places) == 3 else _beside(places[1], folder, dtype)
     refuse_existing(out, force)

@@ -17,11 +17,11 @@ import codecs
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from ldalign.data.columns import Columns, KeyCounts
 from ldalign.data.records import BadRow, json_lines
@@ -62,12 +62,26 @@ from ldalign.system.metrics import Bar, say
 from ldalign.train.command import need, read_config, run_script
 
 CHAT = "--chat"
+CHAT_DOC = """Talk to a policy in the terminal.
+
+    ldalign chat policy=FOLDER [key=value ...]
+    echo "A question" | ldalign chat policy=FOLDER sampling.temperature=0
+
+FOLDER is a model folder, a run, of which the result is taken, or a name. A line in, an answer of
+at most max_new_tokens out, drawn with sampling.*; /new forgets what was said, Ctrl-C or Ctrl-D
+leaves.
+"""
 ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
     """The keys of `train/generate.py`: a run's, and three of its own."""
+
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        **RunConfig.FOREIGN,
+        "prompt": 'prompts=FILE; a line for each, {"prompt": ...}; ldalign chat reads the terminal',
+    }
 
     prompts: str | None = setting(None, "file of prompts; null: the run's own data", path=True)
     output: str | None = setting(None, "folder for the answers; needed with prompts", path=True)
@@ -78,7 +92,7 @@ def main(argv: list[str]) -> None:
     """Reads the settings, generates."""
     talks = CHAT in argv
     argv = [argument for argument in argv if argument != CHAT]
-    config = read_config(argv, __doc__ or "", GenerateConfig)
+    config = read_config(argv, CHAT_DOC if talks else __doc__ or "", GenerateConfig)
     if not isinstance(config, GenerateConfig):
         return
     need(

@@ -19,14 +19,15 @@ def main(argv: list[str]) -> None:
     """Lists the presets, or copies one."""
     if {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
-    elif not argv:
+    elif not argv or argv == ["list"]:
         known = presets()
         width = max(map(len, known))
         print("\n".join(f"{name:{width}}  {summary(path)}" for name, path in known.items()))
     elif argv[0] == "copy":
         copy(argv[1:])
     else:
-        raise InputError(f"presets {argv[0]}: unknown; write `ldalign presets copy NAME my.yaml`")
+        name = argv[0] if argv[0] in presets() else "NAME"
+        raise InputError(f"presets {argv[0]}: unknown; write `ldalign presets copy {name} my.yaml`")
 
 
 def copy(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """A policy to the Hugging Face hub: weights, tokenizer and model card.
 
-    python train/push.py FOLDER OWNER/NAME [private=false]
+    ldalign push FOLDER OWNER/NAME [private=false]
 
 FOLDER is a model folder, or a run, of which the result is taken (selected.json). The repository is
 made where it is not there, private unless private=false says otherwise. The token is HF_TOKEN's,
@@ -27,7 +27,7 @@ PRIVATE = {"private=true": True, "private=false": False}
 
 def main(argv: list[str]) -> None:
     """Reads what is to be pushed and whereto, and pushes it."""
-    if "--help" in argv:
+    if {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return
     given = [PRIVATE[argument] for argument in argv if argument in PRIVATE]

@@ -203,7 +203,7 @@ def _json_value(line: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         start = line.lstrip()[:2]
-        hint = ""
+        hint = "; expected one JSON object a line"
         if start in (b"{", b"["):
             hint = "; expected one JSON object a line, or one list of objects as the whole file"
         elif b"\0" in start:
@@ -246,11 +246,15 @@ def _refuse_csv(path: Path, start: bytes) -> None:
         and all(re.fullmatch(r"[\w .-]+", name) for name in names)
         and not {*READ, *MEANING}.isdisjoint(names)
     ):
+        plain = re.fullmatch(r"[\w./ -]+", str(path))  # in a shell, between quotes
+        new = f"{CSV_NAME.sub('', str(path))}.parquet"
         tabs = ', delimiter="\\t"' if mark == "\t" else ""
         raise InputError(
-            f"{path}: CSV is not read; convert it: python -c 'import pyarrow.csv as c, "
-            'pyarrow.parquet as p; p.write_table(c.read_csv("IN", parse_options=c.ParseOptions('
-            f'newlines_in_values=True{tabs})), "OUT.parquet")\''
+            f"{path}: CSV is not read; convert it, and give the new file: python -c 'import "
+            "pyarrow.csv as c, pyarrow.parquet as p; p.write_table(c.read_csv("
+            f'"{path if plain else "IN"}", parse_options=c.ParseOptions('
+            f"newlines_in_values=True{tabs})), "
+            f'"{new if plain else "OUT.parquet"}")\''
         )
 
 

@@ -6,6 +6,7 @@ says what it leaves, and `described` puts that into lines.
 """
 
 import contextlib
+import difflib
 import errno
 import glob
 import os
@@ -157,9 +158,13 @@ def _find(source: str, cache: Path | None, key: Key) -> SourceFiles:
     if cache is not None and HUB_DATA.fullmatch(source) and not _has_ending(path):
         _refuse_train(source, key)
         return SourceFiles(tuple(hub_files(source, cache, is_data_file)))
-    hint = ""
+    hint = "; give a file or folder of rows"
     if "," in source:
         hint = f"; several are a list: {key}=[{source}]"
+    elif path.parent.is_dir():
+        others = {other.stem: other.name for other in path.parent.iterdir() if is_data_file(other)}
+        close = difflib.get_close_matches(path.stem, others, n=1)
+        hint = f"; did you mean {key}={path.with_name(others[close[0]])}?" if close else hint
     raise InputError(f"{begin}: no such file or folder{hint}")
 
 

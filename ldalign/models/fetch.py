@@ -30,7 +30,7 @@ from ldalign.models.gguf import convert_gguf, one_line, write_json
 from ldalign.models.stored_tensors import weight_files
 from ldalign.models.toy import TOY_MODEL, toy_model
 from ldalign.system import hub
-from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.errors import EnvironmentProblem, InputError, nearest
 from ldalign.system.files import sync
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def resolve_model(name: str, cache: Path) -> Path:
         return _hub_model(name, Path(cache).expanduser())
     raise InputError(
         f"model {name!r}: no such folder; expected a model folder, {DEFAULT_MODEL!r} or a Hugging "
-        "Face name 'org/name'"
+        f"Face name 'org/name'{nearest(name.lower(), (DEFAULT_MODEL, TOY_MODEL))}"
     )
 
 

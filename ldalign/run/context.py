@@ -3,6 +3,7 @@ and the rows in token ids.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -155,9 +156,23 @@ def find_model(config: RunConfig, name: str) -> Path:
     """The model folder that `name` stands for, fetched by rank 0 where it is not there yet; of a
     run folder, the policy that is the run's result.
     """
-    return Path(
-        on_rank0(lambda: str(resolve_model(_selected_in(name) or name, config.cache_folder)))
-    )
+
+    def resolved() -> str:
+        selected = _selected_in(name)
+        if selected is None:
+            _refuse_unfinished(Path(os.path.expanduser(name)))
+        return str(resolve_model(selected or name, config.cache_folder))
+
+    return Path(on_rank0(resolved))
+
+
+def _refuse_unfinished(run: Path) -> None:
+    """Raises InputError for a run folder that has no policy yet."""
+    is_run = (run / "config.yaml").is_file() and not (run / "config.json").exists()
+    if is_run and not list(run.glob("*/policy/config.json")):
+        raise InputError(
+            f"{run}: is a run that has no policy yet; the command that began it goes on with it"
+        )
 
 
 def _selected_in(name: str) -> str | None:
@@ -237,20 +252,21 @@ def open_context(
         check_verdicts(ctx.used[0])
     distributed.copies(config.training.shard_ranks)
     _say_policy(config.policy, start)
+    ranks = distributed.world_size()
     n = {name.removeprefix("rows/"): f"{count:.0f}" for name, count in data.counts.items()}
     say(
         f"data: {n['train']} training rows ({n['cut']} responses cut), {n['heldout']} held out"
         f"{', ' + n['validation'] + ' more for validation' if ctx.validation.rows else ''}; of "
         f"{n['read']} rows that were read {n['dropped']} have too long a prompt, {n['skipped']} "
         f"are bad, {n['unused']} not used, {n['repeated']} repeat others; {device.type}, "
-        f"{str(ctx.dtype).removeprefix('torch.')}, {distributed.world_size()} rank(s)"
+        f"{str(ctx.dtype).removeprefix('torch.')}, {ranks} rank{'s' * (ranks > 1)}"
     )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)
     if unchecked:
         say(
             f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker "
-            "(kind and answer): accuracy cannot be measured on them, only the likelihood of their "
-            "responses"
+            "(kind and answer, docs/data.md): accuracy cannot be measured on them, only the "
+            "likelihood of their responses"
         )
     return ctx
 
@@ -260,7 +276,7 @@ def _say_policy(name: str, folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files) / 2**20
     where = f"{name}: {folder}" if name != str(folder) else name
-    say(f"policy: {where}: {len(files)} file(s) of weights, {size:.1f} MiB")
+    say(f"policy: {where}: {len(files)} file{'s' * (len(files) > 1)} of weights, {size:.1f} MiB")
 
 
 def _check_guide(guide: GuideKeys) -> None:

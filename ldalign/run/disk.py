@@ -81,7 +81,8 @@ def described(disk: Disk) -> str:
     """The need and what it is made of, in words and GiB."""
     needed, checkpoints = disk.needed / 2**30, disk.checkpoints / 2**30
     beside = f", checkpoints of {checkpoints:.2f} GiB beside them" if disk.checkpoints else ""
-    return f"{needed:.2f} GiB at most: {disk.policies} policies and other files{beside}"
+    policies = "1 policy" if disk.policies == 1 else f"{disk.policies} policies"
+    return f"{needed:.2f} GiB at most: {policies} and other files{beside}"
 
 
 def at_worst(needs: Sequence[Need]) -> int:

@@ -310,8 +310,9 @@ def _shown(title: str, parts: Mapping[str, float], tokens: int, on: _Ranks) -> l
     if not fits:
         lines.append(
             f"WARNING: {title}: does not fit: {on.sharing * needed / 2**30:.1f} GiB for "
-            f"{on.sharing} rank(s), of {there:.1f} available; lower training.micro_tokens or "
-            "max_length, set training.checkpointing=full, or use more ranks (GPUs)"
+            f"{on.sharing} rank{'s' * (on.sharing > 1)}, of {there:.1f} available; lower "
+            "training.micro_tokens or max_length, set training.checkpointing=full, or use more "
+            "ranks (GPUs)"
         )
     return lines
 

@@ -180,7 +180,9 @@ class RunConfig:
         "iteration", "reference policy: the iteration's start, or the run's"
     )
     seed: int = setting(0, "of everything random", check=non_negative)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto: CUDA where there is one", instead={"gpu": "device=cuda"}
+    )
     timeout_minutes: float = setting(
         30,
         "longest that ranks wait for one another inside a step (docs/run-folder.md)",

@@ -33,6 +33,7 @@ MAIN = "MAIN"  # the same: the group whose keys are named first, where several g
 VALUE = "VALUE"  # in what FOREIGN says: the value that came with the name
 BASE = "base"  # in a file: the config file whose keys hold where this one says nothing
 REQUIRED: Any = object()  # a default: the key must be given (its class then needs kw_only=True)
+ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv")  # what a data file's name ends in
 MAX_BYTES = 10**6  # the most that a config file may have
 
 # YAML 1.1 reads 010 as eight and 1:30 as ninety; here an integer is written the plain way.
@@ -156,7 +157,7 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Sequence[str]
     try:
         if path is not None:
             _read_file(cls, path, given, problems)
-        for override in overrides:
+        for override in _whole(cls, overrides, problems):
             _read_override(cls, override, given, problems)
         config = _build(cls, "", given, problems)
     except RecursionError:
@@ -259,6 +260,8 @@ def _read_file(
     problems: list[str],
     seen: tuple[Path, ...] = (),
 ) -> None:
+    if path.suffix in ROWS:
+        raise InputError(f"{path}: is no YAML file; if these are rows: data={path}")
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
@@ -312,11 +315,48 @@ def _preset_hint(path: Path) -> str:
     return hint or "; `ldalign presets` lists those that come with it"
 
 
+def _whole(cls: type, overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """The overrides without those that blanks have torn apart (`beta 1`, `beta = 1`), each of which
+    is a problem that says how it is written.
+    """
+    whole: list[str] = []
+    keys = {*itertools.chain(*_leaves(cls).values()), *_fields(cls)}
+    left = list(overrides)
+    while left:
+        key, equals, value = left[0].partition("=")
+        torn = 1 if equals and not value and len(left) > 1 else 0
+        if not equals and key in keys and len(left) > 1:
+            torn = 2 if left[1] == "=" and len(left) > 2 else 1
+        value = left[torn].removeprefix("=")
+        if torn and (torn == 2 or "=" not in value):
+            shown = " ".join(left[: torn + 1])
+            problems.append(f"{shown}: has a blank in it; write {key}={value}")
+        else:
+            torn = 0
+            whole.append(left[0])
+        left = left[torn + 1 :]
+    return whole
+
+
+def _without_key(cls: type, word: str) -> str:
+    """What a word without a key may be meant for: a config file, the rows, a folder."""
+    path = Path(_at_home(word))
+    if path.suffix in (".yaml", ".yml") or (word in presets() and not path.exists()):
+        return f"; a config is given as --config {word}"
+    if "/" not in word and not path.suffix and not os.path.lexists(path):
+        return ""
+    keys = ["data"] if path.suffix or path.is_file() else ["policy", "data", "run"]
+    if path.is_dir():  # of a model, of a run; else of rows
+        made = (path / "config.json").exists() or (path / "config.yaml").exists()
+        keys = ["policy", "run"] if made else ["data", "run"]
+    meant = [f"{key}={word}" for key in keys if key in _fields(cls)]
+    return f"; is it {_listed(meant)}?" if meant else ""
+
+
 def _read_override(cls: type, override: str, given: dict[str, _Given], problems: list[str]) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        is_path = "/" in override or os.path.lexists(override) or Path(override).suffix
-        hint = f"; is it data={override}?" if is_path and key and "data" in _fields(cls) else ""
+        hint = _without_key(cls, override) if key else ""
         problems.append(f"{override}: not of the form key=value{hint}")
         return
     node: yaml.Node | None = None
@@ -426,7 +466,7 @@ def _build(cls: type[T], prefix: str, given: Mapping[str, _Given], problems: lis
             old = str(given[key].node.value)
             if old in declared.metadata.get("instead", ()):
                 now = declared.metadata["instead"][old]
-                problems.append(f"{where}{key}: {old!r} is written otherwise now; give {now}")
+                problems.append(f"{where}{key}: {old!r} is written otherwise; give {now}")
                 continue
             try:
                 values[name] = _convert(given[key].node, _types(cls)[name])
@@ -471,7 +511,9 @@ def _convert(node: yaml.Node, annotation: Any) -> Any:
         return _convert_literal(node, arguments)
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
-            hint = f"; write [{node.value}]" if isinstance(node, yaml.ScalarNode) else ""
+            hint = ""
+            if isinstance(node, yaml.ScalarNode):
+                hint = f"; write [{'' if _is_null(node) else node.value}]"
             raise _Mismatch(f"{_shown(node)} is not {_type_name(annotation)}{hint}")
         return origin(_convert(item, arguments[0]) for item in node.value)
     if not isinstance(node, yaml.ScalarNode):

@@ -162,7 +162,7 @@ class Bar:
             parts = [f"{self.done} of {self.total} {self.unit} ({share})"]
         if self.tokens:
             parts.append(f"{self.tokens / max(now - self.began, 1e-9):.0f} tokens/s")
-        if self.total:
+        if self.total and self.done < self.total:
             parts.append(f"about {in_words(self._left(now))} left")
         return ", ".join(parts)
 

@@ -334,21 +334,37 @@ def test_a_folder_below_that_may_not_be_read():
     [
         ("x" * 300, "cannot be read: File name too long"),
         ("/".join(["x" * 200] * 30), "cannot be read: File name too long"),
-        ("no.jsonl", "data=no.jsonl: no such file or folder$"),
+        ("no.jsonl", "data=no.jsonl: no such file or folder; give a file or folder of rows$"),
         ("a.jsonl,b.jsonl", r"; several are a list: data=\[a.jsonl,b.jsonl\]$"),
         (["embedded", "x"], "data: embedded stands alone"),
         ("", "data: '' is not a path"),
         ("  ", "data: '  ' is not a path"),
         ([], "the list of files is empty"),
         ("~nobody-of-this-name/x", "no such file or folder"),
-        ("my/missing.csv", "data=my/missing.csv: no such file or folder$"),
-        ("my/missing.jsonl.xz", "no such file or folder$"),
+        (
+            "my/missing.csv",
+            "data=my/missing.csv: no such file or folder; give a file or folder of ",
+        ),
+        ("my/missing.jsonl.xz", "no such file or folder; give a file"),
     ],
 )
 def test_what_is_not_there(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         files_of(spec, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["row.jsonl", "rows.json", "my_rows"])
+def test_a_file_of_nearly_that_name_is_named(tmp_path, monkeypatch, name):
+    """By the name without its ending, which says what all have in common."""
+    for other in ("rows.jsonl", "other.jsonl", "rows.txt"):
+        (tmp_path / other).touch()
+    for source in (name, tmp_path / name):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError) as caught:
+            files_of(str(source), tmp_path)
+        meant = str(source).replace(name, "rows.jsonl")
+        assert str(caught.value).endswith(f"folder; did you mean data={meant}?")
 
 
 def test_the_key_is_named(tmp_path):

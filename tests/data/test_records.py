@@ -237,10 +237,16 @@ def test_the_conversion_of_csv_that_is_named_works(tmp_path):
     with pytest.raises(InputError) as caught:
         read_rows(path)
     program = str(caught.value).split("python -c '")[1].removesuffix("'")
-    out = tmp_path / "x.parquet"
-    program = program.replace("IN", str(path)).replace("OUT.parquet", str(out))
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert read_rows(out)[0].response == "r\nand more"
+    assert read_rows(tmp_path / "x.parquet")[0].response == "r\nand more"
+
+
+@pytest.mark.parametrize("name", ["it's.csv", 'a"b.csv', "$x.csv"])
+def test_no_name_that_a_shell_reads_otherwise_is_in_the_conversion(tmp_path, name):
+    (tmp_path / name).write_text("prompt,response\nq,r\n")
+    with pytest.raises(InputError) as caught:
+        read_rows(tmp_path / name)
+    assert ('c.read_csv("IN", ' in str(caught.value)) and '"OUT.parquet")' in str(caught.value)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be"])

@@ -125,7 +125,7 @@ def test_what_the_config_leaves_to_the_towers(ctx: Context) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("distance=pooled",), "distance: 'pooled' is written otherwise now; give weights=pooled"),
+        (("distance=pooled",), "distance: 'pooled' is written otherwise; give weights=pooled"),
         (("weights=pooled", "guide.retrain=true"), "weights=pooled come of no guide"),
         (("weights=pooled", "guide=some/guide"), "weights=pooled come of no guide"),
         (("weights=oracle", "distance=cosine"), "weights=oracle has a distance of its own"),

@@ -378,7 +378,7 @@ def test_dry_run_compares_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = dry_run.dry_run(ctx, planned(ctx.config))
     assert (
         "WARNING: memory: does not fit: 1."
-    ) in text and "4 rank(s), of 1.0 available; lower training.micro" in text
+    ) in text and "4 ranks, of 1.0 available; lower training.micro" in text
 
 
 def test_dry_run_reads_headers(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_bar_without_total_or_with_one_step(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.splitlines() == [
         "data: 7 rows",
         "reference: 1 of 4 pairs (25%), about 2 min left",
-        "reference: 4 of 4 pairs (100%), about 0 s left",
+        "reference: 4 of 4 pairs (100%)",
     ]
 
 
