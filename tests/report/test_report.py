@@ -956,3 +956,14 @@ def test_signs_are_true_in_pages_and_plain_in_json(run: Path) -> None:
     page = made(run)
     assert "\u221212 ± 12 points" in page.text and "+-" not in page.text
     assert "LD-Align" in page.text
+
+
+def test_distances_that_are_all_equal_have_a_page(tmp_path: Path) -> None:
+    """A guide that learned nothing may leave such; no rank is above another then."""
+    run = made_run(tmp_path / "run", "align")
+    for path in run.glob("iteration_*/distances/distances.jsonl"):
+        lines = [json.loads(line) | {"distance": 0.5} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run)
+    page = write_page(run).read_text()
+    assert "Iteration 0: all distances are equal" in page
