@@ -128,8 +128,8 @@ def _share(record: Numbers, pick: slice) -> float:
 
 def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any], kind: Kind) -> Numbers:
     """Returns what table.json says of the main result: the policy, the baseline, the difference
-    with its 95 % interval (of FEWEST prompts and more), and the sentences; {} where no iteration has finished, and of a run of
-    another kind.
+    with its 95 % interval (of FEWEST prompts and more), and the sentences; {} where no iteration
+    has finished, and of a run of another kind.
 
     rows: the policies' numbers, which have the differences already (`paired`).
     """
