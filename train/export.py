@@ -5,7 +5,7 @@
 FOLDER is a model folder in the Mistral or Llama layout, or a run, of which the result is taken
 (selected.json). OUT: FOLDER-DTYPE.gguf beside the folder, if it is not given. dtype, of the
 matrices: f32, f16, bf16 (what ldalign writes, so nothing is lost), or q8_0, 8 bits and half the
-size of bf16. --force replaces a file that is there. The file appears when it is whole.
+size of bf16. --force replaces a GGUF file that is there. The file appears when it is whole.
 """
 
 import re
@@ -71,13 +71,18 @@ def _beside(name: str, folder: Path, dtype: GgufDtype) -> Path:
     """Where the file goes if nobody says it: beside the folder; of a model that was given by
     name, and lies in the cache, into the current folder.
     """
-    place = folder.absolute().parent if Path(name).expanduser().exists() else Path()
-    return place / f"{folder.absolute().name}-{dtype}.gguf"
+    place = _named(folder).parent if Path(name).expanduser().exists() else Path()
+    return place / f"{_named(folder).name}-{dtype}.gguf"
+
+
+def _named(folder: Path) -> Path:
+    """The folder by a path that ends in a name of its own, which `..` is not."""
+    return folder.resolve() if folder.name == ".." else folder.absolute()
 
 
 def _title(folder: Path) -> str:
     """What programs call the model: RUN-iteration_1 for RUN/iteration_1/policy."""
-    parts = folder.absolute().parts[-3:]
+    parts = _named(folder).parts[-3:]
     return "-".join(parts[:-1]) if parts[-1] == "policy" else parts[-1]
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def export_gguf(
             writer.write_ti_data_to_file()
             for name, stored in tensors.items():
                 heads = _heads(name, model.config)
-                writer.write_tensor_data(_data(gguf, stored, heads, kinds[name]))
+                writer.write_tensor_data(_Bytes(_data(gguf, stored, heads, kinds[name])))
             writer.close()
             sync(partial)
             partial.rename(out)
@@ -121,14 +121,39 @@ def export_gguf(
     return Written(out, len(tensors), out.stat().st_size, notes)
 
 
+class _Bytes:
+    """A tensor's data for the writer, which calls numpy's `tofile`: that loses the system's error,
+    and would tell a full disk as a bug.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.nbytes = np.ascontiguousarray(data), data.nbytes
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Writes all of it."""
+        file.write(self.data.data)
+
+
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raises InputError for a file that would be replaced, and for a folder or none to write in."""
+    """Raises InputError for a file that would be replaced, where `force` does not say so or where
+    it is no GGUF file (a model's weights, say), and for a folder or none to write in.
+    """
     if out.is_dir():
         raise InputError(f"{out}: is a folder; give the name of a file, such as {out / 'x.gguf'}")
     if out.exists() and not force:
         raise InputError(f"{out}: is there already; give another name, or --force to replace it")
+    if out.exists() and not _may_go(out):
+        raise InputError(f"{out}: is there already and no GGUF file; give another name")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} is not there; make it first")
+
+
+def _may_go(out: Path) -> bool:
+    """Whether a file is one of GGUF's, or empty."""
+    if not out.is_file():
+        return False
+    with out.open("rb") as file:
+        return file.read(4) in (b"GGUF", b"")
 
 
 # ------------------------------------------------------------------------------------------ weights

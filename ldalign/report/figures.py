@@ -332,6 +332,8 @@ def _verdict_sentence(iteration: int, analysis: Mapping[str, Any]) -> str:
     """Says of an iteration how distance and verdict go together."""
     if "wrong_is_farther" not in analysis:
         return f"Iteration {iteration}: too few of one kind for an interval"
+    if "wrong" not in analysis["spearman"]:
+        return f"Iteration {iteration}: all distances are equal"
     share = analysis["wrong_is_farther"]
     return (
         f"Iteration {iteration}: {_interval(analysis['spearman']['wrong'])}, and a wrong answer "

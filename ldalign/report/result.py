@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldalign.evaluation.guide import tells_apart
-from ldalign.evaluation.statistics import NORMAL_95, ratio_error, standard_error
+from ldalign.evaluation.statistics import FEWEST, NORMAL_95, ratio_error, standard_error
 from ldalign.report import agreement
 from ldalign.report.analysis import Numbers
 from ldalign.report.guides import gain_text, guide_name, is_known
@@ -88,7 +88,8 @@ def paired(
     answers: Mapping[str, Mapping[str, Numbers]], base: str, name: str, prefix: str
 ) -> Numbers:
     """Returns PREFIX/greedy, /sampled and /nll, the figures of policy `name` minus those of `base`,
-    each with its standard error (`_se`) over the prompts, and PREFIX/rows, how many these are.
+    each with its standard error (`_se`) over the prompts and the number of these (`_rows`), and
+    PREFIX/rows, how many prompts both answered.
 
     {} where the two did not answer the same prompts, or are one. The NLL is over all tokens, as in
     the tables. answers: of `read_answers`.
@@ -102,10 +103,12 @@ def paired(
         gaps = np.array([_share(b, pick) - _share(a, pick) for a, b in both if _known(a, b, pick)])
         if len(gaps):
             out |= {key: float(gaps.mean()), f"{key}_se": standard_error(gaps)}
+            out[f"{key}_rows"] = len(gaps)  # those that a program checks
     if all("logp" in r for pair in both for r in pair):
         gaps = np.array([a["logp"] - b["logp"] for a, b in both])
         tokens = np.array([a["n_tokens"] for a, _ in both], dtype=np.float64)
         out |= {"nll": float(gaps.sum() / tokens.sum()), "nll_se": ratio_error(gaps, tokens)}
+        out["nll_rows"] = len(gaps)
     return {f"{prefix}/{key}": value for key, value in out.items()} | (
         {f"{prefix}/rows": len(both)} if out else {}
     )
@@ -125,8 +128,8 @@ def _share(record: Numbers, pick: slice) -> float:
 
 def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any], kind: Kind) -> Numbers:
     """Returns what table.json says of the main result: the policy, the baseline, the difference
-    with its 95 % interval, and the sentences; {} where no iteration has finished, and of a run of
-    another kind.
+    with its 95 % interval (of FEWEST prompts and more), and the sentences; {} where no iteration
+    has finished, and of a run of another kind.
 
     rows: the policies' numbers, which have the differences already (`paired`).
     """
@@ -144,8 +147,9 @@ def result(run: Path, rows: Sequence[Numbers], config: Mapping[str, Any], kind: 
     key = next((key for key in FIGURES if f"{prefix}/{key}" in row), None)
     if key is not None:
         gap, half = row[f"{prefix}/{key}"], NORMAL_95 * row[f"{prefix}/{key}_se"]
-        found |= {"figure": key, "rows": row[f"{prefix}/rows"], "difference": gap}
-        found |= {"low": gap - half, "high": gap + half}
+        found |= {"figure": key, "rows": row[f"{prefix}/{key}_rows"], "difference": gap}
+        if found["rows"] >= FEWEST:
+            found |= {"low": gap - half, "high": gap + half}
         method = "SFT" if kind == "sft" else method_name(config)
         epochs = (config.get(BASELINE) or {}).get("epochs", 0)
         found["sentence"] = _sentence(found, method, planned=bool(epochs))
@@ -159,6 +163,13 @@ def _sentence(found: Numbers, method: str, planned: bool) -> str:
     if found["policy"] != "sft":
         policy = f"{_capital(method)} ({shown_name(found['policy'])})"
         what = f"{policy} minus {_against(found['baseline'], planned)}"
+    if "low" not in found:
+        said, count = FIGURES[found["figure"]], found["rows"]
+        gap = number(said.factor * found["difference"], said.digits, "+")
+        return (
+            f"{what}: {gap} {said.points} of {said.words} on {count} held-out "
+            f"prompt{'s' * (count > 1)}: too few to tell the two apart (evaluation.rows)."
+        )
     return difference_sentence(
         what,
         method,

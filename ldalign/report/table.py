@@ -343,7 +343,8 @@ def _verdict(row: Numbers) -> str:
         if f"difference/{key}" in row:
             gap, error = row[f"difference/{key}"], row[f"difference/{key}_se"]
             points = with_error(100 * gap, 100 * error, "+")
-            parts.append(f"{key} accuracy {movement(gap, error)} ({points} points)")
+            moved = movement(gap, error, row[f"difference/{key}_rows"])
+            parts.append(f"{key} accuracy {moved} ({points} points)")
     return "; ".join(parts)
 
 
@@ -438,8 +439,13 @@ def tasks_of(rows: Sequence[Numbers]) -> list[str]:
     return sorted({task for row in rows for task in row["benchmarks"]})
 
 
-def movement(gap: float, error: float) -> str:
-    """Says what a difference with its standard error amounts to, as a verb."""
+def movement(gap: float, error: float, rows: int) -> str:
+    """Says what a difference with its standard error, over so many prompts, amounts to, as a verb.
+
+    Of fewer than FEWEST the error says nothing: of one prompt, or of equal ones, it is 0.
+    """
+    if rows < statistics.FEWEST:
+        return f"was measured on too few prompts ({rows})"
     if abs(gap) <= 2 * error:
         return "did not move beyond two standard errors"
     return "rose" if gap > 0 else "fell"

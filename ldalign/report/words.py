@@ -175,8 +175,9 @@ def headline(table: Numbers, config: Mapping[str, Any]) -> list[str]:
         gap, error = 100 * last[difference], 100 * last[f"{difference}_se"]
         digits = decimals([error])
         before, after = (number(100 * row[key], digits) for row in (first, last))
+        moved = movement(gap, error, last[f"{difference}_rows"])
         sentence = (
-            f"{name} on held-out prompts {movement(gap, error)}: from {before} % to {after} % "
+            f"{name} on held-out prompts {moved}: from {before} % to {after} % "
             f"({with_error(gap, error, '+')} points, paired by prompt)"
         )
         sentences.append(f"{done}, {sentence}." if not sentences else f"{sentence.capitalize()}.")

@@ -49,6 +49,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     `--debug` anywhere in the arguments is taken out before `main` sees them and adds the traceback.
     What the terminal's encoding does not have is printed with its number (`\\u2192`).
     """
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -61,6 +62,26 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except interrupt.Stopped as stop:  # here: it may come while another error is dealt with
         _exit(str(stop), stop.exit_code, aftermath=True)
     leave(0)
+
+
+def _open_missing_streams() -> None:
+    """Gives a command that was started without a stream (`2>&-`) one that goes nowhere.
+
+    Else print takes stdout for a stderr that is not there, and the next file to be opened gets the
+    stream's number, into which a library or another process may write.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> None:

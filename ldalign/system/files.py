@@ -38,6 +38,7 @@ HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
 _MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,  # more than the file system, or ulimit -f, allows a file
     errno.EIO,
     errno.EROFS,
     errno.EACCES,

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -327,9 +328,26 @@ def test_a_file_that_is_there_is_kept(toy: Path, tmp_path: Path) -> None:
     out.write_text("mine")
     with pytest.raises(InputError, match=r"x.gguf: is there already; .*--force"):
         export_gguf(toy, out)
+    with pytest.raises(InputError, match=r"x.gguf: is there already and no GGUF file"):
+        export_gguf(toy, out, force=True)  # a model's own weights, say
     assert out.read_text() == "mine"
+    out.write_bytes(b"GGUF of an earlier time")
+    with pytest.raises(InputError, match=r"x.gguf: is there already; .*--force"):
+        export_gguf(toy, out)
     export_gguf(toy, out, force=True)
-    assert out.read_bytes()[:4] == b"GGUF" and list(tmp_path.iterdir()) == [out]
+    assert out.stat().st_size > 1000 and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_disk_that_is_full_is_said(toy: Path, tmp_path: Path) -> None:
+    """Not a failure that a test makes, but one that the system tells, in a tensor's data."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"x.gguf: cannot be written: File too large"):
+            export_gguf(toy, tmp_path / "x.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_float16_are_refused(toy: Path, tmp_path: Path) -> None:
@@ -355,6 +373,11 @@ def test_the_script(
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith(f"{beside}: 21 tensors as f16, ") and "sliding_window" in said[0]
     assert read(beside)["general.name"].endswith("-" + toy.parent.name)
+    beside.unlink()
+    (toy / "below").mkdir()
+    monkeypatch.chdir(toy / "below")
+    export.main(["gguf", "..", "dtype=f16"])
+    (toy / "below").rmdir()
     beside.unlink()
     run = tmp_path / "run"
     (run / "iteration_0").mkdir(parents=True)

@@ -1008,3 +1008,14 @@ def test_answers_before_and_after_stand_side_by_side(checked: bool, tmp_path: Pa
     rule = shown["answer_rule"]
     assert rule.startswith("of 3, 2 changed from ") and "the first 2 in the file's order" in rule
     assert ("1 became right and 0 became wrong" in rule) == ("beginning with" in rule) == checked
+
+
+def test_distances_that_are_all_equal_have_a_page(tmp_path: Path) -> None:
+    """A guide that learned nothing may leave such; no rank is above another then."""
+    run = made_run(tmp_path / "run", "align")
+    for path in run.glob("iteration_*/distances/distances.jsonl"):
+        lines = [json.loads(line) | {"distance": 0.5} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run)
+    page = write_page(run).read_text()
+    assert "Iteration 0: all distances are equal" in page

@@ -154,6 +154,30 @@ def test_what_cannot_be_told_apart(run: Path) -> None:
     assert "The run's policy is that of iteration 1: the last of 2 iterations" in text
 
 
+@pytest.mark.parametrize("few", [1, 4])
+def test_of_few_prompts_nothing_is_claimed(run: Path, few: int) -> None:
+    """Their standard error is 0 where all moved alike: of one prompt always."""
+    for name, right in (("sft", False), ("continual_sft", False), ("iteration_0", True)):
+        path = run / name / "evaluation/answers.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, line in enumerate(lines):  # a program checks the answers to few of the prompts
+            line["correct"] = [right] * 3 if i < few else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, _ = sentences(run)
+    assert first == (
+        "LD-Align (iteration 0) minus continual SFT from the same start: +100.0 points of sampled "
+        f"accuracy on {few} held-out prompt{'s' * (few > 1)}: too few to tell the two apart "
+        "(evaluation.rows)."
+    )
+    text = (run / "report/table.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("- iteration_0:"))
+    assert line.count(f"accuracy was measured on too few prompts ({few})") == 2
+    page = (run / "report/report.html").read_text()
+    assert f"was measured on too few prompts ({few})" in page and "rose" not in page
+    found = json.loads((run / "report/table.json").read_text())["result"]
+    assert found["rows"] == few and "low" not in found
+
+
 def test_without_a_baseline_the_start_is_it(run: Path) -> None:
     (run / "continual_sft").rename(run / "apart")
     (run / "selected.json").unlink()

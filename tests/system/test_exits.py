@@ -188,6 +188,29 @@ def test_a_closed_stdout_changes_nothing() -> None:
         assert done.returncode == code and "Traceback" not in done.stderr
 
 
+STREAMS = """
+import os, sys
+from ldalign.system import exits
+from ldalign.system.logs import line
+
+def main(argv):
+    line("a line for stderr")
+    print("also", file=sys.stderr)
+    opened = os.open(os.devnull, os.O_RDONLY)
+    print(opened > 2, [os.fstat(n).st_rdev for n in (0, 2)] == [os.stat(os.devnull).st_rdev] * 2)
+    raise exits.LdalignError("it failed")
+
+exits.run(main)
+"""
+
+
+def test_a_closed_stderr_is_not_stdout() -> None:
+    """What is said for stderr is lost, and no file takes the number of a stream."""
+    closed = ["sh", "-c", '"$0" "$@" <&- 2>&-', sys.executable, "-c", STREAMS]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True)
+    assert (done.stdout, done.returncode) == ("True True\n", 1)
+
+
 def test_the_cause_is_written_for_the_launcher(tmp_path: Path) -> None:
     """By the rank that failed, once more without its text; not by one that ends for another."""
     file = tmp_path / "0" / "error.json"
