@@ -230,7 +230,7 @@ answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
-With ldalign: `ldalign chat FOLDER`. For llama.cpp and Ollama: `ldalign export gguf FOLDER`.
+With ldalign: `ldalign chat policy=FOLDER`; for llama.cpp and Ollama: `ldalign export gguf FOLDER`.
 """
 LIMITS = """\
 - The policy is no safer and knows no more than its base: it was trained towards the answers of the
@@ -418,16 +418,18 @@ def _made(run: Path) -> str:
 
 
 def code(text: str) -> str:
-    """Returns a text as Markdown's code, in one line, whatever it holds; also in a table."""
+    """Returns a text as Markdown's code, in one line, whatever it holds."""
     text = " ".join(text.split()) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     room = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{room}{text}{room}{fence}".replace("|", "\\|")
+    return f"{fence}{room}{text}{room}{fence}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    # A bar ends a cell, also in code: there alone a backslash before it is not shown.
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def _last_part(path: Path) -> str:

@@ -87,7 +87,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
         "The run's result is this policy: the only iteration.",
         "ldalign 0.1.0, commit `abc123`, in a run begun on 2026-11-20.",
         "AutoModelForCausalLM.from_pretrained(folder",
-        "`ldalign chat FOLDER`",
+        "`ldalign chat policy=FOLDER`",
         "## Limits",
     ):
         assert part in text, part
@@ -157,7 +157,7 @@ def test_no_name_breaks_a_card(tmp_path: Path) -> None:
         ("a", "`a`"),
         ("a`b", "``a`b``"),
         ("``a", "``` ``a ```"),
-        ("a|b", r"`a\|b`"),
+        ("a|b", "`a|b`"),
         ("a\n\nb", "`a b`"),
         ("", "` `"),
     ],
