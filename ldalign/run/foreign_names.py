@@ -13,8 +13,13 @@ _ATTENTION = "none: the implementation is chosen by the machine, and flash-attn 
 _ATTENTION += "where it is installed"
 _SHARDING = "none: FSDP2 shards over all processes that torchrun starts; "
 _SHARDING += "training.shard_ranks=RANKS and training.whole=nothing, gradients or all change how"
-_LOGGED = "none: every optimizer step is a line in RUN/metrics.jsonl"
-_HUB = "none: nothing is uploaded; each policy is a Hugging Face model folder in the run folder"
+_LOGGED = (
+    "none: every optimizer step is a line in RUN/metrics.jsonl; log=[tensorboard], [wandb] or "
+)
+_LOGGED += "[trackio] writes them there too"
+_LOG = "log=[tensorboard], [wandb], [trackio] or several; RUN/metrics.jsonl has every step anyway"
+_WANDB = "log=[wandb]; its own variables name the rest: WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY"
+_HUB = "hub.push=OWNER/NAME; the run's policy, at its end, private unless hub.private=false"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"
 _RESPONSES = "none: a row's response alone is trained on, never its prompt; turns=first, last or "
 _RESPONSES += "all says which one"
@@ -88,13 +93,14 @@ FOREIGN: dict[str, str] = {
     "eval_steps": "validation.every=VALUE",
     "load_best_model_at_end": "select=best or last",
     "metric_for_best_model": "validation.metric=nll or accuracy",
-    "logging_dir": _LOGGED,
+    "logging_dir": "log=[tensorboard]; its files lie in RUN/tensorboard",
     "logging_steps": _LOGGED,
     "logging_strategy": _LOGGED,
-    "report_to": _LOGGED,
+    "report_to": _LOG,
     "disable_tqdm": "none: bars are drawn in a terminal alone",
     "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
+    "hub_model_id": "hub.push=VALUE; the run's policy, at its end, private unless "
+    "hub.private=false",
     "hub_token": "none: a token is taken from where Hugging Face's programs keep it",
     # TRL: ScriptArguments, ModelConfig, SFTConfig, DPOConfig
     "model_name_or_path": "policy=VALUE",
@@ -173,8 +179,8 @@ FOREIGN: dict[str, str] = {
     "evals_per_epoch": "validation.every=STEPS; without it four times a stage",
     "saves_per_epoch": "checkpoint.steps=STEPS; these are for going on after a stop",
     "early_stopping_patience": "validation.early_stop=VALUE",
-    "wandb_project": _LOGGED,
-    "wandb_entity": _LOGGED,
+    "wandb_project": _WANDB,
+    "wandb_entity": _WANDB,
     # LLaMA-Factory: src/llamafactory/hparams
     "stage": "method=ld_align, spin, dpo, sft, self_reward or rlaif",
     "finetuning_type": _PEFT,

@@ -218,8 +218,8 @@ def test_every_name_from_elsewhere_has_an_answer_in_one_line_that_is_true() -> N
         (["--xyzzy", "3"], "--xyzzy: unknown option; --help has all keys"),
         (["--num_train_epochs", "3", "--push_to_hub", "--lr=1"],
          "3 problems: --num_train_epochs: unknown option; write training.epochs=3; of each "
-         "iteration | --push_to_hub: unknown option; there is none here: nothing is uploaded; each "
-         "policy is a Hugging Face model folder in the run folder | --lr=1: unknown option; write "
+         "iteration | --push_to_hub: unknown option; write hub.push=OWNER/NAME; the run's policy, "
+         "at its end, private unless hub.private=false | --lr=1: unknown option; write "
          "learning_rate=1"),
     ],
 )  # fmt: skip
@@ -227,6 +227,43 @@ def test_keys_with_dashes_are_answered_with_the_right_form(argv: list[str], answ
     with pytest.raises(InputError) as caught:
         c.split_argv(argv, ["--dry-run"], RunConfig)
     assert str(caught.value) == answer
+
+
+def test_a_name_from_elsewhere_in_a_group_is_the_groups_own_key(tmp_path: Path) -> None:
+    """Where the group has none of that last part, it is the one that is meant elsewhere."""
+    file = tmp_path / "run.yaml"
+    file.write_text("sft: {lr: 1.0e-4, num_train_epochs: 3, weight_decay: 0.5}\n")
+    with pytest.raises(InputError) as caught:
+        c.load_config(RunConfig, file, ["guide.lr=1", "training.lr=2"])
+    for said in (
+        "sft.lr: unknown key; write sft.learning_rate=1.0e-4 |",
+        "sft.num_train_epochs: unknown key; write sft.epochs=3; of each iteration |",
+        "sft.weight_decay: unknown key; write training.weight_decay=0.5 |",
+        "guide.lr: unknown key; write guide.learning_rate=1 |",
+        "training.lr: unknown key; write learning_rate=2",
+    ):
+        assert said in str(caught.value)
+
+
+def test_what_other_trainers_log_and_push_has_its_keys() -> None:
+    """A name is not denied where there is a key for it."""
+    for name, key in {
+        "report_to": "log=", "logging_dir": "log=", "wandb_project": "log=",
+        "push_to_hub": "hub.push=", "hub_model_id": "hub.push=",
+    }.items():  # fmt: skip
+        assert FOREIGN[name].startswith(key), name
+
+
+def test_no_sink_is_named_twice() -> None:
+    with pytest.raises(InputError, match="log: .* must be a list that names none twice"):
+        c.load_config(RunConfig, None, ["log=[wandb, trackio, wandb]"])
+
+
+def test_one_base_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: toy\nseed: 3\nbase: own-data\n")
+    with pytest.raises(InputError, match=r"run.yaml:3: base: given twice \(first in line 1\)"):
+        c.load_config(RunConfig, file)
 
 
 @pytest.mark.parametrize(
