@@ -287,9 +287,8 @@ def _read_file(
         )
     bases = [pair for pair in root.value if pair[0].value == BASE]
     for key_node, _ in bases[1:]:
-        first = bases[0][0].start_mark.line + 1
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        problems.append(f"{where}: {BASE}: given twice (first in line {first}); keep one")
+        line, first = key_node.start_mark.line + 1, bases[0][0].start_mark.line + 1
+        problems.append(f"{path}:{line}: {BASE}: given twice (first in line {first}); keep one")
     for key_node, node in bases[:1]:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(node, yaml.ScalarNode) or not node.value:
