@@ -29,7 +29,7 @@ from ldalign.system.errors import EnvironmentProblem, LdalignError
 from ldalign.system.files import PARTIAL, make_folder, read_jsonl, write_text
 from ldalign.system.listeners import listening
 from ldalign.system.metrics import in_words
-from ldalign.system.sinks import open_sinks
+from ldalign.system.sinks import finish_sinks, open_sinks
 
 LIVE = "report/live.html"
 MINUTES = 1.0  # of training between two writes
@@ -80,8 +80,7 @@ def watched(ctx: Context, planned: Sequence[str]) -> Iterator[None]:
         if page is not None:
             page.finish(ended, why)
         report = _report(run) if ended == "done" else ("", [])
-        for sink in sinks:
-            sink.finish(ended != "done", *report)
+        finish_sinks(sinks, ended != "done", *report)
 
 
 def _costs(ctx: Context, planned: Sequence[str]) -> dict[str, Cost]:

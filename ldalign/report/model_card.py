@@ -418,16 +418,18 @@ def _made(run: Path) -> str:
 
 
 def code(text: str) -> str:
-    """Returns a text as Markdown's code, in one line, whatever it holds; also in a table."""
+    """Returns a text as Markdown's code, in one line, whatever it holds."""
     text = " ".join(text.split()) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     room = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{room}{text}{room}{fence}".replace("|", "\\|")
+    return f"{fence}{room}{text}{room}{fence}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    # A bar ends a cell, also in code: there alone a backslash before it is not shown.
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def _last_part(path: Path) -> str:

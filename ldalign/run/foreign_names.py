@@ -16,7 +16,7 @@ _SHARDING += "training.shard_ranks=RANKS and training.whole=nothing, gradients o
 _LOGGED = "none: every optimizer step is a line in RUN/metrics.jsonl"
 _HUB = "hub.push=OWNER/NAME; the run's result goes there at its end, and each policy is a Hugging "
 _HUB += "Face model folder in the run folder"
-_WANDB = "none: log=[wandb], and W&B's own environment variables (WANDB_PROJECT, WANDB_ENTITY)"
+_WANDB = "log=[wandb]; its own variables name the rest: WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY"
 _RANKS = "none: --ranks N starts N processes on this machine, torchrun those of several"
 _SINKS = "log=[tensorboard,wandb,trackio], or some of these; RUN/metrics.jsonl has all without them"
 _PADDING = "none: rows are always put together without padding, up to training.micro_tokens=TOKENS"

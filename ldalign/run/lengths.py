@@ -25,6 +25,7 @@ from ldalign.run.positions import reads
 from ldalign.run.settings import RunConfig
 from ldalign.system.errors import InputError
 from ldalign.system.files import write_json
+from ldalign.system.metrics import Bar
 
 C = TypeVar("C", bound=RunConfig)
 Counts = npt.NDArray[np.int64]
@@ -132,14 +133,16 @@ def _drawn(data: Source, reading: Reading) -> list[Row]:
     """At most MEASURED rows, each as likely as the others, and the same every time."""
     chosen: list[Row] = []
     seen, draw = 0, random.Random(0)
-    for piece in data.pieces(reading):
-        rows, tally = piece.read(reading)
-        if tally.bad and reading.bad_rows == "error":
-            raise InputError(tally.bad[0])
-        for row in rows:
-            seen += 1
-            place = len(chosen) if len(chosen) < MEASURED else draw.randrange(seen)
-            chosen[place : place + 1] = [row] if place < MEASURED else []
+    with Bar("data: rows read for lengths", None, "rows") as progress:
+        for piece in data.pieces(reading):
+            rows, tally = piece.read(reading)
+            if tally.bad and reading.bad_rows == "error":
+                raise InputError(tally.bad[0])
+            for row in rows:
+                seen += 1
+                place = len(chosen) if len(chosen) < MEASURED else draw.randrange(seen)
+                chosen[place : place + 1] = [row] if place < MEASURED else []
+            progress(len(rows), 0)
     return chosen
 
 

@@ -207,6 +207,7 @@ class RunConfig:
         [],
         "where else metrics go: tensorboard, wandb, trackio, each by the library of that name; "
         "none of them can stop a run",
+        check=Check(lambda names: len({*names}) == len(names), "a list that names none twice"),
     )
     sampling: SamplingKeys = group(SamplingKeys, "sampling of training responses")
     training: TrainingKeys = group(TrainingKeys, "training of the policy")

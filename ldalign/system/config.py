@@ -288,7 +288,11 @@ def _read_file(
             f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not "
             f"{_kind(root)}"
         )
-    for key_node, node in [pair for pair in root.value if pair[0].value == BASE]:
+    bases = [pair for pair in root.value if pair[0].value == BASE]
+    for key_node, _ in bases[1:]:
+        line, first = key_node.start_mark.line + 1, bases[0][0].start_mark.line + 1
+        problems.append(f"{path}:{line}: {BASE}: given twice (first in line {first}); keep one")
+    for key_node, node in bases[:1]:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(node, yaml.ScalarNode) or not node.value:
             raise InputError(
@@ -653,7 +657,7 @@ def _meant(root: type, cls: type, prefix: str, key: str, value: str) -> str:
     name, else the keys that end in it, else the nearest; "" where nothing is near.
     """
     if key in getattr(root, FOREIGN, {}):
-        return _foreign(root, key, value or VALUE)
+        return _foreign(root, key, value or VALUE, cls, prefix)
     leaves, own = _leaves(root), _fields(cls)
     found = leaves.get(key, [])
     if not found:
@@ -671,9 +675,16 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)}{' or ' if others else ''}{last}"
 
 
-def _foreign(root: type, key: str, value: str) -> str:
-    """What the config says of a name from elsewhere, with the value that came with it."""
+def _foreign(root: type, key: str, value: str, cls: type | None = None, prefix: str = "") -> str:
+    """What the config says of a name from elsewhere, with the value that came with it.
+
+    cls, prefix: the group that it was given in: of keys with the same last part, its own is meant.
+    """
     text: str = getattr(root, FOREIGN)[key]
+    key, equals, rest = text.partition("=")
+    leaf = key.rpartition(".")[2]
+    if cls is not None and equals and leaf in _fields(cls):
+        text = f"{prefix}{leaf}={rest}"
     none = text.removeprefix("none: ")
     if none != text:
         return f"; there is none here: {none}"

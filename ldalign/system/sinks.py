@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,10 +32,16 @@ STOPPED_SECONDS = 5.0  # where it does not end well: who stops it may not wait l
 def check_sinks(names: Sequence[SinkName]) -> None:
     """Raises EnvironmentProblem for a sink whose library is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if not _is_installed(name):
             raise EnvironmentProblem(
                 f"log: {name} is not installed; pip install '{name}', or leave it out of log"
             )
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a library is there; a folder of its name, as wandb's own beside a script, is none."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and (spec.origin or spec.submodule_search_locations is None)
 
 
 def open_sinks(names: Sequence[SinkName], run: Path, config: Mapping[str, Any]) -> list["Sink"]:
@@ -88,9 +95,11 @@ class Sink:
     def finish(
         self, failed: bool, text: str = "", policies: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Hands on the run's table, where there is one, and waits until all is written, but not
-        for long.
-        """
+        """Hands on the run's table, where there is one, and waits as `finish_sinks` does."""
+        finish_sinks([self], failed, text, policies)
+
+    def close(self, failed: bool, text: str, policies: Sequence[Mapping[str, Any]]) -> None:
+        """Hands on the last things to do; `wait` waits until they are done."""
 
         def close(writer: Writer) -> None:
             if policies:
@@ -99,8 +108,12 @@ class Sink:
 
         self._hand(close)
         self._hand(None)
-        seconds = STOPPED_SECONDS if failed else FINISH_SECONDS
-        self._thread.join(seconds)
+
+    def wait(self, until: float, seconds: float) -> None:
+        """Waits until all is written, at most until that time of the monotonic clock; seconds: how
+        long that was, for the line that says so.
+        """
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._fail(TimeoutError(f"it has not taken everything in {seconds:g} s"))
 
@@ -124,6 +137,23 @@ class Sink:
         if not self._off:
             self._off = True
             switched_off(self.name, error)
+
+
+def finish_sinks(
+    sinks: Sequence[Sink],
+    failed: bool,
+    text: str = "",
+    policies: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Hands the run's table, where there is one, to all sinks, and waits until they have written
+    everything: for all of them together not longer than for one.
+    """
+    seconds = STOPPED_SECONDS if failed else FINISH_SECONDS
+    until = time.monotonic() + seconds
+    for sink in sinks:
+        sink.close(failed, text, policies)
+    for sink in sinks:
+        sink.wait(until, seconds)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:

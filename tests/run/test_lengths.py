@@ -17,6 +17,7 @@ from ldalign.run.lengths import choose
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
 from ldalign.system.errors import InputError
+from ldalign.system.metrics import Bar
 from ldalign.train import generate
 
 OPTIONS = ("evaluation.rows=7", "heldout_fraction=0.2", "sft.epochs=0", "continual_sft.epochs=0")
@@ -122,6 +123,16 @@ def test_other_data_have_other_lengths(tmp_path: Path, rows: Path, in_process: N
     rows.write_text(rows.read_text().replace("much more", ""))
     with pytest.raises(InputError, match=r"rows\.jsonl: changed since this run began"):
         open_toy(tmp_path, *options)
+
+
+def test_reading_for_lengths_says_how_far_it_is(
+    tmp_path: Path, rows: Path, in_process: None, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All of the data is read before anything is prepared: minutes of silence where it is large."""
+    monkeypatch.setattr(Bar, "PLAIN_SECONDS", 0.0)
+    open_toy(tmp_path, f"data={rows}", *OPTIONS, *FROM_DATA)
+    assert "data: rows read for lengths: 90 rows\n" in capsys.readouterr().err
 
 
 def test_many_rows_are_drawn_from_all(

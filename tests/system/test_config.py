@@ -233,6 +233,43 @@ def test_keys_with_dashes_are_answered_with_the_right_form(argv: list[str], answ
     assert str(caught.value) == answer
 
 
+def test_a_name_from_elsewhere_in_a_group_is_the_groups_own_key(tmp_path: Path) -> None:
+    """Where the group has none of that last part, it is the one that is meant elsewhere."""
+    file = tmp_path / "run.yaml"
+    file.write_text("sft: {lr: 1.0e-4, num_train_epochs: 3, weight_decay: 0.5}\n")
+    with pytest.raises(InputError) as caught:
+        c.load_config(RunConfig, file, ["guide.lr=1", "training.lr=2"])
+    for said in (
+        "sft.lr: unknown key; write sft.learning_rate=1.0e-4 |",
+        "sft.num_train_epochs: unknown key; write sft.epochs=3; of each iteration |",
+        "sft.weight_decay: unknown key; write training.weight_decay=0.5 |",
+        "guide.lr: unknown key; write guide.learning_rate=1 |",
+        "training.lr: unknown key; write learning_rate=2",
+    ):
+        assert said in str(caught.value)
+
+
+def test_what_other_trainers_log_and_push_has_its_keys() -> None:
+    """A name is not denied where there is a key for it."""
+    for name, key in {
+        "report_to": "log=", "logging_dir": "log=", "wandb_project": "log=",
+        "push_to_hub": "hub.push=", "hub_model_id": "hub.push=",
+    }.items():  # fmt: skip
+        assert FOREIGN[name].startswith(key), name
+
+
+def test_no_sink_is_named_twice() -> None:
+    with pytest.raises(InputError, match="log: .* must be a list that names none twice"):
+        c.load_config(RunConfig, None, ["log=[wandb, trackio, wandb]"])
+
+
+def test_one_base_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: toy\nseed: 3\nbase: own-data\n")
+    with pytest.raises(InputError, match=r"run.yaml:3: base: given twice \(first in line 1\)"):
+        c.load_config(RunConfig, file)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -14,7 +14,7 @@ from ldalign.system import sinks
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.listeners import listening, tell
 from ldalign.system.metrics import MetricsLog
-from ldalign.system.sinks import Sink, check_sinks, open_sinks
+from ldalign.system.sinks import Sink, check_sinks, finish_sinks, open_sinks
 
 CONFIG = {"run": "runs/x", "beta": 0.1, "sampling": {"stop": []}}
 POLICIES = [{"policy": "start", "nll/real": 2.0}, {"policy": "iteration_0", "nll/real": 1.5}]
@@ -123,6 +123,39 @@ def test_a_sink_that_does_not_keep_up(
 
 
 # ---------------------------------------------------------------------------------- the libraries
+
+
+def test_all_are_waited_for_no_longer_than_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who stops a run gives it some seconds: three libraries that hang take them once."""
+    clock, waited = [100.0], []
+
+    def join(thread: threading.Thread, seconds: float) -> None:
+        waited.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(sinks, "STOPPED_SECONDS", 5.0)
+    ended = threading.Event()
+    opened = [Sink(name, lambda: ended.wait() and Kept()) for name in "abc"]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(threading.Thread, "join", join)
+    finish_sinks(opened, True)
+    monkeypatch.undo()
+    ended.set()
+    assert waited == [5.0, 0.0, 0.0]
+    said = capsys.readouterr().err
+    assert said.count("TimeoutError: it has not taken everything in 5 s") == 3
+
+
+def test_a_folder_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `wandb`, which the library itself makes where a script is started."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(EnvironmentProblem, match="log: trackio is not installed; pip install"):
+        check_sinks(["trackio"])
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
