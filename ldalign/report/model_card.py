@@ -216,6 +216,10 @@ def card(
     return "\n".join(parts)
 
 
+ACCURACY = (
+    "Accuracy is the share of answers that a program found right, greedy: the likeliest token each "
+    "time, sampled: at temperature 1. "
+)
 LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -356,11 +360,11 @@ def _results(
         return "Not measured yet.\n"
     titles = ["" if policy == name else shown_name(name) for name in measured]
     head = [title or "this policy" for title in titles]
+    scored = any(key in numbers for numbers in measured.values() for key, _ in HELD_OUT)
     note = (
-        "On held-out prompts; +- is one standard error over prompts. Accuracy is the share of "
-        "answers that a program found right, greedy: the likeliest token each time, sampled: at "
-        "temperature 1. NLL is of the data's own responses, nats a token, lower is better. "
-        "Differences are paired by prompt.\n"
+        f"On held-out prompts; +- is one standard error over prompts. {ACCURACY * scored}NLL is of "
+        "the data's own responses, nats a token, lower is better. Differences are paired by "
+        "prompt.\n"
     )
     chosen = read_selected(run)
     if chosen.get("policy") == policy:

@@ -193,7 +193,7 @@ def render(
     parts = [
         "".join(f"{text}\n\n" for text in main)
         + "".join(f"Caution: {text}\n\n" for text in found[:LEADING_CAUTIONS]),
-        _table("Held out", rows, _held_out_columns(rows, first), HELD_OUT_NOTE),
+        _table("Held out", rows, _held_out_columns(rows, first), _held_out_note(rows)),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
         _moved(rows),
         _more(found[LEADING_CAUTIONS:]),
@@ -212,10 +212,19 @@ def _explained_part(part: str, glossary: Glossary) -> str:
     return f"{part.rstrip()}\n\n*{terms}*\n" if terms else part
 
 
-HELD_OUT_NOTE = (
-    "Accuracy: a program checks the answers to held-out prompts; one that does not end is wrong. "
-    "Differences are paired by prompt. NLL: of the data set's own responses."
-)
+def _held_out_note(rows: Sequence[Numbers]) -> str:
+    """What the table of held-out scores needs to be read; of accuracy, where there is any."""
+    accuracy = (
+        "Accuracy: a program checks the answers to held-out prompts; one that does not end is "
+        "wrong. "
+    )
+    scored = any(key in row for row in rows for key, _ in HELD_OUT)
+    return (
+        f"{accuracy * scored}Differences are paired by prompt. "
+        "NLL: of the data set's own responses."
+    )
+
+
 TRAINING_NOTE = (
     "Reward margin, reward accuracy and loss: means over the last epoch of training. Weight: "
     "distance over its mean; its effective sample size is a share of the pairs. Distance "

@@ -261,8 +261,8 @@ def origin(run: Path, machine: Numbers) -> str:
         ended = last if begun and day == other else f"{other} {last}"
         parts.append(f"{begun or 'finished '}{ended} UTC")
     commit = machine.get("git_commit")
-    version = f"ldalign {machine.get('ldalign')}, commit {commit[:12]}" if commit else None
-    parts.append(version or "ldalign outside a checkout")
+    parts.append(f"ldalign {machine.get('ldalign', 'of a version not known')}")
+    parts[-1] += f", commit {commit[:12]}" if commit else ""
     return " · ".join(parts)
 
 
@@ -358,15 +358,19 @@ def results(rows: Sequence[Numbers]) -> Numbers:
         f"held-out accuracy the difference in points, paired by prompt{last}. A difference below "
         "two standard errors may be chance. "
     )
+    accuracy = (
+        "Accuracy: a program checks the answers; one that does not end is wrong."
+        if any(key in row for row in rows for key, _ in HELD_OUT)
+        else ""
+    )
     return {
         "what": "policy",
         "columns": [*shown, *means] if columns else [],
         "rows": lines,
         "note": (
             "Real responses: the data set's own (of preference data, the chosen ones). +-: one "
-            f"standard error over prompts or questions. {compared * (len(rows) > 1)}Accuracy: a "
-            "program checks the answers; one that does not end is wrong."
-        ),
+            f"standard error over prompts or questions. {compared * (len(rows) > 1)}{accuracy}"
+        ).rstrip(),
     }
 
 

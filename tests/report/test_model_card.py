@@ -100,6 +100,18 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert card_of(run, "sft")[0]["tags"] == ["ldalign", "sft"]
 
 
+def test_a_card_explains_accuracy_where_there_is_any(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    write_cards(run)
+    assert "Accuracy is the share of answers" in card_of(run)[1]
+    for path in run.glob("*/evaluation/summary.json"):
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in found.items() if "accuracy" not in k}))
+    write_cards(run)
+    text = card_of(run)[1]
+    assert "NLL is of the data's own responses" in text and "Accuracy is" not in text
+
+
 def test_a_finished_stage_stays_as_it_is(tmp_path: Path) -> None:
     """Cards are in no manifest: written, changed or deleted, the stage is whole, also anew."""
     run = made_run(tmp_path / "run")

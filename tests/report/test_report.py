@@ -545,6 +545,29 @@ def test_when_a_run_was_made(tmp_path: Path) -> None:
         assert f" · stages from {said} to {end} UTC · " in words.origin(tmp_path, {})
 
 
+def test_a_package_without_a_checkout_says_its_version(tmp_path: Path) -> None:
+    machine: dict[str, str | None] = {"ldalign": "0.1.0", "git_commit": None}
+    assert words.origin(tmp_path, machine).endswith(" · ldalign 0.1.0")
+    machine["git_commit"] = "0123456789abcdef"
+    assert words.origin(tmp_path, machine).endswith(" · ldalign 0.1.0, commit 0123456789ab")
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_accuracy_is_explained_where_there_is_any(tmp_path: Path, scored: bool) -> None:
+    """Rows of one's own name no checker: a note on how it checks would be of another run."""
+    more = {"accuracy/greedy": 0.5} if scored else {}
+    for name in ("start/evaluation", "iteration_0/evaluation"):
+        put(tmp_path, name, {"nll/real": 2.0, "nll/real_se": 0.1, **more})
+    put(tmp_path, "iteration_0/policy", {"loss": 0.6})
+    (tmp_path / "config.yaml").write_text("policy: toy\n")
+    (tmp_path / "environment.json").write_text("{}")
+    table = write_report(tmp_path)
+    rows = json.loads((tmp_path / "report/table.json").read_text())["policies"]
+    page = words.results(rows)
+    assert ("Accuracy: a program checks" in page["note"]) == scored
+    assert ("Accuracy: a program checks" in table) == scored and "NLL: of the data set's" in table
+
+
 def test_tokens_of_guide_and_agreement_are_in_the_budget(run: Path) -> None:
     summary = json.loads((run / "guide/summary.json").read_text())
     (run / "guide/summary.json").write_text(json.dumps(summary | {"tokens": 4321}))
