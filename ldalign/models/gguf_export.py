@@ -111,7 +111,8 @@ def export_gguf(
             writer.write_ti_data_to_file()
             for name, stored in tensors.items():
                 heads = _heads(name, model.config)
-                writer.write_tensor_data(_Bytes(_data(gguf, stored, heads, kinds[name])))
+                data: Any = _Bytes(_data(gguf, stored, heads, kinds[name]))
+                writer.write_tensor_data(data)
             writer.close()
             sync(partial)
             partial.rename(out)

@@ -40,7 +40,9 @@ def check_sinks(names: Sequence[SinkName]) -> None:
 def _is_installed(name: str) -> bool:
     """Whether a library is there; a folder of its name, as wandb's own beside a script, is none."""
     spec = importlib.util.find_spec(name)
-    return spec is not None and (spec.origin or spec.submodule_search_locations is None)
+    if spec is None:
+        return False
+    return spec.origin is not None or spec.submodule_search_locations is None
 
 
 def open_sinks(names: Sequence[SinkName], run: Path, config: Mapping[str, Any]) -> list["Sink"]:
