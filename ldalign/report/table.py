@@ -454,7 +454,7 @@ def movement(gap: float, error: float, rows: int) -> str:
     Of fewer than FEWEST the error says nothing: of one prompt, or of equal ones, it is 0.
     """
     if rows < statistics.FEWEST:
-        return f"was measured on too few prompts ({rows})"
+        return f"was measured on {rows} prompt{'s' * (rows > 1)}, too few to say whether it moved"
     if abs(gap) <= 2 * error:
         return "did not move beyond two standard errors"
     return "rose" if gap > 0 else "fell"

@@ -16,7 +16,7 @@ from ldalign.evaluation.statistics import ratio_error, standard_error
 from ldalign.report.notation import page as signs
 from ldalign.report.page import write_page
 from ldalign.report.result import kind_of, paired, read_answers
-from ldalign.report.table import collect, read_steps, read_validation, write_report
+from ldalign.report.table import collect, movement, read_steps, read_validation, write_report
 from ldalign.report.validation import validation
 
 NAMES = [f"row-{i}" for i in range(40)]
@@ -171,9 +171,12 @@ def test_of_few_prompts_nothing_is_claimed(run: Path, few: int) -> None:
     )
     text = (run / "report/table.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("- iteration_0:"))
-    assert line.count(f"accuracy was measured on too few prompts ({few})") == 2
+    said = f"was measured on {few} prompt{'s' * (few > 1)}, too few to say whether it moved"
+    assert line.count(f"accuracy {said}") == 2
     page = (run / "report/report.html").read_text()
-    assert f"was measured on too few prompts ({few})" in page and "rose" not in page
+    assert said in page and "rose" not in page
+    assert movement(0.1, 0.06, 5) == "did not move beyond two standard errors"
+    assert movement(0.13, 0.06, 5) == "rose" and movement(-0.13, 0.06, 5) == "fell"
     found = json.loads((run / "report/table.json").read_text())["result"]
     assert found["rows"] == few and "low" not in found
 
