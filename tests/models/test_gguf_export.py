@@ -394,7 +394,7 @@ def test_the_script(
     [
         ([], r"^what is to be written\? give: gguf FOLDER"),
         (["onnx", "x"], "^onnx: what is to be written"),
-        (["gguf"], "gguf: takes a folder and a file, got 0 names"),
+        (["gguf"], r"gguf: give FOLDER \[OUT.gguf\], one or two names; there are 0"),
         (["gguf", "nowhere"], "model 'nowhere': no such folder"),
         (["gguf", "x", "dtype=q4"], "dtype=q4: expected one of f32, f16, bf16, q8_0"),
         (["gguf", "x", "dtyp=f16"], "dtyp=f16: dtyp: unknown key"),
