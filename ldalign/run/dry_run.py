@@ -39,7 +39,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.files import writing
 from ldalign.system.memory import available_bytes
-from ldalign.system.metrics import say
+from ldalign.system.metrics import in_words, say
 from ldalign.training.memory_model import (
     TrainingShape,
     frozen_guide_memory,
@@ -371,14 +371,9 @@ def _time_lines(
 
 
 def duration(seconds: float) -> str:
-    """A time in the two units that a person would say: "3 h 20 min"; to the minute."""
+    """A time in words, to the minute."""
     minutes = round(seconds / 60)
-    hours, days = minutes // 60, minutes // (24 * 60)
-    if not minutes:
-        return "under 1 min"
-    if not hours:
-        return f"{minutes} min"
-    return f"{days} d {hours % 24} h" if days else f"{hours} h {minutes % 60} min"
+    return in_words(60 * minutes) if minutes else "under 1 min"
 
 
 def rough_seconds(ctx: Context, costs: Sequence[Cost]) -> float:

@@ -92,12 +92,6 @@ class Sink:
             values = _numbers(summary)
             self._hand(lambda writer: writer.record(stage, None, values))
 
-    def finish(
-        self, failed: bool, text: str = "", policies: Sequence[Mapping[str, Any]] = ()
-    ) -> None:
-        """Hands on the run's table, where there is one, and waits as `finish_sinks` does."""
-        finish_sinks([self], failed, text, policies)
-
     def close(self, failed: bool, text: str, policies: Sequence[Mapping[str, Any]]) -> None:
         """Hands on the last things to do; `wait` waits until they are done."""
 

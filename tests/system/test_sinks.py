@@ -57,7 +57,7 @@ def test_a_sink_gets_numbers_summaries_and_the_table() -> None:
     kept = Kept()
     sink = Sink("kept", lambda: kept)
     work(sink)
-    sink.finish(False, "| table |", POLICIES)
+    finish_sinks([sink], False, "| table |", POLICIES)
     assert kept.given == [
         ("iteration_0/policy", 1, {"loss": 0.5}),
         ("iteration_0/policy", 2, {"loss": 0.25}),
@@ -70,7 +70,7 @@ def test_a_sink_gets_numbers_summaries_and_the_table() -> None:
 def test_a_run_that_failed_has_no_table() -> None:
     kept = Kept()
     sink = Sink("kept", lambda: kept)
-    sink.finish(True)
+    finish_sinks([sink], True)
     assert kept.given == [True]
 
 
@@ -99,10 +99,10 @@ def test_a_sink_that_fails_is_switched_off(
     other = Sink("whole", lambda: whole)
     sink = Sink("odd", lambda: way() if at == "open" else kept)  # type: ignore[arg-type,return-value]
     work(sink, other)
-    other.finish(False, "table", POLICIES)
+    finish_sinks([other], False, "table", POLICIES)
     if way is hang:
         monkeypatch.setattr(sinks, "FINISH_SECONDS", 0.05)
-    sink.finish(False, "table", POLICIES)
+    finish_sinks([sink], False, "table", POLICIES)
     said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert len(said) == 1 and said[0].startswith("WARNING: log=odd: ")
     assert {"fail": "its own bug", "leave": "SystemExit: 3", "hang": "0.05 s"}[
@@ -208,7 +208,7 @@ def test_trackio_gets_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     check_sinks(["trackio"])
     (sink,) = open_sinks(["trackio"], tmp_path / "mine", CONFIG)
     work(sink)
-    sink.finish(False, "table", POLICIES)
+    finish_sinks([sink], False, "table", POLICIES)
     (run,) = runs
     assert run.given == {"project": "ldalign", "name": "mine", "config": CONFIG}
     assert run.logged == [
@@ -227,7 +227,7 @@ def test_wandb_gets_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("WANDB_NAME", raising=False)
     (sink,) = open_sinks(["wandb"], tmp_path / "mine", CONFIG)
     work(sink)
-    sink.finish(False, "table", POLICIES)
+    finish_sinks([sink], False, "table", POLICIES)
     (run,) = runs
     assert run.given == {
         "project": "theirs",
@@ -271,7 +271,7 @@ def test_wandb_never_asks_for_a_key(
         module.api.api_key = key
     monkeypatch.delenv("WANDB_MODE", raising=False)
     (sink,) = open_sinks(["wandb"], tmp_path, CONFIG)
-    sink.finish(False)
+    finish_sinks([sink], False)
     assert len(runs) == (key is not None)
     assert ("set WANDB_API_KEY" in capsys.readouterr().err) == (key is None)
 
@@ -283,7 +283,7 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run.mkdir()
     (sink,) = open_sinks(["wandb"], run, CONFIG)
     work(sink)
-    sink.finish(False, "table", POLICIES)
+    finish_sinks([sink], False, "table", POLICIES)
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     assert b"iteration_0/policy/loss" in file.read_bytes()
 
@@ -294,7 +294,7 @@ def test_tensorboard_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     (sink,) = open_sinks(["tensorboard"], tmp_path, CONFIG)
     work(sink)
-    sink.finish(False, "| table |", POLICIES)
+    finish_sinks([sink], False, "| table |", POLICIES)
     assert "WARNING" not in capsys.readouterr().err
 
     def read(folder: Path) -> Any:
