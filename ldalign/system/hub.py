@@ -242,7 +242,7 @@ def _pushing(repo: str) -> Iterator[Any]:
         from huggingface_hub import errors
     except ImportError as error:
         raise EnvironmentProblem(
-            f"{begin}: package huggingface_hub is missing; pip install 'huggingface_hub>=0.24'"
+            f"{begin}: package huggingface_hub is missing; {how_to_install('hub')}"
         ) from error
     try:
         yield huggingface_hub
