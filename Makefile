@@ -8,11 +8,15 @@
 #   make test    the tests (CPU only; GPU tests are skipped with a reason); ARGS="-k name" to choose
 #   make test-slow   the long ones: every write point, a hundred kills; some hours; ARGS="-k T1_" for the kills, minutes
 #   make reliability   the tests of the fault matrix, long ones too, and docs/reliability.md made of their results
+#   make gpu-check   what can be known of the GPU path without a GPU: every kernel compiled by every Triton that
+#                    a supported torch brings, and the other tests marked gpu_check, long ones too; an hour of a core
 #   make lint    ruff and mypy
 #   make docs    the pages as a site, site/index.html; needs no network once its packages are there
 #   make bench   the benchmarks, the peers' environments made first; make bench ARGS="--only step" for one of them
 #   make profile   where the time of a training step and of a generation goes: table, figure, traces for Perfetto
 #   make fuzz    every reader of files against 10,000 damaged and hostile inputs; ARGS="--count 300" for fewer
+#   make mutate  which small changes of the code no test notices, docs/mutation.md; make mutate MODULES="objective" MUTANTS=600
+#   make test-options   every pair of choices of the keys that select code, in runs of two steps of the real model
 #   make gpu     on a CUDA machine, without a network: build the extension, run every GPU test and benchmark, one table
 #   make check-env   what this machine has, and which backend each operation will use
 # PYTHON=python3.12 chooses the interpreter, GPUS=2 the number of processes of `make align`.
@@ -21,7 +25,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup check-env align tour evaluate compare report test test-slow reliability fuzz lint docs bench profile gpu
+.PHONY: setup check-env align tour evaluate compare report test test-slow gpu-check reliability fuzz mutate test-options lint docs bench profile gpu
 
 VENV := .venv
 DOCS := .venv-docs
@@ -69,6 +73,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	@PYTHONSAFEPATH=1 $(PYTEST) --long -m long $(ARGS)
 
+# A Triton that is not the environment's is put before it on the import path of the process that compiles.
+TRITONS := $(patsubst requirements/%.txt,.venv-%/.made,$(wildcard requirements/triton-*.txt))
+
+gpu-check: $(VENV)/.dev $(TRITONS)
+	@PYTHONSAFEPATH=1 $(PYTEST) --long -m gpu_check $(ARGS)
+
 reliability: $(VENV)/.dev
 	@status=0; PYTHONSAFEPATH=1 $(PYTEST) --long --junitxml=$(VENV)/reliability.xml \
 		$$($(PY) tests/support/reliability.py --files) $(ARGS) || status=$$?; \
@@ -76,6 +86,15 @@ reliability: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	@PYTHONSAFEPATH=1 $(PY) tests/support/fuzz.py $(ARGS)
+
+# Goes on where it was stopped; the threads of every test are one, as the mutants' tests run side by side.
+MUTANTS ?= 100
+mutate: $(VENV)/.dev
+	@PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(PY) tests/support/mutate.py --mutants $(MUTANTS) \
+		$(if $(MODULES),--modules $(MODULES)) $(ARGS)
+
+test-options: $(VENV)/.dev
+	@PYTHONSAFEPATH=1 $(PY) tests/support/option_matrix.py $(ARGS)
 
 # mypy cannot follow the mapping kernels/ -> ldalign.kernels: show it a folder of links laid out as installed.
 lint: $(VENV)/.dev
@@ -142,6 +161,12 @@ $(VENV)/.eval: $(VENV)/.product requirements/eval.txt
 # Its packages' own needs are torch and triton, which are there.
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	@$(PIP) install --no-deps -r requirements/bench.txt
+	@touch $@
+
+.venv-triton-%/.made: requirements/triton-%.txt | $(VENV)/.made
+	@echo "make: installing Triton $* into $(@D)"
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) -r $<
 	@touch $@
 
 # No torch: the site's pages about the code are read from the source.

@@ -8,10 +8,13 @@ environment. Develop with an editable install (`make setup` makes one); without
 `kernels/__init__.py` it cannot find the package.
 
 The extension is optional: without torch, a C++ compiler or Python's headers the install succeeds
-without it and says so. Where it can be built, a build that fails is an error. From the environment:
+without it and says so. Where it can be built, a build that fails is an error; of its CUDA part, a
+line that says so. From the environment:
     LDALIGN_BUILD=0         build nothing
     LDALIGN_BUILD_CUDA=0|1  leave the CUDA part out, or insist on it; unset: built where this
-                            torch and nvcc can
+                            torch and nvcc can, and left out where it then fails
+    TORCH_CUDA_ARCH_LIST    the GPUs it is built for; unset: those of this machine, without one
+                            all that this nvcc knows of ARCHITECTURES
     MAX_JOBS                how many files are compiled at once (with ninja)
 """
 
@@ -23,11 +26,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 CXX_FLAGS = [
     "-O3",
@@ -38,6 +42,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
 ]
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # compute capabilities: A100, H100, B200, RTX 50
 
 
 def extension() -> dict[str, Any]:
@@ -58,27 +63,43 @@ def extension() -> dict[str, Any]:
             f"ldalign: LDALIGN_BUILD_CUDA=1, but the CUDA part cannot be built: {problem}"
         )
     _say("building ldalign._C for the CPU" + (f" only: {problem}" if problem else " and for CUDA"))
-    sources = sorted(glob("csrc/*.cpp"))
-    make = builder.CppExtension
-    if not problem:
-        sources += sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
-        make = builder.CUDAExtension
     uses_openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }"
     openmp = ["-fopenmp"] if _compiles(uses_openmp, "-fopenmp") else []
     if not openmp:
         _say("the compiler has no OpenMP: the kernels will use one thread")
-    module = make(
-        "ldalign._C",
-        sources,
-        extra_compile_args={"cxx": CXX_FLAGS + openmp, "nvcc": ["-O3"]},
-        extra_link_args=openmp,
-        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
-    )
+
+    def module(make: Callable[..., Extension], *patterns: str) -> Extension:
+        return make(
+            "ldalign._C",
+            sorted(path for pattern in patterns for path in glob(pattern)),
+            extra_compile_args={"cxx": CXX_FLAGS + openmp, "nvcc": ["-O3"]},
+            extra_link_args=openmp,
+            depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
+        )
+
+    cpu = module(builder.CppExtension, "csrc/*.cpp")
+    wanted = cpu
+    if not problem:
+        wanted = module(builder.CUDAExtension, "csrc/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+
+    class Build(builder.BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (Exception, SystemExit) as error:  # whatever a compiler's or a builder's way is
+                if problem or os.environ.get("LDALIGN_BUILD_CUDA") == "1":
+                    raise
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                _say(
+                    f"the CUDA part is left out, its build failed: {said}. Building for the CPU "
+                    "only; LDALIGN_BUILD_CUDA=1 makes it an error"
+                )
+                vars(wanted).update(vars(cpu))
+                super().build_extensions()
+
     return {
-        "ext_modules": [module],
-        "cmdclass": {
-            "build_ext": builder.BuildExtension.with_options(use_ninja=builder.is_ninja_available())
-        },
+        "ext_modules": [wanted],
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=builder.is_ninja_available())},
     }
 
 
@@ -132,7 +153,9 @@ def _cannot_build_cuda() -> str | None:
     ):
         return f"nvcc does not compile a file that includes {', '.join(CUDA_HEADERS)}"
     if not torch.cuda.is_available():  # else torch's builder asks the devices
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        fit = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.split()]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(fit) + "+PTX")
     return None
 
 

@@ -20,6 +20,7 @@ from ldalign.models.toy import CONFIG as TOY_CONFIG
 from ldalign.run.context import choose_dtype
 from ldalign.run.environment import describe_machine
 from ldalign.run.settings import RunConfig
+from ldalign.system.distributed import use_onednn_for_float32
 from ldalign.system.errors import EnvironmentProblem
 
 HERE = Path(__file__).resolve().parent
@@ -142,6 +143,14 @@ def measure_ours(task: str, job: Mapping[str, Any]) -> dict[str, Any]:
         raise EnvironmentProblem(f"bench: {task}: ldalign failed: {why}") from None
 
 
+def float32_products(device: str | torch.device, dtype: str) -> dict[str, str]:
+    """What both sides' jobs say of float32 products on a CPU: the faster of torch's two libraries,
+    which is asked for as "medium" precision, where its products stay float32 (not with AMX).
+    """
+    on_cpu = dtype == "float32" and torch.device(device).type == "cpu"
+    return {"float32_products": "medium"} if on_cpu and use_onednn_for_float32() else {}
+
+
 def measure_machine(
     shape: Shape, tokens: int, dtype: str, device: torch.device, small: bool = False
 ) -> dict[str, Any]:
@@ -154,6 +163,7 @@ def measure_machine(
         "device": str(device),
         "seconds": 0.01 if small else RATE_SECONDS,
         "copy_bytes": 2**20 if small else COPY_BYTES,
+        "libraries": ["highest", *float32_products(device, dtype).values()],
     }
     return measure("machine.py", job)
 
@@ -173,14 +183,14 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
 
 def result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """Makes a benchmark's record. A model folder is named without its place on this machine."""
-    return {
-        "benchmark": name,
-        "policy": "toy" if args.small else Path(args.policy).name,
-        "small": args.small,
-        **fields,
-        "machine": describe_machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    policy = "toy" if args.small else Path(args.policy).name
+    return {"benchmark": name, "policy": policy, "small": args.small, **fields, **stamp()}
+
+
+def stamp() -> dict[str, Any]:
+    """Where and when a record was made."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"machine": describe_machine(), "date": now}
 
 
 def save(result: dict[str, Any], lines: list[str], folder: Path, name: str | None = None) -> None:

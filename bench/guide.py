@@ -208,8 +208,7 @@ def measure_steps(
 def against(job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Measures a job on both sides: seconds, ratios, and how far their results are apart."""
     common.say(f"guide: {job['task'].partition('_')[2]}, {Path(job['guide']).name} ...")
-    if job["device"] == "cpu" and job["dtype"] == "float32":
-        job = job | {"float32_products": "medium"}  # the faster of torch's two libraries, for both
+    job = job | common.float32_products(job["device"], job["dtype"])
     ours = common.measure_ours(job["task"], job)
     theirs: dict[str, Any] = {"skipped": "--no-peers"}
     if not args.no_peers:

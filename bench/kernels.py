@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ldalign import ops
 from ldalign.kernels import flash, reference, triton_ops
 from ldalign.run.environment import describe_machine
 from ldalign.system.exits import run
-from ldalign.system.memory import keep_freed_memory
+from ldalign.system.memory import keep_freed_memory, resident
 
 HERE = Path(__file__).resolve().parent
 BETA = 0.1
@@ -204,11 +204,11 @@ def elementwise(
     copied = torch.empty(max(1, N * _feed_forward(D)), dtype=dtype, device=device)
     source = torch.ones_like(copied)
     results = {}
-    for name, (ours, theirs, inputs, moved) in cases.items():
+    for name, (ours, theirs, moved) in cases.items():
         seconds: dict[str, list[float]] = {"ldalign": [], "eager": [], "copy": []}
         steps: dict[str, Callable[[], Any]] = {
-            "ldalign": _both_ways(ours, inputs),
-            "eager": _both_ways(theirs, inputs),
+            "ldalign": ours,
+            "eager": theirs,
             "copy": lambda: copied.copy_(source),
         }
         for turn in range(3 * repeat + 2):
@@ -241,8 +241,8 @@ def _feed_forward(width: int) -> int:
 
 def _elementwise_cases(
     shape: Shape, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor], int]]:
-    """Returns name -> ours, eager, inputs, numbers that both directions have to read and write."""
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
+    """Returns name -> ours and eager, both ways, and how many numbers they read and write."""
     N, D, _ = shape
     H, E, wide = max(1, D // 64), 64, _feed_forward(D)
     make = torch.Generator().manual_seed(0)
@@ -253,26 +253,33 @@ def _elementwise_cases(
     angles = torch.randn(N, E // 2, generator=make).to(device)
     cos, sin = angles.cos(), angles.sin()
     x, w = normal(N, D), normal(D)
+    added, heads, gate_up = [x, normal(N, D), w], normal(N, H, E), normal(N, 2 * wide)
+
+    def turn() -> None:
+        for inverse in (False, True):
+            torch.ops.ldalign.rope_(heads, cos, sin, inverse, H)
+
     return {
         "rms_norm": (
-            lambda x, w: ops.rms_norm(x, w, 1e-5),
-            lambda x, w: reference.rms_norm(x, w, 1e-5),
-            [x, w],
+            _both_ways(lambda x, w: ops.rms_norm(x, w, 1e-5), [x, w]),
+            _both_ways(lambda x, w: reference.rms_norm(x, w, 1e-5), [x, w]),
             5 * N * D,
         ),
         "add_rms_norm": (
-            lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5),
-            lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r),
-            [x, normal(N, D), w],
+            _both_ways(lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5), added),
+            _both_ways(lambda x, r, w: (reference.rms_norm(x + r, w, 1e-5), x + r), added),
             8 * N * D,
         ),
-        "rope": (
-            lambda x: ops.rope(x, cos, sin),
-            lambda x: reference.rope(x, cos, sin),
-            [normal(N, H, E)],
+        "rope_": (
+            turn,
+            _both_ways(lambda x: reference.rope(x, cos, sin), [heads]),
             4 * N * H * E,
         ),
-        "swiglu": (ops.swiglu, _swiglu_of_both, [normal(N, 2 * wide)], 8 * N * wide),
+        "swiglu": (
+            _both_ways(ops.swiglu, [gate_up]),
+            _both_ways(_swiglu_of_both, [gate_up]),
+            8 * N * wide,
+        ),
     }
 
 
@@ -369,9 +376,10 @@ def attend_padded(x: Pairs) -> Callable[[], Any]:
 
 
 def attend_flash(x: Pairs) -> Callable[[], Any]:
-    """Attends with flash-attn on separate sequences without padding."""
-    from flash_attn import flash_attn_varlen_func
-
+    """Attends with FlashAttention on separate sequences without padding."""
+    number = flash.generation(x.qkv.shape[2])
+    assert number is not None
+    attend = flash.interface(number).flash_attn_varlen_func
     index = torch.cat(x.sequences).to(x.qkv.device)
     lengths = torch.tensor([0, *map(len, x.sequences)])
     starts, longest = lengths.cumsum(0).to(x.qkv.device, torch.int32), int(lengths.max())
@@ -379,7 +387,7 @@ def attend_flash(x: Pairs) -> Callable[[], Any]:
     grad = x.grad[index]
 
     def step() -> tuple[Tensor, ...]:
-        out = flash_attn_varlen_func(*leaves, starts, starts, longest, longest, causal=True)
+        out = attend(*leaves, starts, starts, longest, longest, causal=True)
         return torch.autograd.grad(out, leaves, grad)
 
     return step
@@ -399,8 +407,8 @@ def attention(device: torch.device, repeat: int, small: bool) -> list[dict[str, 
             "torch SDPA, padded": attend_padded(x),
         }
         if flash.available():
-            steps["ldalign, flash-attn"] = attend_packed(flash, x, window)
-            steps["flash-attn, separate sequences"] = attend_flash(x)
+            steps["ldalign, FlashAttention"] = attend_packed(flash, x, window)
+            steps["FlashAttention, separate sequences"] = attend_flash(x)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(repeat + 2):
             for name, step in steps.items():
@@ -478,9 +486,9 @@ def _memory(device: torch.device, reset: bool = False) -> int:
     if reset:
         # Linux: the peak falls to what is resident now
         Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (kib,) = (line.split()[1] for line in lines if line.startswith("VmRSS:" if reset else "VmHWM:"))
-    return int(kib) * 1024
+    found = resident("VmRSS" if reset else "VmHWM")
+    assert found is not None
+    return found
 
 
 def measure_head(
@@ -552,13 +560,11 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
 
 
 def exact_gradients(x: Inputs) -> tuple[Tensor, Tensor]:
-    """In float64 from the same rounded inputs, a response at a time, on the CPU."""
-    hidden, weight, target = x.hidden.cpu().double(), x.weight.cpu().double(), x.target.cpu()
+    """In float64 from the same rounded inputs, a response at a time."""
+    hidden, weight, target = x.hidden.double(), x.weight.double(), x.target
     pieces = zip(hidden.split(256), target.split(256), strict=True)
     logps = torch.cat([reference.linear_logprob(h, weight, t) for h, t in pieces]).requires_grad_()
-    y = Inputs.__new__(Inputs)
-    y.__dict__ = x.__dict__ | {"reference": x.reference.cpu(), "pair_weight": x.pair_weight.cpu()}
-    (coefficient,) = torch.autograd.grad(y.dpo(logps), logps)
+    (coefficient,) = torch.autograd.grad(x.dpo(logps), logps)
     dh, dw = torch.empty_like(hidden), torch.zeros_like(weight)
     for start in range(0, len(hidden), 256):
         rows = slice(start, start + 256)
@@ -566,7 +572,7 @@ def exact_gradients(x: Inputs) -> tuple[Tensor, Tensor]:
         z.scatter_add_(1, target[rows, None], coefficient[rows, None])
         dh[rows] = z @ weight
         dw.addmm_(z.T, hidden[rows])
-    return dh, dw
+    return dh.cpu(), dw.cpu()
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -574,32 +580,35 @@ def exact_gradients(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def measure(
     device: torch.device, repeat: int, small: bool, shapes: list[Shape] | None = None
-) -> dict[str, Any]:
-    """Everything, for one device."""
+) -> Iterator[dict[str, Any]]:
+    """Yields all there is for one device after each part: a run that is cut short leaves some."""
     shapes = shapes or ([SMALL] if small else SHAPES[device.type])
     dtype = "bfloat16"
-    backends = {
-        op: ops.choose(op, device.type) for op in ("pair_loss", "rms_norm", "rope", "swiglu")
-    }
-    return {
+    found: dict[str, Any] = {
         "benchmark": "kernels",
         "device": str(device),
         "dtype": dtype,
         "repeat": repeat,
         "small": small,
-        "backends": backends,
+        "backends": {
+            op: ops.choose(op, device.type) for op in ("pair_loss", "rms_norm", "rope_", "swiglu")
+        },
         "machine": describe_machine(),
-        "head": [{"shape": s, "peers": measure_head(s, dtype, device, repeat)} for s in shapes],
-        "elementwise": [
-            {"shape": s[:2], "dtype": d, "ops": elementwise(s, getattr(torch, d), device, repeat)}
-            for s in shapes[:1]
-            for d in (dtype, "float32")
-        ],
-        "attention": attention(device, repeat, small)
-        if device.type == "cuda" and triton_ops.available()
-        else [],
+        "head": [],
+        "elementwise": [],
+        "attention": [],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    for s in shapes:
+        found["head"].append({"shape": s, "peers": measure_head(s, dtype, device, repeat)})
+        yield found
+    for d in (dtype, "float32"):
+        measured = elementwise(shapes[0], getattr(torch, d), device, repeat)
+        found["elementwise"].append({"shape": shapes[0][:2], "dtype": d, "ops": measured})
+        yield found
+    if device.type == "cuda" and triton_ops.available():
+        found["attention"] = attention(device, repeat, small)
+        yield found
 
 
 def render(result: dict[str, Any]) -> str:
@@ -686,11 +695,11 @@ def main(argv: list[str]) -> None:
     if args.shape:
         N, D, V = map(int, args.shape.split(","))
         shape = [(N, D, V)]
-    result = measure(device, args.repeat, args.small, shape)
     args.results.mkdir(exist_ok=True)
     path = args.results / f"kernels-{device.type}"
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(render(result), encoding="utf-8")
+    for result in measure(device, args.repeat, args.small, shape):
+        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(render(result), encoding="utf-8")
     print(render(result))
 
 

@@ -22,6 +22,7 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import check_model, load_model
 from ldalign.system import distributed
 from ldalign.system.exits import run
+from ldalign.system.memory import resident
 from ldalign.training.memory_model import TrainingShape, training_memory
 from ldalign.training.policy import TrainSettings, train
 
@@ -83,7 +84,7 @@ def measure(folder: str, case: Case) -> int:
         state_dtype=getattr(torch, case.states),
     )
     compute = getattr(torch, case.compute)
-    before = resident("RssAnon")
+    before = _bytes("RssAnon")
     model = load_model(folder, getattr(torch, case.weights), device)
     train(
         model,
@@ -96,13 +97,13 @@ def measure(folder: str, case: Case) -> int:
         step0_is_reference=False,
     )
     distributed.stop()
-    return resident("VmHWM") - resident("RssFile") - before
+    return _bytes("VmHWM") - _bytes("RssFile") - before
 
 
-def resident(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:"))
+def _bytes(name: str) -> int:
+    found = resident(name)
+    assert found is not None, name
+    return found
 
 
 def estimate(folder: str, case: Case) -> dict[str, float]:

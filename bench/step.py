@@ -77,8 +77,10 @@ def main(argv: list[str]) -> None:
     names = ["short"] if args.small else args.lengths.split(",")
     device, _ = common.device_and_dtype()
     folder, config = (
-        (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
+        (None, dict(SHAPES[args.shape])) if args.shape and not args.small else common.model_of(args)
     )
+    if folder is None and args.layers:
+        config["num_hidden_layers"] = args.layers
     batch = 2 if args.small else args.batch
     tables = []
     for place, name in enumerate(names):
@@ -105,6 +107,7 @@ def main(argv: list[str]) -> None:
         optimizer=args.optimizer,
         batch=batch,
         shape=args.shape,
+        layers=config["num_hidden_layers"],
         parameters=Shape.of(config).weights,
         tables=tables,
         versions=pinned(),
@@ -128,6 +131,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
     )
+    parser.add_argument("--layers", type=int, help="of --shape; default: all that it has")
     parser.add_argument(
         "--rounds", type=int, default=1, help="times that all rows are gone through"
     )
@@ -184,9 +188,7 @@ def measure_table(
 
 def measure_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
     """Measures a row in a process: one of ours has to run, a peer's may say why not."""
-    # On a CPU both sides' float32 products go through the faster library, and stay float32.
-    on_cpu = row.precision == "float32" and job["device"] == "cpu"
-    products = {"float32_products": "medium"} if on_cpu else {}
+    products = common.float32_products(job["device"], row.precision)
     with tempfile.TemporaryDirectory() as scratch:
         whole = {**job, **row.job, **products, "precision": row.precision, "scratch": scratch}
         if row.peer is None:

@@ -238,8 +238,8 @@ def step_costs(
     mlp = Cost(0, 0)
     for i, o in s.mlp_products:
         mlp += _trained_product(N, i, o, itemsize)
-    # two norms and the additions to the stream
-    norms = Cost(24 * N * s.D, (5 + 8 + 3) * N * s.D * itemsize)
+    # two norms, each with an addition to the stream
+    norms = Cost(24 * N * s.D, 2 * 8 * N * s.D * itemsize)
     rope = Cost(6 * N * (s.H + s.K) * s.E, 4 * N * (s.H + s.K) * s.E * itemsize)
     swiglu = Cost(15 * N * s.F, 8 * N * s.F * itemsize)
     return {
@@ -249,6 +249,12 @@ def step_costs(
         "elementwise": _times(s.layers, norms + rope + swiglu),
         "optimizer": Cost(12 * s.weights, state_bytes * s.weights),
     }
+
+
+def attention_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
+    """Counts the operations of attention's own products, with keys and values, in one step."""
+    seen = sum(_seen(p) for p in pairs)
+    return shape.layers * _attention(shape, tokens_of(pairs), seen, 1).flops
 
 
 def step_flops(shape: Shape, pairs: Sequence[Pair]) -> float:

@@ -122,32 +122,33 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(
   return norm_backward(dy.contiguous(), &other, total.contiguous(), weight, rstd.contiguous());
 }
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned) {
-  const Check check{"rope"};
+void rope_(Tensor x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned) {
+  const Check check{"rope_"};
   check.floats(x, "x", 3, "(N, H, E)");
   const int64_t N = x.size(0), H = x.size(1), E = x.size(2);
-  TORCH_CHECK_VALUE(E % 2 == 0, "rope: x has head width ", E, ", expected an even one");
-  TORCH_CHECK_VALUE(0 <= turned && turned <= H, "rope: heads is ", turned, ", expected 0 to ", H);
+  TORCH_CHECK_VALUE(E % 2 == 0, "rope_: x has head width ", E, ", expected an even one");
+  TORCH_CHECK_VALUE(0 <= turned && turned <= H, "rope_: heads is ", turned, ", expected 0 to ", H);
   check.floats(cos, "cos", 2, "(N, E/2)");
   check.floats(sin, "sin", 2, "(N, E/2)");
   check.shape(cos, "cos", {N, E / 2}, "(N, E/2)");
   check.shape(sin, "sin", {N, E / 2}, "(N, E/2)");
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  // Rows and heads may have any strides, as in a slice of a joint query-key-value product: no copy of those.
-  const Tensor input = x.stride(2) == 1 ? x : x.contiguous();
+  // A row's heads lie side by side; rows may be any distance apart.
+  const bool dense = x.stride(2) == 1 && x.stride(1) == E;
+  const Tensor rows = dense ? x : x.contiguous();
   const Tensor c = contiguous_wide(cos, x.scalar_type()), s = contiguous_wide(sin, x.scalar_type());
-  const Tensor y = at::empty({N, H, E}, x.options());
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = Wide<T>;
     const auto& kernel = kernels<T>().rope;
-    at::parallel_for(0, N, grain(H * E), [&](int64_t begin, int64_t end) {
-      const int64_t angles = begin * (E / 2);
-      kernel(data<T>(input) + begin * input.stride(0), input.stride(0), input.stride(1), data<A>(c) + angles,
-             data<A>(s) + angles, inverse ? -1 : 1, end - begin, H, turned, E, data<T>(y) + begin * H * E);
+    const int64_t stride = rows.stride(0);
+    at::parallel_for(0, N, grain(turned * E), [&](int64_t begin, int64_t end) {
+      T* first = data<T>(rows) + begin * stride;
+      kernel(first, stride, data<A>(c) + begin * (E / 2), data<A>(s) + begin * (E / 2), inverse ? -1 : 1, end - begin,
+             turned, E, first, stride);
     });
   });
-  return y;
+  if (!dense) x.copy_(rows);
 }
 
 namespace {

@@ -136,8 +136,8 @@ class Decoder {
     turned.resize(row.count * E);
     const int64_t stride = (H + 2 * K) * E;
     const T* from = qkv + row.token * stride + (H + head) * E;
-    kernels<T>().rope(from, stride, E, cos + row.held * (E / 2), sin + row.held * (E / 2), A(1), row.count, 1, 1, E,
-                      turned.data());
+    kernels<T>().rope(from, stride, cos + row.held * (E / 2), sin + row.held * (E / 2), A(1), row.count, 1, E,
+                      turned.data(), E);
     for (int64_t i = 0; i < row.count; ++i) {
       const int64_t position = row.held + i, slot = position % kPageTokens;
       const int64_t page = row.pages[position / kPageTokens] * K + head;
@@ -170,8 +170,8 @@ class Decoder {
     }
     const T* from = qkv + (row.token + run.from) * stride + head * G * E;
     for (int64_t h = 0; h < heads * G; ++h) {
-      kernels<T>().rope(from + h * E, stride, E, cos + position * (E / 2), sin + position * (E / 2), A(1), n, 1, 1, E,
-                        turned.data() + h * n * E);
+      kernels<T>().rope(from + h * E, stride, cos + position * (E / 2), sin + position * (E / 2), A(1), n, 1, E,
+                        turned.data() + h * n * E, E);
     }
     const auto page_at = [&](int64_t column) { return row.pages[first + column / kPageTokens] * K + head; };
     for (int64_t column = 0; column < columns; column += kPageTokens) {

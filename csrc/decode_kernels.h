@@ -66,6 +66,14 @@ struct Ahead {
   }
 };
 
+}  // namespace ldalign::cpu::LDALIGN_ISA
+
+#ifdef LDALIGN_AMX
+#include "amx_product.h"
+#endif
+
+namespace ldalign::cpu::LDALIGN_ISA {
+
 // R rows against one panel, all sums in registers.
 template <class T, class O, int R>
 LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, Ahead ahead, int64_t words, int64_t columns,
@@ -108,6 +116,9 @@ void packed_rows(int64_t rows, const T* x, int64_t ldx, const T* panel, Ahead ah
 template <class T, class O>
 void packed_product(const T* x, int64_t ldx, int64_t rows, const T* packed, int64_t K, int64_t N, int64_t first,
                     int64_t last, O* y, int64_t ldy) {
+#ifdef LDALIGN_AMX
+  if constexpr (std::is_same_v<T, bf16>) return amx_product(x, ldx, rows, packed, K, N, first, last, y, ldy);
+#endif
   constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 2 : 1;  // with a panel's columns, what the registers hold
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t panel = first; panel < last; ++panel) {

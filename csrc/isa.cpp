@@ -9,6 +9,13 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define LDALIGN_KNOWS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ldalign::cpu {
 namespace {
 
@@ -25,6 +32,17 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef LDALIGN_KNOWS_AMX
+// Linux lends the tiles' registers to processes that ask for them.
+bool has_amx() {
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // in edx
+  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 // Best last.
 const std::vector<Isa>& built() {
   static const std::vector<Isa> all = {
@@ -33,6 +51,9 @@ const std::vector<Isa>& built() {
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &table_avx2},
       {"avx512", has_avx512(), &table_avx512},
       {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &table_avx512_bf16},
+#endif
+#ifdef LDALIGN_KNOWS_AMX
+      {"amx_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx(), &table_amx_bf16},
 #endif
   };
   return all;

@@ -63,10 +63,9 @@ struct Kernels {
   void (*rms_norm_backward)(const T* dy, const T* dtotal, const T* x, const A* weight, const A* rstd, int64_t rows,
                             int64_t D, T* dx, A* dweight);
 
-  // Turns (x[e], x[e + E/2]) by the angle of (cos[e], sin[e]) in the first `turned` heads; sign -1 turns back. The
-  // other heads are copied. x has strides, y is contiguous.
-  void (*rope)(const T* x, int64_t row_stride, int64_t head_stride, const A* cos, const A* sin, A sign, int64_t rows,
-               int64_t H, int64_t turned, int64_t E, T* y);
+  // Turns (x[e], x[e + E/2]) by the angle of (cos[e], sin[e]) in H heads of each row; sign -1 turns back. y may be x.
+  void (*rope)(const T* x, int64_t ldx, const A* cos, const A* sin, A sign, int64_t rows, int64_t H, int64_t E, T* y,
+               int64_t ldy);
 
   // gate_up (rows, 2 D): a row's gates, then its ups -> silu(gate) up (rows, D); and the gradient, laid out alike.
   void (*swiglu)(const T* gate_up, int64_t rows, int64_t stride, int64_t D, T* y);
@@ -117,7 +116,8 @@ struct Table {
   Kernels<half> f16;
 };
 
-extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16;  // all but the first only on x86-64
+// All but the first only on x86-64, the last only by a compiler that knows it.
+extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16, table_amx_bf16;
 
 // The kernels of the chosen instruction set (isa.cpp).
 const Table& table();

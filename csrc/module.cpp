@@ -48,7 +48,7 @@ TORCH_LIBRARY(ldalign_cpp, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor total, Tensor rstd)");
   m.def("add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd)"
         " -> (Tensor dx, Tensor dweight)");
-  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse, int heads) -> Tensor");
+  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, int heads) -> ()");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
   m.def("pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor out, Tensor lse)");
@@ -81,7 +81,7 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("rms_norm_backward", TORCH_FN(rms_norm_backward));
   m.impl("add_rms_norm", TORCH_FN(add_rms_norm));
   m.impl("add_rms_norm_backward", TORCH_FN(add_rms_norm_backward));
-  m.impl("rope", TORCH_FN(rope));
+  m.impl("rope_", TORCH_FN(rope_));
   m.impl("swiglu", TORCH_FN(swiglu));
   m.impl("swiglu_backward", TORCH_FN(swiglu_backward));
   m.impl("pair_attention", TORCH_FN(pair_attention));

@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
 std::tuple<Tensor, Tensor> add_rms_norm_backward(
     const Tensor& dy, const Tensor& dtotal, const Tensor& total, const Tensor& weight, const Tensor& rstd);
 
-// x (N, H, E), cos and sin (N, E/2) -> (N, H, E); only the first `turned` heads turn
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned);
+// x (N, H, E), cos and sin (N, E/2): the first `turned` heads turn, in place
+void rope_(Tensor x, const Tensor& cos, const Tensor& sin, bool inverse, int64_t turned);
 
 // gate_up (..., 2 D) -> (..., D)
 Tensor swiglu(const Tensor& gate_up);

@@ -151,21 +151,18 @@ void rms_norm_backward(const T* dy, const T* dtotal, const T* x, const Wide<T>* 
 }
 
 template <class T>
-void rope(const T* x, int64_t row_stride, int64_t head_stride, const Wide<T>* cos, const Wide<T>* sin, Wide<T> sign,
-          int64_t rows, int64_t H, int64_t turned, int64_t E, T* y) {
+void rope(const T* x, int64_t ldx, const Wide<T>* cos, const Wide<T>* sin, Wide<T> sign, int64_t rows, int64_t H,
+          int64_t E, T* y, int64_t ldy) {
   const int64_t half_width = E / 2;
-  for (int64_t row = 0; row < rows; ++row, cos += half_width, sin += half_width) {
-    for (int64_t head = 0; head < H; ++head, y += E) {
-      const T* a = x + row * row_stride + head * head_stride;
-      if (head >= turned) {
-        __builtin_memcpy(y, a, E * sizeof(T));
-        continue;
-      }
+  for (int64_t row = 0; row < rows; ++row, x += ldx, y += ldy, cos += half_width, sin += half_width) {
+    for (int64_t head = 0; head < H; ++head) {
+      const T* a = x + head * E;
+      T* b = y + head * E;
       sweep<T>(half_width, [&](int64_t i, auto count) LDALIGN_LAMBDA {
         const Lanes<T> left = load(a + i, count), right = load(a + half_width + i, count);
         const Lanes<T> c = load(cos + i, count), s = load(sin + i, count) * sign;
-        store(y + i, left * c - right * s, count);
-        store(y + half_width + i, right * c + left * s, count);
+        store(b + i, left * c - right * s, count);
+        store(b + half_width + i, right * c + left * s, count);
       });
     }
   }

@@ -1,21 +1,30 @@
 """Compiles every Triton kernel as production would launch it, for GPUs this machine need not have.
 
 The ops run on tensors of device "meta" at production shapes; each launch is recorded and compiled
-for sm_80 and sm_90, and the machine code is asked what it takes: registers, spilled bytes, shared
-memory, tensor-core instructions.
+for sm_80, sm_90, sm_100 and sm_120, and the machine code is asked what it takes: registers, spilled
+bytes, shared memory, instructions. `problems` says what of it is not as it should be. A new kernel
+needs a call in `run_production`, nothing else.
 
-    python -m ldalign.kernels.compile_check         the table
-    python -m ldalign.kernels.compile_check --json  the same, one JSON list
+    python -m ldalign.kernels.compile_check          the table; exit code 1 where there are problems
+    python -m ldalign.kernels.compile_check --short  one shape, the worst, on sm_90
+    python -m ldalign.kernels.compile_check --json   the same, one JSON list
+
+The installed Triton compiles, or one in a folder of its own that PYTHONPATH names
+(`pip install --no-deps --target FOLDER triton==3.6.0`).
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,24 +38,39 @@ from ldalign.kernels import (
     triton_elementwise,
     triton_head,
     triton_norm,
+    triton_optim,
 )
 from ldalign.kernels.loss_options import DPO, LossOptions
 from ldalign.kernels.triton_common import INTERPRETED, recording
 
-CAPABILITIES = ((8, 0), (9, 0))
-DTYPES = (torch.bfloat16, torch.float32)
+# KiB of shared memory that one program may have (CUDA C++ Programming Guide, compute capabilities)
+SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+# Which tensor-core instructions an architecture's large products are made of.
+PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+FEW_ROWS = 64  # a decoded token's query heads are fewer: wgmma and tcgen05 leave those to mma
+# Instructions that are counted, as the machine spells them.
+INSTRUCTIONS = {
+    "mma": r"\bHMMA\b",
+    "wgmma": r"\bHGMMA\b",
+    "tcgen05": r"\bUTC\w*MMA\b",
+    "load128": r"\bLDG\.E\S*\.128\b",
+    "store128": r"\bSTG\.E\S*\.128\b",
+    "async128": r"\bLDGSTS\S*\.128\b",  # from global to shared memory while the program goes on
+}
+# What reads numbers one at a time, or whose results are few a program: all else loads and stores
+# 16 bytes at once, which takes aligned pointers, strides and sizes.
+NARROW_LOADS = {"pair_coefficient", "weighted_dpo"}
+NARROW_STORES = {
+    *NARROW_LOADS,
+    "merge_splits",
+    "row_statistics",
+    "sample",
+    "sum_rows",
+}
 TOKENS = 8192
-# Width, the feed-forward's width, heads, head width.
-MODELS = ((576, 1536, 9, 64), (4096, 14_336, 32, 128))
-ATTENTION = ((9, 3, 64, None), (32, 8, 128, 4096))  # query heads, key heads, head width, window
 # Rows, and new tokens of each: many that decode, few that decode, prompts.
 DECODING = ((64, 1), (4, 1), (16, 512))
 PAGES = 64  # of a row: 1024 tokens
-HEADS = ((576, 49_152), (4096, 32_000), (4096, 128_256))  # width, vocabulary
-# mma.sync and wgmma as the machine spells them; wgmma multiplies 64 rows at a time, so fewer rows
-# are left to mma.sync
-TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b"}
-WGMMA_ROWS = 64
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -59,27 +83,64 @@ TYPES = {
 }
 
 
+class Shapes(NamedTuple):
+    """The shapes of one run through all ops, on one architecture in one dtype."""
+
+    arch: int
+    dtype: torch.dtype
+    models: Sequence[tuple[int, int, int, int]]  # width, the feed-forward's, heads, head width
+    attention: Sequence[tuple[int, int, int, int | None]]  # heads, key heads, head width, window
+    heads: Sequence[tuple[int, int]]  # width, vocabulary
+
+
+SMOLLM2, MISTRAL = (9, 3, 64, None), (32, 8, 128, 4096)
+# Query heads of a key head, head width, window: what the compiler sees of a shape.
+GROUPS = [(8 * G, 8, E, w) for G, E, w in product((1, 4, 7, 8), (64, 128), (None, 4096))]
+ATTENTION = {
+    torch.bfloat16: [SMOLLM2, *GROUPS],
+    # Guides and small models: the tiles depend on the head width alone.
+    torch.float32: [SMOLLM2, MISTRAL, (56, 8, 128, None)],
+}
+MODELS = [(576, 1536, 9, 64), (4096, 14_336, 32, 128)]
+HEADS = [(576, 49_152), (4096, 32_000), (4096, 151_936)]
+FULL = [
+    Shapes(arch, dtype, MODELS, attention, HEADS)
+    for arch, (dtype, attention) in product(SHARED_KIB, ATTENTION.items())
+]
+# A group that is no power of two, the wide head and a window: the most registers.
+SHORT = [Shapes(90, torch.bfloat16, MODELS[1:], [(56, 8, 128, 4096)], HEADS[1:2])]
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one GPU.
 
-    shared_bytes and registers as launched; a spill is a register kept in memory.
+    shared_bytes and registers as launched; a spill is a register kept in memory. instructions: how
+    many of each of INSTRUCTIONS. widths: the bits of each load from and store to global memory.
     """
 
     kernel: str
+    triton: str
     arch: int
     dtype: str
     warps: int
+    stages: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    tensor_core_instructions: int
+    instructions: dict[str, int]
     multiplies: bool
+    widths: list[int]
     constants: dict[str, Any]
 
+    def __str__(self) -> str:
+        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{self.kernel} {self.dtype} sm_{self.arch} Triton {self.triton} {constants}"
 
-def run_production(dtype: torch.dtype) -> None:
-    """Runs every op at every production shape, on tensors without memory."""
+
+def run_production(shapes: Shapes) -> None:
+    """Runs every op at every one of the shapes, on tensors without memory."""
+    dtype = shapes.dtype
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -88,73 +149,118 @@ def run_production(dtype: torch.dtype) -> None:
         return empty(*shape, dtype=torch.float32)
 
     N = TOKENS
-    for D, F, H, E in MODELS:
+    for D, F, H, E in shapes.models:
         x, weight, rstd = empty(N, D), empty(D), wide(N)
         triton_norm.rms_norm(x, weight, 1e-5)
         triton_norm.add_rms_norm(x, x, weight, 1e-5)
         triton_norm.rms_norm_backward(x, x, weight, rstd)
         triton_norm.add_rms_norm_backward(x, x, x, weight, rstd)
         q, angle = empty(N, H, E), wide(N, E // 2)
-        triton_elementwise.rope(q, angle, angle, False, H)
-        triton_elementwise.rope(q, angle, angle, True, H)
+        triton_elementwise.rope_(q, angle, angle, False, H)
+        triton_elementwise.rope_(q, angle, angle, True, H)
         gate_up = empty(N, 2 * F)
         triton_elementwise.swiglu(gate_up)
         triton_elementwise.swiglu_backward(empty(N, F), gate_up)
     segments = torch.tensor([(0, 2048, 0, 0), (2048, 5120, 0, 2048), (5120, TOKENS, 0, 2048)])
-    for H, K, E, window in ATTENTION:
+    for H, K, E, window in shapes.attention:
         qkv, out, lse = empty(N, H + 2 * K, E), empty(N, H, E), wide(N, H)
         triton_attention.pair_attention(qkv, H, segments, window)
         triton_attention.pair_attention_backward(out, qkv, out, lse, H, segments, window)
-        cache = empty(64 * PAGES, 16, K, E)
+        cache, slots = empty(64 * PAGES, 16, K, E), empty(N, dtype=torch.int64)
+        angle = wide(N, E // 2)
+        triton_decode.rope_to_pages(qkv, angle, angle, H, cache, cache, slots)
         for R, most in DECODING:
             rows, pages = empty(R, 2, dtype=torch.int64), empty(R, PAGES, dtype=torch.int32)
             triton_decode.paged_attention(
                 empty(R * most, H, E), cache, cache, rows, pages, most, window
             )
-    sums = wide(16)
-    triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
-    triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1, "ipo")
-    for D, V in HEADS:
+    weight, factor = empty(4096, 576), empty(dtype=torch.float32)
+    for kind in ATTENTION:
+        average = empty(4096, 576, dtype=kind)
+        triton_optim.adamw_(
+            weight, weight, average, average, factor, 1e-3, 0.1, 0.9, 0.999, 1e-8, 1, 0
+        )
+        triton_optim.rmsprop_(weight, weight, average, factor, 1e-3, 0.1, 0.99, 1e-8, 0)
+    for D, V in shapes.heads:
         hidden, weight, target = empty(N, D), empty(V, D), empty(N, dtype=torch.int64)
         triton_head.linear_logprob(hidden, weight, target)
         triton_head.linear_logprob_backward(wide(N), hidden, weight, target, wide(N), True, True)
         triton_head.sft_loss(hidden, weight, target, 1.0, True, True)
-        # 32 responses of 256 tokens: several pieces at the largest vocabulary
         pairs = hidden, weight, target, [256] * 32, wide(32), wide(16), 0.1, 1.0, True, True
         for options in (DPO, LossOptions("ipo", length_normalised=True)):
             triton_head.pair_loss(*pairs, options)
+        sums = wide(16)
+        triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1)
+        triton_elementwise.weighted_dpo(sums, sums, sums, sums, sums, 0.1, "ipo")
         logits, uniform, seen = (
             wide(64, V),
             empty(64, dtype=torch.float64),
             empty(64, 0, dtype=torch.int64),
         )
-        for temperature in (0.0, 1.0):
-            triton_decode.sample(logits, uniform, temperature, 0, 1.0, 0.0, 1.0, seen)
+        triton_decode.sample(logits, uniform, 0.0, 0, 1.0, 0.0, 1.0, seen)
+        for top_k, top_p in product((0, 50), (1.0, 0.9)):
+            triton_decode.sample(logits, uniform, 1.0, top_k, top_p, 0.0, 1.0, seen)
+    # So many pieces that dW is no longer added up as it is; the last shape's D and V.
+    N = 8 * TOKENS
+    hidden, target = empty(N, D), empty(N, dtype=torch.int64)
+    triton_head.linear_logprob_backward(wide(N), hidden, weight, target, wide(N), True, True)
 
 
-def compiled() -> list[Compiled]:
-    """Compiles each distinct kernel of `run_production` for each GPU of CAPABILITIES.
+def compiled(selection: Sequence[Shapes] = FULL) -> list[Compiled]:
+    """Compiles each distinct kernel of `run_production` for each of the selection.
 
-    Raises RuntimeError in Triton's interpreter.
+    Raises RuntimeError in Triton's interpreter, and where Triton cannot compile a kernel.
     """
     if INTERPRETED:
         raise RuntimeError(
             "compile_check: TRITON_INTERPRET is set, so there is nothing to compile; unset it"
         )
     done: dict[str, Compiled] = {}
-    for capability in CAPABILITIES:
-        for dtype in DTYPES:
-            arch, kind = capability[0] * 10 + capability[1], TYPES[dtype]
+    for shapes in selection:
+        arch, kind = shapes.arch, TYPES[shapes.dtype]
 
-            def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-                launch = _Launch(kernel, args, options)
-                key = f"{capability} {launch.key}"  # noqa: B023  called only inside this iteration
-                if key not in done:
-                    done[key] = launch.compile(arch, kind)  # noqa: B023
+        def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            launch = _Launch(kernel, args, options)
+            key = f"{arch} {launch.key}"  # noqa: B023  called only inside this iteration
+            if key not in done:
+                done[key] = launch.compile(arch, kind)  # noqa: B023
 
-            with recording(capability, record):
-                run_production(dtype)
+        with recording(divmod(arch, 10), record):
+            run_production(shapes)
     return list(done.values())
+
+
+def problems(rows: Sequence[Compiled]) -> list[str]:
+    """Returns what is not as it should be, a line each.
+
+    No register is spilled; shared memory fits; bfloat16 is multiplied by the architecture's tensor
+    cores with operands fetched ahead, float32 by none (they would round it to ten bits); what
+    memory limits is read and written 16 bytes at a time.
+    """
+    found = []
+    for row in rows:
+        has = row.instructions
+        wrong = {
+            f"spills {row.spilled_bytes} bytes": row.spilled_bytes > 0,
+            f"takes {row.shared_bytes} bytes of shared memory": row.shared_bytes
+            > SHARED_KIB[row.arch] * 1024,
+            "loads no 16 bytes at once": row.kernel not in NARROW_LOADS
+            and not has["load128"] + has["async128"],
+            "stores no 16 bytes at once": row.kernel not in NARROW_STORES and not has["store128"],
+        }
+        if row.kernel in ("adamw", "rmsprop"):  # all but the factor, which is one number
+            wrong["moves less than 16 bytes at once"] = sorted(set(row.widths)) != [32, 128] or (
+                row.widths.count(32) > 1
+            )
+        if row.multiplies and row.dtype == "fp32":
+            wrong["multiplies float32 on tensor cores"] = any(has[x] for x in PRODUCTS.values())
+        elif row.multiplies:
+            few = row.kernel == "paged_attention" and row.constants["ROWS"] < FEW_ROWS
+            needed = "mma" if few else PRODUCTS[row.arch]
+            wrong[f"has no {needed}"] = not has[needed]
+            wrong["fetches no operand ahead"] = not has["async128"]
+        found += [f"{row}: {what}" for what, is_so in wrong.items() if is_so]
+    return found
 
 
 class _Launch:
@@ -197,20 +303,33 @@ class _Launch:
         source = ASTSource(
             fn=self.kernel, signature=self.signature, constexprs=self.fixed, attrs=self.known
         )
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        name = self.kernel.__name__.strip("_").removesuffix("_kernel")
+        try:
+            binary = triton.compile(
+                source, target=GPUTarget("cuda", arch, 32), options=self.options
+            )
+        except Exception as error:
+            raise RuntimeError(
+                f"compile_check: Triton {triton.__version__} cannot compile {name} for sm_{arch}: "
+                f"{error}"
+            ) from error
         used, code = _machine_code(binary.asm["cubin"])
-        narrow = self.constants.get("ROWS", WGMMA_ROWS) < WGMMA_ROWS
         return Compiled(
-            kernel=self.kernel.__name__.strip("_").removesuffix("_kernel"),
+            kernel=name,
+            triton=triton.__version__,
             arch=arch,
             dtype=dtype,
-            warps=self.options["num_warps"],
+            warps=binary.metadata.num_warps,
+            stages=binary.metadata.num_stages,
             registers=used["REG"],
             # A spilled register lies in the stack frame, which the machine calls local memory.
             spilled_bytes=max(used["STACK"], used["LOCAL"]),
             shared_bytes=binary.metadata.shared,
-            tensor_core_instructions=len(re.findall(TENSOR_CORES[80 if narrow else arch], code)),
+            instructions={
+                name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
+            },
             multiplies="tt.dot" in binary.asm["ttir"],
+            widths=[_bits(access) for access in re.findall(r"\b(?:LDG|STG)\.(\S+)", code)],
             constants=self.constants,
         )
 
@@ -221,6 +340,12 @@ def _type(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _bits(access: str) -> int:
+    """Of a load or store named like E.128.CONSTANT; without a number it is of 32 bits."""
+    found = re.search(r"\b[US]?(8|16|64|128)\b", access)
+    return int(found[1]) if found else 32
 
 
 def _multiple_of_16(value: Any) -> bool:
@@ -239,42 +364,47 @@ def _machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = {
-            flag: subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        }
-    used = {
-        name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text["-res-usage"])
-    }
-    return used, text["-sass"]
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)
+    return {name: int(number) for name, number in used}, text
 
 
-def table(rows: list[Compiled] | None = None) -> str:
-    """Returns the rows, by default those of `compiled()`, as aligned text."""
-    rows = compiled() if rows is None else rows
-    head = [
-        "kernel",
-        "dtype",
-        "GPU",
-        "warps",
-        "registers",
-        "spilled B",
-        "shared KiB",
-        "tensor-core instr.",
-        "constants",
-    ]
-    cells = [head] + [
+def compiled_apart(folder: Path | None = None, *options: str) -> list[Compiled]:
+    """Returns what this module finds in a process of its own: this one may interpret its Triton.
+
+    folder: of another Triton than the installed one. options: as on the command line. Raises
+    RuntimeError with the process's last lines.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if folder is not None:
+        environment["PYTHONPATH"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ldalign.kernels.compile_check", "--json", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [Compiled(**row) for row in json.loads(done.stdout)]
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """Returns the rows as aligned text."""
+    head = ["kernel", "dtype", "GPU", "warps", "stages", "registers", "spilled B", "shared KiB"]
+    cells = [[*head, *INSTRUCTIONS, "constants"]] + [
         [
             row.kernel,
             row.dtype,
             f"sm_{row.arch}",
             str(row.warps),
+            str(row.stages),
             str(row.registers),
             str(row.spilled_bytes),
             f"{row.shared_bytes / 1024:.1f}",
-            str(row.tensor_core_instructions) if row.multiplies else "-",
+            *(str(row.instructions[name]) for name in INSTRUCTIONS),
             " ".join(f"{name}={value}" for name, value in row.constants.items()),
         ]
         for row in rows
@@ -285,16 +415,23 @@ def table(rows: list[Compiled] | None = None) -> str:
     )
 
 
-def main() -> None:
-    """Prints the table, or JSON."""
+def main() -> int:
+    """Prints the table and the problems, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--short", action="store_true", help="one shape, the worst, on sm_90")
     parser.add_argument(
         "--json", action="store_true", help="print a JSON list instead of the table"
     )
-    as_json = parser.parse_args().json
-    rows = compiled()
-    print(json.dumps([asdict(row) for row in rows]) if as_json else table(rows))
+    args = parser.parse_args()
+    rows = compiled(SHORT if args.short else FULL)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    print(table(rows))
+    found = problems(rows)
+    print(*found, sep="\n", end="\n" if found else "")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,15 +2,16 @@
 
 They are vectorised, threaded, and multiply in oneDNN. Forward and backward apart, as in
 every backend; `ldalign.ops` adds autograd. Sums are kept wide and rounded once. Inputs
-may have any strides and are never changed. A wrong shape, dtype or target is a ValueError
+may have any strides; functions with a final underscore alone change them, those of the
+optimizers the gradient too, by its factor. A wrong shape, dtype or target is a ValueError
 that names the argument.
 
 Shapes: N rows (flat tokens), D width, V vocabulary, S = 2P responses (runs of rows;
 real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is float32, or
 float64 where the inputs are.
 
-`LDALIGN_ISA` (default, avx2, avx512 or avx512_bf16) chooses the instruction set; unset, the
-best one this machine has.
+`LDALIGN_ISA` (default, avx2, avx512, avx512_bf16 or amx_bf16) chooses the instruction set; unset,
+the best one this machine has.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldalign.kernels.eager import scale_
 from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 
 # The most bytes of logits held at once. Beside them a 16-bit head of more than eight pieces keeps 1
@@ -232,14 +234,12 @@ def add_rms_norm_backward(
     return dx, dweight
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle.
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> None:
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle, in place.
 
-    x (N, H, E), cos and sin (N, E/2) -> (N, H, E). The other heads are copied. `inverse` turns
-    back, which is the gradient.
+    x (N, H, E), cos and sin (N, E/2). `inverse` turns back, which is the gradient.
     """
-    out: Tensor = torch.ops.ldalign_cpp.rope(x, cos, sin, inverse, heads)
-    return out
+    torch.ops.ldalign_cpp.rope_(x, cos, sin, inverse, heads)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -292,6 +292,7 @@ def adamw_(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     beta1: float,
@@ -300,7 +301,8 @@ def adamw_(
     step: int,
     seed: int,
 ) -> None:
-    """One step in place (`ldalign.kernels.eager.adamw_`), in one pass."""
+    """One step in place (`ldalign.kernels.eager.adamw_`), in one pass but for a factor."""
+    scale_(grad, factor)
     torch.ops.ldalign_cpp.adamw_(
         p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed
     )
@@ -310,13 +312,15 @@ def rmsprop_(
     p: Tensor,
     grad: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     alpha: float,
     eps: float,
     seed: int,
 ) -> None:
-    """One step in place (`ldalign.kernels.eager.rmsprop_`), in one pass."""
+    """One step in place (`ldalign.kernels.eager.rmsprop_`), in one pass but for a factor."""
+    scale_(grad, factor)
     torch.ops.ldalign_cpp.rmsprop_(p, grad, square, learning_rate, decay, alpha, eps, seed)
 
 

@@ -20,6 +20,7 @@ from ldalign.kernels import reference
 from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 from ldalign.kernels.pieces import row_pieces, whole_pairs
 from ldalign.kernels.reference import accumulate_dtype
+from ldalign.system.transfer import to_device
 
 WORKSPACE_BYTES = 64 * 2**20  # a piece's wide logits stay below this
 
@@ -107,7 +108,7 @@ def pair_loss(
         sums[chosen] = torch.stack([run.sum() for run in runs])
         if not (need_hidden or need_weight):
             continue
-        lengths_here = torch.tensor(list(lengths[chosen]), device=hidden.device)
+        (lengths_here,) = to_device(hidden.device, torch.tensor(list(lengths[chosen])))
         coefficient = _coefficients(
             sums[chosen] - reference_sums[chosen],
             lengths_here.clamp(min=1).to(sums.dtype),
@@ -293,13 +294,12 @@ def add_rms_norm_backward(
     return g.sub_(normed).mul_(scale[:, None]).add_(grad_total.to(wide)).to(total.dtype), dweight
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle.
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> None:
+    """Turns pairs (x[e], x[e + E/2]) of the first `heads` heads by their angle, in place.
 
     `inverse` turns them back, which is the gradient.
     """
-    turned = reference.rope(x[:, :heads], cos, -sin if inverse else sin)
-    return turned if heads == x.shape[1] else torch.cat((turned, x[:, heads:]), 1)
+    x[:, :heads] = reference.rope(x[:, :heads], cos, -sin if inverse else sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -399,6 +399,7 @@ def adamw_(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     beta1: float,
@@ -411,10 +412,10 @@ def adamw_(
 
     p and grad, mean and square are float32 or bfloat16. What is bfloat16 is rounded up or down
     at random, by its distance from both neighbours: rounded to the nearest, steps below 1/512 of
-    a weight would be lost.
+    a weight would be lost. factor () float32, None for 1: the gradient's (`scale_`).
     """
     random = _random_bits(p, seed)
-    g = grad.float()
+    g = scale_(grad, factor).float()
     m = mean.float().mul_(beta1).add_(g, alpha=1 - beta1)
     v = square.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
     size = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
@@ -433,6 +434,7 @@ def rmsprop_(
     p: Tensor,
     grad: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     alpha: float,
@@ -441,13 +443,23 @@ def rmsprop_(
 ) -> None:
     """RMSprop's step as torch.optim has it (no momentum, not centred), in place.
 
-    Rounding is as in `adamw_`.
+    Rounding and factor are as in `adamw_`.
     """
     random = _random_bits(p, seed)
-    g = grad.float().add(p.float(), alpha=decay)
+    g = scale_(grad, factor).float().add(p.float(), alpha=decay)
     v = square.float().mul_(alpha).addcmul_(g, g, value=1 - alpha)
     _store(p, p.float().addcdiv_(g, v.sqrt().add_(eps), value=-learning_rate), random)
     _store(square, v, random >> 16)
+
+
+def scale_(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient times the factor, in place, rounded to its dtype.
+
+    On the CPU, where a number can be looked at without a wait, 1 costs no pass.
+    """
+    if factor is None or (factor.device.type == "cpu" and factor == 1):
+        return grad
+    return grad.mul_(factor)
 
 
 def _random_bits(p: Tensor, seed: int) -> Tensor:
@@ -482,6 +494,17 @@ def _store(to: Tensor, value: Tensor, random: Tensor) -> None:
 # --------------------------------------------------------------------------------------- generation
 
 BLOCK = 256  # tokens whose probabilities are summed first
+
+
+def rope_to_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """Turned queries; turned keys, and values, go to their pages (`reference.rope_to_pages`)."""
+    K = keys.shape[2]
+    turned = reference.rope(qkv[:, : heads + K], cos, sin)
+    keys.view(-1, *keys.shape[2:])[slots] = turned[:, heads:]
+    values.view(-1, *values.shape[2:])[slots] = qkv[:, heads + K :]
+    return turned[:, :heads]
 
 
 def paged_attention(
@@ -554,6 +577,4 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     # A number within rounding of a block's end can pass its last token, onto one of probability 0
     # or past the last.
     lost = F.pad(probs, (0, 1)).gather(1, ids[:, None].clamp(max=probs.shape[-1]))[:, 0] <= 0
-    if bool(lost.any()):
-        ids = torch.where(lost, block[:, 0] * BLOCK + inside.argmax(-1), ids)
-    return ids
+    return torch.where(lost, block[:, 0] * BLOCK + inside.argmax(-1), ids)

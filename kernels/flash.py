@@ -1,8 +1,9 @@
-"""flash-attn, where it is installed: pair attention in two calls of its kernels, merged.
+"""FlashAttention, where it is installed: pair attention in two calls of its kernels, merged.
 
-A response's queries see two runs of keys. Of flash-attn's variable-length kernels, one call gives
-all segments by themselves, causal; the other the responses' queries over their prompts, no mask.
-With out_a, lse_a and out_b, lse_b of the two,
+Of two packages the first that runs here: FlashAttention-3 (module flash_attn_interface) on GPUs of
+compute capability 9.0, FlashAttention-2 (flash-attn). A response's queries see two runs of keys. Of
+their variable-length kernels, one call gives all segments by themselves, causal; the other the
+responses' queries over their prompts, no mask. With out_a, lse_a and out_b, lse_b of the two,
 
     lse = log(exp lse_a + exp lse_b),  w = exp(lse_b - lse) = sigmoid(lse_b - lse_a),
     out = (1 - w) out_a + w out_b.
@@ -12,18 +13,19 @@ The gradient of a score needs only lse and out of the whole row, p = exp(s - lse
 
 Both calls take the packed tokens as they lie, queries and keys. For the second, a batch entry's
 queries are a prompt's responses and its keys the prompt; entries without keys, or without queries,
-step over all other tokens. flash-attn (2.7 and 2.8) answers the first with out 0 and lse +infinity,
-the second with gradients 0. It knows a window only for queries and keys that end together, so not
-for the second call: `supports` says where it would be needed, and Triton's kernel is the one to
-use. Oracle: `ldalign.kernels.reference.pair_attention`.
+step over all other tokens. The first are answered with out 0 and an infinite lse (FlashAttention-2
++, -3 -), the second with gradients 0. Both know a window only for queries and keys that end
+together, so not for the second call: `supports` says where it would be needed, and Triton's kernel
+is the one to use. Oracle: `ldalign.kernels.reference.pair_attention`.
 """
 
 import functools
 import importlib
 import importlib.metadata
+import inspect
 from itertools import pairwise
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +33,58 @@ from torch import Tensor
 from ldalign.kernels import segments as work
 from ldalign.kernels.segments import Segment
 
-OLDEST = (2, 7)  # the first whose low-level functions have the parameters used here
-WIDEST = 256  # head width
+OLDEST = (2, 7)  # the first of flash-attn whose low-level functions have the parameters used here
+# By generation: its module, the widest head (FlashAttention-3 has no repeatable backward of wider).
+MODULES = {3: "flash_attn_interface", 2: "flash_attn.flash_attn_interface"}
+WIDEST = {3: 192, 2: 256}
+ON_3 = (9, 0)  # the compute capability that FlashAttention-3 is made for
 
 
 @functools.cache
+def generations() -> tuple[int, ...]:
+    """Returns which of FlashAttention-3 and -2 can run here, the faster first."""
+    return tuple(number for number, why in ((3, why_not_3()), (2, _why_not_2())) if not why)
+
+
 def why_not() -> str:
     """Returns why this backend cannot run here, in one line; "" if it can."""
+    return "" if generations() else f"FlashAttention-3: {why_not_3()}; -2: {_why_not_2()}"
+
+
+def available() -> bool:
+    """Says whether a FlashAttention is there and a GPU that it runs on."""
+    return bool(generations())
+
+
+def generation(head_dim: int) -> int | None:
+    """Returns the FlashAttention that runs heads of this width here, 3 or 2; None: neither."""
+    return next((number for number in generations() if head_dim <= WIDEST[number]), None)
+
+
+def interface(number: int) -> ModuleType:
+    """Returns the module of a generation's functions."""
+    return importlib.import_module(MODULES[number])
+
+
+def why_not_3() -> str:
+    """Returns why FlashAttention-3 cannot run here, in one line; "" if it can."""
+    try:
+        made = interface(3)
+    except (ImportError, OSError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[3]
+        return f"{MODULES[3]} is not installed" if missing else f"it does not load ({error})"
+    for function in (made._flash_attn_forward, made._flash_attn_backward):
+        # An operator made by torch's custom_op hides its function's parameters.
+        known = inspect.signature(getattr(function, "_init_fn", function)).parameters
+        if "window_size_left" not in known:
+            return "a newer one is needed, whose functions take window_size_left"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability == ON_3 else "it is for compute capability 9.0"
+
+
+def _why_not_2() -> str:
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
@@ -45,15 +92,10 @@ def why_not() -> str:
     if not OLDEST <= tuple(int(part) for part in version.split(".")[:2]) < (3,):
         return f"flash-attn is {version}; 2.7 or 2.8 is needed"
     try:
-        _interface()
+        interface(2)
     except ImportError as error:
         return f"flash-attn {version} does not load ({error})"
     return "" if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def available() -> bool:
-    """Says whether flash-attn is there and a GPU that it runs on."""
-    return not why_not()
 
 
 def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim: int) -> bool:
@@ -62,7 +104,8 @@ def supports(segments: Tensor, window: int | None, dtype: torch.dtype, head_dim:
     It takes half precision, each prompt's responses together and in the prompts' order, and no
     window that ends within a prompt.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > WIDEST:
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half or head_dim % 8 or generation(head_dim) is None:
         return False
 
     def fit(rows: list[Segment]) -> bool:
@@ -178,7 +221,7 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
         prompts = prompt_calls(rows)
         if prompts is None:
             raise ValueError(
-                "pair_attention: flash-attn cannot order these segments' prompts; "
+                "pair_attention: FlashAttention cannot order these segments' prompts; "
                 "ask supports() first"
             )
         return _place(own_call(rows), device), _place(prompts[0], device) if prompts else None
@@ -188,19 +231,10 @@ def _calls(segments: Tensor, device: torch.device) -> tuple[_Placed, _Placed | N
 
 def _place(call: Call, device: torch.device) -> _Placed:
     longest = [max(b - a for a, b in pairwise(cuts)) for cuts in (call.queries, call.keys)]
-    # At 1, flash-attn takes every entry of a grouped-query batch for one query: entries without
-    # queries would shift the rest.
-    return _Placed(
-        work.on_device(call.queries, device),
-        work.on_device(call.keys, device),
-        max(2, longest[0]),
-        longest[1],
-        call.causal,
-    )
-
-
-def _interface() -> ModuleType:
-    return importlib.import_module("flash_attn.flash_attn_interface")
+    # At 1, FlashAttention-2 takes every entry of a grouped-query batch for one query: entries
+    # without queries would shift the rest.
+    queries, keys = work.on_device(device, call.queries, call.keys)
+    return _Placed(queries, keys, max(2, longest[0]), longest[1], call.causal)
 
 
 def _heads(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,21 +245,15 @@ def _heads(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(qkv: Tensor, heads: int, call: _Placed, window: int | None) -> tuple[Tensor, Tensor]:
-    q, k, v = _heads(qkv, heads)
-    out, lse, _, _ = _interface()._flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        call.queries,
-        call.keys,
-        call.most_queries,
-        call.most_keys,
-        dropout_p=0.0,
-        softmax_scale=qkv.shape[2] ** -0.5,
-        causal=call.causal,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0 if call.causal else -1,
-    )
+    given = _given(qkv, call, window)
+    if generation(qkv.shape[2]) == 3:
+        out, lse, *_ = interface(3)._flash_attn_forward(
+            *_heads(qkv, heads), causal=call.causal, **given
+        )
+    else:
+        out, lse, *_ = interface(2)._flash_attn_varlen_forward(
+            *_heads(qkv, heads), dropout_p=0.0, causal=call.causal, **given
+        )
     return out, lse
 
 
@@ -239,23 +267,26 @@ def _backward(
     window: int | None,
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _interface()._flash_attn_varlen_backward(
-        grad,
-        *_heads(qkv, heads),
-        out,
-        lse,
-        *_heads(dqkv, heads),
-        call.queries,
-        call.keys,
-        call.most_queries,
-        call.most_keys,
-        dropout_p=0.0,
-        softmax_scale=qkv.shape[2] ** -0.5,
-        causal=call.causal,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0 if call.causal else -1,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=True,
-    )
+    tensors = (grad, *_heads(qkv, heads), out, lse)
+    given = _given(qkv, call, window) | {"softcap": 0.0, "deterministic": True}
+    given |= dict(zip(("dq", "dk", "dv"), _heads(dqkv, heads), strict=True))
+    if generation(qkv.shape[2]) == 3:
+        interface(3)._flash_attn_backward(*tensors, is_causal=call.causal, **given)
+    else:
+        interface(2)._flash_attn_varlen_backward(
+            *tensors, dropout_p=0.0, causal=call.causal, alibi_slopes=None, **given
+        )
     return dqkv
+
+
+def _given(qkv: Tensor, call: _Placed, window: int | None) -> dict[str, Any]:
+    """The arguments that all four functions know, by their names."""
+    return {
+        "cu_seqlens_q": call.queries,
+        "cu_seqlens_k": call.keys,
+        "max_seqlen_q": call.most_queries,
+        "max_seqlen_k": call.most_keys,
+        "softmax_scale": qkv.shape[2] ** -0.5,
+        "window_size_left": -1 if window is None else window - 1,
+        "window_size_right": 0 if call.causal else -1,
+    }

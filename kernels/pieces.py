@@ -3,6 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+WORKSPACE_BYTES = 2_500_000_000  # a GPU's, for one piece's logits
+FEWEST_ROWS = 4096  # of a GPU's piece, where they fit: the products' speed falls with fewer
+LEAST_ROWS = 256  # where they do not: with fewer it were better to be told that memory is short
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -23,6 +27,20 @@ class Piece:
         That is one visit, unless a single pair is longer than the workspace.
         """
         return (slice(i, min(i + most, self.stop)) for i in range(self.start, self.stop, most))
+
+
+def piece_rows(row_bytes: int, free: int | None) -> int:
+    """Returns the most rows of a piece on a GPU whose logits take `row_bytes` each.
+
+    They fill WORKSPACE_BYTES, or more where FEWEST_ROWS need more, but not over half of the `free`
+    bytes (None: as many as are wanted), of which activations, gradients and fragments have a share,
+    unless that were less than LEAST_ROWS. A power of two, so that a little more or less free memory
+    cuts the same pieces.
+    """
+    budget = max(WORKSPACE_BYTES, FEWEST_ROWS * row_bytes)
+    if free is not None:
+        budget = min(budget, free // 2)
+    return 1 << (max(LEAST_ROWS, budget // row_bytes).bit_length() - 1)
 
 
 def row_pieces(rows: int, most: int) -> Iterator[slice]:

@@ -186,6 +186,71 @@ def split_heads(qkv: Tensor, heads: int, own: slice, keys: Tensor) -> tuple[Tens
     return q, k, v
 
 
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    factor: Tensor,
+    learning_rate: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW's step number `step`, from 1: the new weights, mean and square, not rounded.
+
+    All of one shape; factor () is what the gradient g comes times.
+
+        m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+        w <- (1 - eta decay) w - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Source: arXiv 1711.05101; the decay comes times the learning rate eta, as torch.optim has it.
+    """
+    g = grad * factor
+    mean = beta1 * mean + (1 - beta1) * g
+    square = beta2 * square + (1 - beta2) * g**2
+    size = (square / (1 - beta2**step)).sqrt() + eps
+    moved = learning_rate * mean / (1 - beta1**step) / size
+    return (1 - learning_rate * decay) * p - moved, mean, square
+
+
+def rmsprop(
+    p: Tensor,
+    grad: Tensor,
+    square: Tensor,
+    factor: Tensor,
+    learning_rate: float,
+    decay: float,
+    alpha: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """RMSprop's step as torch.optim has it: the new weights and square, not rounded.
+
+    g <- g + decay w,  v <- a v + (1 - a) g^2,  w <- w - eta g / (sqrt(v) + eps)
+    """
+    g = grad * factor + decay * p
+    square = alpha * square + (1 - alpha) * g**2
+    return p - learning_rate * g / (square.sqrt() + eps), square
+
+
+def rope_to_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """Returns turned queries; writes turned keys, and values as they are, to a paged cache.
+
+    qkv (N, H + 2K, E), H = heads, cos and sin (N, E/2) -> (N, H, E). keys, values (pages, page
+    size, K, E); token n goes to slot slots[n] of the flattened pages.
+    """
+    size, K = keys.shape[1:3]
+    turned = rope(qkv[:, : heads + K], cos, sin)
+    for n, slot in enumerate(slots.tolist()):
+        keys[slot // size, slot % size] = turned[n, heads:]
+        values[slot // size, slot % size] = qkv[n, heads + K :]
+    return turned[:, :heads]
+
+
 def paged_attention(
     q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor, window: int | None = None
 ) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ldalign.system.transfer import to_device
+
 T = TypeVar("T")
 _known = WeakTensorKeyDictionary()
 
@@ -84,11 +86,9 @@ def derived(segments: Tensor, what: Hashable, make: Callable[[list[Segment]], T]
     return result
 
 
-def on_device(rows: list[Any], device: torch.device) -> Tensor:
-    """Returns tuples of numbers as int32 rows on the device; the host does not wait."""
-    return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(
-        device, non_blocking=True
-    )
+def on_device(device: torch.device, *lists: list[Any]) -> list[Tensor]:
+    """Returns lists of tuples of numbers as int32 rows on the device; the host does not wait."""
+    return to_device(device, *(torch.tensor(rows, dtype=torch.int32) for rows in lists))
 
 
 def query_tiles(

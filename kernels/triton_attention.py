@@ -66,7 +66,12 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
             return Plan(Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 2), Tiles(16, 32, 4, 2))
         return Plan(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 2))
     if capability[0] in (9, 10):  # wgmma or newer, and 227 KiB of shared memory
-        return Plan(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+        forward, dq, dkv = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)
+        if wide and capability[0] == 9:
+            dkv = Tiles(32, 128, 8, 2)  # dk and dv take half of all registers: 64 rows spill
+        elif wide:  # sums come out of tensor memory through registers: larger tiles spill
+            forward, dkv = Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
+        return Plan(forward, dq, dkv)
     warps = 8 if wide else 4
     return Plan(Tiles(128, 64, warps, 3), Tiles(64, 64, warps, 2), Tiles(64, 64, warps, 2))
 
@@ -158,7 +163,7 @@ def _key_offsets(positions, place, stride):
 def _key_ranges(place, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     """Positions (start, a, b, end): start to end is what any query of the tile sees.
 
-    Of it a to b, whole tiles of keys, all queries see: no mask there.
+    Of it a to b all queries see: no mask there. start to a and a to b are whole tiles of keys.
     """
     first, last, _, _, _ = place
     start = first * 0
@@ -167,6 +172,19 @@ def _key_ranges(place, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
         start = tl.maximum(first - window + 1, 0)
         a = start + tl.cdiv(tl.maximum(last - window + 1, 0) - start, KEYS) * KEYS
     return start, a, a + tl.maximum(first + 1 - a, 0) // KEYS * KEYS, last + 1
+
+
+@triton.jit
+def _loop(ranges, MASKED: tl.constexpr):
+    """Returns (first, end, hole, skipped): a loop over its range, `skipped` added from `hole` on.
+
+    It goes through a to b, or if MASKED through what lies on both sides of it. One loop for both:
+    with one for each a windowed kernel has half as much code again, and spills registers.
+    """
+    start, a, b, end = ranges
+    if MASKED:
+        return start, end - (b - a), a, b - a
+    return a, b, b, a * 0
 
 
 # ------------------------------------------------------------------------------------------ forward
@@ -179,8 +197,7 @@ def _attend(
     position,
     k,
     v,
-    start,
-    end,
+    ranges,
     place,
     stride,
     scale,
@@ -191,12 +208,15 @@ def _attend(
     BLOCK_E: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds the keys at positions start to end to each row's state.
+    """Adds keys to each row's state, (sum of p v, largest score, sum of p).
 
-    The state is (sum of p v, largest score, sum of p).
+    MASKED: those that some rows of the tile do not see, else those that all see.
     """
     total, m, norm = state
-    for at in range(start, end, KEYS):
+    first, end, hole, skipped = _loop(ranges, MASKED)
+    for at in range(first, end, KEYS):
+        if MASKED:
+            at += tl.where(at < hole, 0, skipped)
         keys = at + tl.arange(0, KEYS)
         offsets = _key_offsets(keys, place, stride)
         s = tl.full((q.shape[0], KEYS), 0.0, tl.float32)
@@ -244,39 +264,19 @@ def _attention_kernel(
     k = qkv + (K * G + head).to(tl.int64) * head_stride
     v = k + K * head_stride
     q = load_rows(qkv, token * stride + (head * G + member) * head_stride, E, BLOCK_E)
-    start, a, b, end = _key_ranges(place, window, WINDOW, KEYS)
+    ranges = _key_ranges(place, window, WINDOW, KEYS)
     state = (
         tl.full((ROWS, BLOCK_E), 0.0, tl.float32),
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.full((ROWS,), 0.0, tl.float32),
     )
-    if WINDOW:
-        state = _attend(
-            state,
-            q,
-            position,
-            k,
-            v,
-            start,
-            a,
-            place,
-            stride,
-            scale,
-            window,
-            True,
-            WINDOW,
-            E,
-            BLOCK_E,
-            KEYS,
-        )
     state = _attend(
         state,
         q,
         position,
         k,
         v,
-        a,
-        b,
+        ranges,
         place,
         stride,
         scale,
@@ -293,8 +293,7 @@ def _attention_kernel(
         position,
         k,
         v,
-        b,
-        end,
+        ranges,
         place,
         stride,
         scale,
@@ -324,8 +323,7 @@ def _query_gradient(
     position,
     k,
     v,
-    start,
-    end,
+    ranges,
     place,
     stride,
     scale,
@@ -336,8 +334,11 @@ def _query_gradient(
     BLOCK_E: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds ds k of the keys at positions start to end. lse in powers of two."""
-    for at in range(start, end, KEYS):
+    """Adds ds k of the keys that all rows see, or if MASKED of the others. lse to base 2."""
+    first, end, hole, skipped = _loop(ranges, MASKED)
+    for at in range(first, end, KEYS):
+        if MASKED:
+            at += tl.where(at < hole, 0, skipped)
         keys = at + tl.arange(0, KEYS)
         offsets = _key_offsets(keys, place, stride)
         k_rows = load_rows(k, offsets, E, BLOCK_E)
@@ -386,30 +387,8 @@ def _attention_dq_kernel(
     tl.store(delta + row, row_delta, mask=inside)
     row_lse = tl.load(lse + row) * LOG2_E
     q = load_rows(qkv, token * stride + query_head * head_stride, E, BLOCK_E)
-    start, a, b, end = _key_ranges(place, window, WINDOW, KEYS)
+    ranges = _key_ranges(place, window, WINDOW, KEYS)
     dq = tl.full((ROWS, BLOCK_E), 0.0, tl.float32)
-    if WINDOW:
-        dq = _query_gradient(
-            dq,
-            q,
-            g,
-            row_lse,
-            row_delta,
-            position,
-            k,
-            v,
-            start,
-            a,
-            place,
-            stride,
-            scale,
-            window,
-            True,
-            WINDOW,
-            E,
-            BLOCK_E,
-            KEYS,
-        )
     dq = _query_gradient(
         dq,
         q,
@@ -419,8 +398,7 @@ def _attention_dq_kernel(
         position,
         k,
         v,
-        a,
-        b,
+        ranges,
         place,
         stride,
         scale,
@@ -440,8 +418,7 @@ def _attention_dq_kernel(
         position,
         k,
         v,
-        b,
-        end,
+        ranges,
         place,
         stride,
         scale,
@@ -467,8 +444,7 @@ def _key_gradients(
     queries,
     pointers,
     strides,
-    start,
-    end,
+    ranges,
     scale,
     window,
     MASKED: tl.constexpr,
@@ -479,14 +455,17 @@ def _key_gradients(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds ds q and p g of a reader's rows start to end.
+    """Adds ds q and p g of a reader's rows that see all keys, or if MASKED of the others.
 
     s, p, dp and ds are transposed, (keys, rows).
     """
     first, count, shift = queries
     q, grad, lse, delta = pointers
     stride, head_stride, grad_stride, grad_head_stride = strides
-    for at in range(start, end, ROWS):
+    begin, end, hole, skipped = _loop(ranges, MASKED)
+    for at in range(begin, end, ROWS):
+        if MASKED:
+            at += tl.where(at < hole, 0, skipped)
         rows = at + tl.arange(0, ROWS)
         inside = rows < count
         rows = tl.minimum(rows, count - 1)
@@ -558,6 +537,7 @@ def _attention_dkv_kernel(
             b = tl.where(
                 seeing_all >= count, count, a + tl.maximum(seeing_all - a, 0) // ROWS * ROWS
             )
+        ranges = (a * 0, a, b, count)
         dk, dv = _key_gradients(
             dk,
             dv,
@@ -567,8 +547,7 @@ def _attention_dkv_kernel(
             queries,
             pointers,
             strides,
-            0,
-            a,
+            ranges,
             scale,
             window,
             True,
@@ -588,8 +567,7 @@ def _attention_dkv_kernel(
             queries,
             pointers,
             strides,
-            a,
-            b,
+            ranges,
             scale,
             window,
             False,
@@ -600,28 +578,6 @@ def _attention_dkv_kernel(
             BLOCK_E,
             ROWS,
         )
-        if WINDOW:
-            dk, dv = _key_gradients(
-                dk,
-                dv,
-                k_rows,
-                v_rows,
-                keys,
-                queries,
-                pointers,
-                strides,
-                b,
-                count,
-                scale,
-                window,
-                True,
-                WINDOW,
-                K,
-                G,
-                E,
-                BLOCK_E,
-                ROWS,
-            )
     offsets = (token * (K * G + 2 * K) + K * G + head) * E
     inside = keys <= last_key
     store_rows(dqkv, offsets, dk * (scale / LOG2_E), inside, E, BLOCK_E)
@@ -746,7 +702,7 @@ def _query_tiles(
     return work.derived(
         segments,
         ("query tiles", group, t.rows, window, device),
-        lambda rows: work.on_device(work.query_tiles(rows, group, t.rows, window), device),
+        lambda rows: work.on_device(device, work.query_tiles(rows, group, t.rows, window))[0],
     )
 
 
@@ -754,7 +710,7 @@ def _key_tiles(
     segments: Tensor, t: Tiles, window: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     def make(rows: list[work.Segment]) -> tuple[Tensor, Tensor]:
-        tiles, readers = work.key_tiles(rows, t.keys, window)
-        return work.on_device(tiles, device), work.on_device(readers, device)
+        tiles, readers = work.on_device(device, *work.key_tiles(rows, t.keys, window))
+        return tiles, readers
 
     return work.derived(segments, ("key tiles", t.keys, window, device), make)

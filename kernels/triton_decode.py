@@ -30,10 +30,20 @@ One program a row reads the logits twice, for the maximum and for the sums of p 
 the block again in which c passes. Sums within a block are float32; over blocks, and in the last
 step, float64. Rounding at a block's end must not choose what has p = 0: only blocks and tokens
 with some probability are candidates, and where c passes at none of them it is the last.
-temperature 0 takes the largest logit, the lowest id of equals. Penalty, top_k and top_p are
-PyTorch's, before the kernel.
+temperature 0 takes the largest logit, the lowest id of equals. The penalty is PyTorch's, before the
+kernel, and so is the k-th largest logit, below which top_k has p = 0.
 
-Oracles: `ldalign.kernels.reference.paged_attention` and `sample`.
+top_p keeps the logits above a bound b, and of those equal to it the first few. Nothing is sorted: b
+is the least logit above which there is less than top_p of the mass. float32 numbers are in order as
+integers (sign apart), so b is found by cutting an interval of integers into eight at a time; a cut
+reads the row once. An interval of float32 numbers takes at most eleven, and begins at
+max z - temperature (1 + log(V / (1 - top_p))): what lies below has less than 1 - top_p of the mass.
+
+**rope_to_pages.** Queries and keys of qkv (N, H + 2K, E) are turned as `ops.rope` says; keys and
+values go to slot slots[n] of the flattened pages, queries (N, H, E) to the result: one read and one
+write of each number.
+
+Oracles: `ldalign.kernels.reference.paged_attention`, `sample` and `rope_to_pages`.
 """
 
 import functools
@@ -44,7 +54,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldalign.kernels.reference import cut, penalised
+from ldalign.kernels.reference import penalised
 from ldalign.kernels.triton_attention import (
     LOG2_E,
     Tiles,
@@ -55,6 +65,7 @@ from ldalign.kernels.triton_attention import (
     tile_product,
 )
 from ldalign.kernels.triton_common import capability, launch, narrow, unit_stride
+from ldalign.kernels.triton_elementwise import HEADS, ROPE_PAIRS
 
 # Tests set it: so many runs of keys, a power of two, whatever `splits` would say.
 SPLITS: int | None = None
@@ -62,6 +73,8 @@ MOST_SPLITS = 64  # the second kernel holds all of them at once
 LEAST_KEYS = 128  # of a run: shorter ones would cost more than they gain
 PROGRAMS = 2  # wanted for each multiprocessor
 BLOCK = 4096  # logits of a row whose probabilities are summed first
+CUT_BLOCK = 1024  # logits that are compared with all cuts at once
+CUTS = 8  # into which top_p's interval is cut
 
 
 def tiles(
@@ -75,7 +88,8 @@ def tiles(
     if decoding:
         # Products take 16 rows at least.
         return Tiles(max(16, min(64, triton.next_power_of_2(group))), 64, 4, 3)
-    return Tiles(128 if E <= 64 or capability[0] in (9, 10) else 64, 64, 8, 3)
+    # On 10 sums come out of tensor memory through registers: 128 wide rows spill.
+    return Tiles(128 if E <= 64 or capability[0] == 9 else 64, 64, 8, 3)
 
 
 def splits(programs: int, tokens: int, processors: int) -> int:
@@ -454,11 +468,72 @@ def _merge_splits(partial: Tensor, largest: Tensor, norms: Tensor, out: Tensor) 
 
 
 @triton.jit
-def _weights(z_row, at, V, m, scale, min_p):
-    """Logits and p at these ids; beyond the vocabulary -inf and 0."""
+def _weights(z_row, at, V, m, scale, min_p, bound, last, CUT: tl.constexpr):
+    """Logits and p at these ids; beyond the vocabulary -inf and 0.
+
+    CUT: 0 too below the bound and, of those equal to it, beyond the id `last`.
+    """
     z = tl.load(z_row + at, mask=at < V, other=float("-inf"))
     p = tl.exp2((z - m) * scale)
-    return z, tl.where(p < min_p, 0.0, p)
+    p = tl.where(p < min_p, 0.0, p)
+    if CUT:
+        p = tl.where((z > bound) | ((z == bound) & (at <= last)), p, 0.0)
+    return z, p
+
+
+@triton.jit
+def _rank(z):
+    """An int32 for each float32, in the same order: equal for equals, the two zeros included."""
+    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _mass_above(z_row, V, m, scale, floor, ranks, CUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of p above each of the ranks (CUTS,), of logits of `floor` and more; float64.
+
+    Every sum has the same order, so that a lower rank has no smaller one.
+    """
+    sums = tl.full((CUTS, BLOCK), 0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(z_row + at, mask=at < V, other=float("-inf"))
+        p = tl.where(z >= floor, tl.exp2((z - m) * scale), 0.0)
+        sums += tl.where(_rank(z)[None, :] > ranks[:, None], p[None, :], 0.0)
+    return tl.sum(sums.to(tl.float64), 1)
+
+
+@triton.jit
+def _top_p(z_row, V, m, scale, floor, top_p, depth, CUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The least logit that top_p keeps, and the last id of those equal to it that it keeps."""
+    all_of_them = tl.full((1,), -(2**31), tl.int32)
+    wanted = top_p * tl.sum(_mass_above(z_row, V, m, scale, floor, all_of_them, 1, BLOCK), 0)
+    # Above rank `low` there is the wanted mass or more, above `high` less: `mass`.
+    low = _rank(m - depth).to(tl.int64) - 1
+    high = _rank(m).to(tl.int64)
+    mass = wanted * 0.0
+    while high - low > 1:
+        cuts = low + (high - low) * (tl.arange(0, CUTS) + 1).to(tl.int64) // CUTS
+        above = _mass_above(z_row, V, m, scale, floor, cuts.to(tl.int32), CUTS, BLOCK)
+        enough = above >= wanted
+        mass = tl.maximum(mass, tl.max(tl.where(enough, 0.0, above), 0))
+        low = tl.maximum(low, tl.max(tl.where(enough, cuts, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, cuts), 0))
+    rank = high.to(tl.int32)
+    bound = (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    # Of n that are equal to the bound the first so many, with p each.
+    p = tl.exp2((bound - m) * scale).to(tl.float64)
+    kept = tl.minimum(tl.ceil((wanted - mass) / p), V * 1.0).to(tl.int32)
+    last = V
+    before = 0
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(z_row + at, mask=at < V, other=float("-inf"))
+        equal = (z == bound).to(tl.int32)
+        found = (equal > 0) & (before + tl.cumsum(equal, 0) == kept)
+        last = tl.minimum(last, tl.min(tl.where(found, at, V), 0))
+        before += tl.sum(equal, 0)
+    return bound, last
 
 
 @triton.jit
@@ -475,6 +550,7 @@ def _passing(weights, index, wanted):
 @triton.jit
 def _sample_kernel(
     logits,
+    floors,
     uniform,
     ids,
     logp,
@@ -482,9 +558,15 @@ def _sample_kernel(
     stride,
     scale,
     min_p,
+    top_p,
+    depth,
     GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CUTS: tl.constexpr,
+    CUT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * stride
@@ -499,10 +581,18 @@ def _sample_kernel(
         largest = tl.maximum(largest, z)
     m = tl.max(largest, 0)
 
+    bound = float("-inf")
+    last = V
+    if TOP_K:
+        bound = tl.load(floors + row)
+    if TOP_P:
+        bound, last = _top_p(z_row, V, m, scale, bound, top_p, depth, CUTS, CUT_BLOCK)
+    CUT: tl.constexpr = TOP_K or TOP_P
+
     block = tl.arange(0, BLOCKS)
     sums = tl.full((BLOCKS,), 0.0, tl.float32)
     for i in range(tl.cdiv(V, BLOCK)):
-        _, p = _weights(z_row, i * BLOCK + lane, V, m, scale, min_p)
+        _, p = _weights(z_row, i * BLOCK + lane, V, m, scale, min_p, bound, last, CUT)
         sums = tl.where(block == i, tl.sum(p, 0), sums)
     wide = sums.to(tl.float64)
     total = tl.sum(wide, 0)
@@ -515,7 +605,7 @@ def _sample_kernel(
         wanted = tl.load(uniform + row) * total
         own = _passing(wide, block, wanted)
         wanted -= tl.sum(tl.where(block < own, wide, 0.0), 0)
-        z, p = _weights(z_row, own * BLOCK + lane, V, m, scale, min_p)
+        z, p = _weights(z_row, own * BLOCK + lane, V, m, scale, min_p, bound, last, CUT)
         place = _passing(p.to(tl.float64), lane, wanted)
         chosen = own * BLOCK + place
         score = tl.sum(tl.where(lane == place, z, 0.0), 0)
@@ -541,10 +631,12 @@ def sample(
     R, V = z.shape
     greedy = temperature == 0
     if greedy:
-        temperature, min_p = 1.0, 0.0
-    elif 0 < top_k < V or top_p < 1:
-        z, temperature = cut(z / temperature, top_k, top_p), 1.0
+        temperature, top_k, top_p, min_p = 1.0, 0, 1.0, 0.0
     z = unit_stride(z)
+    floors = z  # a stand-in
+    if 0 < top_k < V:
+        floors = z.topk(top_k, dim=-1, sorted=True).values[:, -1].contiguous()
+    depth = temperature * (1 + math.log(V / (1 - top_p))) if top_p < 1 else 0.0
     ids = torch.empty(R, dtype=torch.int64, device=z.device)
     logp = torch.empty(R, dtype=torch.float32, device=z.device)
     launch(
@@ -552,6 +644,7 @@ def sample(
         (R,),
         z,
         z,
+        floors,
         uniform.double().contiguous(),
         ids,
         logp,
@@ -559,9 +652,104 @@ def sample(
         z.stride(0),
         math.log2(math.e) / temperature,
         min_p,
+        top_p,
+        depth,
         GREEDY=greedy,
+        TOP_K=0 < top_k < V,
+        TOP_P=top_p < 1,
         BLOCKS=triton.next_power_of_2(triton.cdiv(V, BLOCK)),
         BLOCK=BLOCK,
-        num_warps=8,
+        CUTS=CUTS,
+        CUT_BLOCK=min(BLOCK, CUT_BLOCK),
+        num_warps=16 if top_p < 1 else 8,  # with both cuts 8 would spill
     )
     return ids, logp
+
+
+# -------------------------------------------------------------------------------- the cache's pages
+
+
+# N is not specialised on: a new batch size must not mean a new compilation.
+@triton.jit(do_not_specialize=["N"])
+def _rope_to_pages_kernel(
+    qkv,
+    cos,
+    sin,
+    slots,
+    q,
+    keys,
+    values,
+    N,
+    half,
+    token_stride,
+    head_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, HALF)[None, :]
+    mask = (tokens < N)[:, None] & (e < half)
+    angle = tokens[:, None] * half + e
+    c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
+    slot = tl.load(slots + tokens, mask=tokens < N, other=0)[:, None]
+    dtype = q.dtype.element_ty
+    for i in tl.static_range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        if head < H + 2 * K:
+            source = qkv + tokens[:, None] * token_stride + head * head_stride + e
+            a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+            x = narrow(a * c - b * s, dtype)
+            y = narrow(b * c + a * s, dtype)
+            if head < H:
+                goal = q + (tokens[:, None] * H + head) * (2 * half) + e
+                tl.store(goal, x, mask=mask)
+                tl.store(goal + half, y, mask=mask)
+            else:
+                if head < H + K:
+                    goal = keys + (slot * K + head - H) * (2 * half) + e
+                    tl.store(goal, x, mask=mask)
+                    tl.store(goal + half, y, mask=mask)
+                else:
+                    goal = values + (slot * K + head - H - K) * (2 * half) + e
+                    tl.store(goal, narrow(a, dtype), mask=mask)
+                    tl.store(goal + half, narrow(b, dtype), mask=mask)
+
+
+def rope_to_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """Returns the queries (N, H, E), turned; writes turned keys, and values, to their slots."""
+    N, all_heads, E = qkv.shape
+    K, half = (all_heads - heads) // 2, E // 2
+    qkv, cos, sin = unit_stride(qkv), cos.contiguous(), sin.contiguous()
+    q = torch.empty((N, heads, E), dtype=qkv.dtype, device=qkv.device)
+    width = triton.next_power_of_2(half)
+    tokens = max(1, ROPE_PAIRS // width)
+    launch(
+        _rope_to_pages_kernel,
+        (triton.cdiv(N, tokens), triton.cdiv(all_heads, HEADS)),
+        q,
+        qkv,
+        cos,
+        sin,
+        slots.contiguous(),
+        q,
+        keys,
+        values,
+        N,
+        half,
+        qkv.stride(0),
+        qkv.stride(1),
+        H=heads,
+        K=K,
+        HEADS=HEADS,
+        TOKENS=tokens,
+        HALF=width,
+        num_warps=4,
+    )
+    return q

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton: rope, swiglu and weighted_dpo, one read and one write of every element.
+"""Triton: rope_, swiglu and weighted_dpo, one read and one write of every element.
 
-rope          y = R(angle) x for the pairs (x[e], x[e + E/2]). Backward: dx = R(-angle) dy, the same
-              kernel with `inverse`. x (N, H, E), cos and sin (N, E/2). Nothing of x is kept.
+rope_         x <- R(angle) x for the pairs (x[e], x[e + E/2]), in place. Backward: dx = R(-angle)
+              dy, the same kernel with `inverse`. x (N, H, E), cos and sin (N, E/2).
 swiglu        y = g s u with s = sigmoid(g);  dg = dy u s (1 + g (1 - s)),  du = dy g s.
               Keeps gate and up, side by side.
 weighted_dpo  Delta = (sums_real - ref_real) - (sums_generated - ref_generated),
@@ -22,8 +22,10 @@ from torch import Tensor
 from ldalign.kernels.loss_options import Kind
 from ldalign.kernels.triton_common import launch, narrow, unit_stride
 
-HEADS = 4  # a program of rope turns this many heads with the cosines it has loaded
-ROPE_PAIRS = 1024  # pairs of one head a program of rope holds
+HEADS = 4  # a program of rope_ turns this many heads with the cosines it has loaded
+# Pairs of one head a program of rope_ holds: no fewer than its threads, so that each pair has one
+# thread, which reads before it writes.
+ROPE_PAIRS = 1024
 SWIGLU_BLOCK = 2048
 DPO_BLOCK = 1024
 
@@ -34,10 +36,8 @@ def _rope_kernel(
     x,
     cos,
     sin,
-    y,
     N,
     H,
-    turned,
     half,
     token_stride,
     head_stride,
@@ -57,15 +57,11 @@ def _rope_kernel(
     for i in tl.static_range(HEADS):
         head = tl.program_id(1) * HEADS + i
         mask = inside & (e < tl.where(head < H, half, 0))[None, :]  # none of a head beyond the last
-        source = x + tokens[:, None] * token_stride + head * head_stride + e[None, :]
-        a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-        goal = y + (tokens * H + head)[:, None] * (2 * half) + e[None, :]
-        turns = head < turned
-        tl.store(goal, narrow(tl.where(turns, a * c - b * s, a), y.dtype.element_ty), mask=mask)
-        tl.store(
-            goal + half, narrow(tl.where(turns, b * c + a * s, b), y.dtype.element_ty), mask=mask
-        )
+        place = x + tokens[:, None] * token_stride + head * head_stride + e[None, :]
+        a = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
+        tl.store(place, narrow(a * c - b * s, x.dtype.element_ty), mask=mask)
+        tl.store(place + half, narrow(b * c + a * s, x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -157,38 +153,36 @@ def _weighted_dpo_kernel(
     tl.store(loss, tl.sum(total, 0))
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> Tensor:
-    """x (N, H, E), cos and sin (N, E/2) -> (N, H, E): the first `heads` heads turned.
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, heads: int) -> None:
+    """x (N, H, E), cos and sin (N, E/2): turns the first `heads` heads in place.
 
-    They turn forwards or, with `inverse`, back. The other heads are copied.
+    They turn forwards or, with `inverse`, back.
     """
-    N, H, E = x.shape
+    N, _, E = x.shape
     half = E // 2
-    x, cos, sin = unit_stride(x), cos.contiguous(), sin.contiguous()
-    y = torch.empty((N, H, E), dtype=x.dtype, device=x.device)
+    rows, cos, sin = unit_stride(x), cos.contiguous(), sin.contiguous()
     width = triton.next_power_of_2(half)
     tokens = max(1, ROPE_PAIRS // width)
     launch(
         _rope_kernel,
-        (triton.cdiv(N, tokens), triton.cdiv(H, HEADS)),
+        (triton.cdiv(N, tokens), triton.cdiv(heads, HEADS)),
         x,
-        x,
+        rows,
         cos,
         sin,
-        y,
         N,
-        H,
         heads,
         half,
-        x.stride(0),
-        x.stride(1),
+        rows.stride(0),
+        rows.stride(1),
         INVERSE=inverse,
         HEADS=HEADS,
         TOKENS=tokens,
         HALF=width,
         num_warps=4,
     )
-    return y
+    if rows is not x:
+        x.copy_(rows)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -1,33 +1,30 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton: the head. Log-probs without logits in memory, losses with their gradients in one pass.
+"""Triton: the head. Log-probs, and losses with their gradients in one pass, from one product.
 
     z = h W^T,  lse = log sum_v exp z[v],
     logp = z[target] - lse,  d logp / d z[v] = [v = target] - exp(z[v] - lse).
 
-hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; sums
-and log-probs float32.
+hidden (N, D) and weight (V, D) in one of float32, bfloat16, float16; target (N,) int64; logits,
+sums and log-probs float32.
 
-Forward alone (`linear_logprob`): one kernel multiplies a tile of rows by one slab of the vocabulary
-and keeps of it the largest logit, the sum of exponentials and the target's logit; a second merges
-the slabs in order. Logits exist only in registers. Slabs have a fixed size, so they fill a GPU when
-rows are few, and a row's value does not depend on the rows beside it.
+Rows go in pieces of at most `piece_rows`, whose logits lie in one workspace. The three products, Z
+= H W^T, dH = dZ W and dW = dZ^T H, are the vendor library's; between them two passes over Z take
+its row statistics and turn it, in place, into c (onehot - softmax), rounded to the inputs' dtype. c
+is one number a row: the upstream gradient, or for pairs -+ scale beta w sigmoid(-beta Delta) (or
+what the loss's options make of it), known once both responses of a pair are summed. So a piece
+holds whole pairs; a pair longer than the workspace is visited twice. Nothing is read back to the
+host.
 
-With gradients (`pair_loss`, `sft_loss`, `linear_logprob_backward`): rows go in pieces of at most
-WORKSPACE_BYTES of logits. The three products, Z = H W^T, dH = dZ W and dW = dZ^T H, are the vendor
-library's; between them two passes over Z in memory take its row statistics and turn it, in place,
-into c (onehot - softmax). c is one number a row: the upstream gradient, or for pairs -+ scale beta
-w sigmoid(-beta Delta) (or what the loss's options make of it), known once both responses of a pair
-are summed. So a piece holds whole pairs; a pair longer than the workspace is visited twice. Nothing
-is read back to the host.
+`linear_logprob`, `sft_loss` and `pair_loss` share product and statistics: the same rows in the same
+piece have the same log-probs to the bit, and a response's sum is `ops.segment_sum`'s.
 
 A target outside [0, V) that is not ignored gives NaN, and no gradient: to look on the host would
 mean to wait for the GPU. Repeatable bit for bit: no atomics, and every sum has one order. Oracle:
 `ldalign.kernels.reference`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
@@ -35,196 +32,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ldalign.kernels.loss_options import DPO, LossOptions
-from ldalign.kernels.pieces import row_pieces, whole_pairs
-from ldalign.kernels.triton_common import INTERPRETED, capability, launch, narrow, unit_stride
+from ldalign.kernels.pieces import piece_rows, row_pieces, whole_pairs
+from ldalign.kernels.triton_common import launch, narrow
 from ldalign.kernels.triton_elementwise import pull
+from ldalign.system.memory import available_bytes
+from ldalign.system.transfer import to_device
 
-WORKSPACE_BYTES = 512 * 2**20  # logits of one piece of rows
-SLAB_BYTES = 16 * 2**20  # of dW in float32 on its way to the sum over pieces
-SLAB_TILES = 4  # tiles of the vocabulary one program of the forward goes through
-# Row tiles whose programs run side by side, and share W in the second-level cache.
-GROUP = 8
+PLAIN_PIECES = 8  # of so many dW is added up as it is, of more in 24 bits
+SLAB_BYTES = 16 * 2**20  # of dW in float32 on its way to the sum over more pieces
 ROW_BLOCK = 8192  # logits of a row whose statistics are taken at a time
 GRADIENT_BLOCK = 4096
 SUM_BLOCK = 1024  # log-probs of a response added at a time
 ADD_BLOCK = 1024  # values of dW added at a time
-
-
-class Tiles(NamedTuple):
-    """The forward's product tiles: rows, vocabulary entries, widths, and how a program runs."""
-
-    rows: int
-    vocabulary: int
-    width: int
-    warps: int
-    stages: int
-
-
-def tiles(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
-    """Returns the tiles for this dtype and GPU."""
-    if capability is None:  # the interpreter: small, so that small shapes have several
-        return Tiles(16, 128, 32, 1, 1)
-    if dtype == torch.float32:  # no tensor cores: they would cut float32 to 10 bits of mantissa
-        return Tiles(64, 64, 32, 4, 3)
-    if capability < (9, 0):
-        return Tiles(128, 128, 64, 8, 3)
-    return Tiles(128, 256, 64, 8, 4)  # two warp groups, a 64 x 256 accumulator each
-
-
-# ------------------------------------------------------------------------------- forward: log-probs
-
-
-# Not specialised on numbers that only count rows: a new batch size must not mean a compilation.
-@triton.jit(do_not_specialize=["N", "row_tiles", "slabs"])
-def _logprob_slab_kernel(
-    hidden,
-    weight,
-    target,
-    largest,
-    total,
-    picked,
-    N,
-    V,
-    D,
-    hidden_stride,
-    weight_stride,
-    row_tiles,
-    slabs,
-    EVEN: tl.constexpr,
-    SLAB: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    program = tl.program_id(0)
-    group = program // (GROUP * slabs)
-    members = tl.minimum(GROUP, row_tiles - group * GROUP)
-    tile = group * GROUP + program % (GROUP * slabs) % members
-    slab = program % (GROUP * slabs) // members
-
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_D)
-    # Rows and columns beyond the end read the last one again: cheaper than a mask, and never used.
-    h_rows = hidden + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * hidden_stride + k[None, :]
-    goal = tl.load(target + rows, mask=rows < N, other=-1)
-    goal = tl.where((goal >= 0) & (goal < V), goal, -1).to(tl.int32)
-
-    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    s = tl.full((BLOCK_N,), 0.0, tl.float32)
-    z_goal = tl.full((BLOCK_N,), 0.0, tl.float32)
-    for start in range(slab * SLAB, tl.minimum(slab * SLAB + SLAB, V), BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        w_rows = weight + tl.minimum(cols, V - 1).to(tl.int64)[:, None] * weight_stride + k[None, :]
-        z = tl.full((BLOCK_N, BLOCK_V), 0.0, tl.float32)
-        for at in range(0, D, BLOCK_D):
-            if EVEN:
-                h = tl.load(h_rows + at)
-                w = tl.load(w_rows + at)
-            else:
-                h = tl.load(h_rows + at, mask=(k < D - at)[None, :], other=0.0)
-                w = tl.load(w_rows + at, mask=(k < D - at)[None, :], other=0.0)
-            # The interpreter's dot takes bfloat16 for the integers it is stored as; the products
-            # are exact either way.
-            if INTERPRETED:
-                h = h.to(tl.float32)
-                w = w.to(tl.float32)
-            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-        z = tl.where((cols < V)[None, :], z, float("-inf"))
-        z_goal += tl.sum(tl.where(cols[None, :] == goal[:, None], z, 0.0), 1)
-        # tl.max passes over NaN, but the sum of exponentials does not: a NaN logit makes a NaN row.
-        m_new = tl.maximum(m, tl.max(z, 1))
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
-        m = m_new
-    out = slab.to(tl.int64) * N + rows
-    tl.store(largest + out, m, mask=rows < N)
-    tl.store(total + out, s, mask=rows < N)
-    tl.store(
-        picked + rows, z_goal, mask=(rows < N) & (goal >= slab * SLAB) & (goal < slab * SLAB + SLAB)
-    )
-
-
-@triton.jit(do_not_specialize=["N", "slabs", "ignore_index"])
-def _merge_slabs_kernel(
-    largest, total, picked, target, logp, lse, N, V, slabs, ignore_index, BLOCK: tl.constexpr
-):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = rows < N
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    s = tl.full((BLOCK,), 0.0, tl.float32)
-    for _ in range(slabs):
-        m_slab = tl.load(largest + rows, mask=mask, other=0.0)
-        m_new = tl.maximum(m, m_slab)
-        s = s * tl.exp(m - m_new) + tl.load(total + rows, mask=mask, other=1.0) * tl.exp(
-            m_slab - m_new
-        )
-        m = m_new
-        largest += N
-        total += N
-    goal = tl.load(target + rows, mask=mask, other=0)
-    z_goal = tl.load(picked + rows, mask=mask & (goal >= 0) & (goal < V), other=float("nan"))
-    value = m + tl.log(s)
-    tl.store(lse + rows, value, mask=mask)
-    tl.store(logp + rows, tl.where(goal == ignore_index, 0.0, z_goal - value), mask=mask)
-
-
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Returns logp (N,) and lse (N,) float32; logp is 0 where the target is ignored."""
-    hidden, weight, target = unit_stride(hidden), unit_stride(weight), target.contiguous()
-    (N, D), V = hidden.shape, len(weight)
-    t = tiles(hidden.dtype, capability(hidden.device))
-    row_tiles, slabs = triton.cdiv(N, t.rows), triton.cdiv(V, SLAB_TILES * t.vocabulary)
-    largest, total = torch.empty((2, slabs, N), dtype=torch.float32, device=hidden.device)
-    picked, logp, lse = torch.empty((3, N), dtype=torch.float32, device=hidden.device)
-    launch(
-        _logprob_slab_kernel,
-        (row_tiles * slabs,),
-        hidden,
-        hidden,
-        weight,
-        target,
-        largest,
-        total,
-        picked,
-        N,
-        V,
-        D,
-        hidden.stride(0),
-        weight.stride(0),
-        row_tiles,
-        slabs,
-        EVEN=D % t.width == 0,
-        SLAB=SLAB_TILES * t.vocabulary,
-        GROUP=GROUP,
-        BLOCK_N=t.rows,
-        BLOCK_V=t.vocabulary,
-        BLOCK_D=t.width,
-        num_warps=t.warps,
-        num_stages=t.stages,
-    )
-    launch(
-        _merge_slabs_kernel,
-        (triton.cdiv(N, 128),),
-        hidden,
-        largest,
-        total,
-        picked,
-        target,
-        logp,
-        lse,
-        N,
-        V,
-        slabs,
-        ignore_index,
-        BLOCK=128,
-        num_warps=4,
-    )
-    return logp, lse
-
-
-# ------------------------------------------------------ losses: logits in memory, a piece at a time
 
 
 @triton.jit(do_not_specialize_on_alignment=["target", "lse", "logp"])
@@ -235,7 +54,7 @@ def _row_statistics_kernel(logits, target, lse, logp, V, stride, BLOCK: tl.const
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         # Up to stride, a multiple of 16, the loads stay whole vectors; beyond V lie no logits.
-        z = tl.load(logits + row * stride + cols, mask=cols < stride, other=0.0).to(tl.float32)
+        z = tl.load(logits + row * stride + cols, mask=cols < stride, other=0.0)
         z = tl.where(cols < V, z, float("-inf"))[None, :]
         m_new = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
@@ -243,33 +62,44 @@ def _row_statistics_kernel(logits, target, lse, logp, V, stride, BLOCK: tl.const
     goal = tl.load(target + row)
     z_goal = tl.load(
         logits + row * stride + goal, mask=(goal >= 0) & (goal < V), other=float("nan")
-    ).to(tl.float32)
-    value = m + tl.log(s)
+    )
     one = tl.arange(0, 1)
-    tl.store(lse + row + one, value)
-    tl.store(logp + row + one, z_goal - value)
+    tl.store(lse + row + one, m + tl.log(s))
+    # In this order: of logits of 1e4 the difference comes first, and is exact.
+    tl.store(logp + row + one, (z_goal - m) - tl.log(s))
 
 
 @triton.jit(do_not_specialize_on_alignment=["target", "lse", "coefficient"])
-def _logit_gradient_kernel(logits, target, lse, coefficient, V, stride, BLOCK: tl.constexpr):
+def _logit_gradient_kernel(
+    logits, gradient, target, lse, coefficient, V, stride, gradient_stride, BLOCK: tl.constexpr
+):
+    """Writes a row's gradient into the memory of its logits, of which it may take the front half.
+
+    So one program goes through the row in order: a block is written where all has been read.
+    """
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     goal = tl.load(target + row)
+    inside = (goal >= 0) & (goal < V)
     c = tl.load(coefficient + row)
-    at = logits + row * stride + cols
-    z = tl.load(at, mask=cols < stride, other=0.0).to(tl.float32)
-    gradient = c * (tl.where(cols == goal, 1.0, 0.0) - tl.exp(z - tl.load(lse + row)))
-    gradient = tl.where((cols < V) & (goal >= 0) & (goal < V), gradient, 0.0)
-    tl.store(at, narrow(gradient, logits.dtype.element_ty), mask=cols < stride)
+    normaliser = tl.load(lse + row)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * stride + cols, mask=cols < stride, other=0.0)
+        tl.debug_barrier()  # the first block of the gradient lies on its own logits
+        dz = c * (tl.where(cols == goal, 1.0, 0.0) - tl.exp(z - normaliser))
+        dz = tl.where(inside, dz, 0.0)
+        at = gradient + row * gradient_stride + cols
+        tl.store(at, narrow(dz, gradient.dtype.element_ty), mask=cols < stride)
 
 
 @triton.jit
 def _run_sum(values, first, last, BLOCK: tl.constexpr):
-    total = tl.full((BLOCK,), 0.0, tl.float32)
+    """In float64, rounded once, as `ops.segment_sum`: so both have the same bits."""
+    total = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        total += tl.load(values + at, mask=at < last, other=0.0)
-    return tl.sum(total, 0)
+        total += tl.load(values + at, mask=at < last, other=0.0).to(tl.float64)
+    return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
@@ -350,6 +180,15 @@ def _accumulate_kernel(
         tl.store(low + at, ((bits >> 8) & 0xFF).to(tl.uint8), mask=mask)
 
 
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Returns logp (N,) and lse (N,) float32; logp is 0 where the target is ignored."""
+    head = _Head(hidden, weight, target)
+    head.run(head.single_pieces())
+    return head.logp.masked_fill_(head.target == ignore_index, 0.0), head.lse
+
+
 def linear_logprob_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -361,13 +200,15 @@ def linear_logprob_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Returns dh and dw under grad (N,).
 
-    A target outside [0, V), such as an ignored one, adds nothing. lse is not read: the logits made
-    again here are rounded to the model's dtype, those of the forward were not, and only with a
-    log-sum-exp of the very same logits do the probabilities add up to one.
+    lse (N,) is the forward's. A target outside [0, V), such as an ignored one, adds nothing.
     """
     head = _Head(hidden, weight, target, need_hidden, need_weight)
-    grad = grad.float().contiguous()
-    head.run(([rows] for rows in row_pieces(len(target), head.most)), lambda i: grad)
+    head.lse, coefficient = lse.contiguous(), grad.float().contiguous()
+    pieces = list(row_pieces(len(target), head.most))
+    head.reserve(pieces)
+    for rows in pieces:
+        head.product(rows)
+        head.add_gradients(rows, coefficient)
     return head.dh, head.dw
 
 
@@ -382,7 +223,7 @@ def sft_loss(
     """Returns logp (N,) float32, dh and dw, the gradients of scale * sum_i -logp_i."""
     head = _Head(hidden, weight, target, need_hidden, need_weight)
     coefficient = torch.full_like(head.logp, -scale)
-    head.run(([rows] for rows in row_pieces(len(target), head.most)), lambda i: coefficient)
+    head.run(head.single_pieces(), lambda i: coefficient)
     return head.logp, head.dh, head.dw
 
 
@@ -434,7 +275,7 @@ def pair_loss(
         )
         return coefficient
 
-    head.run((list(piece.rows(head.most)) for piece in pieces), coefficients)
+    head.run([list(piece.rows(head.most)) for piece in pieces], coefficients)
     return sums, head.dh, head.dw
 
 
@@ -445,7 +286,12 @@ class _Head:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, need_hidden: bool, need_weight: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        need_hidden: bool = False,
+        need_weight: bool = False,
     ) -> None:
         self.hidden, self.weight, self.target = (
             hidden.contiguous(),
@@ -457,87 +303,103 @@ class _Head:
         )
         self.dh = torch.empty_like(self.hidden) if need_hidden else None
         self.dw = torch.empty_like(self.weight) if need_weight else None
-        # A row starts at a multiple of 128 bytes or more, whatever V: so loads are whole vectors,
-        # and products run at full speed.
+        # A row starts at a multiple of 256 bytes, whatever V: so loads are whole vectors, and
+        # products run at full speed.
         self.stride = triton.cdiv(len(weight), 64) * 64
-        most = max(1, WORKSPACE_BYTES // (self.stride * hidden.element_size()))
-        self.most = most // 128 * 128 or most  # rows of a piece: whole tiles of a product
+        free = available_bytes(hidden.device) if hidden.is_cuda else None
+        self.most = piece_rows(4 * self.stride, free)
 
-    def run(self, groups: Iterable[list[slice]], coefficients: Callable[[int], Tensor]) -> None:
-        """Visits each group's pieces for log-probs and again for gradients.
+    def single_pieces(self) -> list[list[slice]]:
+        """All rows, each piece a group of its own."""
+        return [[rows] for rows in row_pieces(len(self.target), self.most)]
+
+    def reserve(self, pieces: Sequence[slice]) -> None:
+        """Makes the workspace for the longest of the pieces, and the sum over them."""
+        longest = max((rows.stop - rows.start for rows in pieces), default=0)
+        self.workspace = torch.empty(
+            (longest, self.stride), dtype=torch.float32, device=self.hidden.device
+        )
+        self.weight_gradient = None if self.dw is None else _WeightGradient(self.dw, len(pieces))
+
+    def run(
+        self,
+        groups: Sequence[Sequence[slice]],
+        coefficients: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Visits each group's pieces for log-probs and, with coefficients, again for gradients.
 
         coefficients(i), called between the two, gives d loss / d logp (N,), valid for group i. A
-        group of one piece keeps its logits and is visited once.
+        group of one piece keeps its logits and is multiplied once.
         """
-        groups = list(groups)
-        pieces = [piece for group in groups for piece in group]
-        longest = max((piece.stop - piece.start for piece in pieces), default=0)
-        workspace = self.hidden.new_empty((longest, self.stride))
-        weight_gradient = None if self.dw is None else _WeightGradient(self.dw, len(pieces))
+        self.reserve([rows for group in groups for rows in group])
         for i, group in enumerate(groups):
             for rows in group:
-                logits = self.statistics(rows, workspace)
-            c = coefficients(i)
-            if self.dh is None and weight_gradient is None:
+                self.product(rows)
+                self.statistics(rows)
+            if coefficients is None:
+                continue
+            coefficient = coefficients(i)
+            if self.dh is None and self.dw is None:
                 continue
             for rows in group:
                 if len(group) > 1:
-                    logits = self.product(rows, workspace)
-                self.turn_into_gradient(rows, workspace, c)
-                if self.dh is not None:
-                    torch.mm(logits, self.weight, out=self.dh[rows])
-                if weight_gradient is not None:
-                    weight_gradient.add(logits, self.hidden[rows])
+                    self.product(rows)
+                self.add_gradients(rows, coefficient)
 
-    def product(self, rows: slice, workspace: Tensor) -> Tensor:
-        """The logits of these rows, in the workspace."""
-        logits = workspace[: rows.stop - rows.start, : len(self.weight)]
-        return torch.mm(self.hidden[rows], self.weight.T, out=logits)
+    def product(self, rows: slice) -> None:
+        """Puts the logits of these rows into the workspace, float32."""
+        logits = self.workspace[: rows.stop - rows.start, : len(self.weight)]
+        _wide_product(self.hidden[rows], self.weight.T, logits)
 
-    def statistics(self, rows: slice, workspace: Tensor) -> Tensor:
-        logits = self.product(rows, workspace)
-        V = len(self.weight)
+    def statistics(self, rows: slice) -> None:
         launch(
             _row_statistics_kernel,
-            (len(logits),),
-            logits,
-            logits,
+            (rows.stop - rows.start,),
+            self.workspace,
+            self.workspace,
             self.target[rows],
             self.lse[rows],
             self.logp[rows],
-            V,
+            len(self.weight),
             self.stride,
             BLOCK=_block(self.stride, ROW_BLOCK),
             num_warps=8,
         )
-        return logits
 
-    def turn_into_gradient(self, rows: slice, workspace: Tensor, coefficient: Tensor) -> None:
-        block = _block(self.stride, GRADIENT_BLOCK)
+    def add_gradients(self, rows: slice, coefficient: Tensor) -> None:
+        """Turns the workspace's logits into their gradient, for the two products."""
+        gradient = self.workspace.view(self.hidden.dtype)
         launch(
             _logit_gradient_kernel,
-            (rows.stop - rows.start, triton.cdiv(self.stride, block)),
-            workspace,
-            workspace,
+            (rows.stop - rows.start,),
+            self.workspace,
+            self.workspace,
+            gradient,
             self.target[rows],
             self.lse[rows],
             coefficient[rows],
             len(self.weight),
             self.stride,
-            BLOCK=block,
+            gradient.stride(0),
+            BLOCK=_block(self.stride, GRADIENT_BLOCK),
             num_warps=8,
         )
+        dz = gradient[: rows.stop - rows.start, : len(self.weight)]
+        if self.dh is not None:
+            torch.mm(dz, self.weight, out=self.dh[rows])
+        if self.weight_gradient is not None:
+            self.weight_gradient.add(dz, self.hidden[rows])
 
 
 class _WeightGradient:
-    """dW = sum over pieces of dZ^T H, written into `out`, rounded once.
+    """dW = sum over pieces of dZ^T H, written into `out`.
 
-    A sum kept in bfloat16 would be rounded at every piece, one in float32 takes 2 GiB at V =
-    128,256 and D = 4,096. So between pieces it is the upper 24 bits of a float32: 16 of them in
-    out's own memory, 8 beside it. Each addition then costs 2^-17, against 2^-9 of the last rounding
+    Up to PLAIN_PIECES are added as they are, each addition rounded. A float32 sum of more would
+    take 2 GiB at V = 128,256 and D = 4,096, so it is kept in the upper 24 bits: 16 of them in out's
+    own memory, 8 beside it. Each addition then costs 2^-17, against 2^-9 of the last rounding
     (2^-12 in float16). A product of one piece arrives in float32 a slab of the vocabulary at a
     time, small enough to be added from the second-level cache. Beside the workspace this takes V D
-    bytes and SLAB_BYTES: at that shape, in all, 501 + 501 + 16 MiB.
+    bytes and SLAB_BYTES: at that shape 501 + 16 MiB.
     """
 
     def __init__(self, out: Tensor, pieces: int) -> None:
@@ -546,7 +408,7 @@ class _WeightGradient:
             out.zero_()
         V, D = out.shape
         self.slab = 0  # rows of a slab; 0: the library's product can add to `out` by itself
-        if pieces > 1 and out.dtype != torch.float32:
+        if pieces > PLAIN_PIECES and out.dtype != torch.float32:
             most = max(1, SLAB_BYTES // (4 * max(1, D)))
             self.slab = min(V, most // 128 * 128 or most)
             self.low = torch.empty((V, D), dtype=torch.uint8, device=out.device)
@@ -583,19 +445,15 @@ class _WeightGradient:
 
 
 def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b in float32, of half-precision factors."""
+    """Returns a b (n, m) in float32, written into `out`."""
     if a.device.type == "cpu":  # the interpreter's; torch has no such product there
         return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device.
-
-    The host does not wait.
-    """
-    starts = torch.tensor([0, *accumulate(lengths)], pin_memory=device.type == "cuda")
-    return starts.to(device, non_blocking=True)
+    """Where each run starts, and where the last one ends, (S + 1,) int64 on the device."""
+    return to_device(device, torch.tensor([0, *accumulate(lengths)]))[0]
 
 
 def _block(size: int, most: int) -> int:

@@ -32,12 +32,12 @@ def _why_not() -> str:
 _REASON = _why_not()
 
 if not _REASON:
+    from ldalign.kernels.pieces import WORKSPACE_BYTES
     from ldalign.kernels.triton_attention import pair_attention, pair_attention_backward
     from ldalign.kernels.triton_common import INTERPRETED
-    from ldalign.kernels.triton_decode import paged_attention, sample
-    from ldalign.kernels.triton_elementwise import rope, swiglu, swiglu_backward, weighted_dpo
+    from ldalign.kernels.triton_decode import paged_attention, rope_to_pages, sample
+    from ldalign.kernels.triton_elementwise import rope_, swiglu, swiglu_backward, weighted_dpo
     from ldalign.kernels.triton_head import (
-        WORKSPACE_BYTES,
         linear_logprob,
         linear_logprob_backward,
         pair_loss,
@@ -49,9 +49,11 @@ if not _REASON:
         rms_norm,
         rms_norm_backward,
     )
+    from ldalign.kernels.triton_optim import adamw_, rmsprop_
 
     __all__ = [
         "WORKSPACE_BYTES",
+        "adamw_",
         "add_rms_norm",
         "add_rms_norm_backward",
         "available",
@@ -64,7 +66,9 @@ if not _REASON:
         "pair_loss",
         "rms_norm",
         "rms_norm_backward",
-        "rope",
+        "rmsprop_",
+        "rope_",
+        "rope_to_pages",
         "sample",
         "sft_loss",
         "swiglu",

@@ -31,6 +31,7 @@ from ldalign.kernels import flash
 from ldalign.kernels.loss_options import DPO, Kind, LossOptions
 from ldalign.kernels.reference import accumulate_dtype
 from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.transfer import to_device
 
 __all__ = [
     "adamw_",
@@ -42,7 +43,8 @@ __all__ = [
     "pair_loss",
     "rms_norm",
     "rmsprop_",
-    "rope",
+    "rope_",
+    "rope_to_pages",
     "sample",
     "segment_sum",
     "sft_loss",
@@ -58,8 +60,8 @@ IGNORE = -100  # the target of a row that counts for nothing
 MODULES = {"cpp": "cpp", "triton": "triton_ops", "cuda": "cuda", "eager": "eager"}
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 RAW_OPS = tuple(
-    "linear_logprob pair_loss sft_loss weighted_dpo rms_norm add_rms_norm rope swiglu "
-    "pair_attention paged_attention sample adamw_ rmsprop_".split()
+    "linear_logprob pair_loss sft_loss weighted_dpo rms_norm add_rms_norm rope_ swiglu "
+    "pair_attention rope_to_pages paged_attention sample adamw_ rmsprop_".split()
 )
 
 
@@ -266,7 +268,7 @@ def pair_loss(
     (float64 in float64).
 
     It takes three matrix products in all: the logits of whole pairs become their own gradient where
-    they stand (docs/kernels.md), so the backward only scales. It can run once, and costs nothing.
+    they stand (docs/kernels.md), so the backward only scales them. It can run once.
     Raises ValueError where shapes, dtypes, options or (on the CPU) targets do not fit. Oracle:
     `linear_logprob` and `pair_loss` of the reference.
     """
@@ -351,9 +353,8 @@ def _run_pair_loss(
 
 
 def _tokens(lengths: list[int], like: Tensor) -> Tensor:
-    """What to divide sums (S,) by; an empty response has a sum of 0. The host does not wait."""
-    tokens = torch.tensor(lengths, pin_memory=like.is_cuda).clamp_(min=1)
-    return tokens.to(like.device, like.dtype, non_blocking=True)
+    """What to divide sums (S,) by; an empty response has a sum of 0."""
+    return to_device(like.device, torch.tensor(lengths).clamp_(min=1).to(like.dtype))[0]
 
 
 def _fake_pair_loss(
@@ -684,38 +685,26 @@ _operator(
 )
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
-    """Rotary embedding, half-split: x (N, H, E), cos and sin (N, E/2) -> (N, H, E).
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Rotary embedding, half-split, of the first `heads` heads of x (N, H, E), in place.
 
-    heads: only the first so many heads turn, the others (a joint product's values) are copied;
-    None: all turn. Raises ValueError where shapes do not fit. Source: arXiv 2104.09864.
+    cos and sin (N, E/2). Autograd does not see it: gradients are `pair_attention`'s. Raises
+    ValueError where shapes do not fit. Source: arXiv 2104.09864.
     """
     fits = x.ndim == 3 and x.shape[2] % 2 == 0 and cos.shape == (len(x), x.shape[2] // 2)
-    if not fits or sin.shape != cos.shape:
+    if not fits or sin.shape != cos.shape or not 0 <= heads <= x.shape[1]:
         raise ValueError(
-            f"rope: x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not "
-            "fit; expected (N, H, E), E even, and twice (N, E/2)"
+            f"rope_: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} and heads "
+            f"{heads} do not fit; expected (N, H, E), E even, twice (N, E/2), and 0 to H"
         )
-    return torch.ops.ldalign.rope(x, cos, sin, False, x.shape[1] if heads is None else heads)
-
-
-def _setup_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, ctx.inverse, ctx.heads = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _backward_rope(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # A rotation: the gradient is turned back, and nothing of x is kept.
-    dx = torch.ops.ldalign.rope(grad, *ctx.saved_tensors, not ctx.inverse, ctx.heads)
-    return dx, None, None, None, None
+    with torch.no_grad():
+        torch.ops.ldalign.rope_(x, cos, sin, False, heads)
 
 
 _operator(
-    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse, int heads) -> Tensor",
-    lambda x, cos, sin, inverse, heads: _raw("rope", x)(x, cos, sin, inverse, heads),
-    lambda x, cos, sin, inverse, heads: x.new_empty(x.shape),
-    _setup_rope,
-    _backward_rope,
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, int heads) -> ()",
+    lambda x, cos, sin, inverse, heads: _raw("rope_", x)(x, cos, sin, inverse, heads),
+    lambda x, cos, sin, inverse, heads: None,
 )
 
 
@@ -754,11 +743,19 @@ _operator(
 # ---------------------------------------------------------------------------------------- attention
 
 
-def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None = None) -> Tensor:
+def pair_attention(
+    qkv: Tensor,
+    heads: int,
+    segments: Tensor,
+    window: int | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Attention over a packed batch: qkv (N, H + 2K, E), H = heads -> (N, H, E).
 
     segments (S, 4) int64 on the CPU and window: as `ldalign.kernels.reference.pair_attention` says.
-    Kept for the backward: qkv, the result and a log-sum-exp a head and token; no scores. Raises
+    rotary: cos and sin (N, E/2), by which queries and keys turn first, as `rope_` turns them: qkv
+    is overwritten. Its gradient, of qkv as it came, is turned back in place, too. Kept for the
+    backward: qkv, turned, the result and a log-sum-exp a head and token; no scores. Raises
     ValueError where shapes, segments or window do not fit.
     """
     N, all_heads = qkv.shape[:2] if qkv.ndim == 3 else (0, 0)
@@ -770,24 +767,28 @@ def pair_attention(qkv: Tensor, heads: int, segments: Tensor, window: int | None
         )
     if not torch.compiler.is_compiling():
         _check_segments(segments, N)
-    return torch.ops.ldalign.pair_attention(qkv, heads, segments, window)[0]
+    if rotary is not None:
+        rope_(qkv, *rotary, heads + K)
+    cos, sin = rotary or (None, None)
+    return torch.ops.ldalign.pair_attention(qkv, cos, sin, heads, segments, window)[0]
 
 
 def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
     """The backend of pair attention.
 
-    flash-attn where it is installed and can do this batch, else the chosen one.
+    FlashAttention where it is installed and can do this batch, else the chosen one.
     """
     if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
         if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
-            _note_flash()
+            _note_flash(flash.generation(qkv.shape[2]))
             return flash
     return _module(choose("pair_attention", qkv.device.type, qkv.dtype == torch.float64))
 
 
 @functools.cache
-def _note_flash() -> None:
-    log.info("ops: pair_attention on cuda: flash-attn, where it can (LDALIGN_BACKEND=auto)")
+def _note_flash(number: int | None) -> None:
+    name = f"FlashAttention-{number}"
+    log.info("ops: pair_attention on cuda: %s, where it can (LDALIGN_BACKEND=auto)", name)
 
 
 def _check_segments(segments: Tensor, tokens: int) -> None:
@@ -807,32 +808,43 @@ def _check_segments(segments: Tensor, tokens: int) -> None:
 
 
 def _setup_pair_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.heads, segments, ctx.window = inputs
+    qkv, cos, sin, ctx.heads, segments, ctx.window = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output, segments)
+    ctx.save_for_backward(qkv, *output, cos, sin, segments)
 
 
 def _backward_pair_attention(
     ctx: Any, grad: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None
-    qkv, out, lse, segments = ctx.saved_tensors
+        return (None,) * 6
+    *tensors, segments = ctx.saved_tensors
     dqkv = torch.ops.ldalign.pair_attention_backward(
-        grad, qkv, out, lse, ctx.heads, segments, ctx.window
+        grad, *tensors, ctx.heads, segments, ctx.window
     )
-    return dqkv, None, None, None
+    return dqkv, *[None] * 5
 
 
 def _run_pair_attention(
-    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
+    # qkv is turned already: what by is told for the backward.
     backend = _attention(qkv, segments, window)
     return backend.pair_attention(qkv, heads, segments, window)
 
 
 def _fake_pair_attention(
-    qkv: Tensor, heads: int, segments: Tensor, window: int | None
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    segments: Tensor,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(len(qkv), heads, qkv.shape[2]), _wide_like(qkv, len(qkv), heads)
 
@@ -842,24 +854,30 @@ def _run_pair_attention_backward(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     heads: int,
     segments: Tensor,
     window: int | None,
 ) -> Tensor:
     backend = _attention(qkv, segments, window)
-    return backend.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
+    dqkv = backend.pair_attention_backward(grad, qkv, out, lse, heads, segments, window)
+    if cos is not None:
+        _raw("rope_", dqkv)(dqkv, cos, sin, True, (heads + qkv.shape[1]) // 2)
+    return dqkv
 
 
 _operator(
-    "pair_attention(Tensor qkv, int heads, Tensor segments, int? window) -> (Tensor, Tensor)",
+    "pair_attention(Tensor qkv, Tensor? cos, Tensor? sin, int heads, Tensor segments, int? window) "
+    "-> (Tensor, Tensor)",
     _run_pair_attention,
     _fake_pair_attention,
     _setup_pair_attention,
     _backward_pair_attention,
 )
 _operator(
-    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor "
-    "segments, int? window) -> Tensor",
+    "pair_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? cos, Tensor? "
+    "sin, int heads, Tensor segments, int? window) -> Tensor",
     _run_pair_attention_backward,
     lambda grad, qkv, *rest: qkv.new_empty(qkv.shape),
 )
@@ -873,6 +891,7 @@ def adamw_(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     beta1: float,
@@ -881,18 +900,22 @@ def adamw_(
     step: int,
     seed: int,
 ) -> None:
-    """Takes one step of AdamW on a parameter and its averages, in place.
+    """Takes step number `step`, from 1, of AdamW on a parameter and its averages, in place.
 
-    Oracle: `ldalign.kernels.eager.adamw_`.
+    All are of one shape, each float32 or bfloat16; bfloat16 is rounded at random
+    (`ldalign.kernels.eager.adamw_`). factor () float32 on their device, None for 1: the gradient
+    counts times it, rounded to its dtype; no host waits for it. The gradient may be overwritten.
+    Oracle: `ldalign.kernels.reference.adamw`.
     """
     raw = _raw("adamw_", p)
-    raw(p, grad, mean, square, learning_rate, decay, beta1, beta2, eps, step, seed)
+    raw(p, grad, mean, square, factor, learning_rate, decay, beta1, beta2, eps, step, seed)
 
 
 def rmsprop_(
     p: Tensor,
     grad: Tensor,
     square: Tensor,
+    factor: Tensor | None,
     learning_rate: float,
     decay: float,
     alpha: float,
@@ -901,12 +924,48 @@ def rmsprop_(
 ) -> None:
     """Takes one step of RMSprop on a parameter and its average, in place.
 
-    Oracle: `ldalign.kernels.eager.rmsprop_`.
+    Shapes, dtypes, rounding and factor are as in `adamw_`. Oracle:
+    `ldalign.kernels.reference.rmsprop`.
     """
-    _raw("rmsprop_", p)(p, grad, square, learning_rate, decay, alpha, eps, seed)
+    _raw("rmsprop_", p)(p, grad, square, factor, learning_rate, decay, alpha, eps, seed)
 
 
 # --------------------------------------------------------------------------------------- generation
+
+
+def rope_to_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """Rotary embedding of new tokens, whose keys and values go to a paged cache.
+
+    qkv (N, H + 2K, E), H = heads, cos and sin (N, E/2) -> the queries (N, H, E). keys and values
+    (pages, 16, K, E), contiguous: written to, token n in slot slots[n] of the flattened pages;
+    slots (N,) int64. No gradients. Raises ValueError where shapes, dtypes or strides do not fit.
+    """
+    N, E, K = len(qkv), qkv.shape[-1], keys.shape[2] if keys.ndim == 4 else 0
+    fits = qkv.ndim == 3 and qkv.shape[1] == heads + 2 * K and keys.shape[3:] == (E,) and E % 2 == 0
+    if not fits or cos.shape != (N, E // 2) or sin.shape != cos.shape or slots.shape != (N,):
+        raise ValueError(
+            f"rope_to_pages: qkv {tuple(qkv.shape)}, heads {heads}, cos {tuple(cos.shape)}, sin "
+            f"{tuple(sin.shape)}, keys {tuple(keys.shape)} and slots {tuple(slots.shape)} do not "
+            "fit; expected (N, H + 2K, E), E even, twice (N, E/2), (pages, 16, K, E) and (N,)"
+        )
+    alike = keys.shape == values.shape and keys.dtype == values.dtype == qkv.dtype
+    if not alike or not keys.is_contiguous() or not values.is_contiguous():
+        raise ValueError(
+            f"rope_to_pages: keys {tuple(keys.shape)} {keys.dtype} and values "
+            f"{tuple(values.shape)} {values.dtype}; expected both alike, contiguous, of qkv's "
+            f"dtype {qkv.dtype}"
+        )
+    return torch.ops.ldalign.rope_to_pages(qkv, cos, sin, heads, keys, values, slots)
+
+
+_operator(
+    "rope_to_pages(Tensor qkv, Tensor cos, Tensor sin, int heads, Tensor(a!) keys, Tensor(b!) "
+    "values, Tensor slots) -> Tensor",
+    lambda qkv, *rest: _raw("rope_to_pages", qkv)(qkv, *rest),
+    lambda qkv, cos, sin, heads, *rest: qkv.new_empty(len(qkv), heads, qkv.shape[2]),
+)
 
 
 def paged_attention(

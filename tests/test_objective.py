@@ -1,5 +1,6 @@
 """The objective's page: each equation by hand, and the fused losses of training held to it."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from ldalign.objective import (
     distance_weights,
     dpo_coefficient,
     dpo_loss,
+    effective_size,
     latent_distance,
+    length_distance,
     margin,
+    oracle_distance,
+    pair_weights,
     reconstruction_loss,
 )
 from ldalign.system.seeds import normals, permutation, uniforms
 from ldalign.training.guide import accumulate_gradients
 
 LENGTHS = [3, 5, 1, 4, 6, 2]  # of three pairs: real, generated, real, ...
-WEIGHTS = [0.0, 0.4, 2.6]  # uneven, one of them none
+WEIGHTS = [0.0, 0.4, 3.1]  # uneven, one of them none, and their sum not their number
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -143,7 +148,7 @@ def test_guide_training_is_this_loss(
     ]
     keys = [f"guide/0/{pair.id}" for pair in pairs]
     settings = settings_of(**loss)
-    got = accumulate_gradients(guide, pairs, keys, settings, 5, CPU)
+    got = float(accumulate_gradients(guide, pairs, keys, settings, 5, CPU))
     gradients = {name: p.grad for name, p in guide.named_parameters()}
     guide.zero_grad()
     expected = plain_loss(guide, pairs, keys, **loss)
@@ -226,7 +231,7 @@ def test_guide_loss_does_not_depend_on_micro_batches(noise: float) -> None:
         pairs = [guide.pair(str(i), f"row {i}", "a " * (1 + i), "b " * (6 - i)) for i in range(6)]
         keys = [f"guide/{epoch}/{pair.id}" for pair in pairs]
         settings = settings_of(micro_tokens=micro, **loss)
-        value = accumulate_gradients(guide, pairs, keys, settings, 0, CPU)
+        value = float(accumulate_gradients(guide, pairs, keys, settings, 0, CPU))
         return value, [p.grad for p in guide.latent.parameters() if p.grad is not None]
 
     whole, gradients = step(10_000, 0)
@@ -236,3 +241,69 @@ def test_guide_loss_does_not_depend_on_micro_batches(noise: float) -> None:
         for one, other in zip(gradients, others, strict=True):
             assert (other - one).norm() <= 1e-4 * one.norm()
     assert abs(step(10_000, 1)[0] - whole) > 1e-4
+
+
+# ------------------------------------------------------------------------------ weights, by hand
+
+DISTANCES = torch.tensor([1.0, 2.0, 0.0, 4.0, 3.0])
+KEPT = [True, True, True, False, True]  # the mean over these is 1.5
+BY_HAND = [2 / 3, 4 / 3, 0.0, 0.0, 2.0]
+
+
+def weighted(kind: str, seed: int = 0, clip: float | None = None) -> tuple[list[float], int]:
+    weights, lowered = pair_weights(kind, DISTANCES, KEPT, seed, clip)
+    assert weights.dtype == torch.float64
+    return weights.tolist(), lowered
+
+
+def test_weights_are_distances_over_their_mean() -> None:
+    assert weighted("latent") == (pytest.approx(BY_HAND), 0)
+    # Of weights below 0.1 the inverse is 10: here of the third, which is 0. Their mean is 3.1875.
+    inverse = [1.5, 0.75, 10.0, 0.0, 0.5]
+    assert weighted("inverse") == (pytest.approx([w / 3.1875 for w in inverse]), 0)
+    assert distance_weights(torch.tensor([3.0]), [True]).tolist() == [1.0]
+    assert distance_weights(torch.tensor([0.2, 0.6]), [True, True]).tolist() == [
+        pytest.approx(0.5),
+        pytest.approx(1.5),
+    ]
+
+
+def test_shuffled_weights_are_dealt_out_among_the_kept() -> None:
+    dealt = set()
+    for seed in range(8):
+        weights, _ = weighted("shuffled", seed)
+        assert weights[3] == 0.0 and sorted(weights) == pytest.approx(sorted(BY_HAND))
+        order = [[0, 1, 2, 4][i] for i in permutation(seed, "weights/shuffled", 4)]
+        assert [weights[i] for i in (0, 1, 2, 4)] == pytest.approx([BY_HAND[i] for i in order])
+        dealt.add(tuple(weights))
+    assert len(dealt) > 1
+
+
+def test_a_clip_lowers_what_exceeds_it() -> None:
+    assert weighted("latent", clip=1.5) == (pytest.approx([2 / 3, 4 / 3, 0.0, 0.0, 1.5]), 1)
+    assert weighted("latent", clip=2.0) == weighted("latent")  # as large is not beyond
+
+
+def test_distances_of_zero_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "ldalign"):
+        weights = distance_weights(torch.zeros(3), [True, False, True])
+    assert weights.dtype == torch.float64 and weights.tolist() == [1.0, 0.0, 1.0]
+    assert [record.message for record in caplog.records] == [
+        "all distances are zero: every pair has weight 1"
+    ]
+    assert distance_weights(torch.ones(2), [False, False]).tolist() == [0.0, 0.0]
+
+
+def test_distances_of_those_who_know_lengths_or_answers() -> None:
+    pairs = [Pair("a", [1], [1, 2, 3], [4]), Pair("b", [1], [1], [4, 5, 6, 7])]
+    lengths = length_distance(pairs)
+    assert lengths.dtype == torch.float64 and lengths.tolist() == [2.0, 3.0]
+    oracle = oracle_distance([True, False], 0.9)
+    assert oracle.dtype == torch.float64 and oracle.tolist() == pytest.approx([0.1, 1.9])
+
+
+def test_effective_size_is_a_share_of_the_number() -> None:
+    assert effective_size(torch.ones(4)) == 1.0
+    assert effective_size(torch.tensor([2.0, 0.0])) == 0.5
+    assert effective_size(torch.tensor([3.0, 1.0])) == pytest.approx(0.8)
+    assert effective_size(torch.tensor([])) == 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from ldalign.report.live import watched
 from ldalign.report.page import try_page
 from ldalign.report.table import say_table, write_report
-from ldalign.run.context import Context, open_context
+from ldalign.run.context import Context, agree_on_settings, open_context
 from ldalign.run.disk import check_disk
 from ldalign.run.dry_run import Gpus, dry_run
 from ldalign.run.folder import RunFolder
@@ -21,7 +21,8 @@ from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
 from ldalign.run.settings import RunConfig, reader, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
-from ldalign.run.stages.guide import check_guide, say_guide
+from ldalign.run.stages.guide import agree_on_guide, check_guide, say_guide
+from ldalign.run.stranger import refuse_outside
 from ldalign.system import distributed
 from ldalign.system.config import describe, given_keys, load_config, split_argv, to_yaml
 from ldalign.system.errors import InputError
@@ -83,10 +84,12 @@ def run_script(
     if any(stage_of(name) is BENCHMARKS_STAGE for name in planned(config)):
         check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
+    agree_on_settings(config)
     check_measurements(config, planned(config))
     if kept is not None:
         check_run_pushes(config, planned(config), make="--dry-run" not in argv)
     if "--dry-run" in argv:
+        refuse_outside(Path(config.run))
         folder = RunFolder(Path(config.run), to_yaml(config))
         ctx = open_context(folder, config, planned(config), write=False)
         say(dry_run(ctx, planned(config), gpus))
@@ -113,6 +116,7 @@ def open_run(config: RunConfig, planned: Sequence[str]) -> Iterator[Context]:
     """
     with RunFolder(Path(config.run), to_yaml(config)) as run:
         check_guide(config, planned)
+        agree_on_guide(config, planned)
         ctx = open_context(run, config, planned)
         check_disk(ctx, planned, run.path)
         say_guide(ctx, planned)

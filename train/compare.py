@@ -37,7 +37,7 @@ from ldalign.run.comparison import (
     unfinished,
     validation_ids,
 )
-from ldalign.run.context import Context, check_verdicts, open_context
+from ldalign.run.context import Context, agree_on_settings, check_verdicts, open_context
 from ldalign.run.dry_run import dry_run, rough_seconds
 from ldalign.run.folder import RunFolder
 from ldalign.run.manifest import MANIFEST
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
         return
     check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
+    agree_on_settings(config)
     if config.judge.folder is not None:
         check_embedding(config)
     if "--dry-run" in argv:

@@ -37,6 +37,7 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import context_length, load_model
 from ldalign.run.context import (
     Context,
+    agree_on_settings,
     choose_dtype,
     named_keys,
     open_policy,
@@ -150,6 +151,7 @@ def answer(
         f"output={output}: is a file; give a folder, for {ANSWERS} and how they were made",
     )
     device = distributed.start(config.device)
+    agree_on_settings(config)
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, began(output))
     ids = {name: tokenizer.prompt_ids(messages) for name, messages in prompts.items()}
@@ -181,7 +183,8 @@ def answer(
 
     def make(partial: Path) -> None:
         engine = new_engine(config, requests, tokenizer)
-        with Bar("generate", -(-len(requests) // distributed.world_size()), "answers") as progress:
+        share = -(-len(requests) // distributed.world_size())
+        with Bar("generate", share, "answers", most=config.max_new_tokens) as progress:
             make_answers(
                 partial / ANSWERS, requests, open_decoder(config, folder), engine, record, progress
             )

@@ -7,16 +7,23 @@ called while the run goes on. Of a comparison's folder (train/compare.py), compa
 figure, from the numbers in comparison.json.
 """
 
-import json
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldalign.report.comparison_page import write_comparison
 from ldalign.report.page import check_run, write_page
 from ldalign.report.table import write_report
+from ldalign.run.stranger import read_object
 from ldalign.system import exits
 from ldalign.system.config import REQUIRED, describe, load_config, setting, split_argv
+from ldalign.system.errors import InputError, LdalignError
 from ldalign.system.metrics import say
+
+# What texts and numbers of another kind than ours end in.
+_READING = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +42,30 @@ def main(argv: list[str]) -> None:
     run = Path(load_config(ReportConfig, path, overrides).run)
     check_run(run)
     comparison = run / "report/comparison.json"
-    if comparison.is_file():
-        summary = json.loads(comparison.read_text(encoding="utf-8"))
-        say(f"{write_comparison(run, summary)}\nThe report: {comparison.with_suffix('.md')}")
+    if os.path.lexists(comparison):
+        summary = read_object(comparison, "run ldalign compare again, which writes it")
+        with _made_of(comparison):
+            text = write_comparison(run, summary)
+        say(f"{text}\nThe report: {comparison.with_suffix('.md')}")
         return
-    say(f"{write_report(run)}\nThe report: {write_page(run)}")
+    with _made_of(run):
+        say(f"{write_report(run)}\nThe report: {write_page(run)}")
+
+
+@contextlib.contextmanager
+def _made_of(path: Path) -> Iterator[None]:
+    """Turns what reading a stranger's numbers and rows ends with into an InputError that names
+    `path`: the hashes of a stage say that it is as it was made, not that ldalign made it.
+    """
+    try:
+        yield
+    except LdalignError:
+        raise
+    except _READING as e:
+        raise InputError(
+            f"{path}: holds what no report can be made of ({type(e).__name__}: {e}); with --debug, "
+            "the traceback says what is read: delete that stage, or report it if ldalign made it"
+        ) from e
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ def main(argv: list[str]) -> None:
     batch = score_reference(batch, policy)
     loss, gradients = loss_of_the_equations(batch, policy)
     fused_loss(batch, policy, loss, gradients)
-    pull(batch, policy)
-    update(policy)
+    update(policy, pull(batch, policy))
     look_again(batch, policy)
     spin(batch)
     say(f"tour: {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads")
@@ -358,8 +357,8 @@ def fused_loss(batch: Batch, policy: Mistral, loss: Tensor, gradients: Sequence[
     show("gradients apart", f"{apart / norm(gradients):.1e} of their length")
 
 
-def pull(batch: Batch, policy: Mistral) -> None:
-    """What each pair pulls with, and the length of the gradient that comes of it."""
+def pull(batch: Batch, policy: Mistral) -> Tensor:
+    """What each pair pulls with, the length of the gradient that comes of it; the clip factor."""
     step(11, "Coefficient and gradient", dpo_coefficient, distributed.clip_grad_norm)
     ref_real, ref_generated, weights = columns(batch)
     real, generated = ref_real.clone().requires_grad_(), ref_generated.clone().requires_grad_()
@@ -370,20 +369,20 @@ def pull(batch: Batch, policy: Mistral) -> None:
     show("d loss / d log pi(y)", f"{float(by_hand[0]):.6f} = -beta s sigmoid(-beta Delta)")
     show("by autograd", f"{float(real.grad[0]):.6f}, of y' {float(generated.grad[0]):+.6f}")
     show("of the whole batch", numbers(by_hand))
-    before = distributed.clip_grad_norm(policy, MAX_GRAD_NORM)
-    after = norm([p.grad for p in policy.parameters() if p.grad is not None])
-    show("gradient's norm", f"{float(before):.4f}, clipped to {after:.3f}")
+    before, factor = distributed.clip_grad_norm(policy, MAX_GRAD_NORM)
+    show("gradient's norm", f"{float(before):.4f}, clipped to {float(before * factor):.3f}")
+    return factor
 
 
-def update(policy: Mistral) -> None:
+def update(policy: Mistral, factor: Tensor) -> None:
     """One step of AdamW."""
     step(12, "The update", make_optimizer, Optimizer.step)
     optimizer = make_optimizer(policy, "adamw", LEARNING_RATE)
     gradient = policy.blocks[0].self_attn.qkv_proj.weight.grad
     weight = policy.blocks[0].self_attn.qkv_proj.weight.detach()
     assert gradient is not None
-    before, slope = float(weight[0, 0]), float(gradient[0, 0])
-    optimizer.step()
+    before, slope = float(weight[0, 0]), float(gradient[0, 0] * factor)
+    optimizer.step(factor)
     show("learning rate", f"{LEARNING_RATE:g}")
     show("one weight", f"{before:.8f} -> {float(weight[0, 0]):.8f}; its gradient was {slope:.1e}")
     optimizer.zero_grad()

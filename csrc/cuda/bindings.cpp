@@ -200,8 +200,14 @@ int64_t workspace_tokens(const Head& head, int64_t bytes) {
     return std::min(std::max(round_down(fit, pack), pack), round_up(std::max<int64_t>(head.N, 1), pack));
 }
 
-// (V, tokens): scores of up to that many tokens, each row aligned
-Tensor workspace_of(const Head& head, int64_t tokens) { return at::empty({head.V, tokens}, head.hidden.options()); }
+// (words, columns) for scores, each row aligned: `columns` is a multiple of a pack. The last pack starts as zeros, for
+// what stands behind an odd number of tokens: some products (oneDNN's in bfloat16 with AMX) read two at a time and
+// multiply the second by 0, which memory as it was found turns into NaN.
+Tensor scores_memory(const Tensor& like, int64_t words, int64_t columns) {
+    Tensor memory = at::empty({words, columns}, like.options());
+    memory.narrow(1, columns - pack_of(like), pack_of(like)).zero_();
+    return memory;
+}
 
 // When dw is wanted and the scores do not fit the workspace, dw's own memory, not yet written, holds those of up to D
 // tokens more: the first n columns of dw (V, D) are the transposed scores of n tokens. At 8,192 tokens, D = 4,096 and
@@ -225,7 +231,7 @@ struct Borrowed {
 };
 
 void product_of_both(const Head& head, const Piece& in_dw, const Piece& in_workspace, Tensor& dw) {
-    Tensor slab = at::empty({std::min(kSlab, head.V), round_up(head.N, pack_of(dw))}, dw.options());
+    Tensor slab = scores_memory(dw, std::min(kSlab, head.V), round_up(head.N, pack_of(dw)));
     for (int64_t v = 0; v < head.V; v += kSlab) {
         const int64_t n = std::min(kSlab, head.V - v);
         Tensor both = slab.narrow(0, 0, n).narrow(1, 0, head.N);
@@ -242,7 +248,7 @@ void one_pass(
     const Head& head, const std::vector<Group>& groups, const Borrowed& borrowed, int64_t ignore_index, Tensor& logp,
     Tensor& lse, const Tensor& coefficient, const std::function<void(const Group&)>& of, Tensor& dh, Tensor& dw) {
     const bool need_hidden = dh.defined(), need_weight = dw.defined();
-    const Tensor workspace = workspace_of(head, borrowed.own);
+    const Tensor workspace = scores_memory(head.hidden, head.V, borrowed.own);
     bool several = groups.size() > 1;
     for (const Group& group : groups) several = several || group.n > borrowed.own;
     SumOfProducts dw_sum(need_weight ? dw : Tensor(head.weight), need_weight && several && borrowed.tokens == 0);
@@ -290,7 +296,7 @@ std::tuple<Tensor, Tensor> linear_logprob(
     const Guards guards(hidden);
     Tensor logp = head.wide_vector(), lse = head.wide_vector();
     const int64_t tokens = workspace_tokens(head, workspace_bytes);
-    const Tensor workspace = workspace_of(head, tokens);
+    const Tensor workspace = scores_memory(head.hidden, head.V, tokens);
     for (int64_t first = 0; first < head.N; first += tokens) {
         const int64_t n = std::min(tokens, head.N - first);
         Piece piece{first, n, workspace.narrow(1, 0, n)};
@@ -325,7 +331,7 @@ std::tuple<Tensor, Tensor> linear_logprob_backward(
             const int64_t sum = std::min(head.N * head.D * 4, workspace_bytes / 2);
             words = std::max<int64_t>((workspace_bytes - sum) / (width * size), 1);
         }
-        const Tensor workspace = at::empty({words, width}, hidden.options());
+        const Tensor workspace = scores_memory(head.hidden, words, width);
         SumOfProducts dh_sum(need_hidden ? dh : Tensor(head.hidden), need_hidden && words < head.V);
         for (int64_t v = 0; v < head.V; v += words) {
             const int64_t n = std::min(words, head.V - v);
@@ -340,7 +346,7 @@ std::tuple<Tensor, Tensor> linear_logprob_backward(
         if (need_hidden) dh_sum.finish();
     } else if (need_hidden) {
         const int64_t tokens = workspace_tokens(head, workspace_bytes);
-        const Tensor workspace = workspace_of(head, tokens);
+        const Tensor workspace = scores_memory(head.hidden, head.V, tokens);
         for (int64_t first = 0; first < head.N; first += tokens) {
             const int64_t n = std::min(tokens, head.N - first);
             Piece piece{first, n, workspace.narrow(1, 0, n)};

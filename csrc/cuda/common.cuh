@@ -20,6 +20,26 @@ void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Argum
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Between stored and wide numbers. By name, as torch's builder turns CUDA's own conversions of half precision off.
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+// Rounded to the nearest.
+template <typename T>
+__device__ T narrow(Wide<T> x) {
+    return x;
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+    return __float2bfloat16(x);
+}
+template <>
+__device__ inline __half narrow<__half>(float x) {
+    return __float2half(x);
+}
+
 // The sum over a warp, in all its lanes. Always the same order, so always the same bits.
 template <typename W>
 __device__ W warp_sum(W value) {

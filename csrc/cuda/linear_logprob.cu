@@ -13,8 +13,13 @@
 namespace ldalign_cuda {
 namespace {
 
+// Rows a thread has in flight. Double's exp takes the registers, and float16's conversions some of them.
 template <typename T>
-constexpr int kUnroll = sizeof(T) == 8 ? 1 : 4;  // rows a thread has in flight; double's exp takes the registers
+constexpr int kUnroll = 4;
+template <>
+constexpr int kUnroll<double> = 1;
+template <>
+constexpr int kUnroll<__half> = 3;
 constexpr int64_t kRowsEach = 4;                 // rows a thread should have at least
 constexpr int64_t kBlocks = 6 * 132;             // blocks to aim for: two waves of three on each of an H100's 132
 
@@ -87,10 +92,10 @@ __device__ void take(const T* z, int64_t step, Stats<W> (&stats)[Pack<T>::size])
     for (int i = 0; i < Pack<T>::size; ++i) {
         W largest = stats[i].largest;
 #pragma unroll
-        for (int u = 0; u < count; ++u) largest = fmax(largest, static_cast<W>(pack[u].item[i]));
+        for (int u = 0; u < count; ++u) largest = fmax(largest, widen(pack[u].item[i]));
         W total = stats[i].total * exp(stats[i].largest - largest);
 #pragma unroll
-        for (int u = 0; u < count; ++u) total += exp(static_cast<W>(pack[u].item[i]) - largest);
+        for (int u = 0; u < count; ++u) total += exp(widen(pack[u].item[i]) - largest);
         stats[i] = {largest, total};
     }
 }
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3) finish_logprob(
         } else {
             assert(word >= 0 && word < s.V && "target out of range: must be in [0, V) or ignore_index");
             // Not z - lse: at scores of 1e4 the difference of the two large numbers comes first, and is exact.
-            logp[column] = (static_cast<W>(s.z[word * s.ld + column]) - all.largest) - log_total;
+            logp[column] = (widen(s.z[word * s.ld + column]) - all.largest) - log_total;
         }
     }
 }
@@ -172,8 +177,8 @@ __device__ void turn(
 #pragma unroll
         for (int i = 0; i < Pack<T>::size; ++i) {
             const W here = word + u * down == target[i] ? W(1) : W(0);
-            const W p = exp(static_cast<W>(pack[u].item[i]) - lse[i]);
-            pack[u].item[i] = static_cast<T>(coefficient[i] * (here - p));
+            const W p = exp(widen(pack[u].item[i]) - lse[i]);
+            pack[u].item[i] = narrow<T>(coefficient[i] * (here - p));
         }
         *reinterpret_cast<Pack<T>*>(z + u * step) = pack[u];
     }

@@ -30,7 +30,7 @@ LAYOUT = ROOT / ".venv-docs/source"  # the package as it is installed: mkdocs.ym
 INDEX = "docs/README.md"
 PLACES = {"README.md": "index.md", INDEX: "pages.md"}  # in the site, of what does not keep its name
 FOREIGN = ROOT / "ldalign/run/foreign_names.py"  # keys of other trainers, and what to give here
-MORE = ("CONTRIBUTING.md", "CHANGELOG.md")
+MORE = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 # Modules with a page of their own, beside the public names.
 MODULES = (
     "objective",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ldalign.data.columns import MEANING, PAIR_KEYS, READ, Columns, shown, use_of
-from ldalign.system.errors import InputError
+from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
 
 MAX_ROW_BYTES = 8 * 1024 * 1024  # a longer line is a broken file, not a conversation
 CHUNK_BYTES = 2**20  # of lines that make a chunk
@@ -107,7 +107,7 @@ def chunks(path: Path, columns: Columns | None = None) -> Iterator[Chunk]:
     except (EOFError, zlib.error) as error:
         raise InputError(f"{path}: broken gzip file: {error}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise cannot_be_read(path, error) from error
 
 
 def json_lines(path: Path, columns: Columns | None = None) -> Iterator[tuple[str, Any]]:
@@ -381,6 +381,8 @@ def _columns_of(path: Path, row: int, kind: str = "parquet or Arrow") -> Iterato
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+            raise cannot_be_read(path, error) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: broken {kind} file after row {row - 1}: {reason}") from error
 

@@ -38,7 +38,7 @@ from ldalign.data.file_splits import (
     twice,
 )
 from ldalign.data.hub import HUB_DATA, hub_files
-from ldalign.system.errors import InputError
+from ldalign.system.errors import InputError, cannot_be_read
 from ldalign.system.untrusted import read_json
 
 Key = Literal["data", "heldout"]
@@ -140,8 +140,8 @@ def _refusals(begin: str) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or ""
-        named = "" if not where or begin.endswith(f"={where}") else f" {where}:"
-        raise InputError(f"{begin}:{named} cannot be read: {error.strerror or error}") from None
+        named = "" if not where or begin.endswith(f"={where}") else f": {where}"
+        raise cannot_be_read(f"{begin}{named}", error) from None
 
 
 def _find(source: str, cache: Path | None, key: Key) -> SourceFiles:

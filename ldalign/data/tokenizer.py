@@ -308,7 +308,11 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         text = self._names.get(name)
         token = None if text is None else self._plain.token_to_id(text)
-        assert text is None or token is not None  # read_tokenizer_json has seen to it
+        if text is not None and token is None:
+            raise InputError(
+                f"{self.folder}/tokenizer.json: has no token {text!r}, which {name} is said to be; "
+                "download the model again"
+            )
         return token
 
     def _declared_ends(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 
+from ldalign.data.tokenizer_growth import check_growth
 from ldalign.system.errors import InputError, is_failure
 from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_json, read_text
 
@@ -141,6 +142,7 @@ def read_tokenizer_json(folder: Path, settings: dict[str, Any]) -> dict[str, Any
             f"{path}: is not a tokenizer of the tokenizers library; save the model with "
             "transformers"
         )
+    check_growth(description, path)
     description["truncation"] = description["padding"] = None
     # Read where transformers reads it: never beside a decoder.
     legacy = "added_tokens_decoder" not in settings

@@ -18,7 +18,7 @@ from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.evaluation.statistics import standard_error
-from ldalign.generation.answers import make_answers
+from ldalign.generation.answers import TOGETHER, make_answers
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
@@ -28,7 +28,6 @@ from ldalign.system.files import make_folder
 from ldalign.system.metrics import Bar
 from ldalign.training.scoring import response_logps
 
-CHUNK = 64  # rows: there are few, and every rank is to get some
 # What rows that no program can check are asked for: nothing, a greedy answer, samples too.
 Unchecked = Literal["nothing", "greedy", "samples"]
 
@@ -145,7 +144,8 @@ def greedy_accuracy(
     distributed.on_rank0(empty)
     asked = [(f"greedy/{row.id}", pair.prompt) for row, pair in zip(rows, pairs, strict=True)]
     decoder = new_decoder(model, release=True)
-    with Bar("validation", len(rows) // distributed.world_size(), "answers") as progress:
+    share, most = len(rows) // distributed.world_size(), settings.sampling.max_new_tokens
+    with Bar("validation", share, "answers", most=most) as progress:
         answers = _answers(scratch / "greedy", asked, decoder, tokenizer, settings, True, progress)
 
     def right() -> int:
@@ -194,7 +194,8 @@ def _answers(
     requests = [Request(key, prompt, i) for i, (key, prompt) in enumerate(prompts)]
     sampling = replace(settings.sampling, temperature=0.0) if greedily else settings.sampling
     longest = max(len(prompt) for _, prompt in prompts) + sampling.max_new_tokens
-    rows = min(settings.batch_rows, len(prompts))
+    share = -(-len(prompts) // distributed.world_size()) + TOGETHER
+    rows = min(settings.batch_rows, len(prompts), share)
 
     def new_engine(decoder: Decoder) -> Engine:
         return Engine(
@@ -204,7 +205,7 @@ def _answers(
     def record(request: Request, response: Response) -> dict[str, object]:
         return asdict(response)
 
-    records = make_answers(path, requests, decoder, new_engine, record, progress, CHUNK)
+    records = make_answers(path, requests, decoder, new_engine, record, progress)
     return [Response(**record) for record in records]
 
 

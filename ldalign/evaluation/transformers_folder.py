@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ldalign.data.tokenizer_growth import check_growth
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_files
 from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.memory import OutOfMemory, naming
-from ldalign.system.untrusted import read_json
+from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -111,6 +112,8 @@ def check_folder(folder: Path, kind: Kind) -> None:
             raise InputError(f"{folder}: has no {what} ({kind.key}); {kind.otherwise}")
     read_config(folder)
     check_files(folder)
+    tokenizer = folder / "tokenizer.json"
+    check_growth(read_json(tokenizer, most=MAX_TOKENIZER_BYTES), tokenizer)
     settings = read_json(folder / TOKENIZER_CONFIG, missing={})
     if "auto_map" in settings:
         raise InputError(

@@ -9,6 +9,9 @@ Shapes: N new tokens, R rows, P pages a row, L layers, D width, H query heads, K
 E head width, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldalign import ops
+from ldalign.generation.graphs import CudaGraphs, Graphs
 from ldalign.generation.paged_cache import PAGE
 from ldalign.kernels import cpp
+from ldalign.models.layout import Rotary
 from ldalign.models.mistral import Mistral, rope_tables
+from ldalign.system.transfer import to_device
 
 PANEL = 32  # rows of a weight that are packed together, as csrc/kernels.h has it
 
@@ -27,7 +33,12 @@ class Decoder(Protocol):
     """What the engine needs of the part that computes."""
 
     device: torch.device
-    row_exact: bool  # a row's logits have the same bits whatever rows it is computed with
+    step_tokens: int  # new tokens of a step, beyond which more would not make it more efficient
+
+    @property
+    def graphed(self) -> "GraphDecoder | None":
+        """Itself, where steps of decoding are captured as CUDA graphs."""
+        ...
 
     def page_bytes(self) -> int:
         """Returns the bytes that one page takes, keys and values of all layers."""
@@ -52,6 +63,23 @@ class Decoder(Protocol):
         ...
 
 
+class GraphDecoder(Decoder, Protocol):
+    """A decoder whose steps of decoding the host need not see.
+
+    Its cache has one page more than was asked for, the last, for rows that are not there.
+    """
+
+    graphs: Callable[[], Graphs]
+
+    def decode(self, ids: Tensor, held: Tensor, pages: Tensor) -> Tensor:
+        """Returns the logits after one new token of each row: (R, V) float32.
+
+        ids (R,) int64, held (R,) int64: tokens before it, pages (R, P) int32: as in `step`, but all
+        of them on the device, and nothing is read by the host.
+        """
+        ...
+
+
 def new_decoder(model: Mistral, release: bool = False) -> Decoder:
     """Returns the fastest decoder there is for the model's device and dtype.
 
@@ -67,7 +95,8 @@ class PackedDecoder:
     every sum runs in one fixed order.
     """
 
-    row_exact = True
+    step_tokens = 512
+    graphed: GraphDecoder | None = None
 
     @staticmethod
     def able(model: Mistral) -> bool:
@@ -168,19 +197,23 @@ def pack_weight(weight: Tensor) -> Tensor:
 class ModuleDecoder:
     """The model's own forward, with a layout that keeps keys and values in pages.
 
-    On a GPU a step in which every row has one new token is a CUDA graph: launching a model's
-    thousand small kernels one by one takes longer than they do. There is one graph for each of a
-    few numbers of rows and pages, captured when first needed; rows and pages that are not there are
-    filled up with a page that nobody reads.
+    On a GPU steps of decoding are CUDA graphs (`ldalign.generation.standing`).
     """
 
-    row_exact = False  # a product's last bits change with its shape
-
-    def __init__(self, model: Mistral, graphs: bool | None = None) -> None:
+    def __init__(self, model: Mistral, graphs: Callable[[], Graphs] | None = None) -> None:
+        """graphs: what captures steps; None: CUDA on a GPU, elsewhere nothing."""
         self.model, self.device = model, model.output_weight.device
-        # On a CPU only in tests, which run the standing step without a graph.
-        self.graphs = self.device.type == "cuda" if graphs is None else graphs
-        self._standing: dict[tuple[int, int], _StandingStep] = {}
+        on_gpu = self.device.type == "cuda"
+        # On a GPU so many that steps with prompts in them, which are no graphs, are few: 4 in 100
+        # of 256 rows with prompts of 350 and responses of 170 tokens, 7 with 8192 tokens a step.
+        self.step_tokens = 16_384 if on_gpu else 512
+        self.graphs = graphs or partial(CudaGraphs, self.device)
+        self.captured = on_gpu or graphs is not None
+
+    @property
+    def graphed(self) -> GraphDecoder | None:
+        # No attribute: a cycle would keep the cache until it is found.
+        return self if self.captured else None
 
     def page_bytes(self) -> int:
         c = self.model.config
@@ -189,122 +222,61 @@ class ModuleDecoder:
 
     def allocate(self, pages: int, longest: int) -> None:
         c = self.model.config
-        self._standing = {}
         self.keys = self.values = torch.empty(0)  # an earlier cache is gone before there is another
-        self.spare = pages  # the number of one page more, for rows that fill up a graph
         # Zeros: a position not yet written has probability 0, and 0 times NaN would be NaN.
         shape = (c.num_hidden_layers, pages + 1, PAGE, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = (self.model.output_weight.new_zeros(shape) for _ in range(2))
 
     @torch.no_grad()
     def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
-        if self.graphs and len(last) == len(rows) == len(ids):  # one new token in every row
-            size = bucket(len(rows)), bucket(pages.shape[1])
-            if size not in self._standing:
-                self._standing[size] = _StandingStep(self, *size)
-            return self._standing[size].run(ids, rows, pages)
-        layout = Paged(self.keys, self.values, rows, pages)
-        last = last.to(self.device)
-
-        def head(hidden: Tensor, weight: Tensor) -> Tensor:
-            return (hidden[last] @ weight.T).float()  # (len(last), V)
-
-        return self.model(ids.to(self.device), layout, head)
-
-
-def bucket(n: int) -> int:
-    """Returns the next size up of 1, 2, 4, 8, 16, 24, 32, ...: from 16 on, at most 7 too many."""
-    return 1 << (n - 1).bit_length() if n <= 16 else -(-n // 8) * 8
-
-
-class _StandingStep:
-    """One decoding step for `rows` rows of `width` pages, captured once and replayed.
-
-    Its inputs and outputs stay where they are in memory, which a CUDA graph needs.
-    """
-
-    def __init__(self, decoder: ModuleDecoder, rows: int, width: int) -> None:
-        self.model, self.spare, self.rows, self.width = decoder.model, decoder.spare, rows, width
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
-        self.layout = Paged(
-            decoder.keys, decoder.values, *self._filled(torch.empty(0, 2), torch.empty(0, width))
-        )
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if decoder.device.type == "cuda":
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # kernels are compiled and chosen before anything is captured
-                    self._forward()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self._forward()
-
-    def run(self, ids: Tensor, rows: Tensor, pages: Tensor) -> Tensor:
-        """Returns the logits (R, V) of R rows; the next step overwrites them."""
-        self.ids[: len(ids)].copy_(ids, non_blocking=True)
-        self.layout.copy_(Paged(self.layout.keys, self.layout.values, *self._filled(rows, pages)))
-        if self.graph is None:
-            self.logits = self._forward()
-        else:
-            self.graph.replay()
-        return self.logits[: len(ids)]
-
-    def _filled(self, rows: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills rows and pages up to the graph's size.
-
-        A row that is not there has one new token, nothing before it, and lies in the spare page.
-        """
-        table = torch.full((self.rows, self.width), self.spare, dtype=torch.int32)
-        table[: len(pages), : pages.shape[1]] = pages
-        counts = torch.tensor([[1, 0]]).repeat(self.rows, 1)  # (rows, 2)
-        counts[: len(rows)] = rows
-        return counts, table
-
-    def _forward(self) -> Tensor:
-        return self.model(self.ids, self.layout, lambda hidden, weight: (hidden @ weight.T).float())
-
-
-class Paged:
-    """The layout (`ldalign.models.layout.Layout`) of one step over the pages.
-
-    keys, values: (L, pages, 16, K, E). rows, pages: as in `Decoder.step`.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, pages: Tensor) -> None:
-        self.keys, self.values, device = keys, values, keys.device
         counts, held = rows.unbind(1)  # (R,) new tokens, and those in the cache
         first = counts.cumsum(0) - counts  # (R,) where a row's new tokens begin among the N
         # A new token stands behind those its row holds.
-        positions = torch.arange(int(counts.sum())) + (held - first).repeat_interleave(counts)
+        positions = torch.arange(len(ids)) + (held - first).repeat_interleave(counts)  # (N,)
         row = torch.arange(len(rows)).repeat_interleave(counts)  # (N,)
-        page = pages[row, positions // PAGE].long()  # (N,)
-        self.slots = (page * PAGE + positions % PAGE).to(device)  # (N,) into the flattened pages
-        self.positions = positions.to(device)  # (N,)
-        self.rows, self.pages = rows.to(device), pages.to(device)
-        self.longest = int(counts.max())  # new tokens of a row
+        numbers = (ids, slots(positions, row, pages), positions, rows, pages, last)
+        ids, slot, positions, rows, pages, last = to_device(self.device, *numbers)
+        layout = Paged(self.keys, self.values, slot, positions, rows, pages, int(counts.max()))
+        # (len(last), V)
+        return self.model(ids, layout, lambda hidden, weight: (hidden[last] @ weight.T).float())
 
-    def copy_(self, other: "Paged") -> None:
-        """Takes over the numbers of another step of the same shapes, in place."""
-        for name in ("slots", "positions", "rows", "pages"):
-            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+    @torch.no_grad()
+    def decode(self, ids: Tensor, held: Tensor, pages: Tensor) -> Tensor:
+        slot = slots(held, torch.arange(len(held), device=self.device), pages)
+        rows = torch.stack((torch.ones_like(held), held), 1)
+        layout = Paged(self.keys, self.values, slot, held, rows, pages, 1)
+        return self.model(ids, layout, lambda hidden, weight: (hidden @ weight.T).float())
 
-    def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
+
+def slots(positions: Tensor, row: Tensor, pages: Tensor) -> Tensor:
+    """Returns where tokens lie in the flattened pages: (N,) int64.
+
+    positions (N,) in their rows, row (N,): which of the rows, pages (R, P).
+    """
+    return pages[row, positions // PAGE].long() * PAGE + positions % PAGE
+
+
+@dataclass
+class Paged:
+    """The layout (`ldalign.models.layout.Layout`) of one step over the pages."""
+
+    keys: Tensor  # (L, pages, 16, K, E)
+    values: Tensor  # (L, pages, 16, K, E)
+    slots: Tensor  # (N,) int64, of the new tokens in the flattened pages
+    positions: Tensor  # (N,) int64
+    rows: Tensor  # (R, 2), as in `Decoder.step`
+    pages: Tensor  # (R, P), as in `Decoder.step`
+    longest: int  # new tokens of a row
+
+    def attend(
+        self, layer: int, qkv: Tensor, heads: int, window: int | None, rotary: Rotary | None
+    ) -> Tensor:
         """Attention of the new tokens: qkv (N, H + 2K, E) -> (N, H, E).
 
         Each sees its row's cache and the row's new tokens before it.
         """
-        k, v = qkv[:, heads:].chunk(2, 1)  # (N, K, E) each
+        assert rotary is not None
+        keys, values = self.keys[layer], self.values[layer]
         # Written first: a prompt's tokens see each other through the cache, too.
-        self.keys[layer].flatten(0, 1)[self.slots] = k
-        self.values[layer].flatten(0, 1)[self.slots] = v
-        return ops.paged_attention(
-            qkv[:, :heads],
-            self.keys[layer],
-            self.values[layer],
-            self.rows,
-            self.pages,
-            self.longest,
-            window,
-        )
+        q = ops.rope_to_pages(qkv, *rotary, heads, keys, values, self.slots)
+        return ops.paged_attention(q, keys, values, self.rows, self.pages, self.longest, window)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ldalign.data.rows import Message
 from ldalign.data.tokenizer import Tokenizer
+from ldalign.generation.answers import longest_first
 from ldalign.generation.decoders import Decoder, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Response, Sampling
@@ -27,7 +28,7 @@ def generate_ids(
 
     model: a model gets a decoder for this call, which on a CPU is a second copy of its weights.
     keys: the names of the rows' random streams.
-    progress: is called with (1, new tokens) as a row is finished.
+    progress: gets the rows finished, and the tokens made, since it was last called.
     decode: ids to text, needed for stop strings alone.
     names: what an error calls the prompts; None: their keys.
 
@@ -35,19 +36,17 @@ def generate_ids(
     """
     if not prompts:
         return []
-    # Longest first: memory peaks at once, and the last rows to run are short. Equal prompts stay
-    # together, where they share pages.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    longest = len(prompts[order[0]]) + sampling.max_new_tokens
+    requests = longest_first(
+        Request(keys[i], prompt, i, names[i] if names else "") for i, prompt in enumerate(prompts)
+    )
+    longest = len(requests[0].prompt) + sampling.max_new_tokens
     rows = min(batch_rows, len(prompts))
     decoder = new_decoder(model) if isinstance(model, Mistral) else model
     engine = Engine(decoder, sampling, end_ids, seed, longest=longest, rows=rows, decode=decode)
     done: dict[int, Response] = {}
-    for request, response in engine.run(
-        Request(keys[i], prompts[i], i, names[i] if names else "") for i in order
-    ):
+    for request, response in engine.run(requests, lambda _, ids: progress(0, len(ids))):
         done[request.index] = response
-        progress(1, len(response.ids))
+        progress(1, 0)
     return [done[i] for i in range(len(prompts))]
 
 

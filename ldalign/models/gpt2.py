@@ -10,6 +10,7 @@ heads, E head width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ldalign.models.config_keys import check_keys
 from ldalign.models.layout import Layout, Packed
+from ldalign.models.recompute import recomputed
 from ldalign.system.errors import InputError
 from ldalign.system.seeds import normals
 
 R = TypeVar("R")
+gelu = partial(F.gelu, approximate="tanh")
 # GPT-2's files keep these as (inputs, outputs); nn.Linear has (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -105,7 +108,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3 * self.heads, -1))  # (N, 3H, E)
-        out = layout.attend(self.index, qkv, self.heads, None)  # (N, H, E); no window
+        out = layout.attend(self.index, qkv, self.heads, None, None)  # (N, H, E)
         return self.c_proj(out.flatten(1))  # (N, D)
 
 
@@ -117,8 +120,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.inner)
         self.c_proj = nn.Linear(config.inner, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (N, D)
+    def forward(self, x: Tensor, selective: bool = False) -> Tensor:
+        inner = self.c_fc(x)
+        activated = gelu(inner)
+        with recomputed(selective, activated, gelu, inner):
+            del inner  # freed here without a backward
+            return self.c_proj(activated)  # (N, D)
 
 
 class Block(nn.Module):
@@ -135,14 +142,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, layout, use_reentrant=False)
+            return checkpoint(
+                self._forward, x, layout, use_reentrant=False, preserve_rng_state=False
+            )
         return self._forward(x, layout)
 
     def _forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layout)
-        if self.checkpointing == "selective" and torch.is_grad_enabled():
-            return x + checkpoint(self.mlp, self.ln_2(x), use_reentrant=False)
-        return x + self.mlp(self.ln_2(x))
+        selective = self.checkpointing == "selective"
+        normed = self.ln_1(x)
+        with recomputed(selective, normed, self.ln_1, x):
+            x = x + self.attn(normed, layout)
+        normed = self.ln_2(x)
+        with recomputed(selective, normed, self.ln_2, x):
+            return x + self.mlp(normed, selective)
 
 
 class Transformer(nn.Module):
@@ -186,7 +198,7 @@ class GPT2(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        layout: Layout | None = None,
+        layout: Packed | None = None,
         head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
         """Returns logits (B, T, V) of ids (B, T) int64; or, given a head, what it makes.
@@ -200,17 +212,16 @@ class GPT2(nn.Module):
             return head(x, self.output_weight)
         return (x @ self.output_weight.T).unflatten(0, shape)
 
-    def hidden(self, embeddings: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, embeddings: Tensor, layout: Packed) -> Tensor:
         """Returns the final hidden states (N, D) of token embeddings (N, D).
 
         Position embeddings are added here. Raises InputError for a sequence
         longer than n_positions.
         """
-        longest = int(layout.positions.max()) + 1 if len(layout.positions) else 0
-        if longest > self.config.n_positions:
+        if layout.longest > self.config.n_positions:
             raise InputError(
-                f"a sequence of {longest} tokens is longer than GPT-2's {self.config.n_positions} "
-                "positions; shorten the rows (max_length)"
+                f"a sequence of {layout.longest} tokens is longer than GPT-2's "
+                f"{self.config.n_positions} positions; shorten the rows (max_length)"
             )
         x = embeddings + self.transformer.wpe(layout.positions)  # (N, D)
         for block in self.transformer.h:

@@ -43,6 +43,7 @@ from ldalign.objective import Metric, contrast_loss, latent_distance
 from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
+from ldalign.system.transfer import to_device
 
 END = "<|endoftext|>"
 # What helps where the memory does not hold a batch of latents.
@@ -162,7 +163,8 @@ class Latent(nn.Module):
     def own_or_null(self, latents: Tensor, whose: Sequence[int]) -> Tensor:
         """The latents (Q, Z) of Q readings, of latents (R, Z)."""
         table = torch.cat([latents, self.null[None]])
-        return table[torch.tensor([i % len(table) for i in whose], device=table.device)]
+        (places,) = to_device(table.device, torch.tensor([i % len(table) for i in whose]))
+        return table[places]
 
     def shift(self, latents: Tensor) -> Tensor:
         """What is added to the states that the head reads: latents (Q, Z) -> (Q, D)."""
@@ -308,20 +310,24 @@ class Guide(nn.Module):
         device = self.latent.null.device
         m = 0 if self.config.readout == "mean" else self.config.latent_tokens
         parts = _pack(pairs, [p.responses for p in pairs], after=m)
-        embedded = self.encoder.embedding(torch.tensor(parts.ids, device=device))  # (N, D)
-        at = torch.tensor([end + i for end in parts.ends for i in range(m)], device=device)
+        # A product with the rows' averages repeats bit for bit, as adding at places may not.
+        averages = torch.zeros(0 if m else len(parts.ends), len(parts.ids))  # (R, N)
+        for row, start, end in zip(averages, parts.starts, parts.ends, strict=False):
+            row[start:end] = 1.0 / (end - start)
+        ids, at, predictors, averages = to_device(
+            device,
+            torch.tensor(parts.ids),
+            torch.tensor([end + i for end in parts.ends for i in range(m)], dtype=torch.int64),
+            torch.tensor(parts.predictors()),
+            averages,
+        )
+        embedded = self.encoder.embedding(ids)  # (N, D)
         if m:
             queries = self.latent.query_tokens().to(embedded.dtype).repeat(len(parts.ends), 1)
             embedded = embedded.index_copy(0, at, queries)  # (R m, D) of them
         states = self.encoder.hidden(embedded, Packed(parts.lengths, device))
-        before = states[torch.tensor(parts.predictors(), device=device)]
-        if m:
-            return States(states[at], before)
-        # A product with the rows' averages repeats bit for bit, as adding at places may not.
-        averages = torch.zeros(len(parts.ends), len(parts.ids))  # (R, N)
-        for i, (start, end) in enumerate(zip(parts.starts, parts.ends, strict=True)):
-            averages[i, start:end] = 1.0 / (end - start)
-        return States(averages.to(device) @ states.float(), before)
+        before = states[predictors]
+        return States(states[at] if m else averages @ states.float(), before)
 
     def decode(
         self,
@@ -332,8 +338,8 @@ class Guide(nn.Module):
     ) -> Tensor:
         """Returns the log-probs float32 of all tokens of Q readings, one reading after the other.
 
-        latents (R, Z). readings: pair by pair. hidden_tokens (M,) bool: the tokens of the R
-        responses that the decoder may not read; None: it reads all.
+        latents (R, Z). readings: pair by pair. hidden_tokens (M,) bool, on the CPU: the tokens of
+        the R responses that the decoder may not read; None: it reads all.
         """
         return ops.linear_logprob(*self._written(pairs, latents, readings, hidden_tokens, None))
 
@@ -381,25 +387,28 @@ class Guide(nn.Module):
         written = self._written(pairs, latents, readings, hidden_tokens, before, tokens)
         lengths = [len(tokens[r.response]) for r in readings]
         sums = ops.segment_sum(ops.linear_logprob(*written), lengths)  # (Q,)
-        own = [i for i, r in enumerate(readings) if r.latent in (r.response, NO_LATENT)]  # R
-        means = torch.tensor([1 / counts[i % 2] for i in range(len(own))], device=sums.device)
-        loss = -(sums[own] * means).sum()
+        # With the own latent or none: R of them.
+        own = [i for i, r in enumerate(readings) if r.latent in (r.response, NO_LATENT)]
+        places, means, compared = to_device(
+            sums.device,
+            torch.tensor(own),
+            torch.tensor([1 / counts[i % 2] for i in range(len(own))]),
+            torch.tensor(rivals, dtype=torch.int64).view(-1, 2),
+        )
+        loss = -(sums[places] * means).sum()
         if rivals:
-            mine, theirs = zip(*rivals, strict=True)
-            gaps = contrast_loss(sums[list(mine)], sums[list(theirs)])
+            gaps = contrast_loss(sums[compared[:, 0]], sums[compared[:, 1]])
             loss = loss + what.contrast / counts.contrasted * gaps.sum()
         if what.bag_of_words:
             alone = self.latent.shift(latents) @ self.decoder.output_weight.float().T  # (R, V)
             logps = alone.log_softmax(dim=1)
-            bags = torch.stack(
-                [
-                    row[torch.tensor(y, device=row.device)[list(chosen)]].sum()
-                    for row, y, chosen in zip(
-                        logps, (y for p in pairs for y in p.responses), tokens, strict=True
-                    )
-                ]
+            responses = [y for p in pairs for y in p.responses]
+            bags = to_device(
+                logps.device,
+                *(torch.tensor(y)[list(at)] for y, at in zip(responses, tokens, strict=True)),
             )
-            loss = loss - what.bag_of_words * (bags * means).sum()
+            bag_sums = torch.stack([row[bag].sum() for row, bag in zip(logps, bags, strict=True)])
+            loss = loss - what.bag_of_words * (bag_sums * means).sum()
         return loss
 
     def _written(
@@ -417,7 +426,6 @@ class Guide(nn.Module):
         before (M, D): the states in front of each response token, where the encoder has made them.
         tokens: of each response, the places of those to predict; None: all.
         """
-        device = latents.device
         responses = [y for p in pairs for y in p.responses]
         places = [range(len(y)) for y in responses] if tokens is None else tokens
         z = self.latent.own_or_null(latents, [r.latent for r in readings])  # (Q, Z)
@@ -433,16 +441,20 @@ class Guide(nn.Module):
             for i, reading in zip(of_reading, readings, strict=True)
             for place in places[reading.response]
         ]
-        hidden = before[torch.tensor(rows, device=device)]
+        of_rows, counts, targets = to_device(
+            latents.device,
+            torch.tensor(rows),
+            torch.tensor([len(places[r.response]) for r in readings]),
+            torch.tensor([responses[r.response][i] for r in readings for i in places[r.response]]),
+        )
+        hidden = before[of_rows]
         if self.config.injection != "prefix":
-            counts = torch.tensor([len(places[r.response]) for r in readings], device=device)
             scale, shift = (
-                change(z).repeat_interleave(counts, dim=0)
+                change(z).repeat_interleave(counts, dim=0, output_size=len(rows))
                 for change in (self.latent.scale, self.latent.shift)
             )
             hidden = (hidden.float() * scale + shift).to(hidden.dtype)
-        targets = [responses[r.response][place] for r in readings for place in places[r.response]]
-        return hidden, self.decoder.output_weight, torch.tensor(targets, device=device)
+        return hidden, self.decoder.output_weight, targets
 
     def _decoder_states(
         self,
@@ -461,21 +473,26 @@ class Guide(nn.Module):
         for i in which:
             of_pair[i // 2].append(pairs[i // 2].responses[i % 2])
         parts = _pack(pairs, of_pair, before=m)
-        embedded = self.decoder.embedding(torch.tensor(parts.ids, device=device))  # (N, D)
+        hidden = torch.zeros(len(parts.ids), dtype=torch.bool)
         if hidden_tokens is not None:
-            flags = hidden_tokens.cpu().split([len(y) for p in pairs for y in p.responses])
-            hidden = torch.zeros(len(parts.ids), dtype=torch.bool)
+            flags = hidden_tokens.split([len(y) for p in pairs for y in p.responses])
             for i, start, end in zip(which, parts.starts, parts.ends, strict=True):
                 hidden[start:end] = flags[i]
+        ids, at, predictors, hidden = to_device(
+            device,
+            torch.tensor(parts.ids),
+            torch.tensor([x - m + i for x in parts.starts for i in range(m)], dtype=torch.int64),
+            torch.tensor(parts.predictors()),
+            hidden,
+        )
+        embedded = self.decoder.embedding(ids)  # (N, D)
+        if hidden_tokens is not None:
             token = self.latent.hidden_token().to(embedded.dtype)
-            embedded = torch.where(hidden.to(device)[:, None], token, embedded)
+            embedded = torch.where(hidden[:, None], token, embedded)
         if soft is not None:
-            at = [start - m + i for start in parts.starts for i in range(m)]
-            embedded = embedded.index_copy(
-                0, torch.tensor(at, device=device), soft.to(embedded.dtype)
-            )
+            embedded = embedded.index_copy(0, at, soft.to(embedded.dtype))
         states = self.decoder.hidden(embedded, Packed(parts.lengths, device))
-        return states[torch.tensor(parts.predictors(), device=device)]
+        return states[predictors]
 
     # ------------------------------------------------------------------------------------ distances
 
@@ -536,7 +553,7 @@ class Guide(nn.Module):
         costs = [pair.tokens if pair.differs else 0 for pair in pairs]
 
         def measure(batch: Sequence[int]) -> Tensor:
-            distances = torch.zeros(len(batch), len(latents))
+            distances = torch.zeros(len(batch), len(latents), device=self.latent.null.device)
             chosen = [n for n, i in enumerate(batch) if pairs[i].differs]
             if not chosen:
                 return distances
@@ -545,7 +562,8 @@ class Guide(nn.Module):
                 read = self.states([pairs[batch[n]] for n in chosen]).read
                 both = [latent.read(read) for latent in latents]  # (2 rows, Z) each
                 found = [latent_distance(z[0::2], z[1::2], metric) for z in both]
-                distances[chosen] = torch.stack(found, dim=1).cpu()
+                (places,) = to_device(distances.device, torch.tensor(chosen))
+                distances[places] = torch.stack(found, dim=1)
             return distances
 
         def refusal(i: int, value: float) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldalign.data.tokenizer import load_tokenizer
+from ldalign.data.tokenizer_growth import check_growth
 from ldalign.models.gpt2 import GPT2, GPT2Config, init_weights
 from ldalign.models.guide import (
     END,
@@ -34,7 +35,13 @@ from ldalign.models.weights import (
 from ldalign.system.errors import InputError, is_failure
 from ldalign.system.files import save_tensors
 from ldalign.system.seeds import normals
-from ldalign.system.untrusted import MAX_TOKENIZER_BYTES, read_bytes, read_json, refuse_links_out
+from ldalign.system.untrusted import (
+    MAX_TOKENIZER_BYTES,
+    parse_json,
+    read_bytes,
+    read_json,
+    refuse_links_out,
+)
 
 TOWERS = ("encoder", "decoder")  # their folders in a guide's; one that serves as both is encoder/
 DESCRIPTION, LATENT = "guide.json", "latent.safetensors"
@@ -67,7 +74,9 @@ def read_guide_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """
     path = folder / "tokenizer.json"
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER_BYTES))
+        content = read_bytes(path, MAX_TOKENIZER_BYTES)
+        check_growth(parse_json(content, path), path)
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except FileNotFoundError:
         raise InputError(
             f"{folder}: has no tokenizer.json; the guide reads text through a tokenizer of its own"
@@ -135,7 +144,11 @@ def pretrained_guide(
         check_room(config, towers[0].config.max_position_embeddings, f"{folder}")
         chat = load_tokenizer(folder, template)
         end = tokenizer.id_to_token(chat.end_ids[0])
-        assert end is not None  # load_tokenizer has seen it
+        if end is None:
+            raise InputError(
+                f"{folder}/tokenizer.json: has no token {chat.end_ids[0]}, which ends an answer; "
+                "download the model again"
+            )
         config = replace(config, end_token=end)
     return _init_latent(Guide(towers[0], towers[-1], config, tokenizer, chat), seed).to(device)
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ldalign import ops
+from ldalign.system.transfer import to_device
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin (N, E/2) of the tokens' rotary embedding
 
 
 class Layout(Protocol):
@@ -23,11 +26,13 @@ class Layout(Protocol):
 
     positions: Tensor  # (N,) int64, restarting at each sequence
 
-    def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, qkv: Tensor, heads: int, window: int | None, rotary: Rotary | None
+    ) -> Tensor:
         """Returns the attention of one layer: qkv (N, H + 2K, E) -> (N, H, E).
 
         The first H = `heads` heads are queries, then K keys, K values. With a window, a token sees
-        that many: itself and those before it.
+        that many: itself and those before it. rotary: queries and keys turn first, in place.
         """
         ...
 
@@ -51,15 +56,20 @@ class Packed:
                 f"{list(lengths)}"
             )
         self.lengths = [sum(sequence) for sequence in parts]  # tokens of each sequence, all parts
+        # The most tokens of a prompt and one response: positions are below it.
+        self.longest = max((p + max(rest, default=0) for p, *rest in parts), default=0)
         self.segments = _segments(parts)
         begin, end, prefix_begin, prefix_end = self.segments.unbind(1)  # (S,) each
         # Token i of a segment stands at position (length of its prefix) + i - begin.
         offsets = (prefix_end - prefix_begin - begin).repeat_interleave(end - begin)  # (N,)
-        self.positions = (torch.arange(sum(self.lengths)) + offsets).to(device)  # (N,)
+        positions = torch.arange(sum(self.lengths)) + offsets  # (N,)
+        (self.positions,) = to_device(torch.device(device), positions)
 
-    def attend(self, layer: int, qkv: Tensor, heads: int, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, qkv: Tensor, heads: int, window: int | None, rotary: Rotary | None
+    ) -> Tensor:
         """Attention within each sequence: qkv (N, H + 2K, E) -> (N, H, E)."""
-        return ops.pair_attention(qkv, heads, self.segments, window)
+        return ops.pair_attention(qkv, heads, self.segments, window, rotary)
 
 
 def _segments(sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -14,6 +14,7 @@ feed-forward width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ldalign import ops
 from ldalign.models.config_keys import check_keys
 from ldalign.models.layout import Layout, Packed
+from ldalign.models.recompute import recomputed
 from ldalign.system.errors import InputError
 
 R = TypeVar("R")
@@ -206,8 +208,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the norm of x + residual, and that sum; all (N, D)."""
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the norm of x + residual, and that sum; all (N, D). None counts as zeros."""
+        if residual is None:
+            return self(x), x
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -226,8 +230,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, E)
-        qkv = ops.rope(qkv, cos, sin, self.heads + self.kv_heads)  # values do not turn
-        out = layout.attend(self.index, qkv, self.heads, self.window)  # (N, H, E)
+        out = layout.attend(self.index, qkv, self.heads, self.window, (cos, sin))  # (N, H, E)
         return self.o_proj(out.flatten(1))  # (N, D)
 
 
@@ -239,16 +242,20 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # (N, D) -> (N, 2F) -> (N, F) -> (N, D). Unnamed, the widest one is freed before the last.
-        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, selective: bool = False) -> Tensor:
+        gate_up = self.gate_up_proj(x)  # (N, 2F)
+        gated = ops.swiglu(gate_up)  # (N, F)
+        with recomputed(selective, gated, ops.swiglu, gate_up):
+            del gate_up  # the widest one: without a backward it is freed before the last product
+            return self.down_proj(gated)  # (N, D)
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    # What the backward computes again: nothing, the feed-forward, or the whole block. It happens
-    # inside the block's forward, where FSDP has gathered the weights.
+    # What the backward computes again: nothing; what takes no product (the norms' results and the
+    # feed-forward's activation); or all but the first sum. It happens inside the block's backward,
+    # where FSDP has gathered the weights.
     checkpointing: Literal["none", "selective", "full"] = "none"
 
     def __init__(self, config: MistralConfig, index: int) -> None:
@@ -258,20 +265,31 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, cos, sin, layout, use_reentrant=False)
-        return self._forward(x, cos, sin, layout)
+    def forward(
+        self, update: Tensor, stream: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """Returns this block's update of the stream, and the stream without it: (N, D) each.
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        # x is the stream (N, D). Its sum with the attention's output, and the norm of that sum, are
-        # made in one pass; the output itself has no name, so that it is freed before the mlp.
-        normed, x = self.post_attention_layernorm.add(
-            self.self_attn(self.input_layernorm(x), cos, sin, layout), x
+        update, stream: of the block before. The sum of both is left to the next norm, which makes
+        it in the same pass. The first block has the embeddings for update, and None for stream.
+        """
+        normed, stream = self.input_layernorm.add(update, stream)
+        rest = self._forward
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            rest = partial(checkpoint, self._forward, use_reentrant=False, preserve_rng_state=False)
+        with recomputed(self.checkpointing != "none", normed, self.input_layernorm, stream):
+            return rest(normed, stream, cos, sin, layout)
+
+    def _forward(
+        self, normed: Tensor, stream: Tensor, cos: Tensor, sin: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        # The attention's output has no name, so that it is freed before the mlp.
+        normed, stream = self.post_attention_layernorm.add(
+            self.self_attn(normed, cos, sin, layout), stream
         )
-        if self.checkpointing == "selective" and torch.is_grad_enabled():
-            return x + checkpoint(self.mlp, normed, use_reentrant=False)
-        return x + self.mlp(normed)
+        selective = self.checkpointing == "selective"
+        with recomputed(selective, normed, self.post_attention_layernorm, stream):
+            return self.mlp(normed, selective), stream
 
 
 class Transformer(nn.Module):
@@ -354,10 +372,10 @@ class Mistral(nn.Module):
         Positions, and which token sees which, are the layout's.
         """
         cos, sin = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
-        x = embeddings
+        update, stream = embeddings, None
         for block in self.model.layers:
-            x = block(x, cos, sin, layout)
-        return self.model.norm(x)
+            update, stream = block(update, stream, cos, sin, layout)
+        return self.model.norm.add(update, stream)[0]
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

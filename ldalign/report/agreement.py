@@ -3,7 +3,6 @@
 The figures are `ldalign.evaluation.agreement`'s; table.md and the page show the same table.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from ldalign.evaluation.judges import CHECKER, EMBEDDING, POLICY
 from ldalign.evaluation.statistics import FEWEST
 from ldalign.report.analysis import Numbers
 from ldalign.report.notation import interval, interval_decimals, number, percent, with_error
-from ldalign.run.folder import SUMMARY
+from ldalign.run.folder import SUMMARY, read_summary
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.stages.agreement import AGREEMENT_STAGE
 from ldalign.run.stages.agreement_samples import AGREEMENT_SAMPLES_STAGE
+from ldalign.run.stranger import read_if_there
 
 GUIDE = "the guide"
 WHO = "what calls a sample the worse one"  # the table's first column
@@ -35,7 +35,8 @@ def read_agreement(run: Path, config: Mapping[str, Any]) -> Numbers:
     """Returns the stage's summary, with `judge`, its name, and `guide`, what measured the
     distances; {} where agreement was not measured. config: the run folder's.
     """
-    summary = _json(run / AGREEMENT_STAGE.folder() / SUMMARY)
+    folder = run / AGREEMENT_STAGE.folder()
+    summary = read_summary(folder) if (folder / SUMMARY).is_file() else {}
     if not summary:
         return {}
     parents = _parents(run, AGREEMENT_STAGE.folder())
@@ -145,10 +146,6 @@ def _cells(found: Numbers, prefix: str) -> list[str]:
 
 
 def _parents(run: Path, stage: str) -> Numbers:
-    found: Numbers = _json(run / stage / MANIFEST).get("parents", {})
-    return found
-
-
-def _json(path: Path) -> Numbers:
-    value: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value
+    path = run / stage / MANIFEST
+    found = read_if_there(path, f"delete {path.parent} to make it again").get("parents")
+    return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ Backgrounds are transparent. `inline_svg` hands the colours over to the page's C
 drawing suits a light and a dark page.
 """
 
+import html
 import io
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ldalign.evaluation.statistics import Array
+from ldalign.system.files import write_bytes
 
 INK, GRID = "#1b1f24", "#d5d9de"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -54,6 +56,7 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.formatter.use_mathtext": False,
+    "text.parse_math": False,  # a $ in a name is a $
     "axes.unicode_minus": True,
 }
 
@@ -78,13 +81,13 @@ def write_chart(chart: Chart, folder: Path) -> str:
             (folder / chart.name).with_suffix(suffix).unlink(missing_ok=True)
         return ""
     with matplotlib.rc_context(STYLE):
-        drawn = io.BytesIO()
+        drawn, white = io.BytesIO(), io.BytesIO()
         chart.figure.savefig(drawn, format="svg", metadata={"Date": None})
         chart.figure.set_layout_engine("none")  # it is laid out: not a second time
-        chart.figure.savefig(folder / f"{chart.name}.png", dpi=130, facecolor="white")
-    svg = drawn.getvalue().decode()
-    (folder / f"{chart.name}.svg").write_text(svg, encoding="utf-8")
-    return inline_svg(svg, chart.name, chart.title)
+        chart.figure.savefig(white, format="png", dpi=130, facecolor="white")
+    write_bytes(folder / f"{chart.name}.svg", drawn.getvalue())
+    write_bytes(folder / f"{chart.name}.png", white.getvalue())
+    return inline_svg(drawn.getvalue().decode(), chart.name, chart.title)
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
@@ -100,7 +103,7 @@ def inline_svg(svg: str, name: str, title: str) -> str:
     width = re.search(r'viewBox="0 0 ([\d.]+)', svg)
     assert width
     label = (
-        f'<svg role="img" aria-label="{title}" style="width: 100%; max-width: '
+        f'<svg role="img" aria-label="{html.escape(title)}" style="width: 100%; max-width: '
         f'{float(width[1]) * 4 / 3:.0f}px"'
     )
     return svg.replace("<svg", label, 1).replace("'DejaVu Sans', ", "")

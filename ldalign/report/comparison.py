@@ -11,7 +11,6 @@ differences are taken seed by seed and prompt by prompt; their errors are of bot
 (`ldalign.evaluation.crossed`).
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -37,11 +36,12 @@ from ldalign.run.comparison import (
     searched,
     validation_ids,
 )
-from ldalign.run.folder import ENVIRONMENT, SUMMARY, benchmark_summaries
+from ldalign.run.folder import SUMMARY, benchmark_summaries, read_machine, read_summary
 from ldalign.run.stages.evaluation import answers_file
 from ldalign.run.stages.guide import GUIDE_STAGE
 from ldalign.run.stages.policy import start_name
 from ldalign.system.config import to_yaml
+from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl
 
 Numbers = dict[str, Any]
@@ -104,8 +104,7 @@ def again(config: CompareConfig) -> Numbers:
     """What makes the comparison again: every key that is not its default (YAML), the command, the
     commit and the machine, as the run wrote them down.
     """
-    path = Path(config.run) / ENVIRONMENT
-    machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    machine = read_machine(Path(config.run))
     return {
         "settings": to_yaml(config.of_all, changed=True),
         "command": command({"run": config.run}, machine, "compare"),
@@ -357,7 +356,7 @@ def guides(
         paths = (run / GUIDE_STAGE.folder(0) / SUMMARY for run in runs)
         found = next((path for path in paths if path.is_file()), None)
         if found is not None:
-            out.append(json.loads(found.read_text(encoding="utf-8")))
+            out.append(read_summary(found.parent))
     return out
 
 
@@ -379,8 +378,13 @@ def weights_before_training(
     for arm in weighted:
         found: list[Numbers] = []
         for seed in seeds:
-            pairs = read_pairs(arm_folder(config, arm, seed, chosen[arm.name]), 0)
-            assert pairs is not None  # the training is finished
+            run = arm_folder(config, arm, seed, chosen[arm.name])
+            pairs = read_pairs(run, 0)
+            if pairs is None:
+                raise InputError(
+                    f"{run}: its rows or responses are gone, though it is finished; delete "
+                    f"{run / 'iteration_0'} to have them made again"
+                )
             if distance is not None and seed not in measured:
                 # All methods of a seed have the same losers.
                 measured[seed] = distance(pairs.real, pairs.generated, pairs.ids)

@@ -1,5 +1,7 @@
 """The page of a comparison, from what `ldalign.report.comparison.summarise` returns."""
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,13 +17,14 @@ from ldalign.report.notation import (
     decimals,
     interval,
     number,
+    plain,
     with_error,
 )
 from ldalign.report.result import METHOD_NAMES, difference_sentence
 from ldalign.run.comparison import START
 from ldalign.system import distributed
 from ldalign.system.errors import how_to_install
-from ldalign.system.files import make_folder, write_json, write_text
+from ldalign.system.files import make_folder, write_text, writing
 
 # The differences that the page may begin with: the first of these that there is.
 LEADING_DIFFERENCES = ("ld_align - sft", f"ld_align - {START}")
@@ -34,8 +37,9 @@ def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
     folder = run / "report"
     text = render(summary)
     if distributed.rank() == 0:
-        make_folder(folder)
-        write_json(folder / "comparison.json", summary)
+        with writing(folder):
+            make_folder(folder)
+        write_text(folder / "comparison.json", json.dumps(summary, indent=1) + "\n")
         write_text(folder / "comparison.md", "\n".join(_signed(text)))
         try:
             from ldalign.report.chart import write_chart
@@ -96,6 +100,7 @@ def _opening(summary: Mapping[str, Any]) -> list[str]:
     gap = known[name][figure]
     first, second = (_called(method) for method in name.split(" - "))
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    first, second = plain(first), plain(second)
     return [
         difference_sentence(
             f"{first[0].upper()}{first[1:]} minus {second}",
@@ -148,7 +153,7 @@ def _primary(summary: Mapping[str, Any]) -> list[str]:
         cells += [_gap(f, gaps[f], places[f]) for f in others]
         sees = _shown(figure, gap["sees"], digits) if gap["sees"] else "not known"
         cells += [_seeds(figure, gap, digits), sees]
-        lines.append(_line([name, *cells]))
+        lines.append(_row(name, cells))
     return lines
 
 
@@ -161,7 +166,7 @@ def _policies(summary: Mapping[str, Any]) -> list[str]:
     for name, row in summary["policies"].items():
         rate = "" if name == START else f"{summary['learning_rates'][name]:g}"
         cells = [_shown(f, row[f]["value"], digits[f], row[f]["se"]) for f in figures]
-        lines.append(_line([name, rate, *cells]))
+        lines.append(_row(name, [rate, *cells]))
     return lines
 
 
@@ -180,7 +185,7 @@ def _others(summary: Mapping[str, Any]) -> list[str]:
         cells = [_gap(figure, gap, own), _interval(figure, gap, own)]
         cells += [_p(gap["p"]), _p(gap["p_holm"])]
         cells += [*(_gap(f, gaps[f], digits[f]) for f in others), _seeds(figure, gap, own)]
-        lines.append(_line([name, *cells]))
+        lines.append(_row(name, cells))
     return lines
 
 
@@ -198,7 +203,7 @@ def _on_the_way(summary: Mapping[str, Any]) -> list[str]:
         "",
         *_head(["", *head]),
         *(
-            _line([name, *(_gap(figure, gap, digits) for gap in gaps)])
+            _row(name, (_gap(figure, gap, digits) for gap in gaps))
             for name, gaps in found["methods"].items()
         ),
     ]
@@ -219,11 +224,12 @@ def _oracle(summary: Mapping[str, Any]) -> list[str]:
         return f"{share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f})"
 
     return [
-        f"**The share of the oracle's gain** (of {found['gain']}, the bound on what a perfect "
-        "distance buys, with 95 % interval; not defined where that gain's own interval holds 0)",
+        f"**The share of the oracle's gain** (of {plain(found['gain'])}, the bound on what a "
+        "perfect distance buys, with 95 % interval; not defined where that gain's own interval "
+        "holds 0)",
         "",
         *_head(["", *(FIGURES[f].words for f in figures)]),
-        *(_line([name, *(cell(f, name) for f in figures)]) for name in names),
+        *(_row(name, (cell(f, name) for f in figures)) for name in names),
     ]
 
 
@@ -247,7 +253,7 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
     ]
     for name, row in found.items():
         cells = [_over_seeds(row["wrong"])] * checked + [_over_seeds(row["embedding"])] * embedded
-        lines.append(_line([name, *cells]))
+        lines.append(_row(name, cells))
     losers = next(iter(found.values()))["losers"]
     if checked:
         counts = ", ".join(f"{n['wrong']} / {n['right']}" for n in losers)
@@ -283,13 +289,15 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
         gap = gaps[figure]
         digits, said = _digits([gaps], figure), FIGURES[figure]
         if not gap["sees"]:  # an error of 0 would claim that any difference is seen
-            lines.append(f"After it: of {name}, not known, as the differences have no spread.")
+            lines.append(
+                f"After it: of {plain(name)}, not known, as the differences have no spread."
+            )
             continue
         parts = ", ".join(
             f"{part} {_shown(figure, gap[part], digits)}" for part in ("seeds", "prompts", "rest")
         )
         lines.append(
-            f"After it: of {name}, {_shown(figure, gap['sees'], digits)} {said.points} of "
+            f"After it: of {plain(name)}, {_shown(figure, gap['sees'], digits)} {said.points} of "
             f"{said.words} (deviations of {parts}; {gap['df']:.1f} degrees of freedom)."
         )
     return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
@@ -321,7 +329,7 @@ def _search(summary: Mapping[str, Any]) -> list[str]:
         *_head(["method", *(f"{rate:g}" for rate in rates)]),
     ]
     for name, found in summary["search"].items():
-        lines.append(_line([name, *(_tried(figure, found[f"{rate:g}"]) for rate in rates)]))
+        lines.append(_row(name, (_tried(figure, found[f"{rate:g}"]) for rate in rates)))
     return lines
 
 
@@ -349,13 +357,14 @@ def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
         "**Benchmarks**, % (mean over the seeds, +- one standard error over rows of one seed; each "
         "seed)",
         "",
-        *_head(["", *(f"{task} {metric}" for task, metric in metrics.items())]),
+        *_head(["", *(f"{plain(task)} {metric}" for task, metric in metrics.items())]),
     ]
     for name, scores in found.items():
         cells = [_over_runs(scores[t], m) if t in scores else "" for t, m in metrics.items()]
-        lines.append(_line([name, *cells]))
+        lines.append(_row(name, cells))
     shots = ", ".join(
-        f"{t}: {s[0]['rows']:.0f} rows, {s[0]['shots']:.0f} shots" for t, s in sorted(first.items())
+        f"{plain(t)}: {s[0]['rows']:.0f} rows, {s[0]['shots']:.0f} shots"
+        for t, s in sorted(first.items())
     )
     return [*lines, "", f"{shots}."]
 
@@ -386,22 +395,24 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 def _again(summary: Mapping[str, Any]) -> list[str]:
     """How to make every number of the page again."""
     found = summary["again"]
-    machine = [found["machine"], ""] if found["machine"] else []
+    machine = [plain(found["machine"]), ""] if found["machine"] else []
+    # longer than any that the settings hold
+    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", found["settings"])), 0)
     changed = str(found["commit"] or "").endswith("-dirty")
     return [
         "**Every number again**",
         "",
         *machine,
         *[UNCOMMITTED, ""] * changed,
-        "```",
+        fence,
         found["command"],
-        "```",
+        fence,
         "",
         "where config.yaml is",
         "",
-        "```yaml",
+        f"{fence}yaml",
         found["settings"].rstrip(),
-        "```",
+        fence,
     ]
 
 
@@ -410,6 +421,11 @@ def _again(summary: Mapping[str, Any]) -> list[str]:
 
 def _head(cells: Sequence[str]) -> list[str]:
     return [_line(cells), _line(["---"] * len(cells))]
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    """A line that begins with a name, which may be from elsewhere."""
+    return _line([plain(name), *cells])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -212,9 +212,6 @@ class LivePage:
             make_folder(folder)
             if not folder.resolve().is_relative_to(self.run.resolve()):
                 return  # a link out of the run folder
-            partial = folder / f"live.html{PARTIAL}"
-            if partial.is_symlink():
-                partial.unlink()
             write_text(self.run / LIVE, _TEMPLATE.render(self._shown(ended, why)) + "\n")
 
     def _shown(self, ended: str, why: str) -> dict[str, Any]:

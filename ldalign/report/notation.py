@@ -108,6 +108,13 @@ def column_decimals(rows: Iterable[Mapping[str, Any]], key: str, figure: Figure)
 # -------------------------------------------------------------------------------------------- signs
 
 
+def plain(text: str) -> str:
+    """Returns a text that holds a name from elsewhere, so that Markdown shows it as it is, in one
+    line: no markup, link, formula or border of a table.
+    """
+    return re.sub(r"([\\`*<>\[\]$|&~])", r"\\\1", " ".join(text.split()))
+
+
 def markdown(text: str) -> str:
     """Returns a text of ours with true minus signs: before a number, and between two names."""
     text = re.sub(r"(?<![\w.)\]/-])-(?=\d)", "\u2212", text)

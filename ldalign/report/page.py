@@ -29,9 +29,14 @@ from ldalign.report.table import (
     read_summaries,
     read_validation,
 )
-from ldalign.run.folder import ENVIRONMENT, iterations
+from ldalign.run.folder import iterations, read_machine, stage_names
+from ldalign.run.manifest import check_stage
+from ldalign.run.plan import stage_of
+from ldalign.run.stages.guide import GUIDE_STAGE
+from ldalign.run.stages.policy import POLICY_STAGE
+from ldalign.run.stranger import refuse_outside
 from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
-from ldalign.system.files import write_text
+from ldalign.system.files import make_folder, write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +70,16 @@ def try_page(run: Path) -> str:
 
 
 def check_run(run: Path) -> None:
-    """Raises InputError where `run` is no run folder."""
+    """Raises InputError where `run` is no run folder, leads out of itself by a link, or has a
+    finished stage whose files are not what its manifest says. Of weights only the size counts.
+    """
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: is no run folder, as it has no config.yaml; give one (run=RUN)")
+    refuse_outside(run)
+    read_machine(run)  # here: the page comes after the table
+    for name in stage_names(run):
+        weighty = stage_of(name) in (POLICY_STAGE, GUIDE_STAGE)
+        check_stage(run / name, unread="*.safetensors" if weighty else None)
 
 
 def write_page(run: Path) -> Path:
@@ -99,7 +111,7 @@ def gather(run: Path) -> dict[str, Any]:
     kind = kind_of(list(summaries))
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = read_config(run)
-    machine = _json(run / ENVIRONMENT)
+    machine = read_machine(run)
     joined = [pairs for t in iterations(run) if (pairs := read_pairs(run, t))]
     stages = [
         *["sft/policy"] * (kind == "sft"),
@@ -249,7 +261,8 @@ def _charts(
         figures.budget(table["seconds"]),
     ]
     folder = run / "report/figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        make_folder(folder)
     drawn = [
         chart if PART_OF.get(chart.name, "distance") in parts else replace(chart, figure=None)
         for chart in drawn
@@ -273,8 +286,3 @@ def _validation(
     key = "train/validation/step"
     written = {row["policy"]: row[key] for row in rows if key in row}
     return {name.removesuffix("/policy"): records for name, records in found.items()}, written
-
-
-def _json(path: Path) -> Numbers:
-    value: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value

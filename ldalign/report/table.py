@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldalign.evaluation import statistics
 from ldalign.report import agreement, analysis, guides, notation
 from ldalign.report.analysis import Numbers
@@ -34,9 +32,12 @@ from ldalign.report.result import (
     read_answers,
     result,
 )
-from ldalign.run.folder import SUMMARY, benchmark_summaries, iterations, stage_names
+from ldalign.run.folder import benchmark_summaries, iterations, read_summary, stage_names
 from ldalign.run.plan import PER_POLICY
-from ldalign.system.files import make_folder, read_jsonl, write_text
+from ldalign.run.settings import RunConfig
+from ldalign.run.stranger import read_object
+from ldalign.system.config import read_written
+from ldalign.system.files import make_folder, read_jsonl, write_text, writing
 from ldalign.system.metrics import say
 
 Form = Callable[[Numbers], str]  # a row's cell
@@ -48,7 +49,8 @@ def write_report(run: Path) -> str:
     ASCII, as a console shows it.
     """
     table = collect(run)
-    make_folder(run / "report")
+    with writing(run / "report"):
+        make_folder(run / "report")
     write_text(run / "report/table.json", json.dumps(table, indent=1) + "\n")
     text = render(table, read_steps(run, table["guides"]), read_config(run))
     write_text(run / "report/table.md", notation.markdown(text))
@@ -60,7 +62,7 @@ def say_table(run: Path) -> None:
     lines = []
     for name, summary in benchmark_summaries(run).items():
         policy, _, task = name.partition("/benchmarks/")
-        about = json.loads((run / name / "task.json").read_text(encoding="utf-8"))
+        about = read_object(run / name / "task.json", f"delete {run / name} to make it again")
         scores = ", ".join(
             f"{key} {with_error(100 * value, 100 * summary[f'{key}_se'])}"
             for key, value in summary.items()
@@ -113,13 +115,12 @@ def collect(run: Path) -> Numbers:
 def read_config(run: Path) -> Numbers:
     """Reads the settings of the run folder's last command; {} where there are none."""
     path = run / "config.yaml"
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    return read_written(RunConfig, path) if path.is_file() else {}
 
 
 def read_summaries(run: Path) -> dict[str, Numbers]:
     """Reads every finished stage's summary, in the order of the method."""
-    return {name: _read(run / name / SUMMARY) for name in stage_names(run)}
+    return {name: read_summary(run / name) for name in stage_names(run)}
 
 
 def read_steps(run: Path, names: Iterable[str]) -> dict[str, list[Numbers]]:
@@ -171,11 +172,6 @@ def _scores(row: Numbers) -> dict[str, float]:
     return found or {key: row[key] for key, _ in HELD_OUT if key in row}
 
 
-def _read(path: Path) -> Numbers:
-    value: Numbers = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
 # ----------------------------------------------------------------------------------------- Markdown
 
 
@@ -191,7 +187,7 @@ def render(
     main = [first_sentence(table, config)]
     main += [table["result"]["selection"]] if table["result"].get("selection") else []
     parts = [
-        "".join(f"{text}\n\n" for text in main)
+        "".join(f"{notation.plain(text)}\n\n" for text in main)
         + "".join(f"Caution: {text}\n\n" for text in found[:LEADING_CAUTIONS]),
         _table("Held out", rows, _held_out_columns(rows, first), _held_out_note(rows)),
         _table("Benchmarks", rows, _benchmark_columns(rows)),
@@ -265,7 +261,7 @@ def _benchmark_columns(rows: list[Numbers]) -> list[Column]:
         found = [r["benchmarks"][task] for r in rows if task in r["benchmarks"]]
         name = next(map(leading, found))
         score = _percents(found, str(name))
-        return f"{task} {name}, %", lambda r: score(r["benchmarks"].get(task, {}))
+        return f"{notation.plain(task)} {name}, %", lambda r: score(r["benchmarks"].get(task, {}))
 
     gain = ("mean relative gain, %", _numbers("mean_relative_gain", 2, "+", 100))
     columns = [column(task) for task in tasks_of(rows)]
@@ -308,7 +304,7 @@ def _agreement(found: Numbers) -> str:
     if not found:
         return ""
     titles, lines = agreement.agreement_rows(found)
-    said = f"{agreement.sentence(found)}\n"
+    said = f"{notation.plain(agreement.sentence(found))}\n"
     if not titles:
         return f"**Agreement with a judge**\n\n{said}"
     table = _texts("Agreement with a judge", agreement.WHO, titles, lines)

@@ -3,6 +3,7 @@
 Each function turns numbers and files of a run into plain texts for page.html, which escapes them.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -327,7 +328,7 @@ def command(config: Mapping[str, Any], machine: Numbers, script: str = "align") 
     checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
     ranks = machine.get("world_size", 1)
     start = f"ldalign {script}{f' --ranks {ranks}' * (ranks != 1)}"
-    run = f"{config.get('run', 'runs/this')}-again"
+    run = shlex.quote(f"{config.get('run', 'runs/this')}-again")  # it is pasted into a shell
     return f"{checkout}{start} --config config.yaml run={run}"
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from ldalign.evaluation.statistics import Array
 from ldalign.run.compare_settings import CompareConfig
-from ldalign.run.folder import STARTED, RunFolder, sign
+from ldalign.run.folder import STARTED
+from ldalign.run.lock import LOCK, lock
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.settings import RunConfig
 from ldalign.run.stages.benchmarks import planned_benchmarks
@@ -140,7 +141,7 @@ def share(config: CompareConfig, arm: Arm, seed: int, rate: float) -> None:
 
     def link() -> None:
         make_folder(folder)
-        (folder / "lock").touch()
+        (folder / LOCK).touch()
         if not (folder / STARTED).is_file():
             write_text(
                 folder / STARTED, (Path(config.run) / START / STARTED).read_text(encoding="utf-8")
@@ -234,17 +235,17 @@ def hold(config: CompareConfig, seeds: Sequence[int]) -> contextlib.ExitStack:
 
     Raises EnvironmentProblem where another process trains one of them.
     """
-    held = contextlib.ExitStack()
+    with contextlib.ExitStack() as held:  # closed where one of them is refused
 
-    def take() -> None:
-        for seed in seeds:
-            folder = Path(config.run) / f"seed_{seed}"
-            make_folder(folder)
-            sign(held.enter_context(RunFolder.lock(folder)))
+        def take() -> None:
+            for seed in seeds:
+                folder = Path(config.run) / f"seed_{seed}"
+                make_folder(folder)
+                held.enter_context(lock(folder)).sign()
 
-    with writing(Path(config.run)):
-        on_rank0(take)
-    return held
+        with writing(Path(config.run)):
+            on_rank0(take)
+        return held.pop_all()
 
 
 def learning_rate(config: CompareConfig, arm: Arm) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ldalign.data.pairs import Pairs
+from ldalign.data.preparation import TOO_MANY
 from ldalign.data.rows import Row
 from ldalign.data.store import NO_ROWS, Split, data_hash
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,9 +23,15 @@ from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.keys import GuideKeys
-from ldalign.run.manifest import CHECKPOINTS, Parents
+from ldalign.run.manifest import (
+    CHECKPOINTS,
+    SAME_FILES,
+    SAME_SETTINGS,
+    Parents,
+    hash_model_folder,
+)
 from ldalign.run.positions import check_rows, warn_of_answers
-from ldalign.run.prepared import open_data
+from ldalign.run.prepared import open_data, say_files
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_dict
@@ -142,6 +149,12 @@ def named_keys(config: RunConfig, *names: str) -> Parents:
     return out
 
 
+def agree_on_settings(config: RunConfig) -> None:
+    """Raises InputError where a rank was given other settings than rank 0. All ranks."""
+    keys = list(to_dict(config))
+    distributed.agree(lambda: named_keys(config, *keys), SAME_SETTINGS, InputError)
+
+
 # ------------------------------------------------------------------------------------- data, policy
 
 
@@ -217,7 +230,8 @@ def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -
         return load_tokenizer(folder, today=today)
     path = Path(config.template)
     try:
-        text = read_text(path.resolve())  # a link is as good: the file is the user's own
+        # A link is as good: the file is the user's own.
+        text = read_text(Path(os.path.realpath(path)))
     except FileNotFoundError:
         raise InputError(f"template={path}: no such file") from None
     if not text.strip():
@@ -235,16 +249,30 @@ def open_context(
     planned: the stages to come; None: all. write: False: nothing is written into the run folder.
     Raises InputError for bad rows, rows that do not fit or are longer than the policy reads, fewer
     of them than one global batch, rows without the checker that weights=oracle asks, or a guide
-    that is asked for in two ways.
+    that is asked for in two ways; EnvironmentProblem where a host has another policy, template or
+    rows, or computes otherwise.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
+    on_rank0(lambda: say_files(config))  # first: a file that is missing need not wait for a policy
     start = open_policy(config)
     tokenizer = open_tokenizer(config, start, run.began)
+    dtype = choose_dtype(config, device)
+    distributed.agree(
+        lambda: {
+            "device": device.type,
+            "dtype": str(dtype),
+            f"the policy {start}": hash_model_folder(start),
+            **tokenizer.template_parents,
+        },
+        SAME_FILES,
+    )
     data = open_data(run, config, tokenizer, write)
     config, splits = data.config, (data.train, data.heldout, data.validation)
-    dtype = choose_dtype(config, device)
     ctx = Context(run, config, device, dtype, start, tokenizer, *splits, data.counts)
+    distributed.agree(
+        lambda: {"training rows": ctx.used_hash, "held-out rows": ctx.heldout_hash}, SAME_FILES
+    )
     _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     _check_validation(ctx)
@@ -261,12 +289,20 @@ def open_context(
         f"are bad, {n['unused']} not used, {n['repeated']} repeat others; {device.type}, "
         f"{str(ctx.dtype).removeprefix('torch.')}, {ranks} rank{'s' * (ranks > 1)}"
     )
+    cut = int(data.counts["rows/cut"])
+    if write and cut > TOO_MANY * len(ctx.train.rows):  # a dry run's page has it
+        say(
+            f"data: WARNING: {cut} of {n['train']} training responses are longer than max_length="
+            f"{config.max_length} leaves room for: they lose their end, and are trained on without "
+            "an end token; raise max_length, or give 0 (from the data)"
+        )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)
     if unchecked:
+        some = unchecked < len(ctx.heldout.rows)
         say(
-            f"data: WARNING: {unchecked} of {len(ctx.heldout.rows)} held-out rows name no checker "
-            "(kind and answer, docs/data.md): accuracy cannot be measured on them, only the "
-            "likelihood of their responses"
+            f"data: {'WARNING: ' if some else ''}{unchecked} of {len(ctx.heldout.rows)} held-out "
+            "rows name no checker (kind and answer, docs/data.md): accuracy cannot be measured on "
+            "them, only the likelihood of their responses"
         )
     return ctx
 

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldalign.kernels import cuda
+from ldalign.kernels.pieces import WORKSPACE_BYTES
 from ldalign.models.mistral import Mistral, MistralConfig
 from ldalign.models.weights import check_model
 from ldalign.run.context import SAMPLED, Context
 from ldalign.run.disk import described, disk_need, refuse_full_disk
-from ldalign.run.folder import RunFolder
+from ldalign.run.folder import is_foreign
 from ldalign.run.lengths import Counts, quantiles
+from ldalign.run.lock import LOCK, lock
 from ldalign.run.plan import stage_of, to_do
 from ldalign.run.stage import Cost
 from ldalign.run.stages.guide import (
@@ -148,18 +149,18 @@ def _existing(run: Path) -> Path:
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file; give a folder (run=NAME)")
-    if run.is_dir() and any(run.iterdir()) and not (run / "lock").exists():
+    if run.is_dir() and is_foreign(run):
         raise InputError(
             f"{run}: holds something that is no run; give a new or empty folder (run=NAME)"
         )
-    if (run / "lock").is_file():
-        with writing(run), RunFolder.lock(run, write=False):  # raises where another process has it
+    if (run / LOCK).is_file():
+        with writing(run), lock(run, write=False):  # raises where another process has it
             pass
     folder = run.absolute()
     while not folder.exists():
         folder = folder.parent
     writable = os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-    if (run / "lock").is_file() and not writable:
+    if (run / LOCK).is_file() and not writable:
         say(f"WARNING: {run}: cannot be written to: the run cannot go on there")
     elif not folder.is_dir() or not writable:
         raise EnvironmentProblem(f"{folder}: cannot be written to; give another folder (run=NAME)")
@@ -241,7 +242,7 @@ def _ranks(ctx: Context, gpus: Gpus | None) -> _Ranks:
         )
     # This machine may have no bfloat16, and other kernels.
     dtype = torch.bfloat16 if ctx.config.dtype == "auto" else ctx.dtype
-    most = cuda.WORKSPACE_BYTES
+    most = WORKSPACE_BYTES
     return _Ranks(gpus.count, "cuda", dtype, gpus.gib * 2**30, gpus=gpus, logits=most)
 
 

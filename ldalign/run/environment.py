@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldalign import ops
-from ldalign.kernels import cpp
+from ldalign.kernels import cpp, flash
 from ldalign.system import errors, exits
 from ldalign.system.workers import available_cores
 
@@ -35,6 +35,7 @@ PACKAGES = (
     "triton",
     "pyarrow",
     "flash-attn",
+    "flash-attn-3",
 )
 
 
@@ -121,8 +122,13 @@ def _extension() -> Tick:
 
 
 def _flash_attention() -> Tick:
-    version = _version("flash-attn")
-    return Tick("flash-attn", version is not None, version or "not installed (optional, GPUs only)")
+    found = flash.generations()
+    if not found:
+        return Tick("FlashAttention", False, f"{flash.why_not()} (optional, GPUs only)")
+    names = [f"FlashAttention-{n} (heads up to {flash.WIDEST[n]} wide)" for n in found]
+    passed_over = "" if 3 in found else f"; -3: {flash.why_not_3()}"
+    detail = f"pair attention by {', else '.join(names)}, else Triton{passed_over}"
+    return Tick("FlashAttention", True, detail)
 
 
 def _backends() -> list[Tick]:

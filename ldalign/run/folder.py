@@ -1,25 +1,25 @@
 """The folder of a run: its lock, its stages with their summaries, and the run's metrics.jsonl."""
 
-import contextlib
-import fcntl
 import functools
 import json
-import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from datetime import date, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Any, Self
 
 from ldalign.run import environment
+from ldalign.run.lock import LOCK, Lock, lock, waiting_lock
 from ldalign.run.manifest import MANIFEST, Parents, run_stage
 from ldalign.run.plan import FIRST, LAST, PER_POLICY, stage_of
 from ldalign.run.stage import Stage
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
+from ldalign.run.stranger import read_if_there, read_object, refuse_outside
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -28,16 +28,26 @@ from ldalign.system.listeners import tell
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Metrics, say
 
-log = logging.getLogger(__name__)
-
+CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"  # machine, commit and versions of a run
 STARTED = "started.json"  # in the run folder: the day it was begun
-WAIT_SECONDS = 1.0  # between two tries to get a lock that is waited for
 # What helps where memory does not suffice and nothing within the stage knows better.
 LOWER_IN_A_STAGE = (
     "lower training.micro_tokens, sampling.batch_rows or max_length, or use more ranks or a "
     "smaller model"
 )
+# What a report reads of ENVIRONMENT.
+_MACHINE: dict[str, Any] = {
+    "ldalign": str | None,
+    "git_commit": str | None,
+    "python": str,
+    "packages": dict,
+    "system": str,
+    "cpu": str,
+    "cores": int,
+    "gpus": list,
+    "world_size": int,
+}
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
 
 
@@ -46,24 +56,28 @@ class RunFolder:
     environment.json.
 
     Used as `with RunFolder(path, to_yaml(config)) as run:` by all ranks; rank 0 does the
-    writing. The lock is the kernel's (flock), so it ends with the process that holds it,
-    however that dies; the file `lock` says whose it is. The other files are written right
-    before the first stage that is made, or at the end where all were made before: a command
-    that is refused leaves them as they are.
+    writing. The other files are written right before the first stage that is made, or at the
+    end where all were made before: a command that is refused leaves them as they are.
 
     wait: until another process that has it lets go, instead of refusing. Raises InputError if
     `path` is a file, or a folder with something else in it; EnvironmentProblem if it cannot be
-    written or another live process has it.
+    written, another live process has it, or a rank on another host does not see it.
     """
 
     def __init__(self, path: Path, config_yaml: str, wait: bool = False) -> None:
         self.path = path
         self._config_yaml, self._wait = config_yaml, wait
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._recorded = False
 
     def __enter__(self) -> Self:
-        on_rank0(self._open)
+        try:
+            signature = on_rank0(self._open)
+            if distributed.world_size() > 1:
+                distributed.on_all(lambda: self._check_shared(signature))
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
     def __exit__(
@@ -80,11 +94,7 @@ class RunFolder:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            # Emptied, not deleted: deleting would let a waiting process lock a file that no longer
-            # has a name.
-            with contextlib.suppress(OSError):  # what the file says is no more than a courtesy
-                self._lock.truncate(0)
-                self._lock.close()
+            self._lock.close()
             self._lock = None
 
     def stage(
@@ -109,7 +119,7 @@ class RunFolder:
                 write_json(folder / SUMMARY, {**summary, "seconds": seconds})
 
         made = run_stage(self.path / name, parents, timed, resume)
-        summary: Metrics = json.loads((self.path / name / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_summary(self.path / name)
         if made:
             say(f"{name}: done ({summary['seconds']:.0f} s)")
         else:
@@ -144,18 +154,38 @@ class RunFolder:
         """
         return on_rank0(self._read_date)
 
-    def _open(self) -> None:
+    def _open(self) -> str:
+        """Makes and locks the folder; returns what the lock says."""
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file; give a folder (run=NAME)")
+            if self.path.is_symlink() and not self.path.exists():
+                raise InputError(
+                    f"{self.path}: is a link to {os.readlink(self.path)}, which is not there; make "
+                    "that folder, or give another (run=NAME)"
+                )
             make_folder(self.path)
-            if any(self.path.iterdir()) and not (self.path / "lock").exists():
+            refuse_outside(self.path)
+            if is_foreign(self.path):
                 raise InputError(
                     f"{self.path}: holds something that is no run; give a new or empty folder "
                     "(run=NAME)"
                 )
-            self._lock = self.waiting_lock(self.path) if self._wait else self.lock(self.path)
-            sign(self._lock)
+            self._lock = waiting_lock(self.path) if self._wait else lock(self.path)
+            return self._lock.sign()
+
+    def _check_shared(self, signature: str) -> None:
+        """Raises EnvironmentProblem where this rank's host has another folder at the path."""
+        try:
+            shared = (self.path / LOCK).read_text(encoding="utf-8") == signature
+        except OSError:
+            shared = False
+        if not shared:
+            holder, host = signature.splitlines()[0], socket.gethostname()
+            raise EnvironmentProblem(
+                f"{self.path}: on {host} this is not the run folder of rank 0 ({holder}); give a "
+                "folder that all hosts share (run=PATH)"
+            )
 
     def _read_date(self) -> date:
         path = self.path / STARTED
@@ -172,57 +202,20 @@ class RunFolder:
     def _write(self, began: date) -> None:
         if not (self.path / STARTED).is_file():  # first: prompts depend on it
             write_text(self.path / STARTED, json.dumps({"date": began.isoformat()}) + "\n")
-        write_text(self.path / "config.yaml", self._config_yaml)
+        write_text(self.path / CONFIG, self._config_yaml)
         write_text(
             self.path / ENVIRONMENT,
             json.dumps(environment.describe_machine(), indent=1) + "\n",
         )
 
-    @staticmethod
-    def waiting_lock(path: Path) -> IO[str]:
-        """As `lock`, but waits, and says so once, where another process has it."""
-        said = False
-        while True:
-            try:
-                return RunFolder.lock(path)
-            except EnvironmentProblem:
-                if not said:
-                    say(f"{path}: another process works here; waiting for it")
-                said = True
-                time.sleep(WAIT_SECONDS)
 
-    @staticmethod
-    def lock(path: Path, write: bool = True) -> IO[str]:
-        """The run folder's lock, held until the file is closed. Raises EnvironmentProblem where
-        another process has it.
-
-        write: False: only to try it, in a folder that may be read-only; the file must be there.
-        """
-        file = (path / "lock").open("a+" if write else "r", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise EnvironmentProblem(
-                f"{path / 'lock'}: this run is in use by {holder}; wait for it, or give another "
-                "folder (run=NAME)"
-            ) from None
-        except OSError as error:  # some network file systems
-            log.warning(
-                "%s: this file system has no locks (%s): start no second run here",
-                path,
-                error.strerror,
-            )
-        return file
-
-
-def sign(lock: IO[str]) -> None:
-    """Writes into a lock that is held whose it is."""
-    lock.truncate(0)
-    lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-    lock.flush()
+def is_foreign(path: Path) -> bool:
+    """Whether a folder holds something, and that is no run: neither its lock nor, where that was
+    deleted, what a run writes down of itself.
+    """
+    if not any(path.iterdir()) or (path / LOCK).exists():
+        return False
+    return not all((path / name).is_file() for name in (CONFIG, STARTED))
 
 
 def stage_names(run: Path) -> list[str]:
@@ -239,7 +232,12 @@ def stage_names(run: Path) -> list[str]:
         ),
         *(stage.folder() for stage in LAST),
     ]
-    return [name for name in names if (run / name / SUMMARY).is_file()]
+    # either: a finished stage that has lost one of them is damaged, and not passed over
+    return [
+        name
+        for name in names
+        if os.path.lexists(run / name / SUMMARY) or os.path.lexists(run / name / MANIFEST)
+    ]
 
 
 def _folders(run: Path, stage: Stage, policy: str | int) -> list[str]:
@@ -251,12 +249,41 @@ def _folders(run: Path, stage: Stage, policy: str | int) -> list[str]:
     return [f"{name}/{task}" for task in tasks]
 
 
+def read_summary(stage: Path) -> Metrics:
+    """Reads the summary of a finished stage's folder. Raises InputError naming a damaged one."""
+    again = f"delete {stage} to make it again"
+    summary: Metrics = read_object(stage / SUMMARY, again)
+    for key, value in summary.items():
+        if not isinstance(value, int | float):
+            raise InputError(f"{stage / SUMMARY}: damaged: {key} is {value!r:.80}; {again}")
+    return summary
+
+
+def read_machine(run: Path) -> dict[str, Any]:
+    """Reads a run's environment.json; {} where it has none.
+
+    Raises InputError naming a damaged one, which may be a stranger's: the commit in it goes into a
+    command that the report shows.
+    """
+    again = "delete it: the run's command writes it again"
+    machine = read_if_there(run / ENVIRONMENT, again)
+    for key, value in machine.items():
+        fits = isinstance(value, _MACHINE.get(key, object))
+        if key == "git_commit" and fits:
+            fits = not value or re.fullmatch(r"[0-9a-f]+(-dirty)?", value) is not None
+        if key == "gpus" and fits:
+            fits = all(isinstance(name, str) for name in value)
+        if not fits:
+            raise InputError(f"{run / ENVIRONMENT}: damaged: {key} is {value!r:.80}; {again}")
+    return machine
+
+
 def benchmark_summaries(run: Path) -> dict[str, Metrics]:
     """The summary of every finished benchmark of a run folder, by stage name
     (POLICY/benchmarks/TASK).
     """
     names = [name for name in stage_names(run) if stage_of(name) is BENCHMARKS_STAGE]
-    return {name: json.loads((run / name / SUMMARY).read_text(encoding="utf-8")) for name in names}
+    return {name: read_summary(run / name) for name in names}
 
 
 def shown_name(policy: str) -> str:
@@ -278,11 +305,21 @@ def _join_metrics(run: Path) -> None:
     lines: list[str] = []
     for name in stage_names(run):
         path = run / name / "metrics.jsonl"
-        lines += [path.read_text(encoding="utf-8")] if path.is_file() else []
+        lines += [_stage_lines(path)] if path.is_file() else []
         prefix = "eval_" if stage_of(name) is EVALUATION_STAGE else ""
-        summary = json.loads((run / name / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_summary(run / name)
         record = {"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}
         lines.append(json.dumps(record) + "\n")
     path, text = run / "metrics.jsonl", "".join(lines)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         write_text(path, text)
+
+
+def _stage_lines(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: damaged: not UTF-8 text (byte {error.start}); delete {path.parent} to make "
+            "it again"
+        ) from None

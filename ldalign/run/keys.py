@@ -103,8 +103,9 @@ class TrainingKeys:
     )
     checkpointing: Literal["none", "selective", "full"] = setting(
         "none",
-        "recompute in the backward: selective, the feed-forwards' inner activations; full, whole "
-        "blocks (least memory, one forward more)",
+        "recompute in the backward: selective, the norms and the feed-forwards' activation, no "
+        "product (a third less memory for activations); full, whole blocks (least memory, one "
+        "forward more)",
     )
     master_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of the weights the optimizer changes; bfloat16: rounded at random, less memory"

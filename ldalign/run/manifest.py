@@ -15,9 +15,11 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ldalign.run.stranger import read_object
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
@@ -51,6 +53,10 @@ MODEL_FILES = (
     "chat_template*",
     "sentence_bert_config.json",
 )
+
+# What all ranks must have alike: beside these, every stage's parents.
+SAME_SETTINGS = "start the same command, with the same config file, on every host"
+SAME_FILES = "give every host the same files, and the same kind of machine (docs/gpu.md)"
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +156,10 @@ def run_stage(
 
     Returns True if the stage was made now, False if it was done before. Raises InputError if it was
     made, or begun, from other parents or if its files are not what the manifest says;
-    EnvironmentProblem if it cannot be written.
+    EnvironmentProblem if it cannot be written, or if a rank has other parents.
     """
     parents = dict(parents)
+    distributed.agree(lambda: parents, f"for {folder}, {SAME_FILES}")
     partial = folder.with_name(folder.name + PARTIAL)
     if on_rank0(lambda: _prepare(folder, partial, parents, resume)):
         return False
@@ -238,23 +245,26 @@ def stage_parents(folder: Path) -> dict[str, Any]:
     return _read_parents(partial / PARENTS) if (partial / PARENTS).is_file() else {}
 
 
-def check_stage(folder: Path, parents: Parents | None = None) -> None:
+def check_stage(folder: Path, parents: Parents | None = None, unread: str | None = None) -> None:
     """Checks a finished stage: its files against its manifest and, if given, its parents.
 
-    Raises InputError naming the damaged file, or each parent that differs with
-    its old and its new value.
+    unread: the pattern of files whose size alone is compared. Raises InputError naming the damaged
+    file, or each parent that differs with its old and its new value.
     """
     manifest = _read_manifest(folder)
     if parents is not None:
         _compare_parents(folder / MANIFEST, manifest["parents"], as_read(parents))
-    paths = [folder / name for name in manifest["files"]]
-    with _hashing(folder, sum(p.stat().st_size for p in paths if p.is_file())) as progress:
-        for path, expected in zip(paths, manifest["files"].values(), strict=True):
-            _check_file(folder, path, expected)
+    files = {folder / name: expected for name, expected in manifest["files"].items()}
+    whole = [path for path in files if unread is None or not fnmatch(path.name, unread)]
+    with _hashing(folder, sum(p.stat().st_size for p in whole if p.is_file())) as progress:
+        for path, expected in files.items():
+            _check_size(folder, path, expected)
+        for path in whole:
+            _check_content(folder, path, files[path])
             progress(path.stat().st_size)
 
 
-def _check_file(folder: Path, path: Path, expected: Mapping[str, Any]) -> None:
+def _check_size(folder: Path, path: Path, expected: Mapping[str, Any]) -> None:
     """Compares a file of the finished stage `folder` with what its manifest expects."""
     again = f"delete {folder} to make it again"
     if not path.is_file():
@@ -263,8 +273,14 @@ def _check_file(folder: Path, path: Path, expected: Mapping[str, Any]) -> None:
         raise InputError(
             f"{path}: {path.stat().st_size} bytes, but {MANIFEST} says {expected['size']}; {again}"
         )
+
+
+def _check_content(folder: Path, path: Path, expected: Mapping[str, Any]) -> None:
     if hash_file(path) != expected["sha256"]:
-        raise InputError(f"{path}: damaged: its content is not what {MANIFEST} says; {again}")
+        raise InputError(
+            f"{path}: damaged: its content is not what {MANIFEST} says; delete {folder} to make it "
+            "again"
+        )
 
 
 def _compare_parents(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -282,9 +298,13 @@ def _compare_parents(path: Path, old: dict[str, Any], new: dict[str, Any]) -> No
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+    path, again = folder / MANIFEST, f"delete {folder} to make it again"
+    if not os.path.lexists(path):
+        raise InputError(
+            f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it"
+        )
+    manifest = read_object(path, again)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["parents"], dict):
             raise TypeError
         for name, expected in manifest["files"].items():
@@ -294,13 +314,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             # The longest path and name that Linux takes.
             if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:
                 raise ValueError
-    except FileNotFoundError:
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
-            f"{folder}: has no {MANIFEST}, so it is no finished stage; move or delete it"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(
-            f"{path}: not a readable manifest; delete {folder} to make it again"
+            f"{path}: damaged: not a manifest; delete {folder} to make it again"
         ) from None
     return manifest
 
@@ -338,7 +354,7 @@ def _name(folder: Path, partial: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files of a stage, sorted. A stage is plain files: a link is an assertion error."""
+    """All files of a stage, sorted. Raises InputError for a link, say."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     paths = [
         path
@@ -346,8 +362,14 @@ def _files(folder: Path) -> list[Path]:
         if path.relative_to(folder).parts[0] not in (PARENTS, CHECKPOINTS, PARTS)
     ]
     for path in paths:
-        assert path.is_file() and not path.is_symlink(), (
-            f"{path}: a stage may hold plain files only"
-        )
-        assert path != folder / MANIFEST, f"{path}: `run_stage` alone writes the manifest"
+        if path.is_symlink() or not path.is_file():
+            raise InputError(
+                f"{path}: is no plain file, which alone a stage may hold; remove it and run the "
+                "same command again"
+            )
+        if path == folder / MANIFEST:
+            raise InputError(
+                f"{path}: is there before the stage is finished; remove it and run the same "
+                "command again"
+            )
     return paths

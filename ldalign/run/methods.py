@@ -30,6 +30,7 @@ from ldalign.run.stages.responses import (
     read_responses,
     responses_stage,
 )
+from ldalign.system.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ def dpo(ctx: Context, t: int, policy: Path, start: Path) -> TrainingPairs:
     2305.18290).
     """
     _, pairs = ctx.used
-    assert ctx.train.rejected is not None  # the rows are prepared so
-    losers = ctx.train.rejected[: len(pairs)]
+    losers = ctx.train.rejected
+    if losers is None:
+        raise InputError(
+            f"{ctx.run.path}/data: has no rejected responses, which method=dpo trains on; delete it"
+        )
+    losers = losers[: len(pairs)]
     pairs = with_losers(pairs, losers, ctx.config.max_length)
     return TrainingPairs(reference_stage(ctx, t, _reference(ctx, policy, start), pairs, {}), {})
 

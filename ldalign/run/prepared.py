@@ -82,7 +82,6 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
     write: False: nothing is written into the run folder. Raises InputError for rows that cannot be
     used, and where the data, or what is asked of them, are others than when the run began.
     """
-    on_rank0(lambda: say_files(config))
     folder = run.path / DATA
     files = on_rank0(lambda: _read_files(config, folder))
     lengths = None
@@ -436,12 +435,6 @@ def _warn(found: Found, config: RunConfig) -> None:
             f"(data/dropped.jsonl); raise max_length{other}"
         )
     train = found.used["train"]
-    if found.cut > TOO_MANY * train:
-        say(
-            f"data: WARNING: {found.cut} of {train} training responses are longer than {length} "
-            "leaves room for: they lose their end, and are trained on without an end token; raise "
-            "max_length"
-        )
     if found.truncated > TOO_MANY * train:
         say(
             f"data: WARNING: {found.truncated} of {train} training prompts lost their beginning to "

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ldalign.run.context import SELECTED, Context
-from ldalign.run.folder import SUMMARY, iterations, shown_name
+from ldalign.run.folder import iterations, read_summary, shown_name
 from ldalign.run.stages.policy import POLICY_STAGE, start_name
+from ldalign.run.stranger import read_if_there
 from ldalign.system.distributed import on_rank0
+from ldalign.system.errors import InputError
 from ldalign.system.files import write_text
 from ldalign.training.validation import better
 
@@ -58,7 +60,7 @@ def _select(ctx: Context, start: Path) -> Selected:
         folder = start.relative_to(ctx.run.path) if below else start.absolute()
         why = f"the {shown_name(first)}, as the run has no iteration"
         return Selected(first, str(folder), "last", why, {})
-    summaries = [_summary(ctx.run.path / POLICY_STAGE.folder(t)) for t in range(count)]
+    summaries = [read_summary(ctx.run.path / POLICY_STAGE.folder(t)) for t in range(count)]
     found = validation(first, summaries)
     name, why = f"iteration_{count - 1}", _why_last(ctx, count)
     if ctx.select == "best":
@@ -114,17 +116,16 @@ def _why_last(ctx: Context, count: int) -> str:
     return f"the last of {count} iterations ({why})" if count > 1 else f"the only iteration ({why})"
 
 
-def _summary(stage: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((stage / SUMMARY).read_text(encoding="utf-8"))
-    return value
-
-
 def read_selected(run: Path) -> dict[str, Any]:
-    """Reads a run's choice; {} where it has made none, or the policy that it names is gone."""
+    """Reads a run's choice; {} where it has made none, or the policy that it names is gone.
+
+    Raises InputError where it is not what `select` writes.
+    """
     path = run / SELECTED
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    again = "delete it: the run's command writes it again"
+    found = read_if_there(path, again)
+    for key in ("policy", "folder", "why"):
+        if found and not isinstance(found.get(key), str):
+            raise InputError(f"{path}: damaged: {key} is {found.get(key)!r:.80}; {again}")
     known = {f"iteration_{t}" for t in iterations(run)}
-    is_there = isinstance(found, dict) and found.get("policy") in known | {"start", "sft"}
-    return found if is_there else {}
+    return found if found.get("policy") in known | {"start", "sft"} else {}

@@ -6,6 +6,7 @@ does not know, and reports every problem it finds in one error. Nothing is adjus
 program's own config classes are in ldalign/run/keys.py and settings.py.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -15,14 +16,14 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from ldalign.system.errors import InputError
+from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
 from ldalign.system.errors import nearest as _nearest
 from ldalign.system.presets import find_config, presets
 
@@ -262,13 +263,41 @@ def _read_file(
 ) -> None:
     if path.suffix in ROWS:
         raise InputError(f"{path}: is no YAML file; if these are rows: data={path}")
+    root = _compose(path)
+    if root is None:
+        return
+    bases = [pair for pair in root.value if pair[0].value == BASE]
+    for key_node, _ in bases[1:]:
+        line, first = key_node.start_mark.line + 1, bases[0][0].start_mark.line + 1
+        problems.append(f"{path}:{line}: {BASE}: given twice (first in line {first}); keep one")
+    for key_node, node in bases[:1]:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(node, yaml.ScalarNode) or not node.value:
+            raise InputError(
+                f"{where}: {BASE} must be the name of a config file, not {_kind(node)}"
+            )
+        base = find_config(_at_home(Path(node.value)), path.parent)
+        here = Path(os.path.realpath(path))
+        if Path(os.path.realpath(base)) in (here, *seen):
+            raise InputError(f"{where}: {BASE}: {base} leads back to itself")
+        if not base.is_file():
+            raise InputError(
+                f"{where}: {BASE}: {base}: no such file; the name is relative to this file's "
+                "folder, or a preset's"
+            )
+        _read_file(cls, base, given, problems, (here, *seen))
+    root.value = [pair for pair in root.value if pair[0].value != BASE]
+    _flatten(cls, cls, root, "", str(path), given, problems)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a config file's bytes into an InputError."""
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise InputError(f"{path}: has more than {MAX_BYTES} bytes; is it a config?")
-        root = yaml.compose(text.decode("utf-8"), Loader=yaml.SafeLoader)
+        yield
     except OSError as error:
+        if error.errno in FILE_SYSTEM:
+            raise cannot_be_read(path, error) from None
         raise InputError(f"{path}: {error.strerror}{_preset_hint(path)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
@@ -281,34 +310,79 @@ def _read_file(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    if root is None:  # an empty file, or nothing but comments
-        return
-    if not isinstance(root, yaml.MappingNode):
+
+
+def _compose(
+    path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader
+) -> yaml.MappingNode | None:
+    """The keys and values of a config file; None of an empty one, or nothing but comments."""
+    with _reading(path):
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise InputError(f"{path}: has more than {MAX_BYTES} bytes; is it a config?")
+        root = yaml.compose(text.decode("utf-8"), Loader=loader)
+    if root is not None and not isinstance(root, yaml.MappingNode):
         raise InputError(
             f"{path}:{root.start_mark.line + 1}: a config must be `key: value` lines, not "
             f"{_kind(root)}"
         )
-    bases = [pair for pair in root.value if pair[0].value == BASE]
-    for key_node, _ in bases[1:]:
-        line, first = key_node.start_mark.line + 1, bases[0][0].start_mark.line + 1
-        problems.append(f"{path}:{line}: {BASE}: given twice (first in line {first}); keep one")
-    for key_node, node in bases[:1]:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(node, yaml.ScalarNode) or not node.value:
-            raise InputError(
-                f"{where}: {BASE} must be the name of a config file, not {_kind(node)}"
-            )
-        base = find_config(_at_home(Path(node.value)), path.parent)
-        if base.resolve() in (path.resolve(), *seen):
-            raise InputError(f"{where}: {BASE}: {base} leads back to itself")
-        if not base.is_file():
-            raise InputError(
-                f"{where}: {BASE}: {base}: no such file; the name is relative to this file's "
-                "folder, or a preset's"
-            )
-        _read_file(cls, base, given, problems, (path.resolve(), *seen))
-    root.value = [pair for pair in root.value if pair[0].value != BASE]
-    _flatten(cls, cls, root, "", str(path), given, problems)
+    return root
+
+
+class _Written(yaml.SafeLoader):
+    """Reads what `to_yaml` writes, which has no anchors: with them, few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            problem = f"anchor or alias {event.anchor!r}, which no command of ldalign writes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+def read_written(cls: type, path: Path) -> dict[str, Any]:
+    """Reads a config that a command wrote with `to_yaml`, a stranger's perhaps.
+
+    A value of a key that `cls` has is of that key's type; keys of another version stay as they are,
+    and a `base` is not followed. Raises InputError as `load_config` does, and for YAML's anchors;
+    keys that contradict each other pass.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    try:
+        root = _compose(path, _Written)
+        if root is not None:
+            _check_types(cls, root, "", path, problems)
+            with _reading(path):
+                values = yaml.constructor.SafeConstructor().construct_document(root)
+    except RecursionError:
+        raise InputError(
+            f"{path}: nested too deeply; give a run folder that ldalign made (run=RUN)"
+        ) from None
+    if problems:
+        raise InputError(_counted(problems))
+    return values
+
+
+def _check_types(
+    cls: type, mapping: yaml.MappingNode, prefix: str, path: Path, problems: list[str]
+) -> None:
+    for key_node, node in mapping.value:
+        name, where = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(name, str) or name not in _fields(cls):
+            continue
+        inner, declared = _group_class(cls, name), _fields(cls)[name]
+        if inner is not None and isinstance(node, yaml.MappingNode):
+            _check_types(inner, node, f"{prefix}{name}.", path, problems)
+        elif inner is not None:
+            problems.append(f"{where}: {prefix}{name}: must be a group of keys, not {_kind(node)}")
+        elif str(node.value) not in declared.metadata.get("instead", ()):
+            try:
+                _convert(node, _types(cls)[name])
+            except _Mismatch as error:
+                problems.append(f"{where}: {prefix}{name}: {error}")
 
 
 def _preset_hint(path: Path) -> str:
@@ -755,6 +829,10 @@ class _Dumper(yaml.SafeDumper):
         """Quotes `text` where a reader would take it for something else."""
         style = None if text.isprintable() and text not in _NULLS else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Writes no anchors, which `read_written` refuses."""
+        return True
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)

@@ -6,10 +6,13 @@ dtype than they compute in, FSDP2's mixed precision casts them as it gathers the
 
 import contextlib
 import functools
-import math
+import itertools
 import os
+import secrets
 import socket
 import stat
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +30,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from ldalign.system import exits
+import ldalign
+from ldalign.system import exits, interrupt
 from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
 from ldalign.system.memory import OutOfMemory, keep_freed_memory
 
@@ -61,14 +65,15 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     Where one may work alone for hours (`barrier`, `on_rank0`, `on_all`) they meet in a gloo group
     of their own, with a limit of its own. A rank whose process ends is noticed at once in either,
     as its connections close; except by NCCL, which waits for the timeout, where no torchrun ends
-    the run before.
+    the run before. A request to stop is heard while this rank waits for others to join.
     """
-    if device != "cuda":
-        keep_freed_memory()
-        use_onednn_for_float32()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    keep_float32()
+    if device == "cpu":
+        keep_freed_memory()
+        use_onednn_for_float32()
+    else:
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise EnvironmentProblem(
@@ -80,9 +85,8 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-            if world_size() > 1:
-                _meeting()
+            on = torch.cuda.current_device() if device == "cuda" else None
+            interrupt.aside(lambda: _join(backend, timeout, on))
         else:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -101,14 +105,71 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def _join(backend: str, timeout: timedelta, gpu: int | None) -> None:
+    """Waits for all ranks and makes their groups. gpu: this rank's, which is set for each thread.
+
+    Raises EnvironmentProblem where one does not come in time, and as `_meeting`.
+    """
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = _unused(store, number, count, timeout)
+    except dist.DistStoreError as error:
+        minutes, ranks = timeout.total_seconds() / 60, os.environ["WORLD_SIZE"]
+        reason = str(error).strip().splitlines()[0]
+        raise EnvironmentProblem(
+            f"the {ranks} ranks did not all join within {minutes:g} minutes (timeout_minutes): "
+            f"{reason}; start those of every host together"
+        ) from None
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    if count > 1:
+        _meeting()
+
+
+def _unused(store: dist.Store, number: int, count: int, timeout: timedelta) -> dist.Store:
+    """A part of the store, the same for all ranks, that no earlier start has written into.
+
+    torchrun's store outlives a restart of the ranks (--max-restarts), so that it has the addresses
+    of those that are gone; and torchrun tells no rank which start this is: its agents count their
+    own restarts. So rank 0 gives each of its starts a name, and waits until every rank has answered
+    to it with one of its own; these it repeats, from which a rank knows that it was meant.
+
+    number, count: of this rank, and of all. Raises DistStoreError where a rank does not answer in
+    time.
+    """
+    mine, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if number == 0:
+        store.set("start", mine)
+        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, count)]
+        store.set(f"{mine}/all", " ".join(answers))
+        return dist.PrefixStore(mine, store)
+    for pause in itertools.chain((0.02, 0.05, 0.1, 0.2, 0.5), itertools.repeat(1.0)):
+        start = store.get("start").decode()
+        store.set(f"{start}/{number}", mine)
+        if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode():
+            return dist.PrefixStore(start, store)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause)
+    raise dist.DistStoreError("rank 0 does not answer")
+
+
 @functools.cache
 def _meeting() -> dist.ProcessGroup:
-    """Makes the group of all ranks in which they may wait long for each other."""
+    """Makes the group of all ranks in which they may wait long for each other.
+
+    Raises EnvironmentProblem where they run other versions.
+    """
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
     _keep_alive()
+    versions = {"ldalign": ldalign.__version__, "torch": str(torch.__version__)}
     peers: list[Any] = [None] * world_size()
-    dist.all_gather_object(peers, (socket.gethostname(), os.getpid()), group=group)
-    exits.PEERS[:] = peers
+    dist.all_gather_object(peers, (socket.gethostname(), os.getpid(), versions), group=group)
+    exits.PEERS[:] = [(host, process) for host, process, _ in peers]
+    found = [(host, versions) for host, _, versions in peers]
+    _compare(found, "install the same versions on every host")
     return group
 
 
@@ -125,6 +186,23 @@ def _keep_alive() -> None:
                 for option, value in KEEPALIVE.items():
                     level = socket.SOL_SOCKET if option.startswith("SO") else socket.IPPROTO_TCP
                     connection.setsockopt(level, getattr(socket, option), value)
+
+
+def keep_float32() -> None:
+    """Has products of float32 computed in float32, and sums of half-precision ones in float32.
+
+    Every setting of this process is made, whatever the environment or an earlier caller chose. The
+    first is the newer interface and reaches what the others do not name; they agree with it, as
+    torch refuses to tell a precision on which its two interfaces differ.
+    """
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_fp16_accumulation = False
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 def use_onednn_for_float32() -> bool:
@@ -200,6 +278,47 @@ def on_all(work: Callable[[], T]) -> list[T]:
     return _results(shared, failure)
 
 
+def agree(
+    find: Callable[[], Mapping[str, Any]],
+    mend: str,
+    error: type[EnvironmentProblem | InputError] = EnvironmentProblem,
+) -> None:
+    """Compares what `find` gives on each rank, by name, with what it gives on rank 0. All ranks
+    must call it; a rank alone has nothing to compare, and does not call `find`.
+
+    Where a value differs every rank raises the same `error`: rank, host, name, both values, and
+    then `mend`. If `find` raises on one, every rank raises, as with `on_all`.
+    """
+    if world_size() > 1:
+        _compare(on_all(lambda: (socket.gethostname(), dict(find()))), mend, error)
+
+
+def _compare(
+    found: Sequence[tuple[str, Mapping[str, Any]]],
+    mend: str,
+    error: type[EnvironmentProblem | InputError] = EnvironmentProblem,
+) -> None:
+    """Raises `error` for the first rank that has another value than rank 0. found: host and values
+    of each.
+    """
+    first_host, expected = found[0]
+    for number, (host, values) in enumerate(found):
+        names = [
+            name
+            for name in {**expected, **values}
+            if values.get(name, "none") != expected.get(name, "none")
+        ]
+        if names:
+            name, *others = names
+            value, first = values.get(name, "none"), expected.get(name, "none")
+            more = f" (and another {', '.join(others)})" if others else ""
+            text = (
+                f"rank {number} on {host} has {name} {value}, rank 0 on {first_host} has "
+                f"{first}{more}; {mend}"
+            )
+            raise EnvironmentProblem(text) if error is EnvironmentProblem else InputError(text)
+
+
 def _attempt(work: Callable[[], T]) -> tuple[tuple[T | None, str, str], Exception | None]:
     """Runs `work`: (result, kind of error, its text), which can travel, and the error itself."""
     try:
@@ -252,6 +371,9 @@ def shard(
     the methods that need their weights. Raises InputError where `sharding.ranks` does not divide
     the number of ranks.
     """
+    # The first block returns its input, which FSDP hands to it as a view. Nothing is computed in
+    # place on what a block returns, of which torch warns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     several = world_size() > 1
     apart = {p for module in exact for p in module.parameters()}
     cast = any(p.dtype != compute_dtype for p in model.parameters() if p not in apart)
@@ -408,11 +530,13 @@ def merge_rows(count: int, mine: Sequence[int], values: Tensor) -> Tensor:
     return total(out).cpu()
 
 
-def clip_grad_norm(model: nn.Module, most: float) -> Tensor:
-    """Scales all gradients to a global L2 norm of at most `most`; returns the norm before.
+def clip_grad_norm(model: nn.Module, most: float) -> tuple[Tensor, Tensor]:
+    """The global L2 norm of all gradients, and the factor that makes it at most `most`.
 
     most: 0 for no clipping. Each rank adds up the squares of its own shards; one number travels.
-    The norm is () float32, the same on all ranks.
+    Both are () float32 on the model's device, the same on all ranks; no host waits for them. The
+    gradients stay as they are: `Optimizer.step` takes the factor, which is 1 where nothing is to be
+    clipped or the norm is not finite.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
@@ -424,6 +548,7 @@ def clip_grad_norm(model: nn.Module, most: float) -> Tensor:
         # the last axis alone: the copies of hybrid sharding hold the same gradients
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = squares.sqrt().float()
-    if 0 < most < norm < math.inf:
-        torch._foreach_mul_(local, most / (norm + 1e-6))
-    return norm
+    if most == 0:
+        return norm, torch.ones_like(norm)
+    clipped = (norm > most) & norm.isfinite()
+    return norm, torch.where(clipped, most / (norm + 1e-6), 1.0)

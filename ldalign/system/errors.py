@@ -6,6 +6,7 @@ exit code. Everything else is a bug of ours and says so.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -33,9 +34,38 @@ class NumericsError(LdalignError, ArithmeticError):
     exit_code = 4
 
 
+# What a file system says of itself, whatever file it was asked for.
+FILE_SYSTEM = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+
+
+def cannot_be_read(where: object, error: OSError) -> LdalignError:
+    """What to raise where a file that was given cannot be read: an EnvironmentProblem where the
+    file system itself fails (stale, timed out, no descriptors), else an InputError.
+    """
+    if error.errno in FILE_SYSTEM:
+        return EnvironmentProblem(
+            f"{where}: cannot be read: {error.strerror}; mend that and run the same command again: "
+            "what is finished is kept"
+        )
+    return InputError(f"{where}: cannot be read: {error.strerror or error}")
+
+
 def is_failure(error: BaseException) -> bool:
-    """Whether a library failed, if only by a panic of its Rust code, and nobody asked to stop."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    """Whether a library failed, if only by a panic of its Rust code: nobody asked to stop, and
+    memory is not what it lacked.
+    """
+    failed = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return failed and not isinstance(error, MemoryError)
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

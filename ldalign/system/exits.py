@@ -7,6 +7,7 @@ its own and a summary, which no worker can prevent; the summary names the rank a
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldalign.system import interrupt, logs
-from ldalign.system.errors import LdalignError
+from ldalign.system.errors import FILE_SYSTEM, LdalignError
 
 PEERS: list[tuple[str, int]] = []  # (host, process number) by rank, once `distributed` knows them
 
@@ -87,11 +88,15 @@ def _open_missing_streams() -> None:
 def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> None:
     try:
         main(argv)
+        sys.stdout.flush()  # here, where what cannot be written is still an error
     except KeyboardInterrupt:
         _exit("interrupted", 130, aftermath=True)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             leave(0)  # `... | head` has seen enough
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            # files are named in an error of their own: this is where stdout goes
+            _exit(f"what is printed cannot be written: {error.strerror}; make room there", 3)
         rank = getattr(error, "ldalign_rank", None)
         trace = traceback.format_exc() if debug else ""
         if isinstance(error, LdalignError):
@@ -100,11 +105,27 @@ def _run(main: Callable[[list[str]], None], argv: list[str], debug: bool) -> Non
             line = str(error).strip().splitlines()[0]
             message = f"{_ended()} ended, or is out of reach ({line}); {_AGAIN}"
             _exit(message, 3, aftermath=True, trace=trace)
+        if isinstance(error, OSError) and error.errno in (*FILE_SYSTEM, errno.EACCES, errno.EPERM):
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            message = f"{where}{error.strerror}; mend that and run the same command again: what is"
+            _exit(f"{message} finished is kept", 3, rank=rank, trace=trace)
+        if _no_memory(error):
+            message = "out of memory: use a machine with more, or give it less at a time"
+            _exit(f"{message} ({type(error).__name__}: {error})", 3, rank=rank, trace=trace)
         another = rank is not None and str(rank) != os.environ.get("RANK", "0")
         # another rank's text has the error's kind already
         text = str(error) if another else f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
         _exit(f"unexpected {text}{hint}", 1, rank=rank, trace=trace)
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether an allocation failed, in Python or in a library of those that are there."""
+    if "torch" not in sys.modules:  # which takes seconds to import
+        return isinstance(error, MemoryError)
+    from ldalign.system.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _exit(

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 
-from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.errors import FILE_SYSTEM, EnvironmentProblem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,13 +36,15 @@ HALF_WRITTEN = ".tmp*"  # what safetensors calls a file that it has not finished
 
 # What the machine is to blame for, not the program.
 _MACHINE_ERRORS = (
+    *FILE_SYSTEM,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,  # more than the file system, or ulimit -f, allows a file
-    errno.EIO,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
+    errno.EEXIST,
+    errno.EISDIR,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -141,9 +143,16 @@ def write_text(path: Path, text: str) -> None:
 
     Raises EnvironmentProblem naming the file where it cannot be written; so do all writers here.
     """
+    write_bytes(path, text.encode("utf-8", UNNAMEABLE))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`. A link in the place of the unfinished file is not followed, but removed."""
     temporary = path.with_name(path.name + PARTIAL)
-    with writing(path, len(text)):
-        temporary.write_text(text, encoding="utf-8", errors=UNNAMEABLE)
+    with writing(path, len(content)):
+        if temporary.is_symlink():
+            temporary.unlink()
+        temporary.write_bytes(content)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

@@ -1,16 +1,21 @@
 """Requests to stop: SIGTERM (a scheduler, torchrun) and SIGINT (Ctrl-C).
 
 Outside a training step a request ends the command where it stands: everything on disk is whole at
-any moment. Inside `held` it is only noted, so that the step can be finished and a checkpoint
-written. A second request ends at once.
+any moment. Python hears of a signal between two of its own instructions, so what waits long in a
+library is done `aside`. Inside `held` a request is only noted, so that the step can be finished and
+a checkpoint written. A second request ends at once.
 """
 
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, then from torchrun
 
@@ -58,6 +63,29 @@ def _note(number: int, _: FrameType | None) -> None:
 def requested() -> int:
     """Returns the number of the signal that asked to stop; 0: none did."""
     return _Requests.number
+
+
+def aside(wait: Callable[[], T]) -> T:
+    """Returns what `wait` does, or raises what it raises; it runs in a thread, so that a request to
+    stop is heard while it waits. Whoever is asked to stop leaves the thread behind.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(wait())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="aside", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        # With an end: a signal that another thread received does not wake this one.
+        thread.join(0.2)
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 @contextlib.contextmanager

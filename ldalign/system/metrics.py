@@ -8,8 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from tqdm import tqdm
 
 from ldalign.system import distributed, logs
 from ldalign.system.listeners import tell
+from ldalign.system.memory import resident
+from ldalign.system.transfer import to_device
 
 Metrics = dict[str, float]  # a stage's numbers, by name
 
 
 class Mean:
-    """Means by example: sums and counts on the device, added over ranks, divided at the end.
+    """Means by example: sums on the device, added over ranks, divided at the end.
 
     While `muted`, what is added is named but counts for nothing: a rank without rows must still
     know the names.
@@ -32,23 +33,32 @@ class Mean:
 
     def __init__(self) -> None:
         self.muted = False
-        self.sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        self.counts: defaultdict[str, float] = defaultdict(float)
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor, count: float | None = None) -> None:
         """Adds values (n,) of n examples, or their sum () over `count` examples."""
         if self.muted:
             values, count = values.new_zeros(()), 0.0  # not a factor of 0, which would keep a NaN
-        self.sums[name] = self.sums[name] + values.detach().double().sum()
-        self.counts[name] += values.numel() if count is None else count
+        total = values.detach().double().sum()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0.0) + (
+            values.numel() if count is None else count
+        )
 
-    def reduce(self, device: torch.device) -> dict[str, float]:
-        """Returns the means over all ranks. Every rank must call it with the same names."""
+    def totals(self, device: torch.device) -> Tensor:
+        """Returns this rank's sums, then its counts, by the order of the names: (2 names,) float64
+        on the device. The host does not wait.
+        """
         names = sorted(self.sums)
-        mine = [[float(self.sums[n]), self.counts[n]] for n in names]
-        table = torch.tensor(mine, dtype=torch.float64, device=device)  # (names, 2)
-        table = distributed.total(table).cpu().reshape(-1, 2)
-        return {n: float(s / c) for n, (s, c) in zip(names, table, strict=True) if c}
+        counts = torch.tensor([self.counts[n] for n in names], dtype=torch.float64)
+        return torch.cat([*(self.sums[n][None] for n in names), *to_device(device, counts)])
+
+    def means(self, totals: Sequence[float]) -> dict[str, float]:
+        """Returns the means, by `totals` summed over all ranks, which have the same names."""
+        names = sorted(self.sums)
+        sums, counts = totals[: len(names)], totals[len(names) :]
+        return {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
 
 
 class MetricsLog:
@@ -90,13 +100,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory of this process, in GiB: the GPU's if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux's VmHWM, in KiB: getrusage would count the parent's memory too, shared for a moment.
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return math.nan
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-    peaks = (int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
-    return next(peaks, math.nan)
+    # Not getrusage, which would count the parent's memory too, shared for a moment.
+    peak = resident("VmHWM")
+    return math.nan if peak is None else peak / 2**30
 
 
 class Bar:
@@ -106,7 +112,8 @@ class Bar:
     file, a line every `PLAIN_SECONDS` says what is done and about how long the rest takes.
 
     name: what is done. total: how many units there are; None where that is not known. unit: in the
-    plural. clock: seconds, from anywhere.
+    plural. clock: seconds, from anywhere. most: tokens that a unit can have, where they are told as
+    they are made and not as their unit ends; None: units alone say how long the rest takes.
     """
 
     PLAIN_SECONDS = 30.0
@@ -117,8 +124,9 @@ class Bar:
         total: int | None,
         unit: str,
         clock: Callable[[], float] = time.perf_counter,
+        most: int | None = None,
     ) -> None:
-        self.name, self.total, self.unit, self.clock = name, total, unit, clock
+        self.name, self.total, self.unit, self.clock, self.most = name, total, unit, clock, most
         self.done = self.tokens = 0
         self.first: tuple[float, int] | None = None  # when `add` was first called, and done then
 
@@ -135,6 +143,11 @@ class Bar:
                 unit=self.unit,
                 disable=self.plain or distributed.rank() > 0,
                 delay=1,
+                miniters=0,  # many calls may bring tokens and no unit
+                # Its own estimate knows units alone.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+                if self.most
+                else None,
             )
         return self.add
 
@@ -147,8 +160,7 @@ class Bar:
             self.first = now, self.done
         with contextlib.suppress(OSError, AttributeError):  # AttributeError: it could not be drawn
             if self.tokens:
-                speed = self.tokens / max(now - self.began, 1e-9)
-                self.tqdm.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                self.tqdm.set_postfix_str(", ".join(self._pace(now)), refresh=False)
             self.tqdm.update(rows)
         if self.plain and now - self.said >= self.PLAIN_SECONDS:
             self.said = now
@@ -160,19 +172,29 @@ class Bar:
         if self.total:
             share = f"{self.done / self.total:.0%}"
             parts = [f"{self.done} of {self.total} {self.unit} ({share})"]
+        return ", ".join([*parts, *self._pace(now)])
+
+    def _pace(self, now: float) -> list[str]:
+        """In words: tokens a second, and about how long the rest takes, where they are known."""
+        parts = []
         if self.tokens:
             parts.append(f"{self.tokens / max(now - self.began, 1e-9):.0f} tokens/s")
         if self.total and self.done < self.total:
             parts.append(f"about {in_words(self._left(now))} left")
-        return ", ".join(parts)
+        return parts
 
     def _left(self, now: float) -> float:
         """Seconds that the rest takes at the speed since the first `add`; inf: not known."""
         then, before = self.first or (self.began, 0)
-        if self.done == before:  # there was but one so far
+        if self.done == before and not self.most:  # there was but one so far
             then, before = self.began, 0
-        left = max(0, (self.total or 0) - self.done)
-        return left * (now - then) / (self.done - before) if self.done > before else math.inf
+        done, left = self.done - before, max(0, (self.total or 0) - self.done)
+        if self.most and self.tokens:
+            # Of many units under way few have ended at first, and these are short: a unit's tokens
+            # are thought to be all that were made, by unit that has ended, and at most `most`.
+            each = min(self.most, self.tokens / done) if done else self.most
+            return max(0.0, (done + left) * each / self.tokens - 1) * (now - then)
+        return left * (now - then) / done if done > 0 else math.inf
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError, AttributeError):

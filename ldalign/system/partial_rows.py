@@ -1,10 +1,14 @@
 """Rows that are done, kept on disk while their stage is under way: a killed run goes on from them.
 
-Every rank appends to a file of its own, a line [index, record] a row; the next start gathers these
-files, however many ranks wrote them or come after. Where a row's last bits depend on the rows it is
-computed with, rows are computed in chunks that are the same whatever the ranks, and a chunk counts
-whole or not at all: so what a killed run ends with is to the bit what an undisturbed one ends with.
-A float comes back from its JSON text as it was.
+Every rank appends to a file of its own, a line `CHECKSUM [index, record]` a row, in any order; the
+next start gathers these files, however many ranks wrote them or come after. In a `table`, where a
+row's last bits depend on the rows it is computed with, rows are computed in chunks that are the
+same whatever the ranks, and a chunk counts whole or not at all: so what a killed run ends with is
+to the bit what an undisturbed one ends with. A float comes back from its JSON text as it was.
+
+A killed process loses nothing that was appended: at most its last line is torn, and does not count.
+Nor does a line whose checksum (crc32, of all behind it) is another's: its row is made again.
+A machine that stops loses, beside that, what was appended in SYNC_SECONDS after the last sync.
 
 The caller makes sure that the files belong to the same rows: a stage that can be gone on with is
 refused where it was begun from anything else (`manifest.run_stage`).
@@ -14,7 +18,11 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +32,12 @@ from torch import Tensor
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
+from ldalign.system.transfer import Arriving
 
 log = logging.getLogger(__name__)
 
 FOLDER = "parts"  # in the temporary folder of a stage; goes when the stage is finished
+SYNC_SECONDS = 10.0  # between two syncs of a rank's file: a sync a row would slow the work
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -56,19 +66,24 @@ class Parts:
         return rows
 
     def read(self) -> dict[int, Any]:
-        """Returns the records in all files, by index; a torn last line does not count."""
+        """Returns the records in all files, by index; a torn last line does not count, nor does
+        a damaged one, which is said.
+        """
         rows: dict[int, Any] = {}
         for part in sorted([*self._of_ranks(), *([self._kept] if self._kept.is_file() else [])]):
-            for line in part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-                with contextlib.suppress(ValueError):
-                    index, record = json.loads(line)
-                    rows[index] = record
+            lines = part.read_bytes().split(b"\n")[:-1]
+            found = [record for line in lines if (record := _record(line)) is not None]
+            rows.update(found)
+            if damaged := len(lines) - len(found):
+                log.warning("%s: %d of %d rows are damaged, not used", part, damaged, len(lines))
         return rows
 
-    def open(self) -> IO[str]:
+    @contextlib.contextmanager
+    def open(self) -> Iterator["Part"]:
         """Opens this rank's own file, to append to."""
         own = self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
-        return own.open("a", encoding="utf-8")
+        with own.open("a", encoding="utf-8") as file:
+            yield Part(file)
 
     def remove(self) -> None:
         """Removes the files: called on rank 0 alone, when the records are elsewhere."""
@@ -84,15 +99,39 @@ class Parts:
         return list(self.path.parent.glob(f"{self.path.name}.rank*"))
 
 
-def append(file: IO[str], rows: Iterable[tuple[int, Any]]) -> None:
-    """Adds (index, record) to a file of `Parts.open`."""
-    # One write, then flushed: a killed process leaves whole lines, but maybe for the last.
-    file.write("".join(_line(index, record) for index, record in rows))
-    file.flush()
+class Part:
+    """A rank's own file. clock: seconds, from anywhere."""
+
+    def __init__(self, file: IO[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self.file, self.clock = file, clock
+        self.synced = clock()
+
+    def append(self, rows: Iterable[tuple[int, Any]]) -> None:
+        """Adds (index, record) of rows, and syncs the file if the last time is SYNC_SECONDS ago."""
+        # One write, then flushed: a killed process leaves whole lines, but maybe for the last.
+        self.file.write("".join(_line(index, record) for index, record in rows))
+        self.file.flush()
+        now = self.clock()
+        if now - self.synced >= SYNC_SECONDS:
+            os.fsync(self.file.fileno())
+            self.synced = now
 
 
 def _line(index: int, record: Any) -> str:
-    return json.dumps([index, record], ensure_ascii=False) + "\n"
+    text = json.dumps([index, record], ensure_ascii=False)
+    return f"{zlib.crc32(text.encode('utf-8')):08x} {text}\n"
+
+
+def _record(line: bytes) -> tuple[int, Any] | None:
+    """The row that a line holds; None where it is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    try:
+        index, record = json.loads(text)
+    except ValueError:  # an empty line has a checksum too
+        return None
+    return index, record
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -129,16 +168,16 @@ def table(
     left = total - len(done)
     missing = [chunk for chunk in chunks if not done.issuperset(chunk)]
     odd: list[tuple[int, float]] = []
-    with parts.open() if parts else contextlib.nullcontext() as file:
-        for chunk in missing[distributed.rank() :: distributed.world_size()]:
-            rows = work(chunk).double().tolist()
+    with parts.open() if parts else contextlib.nullcontext() as part:
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        for chunk, rows in _one_behind(mine, work):
             numbers = [(i, x) for i, row in zip(chunk, rows, strict=True) for x in row]
             odd = [(i, x) for i, x in numbers if not math.isfinite(x)]
             if odd:
                 break
             values.update(zip(chunk, rows, strict=True))
-            if file is not None:
-                append(file, zip(chunk, rows, strict=True))
+            if part is not None:
+                part.append(zip(chunk, rows, strict=True))
             # The other ranks are about as far.
             moved = min(left, len(chunk) * distributed.world_size())
             left -= moved
@@ -146,5 +185,30 @@ def table(
     refused = [row for rows in distributed.on_all(lambda: odd) for row in rows]
     if refused:
         raise NumericsError(refusal(*min(refused)))
-    mine = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, width)
-    return distributed.merge_rows(total, list(values), mine)
+    own = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, width)
+    return distributed.merge_rows(total, list(values), own)
+
+
+def _one_behind(
+    chunks: Iterable[Sequence[int]], work: Callable[[Sequence[int]], Tensor]
+) -> Iterator[tuple[Sequence[int], list[list[float]]]]:
+    """Yields each chunk with its rows. A GPU's are read when it has got the chunk after them, so
+    that it is not without work in between.
+    """
+    started: deque[tuple[Sequence[int], Arriving]] = deque()
+
+    def read() -> tuple[Sequence[int], list[list[float]]]:
+        chunk, values = started.popleft()
+        return chunk, values.arrived().tolist()
+
+    for chunk in chunks:
+        try:
+            started.append((chunk, Arriving(work(chunk).double())))
+        except Exception:
+            if started:  # the chunk before it counts
+                yield read()
+            raise
+        if len(started) > 1 or started[0][1].event is None:
+            yield read()
+    if started:
+        yield read()

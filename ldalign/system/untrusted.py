@@ -1,11 +1,12 @@
 """The files of a model folder, read as a stranger's data: within bounds, within the folder."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ldalign.system.errors import InputError
+from ldalign.system.errors import InputError, cannot_be_read
 
 # A config or a header: a hundred times the largest real one. Parsed, it takes many times that.
 MAX_JSON_BYTES = 10**7
@@ -21,7 +22,7 @@ def is_inside(path: Path, folder: Path) -> bool:
     A hub's cache (models--ORGANISATION--NAME/snapshots/COMMIT) links every file to one in blobs/ of
     the same model: such a link is followed, there alone.
     """
-    target, root = path.resolve(), folder.resolve()
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if target.is_relative_to(root):
         return True
     cached = root.parent.name == "snapshots" and root.parents[1].name.startswith("models--")
@@ -60,7 +61,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES, folder: Path | None = Non
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise cannot_be_read(path, error) from None
     refuse_lfs_pointer(content, path)
     if len(content) > most:
         raise InputError(

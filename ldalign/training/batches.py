@@ -6,6 +6,7 @@ any split gives the same gradient.
 """
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ldalign.models.gpt2 import GPT2Config
 from ldalign.models.layout import Packed
 from ldalign.models.weights import LanguageModel
 from ldalign.system.seeds import permutation
+from ldalign.system.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class Batch:
     layout: Packed
     rows: Tensor  # (M,) int64: the tokens whose hidden state predicts a response token
     targets: Tensor  # (M,) int64: the response tokens they predict
+    reference: Tensor  # (S,) float32: the responses' log-probs under the reference
+    weights: Tensor  # (P,) float32, s
+    tokens: Tensor  # (S,) float32: `lengths`, on the device
     lengths: list[int]  # response lengths: real, generated, real, ...
 
     @classmethod
     def pack(cls, pairs: Sequence[Pair], device: torch.device | str = "cpu") -> "Batch":
         """Packs pairs for one forward. The first token of either response is predicted by the
-        prompt's last.
+        prompt's last. On a GPU all of it is one copy, and the host does not wait.
         """
         rows, start = [], 0
         for pair in pairs:
@@ -50,22 +55,31 @@ class Batch:
             for response in pair.responses:
                 rows += [last, *range(start, start + len(response) - 1)]
                 start += len(response)
-        return cls(
-            pairs=pairs,
-            ids=torch.tensor(
-                [t for p in pairs for part in (p.prompt, *p.responses) for t in part], device=device
-            ),
-            layout=Packed([[len(p.prompt), *map(len, p.responses)] for p in pairs], device),
-            rows=torch.tensor(rows, device=device),
-            targets=torch.tensor(
-                [t for p in pairs for response in p.responses for t in response], device=device
-            ),
-            lengths=[len(response) for p in pairs for response in p.responses],
+        responses = [response for p in pairs for response in p.responses]
+        reference = [x for p in pairs for x in (p.ref_real, p.ref_generated)[: len(p.responses)]]
+        lengths = list(map(len, responses))
+        layout = Packed([[len(p.prompt), *map(len, p.responses)] for p in pairs])
+        layout.positions, ids, places, targets, references, weights, tokens = to_device(
+            torch.device(device),
+            layout.positions,
+            _joined([part for p in pairs for part in (p.prompt, *p.responses)]),
+            torch.tensor(rows),
+            _joined(responses),
+            torch.tensor(reference, dtype=torch.float32),
+            torch.tensor([p.weight for p in pairs], dtype=torch.float32),
+            torch.tensor(lengths, dtype=torch.float32),
         )
+        return cls(pairs, ids, layout, places, targets, references, weights, tokens, lengths)
 
     def split(self, per_response: Tensor) -> tuple[Tensor, Tensor]:
         """Per-response values of a batch of pairs as (real (P,), generated (P,))."""
         return per_response[0::2], per_response[1::2]
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> Tensor:
+    """All numbers of all parts, (N,) int64."""
+    count = sum(map(len, parts))
+    return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(parts), np.int64, count))
 
 
 def token_logprobs(model: LanguageModel, batch: Batch) -> Tensor:

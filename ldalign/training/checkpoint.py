@@ -10,16 +10,23 @@ so any number of ranks can read what any other number wrote.
 
 A checkpoint is filled as NAME.partial, read back and compared with memory, synced and renamed by
 rank 0; only then the oldest goes. Weights that are not finite are never written.
+
+On a GPU it is filled while training goes on: the step after it waits for a copy into pinned host
+memory alone, a thread writes, reads back and hashes, and a later step, when all ranks have done so,
+renames it. At most one is on its way: a next one that is due, a request to stop and the end of
+training wait for it. What is lost with a process that dies meanwhile is that one checkpoint.
 """
 
 import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,11 +51,14 @@ from ldalign.system.files import (
     writing,
 )
 from ldalign.system.interrupt import Stopped
+from ldalign.system.memory import available_bytes, is_out_of_memory
 from ldalign.training.optim import AVERAGES, Optimizer
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"  # what cannot be used is set aside under this name
 State = dict[str, Any]
+# What a rank holds: (the rows of a tensor, the number of the first), by its name in the file.
+Held = Mapping[str, tuple[Tensor, int]]
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +75,22 @@ class CheckpointPlan:
     keep: int = 2  # the newest ones
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint on its way to the disk; the same on all ranks but for its share."""
+
+    path: Path
+    filled: Path  # its name until it is whole
+    manifest: dict[str, Any]  # as far as it is known
+    share: Future[dict[str, Any] | None]  # this rank's entry of the manifest
+
+
 class Checkpoints:
     """The checkpoints of one model in training. Every method is called by all
     ranks, between two steps.
 
     plan None: none are made; requests to stop are honoured all the same. metrics: the stage's
-    metrics.jsonl.
+    metrics.jsonl. behind: they are written while training goes on; None: where it is on a GPU.
     """
 
     def __init__(
@@ -79,8 +99,14 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Optimizer,
         metrics: Path | None,
+        behind: bool | None = None,
     ) -> None:
         self.plan, self.model, self.optimizer, self.metrics = plan, model, optimizer, metrics
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        behind = on_gpu if behind is None else behind
+        self.writer = ThreadPoolExecutor(1, "checkpoint") if behind else None
+        self.pending: _Pending | None = None
+        self.copies: dict[str, Tensor] = {}  # host memory that the writer reads of
         self.written = time.monotonic()  # the wall clock may be set back
 
     def resume(self) -> State | None:
@@ -118,7 +144,7 @@ class Checkpoints:
 
     def after_step(self, step: int, last: bool, state: State) -> None:
         """Writes a checkpoint if one is due after `step` steps, or if any rank was asked to stop:
-        then raises Stopped.
+        then raises Stopped. Finishes the one that is on its way where all ranks have written it.
 
         last: no step follows, so what is due is not written: the result itself will be.
         """
@@ -129,14 +155,18 @@ class Checkpoints:
             and self._due(self.plan, step)
         )
         mine = interrupt.requested()
+        done = self.pending is not None and self.pending.share.done()
         flags = torch.tensor(
-            [due, mine == signal.SIGTERM, mine == signal.SIGINT], dtype=torch.int64
+            [due, mine == signal.SIGTERM, mine == signal.SIGINT, done], dtype=torch.int64
         )
-        due, terminated, interrupted = map(bool, distributed.total(flags).tolist())
-        stop = terminated or interrupted
+        due, terminated, interrupted, done = distributed.total(flags).tolist()
+        stop = bool(terminated or interrupted)
+        if last or stop or done == distributed.world_size():
+            self.finish()
         if self.plan is not None and (due or stop):
-            self.write(step, state)
+            self.begin(step, state)
         if stop:
+            self.finish()
             kept = (
                 (f"step {step} is finished")
                 if self.plan is None
@@ -155,21 +185,41 @@ class Checkpoints:
         Raises EnvironmentProblem, on all ranks, where one of them cannot write; the older
         checkpoints stay.
         """
+        self.begin(step, state)
+        self.finish()
+
+    def begin(self, step: int, state: State) -> None:
+        """Begins to write the checkpoint of `step` steps done; the one before is finished first.
+        What goes wrong is raised by `finish`: here, where there is no writer.
+        """
         if self.plan is None:
             return
+        self.finish()
         path = self.plan.folder / f"step_{step:08d}"
-        filled, keep = path.with_name(path.name + PARTIAL), self.plan.keep
+        filled = path.with_name(path.name + PARTIAL)
         if on_rank0(path.exists):  # the one that this run went on from
             return
         on_rank0(lambda: _empty(filled))
         distributed.reshard(self.model)
-        shares = on_all(lambda: self._write_share(filled))
-        on_rank0(
-            lambda: self._finish(
-                path, filled, {**state, "step": step}, [s for s in shares if s], keep
-            )
-        )
+        # The state goes on changing; what is written is what JSON has of it anyway.
+        now = json.loads(json.dumps({**state, "step": step}))
+        manifest = on_rank0(lambda: self._manifest(path, now))
+        if self.writer is not None:  # meanwhile the best weights that it refers to may not go
+            on_rank0(lambda: write_text(filled / MANIFEST, json.dumps(manifest)))
+        self.pending = _Pending(path, filled, manifest, self._begin_share(filled))
         self.written = time.monotonic()
+        if self.writer is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is on its way, if there is one, and gives it its name.
+        Raises as `write` does.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        shares = on_all(pending.share.result)
+        on_rank0(lambda: self._finish(pending, [share for share in shares if share]))
 
     # -------------------------------------------------------------------------------------- writing
 
@@ -187,57 +237,74 @@ class Checkpoints:
                 if kind in self.optimizer.state[p]:
                     yield f"{kind}/{name}", self.optimizer.state[p][kind], first
 
-    def _write_share(self, folder: Path) -> dict[str, Any] | None:
-        """Writes this rank's rows and reads them back; returns the manifest's entry, None where
-        another has the same.
+    def _manifest(self, path: Path, state: State) -> dict[str, Any]:
+        """The manifest as far as it is known before anything is written; rank 0 makes it."""
+        manifest: dict[str, Any] = {"state": state, "world_size": distributed.world_size()}
+        if self.metrics is not None:
+            with writing(path):
+                self.metrics.touch()
+                sync(self.metrics)
+                size = self.metrics.stat().st_size
+                manifest["metrics"] = {"size": size, "sha256": _hash_beginning(self.metrics, size)}
+        return manifest
+
+    def _begin_share(self, folder: Path) -> Future[dict[str, Any] | None]:
+        """Writes this rank's rows, or has the writer do it from a copy of them.
 
         Of a model that is not sharded, rank 0 has them all; of one with copies (hybrid sharding),
-        the first copy.
+        the first copy: of the other ranks the result is None.
         """
         mesh = next(
             (p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)), None
         )
         if distributed.rank() and (mesh is None or (mesh.ndim == 2 and mesh.get_local_rank(0))):
-            return None
+            return _done(lambda: None)
         held = {name: (local, first) for name, local, first in self._tensors() if len(local)}
-        for name, (local, _) in held.items():
-            if not bool(local.isfinite().all()):
-                raise NumericsError(
-                    f"{folder}: {name} holds NaN or Inf; the checkpoint was not written"
-                )
-        path = folder / f"rank_{distributed.rank():05d}.safetensors"
-        tensors = {name: local.to("cpu").contiguous() for name, (local, _) in held.items()}
-        save_tensors(tensors, path)
-        with safe_open(path, framework="pt") as file, writing(path):
-            if any(not _same(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
-                raise OSError(errno.EIO, "what is read back is not what was written", str(path))
-        rows = {name: [first, first + len(local)] for name, (local, first) in held.items()}
-        return {
-            "name": path.name,
-            "size": path.stat().st_size,
-            "sha256": hash_file(path),
-            "rows": rows,
-        }
+        copies = None if self.writer is None else self._copied(held)
+        if self.writer is None or copies is None:
+            return _done(lambda: _write_share(folder, held))
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied is not None:
+            copied.record()
 
-    def _finish(
-        self, path: Path, filled: Path, state: State, shares: list[dict[str, Any]], keep: int
-    ) -> None:
+        def work() -> dict[str, Any]:
+            if copied is not None:
+                copied.synchronize()
+            return _write_share(folder, copies)
+
+        return self.writer.submit(work)
+
+    def _copied(self, held: Held) -> Held | None:
+        """Copies in host memory, which a GPU may still be filling; None: there is no memory."""
+        # Page-locked memory is taken at once, in powers of two, and by every process of this host.
+        needed = 1.5 * sum(local.nbytes for local, _ in held.values())
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if not self.copies and processes * needed > available_bytes(torch.device("cpu")):
+            return None
+        try:
+            for name, (local, _) in held.items():
+                if name not in self.copies:
+                    pinned = local.device.type == "cuda"
+                    self.copies[name] = torch.empty_like(local, device="cpu", pin_memory=pinned)
+                self.copies[name].copy_(local, non_blocking=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.copies.clear()
+            return None
+        return {name: (self.copies[name], first) for name, (_, first) in held.items()}
+
+    def _finish(self, pending: _Pending, shares: list[dict[str, Any]]) -> None:
+        assert self.plan is not None
+        path = pending.path
         with writing(path):
-            manifest: dict[str, Any] = {
-                "state": state,
-                "world_size": distributed.world_size(),
-                "files": shares,
-            }
-            if self.metrics is not None:
-                self.metrics.touch()
-                sync(self.metrics)
-                size = self.metrics.stat().st_size
-                manifest["metrics"] = {"size": size, "sha256": _hash_beginning(self.metrics, size)}
+            manifest = {**pending.manifest, "files": shares}
             manifest["sha256"] = _digest(manifest)
-            write_text(filled / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            filled.rename(path)
+            write_text(pending.filled / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            pending.filled.rename(path)
             sync(path.parent)
-        for old in sorted(p for p in path.parent.glob("step_*") if _is_whole_name(p.name))[:-keep]:
+        whole = sorted(p for p in path.parent.glob("step_*") if _is_whole_name(p.name))
+        for old in whole[: -self.plan.keep]:
             try:
                 gone = old.with_name(old.name + PARTIAL)
                 old.rename(gone)  # so that no half of it can be taken for a checkpoint
@@ -329,6 +396,38 @@ class Checkpoints:
         self.optimizer.steps = state["step"]
         log.info("%s: gone on from", path)
         return state
+
+
+def _done(work: Callable[[], dict[str, Any] | None]) -> Future[dict[str, Any] | None]:
+    """What `work` gives or raises, as of a thread that has ended."""
+    future: Future[dict[str, Any] | None] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _write_share(folder: Path, held: Held) -> dict[str, Any]:
+    """Writes this rank's rows and reads them back; returns the manifest's entry."""
+    for name, (local, _) in held.items():
+        if not bool(local.isfinite().all()):
+            raise NumericsError(
+                f"{folder}: {name} holds NaN or Inf; the checkpoint was not written"
+            )
+    path = folder / f"rank_{distributed.rank():05d}.safetensors"
+    tensors = {name: local.to("cpu").contiguous() for name, (local, _) in held.items()}
+    save_tensors(tensors, path)
+    with safe_open(path, framework="pt") as file, writing(path):
+        if any(not _same(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
+            raise OSError(errno.EIO, "what is read back is not what was written", str(path))
+    rows = {name: [first, first + len(local)] for name, (local, first) in held.items()}
+    return {
+        "name": path.name,
+        "size": path.stat().st_size,
+        "sha256": hash_file(path),
+        "rows": rows,
+    }
 
 
 def _is_whole_name(name: str) -> bool:

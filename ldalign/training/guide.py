@@ -17,6 +17,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Bar, in_words, peak_memory_gib
 from ldalign.system.seeds import normals, permutation, uniforms
+from ldalign.system.transfer import to_device
 from ldalign.training.batches import count_steps, deal
 from ldalign.training.checkpoint import CheckpointPlan, State
 from ldalign.training.latent_map import LatentMap, fit, standardise
@@ -171,16 +172,20 @@ class _GuideTask:
     tokens: int = 0  # since the last record, and the seconds that they took
     seconds: float = 0.0
 
-    def accumulate(self, epoch: int, indices: np.ndarray) -> float:
+    def prepare(self, indices: np.ndarray) -> None:
+        """What a guide reads is made where it is read."""
+
+    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
         chosen = [self.pairs[i] for i in indices]
         # The key of a pair's draws: the same whatever the ranks and micro-batches.
         keys = [f"{self.stage}/{epoch}/{pair.id}" for pair in chosen]
         known = None if self.states is None else [self.states[i] for i in indices]
-        return accumulate_gradients(
+        loss = accumulate_gradients(
             self.guide, chosen, keys, self.settings, self.seed, self.device, known
         )
+        return loss[None]
 
-    def check(self, step: int) -> None:
+    def check(self, step: int, found: Sequence[float]) -> None:
         """Nothing is known of a guide's first step."""
 
     def record(self, step: Step, state: State) -> tuple[dict[str, float], str] | None:
@@ -229,9 +234,9 @@ def accumulate_gradients(
     seed: int,
     device: torch.device,
     known: Sequence[States] | None = None,
-) -> float:
-    """Adds the gradient of one global batch, split over ranks and micro-batches; returns its loss,
-    over all ranks.
+) -> Tensor:
+    """Adds the gradient of this rank's share of a global batch, which is split over ranks and
+    micro-batches; returns what it adds to the loss: () float64 on the device.
 
     keys: what the draws of each pair depend on, beside the seed. known: the states of each pair,
     where they are kept.
@@ -257,9 +262,10 @@ def accumulate_gradients(
         chosen = list(micro) or [0]
         hidden = noise = None
         if what.token_dropout:
-            hidden = torch.cat([draws[j].hidden for j in chosen]).to(device)
+            hidden = torch.cat([draws[j].hidden for j in chosen])
         if what.latent_noise:
-            noise = what.latent_noise * torch.cat([draws[j].noise for j in chosen]).to(device)
+            (drawn,) = to_device(device, torch.cat([draws[j].noise for j in chosen]))
+            noise = what.latent_noise * drawn
         kept = [keep for j in chosen for keep in draws[j].kept]
         tokens = [places for j in chosen for places in draws[j].tokens]
         states = None
@@ -271,7 +277,7 @@ def accumulate_gradients(
         loss = loss * (1.0 if micro else 0.0)
         loss.backward()
         total += loss.detach().double()
-    return float(distributed.total(total))
+    return total
 
 
 def keeps_states(

@@ -8,6 +8,7 @@ seed and the row, so a loop that goes on from a checkpoint repeats the very same
 steps a `Validator` may measure the model, and end the loop before its last step.
 """
 
+import itertools
 import json
 import math
 import time
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ldalign.system import distributed, interrupt
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
-from ldalign.system.memory import naming
+from ldalign.system.memory import give_back_holes, naming
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
@@ -64,15 +66,23 @@ class Step:
 class Task(Protocol):
     """What is trained: its rows, its gradient, and what its records show. All ranks call each."""
 
-    def accumulate(self, epoch: int, indices: np.ndarray) -> float:
-        """Adds the gradient of one global batch to the parameters; returns
-        its loss, over all ranks.
+    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
+        """Adds the gradient of one global batch to the parameters; returns (1 + n,) float64 on the
+        device: what this rank adds to its loss, and to n numbers of the task's own.
+
+        Nothing in it makes the host wait for a GPU.
         """
         ...
 
-    def check(self, step: int) -> None:
+    def prepare(self, indices: np.ndarray) -> None:
+        """Makes ready what `accumulate` will read of the next global batch, while the device is at
+        work on this one.
+        """
+        ...
+
+    def check(self, step: int, found: Sequence[float]) -> None:
         """Looks at what `accumulate` found in step `step` (from 0), before the weights are touched;
-        raises NumericsError where it cannot be right.
+        raises NumericsError where it cannot be right. found (n,): its numbers, over all ranks.
         """
         ...
 
@@ -122,6 +132,7 @@ def optimize(
     state: State = keeper.resume() or {"step": 0, **begin}
     if first := state["step"]:
         say(f"{stage}: goes on at step {first + 1} of {settings.stop}")
+    on_cpu = next(model.parameters()).device.type == "cpu"
     started = time.perf_counter()
     forget_refused_step(metrics_path)
     batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
@@ -139,31 +150,38 @@ def optimize(
     with interrupt.held():  # a request to stop waits until a checkpoint can be written
         if state["step"] == 0 and STATE not in state:
             validate(0)
-        for step, (epoch, indices) in enumerate(batches):
-            if step == settings.stop or state.get("ended"):
+        # What was done before the loop was cut short is passed over.
+        steps, ahead = itertools.tee(itertools.islice(enumerate(batches), first, settings.stop))
+        next(ahead, None)
+        for (step, (epoch, indices)), following in itertools.zip_longest(steps, ahead):
+            if state.get("ended"):
                 break
-            if step < state["step"]:  # done before the loop was cut short
-                continue
             began = time.perf_counter()
 
             def what(step: int = step, indices: np.ndarray = indices) -> str:
                 return f"step {step + 1}: {task.largest(indices)}"
 
             with naming(what, lower):
-                loss = task.accumulate(epoch, indices)
-                norm = float(distributed.clip_grad_norm(model, settings.max_grad_norm))
+                sums = distributed.total(task.accumulate(epoch, indices))
+                gradient_norm, clip = distributed.clip_grad_norm(model, settings.max_grad_norm)
+                if following is not None:
+                    task.prepare(following[1][1])
+                # The one place in a step where the host waits for the device.
+                norm, loss, *found = torch.cat([gradient_norm.double()[None], sums]).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 keeper.write(step, state)  # what led here can be looked at, and gone on from
                 refuse_step(task.ids(indices), stage, step, loss, norm, metrics_path)
-            task.check(step)
+            task.check(step, found)
             factor = learning_rate_factor(
                 step, settings.steps, settings.warmup_ratio, settings.schedule
             )
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
             with naming(what, lower):  # the first step allocates the optimizer's averages
-                optimizer.step()
+                optimizer.step(clip)
             optimizer.zero_grad()
+            if on_cpu:
+                give_back_holes()
             state["step"] = step + 1
             now = time.perf_counter()
             done = Step(

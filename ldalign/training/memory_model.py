@@ -142,10 +142,13 @@ def activation_bytes(config: MistralConfig, itemsize: int, checkpointing: str) -
     block = itemsize * (4 * width + 2 * heads + 2 * kv + 3 * inner) + 4 * (
         2 + config.num_attention_heads
     )
-    stream = itemsize * width
+    stream = itemsize * width + 4  # the first norm's input and scale
     # the last norm's input and scale, the rotary tables, the ids
-    outside = stream + 4 * config.head_dim + 12
-    if checkpointing == "full":
-        return config.num_hidden_layers * stream + outside, block
-    again = 3 * itemsize * inner if checkpointing == "selective" else 0  # inside the feed-forward
-    return config.num_hidden_layers * (block - again) + outside, again
+    outside = stream + 4 * config.head_dim + 8
+    dropped, again = {
+        "none": (0, 0),
+        # The norms' results and the product of gate and up, one of the three at a time.
+        "selective": (itemsize * (2 * width + inner), itemsize * max(width, inner)),
+        "full": (block - stream, block - stream),
+    }[checkpointing]
+    return config.num_hidden_layers * (block - dropped) + outside, again

@@ -1,7 +1,6 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -42,8 +41,12 @@ class Optimizer(torch.optim.Optimizer):
         self.name, self.state_dtype, self.seed, self.steps = name, state_dtype, seed, 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient."""
+    def step(self, factor: Tensor | None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient, by the gradient times `factor`.
+
+        factor: () float32 on the parameters' device (`distributed.clip_grad_norm`), None for 1; it
+        may be left in the gradients or not.
+        """
         self.steps += 1
         number = 0
         for group in self.param_groups:
@@ -53,10 +56,16 @@ class Optimizer(torch.optim.Optimizer):
                     seed = (
                         self.seed * 0x9E3779B1 + self.steps * 0x85EBCA77 + number * 0xC2B2AE3D
                     ) % 2**32
-                    self._update(p, _local(p), _local(p.grad), group, seed)
+                    self._update(p, _local(p), _local(p.grad), factor, group, seed)
 
     def _update(
-        self, p: Tensor, weights: Tensor, grad: Tensor, group: dict[str, Any], seed: int
+        self,
+        p: Tensor,
+        weights: Tensor,
+        grad: Tensor,
+        factor: Tensor | None,
+        group: dict[str, Any],
+        seed: int,
     ) -> None:
         state = self.state[p]
         for name in AVERAGES if self.name == "adamw" else AVERAGES[1:]:
@@ -70,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
                 grad,
                 state["mean"],
                 state["square"],
+                factor,
                 rate,
                 decay,
                 beta1,
@@ -79,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
                 seed,
             )
         else:
-            ops.rmsprop_(weights, grad, state["square"], rate, decay, ALPHA, eps, seed)
+            ops.rmsprop_(weights, grad, state["square"], factor, rate, decay, ALPHA, eps, seed)
 
 
 def _local(x: Tensor) -> Tensor:

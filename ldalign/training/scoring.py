@@ -12,6 +12,7 @@ from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
 from ldalign.system.memory import naming
 from ldalign.system.partial_rows import table
+from ldalign.system.transfer import to_device
 from ldalign.training.batches import Batch, deal, pair_costs, token_logprobs
 
 
@@ -40,13 +41,10 @@ def response_logps(
             "lower training.micro_tokens or max_length, or set dtype=bfloat16",
         ):
             batch = Batch.pack(chosen, device)
-            sums = iter(
-                ops.segment_sum(token_logprobs(model, batch), batch.lengths).double().tolist()
-            )
-        values = [
-            (next(sums), next(sums) if pair.generated is not None else 0.0) for pair in chosen
-        ]
-        return torch.tensor(values, dtype=torch.float64)
+            sums = ops.segment_sum(token_logprobs(model, batch), batch.lengths).double()
+            there = [[True, pair.generated is not None] for pair in chosen]
+            (places,) = to_device(device, torch.tensor(there).flatten().nonzero()[:, 0])
+            return sums.new_zeros(2 * len(chosen)).index_copy_(0, places, sums).view(-1, 2)
 
     (micros,) = deal([pair.tokens for pair in pairs], 1, micro_tokens, pair_costs(model, pairs))
     return table(micros, score, 2, lambda i, value: _refusal(pairs[i], value), path, progress)

@@ -25,7 +25,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import PARTIAL, hash_file, make_folder, save_tensors, sync, writing
 from ldalign.training.batches import Batch, deal, pair_costs, token_logprobs
-from ldalign.training.checkpoint import MANIFEST, State
+from ldalign.training.checkpoint import DAMAGED, MANIFEST, State
 
 Metric = Literal["nll", "accuracy"]
 PARTS = 4  # evaluations of a stage where nobody says how often: one a quarter
@@ -226,6 +226,8 @@ def _referred(folder: Path) -> set[float]:
     """The steps whose weights are the best by the state of a checkpoint in `folder`."""
     steps = set()
     for manifest in folder.glob(f"step_*/{MANIFEST}"):
+        if manifest.parent.name.endswith(DAMAGED):
+            continue
         state = json.loads(manifest.read_text(encoding="utf-8"))["state"]
         best = state.get(STATE, {}).get("best")
         steps |= {best["step"]} if best is not None else set()

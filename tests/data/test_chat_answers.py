@@ -1,6 +1,7 @@
 """What of a row is prompt and what is answer, whatever the template and the answer look like."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,27 +123,41 @@ def test_an_answer_that_cannot_stand_behind_its_prompt_is_a_bad_row(
 TEXT = st.text(st.sampled_from(" \n\taAé.</s><|im_end|>1 🙂"), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(TEXT.filter(str.strip), min_size=2, max_size=5), st.booleans())
 def test_prompts_are_those_of_generation(
-    chatml: Tokenizer, zephyr: Tokenizer, joining: Tokenizer, texts: list[str], system: bool
+    chatml: Tokenizer, zephyr: Tokenizer, joining: Tokenizer
 ) -> None:
     """Any conversation: the prompt's ids as `prompt_ids` makes them, and where encoding the whole
-    leaves them as they are, prompt and response are its ids.
+    leaves them as they are, as it mostly does, prompt and response are its ids.
     """
+    counts = Counter[bool]()
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(TEXT.filter(str.strip), min_size=2, max_size=5), st.booleans())
+    def holds(texts: list[str], system: bool) -> None:
+        check_prompt((chatml, zephyr, joining), texts, system, counts)
+
+    holds()
+    assert counts[True] > 100
+
+
+def check_prompt(
+    tokenizers: tuple[Tokenizer, ...], texts: list[str], system: bool, counts: Counter[bool]
+) -> None:
     turns = [("system", "s")] * system
     turns += [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     if turns[-1][0] == "user":
         turns.append(("assistant", texts[0]))
     row = as_row(turns)
-    for tokenizer in (chatml, zephyr, joining):
+    for tokenizer in tokenizers:
         pair = tokenizer.pair_ids(row)
         assert pair.prompt == tokenizer.prompt_ids(row.history)
         text = tokenizer._chat.pair(row)
         prompt, whole = (
             tokenizer.encode(t) for t in (text.prompt.text, "".join(t.text for t in text))
         )
-        if whole[: len(prompt)] == prompt:
+        same = whole[: len(prompt)] == prompt
+        counts[same] += 1
+        if same:
             bos = len(pair.prompt) - len(prompt)
             ids = [*pair.prompt, *pair.response]
             assert ids == [*pair.prompt[:bos], *whole][: len(ids)]

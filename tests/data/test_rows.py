@@ -1,6 +1,7 @@
 """Every input shape, every bad row with its place, ids; then arbitrary bytes and chats."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -424,20 +425,38 @@ JSON = st.recursive(
 )
 
 
-@MANY
-@given(
-    st.lists(
-        st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()), max_size=5
-    ),
-    st.booleans(),
+SOUND = st.builds(
+    lambda prompt, response: {"prompt": prompt, "response": response},
+    st.text(min_size=1, max_size=5),
+    st.text(min_size=1, max_size=5),
 )
-def test_any_bytes_give_rows_or_an_input_error(tmp_path, lines, skip):
-    path = tmp_path / "x"
-    path.write_bytes(b"\n".join(lines))
-    try:
-        rows = read_rows(path, turns="all", bad_rows="skip" if skip else "error")
-    except InputError as error:
-        assert str(error).startswith(str(path))
-        return
-    assert rows and all(row.response.strip() and row.history[-1]["role"] == "user" for row in rows)
-    json.dumps([row.response for row in rows], ensure_ascii=False).encode("utf-8")
+
+
+def test_any_bytes_give_rows_or_an_input_error(tmp_path):
+    """Both happen: among the lines are some that could be rows."""
+    path, counts = tmp_path / "x", Counter()
+
+    @MANY
+    @given(
+        st.lists(
+            st.binary(max_size=30) | (JSON | SOUND).map(lambda value: json.dumps(value).encode()),
+            max_size=5,
+        )
+        | st.lists(SOUND.map(lambda value: json.dumps(value).encode()), min_size=1, max_size=3),
+        st.booleans(),
+    )
+    def holds(lines, skip):
+        path.write_bytes(b"\n".join(lines))
+        try:
+            rows = read_rows(path, turns="all", bad_rows="skip" if skip else "error")
+        except InputError as error:
+            assert str(error).startswith(str(path))
+            counts["refused"] += 1
+            return
+        assert rows
+        assert all(row.response.strip() and row.history[-1]["role"] == "user" for row in rows)
+        json.dumps([row.response for row in rows], ensure_ascii=False).encode("utf-8")
+        counts["read"] += 1
+
+    holds()
+    assert counts["read"] > 5 and counts["refused"] > 5

@@ -1,10 +1,12 @@
 """The matrix's C rows: settings and runs that cannot work, all found before any weights."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -119,16 +121,21 @@ def test_C2_what_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         distributed.copies(3)
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "other things", "name too long"])
+@pytest.mark.parametrize(
+    "kind", ["file", "below a file", "other things", "name too long", "nowhere"]
+)
 def test_C3_run_folder_that_cannot_be(kind: str, tmp_path: Path) -> None:
-    """The run folder is a file, lies below one, holds something else, or has an impossible name.
+    """The run folder is a file, lies below one, holds something else, has an impossible name, or is
+    a link to nowhere.
 
     Expected: one line with the path.
     """
     (tmp_path / "file").write_text("")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     path = {
+        "nowhere": "nowhere",
         "file": "file",
         "below a file": "file/run",
         "other things": "home",
@@ -212,6 +219,83 @@ with RunFolder(Path({str(tmp_path / "run")!r}), ""):
         holder.kill()
 
 
+def test_C3_the_lock_was_deleted(tmp_path: Path) -> None:
+    """The file `lock` of a run folder is deleted; and a folder has a config.yaml, but of no run.
+
+    Expected: the run goes on; the other folder is refused as one that holds something else.
+    """
+    run, other = tmp_path / "run", tmp_path / "project"
+    with RunFolder(run, "seed: 1\n"):
+        pass
+    (run / "lock").unlink()
+    assert dry_run._existing(run) == run
+    with RunFolder(run, "seed: 2\n"):
+        pass
+    assert (run / "config.yaml").read_text() == "seed: 2\n"
+    other.mkdir()
+    (other / "config.yaml").write_text("mine")
+    with pytest.raises(InputError, match="no run"), RunFolder(other, "seed: 1\n"):
+        pass
+    assert [path.name for path in other.iterdir()] == ["config.yaml"]
+    assert (other / "config.yaml").read_text() == "mine"
+
+
+NO_LOCKS = """
+import errno, fcntl, os
+def flock(file, how):
+    raise OSError(errno.{name}, os.strerror(errno.{name}))
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_C3_a_file_system_without_locks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process opens the run folder of a live one on a file system without locks. Then the
+    first is killed; and a process of another host has the folder.
+
+    Expected: one line with host and pid, exit code 3; a dead process's claim is taken over, another
+    host's is refused with its last sign of life and the file to delete.
+    """
+    run, no_locks = tmp_path / "run", NO_LOCKS.format(name=name)
+    script = f"""{no_locks}
+from pathlib import Path
+from ldalign.run.folder import RunFolder
+with RunFolder(Path({str(run)!r}), ""):
+    print("ready", flush=True)
+    input()
+"""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(getattr(errno, name), "no locks")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
+        for look in (lambda: RunFolder(run, "").__enter__(), lambda: dry_run._existing(run)):
+            with pytest.raises(
+                EnvironmentProblem, match=rf"run/claim: .* in use by host \S+ pid {holder.pid};"
+            ):
+                look()
+        holder.kill()
+    assert dry_run._existing(run) == run
+    with RunFolder(run, ""):
+        assert f"pid {os.getpid()} " in (run / "claim").read_text()
+    assert not (run / "claim").exists()
+    (run / "claim").write_text("host elsewhere pid 1 start 1\n0\n")
+    os.utime(run / "claim", (time.time() - 7200, time.time() - 7200))
+    expected = "elsewhere pid 1, which gave a sign of life 2 h 0 min ago, .* delete this file"
+    with pytest.raises(EnvironmentProblem, match=expected), RunFolder(run, ""):
+        pass
+    (run / "claim").unlink()
+    with RunFolder(run, ""):
+        pass
+
+
 def test_exit_code_and_one_line(tmp_path: Path) -> None:
     """The command line, in a process of its own: exit code 2, one line, no run
     folder left behind.
@@ -273,6 +357,25 @@ def test_faults_are_found_before_any_weights(
     ):
         align.main([*config, *options, *dry])
     assert not list((tmp_path / "run").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize("key", ["--config", "run", "policy", "data", "template", "guide"])
+@pytest.mark.parametrize("target", ["loop", "gone"])
+def test_C3_a_link_that_leads_nowhere(
+    target: str, key: str, tmp_path: Path, toy_cache: Path, in_process: None
+) -> None:
+    """A name on the command line is a link to itself, or to what is not there, and no UTF-8.
+
+    Expected: one line with the name, exit code 2 (3 where the folder cannot be made).
+    """
+    link = tmp_path / os.fsdecode(b"caf\xe9")
+    link.symlink_to(link.name if target == "loop" else tmp_path / "gone")
+    given = {"--config": str(ROOT / "configs/toy.yaml"), "run": str(tmp_path / "run")}
+    given |= {"policy": str(toy.write_toy_model(tmp_path / "model")), key: str(link)}
+    arguments = [f"{name}={value}" for name, value in given.items()]
+    with pytest.raises((InputError, EnvironmentProblem), match="caf") as refused:
+        align.main([*arguments, f"cache={toy_cache}", *["--dry-run"] * (key != "run")])
+    assert "\n" not in str(refused.value) and not (tmp_path / "gone").exists()
 
 
 def test_dry_run_knows_a_run_whose_data_changed(tmp_path: Path) -> None:

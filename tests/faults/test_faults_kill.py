@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import durable
 import pytest
 from faults import Driver, Trial, differing, outcome
 
@@ -384,3 +385,21 @@ def test_T12_nobody_reads_what_is_said(
     """
     assert run(unread=True).codes == [0]
     assert differing(outcome(tmp_path / "run"), undisturbed(1)[0]) == []
+
+
+# ---------------------------------------------------------------------------------------------- T22
+
+
+def test_T22_synced_before_it_is_named(run: Callable[..., Trial], tmp_path: Path) -> None:
+    """Every write, sync and rename of a whole run is written down, in order.
+
+    Expected: what a rename gives its name was synced before, files, then folders, and the name is
+    after; nothing is written in place but the lock, and figures, which each start makes anew.
+    """
+    trial = run(list=str(tmp_path / "list"))
+    assert trial.codes == [0], trial.said
+    seen = durable.events(tmp_path / "list")
+    assert sum(what == "sync" for what, _, _ in seen) > 100 < len(seen)
+    assert durable.faults(seen) == []
+    written = {str(Path(path).relative_to(tmp_path / "run")) for path in durable.in_place(seen)}
+    assert {name for name in written if not name.startswith("report/figures/")} == {"lock"}

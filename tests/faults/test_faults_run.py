@@ -1,6 +1,8 @@
 """The matrix's rows on the run folder: its date, what a refused command leaves, disk room."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -17,12 +19,19 @@ from runs import ROOT
 from toy_context import open_toy
 
 from ldalign.data import tokenizer
+from ldalign.data.records import json_lines
+from ldalign.data.sources import find_files
 from ldalign.data.tokenizer import load_tokenizer
 from ldalign.models import toy, weights
 from ldalign.run import disk, folder, manifest
 from ldalign.run.folder import RunFolder
+from ldalign.run.lock import lock
+from ldalign.run.settings import RunConfig
+from ldalign.run.stranger import read_object
 from ldalign.system import distributed, sinks
+from ldalign.system.config import load_config
 from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.untrusted import read_bytes
 from ldalign.train import align, generate, sft
 from ldalign.training import checkpoint
 
@@ -68,6 +77,84 @@ def begun(tmp_path: Path, set_day: SetDay, in_process: None) -> Path:
     set_day(2026, 1, 30)
     generate.main(arguments(tmp_path / "run"))
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lock",
+        "config.yaml.partial",
+        "environment.json",
+        "metrics.jsonl",
+        "iteration_0",
+        "guide.partial/metrics.jsonl",
+        "report/live.html.partial",
+    ],
+)
+def test_C3_a_run_folder_that_leads_out(name: str, tmp_path: Path) -> None:
+    """Something in a run folder, which may be a stranger's, is a link out of it, or a pipe.
+
+    Expected: one line with its name, before anything there is read or written.
+    """
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.write_text("theirs")
+    (run / name).parent.mkdir(parents=True)
+    (run / "lock").touch()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    with (
+        pytest.raises(InputError, match=rf"run/{name}: is a link out of the run folder"),
+        RunFolder(run, "seed: 1\n"),
+    ):
+        pass
+    assert outside.read_text() == "theirs" and not list(tmp_path.glob("run/*.json.partial"))
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(InputError, match="neither a file"), RunFolder(run, "seed: 1\n"):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ETIMEDOUT, errno.EIO])
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_bytes,
+        lambda path: load_config(RunConfig, path),
+        lambda path: read_object(path, "delete it"),
+        lambda path: find_files(str(path)),
+        lambda path: list(json_lines(path)),
+    ],
+    ids=["model", "config", "run", "data", "rows"],
+)
+def test_T6_a_file_system_that_is_gone(
+    read: Callable[[Path], Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is read lies on a file system that is stale, timed out or broken.
+
+    Expected: exit 3, one line with the file.
+    """
+    path = tmp_path / "rows.json"
+    path.write_text("{}")
+
+    def gone(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "open", gone)
+    with pytest.raises(EnvironmentProblem, match=f"rows.json: cannot be read: {os.strerror(code)}"):
+        read(path)
+
+
+def test_C3_a_damaged_summary(tmp_path: Path) -> None:
+    """The summary of a finished stage is damaged, and another stage is made.
+
+    Expected: one line with its name.
+    """
+    with RunFolder(tmp_path / "run", "seed: 1\n") as run:
+        run.stage("sft/policy", {}, lambda folder: {"loss": 1.0})
+        path = tmp_path / "run/sft/policy/summary.json"
+        path.write_text(path.read_text()[:-5])
+        with pytest.raises(InputError, match=r"sft/policy/summary\.json: damaged"):
+            run.stage("sft/evaluation", {}, lambda folder: {"nll/real": 1.0})
 
 
 def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
@@ -216,7 +303,7 @@ def test_C3_a_refused_command_changes_nothing(begun: Path, change: str, message:
     """
     before = state_of(begun)
     assert {"config.yaml", "environment.json"} <= before.keys()
-    holder = RunFolder.lock(begun) if message == "in use by" else None
+    holder = lock(begun) if message == "in use by" else None
     with pytest.raises((InputError, EnvironmentProblem), match=message):
         generate.main(arguments(begun, change))
     assert state_of(begun) == before

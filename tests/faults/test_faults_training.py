@@ -330,8 +330,8 @@ def test_T8_weights_that_are_not_finite_are_no_checkpoint(
         optimizer = step(*arguments, **keywords)
         plain = optimizer.step
 
-        def stepping() -> None:
-            plain()
+        def stepping(factor: Any) -> None:
+            plain(factor)
             if optimizer.steps == 3:
                 optimizer.param_groups[0]["params"][0].data.view(-1)[5] = math.inf
 

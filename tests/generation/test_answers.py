@@ -1,26 +1,34 @@
-"""Answers to many prompts: killed anywhere, gone on with, merged; losers made elsewhere."""
+"""Answers to many prompts: dealt out, killed anywhere, gone on with, merged; and losers made
+elsewhere.
+"""
 
+import itertools
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ldalign.data.pairs import Pair
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.generation import answers
-from ldalign.generation.answers import chunks, make_answers
+from ldalign.generation.answers import TOGETHER, deal, make_answers
 from ldalign.generation.decoders import Decoder, ModuleDecoder, PackedDecoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.external import read_losers
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.kernels import cpp
 from ldalign.models.toy import write_toy_model
-from ldalign.system.errors import InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
+from ldalign.system.partial_rows import Part, Parts
 
 KINDS = [
     pytest.param("packed", marks=pytest.mark.skipif(not cpp.available(), reason="no C++ backend")),
@@ -31,11 +39,6 @@ COUNT = 23
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "CHUNK", 5)
 
 
 def requests() -> list[Request]:
@@ -78,8 +81,8 @@ def test_merged_answers_are_not_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_after", [0, 1, 7, 13, 22])
 def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: int) -> None:
-    """To the bit what it would have been; and no finished chunk (row, where rows
-    stand alone) is made again.
+    """No finished row is made again, and the others come as they would have: to the bit with the
+    C++ decoder; with the modules, log-probs in their last bits may differ.
     """
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     assert [r["key"] for r in whole] == [f"row{i}" for i in range(COUNT)]
@@ -90,43 +93,121 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path, kind: str, killed_after: i
     # and its last line is torn
     part.write_bytes(part.read_bytes() + b'[3, {"key": "row3", "ids": [1')
     again, made = make(path, kind)
-    assert again == whole
-    done = killed_after if kind == "packed" else killed_after // 5 * 5
-    assert made == COUNT - done
+    assert made == COUNT - killed_after
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.jsonl", "whole.jsonl"]
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    if kind == "packed":
+        assert again == whole
+        assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    for record, other in zip(again, whole, strict=True):
+        assert record["logp"] == pytest.approx(other["logp"], abs=1e-4)
+        assert record | {"logp": 0.0} == other | {"logp": 0.0}
+
+
+def test_rows_are_kept_in_the_order_in_which_they_end(tmp_path: Path) -> None:
+    """A row that ends is on disk before the next one does, one line each."""
+    path, lines = tmp_path / "out.jsonl", []
+
+    def seen(request: Request, response: Response) -> dict[str, Any]:
+        part = path.with_name("out.jsonl.rank0").read_text(encoding="utf-8")
+        lines.append([json.loads(line[9:])[0] for line in part.split("\n")[:-1]])
+        return record(request, response)
+
+    told: list[tuple[int, int]] = []
+    records = make_answers(
+        path,
+        requests(),
+        ModuleDecoder(tiny.mistral()),
+        new_engine,
+        seen,
+        lambda *moved: told.append(moved),
+    )
+    assert [len(found) for found in lines] == list(range(COUNT))
+    assert all(longer[:-1] == shorter for shorter, longer in itertools.pairwise(lines))
+    assert lines[-1] != sorted(lines[-1])
+    assert [r["key"] for r in records] == [f"row{i}" for i in range(COUNT)]
+    # Tokens are told as they are made: some before the first row has ended, and all in the end.
+    tokens = sum(len(r["ids"]) for r in records)
+    assert [sum(numbers) for numbers in zip(*told, strict=True)] == [COUNT, tokens]
+    first = next(i for i, (rows, _) in enumerate(told) if rows)
+    assert 0 < sum(tokens for _, tokens in told[:first]) < tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_take_chunks_and_take_over(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another rank has claimed two chunks and died in the second; its file counts all the same."""
+def test_other_ranks_may_go_on(tmp_path: Path, kind: str) -> None:
+    """Three ranks were killed, one of them in the middle of a line; one rank makes what is left."""
     whole, _ = make(tmp_path / "whole.jsonl", kind)
     path = tmp_path / "out.jsonl"
-    theirs = [r.index for chunk in chunks(requests(), 5)[1:3] for r in chunk][:7]
-    lines = [json.dumps([i, whole[i]], ensure_ascii=False) + "\n" for i in theirs]
-    path.with_name("out.jsonl.rank1").write_text("".join(lines), encoding="utf-8")
-    path.with_name(f"out.jsonl{answers.CLAIM}1").touch()
+    for rank, hand in enumerate(deal(requests(), 3)):
+        part = path.with_name(f"out.jsonl.rank{rank}")
+        with part.open("a", encoding="utf-8") as file:
+            Part(file).append((r.index, whole[r.index]) for r in hand[: rank + 2])
+        if rank == 1:
+            os.truncate(part, part.stat().st_size - 1)
     again, made = make(path, kind)
-    assert again == whole and made == COUNT - (7 if kind == "packed" else 5)
+    assert made == COUNT - 8 and [r["ids"] for r in again] == [r["ids"] for r in whole]
+    assert again == whole or kind == "modules"
 
 
-def test_a_claimed_chunk_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    for number in (0, 2):
-        path.with_name(f"out.jsonl{answers.CLAIM}{number}").touch()
-    mine = list(answers._claimed(path, [[r] for r in requests()[:4]]))
-    assert [chunk[0].index for chunk in mine] == [1, 3]
-    assert list(answers._claimed(path, [[r] for r in requests()[:4]])) == []
+def test_rows_that_the_disk_has_lost_are_no_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even under python -O, which has no assertions."""
+    monkeypatch.setattr(Parts, "read", lambda parts: {0: {}, 2: {}})
+    with pytest.raises(EnvironmentProblem, match=rf"2 of {COUNT} rows can be read back"):
+        make(tmp_path / "out.jsonl", "modules")
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 6, 11])
-def test_chunks_hold_everything_once(count: int) -> None:
-    cut = chunks(requests()[:count], 5)
-    assert sorted(r.index for chunk in cut for r in chunk) == list(range(count))
-    lengths = [len(r.prompt) for chunk in cut for r in chunk]
-    assert lengths == sorted(lengths, reverse=True) and all(0 < len(chunk) <= 5 for chunk in cut)
+def test_a_rank_may_get_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes nothing, keeps nothing, and comes to the end."""
+    last = SimpleNamespace(rank=lambda: 29, world_size=lambda: 30, barrier=lambda: None)
+    monkeypatch.setattr(answers, "distributed", last)
+    monkeypatch.setattr(answers, "on_rank0", lambda work: [])  # of rank 0 it hears this
+    records, made = make(tmp_path / "out.jsonl", "modules")
+    assert records == [] and made == 0
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b""]
+
+
+# --------------------------------------------------------------------------------------------- deal
+
+
+@given(
+    prompts=st.lists(st.integers(1, 4), max_size=60),
+    ranks=st.integers(1, 9),
+)
+def test_a_deal_is_even(prompts: list[int], ranks: int) -> None:
+    """Each row goes to one rank, every rank gets as many, longest prompts first, in any order of
+    the requests.
+    """
+    rows = [Request(str(i), [7] * n, i) for i, n in enumerate(prompts)]
+    hands = deal(rows, ranks)
+    assert sorted(r.index for hand in hands for r in hand) == list(range(len(rows)))
+    sizes = [len(hand) for hand in hands]
+    assert len(hands) == ranks and max(sizes) - min(sizes) <= TOGETHER
+    for hand in hands:
+        lengths = [len(r.prompt) for r in hand]
+        assert lengths == sorted(lengths, reverse=True)
+    assert deal(rows[::-1], ranks) == hands
+
+
+def test_a_deal_of_different_prompts_goes_in_turns() -> None:
+    rows = [Request(str(i), [i, *range(20 - i)], i) for i in range(11)]
+    assert [[r.index for r in hand] for hand in deal(rows, 3)] == [
+        [0, 3, 6, 9],
+        [1, 4, 7, 10],
+        [2, 5, 8],
+    ]
+
+
+def test_equal_prompts_are_dealt_together() -> None:
+    """Samples of a prompt share its pages: few of them go to one rank, many to all."""
+    samples = [Request(str(i), [i // 4, 1, 2], i) for i in range(16)]
+    assert [[r.index for r in hand] for hand in deal(samples, 3)] == [
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    one = [Request(str(i), [5, 6], i) for i in range(40)]
+    assert [len(hand) for hand in deal(one, 4)] == [16, 8, 8, 8]
 
 
 # ------------------------------------------------------------------------------------------- losers

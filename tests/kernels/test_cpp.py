@@ -364,11 +364,7 @@ def test_no_rows(small: None) -> None:
     assert sums.tolist() == [0, 0]
     assert cpp.weighted_dpo(*[wide] * 5, 0.1)[0].item() == 0
     assert cpp.rms_norm(h, w[0], 1e-3)[0].shape == (0, 3)
-    assert cpp.rope(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False, 3).shape == (
-        0,
-        3,
-        2,
-    )
+    cpp.rope_(h.view(0, 3, 2), torch.zeros(0, 1), torch.zeros(0, 1), False, 3)
     both = h.new_zeros(0, 6)
     assert cpp.swiglu(both).shape == (0, 3) and cpp.swiglu_backward(h, both).shape == (0, 6)
     assert cpp.pair_attention(h.view(0, 3, 2), 1, torch.zeros(0, 4, dtype=torch.int64), None)[
@@ -504,15 +500,15 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: cpp.add_rms_norm_backward(H, W, H, W[0], F),
         "dtotal is Float of shape .5, 3., expected .* like total",
     ),
-    (lambda: cpp.rope(H, F, F, False, 1), r"x has shape \[4, 3\], expected \(N, H, E\)"),
-    (lambda: cpp.rope(H[:, None], F, F, False, 1), "x has head width 3, expected an even one"),
+    (lambda: cpp.rope_(H, F, F, False, 1), r"x has shape \[4, 3\], expected \(N, H, E\)"),
+    (lambda: cpp.rope_(H[:, None], F, F, False, 1), "x has head width 3, expected an even one"),
     (
-        lambda: cpp.rope(torch.ones(4, 1, 2), H, H, False, 1),
+        lambda: cpp.rope_(torch.ones(4, 1, 2), H, H, False, 1),
         r"cos has shape \[4, 3\], expected "
         r"\(N, E/2\) = \[4, 1\]",
     ),
     (
-        lambda: cpp.rope(torch.ones(4, 1, 2), F[:, None], F[:, None], False, 2),
+        lambda: cpp.rope_(torch.ones(4, 1, 2), F[:, None], F[:, None], False, 2),
         "heads is 2, expected 0 to 1",
     ),
     (lambda: cpp.swiglu(H), "gate_up has width 3, expected an even one"),

@@ -5,10 +5,12 @@ the few parts of CUDA they use as plain C++: every index, sum and product is che
 speed, memory and the compiler's output are not. The error rule is that of test_ops.py.
 """
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from op_cases import OPTIONS
 from torch import Tensor
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from ldalign.kernels import cuda, reference
 from ldalign.kernels.loss_options import DPO
@@ -50,33 +53,58 @@ def shell(*command: str | Path) -> str:
 # ---------------------------------------------------------------------------------------- compiling
 
 
+# The most shared memory in KiB: of one block that asks for no more than it declares, and of all
+# blocks on a multiprocessor, each with one KiB of the system's.
+STATIC_SHARED = 48
+SHARED = {"8.0": 164, "9.0": 228, "10.0": 228, "12.0": 100}
+KERNELS = {"linear_logprob": 14, "weighted_dpo": 2}
+
+
+def test_every_kernel_and_architecture_is_checked() -> None:
+    assert {path.stem for path in SOURCES.glob("*.cu")} == set(KERNELS)
+    built_for = re.search(
+        r"^ARCHITECTURES = (.*?\))", (ROOT / "setup.py").read_text(), re.MULTILINE
+    )
+    assert built_for and ast.literal_eval(built_for[1]) == tuple(SHARED)
+    shared = "\n".join(path.read_text() for path in SOURCES.iterdir())
+    assert "extern __shared__" not in shared and "kernel<<<grid, kThreads, 0, stream>>>" in shared
+
+
 @needs_nvcc
+@pytest.mark.gpu_check
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ["linear_logprob", "weighted_dpo"])
-def test_kernels_compile_without_spills(name: str, arch: str, tmp_path: Path) -> None:
-    """No torch on the include path: the kernels need none."""
-    flags = ["-std=c++17", f"-arch={arch}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
+    """With the flags that torch's builder adds, which take CUDA's conversions of half precision
+    away. No torch on the include path: the kernels need none.
+    """
+    known = shell("nvcc", "--list-gpu-arch").split()
+    limits = {f"{float(c) * 10:.0f}": limit for c, limit in SHARED.items()}
+    limits = {arch: limit for arch, limit in limits.items() if f"compute_{arch}" in known}
+    assert {"80", "90"} <= limits.keys()
+    flags = [*COMMON_NVCC_FLAGS, "-std=c++20", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in limits]
     said = shell("nvcc", *flags, "-c", SOURCES / f"{name}.cu", "-o", tmp_path / "kernels.o")
     kernels = re.findall(
-        r"entry function '(\w+)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
-        r"bytes spill loads"
-        r".*?Used (\d+) registers([^\n]*)",
+        r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
         said,
         re.DOTALL,
     )
-    assert len(kernels) == {"linear_logprob": 14, "weighted_dpo": 2}[name], said
-    for kernel, stack, stores, loads, registers, rest in kernels:
-        shared = re.search(r"(\d+) bytes smem", rest)
-        print(f"{arch} {kernel}: {registers} registers, {shared[1] if shared else 0} bytes shared")
-        assert (int(stores), int(loads)) == (0, 0), f"{kernel}: spills"
-        assert int(stack) == 0, f"{kernel}: {stack} bytes of stack"
-        assert int(registers) <= 80, (
-            f"{kernel}: fewer than three blocks of 256 threads fit a multiprocessor"
-        )
+    assert Counter(kernel[1] for kernel in kernels) == dict.fromkeys(limits, KERNELS[name]), said
+    for kernel, arch, stack, stores, loads, registers, rest in kernels:
+        found = re.search(r"(\d+) bytes smem", rest)
+        shared = int(found[1]) / 1024 if found else 0
+        what = f"sm_{arch} {kernel}: {registers} registers, {shared} KiB shared"
+        print(what)
+        assert (int(stores), int(loads), int(stack)) == (0, 0, 0), what
+        # Three blocks of 256 threads to a multiprocessor.
+        assert int(registers) <= 80, what
+        assert shared <= STATIC_SHARED and 3 * (shared + 1) <= limits[arch], what
 
 
 @needs_nvcc
+@pytest.mark.gpu_check
 @pytest.mark.slow
 def test_host_code_compiles(tmp_path: Path) -> None:
     """Against CUDA's own headers and torch's, a CPU torch's too: that lacks one file, which its
@@ -135,15 +163,19 @@ def ops_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the test runs: the kernels as C++ on the CPU, or the real ones on a GPU."""
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the test runs: the kernels as C++ on the CPU, where memory that nothing was written to
+    is NaN; or the real ones on a GPU.
+    """
     if request.param == "cpu":
         request.getfixturevalue("ops_on_cpu")
+        torch.use_deterministic_algorithms(True)  # which fills what at::empty gives
     elif not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     elif not cuda.available():
         pytest.fail(f"a CUDA device, and yet: {cuda.why_not()}")
-    return str(request.param)
+    yield str(request.param)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,24 @@
-"""Pair attention by flash-attn: which calls are made and how they are merged.
+"""Pair attention by FlashAttention: which calls are made and how they are merged.
 
-flash-attn needs a GPU, so its two low-level functions are played here in plain PyTorch, with the
-parameters and the conduct of flash-attn 2.8 that the calls rely on; the last test runs the real
-ones where they are.
+FlashAttention needs a GPU, so the two low-level functions of either generation are played here in
+plain PyTorch, with the parameters and the conduct of flash-attn 2.8 and FlashAttention-3 that the
+calls rely on; the last test runs the real ones where they are.
 """
 
+import importlib.metadata
 import sys
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_oracle import attention, gradient, pack
-from torch import Tensor
+from torch import Tensor, library
 
+from ldalign import ops
 from ldalign.kernels import flash
+from ldalign.run import environment
 
 
 class FakeFlashAttention:
@@ -136,11 +140,103 @@ class FakeFlashAttention:
         return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(unseen, float("-inf"))
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
-    played = FakeFlashAttention()
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_interface=played))
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", played)  # type: ignore[arg-type]
+class FakeFlashAttention3:
+    """Plays flash_attn_interface: forward and backward, their real parameters."""
+
+    def __init__(self) -> None:
+        self._played = FakeFlashAttention()
+        self.causal = self._played.causal
+
+    def _flash_attn_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_new: Tensor | None = None,
+        v_new: Tensor | None = None,
+        qv: Tensor | None = None,
+        out_: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        cu_seqlens_k_new: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        page_table: Tensor | None = None,
+        kv_batch_idx: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        seqlens_rotary: Tensor | None = None,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        rotary_interleaved: bool = True,
+        scheduler_metadata: Tensor | None = None,
+        num_splits: int = 1,
+        pack_gqa: bool | None = None,
+        sm_margin: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None and softmax_scale is not None
+        assert max_seqlen_q is not None and max_seqlen_k is not None
+        entries = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        windows = window_size_left, window_size_right
+        out, lse, _, _ = self._played._flash_attn_varlen_forward(
+            q, k, v, *entries, 0.0, softmax_scale, causal, *windows
+        )
+        lse = lse.masked_fill(lse == float("inf"), float("-inf"))
+        return out, lse, q.new_empty(0), q.new_empty(0)
+
+    def _flash_attn_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        sequed_q: Tensor | None = None,
+        sequed_k: Tensor | None = None,
+        max_seqlen_q: int = 0,
+        max_seqlen_k: int = 0,
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
+        softmax_scale: float = 1.0,
+        is_causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> Tensor:
+        assert q.shape[2] <= 192, "no repeatable backward of wider heads"
+        assert dq is not None and dk is not None and dv is not None
+        entries = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        tensors = dout, q, k, v, out, softmax_lse, dq, dk, dv
+        windows = window_size_left, window_size_right
+        given = 0.0, softmax_scale, is_causal, *windows, softcap, None, deterministic
+        return self._played._flash_attn_varlen_backward(*tensors, *entries, *given)
+
+
+Fake = FakeFlashAttention | FakeFlashAttention3
+
+
+@pytest.fixture(params=[2, 3])
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    played = FakeFlashAttention() if request.param == 2 else FakeFlashAttention3()
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, flash.MODULES[request.param], played)  # type: ignore[arg-type]
+    monkeypatch.setattr(flash, "generations", lambda: (request.param,))
     return played
 
 
@@ -163,7 +259,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_calls_are_pair_attention(name: str, fake: FakeFlashAttention) -> None:
+def test_merged_calls_are_pair_attention(name: str, fake: Fake) -> None:
     segments, window = CASES[name]
     assert flash.supports(segments, window, torch.bfloat16, 16)
     heads, N = 6, int(segments[-1, 1])
@@ -182,23 +278,22 @@ def test_merged_calls_are_pair_attention(name: str, fake: FakeFlashAttention) ->
     assert fake.causal == ([True, False] if (segments[:, 3] > segments[:, 2]).any() else [True]) * 2
 
 
-def test_the_second_call_matters(fake: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_call_matters(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, or weighed with the wrong sign, the comparison above fails."""
     qkv = torch.randn(
         int(PAIRS[-1, 1]), 4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     exact, _ = attention(qkv, 2, PAIRS, None)
-    monkeypatch.setattr(torch, "sigmoid", lambda x: 1 / (1 + x.exp()))
-    assert (flash.pair_attention(qkv, 2, PAIRS, None)[0] - exact).norm() > 0.1 * exact.norm()
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "sigmoid", lambda x: 1 / (1 + x.exp()))
+        assert (flash.pair_attention(qkv, 2, PAIRS, None)[0] - exact).norm() > 0.1 * exact.norm()
     alone, _ = flash.pair_attention(
         qkv, 2, pack(*((n,) for n in (PAIRS[:, 1] - PAIRS[:, 0]).tolist())), None
     )
     assert (alone - exact).norm() > 0.1 * exact.norm()
 
 
-def test_no_tokens(fake: FakeFlashAttention) -> None:
+def test_no_tokens(fake: Fake) -> None:
     qkv = torch.empty(0, 8, 16, dtype=torch.bfloat16)
     out, lse = flash.pair_attention(qkv, 4, pack(), None)
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4) and lse.dtype == torch.float32
@@ -227,28 +322,112 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_supports(name: str) -> None:
+def test_supports(name: str, fake: Fake) -> None:
     assert not flash.supports(*UNSUPPORTED[name])
 
 
-def test_unordered_prompts_are_an_error(fake: FakeFlashAttention) -> None:
+def test_unordered_prompts_are_an_error(fake: Fake) -> None:
     segments = UNSUPPORTED["responses in another order than their prompts"][0]
     with pytest.raises(ValueError, match="supports"):
         flash.pair_attention(torch.zeros(9, 3, 16, dtype=torch.bfloat16), 1, segments, None)
 
 
-def test_why_not_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("installed", "capability", "narrow", "wide"),
+    [
+        ((3, 2), (9, 0), 3, 2),
+        ((3,), (9, 0), 3, None),
+        ((2,), (9, 0), 2, 2),
+        ((3, 2), (8, 0), 2, 2),
+        ((3, 2), (10, 0), 2, 2),
+        ((3,), (12, 0), None, None),
+        ((), (9, 0), None, None),
+        ((3, 2), None, None, None),
+    ],
+)
+def test_which_generation(
+    installed: tuple[int, ...],
+    capability: tuple[int, int] | None,
+    narrow: int | None,
+    wide: int | None,
+    machine: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By head width: 128, which both can do, and 256. The log and the environment's list say it."""
+    machine(installed, capability)
+    assert (flash.generation(128), flash.generation(256)) == (narrow, wide)
+    assert flash.supports(PAIRS, None, torch.bfloat16, 256) == (wide is not None)
+    assert flash.available() == (narrow is not None) == (not flash.why_not())
+    tick = environment._flash_attention()
+    assert tick.found == flash.available()
+    assert f"FlashAttention-{narrow} (heads" in tick.detail or not tick.found
+    qkv = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 3, 128), device=CUDA)
+    ops._note_flash.cache_clear()
+    with caplog.at_level("INFO"):
+        chosen = ops._attention(qkv, PAIRS, None) if narrow else None  # type: ignore[arg-type]
+    assert chosen is (flash if narrow else None)
+    assert (f"pair_attention on cuda: FlashAttention-{narrow}" in caplog.text) == bool(narrow)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Plays a machine: which generations are installed, and its GPU's capability or None."""
+
+    def play(installed: tuple[int, ...], capability: tuple[int, int] | None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())  # type: ignore[arg-type]
+        for number, made in ((2, FakeFlashAttention()), (3, FakeFlashAttention3())):
+            there = made if number in installed else None
+            monkeypatch.setitem(sys.modules, flash.MODULES[number], there)  # type: ignore[arg-type]
+
+        def version(name: str) -> str:
+            if 2 not in installed:
+                raise importlib.metadata.PackageNotFoundError
+            return "2.8.3"
+
+        monkeypatch.setattr(flash.importlib.metadata, "version", version)
+        flash.generations.cache_clear()
+
+    yield play
+    flash.generations.cache_clear()
+
+
+def test_why_not_says_why(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     def version(text: str) -> str:
         monkeypatch.setattr(flash.importlib.metadata, "version", lambda name: text)
-        flash.why_not.cache_clear()
+        flash.generations.cache_clear()
         return flash.why_not()
 
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", None)  # type: ignore[arg-type]
+    machine((), None)
     assert "2.5.8; 2.7" in version("2.5.8") and "4.0.0b1; 2.7" in version("4.0.0b1")
-    assert "does not load" in version("2.8.3")
-    monkeypatch.undo()
-    flash.why_not.cache_clear()
-    assert flash.available() is not bool(flash.why_not())
+    assert "-2: flash-attn 2.8.3 does not load" in version("2.8.3")
+    monkeypatch.delitem(sys.modules, flash.MODULES[3])
+    assert f"FlashAttention-3: {flash.MODULES[3]} is not installed" in version("2.8.3")
+    machine((3,), (8, 6))
+    assert "FlashAttention-3: it is for compute capability 9.0" in flash.why_not()
+    machine((3,), (9, 0))
+    monkeypatch.setattr(
+        sys.modules[flash.MODULES[3]], "_flash_attn_backward", lambda dout, q, window_size: None
+    )
+    flash.generations.cache_clear()
+    assert "a newer one is needed" in flash.why_not()
+
+
+def test_the_parameters_of_an_operator_are_seen(machine: Callable[..., None]) -> None:
+    """FlashAttention-3's functions are operators made by custom_op."""
+
+    @library.custom_op("ldalign_test::forward", mutates_args=())
+    def forward(q: Tensor, window_size_left: int = -1) -> Tensor:
+        return q.clone()
+
+    machine((3,), (9, 0))
+    made = sys.modules[flash.MODULES[3]]
+    made._flash_attn_forward = made._flash_attn_backward = forward  # type: ignore[attr-defined]
+    assert not flash.why_not_3()
 
 
 @pytest.mark.gpu

@@ -110,16 +110,6 @@ def norm_case(*shape: int) -> Case:
     )
 
 
-def rope_case(N: int, H: int, E: int, turned: int | None = None) -> Case:
-    angles = normal(N, E // 2, seed=1, scale=5).float()
-    cos, sin = angles.cos(), angles.sin()
-
-    def plain(x: Tensor) -> Tensor:
-        return torch.cat((reference.rope(x[:, : turned or H], cos, sin), x[:, turned or H :]), 1)
-
-    return lambda x: ops.rope(x, cos, sin, turned), plain, [normal(N, H, E)]
-
-
 def swiglu_case(*shape: int) -> Case:
     inputs = [normal(*shape, scale=2), normal(*shape, seed=1)]
     return lambda gate, up: ops.swiglu(torch.cat((gate, up), -1)), reference.swiglu, inputs
@@ -128,13 +118,28 @@ def swiglu_case(*shape: int) -> Case:
 Parts = list[int | tuple[int, ...]]  # sequences: a length, or prompt and response lengths
 
 
-def attention_case(parts: Parts, H: int, K: int, E: int, window: int | None) -> Case:
+def attention_case(
+    parts: Parts, H: int, K: int, E: int, window: int | None, turned: bool = False
+) -> Case:
+    """turned: by a rotary embedding, which overwrites what it is given."""
     layout = Packed(parts)
     N = sum(layout.lengths)
     inputs = [torch.cat([normal(N, H, E, scale=2), normal(N, 2 * K, E, seed=1)], 1)]
+    angles = normal(N, E // 2, seed=3, scale=5).float()
+    rotary = angles.cos(), angles.sin()
+
+    def plain(x: Tensor) -> Tensor:
+        if turned:
+            x = torch.cat((reference.rope(x[:, : H + K], *rotary), x[:, H + K :]), 1)
+        return reference.pair_attention(x, H, layout.segments, window)
+
     return (
-        lambda x: ops.pair_attention(x, H, layout.segments, window),
-        lambda x: reference.pair_attention(x, H, layout.segments, window),
+        lambda x: (
+            ops.pair_attention(x.clone(), H, layout.segments, window, rotary)
+            if turned
+            else ops.pair_attention(x, H, layout.segments, window)
+        ),
+        plain,
         inputs,
     )
 
@@ -162,12 +167,11 @@ CASES = {
     "rms_norm": norm_case(16, 64),
     "rms_norm, ragged": norm_case(3, 5, 33),
     "rms_norm, one value": norm_case(1, 1),
-    "rope": rope_case(17, 3, 10),
-    "rope, one token": rope_case(1, 1, 2),
-    "rope, some heads": rope_case(5, 7, 6, 4),
     "swiglu": swiglu_case(16, 64),
     "swiglu, ragged": swiglu_case(3, 1, 77),
     "attention": attention_case([(16, 8, 8), (8, 16, 8)], 4, 4, 8, None),
+    "rotary attention": attention_case([(16, 8, 8), (8, 16, 8)], 4, 2, 8, None, True),
+    "rotary attention, ragged": attention_case([(7, 3, 9), 1], 6, 2, 10, 5, True),
     "attention, grouped": attention_case([(7, 3, 9), 19], 6, 2, 10, None),
     "attention, window": attention_case([19, (9, 6, 3), (3, 9, 8)], 4, 2, 8, 5),
     "attention, window of one": attention_case([(3, 2, 2), 1], 2, 1, 4, 1),
@@ -546,7 +550,10 @@ def test_mixed_dtypes_and_shapes_are_refused() -> None:
         ),
         r"segment 1 is \(2, 4, 1, "
         r"3\)": lambda: ops.pair_attention(torch.ones(4, 3, 2), 1, past_its_prompt),
-        "rope: x": lambda: ops.rope(torch.ones(2, 1, 6), torch.ones(2, 2), torch.ones(2, 2)),
+        "rope_: x": lambda: ops.rope_(torch.ones(2, 1, 6), torch.ones(2, 2), torch.ones(2, 2), 1),
+        "rope_: x .*heads 2": lambda: ops.rope_(
+            torch.ones(2, 1, 4), torch.ones(2, 2), torch.ones(2, 2), 2
+        ),
         "expected five of": lambda: ops.weighted_dpo_loss(*[torch.ones(2)] * 4, torch.ones(3), 0.1),
     }.items():
         with pytest.raises(ValueError, match=match):
@@ -601,8 +608,8 @@ def test_compiled_block_is_the_plain_one() -> None:
 
     def block(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         normed, total = ops.add_rms_norm(x, x * 0.5, w, 1e-5)
-        turned = ops.rope(normed.view(5, 2, 4), cos, sin)
-        seen = ops.pair_attention(torch.cat((turned, turned), 1), 2, segments).flatten(1)
+        qkv = torch.cat((normed, normed), 1).view(5, 4, 4)
+        seen = ops.pair_attention(qkv, 2, segments, None, (cos, sin)).flatten(1)
         return ops.pair_loss(
             ops.swiglu(torch.cat((seen, total), -1)),
             table,
@@ -617,6 +624,26 @@ def test_compiled_block_is_the_plain_one() -> None:
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for a, b in zip(run(compiled, inputs), run(block, inputs), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_rotary_attention_copies_nothing() -> None:
+    """Queries and keys are turned where they stand, values stay, and so does the gradient."""
+    (qkv,), angles = CASES["rotary attention"][2], normal(64, 4, seed=3)
+    given, rotary = qkv.clone(), (angles.cos(), angles.sin())
+    turned = torch.cat((reference.rope(qkv[:, :6], *rotary), qkv[:, 6:]), 1)
+    leaf = qkv.clone().requires_grad_()
+    segments = Packed([(16, 8, 8), (8, 16, 8)]).segments
+    with Operators() as seen:
+        out = ops.pair_attention(leaf, 4, segments, None, rotary)
+        torch.autograd.grad(out, leaf, torch.ones_like(out))
+    torch.testing.assert_close(leaf.detach(), turned)
+    assert torch.equal(leaf[:, 6:], given[:, 6:])
+    names = [operator.name() for operator, _ in seen.calls]
+    assert names == [
+        "ldalign::rope_",
+        "ldalign::pair_attention",
+        "ldalign::pair_attention_backward",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -656,7 +683,7 @@ def test_shared_prompts_are_separate_sequences(window: int | None) -> None:
         return out
 
     inputs = [normal(start, 8, 6, scale=1.5)]
-    ours, theirs = run(lambda x: packed.attend(0, x, 4, window), inputs), run(alone, inputs)
+    ours, theirs = run(lambda x: packed.attend(0, x, 4, window, None), inputs), run(alone, inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 

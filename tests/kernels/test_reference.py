@@ -344,6 +344,29 @@ def test_attention_of_one_token_and_of_huge_scores() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_the_optimizers_are_torchs(name: str) -> None:
+    """Five steps with decay, in float64, of gradients that come times a factor."""
+    p, factor = normal(7, 3), torch.tensor(0.3, dtype=torch.float64)
+    weight, averages = torch.nn.Parameter(p.clone()), [torch.zeros_like(p)] * 2
+    peer: torch.optim.Optimizer
+    if name == "adamw":
+        peer = torch.optim.AdamW([weight], 0.1, (0.8, 0.97), 1e-3, 0.2)
+    else:
+        peer = torch.optim.RMSprop([weight], 0.1, 0.97, 1e-3, 0.2)
+    for step in range(1, 6):
+        grad = normal(7, 3, seed=step)
+        weight.grad = grad * factor
+        peer.step()
+        if name == "adamw":
+            p, *averages = reference.adamw(
+                p, grad, *averages, factor, 0.1, 0.2, 0.8, 0.97, 1e-3, step
+            )
+        else:
+            p, *averages = reference.rmsprop(p, grad, averages[0], factor, 0.1, 0.2, 0.97, 1e-3)
+    close(p, weight.detach())
+
+
 def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
     q, k, v = normal(2, 5, 4, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
     hidden, weight, target = normal(5, 4), normal(9, 4, seed=1), torch.tensor([0, 8, 3, 3, 1])

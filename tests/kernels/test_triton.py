@@ -6,10 +6,13 @@ zeroed, rolled by a row, or made without their weights. The compiler's side is i
 test_triton_compile.py.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import triton_backend
 from op_cases import OPTIONS, Case, Cases, check, head_inputs, normal, targets
@@ -17,7 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_backend import NATIVE, gpu
 
-from ldalign.kernels import triton_common, triton_head, triton_norm
+from ldalign import ops
+from ldalign.kernels import pieces, reference, triton_common, triton_head, triton_norm
+from ldalign.system import distributed
+from ldalign.system.metrics import Mean
+from ldalign.training.policy import TrainSettings, accumulate_gradients, global_batch
+from ldalign.training.scoring import response_logps
 
 device, interpret = triton_backend.device, triton_backend.interpret
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and infinity
@@ -28,7 +36,8 @@ DTYPES = [torch.float32, *HALVES]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes blocks, pieces and runs so small (13 rows of 601 logits) that a case has several."""
-    monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 13 * 640 * 4)
+    monkeypatch.setattr(triton_head, "piece_rows", lambda *_: 13)
+    monkeypatch.setattr(triton_head, "PLAIN_PIECES", 1)
     monkeypatch.setattr(triton_head, "SLAB_BYTES", 250 * 4 * 45)
     monkeypatch.setattr(triton_head, "ROW_BLOCK", 256)
     monkeypatch.setattr(triton_head, "GRADIENT_BLOCK", 256)
@@ -45,7 +54,6 @@ OPS = Cases(gpu)
 
 CASES = {
     "forward": lambda: OPS.forward(32, 64, 256),
-    # three tiles of rows, two slabs, two steps of the width
     "forward, ragged": lambda: OPS.forward(37, 45, 601),
     "forward, one row": lambda: OPS.forward(1, 8, 33),
     "backward": lambda: OPS.backward(16, 32, 128),
@@ -188,7 +196,7 @@ def test_no_rows(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("V", [32_000, 49_152, 50_257, 128_256])
 def test_head_of_a_whole_vocabulary(V: int, device: str) -> None:
-    """A few rows in bfloat16: many slabs forward, and rows of an odd length in the workspace."""
+    """A few rows in bfloat16: many blocks, and rows of an odd length in the workspace."""
     for case in (OPS.forward(2, 16, V), OPS.pair([1, 2], 16, V)):
         inputs = placed(case, torch.bfloat16, device)
         check(case, list(case.ours(*inputs)), inputs)
@@ -244,12 +252,62 @@ def test_head_of_huge_logits(dtype: torch.dtype, device: str) -> None:
     assert gpu.sft_loss(h, w, target, 1.0, False, False)[0].tolist() == logp.tolist()
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(device: str) -> None:
-    h, w = (x.to(torch.bfloat16).to(device) for x in head_inputs(37, 45, 601))
-    target = targets(37, 601).to(device)
-    whole = gpu.linear_logprob(h, w, target)
-    part = gpu.linear_logprob(h[20:23], w, target[20:23])
-    assert all(torch.equal(a[20:23], b) for a, b in zip(whole, part, strict=True))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scoring_equals_training(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows in the same piece: log-probs and sums to the bit; other pieces: to float32's
+    rounding. Both are that near the truth, which logits in 16 bits are not.
+    """
+    lengths, D, V = [8, 5, 1, 12, 6, 0, 3, 5], 45, 601
+    h, w, ref, weight = placed(OPS.pair(lengths, D, V), dtype, device)
+    target = targets(40, V).to(device)
+
+    def scores(rows: int) -> list[Tensor]:
+        monkeypatch.setattr(triton_head, "piece_rows", lambda *_: rows)
+        return [
+            gpu.linear_logprob(h, w, target)[0],
+            gpu.sft_loss(h, w, target, 0.7, False, False)[0],
+            gpu.pair_loss(h, w, target, lengths, ref, weight, 0.3, 0.7, False, False)[0],
+        ]
+
+    exact = reference.linear_logprob(h.double(), w.double(), target)
+    exact_sums = ops.segment_sum(exact, lengths)
+    for rows in (40, 13, 3):  # pieces of whole pairs end elsewhere than those of rows
+        scored, trained, sums = scores(rows)
+        assert torch.equal(scored, trained)
+        assert rows < 40 or torch.equal(sums, ops.segment_sum(scored, lengths))
+        torch.testing.assert_close(scored.double(), exact, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sums.double(), exact_sums, rtol=0, atol=5e-5)
+    rounded = reference.linear_logprob(h.bfloat16(), w.bfloat16(), target).double()
+    assert (rounded - exact).abs().max() > 1e-2  # the bound would see them
+
+
+def test_step_0_starts_at_ln_2(
+    device: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole model in bfloat16: the reference pass, then the loss of the same micro-batch."""
+    distributed.start(device)
+    chosen, on = ops._raw, torch.device(device)
+
+    def raw(op: str, x: Tensor) -> Callable[..., Any]:
+        head = op in ("linear_logprob", "pair_loss")
+        return getattr(gpu, op) if head else chosen(op, x)
+
+    monkeypatch.setattr(ops, "_raw", raw)
+    model = tiny.mistral().to(on, torch.bfloat16)
+    pairs, settings = tiny.pairs(6), TrainSettings(1, 6, 10_000, 1e-3)
+    table = response_logps(model, pairs, settings.micro_tokens, on).tolist()
+    pairs = [
+        replace(p, ref_real=real, ref_generated=generated)
+        for p, (real, generated) in zip(pairs, table, strict=True)
+    ]
+    mean = Mean()
+    accumulate_gradients(model, global_batch(model, pairs, settings, on), settings, mean, on)
+    means = mean.means(mean.totals(on).tolist())
+    assert abs(means["loss/unweighted"] - math.log(2)) < 1e-6
+    assert means["rewards/margins"] == 0.0
+    assert means["rewards/chosen"] == 0.0
 
 
 @pytest.mark.parametrize("name", ["backward", "sft", "pair"])
@@ -257,8 +315,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(device: str) -> None:
 def test_pieces_change_nothing_but_rounding(
     name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One piece, several, one row at a time: dW stays within one rounding to its
-    dtype, however many pieces.
+    """One piece, a few, one row at a time: of more than PLAIN_PIECES dW stays within one rounding
+    to its dtype.
     """
     D, V = 20, 150
     makers = {
@@ -269,16 +327,13 @@ def test_pieces_change_nothing_but_rounding(
     case = makers[name]()
     inputs = placed(case, dtype, device)
     monkeypatch.setattr(triton_head, "SLAB_BYTES", 70 * 4 * D)  # three slabs, the last a short one
-    row = 192 * dtype.itemsize
-    results = []
-    for rows in (100, 4, 1):
-        monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", rows * row)
-        results.append(list(case.ours(*inputs)))
-        check(case, results[-1], inputs)
-    one, *others = results
-    for other in others:
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=2e-5)
+    results = {}
+    for rows in (100, 4, 2, 1):
+        monkeypatch.setattr(triton_head, "piece_rows", lambda *_, rows=rows: rows)
+        results[rows] = list(case.ours(*inputs))
+        check(case, results[rows], inputs)
+    for a, b in zip(results[100], results[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=2e-5)
 
 
 @pytest.mark.parametrize("which", [(True, False), (False, True), (False, False)])
@@ -286,7 +341,7 @@ def test_pieces_change_nothing_but_rounding(
 def test_only_what_is_needed(
     op: str, which: tuple[bool, bool], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_head, "WORKSPACE_BYTES", 5 * 192 * 4)
+    monkeypatch.setattr(triton_head, "piece_rows", lambda *_: 5)
     lengths, N, D, V = [2, 1, 7, 4], 14, 20, 150
     h, w, ref, weight = placed(OPS.pair(lengths, D, V), torch.float32, device)
     t = targets(N, V).to(device)
@@ -314,49 +369,60 @@ def test_only_what_is_needed(
 # ------------------------------------------------------------------------------ memory and the host
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of all tensors made inside, as if none were ever freed, and of the largest one."""
+class HostCode(TorchDispatchMode):
+    """Bytes of all tensors made inside, as if none were ever freed, and the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.largest = 0
+        self.bytes = self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(
-            name in str(func)
-            for name in ("empty", "new_empty", "full", "zeros", "clone", "_to_copy")
-        ):
-            size = out.numel() * out.element_size()
-            self.bytes, self.largest = self.bytes + size, max(self.largest, size)
+        name = str(func)
+        if any(maker in name for maker in ("empty", "full", "zeros", "clone", "_to_copy")):
+            self.bytes += out.numel() * out.element_size()
+        self.products += "mm" in name
         return out
 
 
-def on_meta(op: str, N: int, D: int, V: int, dtype: torch.dtype) -> Allocations:
-    """What the host code of an op allocates at a shape, measured without computing anything."""
+def on_meta(op: str, N: int, D: int, V: int, dtype: torch.dtype) -> HostCode:
+    """What the host code of an op does at a shape, seen without computing anything."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     head = empty(N, D, dtype=dtype), empty(V, D, dtype=dtype), empty(N, dtype=torch.int64)
-    with triton_common.recording((9, 0), lambda *launch: None), Allocations() as made:
+    with triton_common.recording((9, 0), lambda *launch: None), HostCode() as done:
         if op == "pair_loss":
             gpu.pair_loss(*head, [N // 32] * 32, empty(32), empty(16), 0.1, 1.0, True, True)
+        elif op == "linear_logprob_backward":
+            gpu.linear_logprob_backward(empty(N), *head, empty(N), True, True)
         else:
             gpu.linear_logprob(*head)
-    return made
+    return done
 
 
-@pytest.mark.parametrize(("D", "V"), [(4096, 128_256), (4096, 32_000), (576, 49_152)])
-def test_memory_at_production_shapes(D: int, V: int) -> None:
-    """At most 1 GiB beside the gradients for the loss; for log-probs alone a
-    few numbers a row and slab.
-    """
+@pytest.mark.parametrize(
+    ("D", "V", "count"),
+    [(4096, 151_936, 2), (4096, 128_256, 2), (4096, 32_000, 1), (576, 49_152, 1)],
+)
+def test_products_and_memory_at_production_shapes(D: int, V: int, count: int) -> None:
+    """Three products a piece, and one workspace beside the gradients and a few numbers a row."""
     N = 8192
-    made = on_meta("pair_loss", N, D, V, torch.bfloat16)
-    gradients = 2 * (N * D + V * D)
-    assert gradients < made.bytes <= gradients + 2**30
-    assert on_meta("linear_logprob", N, D, V, torch.bfloat16).bytes <= 16 * 2**20 < 2 * N * V
+    pair = on_meta("pair_loss", N, D, V, torch.bfloat16)
+    backward = on_meta("linear_logprob_backward", N, D, V, torch.bfloat16)
+    scoring = on_meta("linear_logprob", N, D, V, torch.bfloat16)
+    assert pair.products == backward.products == 3 * count and scoring.products == count
+    gradients, workspace = 2 * (N * D + V * D), 4 * V * N // count
+    assert workspace < scoring.bytes <= pieces.WORKSPACE_BYTES
+    assert gradients + workspace < pair.bytes <= gradients + workspace + 2**20
+
+
+def test_products_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 pieces of 512 rows at 1 GB, dW of each in 149 slabs of the vocabulary."""
+    monkeypatch.setattr(triton_head, "piece_rows", lambda row, _: pieces.piece_rows(row, 10**9))
+    done = on_meta("pair_loss", 8192, 4096, 151_936, torch.bfloat16)
+    assert done.products == 16 * (1 + 1 + 149)
 
 
 @pytest.mark.gpu

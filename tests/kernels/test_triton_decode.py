@@ -479,6 +479,60 @@ def test_sampler_repeats_and_leaves_its_inputs(how: How, device: str, small: Non
     assert all(torch.equal(a, b) for a, b in zip(kept, (wide, uniform, seen), strict=True))
 
 
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.8, 0.999])
+def test_top_p_keeps_what_the_reference_keeps(
+    top_p: float, top_k: int, device: str, small: None
+) -> None:
+    """The least likely token that is kept, of equals the last, can be drawn; and its log-prob tells
+    the mass of all that are. Rows of plain, equal, small and far-apart logits.
+    """
+    rows = normal(6, 53)
+    rows[1] = rows[1].round()  # some twenty equal
+    rows[2] = torch.where(rows[3] > 0, 0.0, -0.0)  # equal zeros of two signs
+    rows[3] *= 1e4
+    rows[4] = rows[4] * 1e-3 - 100.0
+    wide = reference.kept(rows.double() / 0.7, top_k, top_p, 0.0)
+    least = wide.where(wide > 0, 2.0).flip(1).argmin(1)  # of equals the last
+    least = 52 - least
+    p = wide.gather(1, least[:, None])[:, 0]
+    middle = wide.cumsum(1).gather(1, least[:, None])[:, 0] - p / 2
+    ids, logp = How(0.7, top_k, top_p).draw(rows.to(device), middle.to(device))
+    assert torch.equal(ids.cpu(), least)
+    torch.testing.assert_close(logp.cpu().double(), p.log(), rtol=1e-5, atol=1e-5)
+
+
+ROTATED = {
+    "plain": (5, 4, 2, 16),
+    "wide": (3, 3, 3, 20),
+    "one": (1, 2, 1, 8),
+    "many": (70, 1, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_to_pages(name: str, dtype: torch.dtype, device: str) -> None:
+    """Queries, keys and values against the reference in float64; no other slot is written to."""
+    N, H, K, E = ROTATED[name]
+    wide = torch.cat([normal(N, H + 2 * K, E), normal(N, 1, E)], 1).to(device, dtype)
+    qkv, angle = wide[:, :-1], normal(N, E // 2).to(device)
+    slots = torch.randperm(6 * PAGE, generator=torch.Generator().manual_seed(N))[:N].to(device)
+    start = normal(2, 6, PAGE, K, E).to(device, dtype)
+    ours, exact = start.clone(), start.double()
+    q = gpu.rope_to_pages(qkv, angle.cos(), angle.sin(), H, *ours, slots)
+    turn = angle.double().cos(), angle.double().sin()
+    exact_q = reference.rope_to_pages(qkv.double(), *turn, H, *exact, slots)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, wanted in ((q, exact_q), (ours, exact)):
+        torch.testing.assert_close(got, wanted.to(dtype), rtol=rtol, atol=1e-5)
+    written = torch.zeros(6 * PAGE, dtype=torch.bool, device=device)
+    written[slots] = True
+    assert torch.equal(ours.flatten(1, 2)[:, ~written], start.flatten(1, 2)[:, ~written])
+    assert torch.equal(ours[1].flatten(0, 1)[slots], qkv[:, H + K :])
+    assert not torch.allclose(q.double(), qkv[:, :H].double(), atol=0.1)
+
+
 @triton.jit
 def _passing_kernel(weights, wanted, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, BLOCK)

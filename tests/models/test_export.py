@@ -56,7 +56,7 @@ def test_smollm2_export_runs_in_transformers(smollm2_folder: Path, tmp_path: Pat
     del peer
     exported = ldalign.load_model(tmp_path, torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(exported(ids), theirs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(exported(ids), theirs, rtol=0, atol=2e-4)
     text = ldalign.generate(
         exported, tokenizer, [CONVERSATION], max_new_tokens=NEW_TOKENS, temperature=0.0
     )[0]

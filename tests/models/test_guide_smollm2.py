@@ -17,6 +17,7 @@ from ldalign.models.guide import Guide, GuideConfig
 from ldalign.models.guide_folder import pretrained_guide
 from ldalign.system import distributed
 from ldalign.training.guide import train_guide
+from ldalign.training.latent_map import fit
 
 pytestmark = pytest.mark.slow
 HELD_OUT = 3
@@ -88,3 +89,22 @@ def test_two_trained_towers_with_queries_and_a_prefix(
     guide = pretrained_guide(config, 0, smollm2_folder, False, torch.bfloat16)
     chosen = questions(guide, 6 + HELD_OUT)
     check(guide, chosen, tmp_path, learning_rate=1e-4, token_dropout=1.0, latent_dropout=0.5)
+
+
+def test_distances_in_bfloat16_are_those_in_float32(smollm2_folder: Path, one_rank: None) -> None:
+    """The map to the latent in float32, the tower in either: what that moves is small beside what
+    the weights vary by.
+    """
+    config = GuideConfig(max_tokens=None, latent_norm="rms")
+    wide, half = (
+        pretrained_guide(config, 0, smollm2_folder, True, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    chosen = questions(wide, 16)
+    fit(wide, chosen)
+    half.latent.load_state_dict(wide.latent.state_dict())
+    exact, found = wide.pair_distances(chosen), half.pair_distances(chosen)
+    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.0)
+    weights, other = exact / exact.mean(), found / found.mean()
+    assert (weights - other).abs().max() < 0.02 and weights.std() > 0.1

@@ -1,6 +1,8 @@
 """The hand-written Mistral against transformers, on random weights that make all parts matter."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,42 @@ def test_head_gets_final_states_and_output_weight(windowed: Mistral) -> None:
     hidden, weight = got
     assert hidden.shape == (6, TINY["hidden_size"])
     assert weight is windowed.output_weight is windowed.lm_head.weight
+
+
+def unfused(model: Mistral, ids: Tensor, layout: Packed) -> Tensor:
+    """The final states (N, D) by additions and norms of their own."""
+    c = model.config
+    cos, sin = rope_tables(layout.positions, c.head_dim, c.rope_theta)
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = x + block.self_attn(block.input_layernorm(x), cos, sin, layout)
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.model.norm(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_within_norms_are_the_plain_ones(windowed: Mistral, dtype: torch.dtype) -> None:
+    """The same states to the bit. A gradient is rounded once for twice: it is no further from
+    float64's.
+    """
+    ids, layout = tokens(LENGTH), Packed([(20, 6, 7), 4])
+    upstream = torch.randn(LENGTH, 48, generator=torch.Generator().manual_seed(3))
+    model = copy.deepcopy(windowed).to(dtype)
+    wide = copy.deepcopy(model).double()
+
+    def run(states: Callable[..., Tensor], model: Mistral) -> tuple[Tensor, Tensor]:
+        out = states(model, ids, layout)
+        used = [p for name, p in model.named_parameters() if name != "lm_head.weight"]
+        gradients = torch.autograd.grad(out, used, upstream.to(out.dtype))
+        return out, torch.cat([g.double().flatten() / g.double().norm() for g in gradients])
+
+    (ours, gradient), (plain, plainly), (_, exact) = (
+        run(lambda model, ids, layout: model(ids, layout, lambda hidden, weight: hidden), model),
+        run(unfused, model),
+        run(unfused, wide),
+    )
+    assert torch.equal(ours, plain)
+    assert (gradient - exact).norm() <= 1.2 * (plainly - exact).norm() < 0.05 * exact.norm()
 
 
 def test_checkpointing_changes_no_gradient(

@@ -95,11 +95,34 @@ def test_profile_accounts_for_all_the_time(tmp_path: Path) -> None:
     }
 
 
+def test_logits_in_bfloat16_cost_what_float32_ones_do_not(tmp_path: Path) -> None:
+    run_bench("logit_rounding.py", "--small", "--results", tmp_path)
+    rows = json.loads((tmp_path / "logit-rounding.json").read_text())["rows"]
+    assert len(rows) == 2 and all(row["float32"]["deviation"] < 1e-3 for row in rows)
+    assert all(row[part]["deviation"] > 0.01 for row in rows for part in ("bfloat16", "hidden"))
+
+
 def test_benchmarks_are_chosen_by_name() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / "run.py"), "--only", "stepp"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "--only stepp: choose from kernels, step" in done.stderr
+
+
+def test_the_compile_matrix_shows_the_worst_shape(bench: Any) -> None:
+    made = importlib.import_module("ldalign.kernels.compile_check").Compiled
+    few, many = (
+        made(
+            "rope", version, 90, "bf16", 4, 3, registers, spilled, 1024, {"mma": mma}, False, [], {}
+        )
+        for version, registers, spilled, mma in (("3.6.0", 48, 0, 12), ("3.6.0", 40, 8, 0))
+    )
+    other = made("rope", "3.9.0", 90, "bf16", 4, 3, 47, 0, 0, {"mma": 7}, False, [], {})
+    matrix = bench("compile_matrix")
+    rows = matrix.summary([few, many, other])
+    line = matrix.render({"rows": rows, "problems": []})[-3]
+    assert line == "| rope | bf16 | sm_90 | 48 / 8 / 1.0 | 47 / 0 / 0.0 | mma 7 |"
+    assert rows[0]["shapes"] == 2 and rows[0]["instructions"] == {"mma": 12}
 
 
 # ----------------------------------------------------------------------------- all do the same work
@@ -346,3 +369,130 @@ def test_a_failing_peer_leaves_its_last_line(bench: Any, monkeypatch: pytest.Mon
         "peers/padded.py", {"task": "none", "device": "cpu"}, "trl"
     )
     assert said["skipped"].startswith("exit code 1: ") and "Error" in said["skipped"]
+
+
+# ---------------------------------------------------------------------- what a GPU would have to do
+
+
+def test_a_step_is_computed_from_operations_and_bytes(bench: Any) -> None:
+    """One layer, by hand: all parts bound by what they should be bound by."""
+    work, roofline = bench("work"), bench("roofline")
+    shape = work.Shape(D=1024, F=4096, H=8, K=8, E=128, V=1000, layers=1, tied=False)
+    pairs = [{"prompt": [0] * 4000, "real": [0] * 2000, "generated": [0] * 2000}]
+    card = roofline.Card(flops=1e12, bytes=1e10, link=1e9)
+    all_of_it = roofline.Reached(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    least = roofline.StepExtras(True, False, 0, False, 0, 0, 0.0)
+    case = roofline.Case(1, weight=4, state=8, micro_tokens=10**6, eager_bytes=280)
+    found = roofline.step_seconds(shape, pairs, card, case, least, all_of_it)
+    assert found["MLP"] == pytest.approx(6 * 8000 * (1024 * 8192 + 4096 * 1024) / 1e12)
+    assert found["optimizer"] == pytest.approx(28 * shape.weights / 1e10)  # AdamW in float32
+    assert found["sending"] == found["host"] == found["again"] == found["checkpoints"] == 0
+    more = roofline.StepExtras(False, True, 0, False, 1, 2, 0.5)
+    worse = roofline.step_seconds(shape, pairs, card, case, more, all_of_it)
+    assert worse["optimizer"] == pytest.approx(10 * found["optimizer"])
+    assert worse["again"] == pytest.approx(2 * 8000 * 1024 * 8192 / 1e12)
+    assert worse["host"] == 3.0 and worse["checkpoints"] > 0
+    two = roofline.Case(ranks=2, weight=4, state=8, micro_tokens=10**6)
+    shared = roofline.step_seconds(shape, pairs, card, two, least, all_of_it)
+    sent = (4 + 4) * shape.weights / 2 / 1e9
+    computing = sum(shared[part] for part in (*work.PRODUCTS, "elementwise"))
+    assert shared["MLP"] == pytest.approx(found["MLP"] / 2)
+    assert shared["sending"] == pytest.approx(max(0.0, sent - computing))
+
+
+def test_decoding_is_computed_from_reading_the_weights(bench: Any) -> None:
+    work, roofline = bench("work"), bench("roofline")
+    shape = work.Shape.of(work.SHAPES["mistral-7b"])
+    card, reached = roofline.CARDS["H100"], roofline.Reached()
+    best = roofline.DecodeExtras(1.0, 0, 0, 0.0)
+    one = roofline.decode_seconds(shape, [10], 1000, 1, card, best)
+    reading = 2 * (shape.weights - shape.V * shape.D) / (card.bytes * reached.bytes)
+    assert sum(one.values()) == pytest.approx(reading, rel=0.03)
+    many = roofline.decode_seconds(shape, [10] * 64, 1000, 64, card, best)
+    half = roofline.DecodeExtras(0.5, 0, 0, 0.0)
+    emptier = roofline.decode_seconds(shape, [10] * 64, 1000, 64, card, half)
+    assert emptier["MLP"] > 1.9 * many["MLP"]  # as many steps again, the weights read in each
+    cache = 2 * 2 * shape.layers * shape.K * shape.E * sum(range(11, 1010)) / 1000
+    read = cache / (card.bytes * reached.bytes)  # for each token, whoever else is there
+    assert emptier["attention"] - read == pytest.approx(2 * (many["attention"] - read), rel=0.1)
+    assert emptier["sampler"] == many["sampler"]
+
+
+def test_the_roofline_page_needs_no_gpu(tmp_path: Path) -> None:
+    run_bench("roofline.py", "--pairs", "2", "--results", tmp_path)
+    page = (tmp_path / "roofline.md").read_text()
+    assert "nothing here is measured" in page and page.count("**together**") == 2
+    found = json.loads((tmp_path / "roofline.json").read_text())
+    for table in (*found["step"].values(), *found["decode"].values()):
+        before, now = (sum(table[when].values()) for when in ("before", "now"))
+        assert 0 < now < before
+
+
+def test_as_many_layers_as_a_card_holds(bench: Any) -> None:
+    gpu, work = bench("gpu"), bench("work")
+    shape = work.Shape.of(work.SHAPES["mistral-7b"])
+    assert gpu.layers_that_fit(shape, 14, 139 * 2**30) == 32
+    fewer = gpu.layers_that_fit(shape, 14, 80 * 10**9)
+    block = (shape.weights - 2 * shape.V * shape.D - shape.D) / 32
+    rest = shape.weights - 32 * block
+    assert 14 * (rest + fewer * block) <= 60e9 < 14 * (rest + (fewer + 1) * block)
+
+
+def test_a_gpu_run_leaves_what_it_found(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures stand in the files after every part, also after one that fails or has no time."""
+    gpu = bench("gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    pages: list[str] = []
+    save = gpu.common.save
+    monkeypatch.setattr(
+        gpu.common,
+        "save",
+        lambda *args: (save(*args), pages.append((tmp_path / "gpu.md").read_text())),
+    )
+    made = f"import pathlib; pathlib.Path({str(tmp_path / 'one.json')!r}).write_text('[7]')"
+    (tmp_path / "old.json").write_text("[8]")
+    os.utime(tmp_path / "old.json", (1, 1))
+
+    def figures(found: Any, card: Any) -> list[Any]:
+        return [("a kernel", f"{found[0]} ms", f"{card.flops:.0e}")]
+
+    parts = [
+        gpu.Part("one", ["-c", made], 60, "one", figures),
+        gpu.Part("two", ["-c", "raise SystemExit(5)"], 60),
+        gpu.Part("three", ["-c", "import time; time.sleep(60)"], 0.2, "old", figures),
+        gpu.Part("four", ["-c", f"{made}; raise SystemExit(5)"], 60, "one", figures),
+    ]
+    with pytest.raises(gpu.EnvironmentProblem, match="make gpu: two, three, four did not pass"):
+        gpu.run_parts(parts, 1.0, tmp_path)
+    assert [page.count("| **") for page in pages] == [1, 2, 3, 4]
+    # A part's figures, also of one that failed; but none of an earlier run's.
+    assert [page.count("| a kernel | 7 ms | 1e+15 |") for page in pages] == [1, 1, 1, 2]
+    assert "8 ms" not in pages[-1]
+    verdicts = [
+        part["verdict"] for part in json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    ]
+    assert verdicts == ["passed", "FAILED (5)", "STOPPED after 0 s", "FAILED (5)"]
+    with pytest.raises(gpu.EnvironmentProblem):
+        gpu.run_parts(parts[:1], 0.0, tmp_path)
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"][0]["verdict"] == "no time left"
+
+
+def test_gpu_figures_stand_beside_what_was_computed(bench: Any) -> None:
+    gpu, card = bench("gpu"), bench("roofline").CARDS["H200"]
+    ours = {"name": "ldalign", "precision": "mixed", "tokens_per_second": 9.0, "mfu": 0.5}
+    ours |= {"peak_gib": 1.0}
+    peer = {"name": "TRL", "precision": "mixed", "skipped": "no network"}
+    step = {"shape": "smollm2-135m", "layers": 3, "batch": 2, "optimizer": "adamw"}
+    step |= {"tables": [{"rows": [ours, peer]}]}
+    (_, measured, computed), (_, why, nothing) = gpu.step_figures(step, card)
+    assert measured == "9 tokens/s, MFU 50 %, 1.0 GiB" and computed.endswith(" tokens/s")
+    assert (why, nothing) == ("not run: no network", "")
+    assert gpu.step_figures(step, None)[0][2] == ""
+    side = {"tokens_per_second": 50.0}
+    table = {"rows": 4, "sides": {"ldalign": side}, "limits": {"reading": 100.0}}
+    made = {"shape": "smollm2-135m", "new_tokens": 8, "tables": [table]}
+    ((name, measured, computed),) = gpu.generate_figures(made, card)
+    assert name == "decoding 4 rows: ldalign" and computed.endswith(" tokens/s")
+    assert measured == "50 tokens/s, 50 % of reading once a token"

@@ -261,7 +261,7 @@ def test_hints_name_the_packages_of_each_extra() -> None:
         pip, install, *named = shlex.split(how_to_install(extra))
         assert (pip, install) == ("pip", "install")
         assert set(map(Requirement, named)) == set(map(Requirement, wanted))
-    quoted = how_to_install("hub", "judge").removeprefix("pip install ")
+    quoted = how_to_install("hub", "reward").removeprefix("pip install ")
     assert re.fullmatch(r"'[^']+' '[^']+'", quoted)  # zsh takes > and [ for its own else
 
 
@@ -303,11 +303,12 @@ def main(argv):
     rank = int(os.environ["RANK"])
     if kind == "fine":
         return
-    if kind == "waits":
-        pathlib.Path(folder, f"waits{rank}").touch()
-    elif rank == 1 and kind == "killed":
+    pathlib.Path(folder, f"{kind}{rank}").touch()
+    if rank == 1 and kind == "killed":
+        while not pathlib.Path(folder, "killed0").exists():  # a rank that still starts says nothing
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    elif rank == 1:
+    elif rank == 1 and kind != "waits":
         raise getattr(errors, kind)("rows.jsonl:7: bad row")
     time.sleep(60)
 

@@ -17,7 +17,7 @@ from ldalign.train.inspect_data import InspectConfig
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
-PAGES = [*DOCS, *CONFIGS, ROOT / "README.md", ROOT / "csrc/README.md"]
+PAGES = [*DOCS, *CONFIGS, *(ROOT / name for name in ("README.md", "SECURITY.md", "csrc/README.md"))]
 
 DEFAULTS: dict[str, Any] = to_dict(CompareConfig()) | to_dict(GenerateConfig())
 DEFAULTS |= to_dict(InspectConfig())

@@ -226,6 +226,55 @@ def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
     assert run.returncode != 0 and "on purpose" in run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("insisted", [False, True])
+def test_a_cuda_part_that_does_not_compile_is_left_out(tmp_path: Path, insisted: bool) -> None:
+    """A torch that says it is for CUDA and an nvcc that compiles its own headers alone: the install
+    ends with the CPU's extension and a line that says so; with LDALIGN_BUILD_CUDA=1 it fails.
+    """
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    source = tmp_path / "source"
+    (source / "csrc" / "cuda").mkdir(parents=True)
+    (source / "csrc" / "cuda" / "kernels.cu").touch()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        copy(ROOT / name, source / name)
+    for name in ("ldalign", "kernels", "train", "configs"):
+        (source / name).mkdir()
+    (source / "ldalign" / "__init__.py").write_text('__version__ = "0"\n')
+    module = "#include <Python.h>\nPyMODINIT_FUNC PyInit__C() { return nullptr; }\n"
+    (source / "csrc" / "module.cpp").write_text(module)
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  --version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n"
+        "  --list-gpu-arch) echo compute_80; echo compute_90 ;;\n"
+        "  *csrc*) echo 'error: on purpose' >&2; exit 1 ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    code = (
+        "import runpy, sys, torch, torch.utils.cpp_extension as builder; "
+        f"torch.version.cuda = '13.0'; builder.CUDA_HOME = {str(nvcc.parents[1])!r}; "
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LDALIGN_BUILD")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**environment, "MAX_JOBS": "1", **({"LDALIGN_BUILD_CUDA": "1"} if insisted else {})},
+        capture_output=True,
+        text=True,
+    )
+    said = run.stdout + run.stderr
+    assert "building ldalign._C for the CPU and for CUDA" in said and "on purpose" in said, said
+    assert (run.returncode == 0) != insisted, said
+    assert ("the CUDA part is left out, its build failed" in said) != insisted
+    assert bool(list((source / "ldalign").glob("_C*.so"))) != insisted
+
+
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
 def test_no_script_hides_a_standard_module(folder: str) -> None:
     """A script launched by path has its folder first on the import path: train/profile.py would
@@ -243,7 +292,7 @@ def test_tests_are_no_package() -> None:
 
 def test_requirements_are_pinned() -> None:
     files = sorted((ROOT / "requirements").glob("*.txt"))
-    assert len(files) == 9
+    assert len(files) == 11
     for file in files:
         for line in file.read_text().splitlines():
             assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{file.name}: {line}"

@@ -168,6 +168,13 @@ def test_a_page_that_cannot_be_written_is_lost(
     assert capsys.readouterr().err == ""
 
 
+def test_a_page_half_written_by_a_killed_run_is_replaced(page: LivePage) -> None:
+    (page.run / "report").mkdir()
+    (page.run / "report/live.html.partial").write_text("<!DOCTYPE")
+    page.begins("iteration_0/policy")
+    assert [path.name for path in (page.run / "report").iterdir()] == ["live.html"]
+
+
 def test_no_link_is_followed_out_of_the_run(page: LivePage, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

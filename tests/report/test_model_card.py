@@ -148,9 +148,8 @@ def test_policies_without_weights_get_none(tmp_path: Path) -> None:
 
 
 def test_no_name_breaks_a_card(tmp_path: Path) -> None:
-    run = made_run(
-        tmp_path / "run", policy=HOSTILE, data=[HOSTILE, "x\n---\n"], guide={"gate": HOSTILE}
-    )
+    stop = {"stop": [HOSTILE]}
+    run = made_run(tmp_path / "run", policy=HOSTILE, data=[HOSTILE, "x\n---\n"], sampling=stop)
     write_cards(run)
     about, text = card_of(run)
     assert about["license"] == "other" and "datasets" not in about and "base_model" not in about

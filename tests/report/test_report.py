@@ -857,8 +857,8 @@ def test_the_judge_is_named(
 ) -> None:
     """By what the stage was made from: the config may be a later command's."""
     put(tmp_path, "agreement", agreement())
+    put(tmp_path, "agreement_samples", {"rows": 50})
     for stage, made_from in (("agreement", parents), ("agreement_samples", {"policy": "f00d"})):
-        (tmp_path / stage).mkdir(exist_ok=True)
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"parents": made_from}))
     found = read_agreement(tmp_path, {"judge": config})
     assert found["judge"] == name and found["guide"] == "the guide"

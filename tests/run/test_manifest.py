@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,13 +148,11 @@ def flip(path: Path) -> None:
         (lambda stage: (stage / "manifest.json").unlink(), r"guide: has no manifest.json"),
         (
             lambda stage: (stage / "manifest.json").write_text(""),
-            r"guide/manifest.json: not a "
-            r"readable manifest",
+            r"guide/manifest.json: damaged: Expecting value",
         ),
         (
             lambda stage: (stage / "manifest.json").write_text("[1]"),
-            r"guide/manifest.json: not a "
-            r"readable manifest",
+            r"guide/manifest.json: damaged: list in place of an object",
         ),
     ],
 )
@@ -173,8 +170,28 @@ def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
         (tmp_path / "guide" / "manifest.json").write_text(
             json.dumps({"parents": PARENTS, "files": {name: entry}})
         )
-        with pytest.raises(InputError, match="not a readable manifest"):
+        with pytest.raises(InputError, match="manifest.json: damaged: not a manifest"):
             check_stage(tmp_path / "guide")
+
+
+OPTIMISED = """
+import os, sys
+from pathlib import Path
+from ldalign.run.manifest import run_stage
+assert False, "not under -O"
+try:
+    run_stage(Path(sys.argv[1]), {}, lambda folder: os.symlink(sys.argv[2], folder / "link"))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_link_is_refused_without_assertions_too(tmp_path: Path) -> None:
+    """A stage that holds a link is not finished, under python -O as well."""
+    command = [sys.executable, "-O", "-c", OPTIMISED, str(tmp_path / "guide"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith(f"InputError {tmp_path}/guide.partial/link: is no plain file")
+    assert not (tmp_path / "guide").exists()
 
 
 def test_changed_parents_are_named(tmp_path: Path) -> None:
@@ -240,11 +257,14 @@ def test_run_folder_records_config_and_machine(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "a" / "b", "seed: 1\n") as run:
         made = run.stage("guide", PARENTS, lambda folder: writer()(folder) or {"loss": 2.5})
         assert made["loss"] == 2.5 and made["seconds"] >= 0
-        assert re.fullmatch(rf"host \S+ pid {os.getpid()}\n", (run.path / "lock").read_text())
+        signed = (run.path / "lock").read_text()
+        assert re.fullmatch(rf"host \S+ pid {os.getpid()}\n[0-9a-f]{{16}}\n", signed)
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith("2.") and environment["cores"] >= 1
     with RunFolder(run.path, "seed: 2\n") as again:  # the second time it continues
+        # a copy on another host's disk, of a start with this host and number, is none of this one
+        assert (run.path / "lock").read_text() != signed
         assert again.stage("guide", PARENTS, must_not_run) == made
     assert (run.path / "config.yaml").read_text() == "seed: 2\n"
 
@@ -380,7 +400,6 @@ leave(0)
 
 
 def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
-    start = time.monotonic()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)],
@@ -389,7 +408,7 @@ def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
         )
         for rank in (0, 1)
     ]
-    outputs = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert outputs[0] == outputs[1]
     first, again, changed, damaged = outputs[0]
@@ -400,4 +419,3 @@ def test_two_ranks_make_one_stage_and_fail_together(tmp_path: Path) -> None:
     assert damaged.startswith("damaged InputError /run/guide/part1: damaged")
     manifest = json.loads((tmp_path / "run" / "guide" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"part0", "part1"}
-    assert time.monotonic() - start < 30

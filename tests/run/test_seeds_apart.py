@@ -17,7 +17,7 @@ from runs import ROOT, one_thread, script_command
 
 from ldalign.evaluation.statistics import superiority
 from ldalign.report.analysis import read_pairs
-from ldalign.run import folder as run_folder
+from ldalign.run import lock
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder, hold, stages_to_make, validation_ids
 from ldalign.run.folder import RunFolder
@@ -238,7 +238,7 @@ def test_who_finds_the_run_in_use_waits(
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
-        if seconds != run_folder.WAIT_SECONDS:  # another thread's
+        if seconds != lock.WAIT_SECONDS:  # another thread's
             real(seconds)
             return
         slept.append(seconds)
@@ -248,9 +248,9 @@ def test_who_finds_the_run_in_use_waits(
     first.enter_context(RunFolder(tmp_path / "run", "a: 1\n"))
     with pytest.raises(EnvironmentProblem, match="in use by"), RunFolder(tmp_path / "run", ""):
         pass
-    monkeypatch.setattr(run_folder.time, "sleep", sleep)
+    monkeypatch.setattr(lock.time, "sleep", sleep)
     with RunFolder(tmp_path / "run", "a: 1\n", wait=True):
-        assert slept == [run_folder.WAIT_SECONDS] * 3
+        assert slept == [lock.WAIT_SECONDS] * 3
     assert capfd.readouterr().err.count("another process works here; waiting for it") == 1
     distributed.stop()
 

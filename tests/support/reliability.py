@@ -22,6 +22,46 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "docs/reliability.md"
 NAMED = re.compile(r"test_([DMCTGX]\d+)_")
 ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
+    "C3": {
+        "test_strangers.py::test_a_damaged_file_is_named": (
+            "A report of a stranger's run: a file that it reads is cut, changed, gone, a folder, a "
+            "link out, not UTF-8, huge, of another kind, or a bomb of YAML's anchors.",
+            "one line with the file's name, exit code 2; nothing outside is read or written",
+        ),
+        "test_strangers.py::test_what_no_report_reads_may_be_anything": (
+            "A file of a run that no report reads holds anything at all.",
+            "the report as before",
+        ),
+        "test_strangers.py::test_a_damaged_comparison_is_named": (
+            "The numbers of a comparison are damaged.",
+            "one line with the file's name, exit code 2",
+        ),
+        "test_names.py::test_a_name_is_plain_text_in_a_table": (
+            "A name in a table holds markup, a formula or a border of the table.",
+            "plain text",
+        ),
+        "test_names.py::test_a_name_is_plain_text_in_a_drawing": (
+            "A name in a drawing holds markup or a formula.",
+            "plain text",
+        ),
+    },
+    "M10": {
+        "test_tokenizer_growth.py::test_a_bomb_is_refused": (
+            "A chain of steps in tokenizer.json makes a text longer until the process ends.",
+            "one line with the file's name, before the library has it",
+        ),
+        "test_tokenizer_growth.py::test_ordinary_ones_pass": (
+            "Tokenizers with the longest chains that are in use.",
+            "taken",
+        ),
+    },
+    "T6": {
+        "test_exits.py::test_what_the_machine_refuses_is_no_bug": (
+            "A file system is stale, times out, fails or forbids; Python or torch gets no memory: "
+            "wherever that shows.",
+            "one line, exit code 3",
+        ),
+    },
     "T11": {
         "test_partial_rows.py::test_a_killed_stage_is_gone_on_with": (
             "Reference, distances, judged, evaluation and agreement killed after their first, a "
@@ -71,6 +111,53 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "losses within 1e-4, mean drift 1e-5",
         ),
     },
+    "T19": {
+        "test_policy.py::test_step_0_is_judged_in_nats_whatever_beta_is": (
+            "The first step's log-probs are off from the cached reference's by what bfloat16 "
+            "rounds, and one or two of them by more, at beta 0.1 and 5.",
+            "rounding passes; more is refused with row and nats, also where the mean loss hides it",
+        ),
+    },
+    "T20": {
+        "test_nodes.py::test_nodes_that_differ_are_refused": (
+            "Two torchruns: the second has another learning rate, another policy at the same path, "
+            "or an old copy of the run folder.",
+            "one line on each that names rank, host and key; nothing is made",
+        ),
+        "test_nodes.py::test_a_stages_inputs_are_compared": (
+            "A rank's files of a stage change while the run is under way.",
+            "refused before the stage is made, with stage, rank, host and key",
+        ),
+        "test_nodes.py::test_a_given_guide_is_compared": (
+            "A rank finds another guide in the folder that is given.",
+            "refused before anything is made, with rank, host and folder",
+        ),
+    },
+    "T21": {
+        "test_distributed.py::test_a_stop_while_ranks_wait_for_others": (
+            "SIGTERM, and Ctrl-C, to a rank that waits for another to join.",
+            "exit 143 and 130 at once",
+        ),
+        "test_nodes.py::test_torchrun_restarts_ranks_that_die": (
+            "`torchrun --max-restarts` on one host, and two of them: a rank dies in each of the "
+            "first four starts.",
+            "all ranks start again, and the fifth ends well",
+        ),
+        "test_distributed.py::test_no_start_meets_what_an_earlier_one_left": (
+            "20 starts of three ranks on one store, of which some lack a rank.",
+            "the ranks of each start meet, and see nothing of another",
+        ),
+    },
+    "T22": {
+        "test_durable.py::test_no_sync_can_be_left_out": (
+            "The same with one sync left out: of a file, of a folder, of the folder of a new name.",
+            "it is seen",
+        ),
+        "test_checkpoint.py::test_what_is_written_is_read_back": (
+            "The disk keeps another value of a checkpoint than was written.",
+            "exit 3; it gets no name, and the checkpoint before it stays",
+        ),
+    },
     "G1": {
         "test_toy_run.py::test_records": (
             "Responses that reach the token limit.",
@@ -97,7 +184,23 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
     "G4": {
         "test_answers.py::test_a_killed_run_is_gone_on_with": (
             "Killed after 0 to 22 of 23 rows; the last line torn.",
-            "only missing rows are made, to the bit",
+            "only missing rows are made: with the C++ decoder to the bit, else the same tokens",
+        ),
+        "test_answers.py::test_other_ranks_may_go_on": (
+            "Three ranks are killed, one rank goes on.",
+            "only missing rows are made, the same answers",
+        ),
+        "test_partial_rows.py::test_a_part_cut_at_any_byte_holds_whole_rows": (
+            "The file of rows that are done ends at any byte, or in zeros.",
+            "whole lines count, nothing else",
+        ),
+        "test_partial_rows.py::test_a_flipped_bit_costs_its_row_alone": (
+            "Any bit of a row that is done is another.",
+            "that row is made again, which is said",
+        ),
+        "test_answers.py::test_rows_that_the_disk_has_lost_are_no_answers": (
+            "Rows that were made cannot be read back at the end.",
+            "exit 3, one line with both numbers; also without assertions (python -O)",
         ),
     },
     "G5": {
@@ -119,7 +222,7 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "A prompt that fills the context.",
             "an answer of 0 or 1",
         ),
-        "test_answers.py::test_ranks_take_chunks_and_take_over": (
+        "test_answers.py::test_a_rank_may_get_no_rows": (
             "A rank that gets no rows.",
             "nobody waits for it",
         ),
@@ -142,6 +245,33 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
         "test_export.py::test_both_stop_at_every_declared_end": (
             "Several end tokens.",
             "both stop at each",
+        ),
+    },
+    "X3": {
+        "test_endpoint.py::test_what_is_no_answer_is_asked_again": (
+            "A judge's endpoint sends what is no answer: no JSON, no text, no UTF-8, packed, over "
+            "1 MiB, no HTTP.",
+            "asked again, then one line with the URL; what was answered is kept",
+        ),
+        "test_endpoint.py::test_an_answer_without_end_is_not_read_to_its_end": (
+            "Its answer has no end.",
+            "no more than 1 MiB is read",
+        ),
+        "test_endpoint.py::test_an_answer_that_drips_is_not_waited_for": (
+            "Its answer comes byte by byte, each in time.",
+            "one line, when the time of the whole is over",
+        ),
+        "test_endpoint.py::test_a_redirect_is_not_followed": (
+            "It sends us to another address.",
+            "one line; neither key nor question goes there",
+        ),
+        "test_endpoint.py::test_usage_that_is_no_count_does_not_loosen_the_cap": (
+            "It counts tokens as negative, NaN, text, or not at all.",
+            "the cap ends the run as if it had counted 3 bytes for one",
+        ),
+        "test_endpoint.py::test_a_request_to_stop_waits_for_no_answer": (
+            "SIGTERM, and Ctrl-C, while it answers nothing.",
+            "exit 143 and 130 at once; what was answered is kept",
         ),
     },
 }

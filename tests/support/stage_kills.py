@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
-from ldalign.generation import answers
-from ldalign.system import partial_rows
+from ldalign.system.partial_rows import Part
 
 Make = Callable[[Path], Any]  # makes the stages in a run folder
 
@@ -23,20 +22,19 @@ class Appends:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = self.writes = 0
         self.left: int | None = None
-        plain = partial_rows.append
+        plain = Part.append
 
-        def append(file: IO[str], rows: Iterable[tuple[int, Any]]) -> None:
+        def append(part: Part, rows: Iterable[tuple[int, Any]]) -> None:
             rows = list(rows)
             if self.left == 0:
-                file.write(json.dumps([rows[0][0], [0.0, 0.0]])[:-1])  # torn
-                file.flush()
+                part.file.write(json.dumps([rows[0][0], [0.0, 0.0]])[:-1])  # torn
+                part.file.flush()
                 raise Killed
             self.left = None if self.left is None else self.left - 1
-            plain(file, rows)
+            plain(part, rows)
             self.rows, self.writes = self.rows + len(rows), self.writes + 1
 
-        for module in (partial_rows, answers):
-            monkeypatch.setattr(module, "append", append)
+        monkeypatch.setattr(Part, "append", append)
 
     def during(self, make: Make, run: Path, left: int | None = None) -> tuple[int, int]:
         """Rows and writes of `make(run)`, which is killed after `left` writes."""

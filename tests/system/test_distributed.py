@@ -1,16 +1,27 @@
 """Several gloo ranks on one machine give what one gives. They run this very file."""
 
+import contextlib
 import json
 import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from runs import run_script
+import torch.distributed as dist
+from runs import one_thread, run_script
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +31,10 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, stored_state, write_weights
 from ldalign.system import distributed, exits
 from ldalign.system.distributed import Sharding
-from ldalign.system.errors import InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.metrics import Mean
 from ldalign.training.batches import deal, pair_costs
-from ldalign.training.policy import TrainSettings, accumulate_gradients, train
+from ldalign.training.policy import TrainSettings, accumulate_gradients, global_batch, train
 from ldalign.training.scoring import response_logps
 
 CPU = torch.device("cpu")
@@ -127,7 +138,7 @@ def work(folder: Path) -> dict[str, Any]:
     last.add("x", torch.tensor([1.0, 3.0]) if not last.muted else torch.tensor([float("nan")]))
     last.muted = False
     last.add("y", torch.tensor(10.0 * (rank + 1)), count=rank + 1)
-    found["muted"] = last.reduce(device)
+    found["muted"] = means(last, device)
     distributed.barrier()
     distributed.stop()
     return found
@@ -150,22 +161,27 @@ def norms(
     """Returns a global batch's loss, metrics and gradient norms: before clipping, after, plain."""
     mean, model = Mean(), model or tiny.mistral()
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
-    loss = accumulate_gradients(
-        model, pairs, replace(SETTINGS, sharding=sharding), mean, device, True
-    )
+    settings = replace(SETTINGS, sharding=sharding)
+    batch = global_batch(model, pairs, settings, device)
+    loss = float(distributed.total(accumulate_gradients(model, batch, settings, mean, device)))
     grads = [
         p.grad.full_tensor() if distributed.world_size() > 1 else p.grad for p in model.parameters()
     ]  # type: ignore
     plain = sum(float(g.double().square().sum()) for g in grads) ** 0.5
-    norm = float(distributed.clip_grad_norm(model, 0.5))
-    after = float(distributed.clip_grad_norm(model, 0.0))
+    norm, factor = map(float, distributed.clip_grad_norm(model, 0.5))
+    assert distributed.clip_grad_norm(model, 0.0)[1] == 1
     return {
         "loss": loss,
         "plain": plain,
         "norm": norm,
-        "after": after,
-        "means": mean.reduce(device),
+        "after": norm * factor,
+        "means": means(mean, device),
     }
+
+
+def means(mean: Mean, device: torch.device) -> dict[str, float]:
+    """Returns the means over all ranks."""
+    return mean.means(distributed.total(mean.totals(device)).tolist())
 
 
 class Collectives(TorchDispatchMode):
@@ -190,7 +206,8 @@ def calls(pairs: list[Pair], sharding: Sharding, device: torch.device) -> dict[s
     distributed.shard(model, model.blocks, torch.float32, device, sharding)
     settings = replace(SETTINGS, micro_tokens=20, sharding=sharding)
     with Collectives() as collectives:
-        accumulate_gradients(model, pairs, settings, Mean(), device, True)
+        batch = global_batch(model, pairs, settings, device)
+        accumulate_gradients(model, batch, settings, Mean(), device)
     plan = deal([p.tokens for p in pairs], distributed.world_size(), 20, pair_costs(model, pairs))
     return {**collectives.counts, "micro": len(plan[0])}
 
@@ -273,8 +290,8 @@ def test_nothing_is_gathered_or_reduced_for_nothing(results: Results, ranks: int
     gathers = {"nothing": 4 * micro, "gradients": 4 * micro, "all": 3}
     scatters = {"nothing": 3 * micro, "gradients": 3, "all": 3}
     for whole, counts in calls.items():
-        # each group's sum over the copies; and the loss
-        assert counts["allreduce_"] == 3 + 1, whole
+        # each group's sum over the copies; the loss is summed by the loop, with the metrics
+        assert counts["allreduce_"] == 3, whole
         assert counts.get("_allgather_base_", 0) == (gathers[whole] if ranks == 4 else 0), whole
         assert counts.get("_reduce_scatter_base_", 0) == (scatters[whole] if ranks == 4 else 0), (
             whole
@@ -313,6 +330,80 @@ def test_a_rank_alone_pays_nothing(in_process: None) -> None:
         assert isinstance(model, FSDPModule) == wrapped
 
 
+def precisions() -> dict[str, object]:
+    """Every setting that lets a product of float32 be less, or a sum of half precision."""
+    products, backends = torch.backends.cuda.matmul, torch.backends
+    return {
+        "all": backends.fp32_precision,
+        "cuBLAS": products.fp32_precision,
+        "cuBLAS TF32": products.allow_tf32,
+        "cuDNN": (backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision),
+        "cuDNN TF32": backends.cudnn.allow_tf32,
+        "oneDNN": (backends.mkldnn.conv.fp32_precision, backends.mkldnn.rnn.fp32_precision),
+        "bfloat16 sums": products.allow_bf16_reduced_precision_reduction,
+        "float16 sums": products.allow_fp16_reduced_precision_reduction,
+        "float16 accumulation": products.allow_fp16_accumulation,
+        "attention's sums": backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+    }
+
+
+@pytest.fixture
+def torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch says that it has a GPU, and a process group; its precisions are the loosest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    torch.backends.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = True
+    products.allow_fp16_reduced_precision_reduction = True
+    products.allow_fp16_accumulation = True
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield
+    distributed.keep_float32()
+    distributed.use_onednn_for_float32()
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_float32_is_float32_on_a_gpu(asked: str, torch_with_a_gpu: None) -> None:
+    loose = precisions()
+    assert distributed.start(asked) == torch.device("cuda", 0)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert precisions() == {
+        "all": "ieee",
+        "cuBLAS": "ieee",
+        "cuBLAS TF32": False,
+        "cuDNN": ("ieee", "ieee"),
+        "cuDNN TF32": False,
+        "oneDNN": ("ieee", "ieee"),
+        "bfloat16 sums": False,
+        "float16 sums": False,
+        "float16 accumulation": False,
+        "attention's sums": False,
+    }
+    assert all(loose[name] != kept for name, kept in precisions().items()), "all were loose before"
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_float32_is_float32_on_a_cpu(
+    asked: str, torch_with_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are oneDNN's, which is asked for as "medium", only where it keeps them float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.start(asked) == CPU
+    exact = distributed.use_onednn_for_float32()
+    assert torch.get_float32_matmul_precision() == ("medium" if exact else "highest")
+    mine = precisions()
+    assert mine["oneDNN"] == ("ieee", "ieee") and mine["bfloat16 sums"] is False
+    a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    product = a.double() @ a.double()
+    assert ((a @ a).double() - product).norm() < 1e-5 * product.norm()
+
+
 @pytest.mark.parametrize(
     ("world", "ranks", "copies"), [(8, None, 1), (8, 8, 1), (8, 2, 4), (6, 3, 2), (1, None, 1)]
 )
@@ -325,6 +416,102 @@ def test_copies(
         InputError, match=f"training.shard_ranks=5: {world} ranks cannot be split so"
     ):
         distributed.copies(5)
+
+
+def test_no_start_meets_what_an_earlier_one_left() -> None:
+    """One store for 20 starts of 3 ranks. Before some of them a rank never comes, and the others
+    give up.
+    """
+    store, ranks, draw = dist.HashStore(), 3, random.Random(0)
+    limit, used = timedelta(minutes=5), set()
+    for attempt in range(20):
+        dead = draw.choice([(), (1,), (2,), (0,)])
+        if dead:  # of these ranks nobody joins, and the others give up
+            for rank in {0, 1, 2} - {*dead}:
+                give_up = timedelta(seconds=0.1)
+                store.set_timeout(give_up)
+                with pytest.raises(dist.DistStoreError):
+                    distributed._unused(store, rank, ranks, give_up)
+        store.set_timeout(limit)
+        found: dict[int, Any] = {}
+
+        def join(rank: int, found: dict[int, Any] = found) -> None:
+            found[rank] = distributed._unused(store, rank, ranks, limit)
+
+        order = draw.sample(range(ranks), ranks)
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not found[0].check(["key"])
+        found[0].set("key", str(attempt))
+        assert {found[rank].get("key") for rank in range(ranks)} == {str(attempt).encode()}
+        used.add(found[0].get("key"))
+    assert len(used) == 20
+
+
+def test_a_rank_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone of two: its store waits, then says so."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in {**variables, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    expected = r"^the 2 ranks did not all join within 0\.02 minutes \(timeout_minutes\): .*; start"
+    with pytest.raises(EnvironmentProblem, match=expected):
+        distributed.start("cpu", 0.02)
+
+
+JOINS = """
+from ldalign.system import distributed, exits
+
+def main(argv):
+    print("joins", flush=True)
+    distributed.start("cpu", 5)
+
+exits.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_while_ranks_wait_for_others(rank: int, number: signal.Signals) -> None:
+    """Rank 0 waits for rank 1 to come; rank 1 for rank 0, which is there and says nothing."""
+    with socket.socket() as first:
+        first.bind(("localhost", 0))
+        port = first.getsockname()[1]
+        if rank == 0:
+            first.close()
+        else:
+            first.listen()
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", JOINS],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**one_thread(), **variables},
+        )
+        assert waiting.stdout is not None and waiting.stdout.readline() == "joins\n"
+        if rank == 1:
+            connection, _ = first.accept()  # it is connected, and waits for an answer
+            connection.recv(1)
+        else:
+            while True:  # until its store is there, which then waits for the other rank
+                with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
+                    break
+                time.sleep(0.05)
+        waiting.send_signal(number)
+        _, said = waiting.communicate()
+        assert waiting.returncode == 128 + number, said
+        assert f"ldalign: error: rank {rank}: stopped by {number.name}; " in said
 
 
 def main(argv: list[str]) -> None:

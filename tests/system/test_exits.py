@@ -1,5 +1,6 @@
 """How commands end: exit codes, one line, one rank."""
 
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ldalign.system import exits, interrupt
-from ldalign.system.errors import is_failure
+from ldalign.system.errors import EnvironmentProblem, InputError, cannot_be_read, is_failure
 
 SCRIPT = """
 import builtins
@@ -60,6 +61,57 @@ def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_one_line_and_the_code(kind: str, code: int, line: str) -> None:
     result = command(kind)
     assert (result.returncode, result.stdout, result.stderr) == (code, "", line)
+
+
+FAILS = """
+import errno, os
+from ldalign.system import errors, exits
+
+def main(argv):
+    {what}
+
+exits.run(main)
+"""
+AGAIN = "mend that and run the same command again: what is finished is kept"
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [
+        *(
+            (
+                f"raise OSError(errno.{name}, os.strerror(errno.{name}), b'/net/caf\\xe9'.decode("
+                "'utf-8', 'surrogateescape'))",
+                3,
+                rf"/net/caf\\udce9: {said}; {AGAIN}",
+            )
+            for name, said in (
+                ("ESTALE", "Stale file handle"),
+                ("ETIMEDOUT", "Connection timed out"),
+                ("EACCES", "Permission denied"),
+                ("EIO", "Input/output error"),
+            )
+        ),
+        ("raise MemoryError", 3, r"out of memory: .* \(MemoryError: \)"),
+        ("bytearray(2 ** 62)", 3, r"out of memory: .*"),
+        ("import torch; torch.empty(2 ** 58)", 3, r"out of memory: .*DefaultCPUAllocator.*"),
+        ("raise RuntimeError('a bug')", 1, "unexpected RuntimeError: a bug .*"),
+        ("open('/nowhere')", 1, "unexpected FileNotFoundError: .*"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_bug(what: str, code: int, line: str) -> None:
+    """Wherever it comes from: a file system that is gone, a library that gets no memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS.format(what=what)], capture_output=True, text=True
+    )
+    assert done.returncode == code and done.stdout == ""
+    assert re.fullmatch(rf"ldalign: error: {line}\n", done.stderr), done.stderr
+
+
+def test_a_file_system_that_fails_is_not_the_files_fault(tmp_path: Path) -> None:
+    stale, absent = OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EISDIR, "Is a folder")
+    assert type(cannot_be_read(tmp_path, stale)) is EnvironmentProblem
+    assert type(cannot_be_read(tmp_path, absent)) is InputError
 
 
 def test_debug_adds_the_traceback_and_is_taken_out() -> None:
@@ -154,7 +206,8 @@ def test_torchrun_prints_it_once(tmp_path: Path) -> None:
 def test_a_request_to_stop_is_no_failure_of_a_library() -> None:
     panic = type("PanicException", (BaseException,), {})
     assert is_failure(ValueError()) and is_failure(panic())
-    assert not any(map(is_failure, (interrupt.Stopped(15), KeyboardInterrupt(), SystemExit())))
+    others = (interrupt.Stopped(15), KeyboardInterrupt(), SystemExit(), MemoryError())
+    assert not any(map(is_failure, others))
 
 
 PRINTS = """
@@ -179,6 +232,17 @@ def test_who_stops_reading_gets_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     result = command("BrokenPipeError")
     assert result.returncode == 1 and "unexpected BrokenPipeError" in result.stderr
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])  # one waits in the buffer until the end
+def test_a_full_disk_behind_stdout_is_said(lines: int) -> None:
+    script = PRINTS.replace("10_000", str(lines))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 3
+    assert "what is printed cannot be written: No space left on device" in done.stderr
 
 
 def test_a_closed_stdout_changes_nothing() -> None:

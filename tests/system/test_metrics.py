@@ -16,12 +16,16 @@ from ldalign.system.metrics import Bar, Mean, MetricsLog, in_words, peak_memory_
 CPU = torch.device("cpu")
 
 
+def means(mean: Mean) -> dict[str, float]:
+    return mean.means(mean.totals(CPU).tolist())
+
+
 def test_mean_is_by_example_not_by_batch() -> None:
     mean = Mean()
     mean.add("a", torch.tensor([1.0, 2.0, 3.0]))
     mean.add("a", torch.tensor([10.0]))
     mean.add("b", torch.tensor(12.0), count=8)
-    assert mean.reduce(CPU) == {"a": 4.0, "b": 1.5}
+    assert means(mean) == {"a": 4.0, "b": 1.5}
 
 
 def test_muted_values_count_for_nothing_not_even_as_nan() -> None:
@@ -31,11 +35,11 @@ def test_muted_values_count_for_nothing_not_even_as_nan() -> None:
     mean.add("a", torch.tensor([float("nan"), 7.0]))
     mean.add("b", torch.tensor(5.0), count=3)
     assert mean.sums.keys() == {"a", "b"}  # named, for the other ranks' sake
-    assert mean.reduce(CPU) == {"a": 2.0}
+    assert means(mean) == {"a": 2.0}
 
 
 def test_nothing_added() -> None:
-    assert Mean().reduce(CPU) == {}
+    assert means(Mean()) == {}
 
 
 def test_sums_keep_small_terms() -> None:
@@ -46,7 +50,7 @@ def test_sums_keep_small_terms() -> None:
     mean.add("a", torch.tensor([1e8]))
     for _ in range(100):
         mean.add("a", torch.full((100,), 0.1))
-    assert mean.reduce(CPU)["a"] * 10_001 - 1e8 == pytest.approx(1000, rel=1e-6)
+    assert means(mean)["a"] * 10_001 - 1e8 == pytest.approx(1000, rel=1e-6)
 
 
 def test_log_appends_lines_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +149,28 @@ def test_a_bar_without_total_or_with_one_step(capsys: pytest.CaptureFixture[str]
         "data: 7 rows",
         "reference: 1 of 4 pairs (25%), about 2 min left",
         "reference: 4 of 4 pairs (100%)",
+    ]
+
+
+def test_what_is_under_way_counts_where_tokens_come_as_they_are_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """100 of 400 rows at a time, the first of which ends long before the others: by the rows that
+    have ended the rest would take 3 hours.
+    """
+    clock = Clock()
+    with Bar("responses", 410, "rows", clock, most=120) as progress:
+        progress(10, 0)  # of an earlier start: they took no time
+        for step in range(1, 91):
+            clock.now += 1
+            progress(0, 100)
+            if step == 10 or step >= 80:
+                progress(1, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "responses: 11 of 410 rows (3%), 100 tokens/s, about 8 min left",
+        "responses: 11 of 410 rows (3%), 100 tokens/s, about 7 min left",
+        "responses: 21 of 410 rows (5%), 100 tokens/s, about 6 min left",
+        "responses: 9000 tokens in 90 s, 100 tokens/s",
     ]
 
 

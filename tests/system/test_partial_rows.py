@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import FakeGPU
 from runs import ROOT
 from stage_kills import check_resume
 
@@ -31,11 +34,11 @@ from ldalign.run.stages.evaluation import evaluation_stage
 from ldalign.run.stages.judged import judged_stage
 from ldalign.run.stages.reference import reference_stage
 from ldalign.run.stages.responses import RESPONSES, Responses
-from ldalign.system import distributed, partial_rows
+from ldalign.system import distributed
 from ldalign.system.config import load_config, to_yaml
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import write_jsonl
-from ldalign.system.partial_rows import Parts, table
+from ldalign.system.partial_rows import Part, Parts, table
 
 CHUNKS = [[4, 0], [1], [3, 2]]
 
@@ -46,6 +49,38 @@ def thirds(chunk: Sequence[int]) -> torch.Tensor:
 
 def refusal(i: int, value: float) -> str:
     return f"row {i}: {value}"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_gets_a_chunk_before_the_one_before_is_read(device: str) -> None:
+    said: list[str] = []
+
+    def work(chunk: Sequence[int]) -> torch.Tensor:
+        said.append(f"make {chunk[0]}")
+        return thirds(chunk).pin_memory().to(device, non_blocking=True)
+
+    with FakeGPU():
+        found = table(CHUNKS, work, 2, refusal, progress=lambda rows: said.append(f"read {rows}"))
+    assert torch.equal(found, thirds(range(5)))
+    orders = {
+        "cpu": ["read 0", "make 4", "read 2", "make 1", "read 1", "make 3", "read 2"],
+        "cuda": ["read 0", "make 4", "make 1", "read 2", "make 3", "read 1", "read 2"],
+    }
+    assert said == orders[device]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_chunks_before_one_that_fails_are_kept(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "parts/x"
+
+    def work(chunk: Sequence[int]) -> torch.Tensor:
+        if chunk == CHUNKS[2]:
+            raise KeyError("planted")
+        return thirds(chunk).pin_memory().to(device, non_blocking=True)
+
+    with FakeGPU(), pytest.raises(KeyError):
+        table(CHUNKS, work, 2, refusal, path)
+    assert Parts(path).read().keys() == {4, 0, 1}
 
 
 def test_floats_come_back_as_they_were(tmp_path: Path) -> None:
@@ -72,8 +107,10 @@ def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
     """
     path = tmp_path / "parts/x"
     path.parent.mkdir()
-    path.with_name("x.rank0").write_text("[4, [1.0]]\n[0, [2.0]]\n[3, [5.0]]\n[2, [6.")
-    path.with_name("x.rank1").write_text("[1, [3.0]]\n")
+    for rank, rows in enumerate([[(4, [1.0]), (0, [2.0]), (3, [5.0]), (2, [6.5])], [(1, [3.0])]]):
+        with path.with_name(f"x.rank{rank}").open("a", encoding="utf-8") as file:
+            Part(file).append(rows)
+    os.truncate(path.with_name("x.rank0"), path.with_name("x.rank0").stat().st_size - 4)
     asked = []
 
     def work(chunk: Sequence[int]) -> torch.Tensor:
@@ -85,6 +122,61 @@ def test_a_chunk_counts_whole_or_not_at_all(tmp_path: Path) -> None:
     assert Parts(path).gather().keys() == set(range(5)) and Parts(path).gather(
         [[0], [7, 1]]
     ).keys() == {0}
+
+
+def test_a_part_cut_at_any_byte_holds_whole_rows(tmp_path: Path) -> None:
+    """What ends inside a row, or goes on with zeros as after a crash, loses that row alone."""
+    path, rows = tmp_path / "x", [(12, {"text": "\u2028ü"}), (3, [0.1]), (345, {"ids": [1, 23]})]
+    with Parts(path).open() as part:
+        for row in rows:
+            part.append([row])
+    own = tmp_path / "x.rank0"
+    whole = own.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in range(len(whole) + 1):
+        done = dict(rows[: sum(end <= cut for end in ends)])
+        for rest in (b"", bytes(9), bytes(9) + b"\n"):
+            own.write_bytes(whole[:cut] + rest)
+            assert Parts(path).read() == done, (cut, rest)
+
+
+def test_a_flipped_bit_costs_its_row_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every bit of a record in turn, its checksum, index, text and numbers: the row is made again,
+    and no other.
+    """
+    path, rows = tmp_path / "x", [(2, [0.125, 7.0]), (0, {"text": "aé"}), (1, [1e-30])]
+    with Parts(path).open() as part:
+        part.append(rows)
+    own = tmp_path / "x.rank0"
+    whole = own.read_bytes()
+    begin, end = (whole.index(b"\n") + 1, whole.index(b"\n", whole.index(b"\n") + 1))
+    for bit in range(8 * begin, 8 * end):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        own.write_bytes(flipped)
+        caplog.clear()
+        assert Parts(path).read() == dict(rows[::2]), bit
+        assert re.search(r"x\.rank0: [12] of [34] rows are damaged", caplog.text)
+    own.write_bytes(whole)
+    assert Parts(path).gather() == dict(rows)
+
+
+def test_rows_are_written_at_once_and_synced_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """35 rows, one a second: each can be read at once, and three times the disk is waited for."""
+    now, synced = 0.0, []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(now))
+    path = tmp_path / "x.rank0"
+    with path.open("a", encoding="utf-8") as file:
+        part = Part(file, lambda: now)
+        for i in range(35):
+            now = float(i)
+            part.append([(i, None)])
+            assert len(path.read_bytes().splitlines()) == i + 1
+    assert synced == [10.0, 20.0, 30.0]
 
 
 def test_values_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
@@ -233,7 +325,7 @@ def test_what_was_begun_from_other_settings_is_refused(
         match="parents.json: made from something else: distance was 'euclidean', now 'cos",
     ):
         distances(opened(tmp_path / "run", distance="cosine"), models)
-    monkeypatch.setattr(partial_rows, "append", fail)
+    monkeypatch.setattr(Part, "append", fail)
     training = replace(opened(tmp_path / "run").config.training, micro_tokens=1000)
     distances(opened(tmp_path / "run", training=training), models)
     assert sorted(p.name for p in (tmp_path / "run/iteration_0/distances").iterdir()) == [

@@ -1,6 +1,7 @@
 """Training the guide: what moves and what does not, on one rank and on two. Two run this file."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -311,7 +312,7 @@ def test_every_row_draws_for_itself_in_every_epoch(
     asked: list[str] = []
     plain = training.accumulate_gradients
 
-    def spy(guide: Any, chosen: Any, keys: Any, *rest: Any) -> float:
+    def spy(guide: Any, chosen: Any, keys: Any, *rest: Any) -> Tensor:
         asked.extend(keys)
         return plain(guide, chosen, keys, *rest)
 
@@ -385,8 +386,11 @@ def test_rows_are_held_out_by_seed_and_stage() -> None:
 
 
 def test_a_non_finite_step_stops(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "accumulate_gradients", lambda *_: float("nan"))
-    monkeypatch.setattr(distributed, "clip_grad_norm", lambda *_: torch.tensor(1.0))
+    nan = torch.tensor(math.nan, dtype=torch.float64)
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *_: nan)
+    monkeypatch.setattr(
+        distributed, "clip_grad_norm", lambda *_: (torch.tensor(1.0), torch.tensor(1.0))
+    )
     guide = text_guide()
     with pytest.raises(NumericsError, match="guide: step 1"):
         train(guide, pairs(guide))
@@ -511,7 +515,7 @@ def test_gone_on_with_after_a_cut_it_ends_in_the_same_bits(
     train(whole, chosen, **more)
     plain, calls = training.accumulate_gradients, [0]
 
-    def failing(*given: Any) -> float:
+    def failing(*given: Any) -> Tensor:
         calls[0] += 1
         if calls[0] == 5:
             raise KeyError("planted")

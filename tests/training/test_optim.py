@@ -64,9 +64,9 @@ def both_steps(
         for step in range(1, steps + 1):
             grad = torch.randn(p.shape, generator=make).to(dtype)
             if name == "adamw":
-                module.adamw_(p, grad, *averages, 1e-2, 0.1, 0.9, 0.999, 1e-8, step, 7 * step)
+                module.adamw_(p, grad, *averages, None, 1e-2, 0.1, 0.9, 0.999, 1e-8, step, 7 * step)
             else:
-                module.rmsprop_(p, grad, *averages, 1e-2, 0.1, 0.99, 1e-8, 7 * step)
+                module.rmsprop_(p, grad, *averages, None, 1e-2, 0.1, 0.99, 1e-8, 7 * step)
         results.append([p, *averages])
     return results[0], results[1]
 
@@ -106,6 +106,39 @@ def test_float32_steps_are_torchs(name: str) -> None:
     torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "eager"])
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_factor_is_a_scaled_gradient(
+    dtype: torch.dtype, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as of gradients that were multiplied before, each rounded to its dtype. A
+    factor of 1 writes to no gradient.
+    """
+    monkeypatch.setenv("LDALIGN_BACKEND", backend)
+
+    def trained(factor: Tensor, before: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(33, 70).to(dtype)
+        optimizer = make_optimizer(model, name, 1e-2, 0.1, state_dtype=dtype)  # type: ignore[arg-type]
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape).to(dtype)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            if before:
+                torch._foreach_mul_(grads, factor)
+            versions = [g._version for g in grads]
+            optimizer.step(None if before else factor)
+            if before or factor == 1:
+                assert versions == [g._version for g in grads]
+        return list(model.parameters())
+
+    half, one = torch.tensor(0.37), torch.ones(())
+    for factor in (half, one):
+        assert all(map(torch.equal, trained(factor, True), trained(factor, False)))
+    assert not any(map(torch.equal, trained(half, False), trained(one, False)))
+
+
 @pytest.mark.parametrize(
     "module", [pytest.param(cpp, marks=needs_cpp), eager], ids=["cpp", "eager"]
 )
@@ -114,7 +147,7 @@ def test_small_steps_add_up_in_bfloat16(module: ModuleType) -> None:
     p = torch.ones(4000, dtype=torch.bfloat16)
     square = torch.ones(4000, dtype=torch.bfloat16)
     for step in range(2000):
-        module.rmsprop_(p, torch.ones_like(p), square, 5e-4, 0.0, 0.99, 0.0, step)
+        module.rmsprop_(p, torch.ones_like(p), square, None, 5e-4, 0.0, 0.99, 0.0, step)
     assert p.float().mean().item() == pytest.approx(0.0, abs=0.01)
     assert square.float().mean().item() == pytest.approx(1.0, abs=0.01)
 
@@ -125,6 +158,6 @@ def test_small_steps_add_up_in_bfloat16(module: ModuleType) -> None:
 def test_infinite_and_nan_stay(module: ModuleType) -> None:
     p = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=torch.bfloat16)
     module.adamw_(
-        p, torch.ones_like(p), torch.zeros(4), torch.zeros(4), 0.1, 0.0, 0.9, 0.999, 1e-8, 1, 5
+        p, torch.ones_like(p), torch.zeros(4), torch.zeros(4), None, 0.1, 0, 0.9, 0.999, 1e-8, 1, 5
     )
     assert p[:2].isinf().all() and p[2].isnan() and p[3] < 1

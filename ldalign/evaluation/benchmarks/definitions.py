@@ -179,11 +179,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _function(loader: yaml.SafeLoader, node: yaml.Node) -> Callable[..., Any]:
-    assert isinstance(node, yaml.ScalarNode)
-    module, _, name = str(loader.construct_scalar(node)).rpartition(".")
-    assert module == "ldalign.evaluation.benchmarks.rows", (
-        f"{node.start_mark}: not a function of ldalign.evaluation.benchmarks.rows"
-    )
+    text = str(node.value)
+    module, _, name = text.rpartition(".")
+    if module != "ldalign.evaluation.benchmarks.rows":
+        raise InputError(
+            f"{node.start_mark}: {text!r} is no function of ldalign.evaluation.benchmarks.rows; "
+            "install ldalign again"
+        )
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 

@@ -277,7 +277,8 @@ class HarnessModel(TemplateLM):
         mine = range(distributed.rank(), len(requests), distributed.world_size())
         order = sorted(mine, key=lambda i: (json.dumps(arguments[i][1], sort_keys=True), i))
         texts: dict[int, str] = {}
-        with Bar("generate", len(mine), "rows") as progress:
+        most = max((sampling_of(arguments[i][1]).max_new_tokens for i in mine), default=None)
+        with Bar("generate", len(mine), "rows", most=most) as progress:
             for _, same in itertools.groupby(order, key=lambda i: arguments[i][1]):
                 chosen = list(same)
                 made = self._generate(chosen, arguments, names, progress)

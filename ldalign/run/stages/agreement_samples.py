@@ -63,7 +63,8 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
         decoder = new_decoder(
             cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True
         )
-        with Bar(name, -(-len(requests) // distributed.world_size()), "samples") as progress:
+        share = -(-len(requests) // distributed.world_size())
+        with Bar(name, share, "samples", most=ctx.config.max_new_tokens) as progress:
             made = make_answers(
                 folder / SAMPLES,
                 requests,

@@ -64,7 +64,8 @@ def evaluation_stage(ctx: Context, name: str, policy: Path) -> Metrics:
     def make(folder: Path) -> Metrics:
         model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
         answers = sum(settings.answers(row) for row in ctx.heldout.rows)
-        with Bar(name, answers // distributed.world_size(), "rows") as progress:
+        share = answers // distributed.world_size()
+        with Bar(name, share, "rows", most=settings.sampling.max_new_tokens) as progress:
             metrics, records = evaluate(
                 model,
                 ctx.tokenizer,

@@ -25,7 +25,7 @@ from ldalign.models.guide_folder import (
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import check_model, context_length, count_parameters
 from ldalign.run.context import Context, checkpoint_plan
-from ldalign.run.manifest import Parents, hash_model_folder, hash_settings
+from ldalign.run.manifest import SAME_FILES, Parents, hash_model_folder, hash_settings
 from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
@@ -222,6 +222,16 @@ def check_guide(config: RunConfig, planned: Sequence[str]) -> None:
             "(guide=FOLDER), or guide.backbone=policy and no folder"
         )
     read_guide_tokenizer(folder)
+
+
+def agree_on_guide(config: RunConfig, planned: Sequence[str]) -> None:
+    """Raises EnvironmentProblem where a rank finds another guide in the folder that is given than
+    rank 0 does; `check_guide` has seen it. All ranks.
+    """
+    if GUIDE_STAGE.folder(0) in planned and config.guide.folder is not None:
+        folder = Path(config.guide.folder)
+        hashed = guide_hash if is_trained_guide(folder) else hash_model_folder
+        distributed.agree(lambda: {f"the guide {folder}": hashed(folder)}, SAME_FILES)
 
 
 def guide_stage(ctx: Context, t: int, start: Path, pairs: Pairs) -> Path:

@@ -1,6 +1,5 @@
 """The stage iteration_t/judged: which of two samples a judge prefers."""
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import cast
@@ -33,7 +32,7 @@ from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import RESPONSES, Responses, response_texts
 from ldalign.system import distributed
-from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
+from ldalign.system.errors import InputError
 from ldalign.system.files import read_jsonl, write_jsonl
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
@@ -89,13 +88,8 @@ def check_judge(config: RunConfig) -> None:
 
     Raises InputError where it is no judge, EnvironmentProblem for a missing package.
     """
-    if config.method == "self_reward" or config.judge.model in (CHECKER, POLICY):
-        return
-    if config.judge.endpoint is not None:
-        if importlib.util.find_spec("openai") is None:
-            raise EnvironmentProblem(
-                f"judge.endpoint: openai is missing; {how_to_install('judge')}"
-            )
+    own = config.method == "self_reward" or config.judge.model in (CHECKER, POLICY)
+    if own or config.judge.endpoint is not None:
         return
     if config.judge.model == EMBEDDING:
         check_embedding(config)

@@ -85,7 +85,8 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> Res
         else:
             model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
             engine = new_engine(config, requests, ctx.tokenizer)
-            with Bar(name, -(-len(requests) // distributed.world_size()), "rows") as progress:
+            share = -(-len(requests) // distributed.world_size())
+            with Bar(name, share, "rows", most=config.max_new_tokens) as progress:
                 records = make_answers(
                     path, requests, new_decoder(model, release=True), engine, record, progress
                 )

@@ -1,0 +1,72 @@
+"""The files of a run folder, which may be a stranger's: read within bounds, within the folder."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
+
+MAX_BYTES = 10**7  # a summary, a manifest, environment.json: a hundred times the largest real one
+# What the libraries of the key `log` keep in a run folder. ldalign itself reads and writes nothing
+# there, and wandb's has links to its own logs elsewhere.
+SINKS = ("tensorboard", "trackio", "wandb")
+
+
+def refuse_outside(run: Path) -> None:
+    """Raises InputError where a link in the run folder leads out of it, or something in it is
+    neither file nor folder: before anything there is read or written, which would follow it.
+    """
+    root = os.path.realpath(run)
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a stage that has just got its name
+            raise cannot_be_read(error.filename, error) from None
+
+    for folder, inner, files in os.walk(run, onerror=refuse):
+        for name in (*inner, *files):
+            _refuse(os.path.join(folder, name), root)
+        inner[:] = [name for name in inner if name not in SINKS]
+
+
+def _refuse(path: str, root: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        target = os.path.realpath(path)
+        if not os.path.join(target, "").startswith(os.path.join(root, "")):
+            raise InputError(
+                f"{path}: is a link out of the run folder; remove it, or put the file itself there"
+            )
+    elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is neither a file nor a folder; remove it")
+
+
+def read_object(path: Path, instead: str) -> dict[str, Any]:
+    """Reads a JSON object that ldalign wrote, of at most MAX_BYTES.
+
+    instead: what to do where there is something else. Raises InputError naming the file.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        found = json.loads(text.decode("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__} in place of an object")
+    except OSError as error:
+        if error.errno in FILE_SYSTEM:
+            raise cannot_be_read(path, error) from None
+        raise InputError(f"{path}: damaged: {error.strerror}; {instead}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: {error}; {instead}") from None
+    return found
+
+
+def read_if_there(path: Path, instead: str) -> dict[str, Any]:
+    """As `read_object`; {} where there is nothing of that name."""
+    return read_object(path, instead) if os.path.lexists(path) else {}

@@ -1,0 +1,36 @@
+"""How full the engine's steps are, counted over a model that computes nothing."""
+
+import numpy as np
+import pytest
+from simulated_engine import END, lengths, simulate
+
+pytestmark = pytest.mark.gpu_check
+
+PLACES, STEP = 32, 2048  # an eighth of a GPU's 256 rows and 16,384 tokens
+PROMPTS, RESPONSES = lengths(10 * PLACES, most=256)
+
+
+def test_places_are_refilled_as_rows_leave() -> None:
+    """Ten times as many rows as places: the mean step is full to 84 %, the end included, where
+    nothing is left to enter. Chunk by chunk it is at most two thirds.
+    """
+    counts, made = simulate(PROMPTS, RESPONSES, PLACES, STEP)
+    assert counts.table()["rows busy"] > 0.84 * PLACES
+    # What was computed is each prompt and each response, but for its last token, once.
+    least = PROMPTS.sum() + (RESPONSES - 1).sum()
+    assert least <= sum(counts.tokens) <= least + 2 * len(PROMPTS)
+    assert max(counts.tokens) <= STEP and max(counts.busy) == PLACES
+    # A step with a part of a prompt in it is no graph; graphs are for few numbers of rows.
+    assert counts.table()["mixed"] < 0.05 and len(counts.graphs) <= 12
+    few = 4 * PLACES
+    chunked, same = simulate(PROMPTS[:few], RESPONSES[:few], PLACES, STEP, PLACES)
+    assert chunked.table()["rows busy"] < PLACES * 2 / 3
+    # A row's tokens depend on (seed, key) and logits, not on its company.
+    assert same == {i: made[i] for i in range(few)}
+
+
+def test_the_model_tells_rows_apart() -> None:
+    """Else equal tokens would show nothing: responses differ, and each ends where it was to."""
+    _, made = simulate(PROMPTS[:8], np.full(8, 20), 4, STEP)
+    assert len({tuple(r.ids) for r in made.values()}) == 8
+    assert all(r.ids[-1] == END and END not in r.ids[:-1] for r in made.values())

@@ -1,0 +1,202 @@
+"""Checkpoints that are written while training goes on, as on a GPU; here with a thread on a CPU."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldalign.system import distributed
+from ldalign.system.errors import EnvironmentProblem, NumericsError
+from ldalign.system.files import save_tensors
+from ldalign.training import checkpoint, validation
+from ldalign.training.checkpoint import CheckpointPlan, Checkpoints
+from ldalign.training.optim import make_optimizer
+
+
+class Door:
+    """Stands in for `save_tensors`: a write waits before it until the door is open."""
+
+    def __init__(self) -> None:
+        self.open, self.came = threading.Event(), threading.Event()
+
+    def __call__(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        self.came.set()
+        assert self.open.wait(60)
+        save_tensors(tensors, path)
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    made = Door()
+    monkeypatch.setattr(checkpoint, "save_tensors", made)
+    yield made
+    made.open.set()  # no writer is left waiting
+
+
+def training(folder: Path, **more: Any) -> tuple[nn.Module, Checkpoints, dict[str, Any]]:
+    """A model after one step, what keeps its checkpoints, one every step, and the loop's state."""
+    distributed.start("cpu")
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, "adamw", 0.1)
+    plan = CheckpointPlan(folder / "checkpoint", minutes=None, steps=1, keep=2)
+    keeper = Checkpoints(plan, model, optimizer, folder / "metrics.jsonl", **more)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    step(model, keeper)
+    return model, keeper, {"step": 1, "sums": {"loss": 1.0}}
+
+
+def step(model: nn.Module, keeper: Checkpoints) -> None:
+    model(torch.ones(1, 3)).sum().backward()
+    keeper.optimizer.step()
+    keeper.optimizer.zero_grad()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that keeps something else: the checkpoint gets no name, and the one before stays."""
+    model, keeper, state = training(tmp_path)
+    keeper.write(1, state)
+
+    def altered(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_tensors({**tensors, "weight/bias": tensors["weight/bias"] + 1e-6}, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", altered)
+    step(model, keeper)
+    with pytest.raises(EnvironmentProblem, match="what is read back is not what was written"):
+        keeper.write(2, {**state, "step": 2})
+    assert [name for name in names(tmp_path) if not name.endswith(".partial")] == ["step_00000001"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, door: Door) -> None:
+    """What is written is what was there at its step: weights, averages, state and metrics."""
+    model, keeper, state = training(tmp_path, behind=True)
+    at_step_1 = copy(model)
+    mean_at_1 = next(iter(keeper.optimizer.state.values()))["mean"].clone()
+    keeper.after_step(1, False, state)
+    assert door.came.wait(60) and names(tmp_path) == ["step_00000001.partial"]
+    step(model, keeper)
+    state["sums"]["loss"] = 2.0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    keeper.plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=None, keep=2)
+    keeper.after_step(2, False, state)  # it is not there yet: nothing is waited for
+    assert names(tmp_path) == ["step_00000001.partial"]
+    door.open.set()
+    assert keeper.pending is not None
+    keeper.pending.share.result(60)
+    keeper.after_step(3, False, state)
+    assert names(tmp_path) == ["step_00000001"] and keeper.pending is None
+
+    model, keeper, _ = training(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert keeper.resume() == {"step": 1, "sums": {"loss": 1.0}}
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    for name, value in copy(model).items():
+        assert torch.equal(value, at_step_1[name])
+    mean = next(iter(keeper.optimizer.state.values()))["mean"]
+    assert torch.equal(mean, mean_at_1)
+
+
+def test_at_most_one_is_on_its_way(tmp_path: Path, door: Door) -> None:
+    _, keeper, state = training(tmp_path, behind=True)
+    keeper.after_step(1, False, state)
+    assert door.came.wait(60)
+    waits = threading.Thread(target=keeper.after_step, args=(2, False, state))
+    waits.start()
+    waits.join(0.3)
+    assert waits.is_alive() and names(tmp_path) == ["step_00000001.partial"]
+    door.open.set()
+    waits.join(60)
+    keeper.finish()
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_the_best_weights_that_it_refers_to_stay_meanwhile(tmp_path: Path, door: Door) -> None:
+    _, keeper, state = training(tmp_path, behind=True)
+    keeper.begin(1, state | {validation.STATE: {"best": {"step": 1}}})
+    assert door.came.wait(60)
+    assert validation._referred(tmp_path / "checkpoint") == {1}
+
+
+def test_the_end_of_training_waits_for_it(tmp_path: Path, door: Door) -> None:
+    _, keeper, state = training(tmp_path, behind=True)
+    keeper.after_step(1, False, state)
+    threading.Timer(0.2, door.open.set).start()
+    keeper.after_step(2, True, state)
+    assert names(tmp_path) == ["step_00000001"]  # and what was due at the last step is not made
+
+
+def test_what_goes_wrong_behind_is_raised_in_a_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older one stays, and nothing half done can be taken for a checkpoint."""
+    _, keeper, state = training(tmp_path, behind=True)
+    keeper.write(1, state)
+
+    def full(tensors: object, path: Path) -> None:
+        raise EnvironmentProblem(f"{path}: no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    keeper.after_step(2, False, state)
+    assert keeper.pending is not None
+    with pytest.raises(EnvironmentProblem):
+        keeper.pending.share.result(60)
+    with pytest.raises(EnvironmentProblem, match="no space left"):
+        keeper.after_step(3, False, state)
+    assert names(tmp_path) == ["step_00000001", "step_00000002.partial"]
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, behind: bool) -> None:
+    model, keeper, state = training(tmp_path, behind=behind)
+    with torch.no_grad():
+        next(model.parameters())[0, 1] = torch.nan
+    with pytest.raises(NumericsError, match="weight/weight holds NaN or Inf"):
+        keeper.write(1, state)
+    assert names(tmp_path) == ["step_00000001.partial"]
+
+
+def test_without_memory_for_copies_it_is_written_at_once(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, keeper, state = training(tmp_path, behind=True)
+
+    def none_left(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", none_left)
+    door.open.set()
+    keeper.begin(1, state)
+    assert keeper.pending is not None and keeper.pending.share.done()
+    keeper.finish()
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_host_without_room_for_copies_is_asked_before(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page-locked memory that is too much ends the process, and raises nothing."""
+    _, keeper, state = training(tmp_path, behind=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda device: 8 * 3 * (3 * 2 + 2) * 4)
+    door.open.set()
+    keeper.begin(1, state)
+    assert keeper.pending is not None and keeper.pending.share.done() and not keeper.copies
+    keeper.finish()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    keeper.write(2, state)
+    assert keeper.copies and names(tmp_path) == ["step_00000001", "step_00000002"]
