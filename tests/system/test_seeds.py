@@ -11,10 +11,13 @@ import torch
 from tiny_guides import text_guide
 
 from ldalign.data.splitting import divide, held_out, mixed
+from ldalign.evaluation.crossed import bootstrap
+from ldalign.kernels import eager
 from ldalign.objective import pair_weights
 from ldalign.system.seeds import normals, permutation, uniforms
 from ldalign.training.batches import global_batches
 from ldalign.training.guide import split
+from ldalign.training.optim import make_optimizer
 
 
 def test_uniforms() -> None:
@@ -96,3 +99,46 @@ def test_what_models_begin_as() -> None:
     assert digest(tiny.gpt2()) == "caedc34652375811" != digest(tiny.gpt2(1))
     assert digest(tiny.mistral(0, 1.0)) == "29e553380d0ddfd2"
     assert digest(text_guide().latent) == "70842fba4866ec2f"
+
+
+def test_the_bits_that_round() -> None:
+    """MurmurHash3's finalizer, whose value of 1 is 0x514E28B7: index 0 with the seed 1, and the
+    other way round by the factor of the index.
+    """
+    bits = eager._random_bits(torch.zeros(2, 2), 1)
+    assert bits.flatten().tolist() == [0x514E28B7, 2527132011, 314344336, 2535364964]
+    assert eager._random_bits(torch.zeros(2), 1 - 0x9E3779B9 & 0xFFFFFFFF)[1] == 0x514E28B7
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "matrix", "vector"),
+    [
+        ("adamw", 0, [-1, -2, 0, -2, -1, -1], [-3, -1]),
+        ("adamw", 3, [-1, -1, -1, -1, 0, -1], [0, 0]),
+        ("rmsprop", 0, [-7, -7, -5, -6, -7, -5], [-7, -7]),
+        ("rmsprop", 3, [-6, -5, -7, -6, -6, -6], [-6, -5]),
+    ],
+)
+def test_three_steps_rounded_at_random(
+    name: str, seed: int, matrix: list[int], vector: list[int]
+) -> None:
+    """bfloat16 weights of 1, in their last places from there: by seed, step, parameter and place.
+    A step of AdamW is 0.001, a quarter of a place, and one of RMSprop some 0.01, 0.006 and 0.005.
+    """
+    model = torch.nn.ParameterList(
+        [torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)]
+    )
+    optimizer = make_optimizer(model, name, 1e-3, state_dtype=torch.bfloat16, seed=seed)  # type: ignore[arg-type]
+    for _ in range(3):
+        for p in model:
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+    places = [(p.detach().view(torch.int16) - 0x3F80).flatten().tolist() for p in model]
+    assert places == [matrix, vector]
+
+
+def test_what_the_bootstrap_draws() -> None:
+    """Of three seeds and four prompts: the resamples are numpy's, by the seed alone."""
+    table = np.array([[0.0, 1, 4, 3], [1, 3, 6, 5], [2, 2, 7, 5]])
+    drawn = [2.584012565977005, 3.4541266036465634, 3.2710509179618295, 3.25]
+    assert bootstrap(table, 0, 4).tolist() == pytest.approx(drawn)
