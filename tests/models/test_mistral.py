@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,16 @@ def test_rope_tables_are_the_angles_of_the_paper() -> None:
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=1e-3)
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=1e-3)
     torch.testing.assert_close(cos[:3].double(), angles[:3].cos(), rtol=0, atol=1e-6)
+
+
+def test_rope_tables_are_rounded_once() -> None:
+    """The nearest float32 numbers, which no library's last bit can change."""
+    cos, sin = rope_tables(torch.arange(200), 64, 10_000.0)
+    steps = torch.arange(0, 64, 2, dtype=torch.float32) / 64
+    angles = torch.arange(200.0)[:, None] * (1.0 / 10_000.0**steps)
+    for table, function in ((cos, math.cos), (sin, math.sin)):
+        exact = [function(angle) for angle in angles.flatten().tolist()]
+        assert torch.equal(table.flatten(), torch.tensor(exact, dtype=torch.float64).float())
 
 
 # -------------------------------------------------------------------------------------- config.json
