@@ -1,4 +1,5 @@
-"""Requests to stop: SIGTERM (a scheduler, torchrun) and SIGINT (Ctrl-C).
+"""Requests to stop: SIGTERM (a scheduler, torchrun), SIGHUP (the terminal is gone, as where an ssh
+session ends) and SIGINT (Ctrl-C).
 
 Outside a training step a request ends the command where it stands: everything on disk is whole at
 any moment. Python hears of a signal between two of its own instructions, so what waits long in a
@@ -17,6 +18,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Where ranks are asked by different ones, the run ends as the first of them has it.
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, then from torchrun
 
 
@@ -45,9 +48,17 @@ class _Requests:
 
 
 def listen() -> None:
-    """From now on SIGTERM and SIGINT are requests to stop. Only the main thread may call it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _note)
+    """From now on SIGNALS are requests to stop; but for a SIGHUP that is ignored, as under nohup.
+    Only the main thread may call it.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGHUP or not hangup_is_ignored():
+            signal.signal(number, _note)
+
+
+def hangup_is_ignored() -> bool:
+    """Whether this process was started so that it outlives its terminal (nohup)."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -118,7 +118,8 @@ def serve(descriptor: int) -> None:
     """What a worker does, over a socket: reads the work, then task after task, until its parent is
     gone. Then it ends within a task: the parent's next start may write the same files.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's, to all: the parent's to answer
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=[descriptor], daemon=True).start()
     connection = Connection(descriptor)
     work = connection.recv()

@@ -19,11 +19,11 @@ training wait for it. What is lost with a process that dies meanwhile is that on
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,11 +156,10 @@ class Checkpoints:
         )
         mine = interrupt.requested()
         done = self.pending is not None and self.pending.share.done()
-        flags = torch.tensor(
-            [due, mine == signal.SIGTERM, mine == signal.SIGINT, done], dtype=torch.int64
-        )
-        due, terminated, interrupted, done = distributed.total(flags).tolist()
-        stop = bool(terminated or interrupted)
+        asked = [mine == number for number in interrupt.SIGNALS]
+        flags = torch.tensor([due, done, *asked], dtype=torch.int64)
+        due, done, *asked = distributed.total(flags).tolist()
+        stop = any(asked)
         if last or stop or done == distributed.world_size():
             self.finish()
         if self.plan is not None and (due or stop):
@@ -172,7 +171,7 @@ class Checkpoints:
                 if self.plan is None
                 else (f"step {step} is kept in {self.plan.folder}")
             )
-            raise Stopped(signal.SIGTERM if terminated else signal.SIGINT, kept)
+            raise Stopped(next(itertools.compress(interrupt.SIGNALS, asked)), kept)
 
     def _due(self, plan: CheckpointPlan, step: int) -> bool:
         by_time = plan.minutes is not None and time.monotonic() - self.written >= 60 * plan.minutes

@@ -185,13 +185,15 @@ def test_T2_writes_of_another_rank(
 # ----------------------------------------------------------------------------------------------- T3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_T3_stopped_in_training(
     run: Callable[..., Trial], undisturbed: Undisturbed, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM, and Ctrl-C, in the alignment stage, with no checkpoint due.
+    """SIGTERM, SIGHUP, and Ctrl-C, in the alignment stage, with no checkpoint due.
 
-    Expected: the step is finished, a checkpoint written, exit 143 and 130; files bit-identical
+    Expected: the step is finished, a checkpoint written, exit 143, 129 and 130; files bit-identical
     after the same command.
     """
     trial = run("checkpoint.steps=null", signal=number, on_line=f"{POLICY}: step 1/")

@@ -193,6 +193,7 @@ def _serve(library: Path) -> None:
     from ldalign.system import errors
     from ldalign.train import align  # noqa: F401 (imported once, for all trials)
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves are under nohup
     layer = ctypes.CDLL(str(library))
     for line in sys.stdin:
         order = json.loads(line)

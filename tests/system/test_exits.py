@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -243,6 +244,35 @@ def test_a_full_disk_behind_stdout_is_said(lines: int) -> None:
         )
     assert done.returncode == 3
     assert "what is printed cannot be written: No space left on device" in done.stderr
+
+
+HANGS_UP = """
+import os, signal
+from ldalign.system import exits
+
+def main(argv):
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("goes on")
+
+exits.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_start", "code", "printed"), [(signal.SIG_DFL, 129, ""), (signal.SIG_IGN, 0, "goes on\n")]
+)
+def test_a_terminal_that_is_gone_ends_a_command_but_for_nohup(
+    at_start: signal.Handlers, code: int, printed: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS_UP],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, at_start),  # as nohup does
+    )
+    assert (done.returncode, done.stdout) == (code, printed)
+    said = "ldalign: error: stopped by SIGHUP; what is finished is kept; run the same command to go on"
+    assert done.stderr == (f"{said}\n" if code else "")
 
 
 def test_a_closed_stdout_changes_nothing() -> None:
