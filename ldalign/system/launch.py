@@ -18,8 +18,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ldalign.system.errors import EnvironmentProblem, LdalignError
 from ldalign.system.exits import leave
+from ldalign.system.interrupt import SIGNALS
 from ldalign.system.workers import available_cores
 
+HANDLED = (*SIGNALS, signal.SIGQUIT)  # what ends all ranks
 NO_FILE = "<N/A>"  # torch's: this rank wrote no error file
 
 
@@ -44,6 +46,10 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> NoReturn:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        # Not a hangup that is ignored, as under nohup: it is no request.
+        signals_to_handle=",".join(
+            number.name for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN
+        ),
     )
     try:
         # -P: the working directory is no place to import from (kernels/ lies in a checkout's)

@@ -308,6 +308,10 @@ def main(argv):
         while not pathlib.Path(folder, "killed0").exists():  # a rank that still starts says nothing
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "nohup":
+        while not pathlib.Path(folder, "hung up").exists():
+            time.sleep(0.01)
+        return
     elif rank == 1 and kind != "waits":
         raise getattr(errors, kind)("rows.jsonl:7: bad row")
     time.sleep(60)
@@ -324,11 +328,14 @@ for kind in sys.argv[2:]:
     child = os.fork()
     if not child:
         sys.argv = [sys.argv[0]]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if kind == "nohup" else signal.SIG_DFL)
         exits.run(lambda argv: launch.launch("a_rank", [kind, folder], 2))
-    while kind == "waits" and len(list(pathlib.Path(folder).glob("waits*"))) < 2:
+    ends = {"waits": signal.SIGINT, "nohup": signal.SIGHUP}.get(kind)
+    while ends and len(list(pathlib.Path(folder).glob(f"{kind}*"))) < 2:
         time.sleep(0.05)
-    if kind == "waits":
-        os.kill(child, signal.SIGINT)
+    if ends:
+        os.kill(child, ends)
+        pathlib.Path(folder, "hung up").touch()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(f"{kind}: {code}", file=sys.stderr)
 """
@@ -340,7 +347,7 @@ def test_several_ranks_end_with_one_line_and_its_code(tmp_path: Path) -> None:
     that failed, not of those that were stopped for it.
     """
     (tmp_path / "a_rank.py").write_text(RANK)
-    kinds = ["fine", "InputError", "NumericsError", "killed", "waits"]
+    kinds = ["fine", "nohup", "InputError", "NumericsError", "killed", "waits"]
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER, str(tmp_path), *kinds],
         capture_output=True,
@@ -350,6 +357,7 @@ def test_several_ranks_end_with_one_line_and_its_code(tmp_path: Path) -> None:
     bad = "ldalign: error: rank 1: rows.jsonl:7: bad row"
     expected = [
         "fine: 0",
+        "nohup: 0",
         bad,
         "InputError: 2",
         bad,
