@@ -1,9 +1,10 @@
 """The one way every command ends: one line, from one rank, and an exit code.
 
 The codes: 1 bug, 2 input, 3 environment, 4 numerics; 129 terminal gone, 130 Ctrl-C, 143 terminated.
-In a run of several ranks the line begins with the rank that failed. `ldalign --ranks` ends with that rank's
-code (launch.py). torchrun exits with 1 whatever a worker's code and always prints a traceback of
-its own and a summary, which no worker can prevent; the summary names the rank and its code.
+In a run of several ranks the line begins with the rank that failed. `ldalign --ranks` ends with
+that rank's code (launch.py). torchrun exits with 1 whatever a worker's code and always prints a
+traceback of its own and a summary, which no worker can prevent; the summary names the rank and its
+code.
 """
 
 import contextlib
@@ -59,6 +60,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     logs.configure()
     _forget_earlier_lines()
     try:
+        interrupt.end_with_launcher()
         _run(main, argv, debug)
     except interrupt.Stopped as stop:  # here: it may come while another error is dealt with
         _exit(str(stop), stop.exit_code, aftermath=True)

@@ -8,8 +8,10 @@ a checkpoint written. A second request ends at once.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 # Where ranks are asked by different ones, the run ends as the first of them has it.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LAUNCHER = "LDALIGN_LAUNCHER"  # the process that started this rank (launch.py), for the rank alone
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 SAME_REQUEST_S = 2.0  # Ctrl-C under torchrun comes twice: from the terminal, then from torchrun
 
 
@@ -59,6 +63,20 @@ def listen() -> None:
 def hangup_is_ignored() -> bool:
     """Whether this process was started so that it outlives its terminal (nohup)."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def end_with_launcher() -> None:
+    """Makes the death of the process that launched this rank, also by SIGKILL, a request to stop:
+    else its ranks would go on, and nobody would know of them. Linux alone has it.
+
+    Ranks that torchrun or launch.py started; whoever starts ranks in another way may end before.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)
+    if sys.platform != "linux" or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if launcher is not None and os.getppid() != int(launcher):  # it died while this rank started
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ldalign.system.errors import EnvironmentProblem, LdalignError
 from ldalign.system.exits import leave
-from ldalign.system.interrupt import SIGNALS
+from ldalign.system.interrupt import LAUNCHER, SIGNALS
 from ldalign.system.workers import available_cores
 
 HANDLED = (*SIGNALS, signal.SIGQUIT)  # what ends all ranks
@@ -34,6 +34,7 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> NoReturn:
     Raises EnvironmentProblem where the system killed a rank, LdalignError where it crashed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     debug = ["--debug"] if "--debug" in sys.argv else []
     if not debug:

@@ -55,6 +55,13 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "taken",
         ),
     },
+    "T4": {
+        "test_exits.py::test_a_rank_ends_with_its_launcher": (
+            "What launched a rank, torchrun or `--ranks`, is killed by SIGKILL, also while it "
+            "starts.",
+            "it stops as after SIGTERM; a rank that was started in another way goes on",
+        ),
+    },
     "T6": {
         "test_exits.py::test_what_the_machine_refuses_is_no_bug": (
             "A file system is stale, times out, fails or forbids; Python or torch gets no memory: "

@@ -1,5 +1,6 @@
 """How commands end: exit codes, one line, one rank."""
 
+import contextlib
 import errno
 import json
 import os
@@ -271,8 +272,60 @@ def test_a_terminal_that_is_gone_ends_a_command_but_for_nohup(
         preexec_fn=lambda: signal.signal(signal.SIGHUP, at_start),  # as nohup does
     )
     assert (done.returncode, done.stdout) == (code, printed)
-    said = "ldalign: error: stopped by SIGHUP; what is finished is kept; run the same command to go on"
-    assert done.stderr == (f"{said}\n" if code else "")
+    assert done.stderr.startswith("ldalign: error: stopped by SIGHUP; " if code else "")
+    assert bool(done.stderr) == bool(code)
+
+
+A_RANK = """
+import sys
+from ldalign.system import exits
+
+def main(argv):
+    print("there", flush=True)
+    sys.stdin.readline()
+    print("goes on")
+
+exits.run(main)
+"""
+LAUNCHES = """
+import os, subprocess, sys
+
+variables = dict(word.split("=") for word in sys.argv[2:])
+variables = {name: value.replace("ME", str(os.getpid())) for name, value in variables.items()}
+subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, **variables})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to say that the parent is gone")
+@pytest.mark.parametrize(
+    ("variable", "printed"),
+    [
+        ("TORCHELASTIC_RUN_ID=1", "there\n"),  # torchrun's
+        (f"{interrupt.LAUNCHER}=ME", "there\n"),  # ours
+        (f"{interrupt.LAUNCHER}=1", ""),  # which was gone before the rank had begun
+        ("RANK=0", "there\ngoes on\n"),  # by hand
+    ],
+)
+def test_a_rank_ends_with_its_launcher(variable: str, printed: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "TORCHEL"))}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES, A_RANK, variable],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert launcher.stdin is not None and launcher.stdout is not None
+    begun = launcher.stdout.readline()
+    launcher.kill()
+    launcher.wait()  # from here on the rank has the signal, before it can read a line
+    with contextlib.suppress(BrokenPipeError):
+        launcher.stdin.write("go on\n")
+        launcher.stdin.close()
+    assert begun + launcher.stdout.read() == printed
+    stopped = "" if "goes on" in printed else "ldalign: error: stopped by SIGTERM; "
+    assert launcher.stderr is not None and launcher.stderr.read().startswith(stopped)
 
 
 def test_a_closed_stdout_changes_nothing() -> None:
