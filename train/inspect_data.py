@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldalign.data.encoding import FittedRow, Fitting, TooLong
+from ldalign.data.encoding import FittedRow, TooLong
 from ldalign.data.inspection import (
     QUANTILES,
     FileFigures,
@@ -38,7 +38,7 @@ from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.weights import context_length
 from ldalign.run.context import open_policy, open_tokenizer
 from ldalign.run.folder import RunFolder
-from ldalign.run.prepared import read_data, with_lengths
+from ldalign.run.prepared import fitting_of, read_data, with_lengths
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed, exits
 from ldalign.system.config import setting, to_yaml
@@ -105,18 +105,16 @@ def inspect(config: InspectConfig) -> None:
         print(*row_lines(*splits[i], tokenizer, config, paint), "", sep="\n")
     with Bar("rows", len(splits), "rows") as progress:
         found = file_figures(
-            counted(splits, progress), tokenizer, fitting_of(config), config.method == "dpo"
+            counted(splits, progress),
+            tokenizer,
+            fitting_of(config, tokenizer),
+            config.method == "dpo",
         )
     for name in dict.fromkeys([*found, *left_out]):
         figures = found.get(name, FileFigures())
         print(*figures_lines(name, figures, left_out.get(name, {}), config, paint), "", sep="\n")
     for line in warnings(found.values(), left_out, folder, config):
         say(f"WARNING: {line}")
-
-
-def fitting_of(config: RunConfig) -> Fitting:
-    """How a run makes rows fit."""
-    return Fitting(config.max_length, config.long_prompts)
 
 
 def warnings(
@@ -159,7 +157,7 @@ def row_lines(
     """A row's lines: where it is from, what becomes of it, then its parts."""
     head = f"{plain(row.where or 'row')}, id {plain(row.id)}, {split}"
     preference = config.method == "dpo"
-    [found] = fit_split([(row, split)], tokenizer, fitting_of(config), preference)
+    [found] = fit_split([(row, split)], tokenizer, fitting_of(config, tokenizer), preference)
     if isinstance(found, BadRow):
         return [paint(f"{head}: {OF_BAD_ROWS[config.bad_rows]}", BOLD), f"  {plain(str(found))}"]
     parts = parts_of(found, trained_on(config))

@@ -21,6 +21,7 @@ class Fitting:
 
     max_length: int  # tokens of prompt and longer response together
     long_prompts: LongPrompts = "drop"  # what becomes of a row whose prompt alone fills max_length
+    reads: int | None = None  # tokens that the policy reads; None: not known here
 
     @property
     def room(self) -> int:
@@ -116,6 +117,11 @@ def _fit(
         )
     # A pair without a response teaches nothing.
     if fitting.long_prompts == "error":
+        if fitting.reads is not None and len(prompt) >= fitting.reads:
+            return BadRow(
+                f"{row.where or row.id}: the prompt alone has {len(prompt)} tokens, and the policy "
+                f"reads {fitting.reads}; shorten it, or give long_prompts=drop or truncate"
+            )
         return BadRow(
             f"{row.where or row.id}: the prompt alone has {len(prompt)} tokens and fills "
             f"max_length={fitting.max_length}; raise max_length, or give long_prompts=drop or "

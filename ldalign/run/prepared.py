@@ -30,8 +30,10 @@ from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, fin
 from ldalign.data.splitting import VALIDATION_ROWS
 from ldalign.data.store import NO_ROWS, Split, open_split
 from ldalign.data.tokenizer import Tokenizer
+from ldalign.models.weights import context_length
 from ldalign.run.lengths import C, Lengths, asked_of, given, measure, read_lengths, write_lengths
 from ldalign.run.manifest import MANIFEST, Parents, as_read, hash_settings, stage_parents
+from ldalign.run.positions import reads
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
 from ldalign.system.config import to_yaml
@@ -348,7 +350,7 @@ def _make(
     write_json(folder / SOURCES_FILE, [_account(file, found) for file in files])
     if lengths is not None:
         write_lengths(folder, lengths)
-    _warn(found, config)
+    _warn(found, config, tokenizer.folder)
     return {
         "rows/read": found.read,
         "rows/train": found.used["train"],
@@ -404,13 +406,18 @@ def _sources(
     return Source(rows=tuple(train)), given or Source(rows=tuple(heldout))
 
 
+def fitting_of(config: RunConfig, tokenizer: Tokenizer) -> Fitting:
+    """How a run makes rows fit."""
+    return Fitting(config.max_length, config.long_prompts, context_length(tokenizer.folder))
+
+
 def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
     return Plan(
         folder=tokenizer.folder,
         template=tokenizer.template,
         template_called=tokenizer.template_called,
         today=tokenizer.today,
-        fitting=Fitting(config.max_length, config.long_prompts),
+        fitting=fitting_of(config, tokenizer),
         preference=config.method == "dpo",
         kinds=frozenset(embedded.KINDS),
         heldout_fraction=config.heldout_fraction,
@@ -424,15 +431,19 @@ def _plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
     )
 
 
-def _warn(found: Found, config: RunConfig) -> None:
+def _warn(found: Found, config: RunConfig, policy: Path) -> None:
     """Says what a user may not expect of the rows."""
     length = f"max_length={config.max_length}"
     if found.long > TOO_MANY * found.encoded:
-        other = ", or give long_prompts=truncate" if config.long_prompts == "drop" else ""
+        positions = context_length(policy)
+        more = config.max_length < positions
+        why = "" if more else f", and {reads(policy, positions)}"
+        helps = ["raise max_length" if more else "shorten the prompts"]
+        helps += ["give long_prompts=truncate"] if config.long_prompts == "drop" else []
         say(
             f"data: WARNING: the prompt leaves no room in {length} in {found.long} of "
             f"{found.encoded} rows, in whose place others came as far as there are any "
-            f"(data/dropped.jsonl); raise max_length{other}"
+            f"(data/dropped.jsonl){why}; {', or '.join(helps)}"
         )
     train = found.used["train"]
     if found.truncated > TOO_MANY * train:

@@ -1,6 +1,7 @@
 """Lengths from the data: chosen by quantiles, within what the policy reads, and kept."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,32 @@ def test_a_run_keeps_its_lengths(
     monkeypatch.undo()
     with pytest.raises(InputError, match=f"max_length was {length}, now 160"):
         open_toy(tmp_path, *options)
+
+
+@pytest.mark.parametrize(
+    ("length", "advice"),
+    [
+        ("max_length=0", "; shorten the prompts"),
+        ("max_length=512", "; shorten the prompts"),
+        ("max_length=60", "; raise max_length"),
+    ],
+)
+def test_a_prompt_longer_than_the_policy_reads(
+    tmp_path: Path, rows: Path, in_process: None, capfd: pytest.CaptureFixture[str],
+    length: str, advice: str,
+) -> None:  # fmt: skip
+    """No max_length helps it."""
+    asked = [{"prompt": "Say it again. " * 300, "response": "no"}] * 3
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked) + rows.read_text())
+    options = (f"data={rows}", *OPTIONS, "max_new_tokens=8", length)
+    open_toy(tmp_path, *options, write=False)
+    said = capfd.readouterr().err
+    assert f"{advice}, or give long_prompts=truncate\n" in said
+    assert said.count("and the policy reads 512 (max_position") == ("60" not in length)
+    with pytest.raises(InputError) as refused:
+        open_toy(tmp_path, *options, "long_prompts=error", write=False)
+    found = re.search(r"has (\d+) tokens, and the policy reads 512; shorten", str(refused.value))
+    assert found and int(found[1]) > 512
 
 
 def test_other_data_have_other_lengths(tmp_path: Path, rows: Path, in_process: None) -> None:
