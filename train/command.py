@@ -19,6 +19,7 @@ from ldalign.run.folder import RunFolder
 from ldalign.run.keys import ValidationKeys
 from ldalign.run.measures import check_measurements
 from ldalign.run.plan import stage_of
+from ldalign.run.prepared import check_data
 from ldalign.run.settings import RunConfig, reader, unread
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE, check_benchmarks
 from ldalign.run.stages.guide import agree_on_guide, check_guide, say_guide
@@ -85,6 +86,7 @@ def run_script(
         check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
     agree_on_settings(config)
+    check_data(config)
     check_measurements(config, planned(config))
     if kept is not None:
         check_run_pushes(config, planned(config), make="--dry-run" not in argv)

@@ -42,6 +42,7 @@ from ldalign.run.dry_run import dry_run, rough_seconds
 from ldalign.run.folder import RunFolder
 from ldalign.run.manifest import MANIFEST
 from ldalign.run.plan import stage_of
+from ldalign.run.prepared import check_data
 from ldalign.run.stages.benchmarks import benchmark_stages, check_benchmarks, planned_benchmarks
 from ldalign.run.stages.judged import check_embedding, embedding_folder
 from ldalign.run.stages.policy import POLICY_STAGE, start_name
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     check_benchmarks(config)
     distributed.start(config.device, config.timeout_minutes)
     agree_on_settings(config)
+    check_data(config)
     if config.judge.folder is not None:
         check_embedding(config)
     if "--dry-run" in argv:

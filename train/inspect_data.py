@@ -38,7 +38,7 @@ from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.weights import context_length
 from ldalign.run.context import open_policy, open_tokenizer
 from ldalign.run.folder import RunFolder
-from ldalign.run.prepared import fitting_of, read_data, with_lengths
+from ldalign.run.prepared import check_data, fitting_of, read_data, with_lengths
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed, exits
 from ldalign.system.config import setting, to_yaml
@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
 
 def inspect(config: InspectConfig) -> None:
     """Prints the chosen rows and the figures of every file."""
+    check_data(config)
     folder = open_policy(config)
     tokenizer = open_tokenizer(config, folder, RunFolder(Path(config.run), to_yaml(config)).began)
     config = with_lengths(config, tokenizer)

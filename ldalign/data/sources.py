@@ -94,6 +94,13 @@ def find_files(spec: Any, cache: Path | None = None, key: Key = "data") -> list[
     return found
 
 
+def check_local(spec: Any, key: Key = "data") -> None:
+    """Raises InputError as `files_of`; a name on the hub is not looked up."""
+    for source in _sources(spec, key):
+        if not _named_on_hub(source):
+            find_files(source, None, key)
+
+
 def described(found: Sequence[SourceFiles], key: Key = "data") -> list[str]:
     """Says in a line how many files are read, and which where they are few; in others what is not
     read of their folders.
@@ -155,7 +162,7 @@ def _find(source: str, cache: Path | None, key: Key) -> SourceFiles:
         return _in_folder(path, key)
     if glob.has_magic(source):
         return _in_glob(path, key)
-    if cache is not None and HUB_DATA.fullmatch(source) and not _has_ending(path):
+    if cache is not None and _named_on_hub(source):
         _refuse_train(source, key)
         return SourceFiles(tuple(hub_files(source, cache, is_data_file)))
     hint = "; give a file or folder of rows"
@@ -166,6 +173,13 @@ def _find(source: str, cache: Path | None, key: Key) -> SourceFiles:
         close = difflib.get_close_matches(path.stem, others, n=1)
         hint = f"; did you mean {key}={path.with_name(others[close[0]])}?" if close else hint
     raise InputError(f"{begin}: no such file or folder{hint}")
+
+
+def _named_on_hub(source: str) -> bool:
+    """Whether a source is no path, but the name of a data set on the hub."""
+    path = Path(os.path.expanduser(source))
+    here = os.path.lexists(path) or glob.has_magic(source)
+    return not here and HUB_DATA.fullmatch(source) is not None and not _has_ending(path)
 
 
 def _has_ending(path: Path) -> bool:

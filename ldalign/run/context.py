@@ -226,8 +226,14 @@ def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -
 
     Raises InputError as `load_tokenizer` does, and for a template that cannot be read.
     """
+    text = _read_template(config)
+    called = None if text is None else f"template={config.template}"
+    return load_tokenizer(folder, text, today, called)
+
+
+def _read_template(config: RunConfig) -> str | None:
     if config.template is None:
-        return load_tokenizer(folder, today=today)
+        return None
     path = Path(config.template)
     try:
         # A link is as good: the file is the user's own.
@@ -236,7 +242,7 @@ def open_tokenizer(config: RunConfig, folder: Path, today: date | None = None) -
         raise InputError(f"template={path}: no such file") from None
     if not text.strip():
         raise InputError(f"template={path}: is empty; leave the key out for the policy's own")
-    return load_tokenizer(folder, text, today, f"template={path}")
+    return text
 
 
 def open_context(
@@ -254,7 +260,8 @@ def open_context(
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
-    on_rank0(lambda: say_files(config))  # first: a file that is missing need not wait for a policy
+    on_rank0(lambda: say_files(config))  # before a policy is fetched, which may take long
+    _read_template(config)
     start = open_policy(config)
     tokenizer = open_tokenizer(config, start, run.began)
     dtype = choose_dtype(config, device)

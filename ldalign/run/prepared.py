@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -26,7 +27,7 @@ from ldalign.data.preparation import (
 )
 from ldalign.data.reading import Reading
 from ldalign.data.rows import Row
-from ldalign.data.sources import EMBEDDED, WANTED, Key, described, files_of, find_files
+from ldalign.data.sources import EMBEDDED, WANTED, Key, check_local, described, files_of, find_files
 from ldalign.data.splitting import VALIDATION_ROWS
 from ldalign.data.store import NO_ROWS, Split, open_split
 from ldalign.data.tokenizer import Tokenizer
@@ -150,6 +151,14 @@ def read_data(
     say_files(config)
     sources = _sources(config, _listed(config))
     return read_splits(*sources, _reading(config), _plan(config, tokenizer))
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises InputError for files of rows that are not there: before another is fetched, which may
+    take long. Rank 0 looks.
+    """
+    for key, spec in _given(config).items():
+        on_rank0(partial(check_local, spec, key))
 
 
 def say_files(config: RunConfig) -> None:

@@ -129,6 +129,31 @@ def test_a_wrong_command_is_answered_in_one_line(
     assert "unexpected" not in said[0] and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("align data=missing.jsonl", "data=missing.jsonl: no such file"),
+        ("inspect data=missing.jsonl", "data=missing.jsonl: no such file"),
+        ("compare --config compare-own-data data=missing.jsonl", "data=missing.jsonl: no such"),
+        ("align heldout=missing.jsonl", "heldout=missing.jsonl: no such file"),
+        ("align template=missing.jinja", "template=missing.jinja: no such file"),
+    ],
+)
+def test_a_file_that_is_missing_waits_for_no_download(
+    line: str,
+    says: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fetched(name: str, cache: Path) -> Path:
+        raise AssertionError(f"{name} is fetched")
+
+    monkeypatch.setattr("ldalign.run.context.resolve_model", fetched)
+    assert ends(f"{line} policy=org/model run=runs/new", monkeypatch) == 2
+    assert says in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("line", "says"), TOLD_NOTHING, ids=["ldalign", "align", "chat"])
 def test_a_command_that_is_told_nothing_ends_in_one_line(
     line: str,
