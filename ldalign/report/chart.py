@@ -8,10 +8,10 @@ drawing suits a light and a dark page.
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -22,11 +22,14 @@ from matplotlib.ticker import NullFormatter
 from ldalign.evaluation.statistics import Array
 from ldalign.system.files import write_bytes
 
+T = TypeVar("T")
+
 INK, GRID = "#1b1f24", "#d5d9de"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1.2)))
 MARKERS = "osD^v<"
+MOST_TOGETHER = len(SERIES)  # iterations in one drawing: of more, so many are drawn
 WIDTH = 9.4  # inches: the page's text width
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -115,6 +118,18 @@ def chart(name: str, title: str, draw: Callable[[], tuple[Figure, str] | str]) -
         drawn = draw()
     figure, caption = (None, drawn) if isinstance(drawn, str) else drawn
     return Chart(name, title, caption, figure)
+
+
+def spread_out(names: Sequence[T], most: int = MOST_TOGETHER) -> list[T]:
+    """The first and the last of the names, and as many between them, evenly, as make `most`."""
+    if len(names) <= most:
+        return list(names)
+    return [names[i * (len(names) - 1) // (most - 1)] for i in range(most)]
+
+
+def left_out(drawn: int, there: int) -> str:
+    """Says at a caption's end that only some iterations are drawn; "" where all are."""
+    return f" Drawn: {drawn} of {there} iterations, evenly spread." if drawn < there else ""
 
 
 def choose_scale(values: Array) -> str:

@@ -26,6 +26,8 @@ from ldalign.report.chart import (
     bins,
     chart,
     choose_scale,
+    left_out,
+    spread_out,
 )
 from ldalign.report.guides import GAINS, gain_text, guide_name, is_known
 from ldalign.report.notation import FIGURES, HELD_OUT, interval, number, page, percent
@@ -41,6 +43,8 @@ from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
 
 FEWEST_SMOOTHED = 20  # steps, below which a running mean hides more than it shows
+MOST_IN_A_ROW = 4  # panels: of more, three are a row
+NAMES_OVER = 5  # of iterations, over a panel of steps: of more, every so many are named
 MOST_POINTS = 800  # of a scatter; of more, so many are drawn at random, as the caption says
 # The stages that have a colour of their own, in the order of SERIES; benchmarks have that of the
 # evaluation.
@@ -169,9 +173,10 @@ def distances(iterations: Sequence[RunPairs], policies: Sequence[Numbers]) -> Ch
     """
 
     def draw() -> tuple[Figure, str] | str:
-        known = _with_distances(iterations)
-        if isinstance(known, str):
-            return known
+        every = _with_distances(iterations)
+        if isinstance(every, str):
+            return every
+        known = spread_out(every)
         everything = np.concatenate([p.distance[p.trained] for p in known])
         edges, scale = bins(everything)
         figure = Figure(figsize=(WIDTH, 3.2))
@@ -202,7 +207,10 @@ def distances(iterations: Sequence[RunPairs], policies: Sequence[Numbers]) -> Ch
         )
         if zero and scale == "log":
             caption += f" Not drawn: distances of exactly 0 ({zero})."
-        return figure, caption + "".join(map(_explained, policies))
+        caption += left_out(len(known), len(every))
+        shown = {f"iteration_{p.iteration}" for p in known}
+        explained = [_explained(row) for row in policies if row["policy"] in shown]
+        return figure, caption + "".join(explained)
 
     return chart("distances", "Latent distances by iteration", draw)
 
@@ -230,15 +238,23 @@ def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[s
         known = _with_distances(iterations)
         if isinstance(known, str):
             return known
-        known = [p for p in known if np.isfinite(values(p)[p.trained]).any()]
-        if not known:
+        every = [p for p in known if np.isfinite(values(p)[p.trained]).any()]
+        if not every:
             return relation.absent
+        known = spread_out(every)
         scales = [
             choose_scale(np.concatenate([quantity(p)[p.trained] for p in known]))
             for quantity in (values, _distance)
         ]
-        figure = Figure(figsize=(WIDTH, 3.1))
-        panels = figure.subplots(1, len(known), sharex=True, sharey=True, squeeze=False)[0]
+        columns = len(known) if len(known) <= MOST_IN_A_ROW else 3
+        lines = -(-len(known) // columns)
+        figure = Figure(figsize=(WIDTH, 3.1 * lines))
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        panels, unused = grid.flat[: len(known)], grid.flat[len(known) :]
+        for axes in unused:
+            axes.remove()
+        for axes in panels[-columns:]:  # below which there is none
+            axes.tick_params(labelbottom=True)
         cut = False
         for n, (p, axes) in enumerate(zip(known, panels, strict=True)):
             x, y = values(p)[p.trained], p.distance[p.trained]
@@ -250,7 +266,8 @@ def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[s
             for side, scale in zip("xy", scales, strict=True):
                 apply_scale(axes, side, scale)
             axes.set(title=f"iteration {p.iteration}", xlabel=page(relation.xlabel))
-        panels[0].set_ylabel("latent distance d")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("latent distance d")
         seen = [
             f"Iteration {p.iteration}: "
             f"{_interval(found[f'iteration_{p.iteration}']['spearman'][key])}"
@@ -265,7 +282,7 @@ def against(relation: Relation, iterations: Sequence[RunPairs], found: Mapping[s
                 f" At most {MOST_POINTS} pairs a panel are drawn, at random; the correlation is of "
                 "all."
             )
-        return figure, caption
+        return figure, caption + left_out(len(known), len(every))
 
     return chart(relation.name, relation.title, draw)
 
@@ -466,9 +483,10 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
     """Draws the distribution of the pair weights, and what share of the pull the heaviest have."""
 
     def draw() -> tuple[Figure, str] | str:
-        known = _with_distances(iterations)
-        if isinstance(known, str):
-            return known
+        every = _with_distances(iterations)
+        if isinstance(every, str):
+            return every
+        known = spread_out(every)
         edges, scale = bins(np.concatenate([p.weight[p.trained] for p in known]))
         figure = Figure(figsize=(WIDTH, 3.1))
         left, right = figure.subplots(1, 2)
@@ -503,7 +521,7 @@ def weights(iterations: Sequence[RunPairs], found: Mapping[str, Any]) -> Chart:
             "LD-Align's weight is a pair's distance over the mean distance; the pull on the policy "
             f"at the start of an iteration is in proportion. {'. '.join(seen)}. A small effective "
             "sample size means noisier steps than the number of pairs suggests."
-        )
+        ) + left_out(len(known), len(every))
 
     return chart("weights", "Pair weights", draw)
 
@@ -533,10 +551,12 @@ def training(steps: Mapping[str, Sequence[Numbers]], sides: Sides, kind: str) ->
         side = 2 if paired else 1
         grid = figure.subplots(side, side, sharex=paired, squeeze=False)
         begin = 0
+        # the names that have room beside each other
+        named = list(known)[:: -(-len(known) // NAMES_OVER)] if len(known) > 1 else []
         for name, rows in known.items():
             for axes, names in zip(grid.flat, panels.values(), strict=True):
                 _draw_steps(axes, names, rows, begin)
-                if len(known) > 1:
+                if name in named:
                     axes.annotate(
                         shown_name(name),
                         (begin + 0.5, 1),

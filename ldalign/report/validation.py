@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ldalign.report.analysis import Numbers
-from ldalign.report.chart import DASHES, MARKERS, SERIES, WIDTH, Chart, chart
+from ldalign.report.chart import DASHES, MARKERS, SERIES, WIDTH, Chart, chart, left_out, spread_out
 from ldalign.report.notation import FIGURES
 from ldalign.run.folder import shown_name
 
@@ -33,7 +33,10 @@ def validation(records: Mapping[str, Sequence[Numbers]], written: Mapping[str, f
     """
 
     def draw() -> tuple[Figure, str] | str:
-        known = {name: rows for name, rows in records.items() if rows}
+        every = {name: rows for name, rows in records.items() if rows}
+        turns = [name for name in every if name.startswith("iteration_")]
+        drawn = spread_out(turns)
+        known = {n: rows for n, rows in every.items() if n in drawn or n not in turns}
         keys = [key for key in PANELS if any(key in row for rows in known.values() for row in rows)]
         if not keys:
             return ABSENT
@@ -66,6 +69,6 @@ def validation(records: Mapping[str, Sequence[Numbers]], written: Mapping[str, f
             axes.set_xlabel("optimizer step of the stage")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.legend(loc="best")
-        return figure, CAPTION
+        return figure, CAPTION + left_out(len(drawn), len(turns))
 
     return chart("validation", "Validation while training", draw)

@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 import sys
+import warnings
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +24,12 @@ from ldalign.objective import WEIGHTS
 from ldalign.report import figures, notation, words
 from ldalign.report.agreement import agreement_rows, read_agreement, sentence
 from ldalign.report.analysis import OWN, read_pairs
+from ldalign.report.chart import Chart
 from ldalign.report.glossary import TERMS
 from ldalign.report.guides import GAINS, gain_text
 from ldalign.report.page import try_page, write_page
-from ldalign.report.table import read_summaries, write_report
+from ldalign.report.table import read_steps, read_summaries, read_validation, write_report
+from ldalign.report.validation import validation
 from ldalign.run.settings import GUIDED, RunConfig
 from ldalign.system.config import to_dict
 from ldalign.system.errors import EnvironmentProblem, InputError
@@ -1042,3 +1047,43 @@ def test_distances_that_are_all_equal_have_a_page(tmp_path: Path) -> None:
     write_report(run)
     page = write_page(run).read_text()
     assert "Iteration 0: all distances are equal" in page
+
+
+def test_a_run_of_many_iterations_is_drawn_legibly(tmp_path: Path) -> None:
+    """30 of them: no drawing collapses for its legend or its panels, and the captions say that some
+    iterations alone are drawn.
+    """
+    run = made_run(tmp_path / "run", "align")
+    steps = read_steps(run, ["iteration_0/policy"])["iteration_0/policy"]
+    checks = read_validation(run, ["iteration_0/policy"])["iteration_0/policy"]
+    pairs = read_pairs(run, 0)
+    assert pairs is not None
+    many = [replace(pairs, iteration=t) for t in range(30)]
+    found: dict[str, Any] = {f"iteration_{t}": {"pairs": 9} for t in range(30)}
+    policies = [{"policy": name} for name in found]
+    for chart in (
+        figures.distances(many, policies),
+        figures.against(figures.LENGTH, many, found),
+        figures.weights(many, found),
+        validation({"sft": checks, **dict.fromkeys(found, checks)}, {}),
+    ):
+        assert chart.caption.endswith(" Drawn: 6 of 30 iterations, evenly spread.")
+        draw(chart)
+    training = figures.training(dict.fromkeys(found, steps), OWN, "sigmoid")
+    draw(training)
+    assert training.figure is not None
+    labels = [text.get_text() for text in training.figure.axes[0].texts]
+    assert labels == [f"iteration {t}" for t in (0, 6, 12, 18, 24)]
+    for few in (many[:4], many[:5]):
+        chart = figures.against(figures.LENGTH, few, found)
+        assert chart.figure is not None and len(chart.figure.axes) == len(few)
+        assert "Drawn: " not in chart.caption
+        draw(chart)
+
+
+def draw(chart: Chart) -> None:
+    """Lays a drawing out as it is written; it fails where there is no room for the axes."""
+    assert chart.figure is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="constrained_layout not applied")
+        chart.figure.draw_without_rendering()
