@@ -23,6 +23,7 @@ from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
 from ldalign.models.weights import check_model, count_parameters
 from ldalign.run.keys import GuideKeys
+from ldalign.run.lengths import asked_of, given
 from ldalign.run.manifest import (
     CHECKPOINTS,
     SAME_FILES,
@@ -30,7 +31,7 @@ from ldalign.run.manifest import (
     Parents,
     hash_model_folder,
 )
-from ldalign.run.positions import check_rows, warn_of_answers
+from ldalign.run.positions import check_rows, for_longer_rows, warn_of_answers
 from ldalign.run.prepared import open_data, say_files
 from ldalign.run.settings import RunConfig
 from ldalign.system import distributed
@@ -87,6 +88,7 @@ class Context:
     heldout: Split  # whose figures are reported
     validation: Split = NO_ROWS  # what policies are measured on while they are trained
     counts: Mapping[str, float] = field(default_factory=dict)  # of rows, the data stage's summary
+    from_data: Sequence[str] = ()  # which of the two lengths were taken from the data
 
     @cached_property
     def used(self) -> tuple[Sequence[Row], Pairs]:
@@ -275,8 +277,9 @@ def open_context(
         SAME_FILES,
     )
     data = open_data(run, config, tokenizer, write)
+    from_data = asked_of(given(config))
     config, splits = data.config, (data.train, data.heldout, data.validation)
-    ctx = Context(run, config, device, dtype, start, tokenizer, *splits, data.counts)
+    ctx = Context(run, config, device, dtype, start, tokenizer, *splits, data.counts, from_data)
     distributed.agree(
         lambda: {"training rows": ctx.used_hash, "held-out rows": ctx.heldout_hash}, SAME_FILES
     )
@@ -301,7 +304,7 @@ def open_context(
         say(
             f"data: WARNING: {cut} of {n['train']} training responses are longer than max_length="
             f"{config.max_length} leaves room for: they lose their end, and are trained on without "
-            "an end token; raise max_length, or give 0 (from the data)"
+            f"an end token; {for_longer_rows(start, config.max_length)}"
         )
     unchecked = sum(row.kind is None for row in ctx.heldout.rows)
     if unchecked:

@@ -19,13 +19,14 @@ import torch
 
 from ldalign.kernels.pieces import WORKSPACE_BYTES
 from ldalign.models.mistral import Mistral, MistralConfig
-from ldalign.models.weights import check_model
+from ldalign.models.weights import check_model, context_length
 from ldalign.run.context import SAMPLED, Context
 from ldalign.run.disk import described, disk_need, refuse_full_disk
 from ldalign.run.folder import is_foreign
 from ldalign.run.lengths import Counts, quantiles
 from ldalign.run.lock import LOCK, lock
 from ldalign.run.plan import stage_of, to_do
+from ldalign.run.positions import for_longer_rows
 from ldalign.run.stage import Cost
 from ldalign.run.stages.guide import (
     GUIDE_STAGE,
@@ -196,7 +197,8 @@ def _cut_lines(ctx: Context, planned: Sequence[str]) -> Iterator[str]:
             f"WARNING: max_rows={config.max_rows}: an iteration uses {used} of {usable} rows that "
             "are left beside those held out; for all: max_rows=null"
         )
-    if len(real) and steps & {*SAMPLED}:
+    # Lengths from the data are as long as nearly all rows ask, or as the policy reads.
+    if len(real) and steps & {*SAMPLED} and "max_new_tokens" not in ctx.from_data:
         high, new = quantiles(real)[1], config.max_new_tokens
         if high > new:
             yield (
@@ -205,10 +207,12 @@ def _cut_lines(ctx: Context, planned: Sequence[str]) -> Iterator[str]:
                 f"max_new_tokens={high} or more, or 0 (from the data)"
             )
     cut = int(ctx.counts.get("rows/cut", 0))
-    if cut:
+    longer = config.max_length < context_length(ctx.start)  # what the policy could read
+    if cut and not (longer and "max_length" in ctx.from_data):
         yield (
             f"WARNING: max_length={config.max_length}: cuts the end of {cut} of "
-            f"{len(ctx.train.rows)} training responses; raise it, or give 0 (from the data)"
+            f"{len(ctx.train.rows)} training responses; "
+            f"{for_longer_rows(ctx.start, config.max_length)}"
         )
 
 

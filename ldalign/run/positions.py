@@ -16,6 +16,16 @@ def reads(folder: Path, positions: int) -> str:
     return f"the policy reads {positions} (max_position_embeddings in {folder}/config.json)"
 
 
+def for_longer_rows(folder: Path, max_length: int) -> str:
+    """What helps where max_length cuts responses: no other, where the policy in `folder` reads no
+    more.
+    """
+    positions = context_length(folder)
+    if max_length < positions:
+        return "raise max_length, or give 0 (from the data)"
+    return f"{reads(folder, positions)}: shorten the rows"
+
+
 def check_rows(folder: Path, max_length: int, longest: int) -> None:
     """Raises InputError where the longest row, cut to max_length, is longer than the policy in
     `folder` reads.

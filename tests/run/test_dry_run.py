@@ -119,6 +119,21 @@ def test_what_the_settings_cut_is_warned_of(tmp_path: Path, in_process: None) ->
     assert "WARNING" not in page and "training rows: 81; prompt median " in page
 
 
+def test_no_length_is_advised_that_cannot_help(tmp_path: Path, in_process: None) -> None:
+    """Rows longer than the toy policy reads, lengths from the data, or as long as it reads."""
+    path = rows_file(tmp_path / "rows.jsonl", 90)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["response"] = " and".join(["so"] * 900)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data={path}", "sft.epochs=0", "continual_sft.epochs=0", "evaluation.rows=9"]
+    for lengths in (["max_length=0", "max_new_tokens=0"], ["max_length=512"]):
+        page = dry_run.dry_run(open_toy(tmp_path, *options, *lengths, write=False), PLANNED)
+        assert "training responses; the policy reads 512 (max_position_embeddings in " in page
+        assert "raise max_length" not in page
+        assert ("WARNING: max_new_tokens" in page) == (lengths == ["max_length=512"])
+
+
 def test_all_is_said_before_it_fails(
     tmp_path: Path,
     in_process: None,
