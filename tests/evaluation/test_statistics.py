@@ -3,6 +3,7 @@ hand. The rest of the module has its tests in test_crossed.py and tests/report/t
 """
 
 import math
+from statistics import NormalDist, mean, variance
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ def test_wilsons_bounds_are_the_shares_that_the_score_test_just_accepts(
     for p in (low, high):
         errors = (hits / count - p) / math.sqrt(p * (1 - p) / count)
         assert abs(errors) == pytest.approx(NORMAL_95)
+
+
+def test_95_percent_of_a_normal() -> None:
+    assert pytest.approx(NormalDist().inv_cdf(0.975), abs=1e-6) == NORMAL_95
 
 
 def test_wilsons_interval_of_none_and_of_all() -> None:
@@ -89,6 +94,31 @@ def test_superiority_by_hand() -> None:
     assert superiority(a, b[:4]) is None and superiority(a[:4], b) is None
     sure = superiority(a + 10, b)
     assert sure and (sure.value, sure.low, sure.high) == (1.0, 1.0, 1.0)
+
+
+def test_superiority_has_delongs_error() -> None:
+    """By the shares of each value, one after the other, and their unbiased variances."""
+    a, b = array(1, 5, 2, 8, 3, 7), array(4, 0, 6, 2, 1)
+
+    def won(x: float, y: float) -> float:
+        return 1.0 if x > y else 0.5 if x == y else 0.0
+
+    of_a = [sum(won(x, y) for y in b) / 5 for x in a]
+    of_b = [sum(won(x, y) for x in a) / 6 for y in b]
+    half = NORMAL_95 * math.sqrt(variance(of_a) / 6 + variance(of_b) / 5)
+    found = superiority(a, b)
+    assert found and found.value == pytest.approx(mean(of_a))
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - half, min(1, found.value + half))
+    )
+
+
+def test_a_correlation_is_never_above_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's may be, by a last bit."""
+    for r in (1 + 2e-16, -1 - 2e-16):
+        monkeypatch.setattr(np, "corrcoef", lambda x, y, r=r: np.array([[1, r], [r, 1]]))
+        found = spearman(np.arange(9.0), np.arange(9.0))
+        assert found and abs(found.value) == 1
 
 
 def test_relative_gains() -> None:
