@@ -14,6 +14,7 @@ import torch
 from made_weights import GPT2_, write_folder
 from runs import ROOT
 from tiny_guides import CPU, SIZE, TEXTS, config_of, own, pairs, policy_guide, stir, text_guide
+from tokenizers.processors import TemplateProcessing
 
 from ldalign.data.pairs import Pair
 from ldalign.models.gpt2 import GPT2
@@ -140,6 +141,39 @@ def test_distance_does_not_depend_on_the_batch(guide: Guide) -> None:
     assert torch.allclose(
         guide.distance(x[::-1], y[::-1], z[::-1]).flip(0), together, rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_batch_of_distances_has_no_more_tokens_than_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of pairs whose responses differ; the others are not read, and cost nothing."""
+    guide = stir(text_guide())
+    chosen = [*pairs(guide), *(guide.pair(f"same-{i}", "x", "y" * 90, "y" * 90) for i in range(3))]
+    most = max(pair.tokens for pair in chosen[:5])
+    read: list[int] = []
+    states = guide.states
+
+    def counted(batch: list[Pair]) -> Any:
+        read.append(sum(pair.tokens for pair in batch))
+        return states(batch)
+
+    monkeypatch.setattr(guide, "states", counted)
+    guide.pair_distances(chosen, most)
+    assert len(read) > 1 and max(read) <= most
+    assert sum(read) == sum(pair.tokens for pair in chosen[:5])
+
+
+def test_a_prompt_has_no_tokens_that_its_text_has_not() -> None:
+    """Whatever the tokenizer begins and ends a text with by itself."""
+    guide = text_guide()
+    plain = guide.pair("a", "What is 2 + 2?", "4", "5")
+    end = guide.tokenizer.get_vocab()
+    name = max(end, key=lambda token: end[token])
+    guide.tokenizer.post_processor = TemplateProcessing(
+        single=f"{name} $A {name}", special_tokens=[(name, end[name])]
+    )
+    assert guide.tokenizer.encode("a").ids[0] == end[name]
+    assert guide.pair("a", "What is 2 + 2?", "4", "5") == plain
 
 
 def test_batches_are_filled_in_order_and_never_over_their_budget() -> None:
