@@ -17,6 +17,10 @@ step over all other tokens. The first are answered with out 0 and an infinite ls
 +, -3 -), the second with gradients 0. Both know a window only for queries and keys that end
 together, so not for the second call: `supports` says where it would be needed, and Triton's kernel
 is the one to use. Oracle: `ldalign.kernels.reference.pair_attention`.
+
+Prompts of a generation: FlashAttention-3 reads a paged cache as it lies, with pages of any size,
+and a row's queries and keys end together, as it wants them. FlashAttention-2 wants pages of 256
+tokens or a multiple; they have 16. Oracle: `ldalign.kernels.reference.paged_attention`.
 """
 
 import functools
@@ -28,6 +32,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldalign.kernels import segments as work
@@ -82,6 +87,18 @@ def why_not_3() -> str:
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability()
     return "" if capability == ON_3 else "it is for compute capability 9.0"
+
+
+@functools.cache
+def reads_pages() -> bool:
+    """Says whether FlashAttention-3 can run here, and was built with its kernels for pages."""
+    if 3 not in generations():
+        return False
+    try:
+        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except ImportError:  # an older build, which wrote nothing down
+        return True
+    return not flags.get("FLASHATTENTION_DISABLE_PAGEDKV", False)
 
 
 def _why_not_2() -> str:
@@ -154,6 +171,45 @@ def pair_attention_backward(
     if prompts is not None:
         dqkv += _backward(grad, qkv, out, by_head, heads, prompts, None)
     return dqkv
+
+
+def supports_pages(most: int, dtype: torch.dtype, head_dim: int) -> bool:
+    """Says whether `paged_attention` can do it: prompts in half precision, by FlashAttention-3.
+
+    most: the largest number of new tokens of a row. Of 1, a step of decoding, Triton cuts the keys
+    into runs by numbers that the host has, as a CUDA graph needs it.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return most > 1 and half and head_dim % 8 == 0 and head_dim <= WIDEST[3] and reads_pages()
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    most: int,
+    window: int | None,
+) -> Tensor:
+    """Returns (N, H, E), contiguous: as `ldalign.kernels.triton_decode.paged_attention`."""
+    if not len(q):
+        return torch.empty_like(q)
+    out, *_ = interface(3)._flash_attn_forward(
+        q,
+        keys,
+        values,
+        cu_seqlens_q=F.pad(rows[:, 0].cumsum(0, dtype=torch.int32), (1, 0)),
+        seqused_k=rows.sum(1, dtype=torch.int32),
+        max_seqlen_q=most,
+        page_table=pages,
+        softmax_scale=q.shape[2] ** -0.5,
+        causal=True,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    made: Tensor = out
+    return made
 
 
 class Call(NamedTuple):

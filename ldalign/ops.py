@@ -778,17 +778,21 @@ def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
 
     FlashAttention where it is installed and can do this batch, else the chosen one.
     """
-    if qkv.is_cuda and os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available():
-        if flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
-            _note_flash(flash.generation(qkv.shape[2]))
-            return flash
+    if _may_use_flash(qkv) and flash.supports(segments, window, qkv.dtype, qkv.shape[2]):
+        _note_flash("pair_attention", flash.generation(qkv.shape[2]))
+        return flash
     return _module(choose("pair_attention", qkv.device.type, qkv.dtype == torch.float64))
 
 
+def _may_use_flash(x: Tensor) -> bool:
+    auto = os.environ.get("LDALIGN_BACKEND", "auto") == "auto"
+    return x.is_cuda and auto and flash.available()
+
+
 @functools.cache
-def _note_flash(number: int | None) -> None:
+def _note_flash(op: str, number: int | None) -> None:
     name = f"FlashAttention-{number}"
-    log.info("ops: pair_attention on cuda: %s, where it can (LDALIGN_BACKEND=auto)", name)
+    log.info("ops: %s on cuda: %s, where it can (LDALIGN_BACKEND=auto)", op, name)
 
 
 def _check_segments(segments: Tensor, tokens: int) -> None:
@@ -999,10 +1003,26 @@ def paged_attention(
     return torch.ops.ldalign.paged_attention(q, keys, values, rows, pages, most, window)
 
 
+def _run_paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    most: int,
+    window: int | None,
+) -> Tensor:
+    if _may_use_flash(q) and flash.supports_pages(most, q.dtype, q.shape[2]):
+        _note_flash("paged_attention", 3)
+        return flash.paged_attention(q, keys, values, rows, pages, most, window)
+    out: Tensor = _raw("paged_attention", q)(q, keys, values, rows, pages, most, window)
+    return out
+
+
 _operator(
     "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor pages, int most, "
     "int? window) -> Tensor",
-    lambda q, *rest: _raw("paged_attention", q)(q, *rest),
+    _run_paged_attention,
     lambda q, *rest: q.new_empty(q.shape),
 )
 

@@ -128,6 +128,7 @@ def _flash_attention() -> Tick:
     names = [f"FlashAttention-{n} (heads up to {flash.WIDEST[n]} wide)" for n in found]
     passed_over = "" if 3 in found else f"; -3: {flash.why_not_3()}"
     detail = f"pair attention by {', else '.join(names)}, else Triton{passed_over}"
+    detail += "; prompts of a generation by -3" if flash.reads_pages() else ""
     return Tick("FlashAttention", True, detail)
 
 

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_oracle import attention, gradient, pack
+from paged_cases import Case
 from torch import Tensor, library
 
 from ldalign import ops
-from ldalign.kernels import flash
+from ldalign.kernels import flash, reference
 from ldalign.run import environment
 
 
@@ -184,8 +186,18 @@ class FakeFlashAttention3:
         pack_gqa: bool | None = None,
         sm_margin: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert cu_seqlens_q is not None and cu_seqlens_k is not None and softmax_scale is not None
-        assert max_seqlen_q is not None and max_seqlen_k is not None
+        assert cu_seqlens_q is not None and softmax_scale is not None and max_seqlen_q is not None
+        if page_table is not None:
+            assert cu_seqlens_k is None, "then page table is not supported"
+            assert seqused_k is not None and seqused_k.shape == page_table.shape[:1]
+            assert seqused_k.dtype == page_table.dtype == torch.int32
+            most = page_table.shape[1] * k.shape[1]
+            # Of a row, what it uses of its pages, and nothing else.
+            slots = page_table[:, :, None] * k.shape[1] + torch.arange(k.shape[1])  # (R, P, 16)
+            used = [own[:n] for own, n in zip(slots.flatten(1), seqused_k.tolist(), strict=True)]
+            k, v = (x.flatten(0, 1)[torch.cat(used)] for x in (k, v))
+            cu_seqlens_k, max_seqlen_k = F.pad(seqused_k.cumsum(0).int(), (1, 0)), most
+        assert cu_seqlens_k is not None and max_seqlen_k is not None
         entries = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         windows = window_size_left, window_size_right
         out, lse, _, _ = self._played._flash_attn_varlen_forward(
@@ -367,6 +379,8 @@ def test_which_generation(
         chosen = ops._attention(qkv, PAIRS, None) if narrow else None  # type: ignore[arg-type]
     assert chosen is (flash if narrow else None)
     assert (f"pair_attention on cuda: FlashAttention-{narrow}" in caplog.text) == bool(narrow)
+    assert flash.supports_pages(2, torch.bfloat16, 128) == (narrow == 3)
+    assert ("prompts of a generation by -3" in tick.detail) == (narrow == 3)
 
 
 CUDA = torch.device("cuda", 0)
@@ -391,9 +405,61 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
         monkeypatch.setattr(flash.importlib.metadata, "version", version)
         flash.generations.cache_clear()
+        flash.reads_pages.cache_clear()
 
     yield play
     flash.generations.cache_clear()
+    flash.reads_pages.cache_clear()
+
+
+PAGED = {  # new tokens of a row and those before them; the window
+    "prompts": (((5, 0), (40, 0), (16, 0)), None),
+    "responses among them, and prompts in pieces": (((1, 37), (20, 0), (7, 30), (16, 16)), None),
+    "a row without new tokens": (((3, 2), (0, 9), (4, 0)), None),
+    "a window within a page": (((1, 37), (20, 0), (7, 30)), 6),
+    "a window across pages": (((1, 37), (40, 0), (7, 30)), 20),
+    "a window of one": (((1, 37), (20, 0)), 1),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_prompts_over_pages(
+    name: str, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the operator, on what says of itself that it lies on a GPU."""
+    of_rows, window = PAGED[name]
+    machine((3,), (9, 0))
+    case = Case(of_rows, window, K=2, G=3, E=16)
+    inputs, most = case.inputs(torch.float64, "cpu"), max(new for new, _ in of_rows)
+    exact = reference.paged_attention(*inputs, window)
+    monkeypatch.setattr(ops, "_may_use_flash", lambda q: True)
+    monkeypatch.setattr(ops, "_raw", lambda *_: pytest.fail("another kernel"))
+    monkeypatch.setattr(flash, "supports_pages", lambda *_: True)
+    out = ops.paged_attention(*inputs, most, window)
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+    assert out.is_contiguous()
+    nothing = ops.paged_attention(inputs[0][:0], *inputs[1:3], inputs[3] * 0, inputs[4], 0)
+    assert nothing.shape == (0, 6, 16)
+
+
+def test_where_pages_are_left_to_triton(machine: Callable[..., None]) -> None:
+    machine((3,), (9, 0))
+    bf16 = torch.bfloat16
+    assert flash.supports_pages(2, bf16, 192) and flash.supports_pages(300, torch.float16, 64)
+    assert not flash.supports_pages(1, bf16, 64), "decoding, which is captured in graphs"
+    assert not flash.supports_pages(2, torch.float32, 64) and not flash.supports_pages(2, bf16, 20)
+    assert not flash.supports_pages(2, bf16, 200)
+    machine((2,), (9, 0))
+    assert not flash.supports_pages(2, bf16, 64), "pages of 256 tokens"
+    flags = {"FLASHATTENTION_DISABLE_PAGEDKV": True}
+    built = SimpleNamespace(CONFIG={"build_flags": flags})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn_config", built)  # type: ignore[arg-type]
+        machine((3,), (9, 0))
+        assert not flash.supports_pages(2, bf16, 64), "built without"
+        flags["FLASHATTENTION_DISABLE_PAGEDKV"] = False
+        machine((3,), (9, 0))
+        assert flash.supports_pages(2, bf16, 64)
 
 
 def test_why_not_says_why(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,3 +519,19 @@ def test_the_real_flash_attention() -> None:
     )
     for ours, theirs, e, times in zip((out, lse, dqkv), eager, exact, (2, 2, 3), strict=True):
         assert (ours.double() - e).norm() <= times * (theirs.double() - e).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_real_flash_attention_over_pages(window: int | None) -> None:
+    """In bfloat16 no more than twice the error of eager PyTorch; the same bits twice."""
+    if not flash.supports_pages(2, torch.bfloat16, 64):
+        pytest.skip("no FlashAttention-3 that reads pages")
+    rows = ((1, 370), (600, 0), (70, 300), (16, 16), (333, 77))
+    inputs = Case(rows, K=2, G=4, E=64).inputs(torch.bfloat16, "cuda")
+    out, again = (flash.paged_attention(*inputs, 600, window) for _ in range(2))
+    assert torch.equal(out, again)
+    q, keys, values, *where = inputs
+    exact = reference.paged_attention(q.double(), keys.double(), values.double(), *where, window)
+    eager = reference.paged_attention(*inputs, window)
+    assert (out.double() - exact).norm() <= 2 * (eager.double() - exact).norm()
