@@ -22,6 +22,7 @@ N new tokens of a step.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -172,11 +173,9 @@ class Engine:
         step with their requests, to show text as it comes. Raises NumericsError, which names the
         request, for logits that are NaN or infinite.
         """
-        waiting = iter(requests)
-        following = next(waiting, None)
+        waiting, queue = iter(requests), deque[Request]()
         while True:
-            while following is not None and self._open() and self._admit(following):
-                following = next(waiting, None)
+            self._let_in(queue, waiting)
             active = np.flatnonzero(self.length)  # (A,) a free place has length 0
             if not len(active):
                 self._flight = None  # of rows that have ended
@@ -200,32 +199,59 @@ class Engine:
         self._full = 0
         return True
 
-    def _admit(self, request: Request) -> bool:
-        """Gives the request a place and pages, if there are any now."""
+    def _let_in(self, queue: deque[Request], waiting: Iterator[Request]) -> None:
+        """Has requests enter in their order, as far as there is room.
+
+        queue: those that were read of `waiting` and have not entered. One whose beginning a row
+        under way is computing waits until it can share that: a place and pages are kept for it, and
+        others enter before it.
+        """
+        kept: list[Request] = []
+        kept_pages = 0
+        while self._open():
+            request = queue.popleft() if queue else next(waiting, None)
+            if request is None:
+                break
+            prompt = self._prompt(request)
+            free = np.flatnonzero(self.length == 0)[len(kept) :]
+            shared, computed = self.shared.find(prompt)
+            wanted = pages_for(self._end(prompt)) - len(shared)
+            if not len(free) or wanted > self.pool.free - kept_pages:
+                queue.appendleft(request)
+                if not kept:
+                    self._full = int(np.count_nonzero(self.length))
+                break
+            if computed:
+                self._admit(request, prompt, int(free[0]), np.array(shared, dtype=np.int32))
+            else:
+                kept.append(request)
+                kept_pages += wanted
+        queue.extendleft(reversed(kept))
+
+    def _prompt(self, request: Request) -> tuple[int, ...]:
         prompt = tuple(request.prompt)
         if not 0 < len(prompt) < self.longest:
             raise InputError(
                 f"generation: the prompt of {request.key!r} has {len(prompt)} tokens; expected 1 "
                 f"to {self.longest - 1}"
             )
-        free = np.flatnonzero(self.length == 0)
-        if not len(free):
-            self._full = len(self.length)
-            return False
-        found, computed = self.shared.find(prompt)
-        if not computed:
-            return False  # a row under way is computing them: the next steps share them
-        shared = np.array(found, dtype=np.int32)
-        end = min(len(prompt) + self.sampling.max_new_tokens, self.longest)
-        # All that the row can ever need, so that none has to be thrown out half done.
+        return prompt
+
+    def _end(self, prompt: Sequence[int]) -> int:
+        """The most tokens of a row, so that it can be given all the pages that it can ever need:
+        none has to be thrown out half done.
+        """
+        return min(len(prompt) + self.sampling.max_new_tokens, self.longest)
+
+    def _admit(
+        self, request: Request, prompt: tuple[int, ...], place: int, shared: np.ndarray
+    ) -> None:
+        """Gives the request this place and its pages, which begin with the `shared` ones."""
+        end = self._end(prompt)
         needed = pages_for(end)
-        wanted = needed - len(shared)
-        if wanted > self.pool.free:
-            self._full = len(self.length) - len(free)
-            return False
-        place = int(free[0])
         self.pool.share(shared)
-        self.pages[place, :needed] = np.concatenate((shared, self.pool.take(wanted)))
+        own = self.pool.take(needed - len(shared))
+        self.pages[place, :needed] = np.concatenate((shared, own))
         self.requests[place] = request
         self.tokens[place] = -1
         self.tokens[place, : len(prompt)] = prompt
@@ -235,7 +261,6 @@ class Engine:
         self.logp[place], self._known[place] = 0.0, False
         self.entered[place], self._clock = self._clock, self._clock + 1
         self.shared.add(prompt, self.pages[place])
-        return True
 
     def _next_tokens(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Takes the places under way (A,) one step further.
@@ -315,8 +340,9 @@ class Engine:
         """Deals a step's tokens out: the places that compute in it, and how many tokens each."""
         new = self.length[active] - self.held[active]  # (A,) not in the cache yet
         # Responses under way first, with one token each, so that no long prompt makes them wait;
-        # then prompts, in the order in which they entered.
-        order = np.lexsort((self.entered[active], new > 1))
+        # then prompts of which others have computed all but the last page, and the other prompts,
+        # in the order in which they entered.
+        order = np.lexsort((self.entered[active], new > PAGE, new > 1))
         active, new = active[order], new[order]
         before = np.cumsum(new) - new  # (A,) tokens wanted by those further ahead
         # Every response under way gets its token, even where step_tokens is smaller than the rows.

@@ -233,6 +233,35 @@ def test_a_common_beginning_is_computed_once(kind: str) -> None:
     assert [run(single, [replace(q, index=0)])[0].ids for q in requests] == [r.ids for r in shared]
 
 
+def test_room_is_kept_for_a_row_that_waits_for_pages(kind: str) -> None:
+    """Of two samples the second needs one page more, once the first is computed. A third row fits
+    in what is left before that, but has to wait: else the second would find nothing to share.
+    """
+    draw = np.random.default_rng(5)
+    prompt, other, short = (draw.integers(3, 61, n).tolist() for n in (70, 60, 5))
+    # The third lacks one of its 5 pages, or a place.
+    for rows, pages, third, fourth in ((4, 10, other, short), (2, 10, short, other)):
+        spy = Spy(decoder_of(kind, model_of()))
+        cache = pages * spy.page_bytes()
+        engine = Engine(spy, Sampling(10), [], 0, longest=80, rows=rows, cache_bytes=cache)
+        done = run(engine, requests_of([prompt, prompt, third, fourth]))
+        assert all(len(response.ids) == 10 for response in done)
+        assert spy.steps[0] == [70] and sum(map(sum, spy.steps)) == 70 + 6 + 60 + 5 + 4 * 9
+        assert engine.pool.free == spy.pages == pages
+
+
+def test_what_is_left_of_a_shared_prompt_comes_first(kind: str) -> None:
+    """A sample that shares pages needs 6 tokens of its own, and does not wait for a long prompt
+    that entered while those pages were computed.
+    """
+    draw = np.random.default_rng(5)
+    prompt, other = (draw.integers(3, 61, n).tolist() for n in (70, 60))
+    spy = Spy(decoder_of(kind, model_of()))
+    engine = Engine(spy, Sampling(10), [], 0, longest=80, rows=3, step_tokens=40)
+    run(engine, requests_of([prompt, prompt, other]))
+    assert spy.steps[:4] == [[40], [30, 10], [1, 6, 33], [1, 1, 17]]
+
+
 def test_memory_stays_in_its_budget(kind: str) -> None:
     decoder = decoder_of(kind, model_of())
     each = pages_for(50) * decoder.page_bytes()

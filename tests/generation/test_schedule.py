@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from simulated_engine import END, lengths, simulate
 
+from ldalign.generation.paged_cache import PAGE
+
 pytestmark = pytest.mark.gpu_check
 
 PLACES, STEP = 32, 2048  # an eighth of a GPU's 256 rows and 16,384 tokens
@@ -27,6 +29,21 @@ def test_places_are_refilled_as_rows_leave() -> None:
     assert chunked.table()["rows busy"] < PLACES * 2 / 3
     # A row's tokens depend on (seed, key) and logits, not on its company.
     assert same == {i: made[i] for i in range(few)}
+
+
+def test_rows_enter_before_one_that_waits_for_pages() -> None:
+    """Two rows of each prompt: the second waits for the pages that the first computes, and rows
+    behind it do not. Where they did, 54 of 64 places were busy and 44 % of the steps mixed.
+    """
+    places, samples = 64, 2
+    prompts, responses = lengths(4 * places, most=64, samples=samples)
+    counts, made = simulate(prompts, responses, places, 4096, samples=samples)
+    assert counts.table()["rows busy"] > 0.94 * places and counts.table()["mixed"] < 0.1
+    # The pages were shared, all but the last of a prompt.
+    least = prompts[::samples].sum() + (responses - 1).sum()
+    assert least <= sum(counts.tokens) <= least + (2 + PAGE) * len(prompts)
+    _, alone = simulate(prompts, responses, 5, 4096, samples=samples)
+    assert alone == made
 
 
 def test_the_model_tells_rows_apart() -> None:

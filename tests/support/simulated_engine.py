@@ -1,4 +1,5 @@
-"""The engine's schedule without a model: simulated_engine.py [--rows 2560] [--places 256].
+"""The engine's schedule without a model: simulated_engine.py [--rows 2560] [--places 256]
+[--samples 1].
 
 Runs the engine, and the module decoder with what on a GPU would be CUDA graphs, over a model whose
 logits are a hash of (row, position) and which ends each response at a length drawn beforehand.
@@ -22,7 +23,7 @@ from torch import Tensor
 from ldalign.generation.answers import longest_first
 from ldalign.generation.decoders import ModuleDecoder
 from ldalign.generation.engine import Engine, Request
-from ldalign.generation.paged_cache import pages_for
+from ldalign.generation.paged_cache import PAGE, pages_for
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 
@@ -51,8 +52,8 @@ class Counts:
 
 
 class HashModel:
-    """Stands for a Mistral. A prompt's first id is its row's number; ends (rows,) are the tokens of
-    prompt and response together, and the logits depend on (row, position) alone.
+    """Stands for a Mistral. A prompt's last id is VOCABULARY + its row's number; ends (rows,) are
+    the tokens of prompt and response together, and the logits depend on (row, position) alone.
 
     spare: the number of the page of rows that only fill up a graph.
     """
@@ -62,24 +63,27 @@ class HashModel:
 
     def __init__(self, ends: np.ndarray, spare: int) -> None:
         self.ends, self.spare = ends, spare
-        self.row_of = np.zeros(spare + 1, dtype=np.int64)  # by a row's first page
+        self.row_of = np.zeros(spare + 1, dtype=np.int64)  # by the page of a row's newest token
         self.counts = Counts()
 
     def __call__(self, ids: Tensor, layout: Any, head: Callable[[Tensor, Tensor], Tensor]) -> Any:
         counts, held = layout.rows.numpy().T  # (R,) new tokens, and those before them
-        page = layout.pages[:, 0].numpy()
-        last = counts.cumsum() - 1  # (R,) of the N new tokens
-        begins = (held == 0) & (page < self.spare)
-        self.row_of[page[begins]] = ids.numpy()[(last - counts + 1)[begins]]
-        there, mixed = page < self.spare, bool((counts > 1).any())
+        pages = layout.pages.numpy()  # (R, P)
+        last, position = counts.cumsum() - 1, held + counts - 1  # (R,) of a row's last new token
+        there, mixed = pages[:, 0] < self.spare, bool((counts > 1).any())
         if not mixed:
-            self.counts.graphs.add((len(counts), layout.pages.shape[1]))
+            self.counts.graphs.add(pages.shape)
         if there.any():  # else the step is computed to be captured
             self.counts.busy.append(int(there.sum()))
             self.counts.tokens.append(int(counts[there].sum()))
             self.counts.mixed.append(mixed)
+        every = np.arange(len(pages))
+        before = self.row_of[pages[every, (position - 1).clip(0) // PAGE]]
+        number = ids.numpy()[last] - VOCABULARY
+        row = np.where((number >= 0) & (number < len(self.ends)), number, before)
+        self.row_of[pages[every, position // PAGE]] = row
         hidden = torch.zeros(len(ids), VOCABULARY)
-        hidden[torch.from_numpy(last)] = self._logits(self.row_of[page], held + counts - 1)
+        hidden[torch.from_numpy(last)] = self._logits(row, position)
         return head(hidden, self.output_weight)
 
     def _logits(self, row: np.ndarray, position: np.ndarray) -> Tensor:
@@ -92,14 +96,15 @@ class HashModel:
         return torch.from_numpy(logits)
 
 
-def lengths(rows: int, most: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def lengths(rows: int, most: int, samples: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompts (rows,), 100 to 600, and of responses (rows,): lognormal, a mean of 180
-    where `most` does not cut them.
+    where `most` does not cut them. samples: rows of one prompt.
     """
     draw = np.random.default_rng(seed)
     spread = 0.6
     responses = draw.lognormal(np.log(180) - spread**2 / 2, spread, rows).astype(np.int64)
-    return draw.integers(100, 601, rows), responses.clip(1, most)
+    prompts = draw.integers(100, 601, -(-rows // samples)).repeat(samples)[:rows]
+    return prompts, responses.clip(1, most)
 
 
 def simulate(
@@ -108,11 +113,14 @@ def simulate(
     places: int,
     step_tokens: int,
     chunk: int | None = None,
+    samples: int = 1,
 ) -> tuple[Counts, dict[int, Response]]:
     """Makes responses of these tokens to prompts of those; returns the counts, and the responses by
     row.
 
     chunk: rows that have all left before others enter; None: a row enters as another leaves.
+    samples: so many rows in turn have one prompt, but for the last token, by which they are told
+    apart, and share its full pages.
     """
     most, longest = int(responses.max()), int((prompts + responses).max())
     model = HashModel(prompts + responses, places * pages_for(longest))
@@ -127,8 +135,10 @@ def simulate(
         cache_bytes=UNLIMITED,
     )
     made: dict[int, Response] = {}
+    named = VOCABULARY + len(prompts)  # the first token, of a prompt's own
     requests = longest_first(
-        Request(str(i), [i, *[1] * (int(n) - 1)], i) for i, n in enumerate(prompts)
+        Request(str(i), [named + i // samples, *[1] * (int(n) - 2), VOCABULARY + i], i)
+        for i, n in enumerate(prompts)
     )
     size = chunk or len(requests)
     for i in range(0, len(requests), size):
@@ -143,15 +153,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2560)
     parser.add_argument("--places", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=1, help="rows of one prompt")
     args = parser.parse_args()
-    prompts, responses = lengths(args.rows, args.max_new_tokens)
+    prompts, responses = lengths(args.rows, args.max_new_tokens, args.samples)
     print(
         f"{args.rows} rows, {args.places} places; tokens: prompts {prompts.mean():.0f}, responses "
         f"{responses.mean():.0f}, at most {responses.max()}"
     )
     for step_tokens in (512, 16384):
         for name, chunk in (("chunk by chunk", args.places), ("as others leave", None)):
-            counts, _ = simulate(prompts, responses, args.places, step_tokens, chunk)
+            counts, _ = simulate(prompts, responses, args.places, step_tokens, chunk, args.samples)
             said = ", ".join(f"{key} {value:.4g}" for key, value in counts.table().items())
             print(f"{step_tokens:>5} tokens a step, {name}: {said}", flush=True)
 
