@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -45,6 +46,25 @@ CACHE_SHARE = 0.5  # the cache's share of the free memory, where no budget is gi
 # With graphs, this share of the rows leaves before others enter. A row of 200 tokens, of 256 rows:
 # 4 % of the steps have prompts in them, and half of the share, 6 %, of the places are empty.
 REFILL_SHARE = 1 / 8
+
+
+# Of each decoder that is alive, the pages of its cache.
+_POOLS: WeakKeyDictionary[Decoder, PagePool] = WeakKeyDictionary()
+
+
+def _free_bytes(decoder: Decoder) -> int:
+    """The bytes that there are for caches: the decoder's own, of an earlier engine, goes.
+
+    A CPU's memory is taken as it is first used, so a living cache can count as free.
+    """
+    free = available_bytes(decoder.device)
+    for other, pool in _POOLS.items():
+        untouched = pool.untouched if other.device.type == "cpu" else 0
+        if other is decoder:
+            free += (pool.size - untouched) * decoder.page_bytes()
+        elif other.device == decoder.device:
+            free -= untouched * other.page_bytes()
+    return max(0, free)
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class Engine:
         self.longest, self.step_tokens = longest, step_tokens or decoder.step_tokens
         budget = cache_bytes
         if budget is None:
-            budget = int(CACHE_SHARE * available_bytes(decoder.device))
+            budget = int(CACHE_SHARE * _free_bytes(decoder))
         each = pages_for(longest)  # what one row can need
         pages = min(rows * each, budget // decoder.page_bytes())
         if pages < each:
@@ -111,7 +131,7 @@ class Engine:
             )
         pages = self._allocate(pages, each)
         self._most = max(rows, self.step_tokens)  # tokens of a step; less once memory ran out
-        self.pool = PagePool(pages)
+        self.pool = _POOLS[decoder] = PagePool(pages)
         self.shared = SharedPages(pages)
         # One entry a place.
         self.requests: list[Request | None] = [None] * rows  # None: the place is free

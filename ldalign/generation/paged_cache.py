@@ -21,13 +21,18 @@ class PagePool:
     def __init__(self, pages: int) -> None:
         # A stack: the pages given back last are taken first.
         self._free = np.arange(pages, dtype=np.int32)[::-1].copy()  # its first `_count` are free
-        self._count = pages
+        self.size = self._count = self._fewest = pages
         self._users = np.zeros(pages, dtype=np.int32)
 
     @property
     def free(self) -> int:
         """The number of pages that no row uses."""
         return self._count
+
+    @property
+    def untouched(self) -> int:
+        """The number of pages that no row has used yet."""
+        return self._fewest
 
     def take(self, count: int) -> np.ndarray:
         """Takes `count` free pages, (count,) int32; each has one user then.
@@ -36,6 +41,7 @@ class PagePool:
         """
         assert count <= self._count, f"{count} pages wanted, {self._count} free"
         self._count -= count
+        self._fewest = min(self._fewest, self._count)
         taken = self._free[self._count : self._count + count][::-1].copy()
         self._users[taken] = 1
         return taken

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fake_graphs import FakeGraphs
 from op_cases import normal
 from torch import Tensor
 
+from ldalign.generation import engine as engine_module
 from ldalign.generation.decoders import (
     Decoder,
     ModuleDecoder,
@@ -490,6 +492,35 @@ def test_release_takes_the_weights() -> None:
         sum(p.numel() for p in model.parameters()) < 2500 + model.model.embed_tokens.weight.numel()
     )
     assert run(Engine(decoder, Sampling(5), [], 0, longest=20), requests_of([[4, 5]])) == kept
+
+
+def test_an_engine_counts_the_caches_there_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of an earlier engine of its decoder goes; that of another decoder stays, and only
+    what was used of it counts as taken already.
+    """
+    model = model_of()
+    first, second = (Spy(decoder_of(kind, model)) for _ in range(2))
+    page, each = first.page_bytes(), pages_for(60)
+    free = 2 * 8 * each * page  # half of it: eight rows
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: free)
+    monkeypatch.setattr(engine_module, "_POOLS", WeakKeyDictionary())  # not those of other tests
+    engine = Engine(first, Sampling(10), [], 0, longest=60, rows=100)
+    assert first.pages == 8 * each
+    run(engine, requests_of([[4] * 20, [5] * 20]))  # of 30 tokens each, two pages
+    free -= 2 * 2 * page
+    again = Engine(first, Sampling(10), [], 0, longest=60, rows=100)
+    assert first.pages == 8 * each
+    assert again.pool.untouched == 8 * each  # memory that the system sees as free
+    free += 2 * 2 * page
+    other = Engine(second, Sampling(10), [], 0, longest=60, rows=100)
+    assert second.pages == 4 * each
+    del other, second
+    monkeypatch.setattr(first, "device", torch.device("cuda"))
+    free -= 8 * each * page  # on a GPU all of a cache is taken at once
+    monkeypatch.setattr(first, "allocate", lambda pages, longest: setattr(first, "pages", pages))
+    monkeypatch.setattr(first, "graphed", None)
+    Engine(first, Sampling(10), [], 0, longest=60, rows=100)
+    assert first.pages == 8 * each
 
 
 # -------------------------------------------------------------------------------------------- parts
