@@ -29,6 +29,7 @@ OUT_OF_MEMORY = (
     "Cuda failure 2 'out of memory'",  # NCCL
 )
 LEAST_HOLES = 2**30  # bytes: less is not worth getting the pages anew
+_reached: dict[torch.device, int] | None = None  # within `asking_once`, what was answered
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 
 
@@ -107,9 +108,7 @@ def available_bytes(device: torch.device) -> int:
     On a CPU the control group that limits the process (cgroup v2) counts, where there is one.
     """
     if device.type == "cuda":
-        # what torch's allocator holds and nobody uses is free as well
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        return _reach(device) - torch.cuda.memory_allocated(device)
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
     free = int(found[1]) * 1024 if found else 0
     try:
@@ -122,6 +121,31 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, ValueError, KeyError):  # no such group, or "max": no limit
         pass
     return free
+
+
+def _reach(device: torch.device) -> int:
+    """The bytes of a GPU that torch's allocator has, or can get of the driver."""
+    if _reached is not None and device in _reached:
+        return _reached[device]
+    reach = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if _reached is not None:
+        _reached[device] = reach
+    return reach
+
+
+@contextlib.contextmanager
+def asking_once() -> Iterator[None]:
+    """Within it `available_bytes` asks a GPU's driver once.
+
+    What the driver gives to torch's allocator meanwhile does not change the sum of both, and what
+    that has in use is asked each time: it grows within a step, by gradients.
+    """
+    global _reached
+    _reached = {}
+    try:
+        yield
+    finally:
+        _reached = None
 
 
 @contextlib.contextmanager

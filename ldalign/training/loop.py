@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ldalign.system import distributed, interrupt
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
-from ldalign.system.memory import give_back_holes, naming
+from ldalign.system.memory import asking_once, give_back_holes, naming
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
@@ -162,7 +162,9 @@ def optimize(
                 return f"step {step + 1}: {task.largest(indices)}"
 
             with naming(what, lower):
-                sums = distributed.total(task.accumulate(epoch, indices))
+                with asking_once():
+                    mine = task.accumulate(epoch, indices)
+                sums = distributed.total(mine)
                 gradient_norm, clip = distributed.clip_grad_norm(model, settings.max_grad_norm)
                 if following is not None:
                     task.prepare(following[1][1])

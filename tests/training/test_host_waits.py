@@ -33,14 +33,23 @@ LOOP = "ldalign/training/loop.py:optimize"
 
 
 @pytest.fixture(autouse=True)
-def one_rank(in_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def asked(in_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
+    """One rank; what is asked of the driver about free memory."""
+    found: list[torch.device] = []
+
+    def free(device: torch.device) -> tuple[int, int]:
+        found.append(device)
+        return 2**36, 2**37
+
     # What a CPU has not: the driver's answer, for which no device is waited, and this product.
-    monkeypatch.setattr(triton_head, "available_bytes", lambda device: 2**36)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(
         triton_head, "_wide_product", lambda a, b, out: torch.mm(a.float(), b.float(), out=out)
     )
     distributed.start("cpu")
-    yield
+    yield found
 
 
 def check(gpu: FakeGPU, allowed: Allowed) -> None:
@@ -50,7 +59,9 @@ def check(gpu: FakeGPU, allowed: Allowed) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_a_training_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step(
+    kind: str, asked: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps of 3 micro-batches each."""
     steps, micros = 2, 3
     pairs = tiny.pairs(16)
@@ -88,6 +99,7 @@ def test_a_training_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     # The batch, attention's two work lists, and of pairs the head's offsets; the metrics' counts.
     assert gpu.copies == steps * (micros * (4 if kind == "dpo" else 3) + 1)
+    assert asked == steps * [GPU]  # once a step, by the head
     # The first micro-batch of a step is packed before the host waits for the step before.
     assert reads == [0] * (micros + 1) + [1] * (micros - 1)
 
