@@ -130,6 +130,7 @@ def test_an_engine_runs_again_after_it_was_left_with_a_step_on_its_way() -> None
         lambda x: x.unique(),
         lambda x: torch.tensor([1.0]) + x,
         lambda x: x.repeat_interleave(torch.ones(len(x), dtype=torch.int64)),
+        lambda x: x.unique_consecutive(),
     ],
 )
 def test_the_watch_sees_host_reads(read: Callable[[Tensor], object]) -> None:

@@ -46,6 +46,19 @@ WAITING = {
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
+def waits_for(name: str, args: Any, kwargs: Any) -> str | None:
+    """What the host waits for in an operator of tensors on the device: numbers or a size, or None.
+
+    name, args, kwargs: the operator's own name and what it was given.
+    """
+    if name in WAITING:
+        return WAITING[name]
+    if name == "repeat_interleave" and kwargs.get("output_size") is None and len(args) == 1:
+        return "size"
+    indices = [x for x in args[1] if x is not None] if name in INDEXED else []
+    return "size" if any(x.dtype in (torch.bool, torch.uint8) for x in indices) else None
+
+
 class Wait(NamedTuple):
     """One wait of the host: its kind, and the innermost line of the product that asked for it."""
 
@@ -278,13 +291,9 @@ class _Operators(TorchDispatchMode):
 
     def _look(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         gpu = self.gpu
-        if name in WAITING:
-            gpu.wait(WAITING[name])
-        if name == "repeat_interleave" and kwargs.get("output_size") is None and len(args) == 1:
-            gpu.wait("size")
+        if (kind := waits_for(name, args, kwargs)) is not None:
+            gpu.wait(kind)
         indices = [x for x in args[1] if x is not None] if name in INDEXED else []
-        if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
-            gpu.wait("size")
         if any(x not in gpu.device for x in indices):
             gpu.wait("copy to the device")
         seen = {id(x) for x in indices}

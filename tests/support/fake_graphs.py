@@ -1,4 +1,8 @@
-"""CUDA graphs without CUDA: what is captured runs on the CPU, under a watch for host reads."""
+"""CUDA graphs without CUDA: what is captured runs on the CPU, under a watch for host reads.
+
+It takes every tensor for one on the GPU, and fails at once where `fake_gpu.FakeGPU` knows which are
+and notes a wait; what makes the host wait is the same in both (`fake_gpu.waits_for`).
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -6,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from fake_gpu import waits_for
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign import ops
 
-# What gives the host a value of a tensor, or needs one for the shape of its result.
+# What gives the host a value of a tensor, or one of the host's to the device.
 METHODS = "item tolist cpu numpy cuda __bool__ __int__ __float__ __index__".split()
-OPERATORS = "_local_scalar_dense nonzero masked_select unique_dim _unique2 equal".split()
 
 
 class HostRead(AssertionError):
@@ -36,11 +40,7 @@ class _Operators(TorchDispatchMode):
         self, function: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
-        counted = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in OPERATORS or masks or counted:
+        if waits_for(name, args, kwargs or {}) is not None:
             raise HostRead(name)
         if function.namespace == "ldalign":  # what the backend does inside is watched as well
             with _Methods(), self:
