@@ -45,6 +45,11 @@ def of_rank(error: BaseException, rank: int) -> BaseException:
     return error
 
 
+def is_of_all(error: BaseException) -> bool:
+    """Says whether every rank raises this error, as `of_rank` has marked it."""
+    return "ldalign_rank" in error.__dict__
+
+
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: with 0, or an error's code after one line on stderr.
 

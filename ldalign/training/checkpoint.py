@@ -13,8 +13,9 @@ rank 0; only then the oldest goes. Weights that are not finite are never written
 
 On a GPU it is filled while training goes on: the step after it waits for a copy into pinned host
 memory alone, a thread writes, reads back and hashes, and a later step, when all ranks have done so,
-renames it. At most one is on its way: a next one that is due, a request to stop and the end of
-training wait for it. What is lost with a process that dies meanwhile is that one checkpoint.
+renames it. At most one is on its way: a next one that is due, a request to stop, the end of
+training and an error that all ranks have wait for it. What is lost with a process that dies
+meanwhile, or with an error that one of several ranks has alone, is that one checkpoint.
 """
 
 import errno
@@ -27,7 +28,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldalign.system import distributed, interrupt
+from ldalign.system import distributed, exits, interrupt
 from ldalign.system.distributed import on_all, on_rank0
 from ldalign.system.errors import InputError, NumericsError
 from ldalign.system.files import (
@@ -219,6 +220,23 @@ class Checkpoints:
         pending, self.pending = self.pending, None
         shares = on_all(pending.share.result)
         on_rank0(lambda: self._finish(pending, [share for share in shares if share]))
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Finishes the checkpoint that is on its way where an error leaves the block, too.
+
+        Not one that a rank of several has alone: the others would not come. What goes wrong in
+        finishing is logged, and the error goes on.
+        """
+        try:
+            yield
+        except Exception as error:
+            if distributed.world_size() == 1 or exits.is_of_all(error):
+                try:
+                    self.finish()
+                except Exception as second:
+                    log.warning("%s: not finished: %s", self.plan and self.plan.folder, second)
+            raise
 
     # -------------------------------------------------------------------------------------- writing
 

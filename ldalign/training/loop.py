@@ -147,7 +147,8 @@ def optimize(
 
     if validator is not None:
         validator.check(state)
-    with interrupt.held():  # a request to stop waits until a checkpoint can be written
+    # A request to stop waits until a checkpoint can be written.
+    with interrupt.held(), keeper.finished():
         if state["step"] == 0 and STATE not in state:
             validate(0)
         # What was done before the loop was cut short is passed over.

@@ -2,17 +2,19 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
-from ldalign.system import distributed
+from ldalign.system import distributed, exits
 from ldalign.system.errors import EnvironmentProblem, NumericsError
 from ldalign.system.files import save_tensors
-from ldalign.training import checkpoint, validation
+from ldalign.training import checkpoint, loop, policy, validation
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints
 from ldalign.training.optim import make_optimizer
 
@@ -138,6 +140,57 @@ def test_the_end_of_training_waits_for_it(tmp_path: Path, door: Door) -> None:
     threading.Timer(0.2, door.open.set).start()
     keeper.after_step(2, True, state)
     assert names(tmp_path) == ["step_00000001"]  # and what was due at the last step is not made
+
+
+def test_an_error_in_the_next_step_does_not_lose_it(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Checkpoints", partial(Checkpoints, behind=True))
+    accumulate, steps = policy.accumulate_gradients, [0]
+
+    def failing(*given: Any) -> torch.Tensor:
+        steps[0] += 1
+        if steps[0] == 2:
+            threading.Timer(0.2, door.open.set).start()
+            raise RuntimeError("shapes differ")
+        return accumulate(*given)
+
+    monkeypatch.setattr(policy, "accumulate_gradients", failing)
+    distributed.start("cpu")
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        policy.train(
+            tiny.mistral(),
+            tiny.pairs(6),
+            policy.TrainSettings(epochs=1, global_batch=2, micro_tokens=99, learning_rate=1e-3),
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+            seed=0,
+            stage="policy",
+            step0_is_reference=False,
+            checkpoints=CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1),
+        )
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_of_several_ranks_an_error_finishes_it_if_all_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what goes wrong in finishing does not hide the error."""
+    _, keeper, _ = training(tmp_path, behind=True)
+    finished = []
+
+    def finish() -> None:
+        finished.append(True)
+        raise EnvironmentProblem("no space left on device")
+
+    monkeypatch.setattr(keeper, "finish", finish)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="of one"), keeper.finished():
+        raise RuntimeError("of one")
+    assert not finished
+    with pytest.raises(NumericsError, match="of all"), keeper.finished():
+        raise exits.of_rank(NumericsError("of all"), 1)
+    assert finished and "checkpoint: not finished: no space left on device" in caplog.text
 
 
 def test_what_goes_wrong_behind_is_raised_in_a_later_step(
