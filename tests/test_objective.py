@@ -29,7 +29,7 @@ from ldalign.objective import (
     reconstruction_loss,
 )
 from ldalign.system.seeds import normals, permutation, uniforms
-from ldalign.training.guide import accumulate_gradients
+from ldalign.training.guide import accumulate_gradients, global_batch
 
 LENGTHS = [3, 5, 1, 4, 6, 2]  # of three pairs: real, generated, real, ...
 WEIGHTS = [0.0, 0.4, 3.1]  # uneven, one of them none, and their sum not their number
@@ -148,7 +148,9 @@ def test_guide_training_is_this_loss(
     ]
     keys = [f"guide/0/{pair.id}" for pair in pairs]
     settings = settings_of(**loss)
-    got = float(accumulate_gradients(guide, pairs, keys, settings, 5, CPU))
+    got = float(
+        accumulate_gradients(guide, global_batch(guide, pairs, keys, settings, 5), settings, CPU)
+    )
     gradients = {name: p.grad for name, p in guide.named_parameters()}
     guide.zero_grad()
     expected = plain_loss(guide, pairs, keys, **loss)
@@ -231,7 +233,11 @@ def test_guide_loss_does_not_depend_on_micro_batches(noise: float) -> None:
         pairs = [guide.pair(str(i), f"row {i}", "a " * (1 + i), "b " * (6 - i)) for i in range(6)]
         keys = [f"guide/{epoch}/{pair.id}" for pair in pairs]
         settings = settings_of(micro_tokens=micro, **loss)
-        value = float(accumulate_gradients(guide, pairs, keys, settings, 0, CPU))
+        value = float(
+            accumulate_gradients(
+                guide, global_batch(guide, pairs, keys, settings, 0), settings, CPU
+            )
+        )
         return value, [p.grad for p in guide.latent.parameters() if p.grad is not None]
 
     whole, gradients = step(10_000, 0)

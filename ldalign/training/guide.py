@@ -5,6 +5,7 @@ it).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -171,19 +172,21 @@ class _GuideTask:
     done: int = 0  # steps that `progress` knows of
     tokens: int = 0  # since the last record, and the seconds that they took
     seconds: float = 0.0
+    ready: "GlobalBatch | None" = None  # of the next step
 
-    def prepare(self, indices: np.ndarray) -> None:
-        """What a guide reads is made where it is read."""
-
-    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def prepare(self, epoch: int, indices: np.ndarray) -> None:
         chosen = [self.pairs[i] for i in indices]
         # The key of a pair's draws: the same whatever the ranks and micro-batches.
         keys = [f"{self.stage}/{epoch}/{pair.id}" for pair in chosen]
+        self.ready = global_batch(self.guide, chosen, keys, self.settings, self.seed)
+
+    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
+        if self.ready is None:
+            self.prepare(epoch, indices)
+        assert self.ready is not None
+        batch, self.ready = self.ready, None
         known = None if self.states is None else [self.states[i] for i in indices]
-        loss = accumulate_gradients(
-            self.guide, chosen, keys, self.settings, self.seed, self.device, known
-        )
-        return loss[None]
+        return accumulate_gradients(self.guide, batch, self.settings, self.device, known)[None]
 
     def check(self, step: int, found: Sequence[float]) -> None:
         """Nothing is known of a guide's first step."""
@@ -226,20 +229,25 @@ class _GuideTask:
         )
 
 
-def accumulate_gradients(
+class GlobalBatch(NamedTuple):
+    """What one optimizer step reads, as far as it is known before a micro-batch is packed."""
+
+    pairs: Sequence[Pair]
+    draws: "list[_Draw]"  # of each pair
+    counts: Counts
+    micros: list[list[int]]  # of this rank: which of the pairs
+
+
+def global_batch(
     guide: Guide,
     pairs: Sequence[Pair],
     keys: Sequence[str],
     settings: GuideTrainSettings,
     seed: int,
-    device: torch.device,
-    known: Sequence[States] | None = None,
-) -> Tensor:
-    """Adds the gradient of this rank's share of a global batch, which is split over ranks and
-    micro-batches; returns what it adds to the loss: () float64 on the device.
+) -> GlobalBatch:
+    """Draws for the pairs of one optimizer step, and splits them over ranks and micro-batches.
 
-    keys: what the draws of each pair depend on, beside the seed. known: the states of each pair,
-    where they are kept.
+    keys: what the draws of each pair depend on, beside the seed.
     """
     what = settings.loss
     draws = [_draw(guide, pair, key, what, seed) for pair, key in zip(pairs, keys, strict=True)]
@@ -254,7 +262,23 @@ def accumulate_gradients(
         max(1, sum(contrasted)),
     )
     sizes = [pair.tokens for pair in pairs]
-    plan = deal(sizes, distributed.world_size(), settings.micro_tokens)[distributed.rank()]
+    micros = deal(sizes, distributed.world_size(), settings.micro_tokens)[distributed.rank()]
+    return GlobalBatch(pairs, draws, counts, micros)
+
+
+def accumulate_gradients(
+    guide: Guide,
+    batch: GlobalBatch,
+    settings: GuideTrainSettings,
+    device: torch.device,
+    known: Sequence[States] | None = None,
+) -> Tensor:
+    """Adds the gradient of this rank's share of a global batch; returns what it adds to the loss:
+    () float64 on the device.
+
+    known: the states of each pair, where they are kept.
+    """
+    what, (pairs, draws, counts, plan) = settings.loss, batch
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro in enumerate(plan):
         distributed.last_micro(guide, i == len(plan) - 1)

@@ -74,7 +74,7 @@ class Task(Protocol):
         """
         ...
 
-    def prepare(self, indices: np.ndarray) -> None:
+    def prepare(self, epoch: int, indices: np.ndarray) -> None:
         """Makes ready what `accumulate` will read of the next global batch, while the device is at
         work on this one.
         """
@@ -168,7 +168,7 @@ def optimize(
                 sums = distributed.total(mine)
                 gradient_norm, clip = distributed.clip_grad_norm(model, settings.max_grad_norm)
                 if following is not None:
-                    task.prepare(following[1][1])
+                    task.prepare(*following[1])
                 # The one place in a step where the host waits for the device.
                 norm, loss, *found = torch.cat([gradient_norm.double()[None], sums]).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -235,12 +235,12 @@ class _PolicyTask:
     def batch(self, indices: np.ndarray) -> list[Pair]:
         return [self.pairs[i] for i in indices]
 
-    def prepare(self, indices: np.ndarray) -> None:
+    def prepare(self, epoch: int, indices: np.ndarray) -> None:
         self.ready = global_batch(self.model, self.batch(indices), self.settings, self.device)
 
     def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
         if self.ready is None:
-            self.prepare(indices)
+            self.prepare(epoch, indices)
         assert self.ready is not None
         batch, self.ready, self.mean = self.ready, None, Mean()
         loss = accumulate_gradients(

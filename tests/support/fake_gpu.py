@@ -7,7 +7,9 @@ of both sides is an error, as on a GPU, and so is a look at a copy to the host t
 waited for. Triton's kernels are not launched: what they would fill in stays zeros, so it is the
 host that is tested here and no number.
 
-Not seen: a wait inside torch's C++ that does not show in the operators it calls, and CUDA graphs.
+Not seen: a wait inside torch's C++ that does not show in the operators it calls, CUDA graphs, and
+FSDP. Its mesh is of a device that is really there, the CPU here: it copies the weights back to it,
+and gathers them into buffers of it, through which no operator that is seen here follows them.
 """
 
 import contextlib

@@ -39,6 +39,7 @@ from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.guide import (
     GuideTrainSettings,
     accumulate_gradients,
+    global_batch,
     keep_states,
     keeps_states,
     split,
@@ -148,7 +149,9 @@ def test_a_step_reaches_every_part(kind: dict[str, Any], one_rank: None) -> None
     changes: dict[str, Any] = {"token_dropout": 1.0, "latent_dropout": 0.5, "bag_of_words": bag}
     settings = settings_of(latent_noise=0.1, tokens=5, **changes)
     chosen = pairs(guide, 6)
-    loss = accumulate_gradients(guide, chosen, [p.id for p in chosen], settings, 0, CPU)
+    loss = accumulate_gradients(
+        guide, global_batch(guide, chosen, [p.id for p in chosen], settings, 0), settings, CPU
+    )
     assert loss > 0
     for name, p in guide.named_parameters():
         assert p.grad is not None and bool(p.grad.isfinite().all()), name
@@ -203,7 +206,9 @@ def deep_gradients(guide: Guide, dtype: torch.dtype) -> list[tuple[str, Tensor]]
         guide, guide.blocks, dtype, CPU, methods=("loss",), exact={guide.latent: Latent.METHODS}
     )
     settings = settings_of(latent_dropout=0.9, token_dropout=1.0)
-    loss = accumulate_gradients(guide, chosen, [p.id for p in chosen], settings, 1, CPU)
+    loss = accumulate_gradients(
+        guide, global_batch(guide, chosen, [p.id for p in chosen], settings, 1), settings, CPU
+    )
     assert 0 < loss < 100
     grads = {name: p.grad for name, p in guide.named_parameters() if p.grad is not None}
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
@@ -262,7 +267,8 @@ def told(guide: Guide, chosen: list[Pair], epoch: int, **changes: Any) -> dict[s
 
     guide.loss = spy  # type: ignore[method-assign]
     keys = [f"guide/{epoch}/{pair.id}" for pair in chosen]
-    accumulate_gradients(guide, chosen, keys, settings_of(**changes), 0, CPU)
+    settings = settings_of(**changes)
+    accumulate_gradients(guide, global_batch(guide, chosen, keys, settings, 0), settings, CPU)
     guide.loss = plain  # type: ignore[method-assign]
     return found
 
@@ -310,13 +316,13 @@ def test_every_row_draws_for_itself_in_every_epoch(
     one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    plain = training.accumulate_gradients
+    plain = training.global_batch
 
-    def spy(guide: Any, chosen: Any, keys: Any, *rest: Any) -> Tensor:
+    def spy(guide: Any, chosen: Any, keys: Any, *rest: Any) -> training.GlobalBatch:
         asked.extend(keys)
         return plain(guide, chosen, keys, *rest)
 
-    monkeypatch.setattr(training, "accumulate_gradients", spy)
+    monkeypatch.setattr(training, "global_batch", spy)
     guide = text_guide()
     train(guide, pairs(guide, 9), epochs=3)
     assert len(asked) == 27 and set(asked) == {

@@ -20,6 +20,7 @@ from ldalign.generation.graphs import CudaGraphs
 from ldalign.generation.sampling import Sampling
 from ldalign.kernels import triton_head
 from ldalign.system import distributed
+from ldalign.training import guide as guide_training
 from ldalign.training.batches import Batch
 from ldalign.training.guide import train_guide
 from ldalign.training.policy import TrainSettings, train
@@ -142,6 +143,28 @@ def test_a_guides_training_step(readout: str) -> None:
             ("read", LOOP): 1,
         },
     )
+
+
+def test_a_guides_draws_are_made_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a step before the host waits for the step before it; the same as on a CPU."""
+    guide = tiny_guides.text_guide()
+    pairs = tiny_guides.pairs(guide, 8)
+    settings = replace(tiny_guides.settings_of(micro_tokens=60), epochs=2, global_batch=4)
+    gpu, reads, keys = FakeGPU(), [], []
+    draw = guide_training._draw
+
+    def noted(guide: Any, pair: Any, key: str, *rest: Any) -> Any:
+        reads.append(gpu.counts()["read", LOOP])
+        keys.append(key)
+        return draw(guide, pair, key, *rest)
+
+    monkeypatch.setattr(guide_training, "_draw", noted)
+    gpu.move(guide)
+    with gpu:
+        train_guide(guide, pairs, settings, compute_dtype=torch.float32, device=GPU, seed=0)
+    assert reads == [0] * 8 + [1] * 4 + [2] * 4
+    assert {key.rsplit("/", 1)[0] for key in keys[:8]} == {"guide/0"} and len(set(keys)) == 16
+    assert {key.rsplit("/", 1)[0] for key in keys[8:]} == {"guide/1"}
 
 
 def test_distances() -> None:
