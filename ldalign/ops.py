@@ -107,6 +107,19 @@ def _choose(wanted: str, op: str, device: str, wide: bool) -> str:
     return chosen
 
 
+def backends(device: str) -> dict[str, list[str]]:
+    """Returns the backends that are chosen on a device type, each with its operations."""
+    users: dict[str, list[str]] = {}
+    for op in RAW_OPS:
+        users.setdefault(choose(op, device), []).append(op)
+    return users
+
+
+def flash_wanted() -> bool:
+    """Says whether pair attention on a GPU is FlashAttention's, where that can do a batch."""
+    return os.environ.get("LDALIGN_BACKEND", "auto") == "auto" and flash.available()
+
+
 def _offers(backend: str, op: str, wide: bool) -> bool:
     return hasattr(_module(backend), op) and not (wide and backend in ("triton", "cuda"))
 
@@ -785,8 +798,7 @@ def _attention(qkv: Tensor, segments: Tensor, window: int | None) -> ModuleType:
 
 
 def _may_use_flash(x: Tensor) -> bool:
-    auto = os.environ.get("LDALIGN_BACKEND", "auto") == "auto"
-    return x.is_cuda and auto and flash.available()
+    return x.is_cuda and flash_wanted()
 
 
 @functools.cache

@@ -137,6 +137,17 @@ def data_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def tokens_hash(split: Split) -> str:
+    """Returns the sha256 (hex) of the token ids of a split's rows, in their order."""
+    digest = hashlib.sha256()
+    for lists in (split.pairs.prompts, split.pairs.real, split.rejected):
+        if lists is not None:
+            digest.update(lists.lengths.tobytes())
+            for i in range(len(lists)):
+                digest.update(lists.array(i).tobytes())
+    return digest.hexdigest()
+
+
 # -------------------------------------------------------------------------------------------- files
 
 

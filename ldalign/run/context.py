@@ -13,11 +13,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ldalign import ops
 from ldalign.data.pairs import Pairs
 from ldalign.data.preparation import TOO_MANY
 from ldalign.data.rows import Row
-from ldalign.data.store import NO_ROWS, Split, data_hash
+from ldalign.data.store import NO_ROWS, Split, data_hash, tokens_hash
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
+from ldalign.kernels import flash
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
 from ldalign.models.stored_tensors import read_config
@@ -167,6 +169,15 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return distributed.auto_dtype(device)
 
 
+def _kernels(device: torch.device) -> str:
+    """What this rank's operations run by: `cpp`, say. Ranks of which one lacks a compiler would
+    compute with other roundings, which nothing shows.
+    """
+    on_flash = device.type == "cuda" and ops.flash_wanted()
+    flashes = [f"FlashAttention-{n}" for n in flash.generations()] if on_flash else []
+    return ", ".join([*flashes, *ops.backends(device.type)])
+
+
 def find_model(config: RunConfig, name: str) -> Path:
     """The model folder that `name` stands for, fetched by rank 0 where it is not there yet; of a
     run folder, the policy that is the run's result.
@@ -271,6 +282,9 @@ def open_context(
         lambda: {
             "device": device.type,
             "dtype": str(dtype),
+            "kernels": _kernels(device),
+            # other roundings, again
+            "threads": torch.get_num_threads() if device.type == "cpu" else "any",
             f"the policy {start}": hash_model_folder(start),
             **tokenizer.template_parents,
         },
@@ -280,9 +294,7 @@ def open_context(
     from_data = asked_of(given(config))
     config, splits = data.config, (data.train, data.heldout, data.validation)
     ctx = Context(run, config, device, dtype, start, tokenizer, *splits, data.counts, from_data)
-    distributed.agree(
-        lambda: {"training rows": ctx.used_hash, "held-out rows": ctx.heldout_hash}, SAME_FILES
-    )
+    distributed.agree(lambda: _rows_read(ctx), SAME_FILES)
     _check_positions(ctx, planned)
     _check_enough(ctx, planned)
     _check_validation(ctx)
@@ -315,6 +327,18 @@ def open_context(
             "them, only the likelihood of their responses"
         )
     return ctx
+
+
+def _rows_read(ctx: Context) -> dict[str, str]:
+    """The hashes of the rows as this rank reads them. Their tokens lie in files of their own, and
+    of no stage but the guide's are they what it says that it is made from.
+    """
+    splits = {"training": ctx.train, "held-out": ctx.heldout, "validation": ctx.validation}
+    return {
+        "training rows": ctx.used_hash,
+        "held-out rows": ctx.heldout_hash,
+        **{f"{name} tokens": tokens_hash(split) for name, split in splits.items()},
+    }
 
 
 def _say_policy(name: str, folder: Path) -> None:

@@ -138,10 +138,8 @@ def _backends() -> list[Tick]:
     """
     ticks = []
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        users: dict[str, list[str]] = {}
-        for op in ops.RAW_OPS:
-            users.setdefault(ops.choose(op, device), []).append(op)
-        detail = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in users.items())
+        users = ops.backends(device).items()
+        detail = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in users)
         ticks.append(Tick(f"ops on {device}", True, detail))
     return ticks
 

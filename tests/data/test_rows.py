@@ -8,10 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_rows import GOOD, a, parquet, s, u, write
 
+from ldalign.data.pairs import Pairs
+from ldalign.data.ragged import TokenLists
 from ldalign.data.reading import read_rows
 from ldalign.data.records import MAX_ROW_BYTES
 from ldalign.data.rows import Row
-from ldalign.data.store import data_hash
+from ldalign.data.store import Split, data_hash, tokens_hash
 from ldalign.system.errors import InputError
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -325,6 +327,27 @@ def test_data_hash_sees_content_and_order():
 
 
 # ------------------------------------------------------------------------------------------ parquet
+
+
+def test_tokens_hash_sees_tokens_order_and_borders():
+    def split(*lists):
+        prompts, real, rejected = (None if x is None else TokenLists.of(x) for x in lists)
+        return Split([], Pairs(["a", "b"], prompts, real), rejected)
+
+    plain = [[[1, 2], [3]], [[4], [5, 6]], None]
+    changed = [
+        [[[1, 9], [3]], plain[1], None],
+        [plain[0], [[4], [5, 9]], None],
+        [[[3], [1, 2]], plain[1], None],
+        [[[1], [2, 3]], plain[1], None],
+        [plain[0], [[4, 5], [6]], None],
+        [plain[0], plain[1], [[7], [8]]],
+        [plain[0], plain[1], [[7], [9]]],
+    ]
+    assert len({tokens_hash(split(*lists)) for lists in (plain, *changed)}) == 8
+    halves = split(*plain)
+    reversed_rows = Split([], halves.pairs.take([1, 0]), None)
+    assert tokens_hash(reversed_rows) != tokens_hash(halves)
 
 
 def test_parquet_is_told_by_content(tmp_path):

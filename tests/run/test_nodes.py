@@ -13,6 +13,7 @@ from runs import ROOT, run_on_nodes
 from safetensors.torch import load_file, save_file
 from toy_context import config_of, open_toy
 
+from ldalign.data.store import tokens_hash
 from ldalign.models.toy import write_toy_model
 from ldalign.run.manifest import hash_model_folder, run_stage
 from ldalign.run.stages.guide import agree_on_guide, guide_hash
@@ -195,7 +196,18 @@ def test_a_given_guide_is_compared(monkeypatch: pytest.MonkeyPatch, toy_run: Pat
         agree_on_guide(config, planned)
 
 
-@pytest.mark.parametrize("name", ["template", "training rows", "dtype"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "template",
+        "training rows",
+        "training tokens",
+        "held-out tokens",
+        "dtype",
+        "kernels",
+        "threads",
+    ],
+)
 def test_what_is_read_is_compared(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_process: None
 ) -> None:
@@ -205,6 +217,7 @@ def test_what_is_read_is_compared(
     def agree(find: Callable[[], dict[str, Any]], mend: str) -> None:
         seen.append(find())
 
+    monkeypatch.setenv("LDALIGN_BACKEND", "eager")
     monkeypatch.setattr(distributed, "agree", lambda find, mend, **more: agree(find, mend))
     ctx = open_toy(tmp_path)
     compared = {key: value for values in seen for key, value in values.items()}
@@ -212,7 +225,11 @@ def test_what_is_read_is_compared(
     expected = {
         "template": ctx.tokenizer.template_hash,
         "training rows": ctx.used_hash,
+        "training tokens": tokens_hash(ctx.train),
+        "held-out tokens": tokens_hash(ctx.heldout),
         "dtype": "torch.float32",
+        "kernels": "eager",
+        "threads": 1,
     }
     assert compared[name] == expected[name]
 
