@@ -341,7 +341,7 @@ class Checkpoints:
                 if size != entry["size"]:
                     return f"{file}: {size} bytes, but {MANIFEST} says {entry['size']}"
                 mine = number % distributed.world_size() == distributed.rank()
-                if mine and hash_file(file) != entry["sha256"]:
+                if (mine or self._reads(entry)) and hash_file(file) != entry["sha256"]:
                     return f"{file}: damaged: its content is not what {MANIFEST} says"
             part = manifest.get("metrics")
             if self.metrics is not None and part and distributed.rank() == 0:
@@ -355,6 +355,14 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError) as error:
             return f"{path / MANIFEST}: not a readable manifest ({error})"
         return None
+
+    def _reads(self, entry: Mapping[str, Any]) -> bool:
+        """Whether this rank takes rows from a file: where there were as many ranks, of its own
+        alone.
+        """
+        ours = ((name, first, first + len(local)) for name, local, first in self._tensors())
+        rows = ((*entry["rows"].get(name, (0, 0)), low, high) for name, low, high in ours)
+        return any(max(start, low) < min(stop, high) for start, stop, low, high in rows)
 
     def _settle(self, path: Path, names: list[str]) -> None:
         """Before going on from `path`: newer ones, which are damaged, are set aside, and their

@@ -253,3 +253,21 @@ def test_a_host_without_room_for_copies_is_asked_before(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     keeper.write(2, state)
     assert keeper.copies and names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_a_rank_checks_the_files_that_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer ranks than go on, on hosts of which one sees a file as the others do not."""
+    _, keeper, state = training(tmp_path)
+    keeper.write(1, state)
+    path = tmp_path / "checkpoint/step_00000001"
+    (file,) = path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        problem = keeper._problem(path)
+        assert problem is not None and "damaged" in problem
+    monkeypatch.setattr(keeper, "_tensors", lambda: iter(()))
+    assert keeper._problem(path) is None  # the other rank's matter
