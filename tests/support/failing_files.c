@@ -3,7 +3,8 @@
  * It counts the calls that change what is on disk below one folder: opening for writing, write, truncate, fsync,
  * rename, unlink, mkdir, rmdir, chmod. At a chosen one the process is killed, before the call or in its middle, or asked
  * to stop, or the call fails. Armed at run time, in a forked process, so that one start of Python serves many trials.
- * The clock can be set to another time, for that process alone. What changes names, and what is synced, can be written
+ * The clock can be set to another time, for that process alone, and a file can be shown with the content of another, as
+ * a host whose copy of it is another's sees it. What changes names, and what is synced, can be written
  * down in order: a line WHAT, path and, of a rename, new path, with tabs between them.
  */
 #define _GNU_SOURCE
@@ -15,6 +16,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
@@ -22,8 +24,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { COUNT, KILL, TORN, FULL, BROKEN, STOP };       /* what to do at the chosen point */
-enum { CREATES, WRITES, SYNCS, REMOVES };             /* what a call does: a full disk refuses the first two alone */
+enum { COUNT, KILL, TORN, FULL, BROKEN, STOP, UNSYNCED };  /* what to do at the chosen point */
+enum { CREATES, WRITES, SYNCS, NAMES, REMOVES };      /* what a call does: a full disk refuses the first two alone */
 
 #define REAL(name) ((typeof(&name))dlsym(RTLD_NEXT, #name))
 
@@ -74,6 +76,7 @@ static void note(const char *what, int dir, const char *path, const char *to) {
 static int point(int kind) {
     long now = count++;
     if (chosen < 0 || now < chosen) return 0;
+    if (mode == UNSYNCED) { if (kind != SYNCS) return 0; errno = EIO; return -1; }
     if (mode == FULL) { if (kind > WRITES) return 0; errno = ENOSPC; return -1; }
     if (now > chosen) return 0;
     if (mode == KILL) kill(getpid(), SIGKILL);
@@ -93,6 +96,18 @@ static void die_if(int torn) { if (torn == -2) kill(getpid(), SIGKILL); }
         return result;                                                  \
     } while (0)
 
+static char hidden[PATH_MAX], shown[PATH_MAX];
+void failing_files_show(const char *path, const char *other) {
+    strncpy(hidden, path, sizeof hidden - 1);
+    strncpy(shown, other, sizeof shown - 1);
+}
+/* What is opened for a path: itself, or what is shown in its place. Links on the way are followed. */
+static const char *seen(int dir, const char *path) {
+    char whole[2 * PATH_MAX], real[PATH_MAX];
+    const char *name = hidden[0] ? absolute(dir, path, whole) : NULL;
+    return name && realpath(name, real) && !strcmp(real, hidden) ? shown : path;
+}
+
 static int opened(int fd, int is_ours) {
     if (fd >= 0 && fd < (int)sizeof ours) ours[fd] = is_ours;
     return fd;
@@ -108,7 +123,7 @@ static int writes(int flags) { return (flags & (O_CREAT | O_TRUNC)) || (flags & 
         MODE_ARGUMENT(flags, bits)                                      \
         int mine = writes(flags) && inside(AT_FDCWD, path);             \
         if (mine) note("open", AT_FDCWD, path, "");                     \
-        AROUND(CREATES, mine, opened(REAL(name)(path, flags, bits), mine)); \
+        AROUND(CREATES, mine, opened(REAL(name)(writes(flags) ? path : seen(AT_FDCWD, path), flags, bits), mine)); \
     }
 OPEN(open)
 OPEN(open64)
@@ -117,7 +132,7 @@ OPEN(open64)
         MODE_ARGUMENT(flags, bits)                                      \
         int mine = writes(flags) && inside(dir, path);                  \
         if (mine) note("open", dir, path, "");                          \
-        AROUND(CREATES, mine, opened(REAL(name)(dir, path, flags, bits), mine)); \
+        AROUND(CREATES, mine, opened(REAL(name)(dir, writes(flags) ? path : seen(dir, path), flags, bits), mine)); \
     }
 OPENAT(openat)
 OPENAT(openat64)
@@ -139,13 +154,13 @@ int ftruncate(int fd, off_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate)(fd,
 int ftruncate64(int fd, off64_t n) { AROUND(WRITES, is_ours(fd), REAL(ftruncate64)(fd, n)); }
 
 int fsync(int fd) { note("sync", fd, "", ""); AROUND(SYNCS, inside(fd, ""), REAL(fsync)(fd)); }
-int rename(const char *a, const char *b) { note("rename", AT_FDCWD, a, b); AROUND(SYNCS, inside(AT_FDCWD, a), REAL(rename)(a, b)); }
-int renameat(int d, const char *a, int e, const char *b) { note("rename", d, a, b); AROUND(SYNCS, inside(d, a), REAL(renameat)(d, a, e, b)); }
+int rename(const char *a, const char *b) { note("rename", AT_FDCWD, a, b); AROUND(NAMES, inside(AT_FDCWD, a), REAL(rename)(a, b)); }
+int renameat(int d, const char *a, int e, const char *b) { note("rename", d, a, b); AROUND(NAMES, inside(d, a), REAL(renameat)(d, a, e, b)); }
 int unlink(const char *path) { note("gone", AT_FDCWD, path, ""); AROUND(REMOVES, inside(AT_FDCWD, path), REAL(unlink)(path)); }
 int unlinkat(int dir, const char *path, int flags) { note("gone", dir, path, ""); AROUND(REMOVES, inside(dir, path), REAL(unlinkat)(dir, path, flags)); }
 int rmdir(const char *path) { note("gone", AT_FDCWD, path, ""); AROUND(REMOVES, inside(AT_FDCWD, path), REAL(rmdir)(path)); }
 int mkdir(const char *path, mode_t bits) { note("made", AT_FDCWD, path, ""); AROUND(CREATES, inside(AT_FDCWD, path), REAL(mkdir)(path, bits)); }
-int chmod(const char *path, mode_t bits) { AROUND(SYNCS, inside(AT_FDCWD, path), REAL(chmod)(path, bits)); }
+int chmod(const char *path, mode_t bits) { AROUND(NAMES, inside(AT_FDCWD, path), REAL(chmod)(path, bits)); }
 
 static long clock_shift;                              /* seconds added to the time of day */
 void failing_files_set_clock(long seconds) { clock_shift = seconds; }

@@ -23,7 +23,7 @@ from ldalign.system import exits
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LIMIT_S, LATE = 60, 999
-MODES = {"count": 0, "kill": 1, "torn": 2, "full": 3, "broken": 4, "stop": 5}
+MODES = {"count": 0, "kill": 1, "torn": 2, "full": 3, "broken": 4, "stop": 5, "unsynced": 6}
 # The toy run with all its stages and two iterations, on as little as shows everything: a checkpoint
 # after every step.
 SMALL = (

@@ -288,6 +288,7 @@ Every row of the fault matrix as a test: what is done, what is expected, what wa
 `make reliability` from the tests themselves (`tests/faults/test_faults_*.py`, and the ordinary
 tests that prove a row) and their last results. The tests at every write point are 16 parts of each
 kind (hours in all): where fewer were seen, the others were not run.
+What two nodes said to each fault of T20 and T21: [results/node-faults.md](results/node-faults.md).
 Not tried: an export in vLLM (a part of X1), ranks on several hosts, NCCL.
 """
 
