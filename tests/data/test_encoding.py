@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from made_tokenizers import CHATML_TEMPLATE
 
-from ldalign.data.encoding import FittedRow, Fitting, TooLong, encode_rows, fit_rows
+from ldalign.data.encoding import FittedRow, Fitting, TooLong, encode_rows, fit_rows, truncated
 from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
@@ -121,6 +121,40 @@ def test_whole_turns_go_before_a_part_of_one(tokenizer: Tokenizer) -> None:
 def with_system(words: int, question: str) -> Row:
     system = {"role": "system", "content": "Answer " + "kindly " * words}
     return replace(row(0, prompt=question), history=(system, {"role": "user", "content": question}))
+
+
+def limit(most: int) -> Fitting:
+    """The settings that leave a truncated prompt exactly `most` tokens."""
+    fitting = next(f for f in map(Fitting, range(2 * most + 2)) if f.max_length - f.room == most)
+    return replace(fitting, long_prompts="truncate")
+
+
+def test_a_quarter_is_kept_for_the_response() -> None:
+    assert [Fitting(n).room for n in (1, 4, 7, 8, 100)] == [1, 1, 1, 2, 25]
+
+
+def test_a_prompt_that_just_fits_is_left_as_it_is(tokenizer: Tokenizer) -> None:
+    """With turns that could go, and with a question that is less than half of the prompt."""
+    turns = [
+        {"role": r, "content": f"{r} {n} says it"} for n in range(3) for r in ("user", "assistant")
+    ]
+    history = (*turns, {"role": "user", "content": "And now?"})
+    for whole in (Row("x", history, "Yes."), with_system(30, "And now?")):
+        size = len(tokenizer.prompt_ids(whole.history))
+        assert truncated(whole, tokenizer, limit(size)) == whole
+        shorter = truncated(whole, tokenizer, limit(size - 1))
+        assert shorter is None or len(tokenizer.prompt_ids(shorter.history)) <= size - 1
+    assert shorter is None
+
+
+def test_half_of_a_prompt_is_question_enough(tokenizer: Tokenizer) -> None:
+    """A question is cut down to half of the prompt's tokens, and no further."""
+    own = len(tokenizer.encode(LONG))
+    for words in range(4, 20, 5):
+        long = with_system(words, LONG)
+        around = len(tokenizer.prompt_ids(long.history)) - own  # the question
+        for most, kept in ((2 * around - 1, False), (2 * around, True), (2 * around + 1, True)):
+            assert (truncated(long, tokenizer, limit(most)) is not None) == kept
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,35 @@ def test_finite_logits_with_an_infinite_sum_are_sound() -> None:
     assert logits[1].tolist() == [0.0] * 8 and logits[0].tolist() == [torch.tensor(3e38).item()] * 8
 
 
+def test_rows_are_told_one_by_one() -> None:
+    assert blank_unsound(torch.ones(2, 5)).tolist() == [True, True]
+
+
+def test_the_sampling_that_is_not_asked_for() -> None:
+    """From the model's own distribution, whatever the config of a model says."""
+    assert Sampling() == Sampling(256, 1.0, 0, 1.0, 0.0, 1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "sound", "refused"),
+    [
+        ("max_new_tokens", [1], [0]),
+        ("temperature", [0.0, 1e9], [-1e-9, float("inf"), float("nan")]),
+        ("top_k", [0, 1], [-1]),
+        ("top_p", [1e-9, 1.0], [0.0, 1.0000001]),
+        ("min_p", [0.0, 1.0], [-1e-9, 1.0000001]),
+        ("repetition_penalty", [1e-9, 1e9], [0.0, float("inf")]),
+        ("stop", [("a", "b")], [("a", "")]),
+    ],
+)
+def test_the_ends_of_what_may_be_asked(name: str, sound: list[Any], refused: list[Any]) -> None:
+    for value in sound:
+        Sampling(**{name: value})
+    for value in refused:
+        with pytest.raises(ValueError, match="bad sampling settings"):
+            Sampling(**{name: value})
+
+
 class Poor(Spy):
     """A decoder with memory for so many pages and, after three steps, for so many tokens."""
 
