@@ -730,9 +730,12 @@ def judged(
     ended: Ended, lines: Sequence[str], run: Path, expected: Callable[[], dict[str, Any]]
 ) -> str:
     """What a run came to: equal, refused, or what may not be."""
-    if LATE in ended.codes:
+    ranks = [code for node in ended.ranks for code in node]
+    # Where the other torchrun was killed, torch has the one that is left wait 300 s for it.
+    done = bool(ranks) and not any(ranks)
+    if LATE in ended.codes and not done:
         return "HANGS"
-    if 0 in ended.codes:  # whoever started that node takes the run for done
+    if 0 in ended.codes or done:  # whoever started that node takes the run for done
         wrong = differing(outcome(run), expected())
         return f"WRONG: exit 0, and another {', '.join(wrong[:3])}" if wrong else "equal"
     return "refused" if lines else "SAYS NOTHING"
@@ -795,9 +798,10 @@ def page(seen: Mapping[str, Seen], restarted: Sequence[str]) -> str:
         f"**{good} of {len(seen)}**; with exit 0 and another result: "
         f"**{wrong}**.",
         "",
-        "Exit codes: of the torchruns (1 for any rank's error, negative: a signal), then of the "
-        "ranks of each in the order in which they ended. Started again: `equal`, the undisturbed "
-        "files; `nothing was made`, the run folder was as before. Hashes are cut to 8 digits.",
+        "Exit codes: of the torchruns (1 for any rank's error, negative: a signal, 999: it waited "
+        "for one that was killed, 300 s by torch's settings, and was ended), then of the ranks of "
+        "each in the order in which they ended. Started again: `equal`, the undisturbed files; "
+        "`nothing was made`, the run folder was as before. Hashes are cut to 8 digits.",
         "",
         "| fault | what was said | torchruns | ranks | came to | started again |",
         "|---|---|---|---|---|---|",
