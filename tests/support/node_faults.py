@@ -548,13 +548,13 @@ FAULTS = [
     Fault(
         "SIGKILL to its torchrun in the SFT; its rank lives on",
         acts(Act(f"{SFT}: step 1/", 1, KILL, "torchrun")),
-        ENDED,
+        f"{ENDED}|stopped by SIGTERM",
         may_miss=True,
     ),
     Fault(
         "SIGKILL to the first torchrun, which holds the store, in the SFT",
         acts(Act(f"{SFT}: step 1/", 0, KILL, "torchrun")),
-        ENDED,
+        f"{ENDED}|stopped by SIGTERM",
         may_miss=True,
     ),
     Fault(
