@@ -187,3 +187,8 @@ def test_chosen_items_are_made_when_they_are_asked_for() -> None:
     assert len(some) == 2 and seen == []
     assert some[1] == 60 and seen == [6]
     assert list(some[1:]) == [60] and list(Chosen([5, 6])) == [5, 6]
+
+
+def test_a_pair_of_the_data_counts_once_and_has_no_reference() -> None:
+    pair = Pair("row", [1], [2])
+    assert (pair.generated, pair.weight, pair.ref_real, pair.ref_generated) == (None, 1.0, 0.0, 0.0)

@@ -1,5 +1,6 @@
 """Files of every kind: compressed, JSON arrays, Arrow, pointers; and the pieces of each."""
 
+import datetime
 import gzip
 import json
 import pickle
@@ -17,7 +18,7 @@ from made_rows import GOOD, a, parquet, u, write
 from ldalign.data import records
 from ldalign.data.columns import Columns
 from ldalign.data.reading import Reading, Tally, iter_chunks, iter_rows, read_chunk, read_rows
-from ldalign.data.records import MAX_ROW_BYTES
+from ldalign.data.records import MAX_ROW_BYTES, json_lines
 from ldalign.data.rows import RowNames
 from ldalign.data.sources import files_of
 from ldalign.data.store import data_hash
@@ -343,3 +344,15 @@ def test_a_pretty_printed_object_gets_a_hint(tmp_path):
     path.write_text(json.dumps({"data": [u("q"), a("r")]}, indent=2))
     with pytest.raises(InputError, match=r"x.json:1:2: broken JSON.*expected one JSON object a li"):
         read_rows(path)
+
+
+def test_lines_of_a_table_and_what_no_json_holds(tmp_path):
+    """Of every column where none are named; a date is refused by its file and row."""
+    path = tmp_path / "rows.parquet"
+    day = datetime.date(2026, 1, 2)
+    rows = [{"id": "a", "at": "now"}, {"id": "b", "at": "then"}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert list(json_lines(path)) == [(f"{path}:1", rows[0]), (f"{path}:2", rows[1])]
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"id": "a", "prompt": day}]), path)
+    with pytest.raises(InputError, match=r"rows\.parquet:1: cannot be kept as JSON: .*date"):
+        list(json_lines(path))
