@@ -24,6 +24,7 @@ from ldalign.objective import WEIGHTS
 from ldalign.report import figures, notation, words
 from ldalign.report.agreement import agreement_rows, read_agreement, sentence
 from ldalign.report.analysis import OWN, read_pairs
+from ldalign.report.cautions import cautions
 from ldalign.report.chart import Chart
 from ldalign.report.glossary import TERMS
 from ldalign.report.guides import GAINS, gain_text
@@ -527,6 +528,14 @@ def test_every_guide_and_every_iteration_is_cautioned_about(run: Path) -> None:
     assert len(said) == 9, said
     page = made(run)
     assert all(notation.page(line) in page.text for line in said)
+
+
+def test_cut_answers_are_wrong_where_answers_are_checked() -> None:
+    for accuracy in ({}, ACCURACY):
+        row = {"policy": "start", "truncated_frac": 0.5, **accuracy}
+        (said,) = cautions({"guides": {}, "policies": [row], "analysis": {}}, {})
+        assert "held-out answers were cut at max_new_tokens" in said
+        assert ("counts as wrong" in said) == bool(accuracy)
 
 
 def test_cut_answers_of_several_policies_are_one_caution(run: Path) -> None:
