@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -387,9 +388,10 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     steps = even / head_dim  # (E/2,) 2e / E
     # 1 / theta^steps, not theta^-steps: one last bit, times position 2000, turns the angle by 1e-4.
     angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)  # (N, E/2)
-    # In float64, then rounded: torch's float32 cos has other last bits in the first call of some
-    # processes, one in 25 to 60, seen with torch 2.13 and MKL on a loaded machine. In bfloat16 that
-    # is enough for other samples from the same seed.
-    if angles.device.type == "cpu":
-        angles = angles.double()
-    return angles.cos().float(), angles.sin().float()
+    if angles.device.type != "cpu":
+        return angles.cos(), angles.sin()
+    # By numpy: torch's cosine (2.13, MKL) is less exact in the first call of some processes, up to
+    # one in three, in float64 too, and all samples of a seed are others then.
+    exact = angles.double().numpy()
+    cos, sin = (torch.from_numpy(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
+    return cos, sin
