@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -390,8 +389,7 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     angles = positions.to(torch.float32)[:, None] * (1.0 / theta**steps)  # (N, E/2)
     if angles.device.type != "cpu":
         return angles.cos(), angles.sin()
-    # By numpy: torch's cosine (2.13, MKL) is less exact in the first call of some processes, up to
-    # one in three, in float64 too, and all samples of a seed are others then.
-    exact = angles.double().numpy()
-    cos, sin = (torch.from_numpy(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
-    return cos, sin
+    # Not by torch's cosine (2.13, MKL): in the first call of some processes, up to one in three, it
+    # is less exact, in float64 too, and all samples of a seed are others then. This is libm's.
+    both = torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())
+    return both.real.float(), both.imag.float()

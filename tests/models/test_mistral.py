@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -145,6 +146,18 @@ def test_bf16_is_no_worse_than_transformers(tmp_path: Path) -> None:
     assert theirs < 0.1 * exact.norm(), "the yardstick itself is off"
 
 
+def exact_rotary(
+    self: torch.nn.Module, x: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' tables, of the same float32 angles, rounded once: theirs are a last bit off."""
+    inv_freq = self.inv_freq
+    assert isinstance(inv_freq, torch.Tensor)
+    angles = position_ids[:, :, None].float() * inv_freq.float()  # (B, N, E/2)
+    exact = torch.cat((angles, angles), -1).double().numpy()
+    cos, sin = (torch.from_numpy(f(exact)).float().to(x.dtype) for f in (np.cos, np.sin))
+    return cos, sin
+
+
 def exact_llama_norm(self: Any, x: Tensor) -> Tensor:
     """transformers' RMSNorm rounds to float32 whatever the model's dtype; this one does not."""
     return reference.rms_norm(x, self.weight, self.variance_epsilon)
@@ -165,6 +178,7 @@ def test_smollm2_logits_equal_transformers(
         theirs = peer(ids).logits
         norm = type(peer.model.norm)
         monkeypatch.setattr(norm, "forward", exact_llama_norm)
+        monkeypatch.setattr(type(peer.model.rotary_emb), "forward", exact_rotary)
         exact = peer.double()(ids).logits
         del peer
         model = load_model(smollm2_folder, torch.float32)
