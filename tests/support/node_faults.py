@@ -324,6 +324,8 @@ def twice(scene: Scene) -> None:
 
 
 ENDED = "ended, or is out of reach"
+# torchrun waits for the nodes that it was told of, for minutes of its own, before a rank begins.
+WAITS = "no rank began"
 GIVE_SAME = "give every host the same files"
 SAME_COMMAND = "start the same command, with the same config file, on every host"
 OWN_GUIDE = ("guide=guide",)
@@ -597,17 +599,17 @@ FAULTS = [
     # ---- how they meet
     Fault("it joins 3 s late", partial(late, seconds=3.0)),
     Fault("it never joins", alone, "Rendezvous"),
-    Fault("it never joins, by torchrun's static way", numbered(0), "did not all join"),
+    Fault("it never joins, by torchrun's static way", numbered(0), WAITS),
     Fault(
         "it waits for another run's name",
         option(1, "--rdzv-id", "other", "--rdzv-conf", "join_timeout=3"),
         "Rendezvous",
     ),
-    Fault("it says three nodes", option(1, "--nnodes", "3"), "Rendezvous"),
+    Fault("it says three nodes", option(1, "--nnodes", "3"), WAITS),
     Fault("it starts two ranks", option(1, "--nproc-per-node", "2"), ranks=(1, 2)),
     Fault("the nodes are numbered the other way round", numbered(1, 0)),
-    Fault("both nodes are told that they are the second", numbered(1, 1), "join"),
-    Fault("both nodes are told that they are the first", numbered(0, 0), "join"),
+    Fault("both nodes are told that they are the second", numbered(1, 1), WAITS),
+    Fault("both nodes are told that they are the first", numbered(0, 0), WAITS),
 ]
 
 
@@ -708,6 +710,8 @@ class Proof:
         good = good and bool(struck) == (
             fault.says is not None and not (fault.may_miss and not lines)
         )
+        if fault.says == WAITS:
+            good = verdict == WAITS
         good = good and again in ("equal", "refused", "nothing was made", "-")
         if again == "refused":
             again = f"refused: {then[0]}"
@@ -741,7 +745,7 @@ def judged(
     # Where the other torchrun was killed, torch has the one that is left wait 300 s for it.
     done = bool(ranks) and not any(ranks)
     if LATE in ended.codes and not done:
-        return "HANGS"
+        return "HANGS" if ranks else WAITS
     if 0 in ended.codes or done:  # whoever started that node takes the run for done
         wrong = differing(outcome(run), expected())
         return f"WRONG: exit 0, and another {', '.join(wrong[:3])}" if wrong else "equal"
@@ -789,6 +793,7 @@ def restarts(proof: Proof, count: int, begin: int = 0) -> Iterator[str]:
 def page(seen: Mapping[str, Seen], restarted: Sequence[str]) -> str:
     """The page; of faults without a result it says so."""
     harmless = sum(one.verdict == "equal" for one in seen.values())
+    waited = sum(one.verdict == WAITS for one in seen.values())
     good = sum(one.good for one in seen.values())
     wrong = sum("WRONG" in one.verdict + one.again for one in seen.values())
     lines = [
@@ -800,13 +805,14 @@ def page(seen: Mapping[str, Seen], restarted: Sequence[str]) -> str:
         "with files, environment and processes of their own (the ranks are forked from a process "
         "that has everything imported); they strike the second node where nothing else is said. "
         f"{harmless} ended with exit 0 and, to the bit, the files of two undisturbed "
-        f"nodes; the others ended on both nodes with an error. Then the same command was started "
+        f"nodes; of {waited} torchrun began no rank; the others ended on both nodes with an error. "
+        "Then the same command was started "
         "again, without the fault, where the run folder had changed. As expected: "
         f"**{good} of {len(seen)}**; with exit 0 and another result: "
         f"**{wrong}**.",
         "",
         "Exit codes: of the torchruns (1 for any rank's error, negative: a signal, 999: it waited "
-        "for one that was killed, 300 s by torch's settings, and was ended), then of the ranks of "
+        "for another, for minutes by torch's settings, and was ended), then of the ranks of "
         "each in the order in which they ended. Started again: `equal`, the undisturbed files; "
         "`nothing was made`, the run folder was as before. Hashes are cut to 8 digits.",
         "",
