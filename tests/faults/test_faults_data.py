@@ -269,7 +269,7 @@ def test_D9_prompt_alone_fills_max_length(
     Expected: dropped by id, with a warning over 1 %; by key an error that names the row.
     """
     path = rows_file(tmp_path / "rows.jsonl", 99)
-    long = json.dumps({"id": "long", "prompt": "word " * 300, "response": "r"}) + "\n"
+    long = json.dumps({"id": "long", "prompt": "word " * 100, "response": "r"}) + "\n"
     path.write_text(path.read_text() + long)
     options = [f"data={path}", "sft.rows=null", "max_rows=null", "evaluation.rows=0"]
     ctx = open_toy(tmp_path, *options)
