@@ -73,7 +73,21 @@ WORK = "build/mutate"
 # What a copy of the tree leaves out.
 LEFT_OUT = (".git", ".venv*", ".*cache", ".hypothesis", "runs", "build", "site", "__pycache__")
 # Imported once, before a process forks for every mutant: what takes seconds, and none of ldalign.
-HEAVY = ("torch", "numpy", "hypothesis", "pytest", "safetensors.torch", "tokenizers", "jinja2")
+HEAVY = (
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.utils.checkpoint",
+    "numpy",
+    "hypothesis",
+    "pytest",
+    "safetensors.torch",
+    "tokenizers",
+    "jinja2",
+    "pyarrow.parquet",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.mistral.modeling_mistral",
+)
 MEMORY = 8 * 2**30  # bytes a mutant may take
 PR_SET_PDEATHSIG = 1  # a child ends with its parent
 WRONG_TREE = 97  # exit code of a process that imports the package from elsewhere
