@@ -1,20 +1,18 @@
 // Generation on the CPU: a Mistral's layers over a paged key/value cache, and products with packed weights.
 //
 // A batch is rows of new tokens: one for a row that is being continued, a run of them for a prompt. Prompts and
-// continuations go through the same products together. Work is cut among threads by turns; what a thread computes for a
-// row never depends on the other rows, so a row's results have the same bits in any company.
+// continuations go through the same products together. The threads (team.h) go through all layers in one region; what a
+// thread computes for a row never depends on the other rows, so a row's results have the same bits in any company.
 //
 // Packed weights: panels of 32 rows, word by word (decode_kernels.h). Pages hold 16 tokens of one key/value head: keys
 // word by word, (words of E, 16, values of a word), values (16, E'), E' being E rounded up to 16.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -22,14 +20,19 @@
 
 #include "check.h"
 #include "ops.h"
+#include "team.h"
 
 namespace ldalign::cpu {
 namespace {
 
-// A part of the step, for torch's profiler.
-#define LDALIGN_PART(name) RECORD_FUNCTION("ldalign_cpp::decode_" name, c10::ArrayRef<const c10::IValue>())
+// A part of the step, for torch's profiler: the caller's time stands for all threads'.
+#define LDALIGN_PART(member, name)                        \
+  at::RecordFunction part_of_step(at::RecordScope::FUNCTION); \
+  if (member.caller() && part_of_step.isActive()) part_of_step.before("ldalign_cpp::decode_" name)
 
 constexpr int64_t kQueries = 32;  // new tokens of a row whose attention is computed together
+constexpr int64_t kNormed = 8;    // tokens that a thread norms at a time
+constexpr int64_t kGated = 4;     // tokens whose gates it multiplies at a time
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t rounded(int64_t n) { return divided(n, kAlign) * kAlign; }
@@ -46,50 +49,28 @@ void check_decode_type(const Check& check, const Tensor& x, const char* name) {
                     x.scalar_type(), ", expected float32 or bfloat16");
 }
 
-// work(i) for i < count, each thread taking the next when it is free.
-template <class Work>
-void by_turns(int64_t count, const Work& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i; (i = next++) < count;) work(i);
-    }
-  });
-}
-
-// work(i) for i < count, each thread going through a share of its own in order, then through what others have left.
-template <class Work>
-void by_shares(int64_t count, const Work& work) {
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  std::vector<Share> shares(threads);
-  for (int64_t t = 0; t < threads; ++t) shares[t].next = count * t / threads, shares[t].end = count * (t + 1) / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t other = 0; other < threads; ++other) {
-        Share& share = shares[(thread + other) % threads];
-        for (int64_t i; (i = share.next++) < share.end;) work(i);
-      }
-    }
-  });
-}
-
 // x (rows, K) times a packed weight (panels, K, 32) -> y (rows, N).
 template <class T, class O>
-void product(const T* x, int64_t rows, const Tensor& packed, int64_t N, O* y) {
+void product(Member& member, const T* x, int64_t rows, const Tensor& packed, int64_t N, O* y) {
   const int64_t panels = packed.size(0), K = packed.size(1);
+  const T* weight = data<T>(packed);
   // A panel calls the next one into the cache, so a thread keeps to panels that follow each other; of small ones it
   // takes as many at a time as make it worth the taking.
   const int64_t step = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * K * kPanel));
-  by_shares(divided(panels, step), [&](int64_t turn) {
-    const int64_t first = turn * step, last = std::min(panels, first + step);
+  member.by_shares_claimed(divided(panels, step), [&](int64_t turn, const auto& claim) {
+    const int64_t first = turn * step, last = std::min(panels, first + step), ld = (last - first) * kPanel;
+    static thread_local std::vector<O> result;
+    if (int64_t(result.size()) < rows * ld) result.resize(rows * ld);
+    const T* from = weight + first * K * kPanel;
     if constexpr (std::is_same_v<T, O>) {
-      kernels<T>().packed_product(x, K, rows, data<T>(packed), K, N, first, last, y, N);
+      kernels<T>().packed_product(x, K, rows, from, K, N - first * kPanel, 0, last - first, result.data(), ld);
     } else {
-      kernels<T>().packed_product_wide(x, K, rows, data<T>(packed), K, N, first, last, y, N);
+      kernels<T>().packed_product_wide(x, K, rows, from, K, N - first * kPanel, 0, last - first, result.data(), ld);
+    }
+    if (!claim()) return;
+    const int64_t columns = std::min(N - first * kPanel, ld);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(result.data() + r * ld, columns, y + r * N + first * kPanel);
     }
   });
 }
@@ -106,12 +87,17 @@ struct Run {
   const Row* row;
   int64_t from, to;
   int64_t cost() const { return (to - from) * (row->held + to); }
-  bool whole() const { return to - from == row->count; }
 };
 
 // The attention of a run in the heads [head, until).
 struct Task {
   const Run* run;
+  int64_t head, until;
+};
+
+// The new keys and values of a row in the heads [head, until).
+struct Put {
+  const Row* row;
   int64_t head, until;
 };
 
@@ -123,14 +109,18 @@ class Decoder {
   int64_t N, D, H, K, E, width, window;
   A eps;
   std::vector<Row> rows;
-  std::vector<const Row*> long_rows;  // of several runs
+  std::vector<Put> puts;
   std::vector<Run> runs;
   std::vector<Task> tasks;
   const A *cos, *sin;
-  T *keys, *values;  // of the layer at hand
+
+  // The cache of one layer.
+  struct Cache {
+    T *keys, *values;
+  };
 
   // A row's new keys, turned, and values of one head go into its pages.
-  void put(const T* qkv, const Row& row, int64_t head) const {
+  void put(const Cache& cache, const T* qkv, const Row& row, int64_t head) const {
     constexpr int64_t J = 4 / sizeof(T);
     static thread_local std::vector<T> turned;
     turned.resize(row.count * E);
@@ -141,17 +131,20 @@ class Decoder {
     for (int64_t i = 0; i < row.count; ++i) {
       const int64_t position = row.held + i, slot = position % kPageTokens;
       const int64_t page = row.pages[position / kPageTokens] * K + head;
-      T* key = keys + page * E * kPageTokens + slot * J;
+      T* key = cache.keys + page * E * kPageTokens + slot * J;
       for (int64_t e = 0; e < E; e += J) {
         __builtin_memcpy(key + e * kPageTokens, turned.data() + i * E + e, 4);
       }
-      __builtin_memcpy(values + (page * kPageTokens + slot) * width, from + i * stride + K * E, E * sizeof(T));
+      __builtin_memcpy(cache.values + (page * kPageTokens + slot) * width, from + i * stride + K * E, E * sizeof(T));
     }
   }
 
   // The run's attention in the heads [head, until), page by page through all of them: side by side they lie in memory,
   // and one after the other it gives three times the bytes that it gives here and there.
-  void attend(const T* qkv, const Run& run, int64_t head, int64_t until, T* out) const {
+  template <class Claim>
+  void attend(const Cache& cache, const T* qkv, const Task& task, T* out, const Claim& claim) const {
+    const Run& run = *task.run;
+    const int64_t head = task.head, until = task.until;
     const Row& row = *run.row;
     const int64_t n = run.to - run.from, G = H / K, M = G * n, heads = until - head, stride = (H + 2 * K) * E;
     const int64_t position = row.held + run.from, last = position + n;  // of the first query; what the last one sees
@@ -165,9 +158,6 @@ class Decoder {
     sums.resize(heads * M);
     result.assign(heads * M * width, A(0));
 
-    if (run.whole()) {
-      for (int64_t h = head; h < until; ++h) put(qkv, row, h);
-    }
     const T* from = qkv + (row.token + run.from) * stride + head * G * E;
     for (int64_t h = 0; h < heads * G; ++h) {
       kernels<T>().rope(from + h * E, stride, cos + position * (E / 2), sin + position * (E / 2), A(1), n, 1, E,
@@ -175,7 +165,7 @@ class Decoder {
     }
     const auto page_at = [&](int64_t column) { return row.pages[first + column / kPageTokens] * K + head; };
     for (int64_t column = 0; column < columns; column += kPageTokens) {
-      const T* page = keys + page_at(column) * key_page;
+      const T* page = cache.keys + page_at(column) * key_page;
       for (int64_t h = 0; h < heads; ++h) {
         kernels<T>().page_scores(turned.data() + h * M * E, E, M, page + h * key_page, E,
                                  scores.data() + h * M * columns + column, columns);
@@ -185,13 +175,14 @@ class Decoder {
     kernels<A>().attention_softmax(scores.data(), heads * M, columns, n, position + 1 - first * kPageTokens, window,
                                    scale, sums.data());
     for (int64_t column = 0; column < columns; column += kPageTokens) {
-      const T* page = values + page_at(column) * value_page;
+      const T* page = cache.values + page_at(column) * value_page;
       const int64_t held = std::min(kPageTokens, last - (first * kPageTokens + column));
       for (int64_t h = 0; h < heads; ++h) {
         kernels<T>().page_values(scores.data() + h * M * columns + column, columns, M, page + h * value_page, width,
                                  held, result.data() + h * M * width);
       }
     }
+    if (!claim()) return;
     for (int64_t h = 0; h < heads * G; ++h) {
       for (int64_t i = 0; i < n; ++i) {
         T* to = out + ((row.token + run.from + i) * H + head * G + h) * E;
@@ -201,11 +192,11 @@ class Decoder {
   }
 
   // normed = norm(x + addend), and total that sum; norm(x) without an addend.
-  void norm(const T* x, const T* addend, const Tensor& weight, T* total, T* normed, A* rstd) const {
-    at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * D;
-      kernels<T>().rms_norm(addend ? addend + at : x + at, addend ? x + at : nullptr, data<A>(weight), eps, end - begin,
-                            D, normed + at, addend ? total + at : nullptr, rstd + begin);
+  void norm(Member& member, const T* x, const T* addend, const A* weight, T* total, T* normed, A* rstd) const {
+    member.by_turns(divided(N, kNormed), [&](int64_t turn) {
+      const int64_t first = turn * kNormed, count = std::min(N, first + kNormed) - first, at = first * D;
+      kernels<T>().rms_norm(addend ? addend + at : x + at, addend ? x + at : nullptr, weight, eps, count, D, normed + at,
+                            addend ? total + at : nullptr, rstd + first);
     });
   }
 };
@@ -223,10 +214,34 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   const Tensor y = at::empty({x.size(0), out_features}, wide_out ? x.options().dtype(at::kFloat) : x.options());
   with_decode_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    if (wide_out) product(data<T>(from), x.size(0), weight, out_features, data<float>(y));
-    else product(data<T>(from), x.size(0), weight, out_features, data<T>(y));
+    together(1, [&](Member& member) {
+      if (wide_out) product(member, data<T>(from), x.size(0), weight, out_features, data<float>(y));
+      else product(member, data<T>(from), x.size(0), weight, out_features, data<T>(y));
+    });
   });
   return y;
+}
+
+// The caller's work alone: a few kilobytes. OpenMP's threads, once called, would spin on the cores that the step needs.
+Tensor packed_rows(const Tensor& packed, const Tensor& ids) {
+  const Check check{"packed_rows"};
+  check.floats(packed, "packed", 3, "(panels, K, 32)");
+  check_decode_type(check, packed, "packed");
+  check.shape(packed, "packed", {packed.size(0), packed.size(1), kPanel}, "(panels, K, 32)");
+  check.shape(ids, "ids", {ids.size(0)}, "(N,)");
+  check.dtype(ids, "ids", at::kLong);
+  const int64_t N = ids.size(0), words = packed.size(1) * packed.element_size() / 4;
+  const Tensor weight = packed.contiguous(), wanted = ids.contiguous();
+  const Tensor out = at::empty({N, packed.size(1)}, packed.options());
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t id = data<int64_t>(wanted)[n];
+    TORCH_CHECK_VALUE(id >= 0 && id < packed.size(0) * kPanel, check.op, ": id ", id, " of ",
+                      packed.size(0) * kPanel);
+    const int32_t* from = data<int32_t>(weight) + id / kPanel * words * kPanel + id % kPanel;
+    int32_t* to = data<int32_t>(out) + n * words;
+    for (int64_t word = 0; word < words; ++word) to[word] = from[word * kPanel];
+  }
+  return out;
 }
 
 Tensor decode_layers(
@@ -299,7 +314,8 @@ Tensor decode_layers(
     }
     TORCH_CHECK_VALUE(token == N, check.op, ": the rows have ", token, " tokens, x has ", N);
     for (const Row& row : decoder.rows) {
-      if (row.count > kQueries) decoder.long_rows.push_back(&row);
+      const int64_t heads = row.count > kQueries ? 1 : K;
+      for (int64_t head = 0; head < K; head += heads) decoder.puts.push_back({&row, head, head + heads});
       for (int64_t from = 0; from < row.count; from += kQueries) {
         decoder.runs.push_back({&row, from, std::min(row.count, from + kQueries)});
       }
@@ -307,56 +323,62 @@ Tensor decode_layers(
     std::stable_sort(decoder.runs.begin(), decoder.runs.end(),
                      [](const Run& a, const Run& b) { return a.cost() > b.cost(); });
     // Single tokens wait for memory: all their heads together, unless the threads would have too little to share.
-    const bool many = int64_t(decoder.runs.size()) >= 4 * at::get_num_threads();
+    const bool many = int64_t(decoder.runs.size()) >= 4 * threads_of_a_region();
     for (const Run& run : decoder.runs) {
       const int64_t heads = many && run.to - run.from == 1 ? K : 1;
       for (int64_t head = 0; head < K; head += heads) decoder.tasks.push_back({&run, head, head + heads});
     }
 
     const auto buffer = [&](int64_t wide_of) { return at::empty({N, wide_of}, first.options()); };
-    Tensor stream = first;
-    const Tensor total = buffer(D), other = buffer(D), normed = buffer(D), qkv = buffer((H + 2 * K) * E);
-    const Tensor attended = buffer(H * E), added = buffer(D), gate_up = buffer(2 * F), gated = buffer(F);
+    const Tensor totals[] = {buffer(D), buffer(D)};
+    const Tensor normed_of = buffer(D), qkv_of = buffer((H + 2 * K) * E), attended_of = buffer(H * E);
+    const Tensor added_of = buffer(D), gate_up_of = buffer(2 * F), gated_of = buffer(F);
     const Tensor rstd = at::empty({N}, first.options().dtype(at::kFloat));
-    // Each norm takes in what the part before it adds to the stream.
-    const auto norm = [&](int64_t index, bool adds, const Tensor& to) {
-      LDALIGN_PART("rms_norm");
-      const Tensor& sum = stream.is_same(total) ? other : total;
-      decoder.norm(data<T>(stream), adds ? data<T>(added) : nullptr, norms[index], data<T>(sum), data<T>(to),
-                   data<A>(rstd));
-      if (adds) stream = sum;
-    };
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      decoder.keys = data<T>(keys) + layer * keys.stride(0);
-      decoder.values = data<T>(values) + layer * values.stride(0);
-      norm(2 * layer, layer > 0, normed);
-      {
-        LDALIGN_PART("attention");
-        product(data<T>(normed), N, weights[4 * layer], (H + 2 * K) * E, data<T>(qkv));
-        // Rows of one run put their keys and values there themselves.
-        at::parallel_for(0, int64_t(decoder.long_rows.size()) * K, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) decoder.put(data<T>(qkv), *decoder.long_rows[i / K], i % K);
-        });
-        by_turns(int64_t(decoder.tasks.size()), [&](int64_t i) {
-          const Task& task = decoder.tasks[i];
-          decoder.attend(data<T>(qkv), *task.run, task.head, task.until, data<T>(attended));
-        });
-        product(data<T>(attended), N, weights[4 * layer + 1], D, data<T>(added));
-      }
-      norm(2 * layer + 1, true, normed);
-      {
-        LDALIGN_PART("mlp");
-        product(data<T>(normed), N, weights[4 * layer + 2], 2 * F, data<T>(gate_up));
+    T *const normed = data<T>(normed_of), *const qkv = data<T>(qkv_of), *const attended = data<T>(attended_of);
+    T *const added = data<T>(added_of), *const gate_up = data<T>(gate_up_of), *const gated = data<T>(gated_of);
+    constexpr int64_t kPartsOfLayer = 9;
+    together(kPartsOfLayer * layers + 1, [&](Member& member) {
+      // Each norm takes in what the part before it adds to the stream.
+      const T* stream = data<T>(first);
+      int sums = 0;
+      const auto norm = [&](int64_t index, bool adds, T* to) {
+        LDALIGN_PART(member, "rms_norm");
+        T* sum = data<T>(totals[sums % 2]);
+        decoder.norm(member, stream, adds ? added : nullptr, data<A>(norms[index]), sum, to, data<A>(rstd));
+        if (adds) stream = sum, ++sums;
+      };
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        const typename Decoder<T>::Cache cache{data<T>(keys) + layer * keys.stride(0),
+                                               data<T>(values) + layer * values.stride(0)};
+        norm(2 * layer, layer > 0, normed);
         {
-          LDALIGN_PART("swiglu");
-          at::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
-            kernels<T>().swiglu(data<T>(gate_up) + begin * 2 * F, end - begin, 2 * F, F, data<T>(gated) + begin * F);
+          LDALIGN_PART(member, "attention");
+          product(member, normed, N, weights[4 * layer], (H + 2 * K) * E, qkv);
+          member.by_turns(int64_t(decoder.puts.size()), [&](int64_t i) {
+            const Put& put = decoder.puts[i];
+            for (int64_t head = put.head; head < put.until; ++head) decoder.put(cache, qkv, *put.row, head);
           });
+          member.by_turns_claimed(int64_t(decoder.tasks.size()), [&](int64_t i, const auto& claim) {
+            decoder.attend(cache, qkv, decoder.tasks[i], attended, claim);
+          });
+          product(member, attended, N, weights[4 * layer + 1], D, added);
         }
-        product(data<T>(gated), N, weights[4 * layer + 3], D, data<T>(added));
+        norm(2 * layer + 1, true, normed);
+        {
+          LDALIGN_PART(member, "mlp");
+          product(member, normed, N, weights[4 * layer + 2], 2 * F, gate_up);
+          {
+            LDALIGN_PART(member, "swiglu");
+            member.by_turns(divided(N, kGated), [&](int64_t turn) {
+              const int64_t begin = turn * kGated, count = std::min(N, begin + kGated) - begin;
+              kernels<T>().swiglu(gate_up + begin * 2 * F, count, 2 * F, F, gated + begin * F);
+            });
+          }
+          product(member, gated, N, weights[4 * layer + 3], D, added);
+        }
       }
-    }
-    norm(2 * layers, layers > 0, out);
+      norm(2 * layers, layers > 0, data<T>(out));
+    });
   });
   return out;
 }

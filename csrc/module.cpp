@@ -59,8 +59,10 @@ TORCH_LIBRARY(ldalign_cpp, m) {
   m.def("rmsprop_(Tensor(a!) p, Tensor grad, Tensor(b!) v, float learning_rate, float decay, float alpha, float eps,"
         " int seed) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int out_features, bool wide_out) -> Tensor");
+  m.def("packed_rows(Tensor packed, Tensor ids) -> Tensor");
   m.def("decode_layers(Tensor x, Tensor[] weights, Tensor[] norms, Tensor(a!) keys, Tensor(b!) values, Tensor rows,"
         " Tensor pages, Tensor cos, Tensor sin, int heads, int? window, float eps) -> Tensor");
+  m.def("all_finite(Tensor x) -> Tensor");
   m.def("sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p,"
         " float penalty, Tensor seen) -> (Tensor ids, Tensor logp)");
 
@@ -89,7 +91,9 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("adamw_", TORCH_FN(adamw_));
   m.impl("rmsprop_", TORCH_FN(rmsprop_));
   m.impl("packed_linear", TORCH_FN(packed_linear));
+  m.impl("packed_rows", TORCH_FN(packed_rows));
   m.impl("decode_layers", TORCH_FN(decode_layers));
+  m.impl("all_finite", TORCH_FN(all_finite));
   m.impl("sample", TORCH_FN(sample));
 }
 

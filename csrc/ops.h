@@ -91,6 +91,8 @@ void rmsprop_(Tensor p, const Tensor& grad, Tensor v, double learning_rate, doub
 
 // x (N, K) -> (N, out_features), float32 with wide_out
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool wide_out);
+// rows ids (N,) of a packed weight, as they were before -> (N, K)
+Tensor packed_rows(const Tensor& packed, const Tensor& ids);
 
 // x (N, D): the new tokens of R rows, row after row; rows (R, 2): how many, and how many the cache holds; pages (R, P):
 // the row's pages, in order. weights: qkv, o, gate_up and down of each layer; norms: two of each, and the last, float32.
@@ -101,6 +103,9 @@ Tensor decode_layers(
     std::optional<int64_t> window, double eps);
 
 // ---- sample.cpp
+
+// x (R, V) float32 -> (R,) bool: whether all of a row is finite
+Tensor all_finite(const Tensor& x);
 
 // logits (R, V) float32, overwritten; uniform (R,) float64; seen (R, T): tokens to penalise, -1 for none
 // -> ids (R,), log-probs (R,)

@@ -1,17 +1,16 @@
 // The choice of the next tokens: penalty, temperature, cuts, and the inverse of the cumulative distribution.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include "check.h"
 #include "ops.h"
+#include "team.h"
 
 namespace ldalign::cpu {
 namespace {
@@ -111,7 +110,31 @@ std::pair<int64_t, float> choose(float* z, int64_t V, double uniform, const Choi
   return invert(z, V, uniform);
 }
 
+// Whether no exponent is the one of infinities and NaN.
+bool finite(const float* x, int64_t n) {
+  constexpr uint32_t kSpecial = 0x7F800000u;
+  uint32_t found = 0;  // no early end: without one the compiler makes vectors of it
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    found |= (bits & kSpecial) == kSpecial;
+  }
+  return !found;
+}
+
 }  // namespace
+
+Tensor all_finite(const Tensor& x) {
+  const Check check{"all_finite"};
+  check.floats(x, "x", 2, "(R, V)");
+  check.dtype(x, "x", at::kFloat);
+  const int64_t R = x.size(0), V = x.size(1);
+  const Tensor from = x.contiguous(), sound = at::empty({R}, x.options().dtype(at::kBool));
+  together(1, [&](Member& member) {
+    member.by_turns(R, [&](int64_t r) { data<bool>(sound)[r] = finite(data<float>(from) + r * V, V); });
+  });
+  return sound;
+}
 
 std::tuple<Tensor, Tensor> sample(
     const Tensor& logits, const Tensor& uniform, double temperature, int64_t top_k, double top_p, double min_p,
@@ -135,23 +158,20 @@ std::tuple<Tensor, Tensor> sample(
   const Tensor ids = at::empty({R}, logits.options().dtype(at::kLong)), logp = at::empty({R}, logits.options());
   const Tensor draws = uniform.contiguous(), history = seen.contiguous();
   const int64_t T = penalty == 1 ? 0 : history.size(1);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), R), 1, [&](int64_t begin, int64_t end) {
+  together(1, [&](Member& member) {
     std::vector<int64_t> tokens;
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t r; (r = next++) < R;) {
-        float* z = data<float>(logits) + r * V;
-        const int64_t* own = data<int64_t>(history) + r * T;
-        tokens.assign(own, own + T);
-        std::sort(tokens.begin(), tokens.end());
-        tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
-        for (const int64_t token : tokens) {
-          if (token < 0 || token >= V) continue;  // -1 fills up the row
-          z[token] = z[token] < 0 ? z[token] * choice.penalty : z[token] / choice.penalty;
-        }
-        std::tie(data<int64_t>(ids)[r], data<float>(logp)[r]) = choose(z, V, data<double>(draws)[r], choice);
+    member.by_turns(R, [&](int64_t r) {
+      float* z = data<float>(logits) + r * V;
+      const int64_t* own = data<int64_t>(history) + r * T;
+      tokens.assign(own, own + T);
+      std::sort(tokens.begin(), tokens.end());
+      tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+      for (const int64_t token : tokens) {
+        if (token < 0 || token >= V) continue;  // -1 fills up the row
+        z[token] = z[token] < 0 ? z[token] * choice.penalty : z[token] / choice.penalty;
       }
-    }
+      std::tie(data<int64_t>(ids)[r], data<float>(logp)[r]) = choose(z, V, data<double>(draws)[r], choice);
+    });
   });
   return {ids, logp};
 }

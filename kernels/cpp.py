@@ -336,6 +336,12 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) 
     return out
 
 
+def packed_rows(packed: Tensor, ids: Tensor) -> Tensor:
+    """Rows ids (N,) int64 of a weight packed by `pack_weight`, as they were before: (N, K)."""
+    out: Tensor = torch.ops.ldalign_cpp.packed_rows(packed, ids)
+    return out
+
+
 def decode_layers(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -363,6 +369,12 @@ def decode_layers(
     out: Tensor = torch.ops.ldalign_cpp.decode_layers(
         x, weights, norms, keys, values, rows, pages, cos, sin, heads, window, eps
     )
+    return out
+
+
+def all_finite(x: Tensor) -> Tensor:
+    """Says of each row of x (R, V) float32 whether all of it is finite: (R,) bool."""
+    out: Tensor = torch.ops.ldalign_cpp.all_finite(x)
     return out
 
 

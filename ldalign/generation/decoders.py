@@ -56,7 +56,7 @@ class Decoder(Protocol):
         ids (N,) int64: the new tokens, row after row.
         rows (R, 2) int64: how many new tokens a row has, and how many are in its cache.
         pages (R, P) int32: a row's pages, in order.
-        last (len(last),) int64: places in `ids`.
+        last (len(last),) int64: places in `ids`, ascending, none twice.
 
         All four are on the CPU; the logits are on the decoder's device.
         """
@@ -172,14 +172,14 @@ class PackedDecoder:
             c.sliding_window,
             c.rms_norm_eps,
         )  # (N, D)
-        return cpp.packed_linear(hidden[last], self.head, c.vocab_size, wide_out=True)
+        if len(last) < len(hidden):  # else all: no row has a prompt in this step
+            hidden = hidden[last]
+        return cpp.packed_linear(hidden, self.head, c.vocab_size, wide_out=True)
 
     def _embed(self, ids: Tensor) -> Tensor:
         if self.embedding is not None:
             return F.embedding(ids, self.embedding)
-        # `pack_weight` undone for these rows alone: a panel's last axis is its 32 rows.
-        words = self.head.view(torch.int32).view(len(self.head), -1, PANEL)  # 4 bytes of a row each
-        return words[ids // PANEL, :, ids % PANEL].view(self.dtype)
+        return cpp.packed_rows(self.head, ids)
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldalign import ops
+from ldalign.kernels import cpp
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,11 @@ def blank_unsound(logits: Tensor) -> Tensor:
     """Says of each row of logits (R, V) whether all of them are finite: (R,) bool. The other rows
     are set to 0, in place: NaN would have a sampler look for a token beyond the last.
     """
-    if logits.device.type == "cpu":
-        # A sum is finite only where everything in it is: one quick pass, 20 times as fast as
-        # asking every number.
-        sound = logits.sum(-1).isfinite()
+    if logits.device.type == "cpu" and cpp.available():
+        sound = cpp.all_finite(logits)
         if bool(sound.all()):
             return sound
-    return blank_unread(logits)  # also where finite numbers have an infinite sum
+    return blank_unread(logits)
 
 
 def blank_unread(logits: Tensor) -> Tensor:

@@ -346,7 +346,11 @@ def test_a_model_that_overflows_is_refused(kind: str, dtype: torch.dtype) -> Non
         run(engine, requests_of([[5, 6], [7, 8, 9]]))
 
 
-def test_finite_logits_with_an_infinite_sum_are_sound() -> None:
+@pytest.mark.parametrize("built", [True, False])
+def test_unsound_rows_are_blanked(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where finite numbers have an infinite sum, and without the C++ backend."""
+    if not built:
+        monkeypatch.setattr(cpp, "available", lambda: False)
     logits = torch.full((3, 8), 3e38)
     logits[1, 2] = float("nan")
     assert blank_unsound(logits).tolist() == [True, False, True]
@@ -616,6 +620,33 @@ def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int)
     ).norm() > 0.1 * exact.norm()
     with pytest.raises(ValueError, match="packed_linear: packed has shape"):
         cpp.packed_linear(x, packed, N + 32, False)
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows(dtype: torch.dtype) -> None:
+    """Rows of a packed weight are those that were packed; what is no row of it is refused."""
+    weight = normal(70, 34).to(dtype)
+    ids = torch.tensor([69, 0, 31, 32, 33, 31])
+    assert torch.equal(cpp.packed_rows(pack_weight(weight), ids), weight[ids])
+    for wrong in (-1, 96):
+        with pytest.raises(ValueError, match=f"packed_rows: id {wrong} of 96"):
+            cpp.packed_rows(pack_weight(weight), torch.tensor([wrong]))
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+@pytest.mark.parametrize("width", [1, 7, 16, 100])
+def test_all_finite(width: int) -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.cat(
+        [normal(2, width).float(), torch.full((1, width), largest), torch.zeros(1, width)]
+    )
+    assert cpp.all_finite(x).tolist() == [True] * 4
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for place in {0, width // 2, width - 1}:
+            y = x.clone()
+            y[1, place] = bad
+            assert cpp.all_finite(y).tolist() == [True, False, True, True]
 
 
 def test_paged_attention_of_whole_prompts_is_pair_attention() -> None:
