@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ldalign.data.tokenizer_export import save_tokenizer_files
 from ldalign.models.gpt2 import GPT2, TRANSPOSED, GPT2Config
@@ -139,8 +138,10 @@ def _empty_share(p: Tensor, device: str | torch.device) -> Tensor:
 
 def _with_share(p: Tensor, local: Tensor) -> Tensor:
     """The parameter whose rows on this rank are `local`."""
-    if not isinstance(p, DTensor):
+    if not distributed.is_sharded(p):
         return local
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )

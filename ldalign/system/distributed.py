@@ -11,29 +11,28 @@ import os
 import secrets
 import socket
 import stat
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 
 import ldalign
 from ldalign.system import exits, interrupt
 from ldalign.system.errors import EnvironmentProblem, InputError, LdalignError, NumericsError
 from ldalign.system.memory import OutOfMemory, keep_freed_memory
+
+# Imported where something is sharded: they take half as long again as torch itself.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -377,8 +376,14 @@ def shard(
     several = world_size() > 1
     apart = {p for module in exact for p in module.parameters()}
     cast = any(p.dtype != compute_dtype for p in model.parameters() if p not in apart)
-    if isinstance(model, FSDPModule) or not (several or cast):
+    if _is_wrapped(model) or not (several or cast):
         return model
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = _mesh(device.type, copies(sharding.ranks))
     # The rotary tables enter the blocks in float32 and must stay so: inputs are not cast.
     policy = MixedPrecisionPolicy(
@@ -420,12 +425,35 @@ def copies(shard_ranks: int | None) -> int:
     return found
 
 
+def _is_wrapped(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_sharded(p: Tensor) -> "TypeGuard[DTensor]":
+    """Says whether FSDP has cut a parameter, or its gradient, among the ranks."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(p, tensor.DTensor)
+
+
+def local(p: Tensor) -> Tensor:
+    """Returns the rows of a parameter or a gradient that this rank holds, which may be all."""
+    return p.to_local() if is_sharded(p) else p
+
+
+def mesh_of(tensors: Iterable[Tensor]) -> "DeviceMesh | None":
+    """Returns the ranks that the first sharded tensor is cut among; None where none is."""
+    return next((p.device_mesh for p in tensors if is_sharded(p)), None)
+
+
 @functools.cache
-def _mesh(device_type: str, copies: int) -> DeviceMesh:
+def _mesh(device_type: str, copies: int) -> "DeviceMesh":
     """Arranges all ranks as (S,), or as (copies, S) for hybrid sharding.
 
     Cached, as a mesh of two dimensions makes process groups.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     if copies == 1:
         return init_device_mesh(device_type, (world_size(),))
     shape = (copies, world_size() // copies)
@@ -440,7 +468,7 @@ def last_micro(model: nn.Module, last: bool, sharding: Sharding = Sharding()) ->
     and the copies are summed at the last. Gathered weights are kept for the next micro-batch with
     "all", and on a rank alone.
     """
-    if not isinstance(model, FSDPModule):
+    if not _is_wrapped(model):
         return
     each = sharding.whole == "nothing" and world_size() > 1
     model.set_requires_gradient_sync(last or each)
@@ -453,7 +481,7 @@ def local_rows(p: Tensor) -> tuple[int, int]:
 
     FSDP cuts the first axis, as `torch.chunk` does.
     """
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return 0, len(p)
     rows = -(-len(p) // p.device_mesh.size(-1))
     start = min(len(p), rows * p.device_mesh.get_local_rank(p.device_mesh.ndim - 1))
@@ -463,7 +491,7 @@ def local_rows(p: Tensor) -> tuple[int, int]:
 def reshard(model: nn.Module) -> None:
     """Lets go of gathered weights that a forward without backward may have left on a rank."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if _is_wrapped(module):
             module.reshard()
 
 
@@ -486,20 +514,20 @@ def whole_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     state = {}
     for name, p in model.named_parameters():
         copy = p.detach().to(dtype, copy=True)
-        state[name] = copy.full_tensor() if isinstance(copy, DTensor) else copy
+        state[name] = copy.full_tensor() if is_sharded(copy) else copy
     return state
 
 
 def _whole(p: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return p.detach().to("cpu", dtype) if rank() == 0 else None
     mesh, group = p.device_mesh, p.device_mesh.get_group(p.device_mesh.ndim - 1)
     if mesh.ndim == 2 and mesh.get_local_rank(0) > 0:
         return None  # another copy's rank
     rows = -(-len(p) // mesh.size(-1))
-    local = p.to_local().detach()
-    part = torch.zeros(rows, *p.shape[1:], dtype=dtype, device=local.device)
-    part[: len(local)] = local
+    own = p.to_local().detach()
+    part = torch.zeros(rows, *p.shape[1:], dtype=dtype, device=own.device)
+    part[: len(own)] = own
     parts = [torch.empty_like(part) for _ in range(mesh.size(-1))] if rank() == 0 else None
     dist.gather(part, parts, dst=0, group=group)
     return None if parts is None else torch.cat([x.cpu() for x in parts])[: len(p)]
@@ -539,11 +567,10 @@ def clip_grad_norm(model: nn.Module, most: float) -> tuple[Tensor, Tensor]:
     clipped or the norm is not finite.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
     # In float32 for bfloat16 gradients too: a norm in their dtype would be off by up to 0.4 %.
-    norms = torch._foreach_norm(local, 2.0, dtype=torch.float32)
+    norms = torch._foreach_norm([local(g) for g in grads], 2.0, dtype=torch.float32)
     squares = torch.stack(norms).double().square().sum()
-    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
+    mesh = mesh_of(grads)
     if mesh is not None and mesh.size(-1) > 1:
         # the last axis alone: the copies of hybrid sharding hold the same gradients
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))

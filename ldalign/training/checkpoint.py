@@ -37,7 +37,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ldalign.system import distributed, exits, interrupt
 from ldalign.system.distributed import on_all, on_rank0
@@ -247,9 +246,8 @@ class Checkpoints:
         for name, p in self.model.named_parameters():
             if not p.requires_grad:  # as it is in the folder that it was loaded from
                 continue
-            local = p.to_local() if isinstance(p, DTensor) else p
             first = distributed.local_rows(p)[0]
-            yield f"weight/{name}", local.detach(), first
+            yield f"weight/{name}", distributed.local(p).detach(), first
             for kind in AVERAGES:
                 if kind in self.optimizer.state[p]:
                     yield f"{kind}/{name}", self.optimizer.state[p][kind], first
@@ -271,9 +269,7 @@ class Checkpoints:
         Of a model that is not sharded, rank 0 has them all; of one with copies (hybrid sharding),
         the first copy: of the other ranks the result is None.
         """
-        mesh = next(
-            (p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)), None
-        )
+        mesh = distributed.mesh_of(self.model.parameters())
         if distributed.rank() and (mesh is None or (mesh.ndim == 2 and mesh.get_local_rank(0))):
             return _done(lambda: None)
         held = {name: (local, first) for name, local, first in self._tensors() if len(local)}
@@ -388,7 +384,7 @@ class Checkpoints:
         manifest = _read_manifest(path)
         stored = {name for entry in manifest["files"] for name in entry["rows"]}
         for name, p in self.model.named_parameters():
-            local = p.to_local() if isinstance(p, DTensor) else p
+            local = distributed.local(p)
             for kind in AVERAGES:
                 if f"{kind}/{name}" in stored:
                     self.optimizer.state[p][kind] = torch.empty_like(

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ldalign import ops
+from ldalign.system import distributed
 
 Schedule = Literal["constant", "linear", "cosine"]
 # what an optimizer may keep of a parameter; RMSprop keeps the square alone
@@ -56,7 +56,9 @@ class Optimizer(torch.optim.Optimizer):
                     seed = (
                         self.seed * 0x9E3779B1 + self.steps * 0x85EBCA77 + number * 0xC2B2AE3D
                     ) % 2**32
-                    self._update(p, _local(p), _local(p.grad), factor, group, seed)
+                    self._update(
+                        p, distributed.local(p), distributed.local(p.grad), factor, group, seed
+                    )
 
     def _update(
         self,
@@ -90,10 +92,6 @@ class Optimizer(torch.optim.Optimizer):
             )
         else:
             ops.rmsprop_(weights, grad, state["square"], factor, rate, decay, ALPHA, eps, seed)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def make_optimizer(

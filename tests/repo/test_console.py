@@ -104,6 +104,20 @@ def test_help_version_and_presets_load_no_torch(tmp_path: Path) -> None:
     assert f"\nldalign {ldalign.__version__}\n" in done.stdout
 
 
+def test_commands_load_no_more_than_they_need() -> None:
+    """What takes long to import and few runs use is imported by those."""
+    code = (
+        "import importlib, sys\n"
+        "from ldalign.cli import COMMANDS\n"
+        "for command in COMMANDS.values(): importlib.import_module(command.module)\n"
+        "late = {'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy', 'triton'}\n"
+        "late |= {'matplotlib', 'pyarrow', 'transformers', 'lm_eval', 'huggingface_hub'}\n"
+        "print('torch' in sys.modules, sorted(late & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+
+
 def test_chat_is_generate_and_inspect_its_script(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, list[str]]] = []
     for module in (generate, inspect_data):

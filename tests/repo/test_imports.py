@@ -32,7 +32,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SELF_CONTAINED = {
     "ldalign.ops": {"ldalign.kernels", "ldalign.system.errors", "ldalign.system.transfer"},
     "ldalign.system.distributed": {"ldalign.system"},
-    "ldalign.training.optim": {"ldalign.ops"},
+    "ldalign.training.optim": {"ldalign.ops", "ldalign.system.distributed"},
 }
 # It stands in ldalign/__init__.py.
 READS_VERSION = {"ldalign.cli", "ldalign.system.distributed"}
