@@ -64,7 +64,7 @@ def run_bench(
         ("step.py", ["--precisions", "bfloat16"], "step-cpu"),
         ("growth.py", [], "growth-cpu"),
         ("generate.py", [], "generate-cpu"),
-        ("compile.py", [], "compile-cpu"),
+        pytest.param("compile.py", [], "compile-cpu", marks=pytest.mark.long),
     ],
 )
 def test_our_side_of_every_benchmark_runs(
@@ -182,7 +182,7 @@ def test_the_padded_guide_does_the_same_work(tmp_path: Path) -> None:
     assert all(entry["time_ratio"] > 0 for entry in (training, *distances))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkout_is_measured_against_itself(tmp_path: Path) -> None:
     run_bench("before.py", ROOT, "--small", "--rounds", 1, "--only", "guide", "--results", tmp_path)
     ratios = json.loads((tmp_path / "before-cpu.json").read_text())["ratios"]

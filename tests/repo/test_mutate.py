@@ -177,7 +177,7 @@ def mutate_command(tree: Path, *arguments: str) -> CompletedProcess[str]:
     return run_script(script, "--root", tree, *modules, *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_tree(tree: Path) -> None:
     """What is caught, survives and is run by no test; that it goes on, and tries again what
     survived when a test is added.
