@@ -1,13 +1,14 @@
 """What the benchmark scripts share: options, measured processes, result files."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def measure(
             else f"exit code {done.returncode}: {last[:300]}"
         )
     return json.loads(lines[-1])  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def spinning(processes: int) -> Iterator[None]:
+    """Keeps as many cores busy as there are processes, as a neighbour would."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
+    ]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def measure_or_say(*args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Part of `make bench`. Prompts of GSM8K's lengths, mixed; no row may stop before 
 all make the same number of tokens from the same prompts. Every row of the table is a process of its
 own, the peers in an environment of their own, in the same run. Beside them, what the machine could
 do: the time of the matrix products at its measured rate, and of reading weights and cache once a
-token at its measured bandwidth.
+token at its measured bandwidth. On a CPU one row and 32 in bfloat16 are measured beside a process
+that spins, too: few have a machine alone.
 """
 
 import statistics
@@ -20,6 +21,8 @@ from ldalign.system.exits import run
 
 PEERS = {"transformers generate": "generation", "transformers continuous batching": "continuous"}
 BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn
+BESIDE = ", beside a spinning process"
+BUSY_ROWS = (1, 32)  # measured on a machine with other work, too
 CONTINUOUS_ROWS = 32  # the one batch that continuous batching is measured at: on a CPU it is slow
 
 
@@ -74,10 +77,14 @@ def measure(
     for name, task in PEERS.items() if peers else ():
         if task == "generation" or rows == CONTINUOUS_ROWS:
             common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
-            whole = {**job, "task": task}
-            sides[name] = common.measure_or_say(
-                "peers/generate.py", whole, "transformers", common.KEEP_MEMORY
-            )
+            sides[name] = measure_peer(job, task)
+    if device.type == "cpu" and rows in BUSY_ROWS and job["dtype"] == "bfloat16":
+        common.say(f"generate: {rows} rows, {job['dtype']}, beside a process that spins ...")
+        fewer = {**job, "batches": job["batches"][:2]}  # one after the one that warms up
+        with common.spinning(1):
+            sides["ldalign" + BESIDE] = common.measure_ours("generation", fewer)
+            if peers:
+                sides["transformers generate" + BESIDE] = measure_peer(fewer, "generation")
     tokens = rows * job["new_tokens"]
     for side in sides.values():
         if "skipped" not in side:
@@ -104,6 +111,11 @@ def measure(
     }
 
 
+def measure_peer(job: dict[str, Any], task: str) -> dict[str, Any]:
+    whole = {**job, "task": task}
+    return common.measure_or_say("peers/generate.py", whole, "transformers", common.KEEP_MEMORY)
+
+
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
@@ -114,7 +126,7 @@ def render(result: dict[str, Any]) -> list[str]:
         f"batch to warm up. The first {BEGINNING} tokens of all prompts are the same, as a chat "
         "template's are. First token: ldalign's is the mean over rows. Limits: all tokens at the "
         "machine's measured rate of matrix products, and at its measured copy bandwidth with the "
-        "weights read once a step.",
+        "weights read once a step. A spinning process takes a core whenever it gets one.",
         "",
         *common.table(
             "rows",
