@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldalign import ops
 from ldalign.kernels import cpp, eager
 from ldalign.training.optim import learning_rate_factor, make_optimizer
 
@@ -50,6 +51,25 @@ def test_the_optimizers_are_the_named_ones() -> None:
         model.weight.grad = torch.tensor([[4.0]])
         optimizer.step()
         assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_every_parameter_and_step_rounds_by_a_seed_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Golden: a run that goes on rounds as one that was never stopped, in every version. Parameters
+    are counted whether they have a gradient or not, and by default nothing is decayed.
+    """
+    given: list[int] = []
+    monkeypatch.setattr(ops, f"{name}_", lambda *arguments: given.append(arguments[-1]))
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+    optimizer = make_optimizer(model, name, 0.1, seed=3)  # type: ignore[arg-type]
+    for i in (0, 2):
+        model[i].weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.step()
+    assert given == [591717831, 2829730369, 2838540350, 781585592]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
 
 
 def both_steps(
