@@ -1,18 +1,21 @@
-"""Where the time of a training step and of a generation goes, against what the machine could do.
+"""Where the time of a step, of scoring, of a guide's step and of a generation goes, and what the
+machine could do.
 
     python bench/profile_train.py [--precision bfloat16|mixed|float32] [--batch 4] [--new-tokens 16]
 
-`make profile`. Runs the program's own `policy.train` and its generation engine under
+`make profile`. Runs the program's own `policy.train`, `response_logps` (the reference pass, and
+what evaluation measures likelihoods with), `train_guide` and its generation engine under
 torch.profiler. Ranges are put around the modules from outside, by forward hooks; an operation of
 the backward belongs to the part of the forward operation whose sequence number it carries. Beside
 each part's time stand the operations and bytes that it needs at the least (work.py), and how near
 its time is to the time those need at the measured product rate and copy bandwidth of this machine:
-its share of the roofline. Writes a table, a figure, and for each of the two a trace for Perfetto
-(ui.perfetto.dev; not committed).
+its share of the roofline; a guide's operations are not counted. Writes a table, a figure, and for
+each a trace for Perfetto (ui.perfetto.dev; not committed).
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +26,7 @@ import common
 import torch
 from ours import PRECISION, SEED, in_train_order, make_model
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 from work import (
     LENGTHS,
@@ -32,17 +36,24 @@ from work import (
     Shape,
     generation_costs,
     make_pairs,
+    scoring_costs,
     step_costs,
     tokens_of,
 )
 
+from ldalign.data.pairs import Pair
 from ldalign.generation.decoders import new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.sampling import Sampling
+from ldalign.models.guide import GuideConfig, GuideLoss
+from ldalign.models.guide_folder import pretrained_guide
 from ldalign.models.mistral import Mistral
+from ldalign.models.toy import write_toy_model
 from ldalign.system import distributed
 from ldalign.system.exits import run
 from ldalign.training import policy
+from ldalign.training.guide import GuideTrainSettings, train_guide
+from ldalign.training.scoring import response_logps
 
 RANGE = "part:"
 # inner ranges win over outer ones
@@ -58,7 +69,9 @@ OPERATIONS = {  # parts told by the names of ldalign's own operations, and of to
     "dpo": "head",
     "decode_mlp": "MLP",
     "packed_linear": "head",
+    "packed_rows": "other",
     "sample": "sampler",
+    "all_finite": "sampler",
 }
 PREFIXES = {
     "Optimizer.": "optimizer",
@@ -102,7 +115,10 @@ def main(argv: list[str]) -> None:
     )
     job = {"folder": folder, "config": config}
     args.results.mkdir(parents=True, exist_ok=True)
-    sections = [profile_step(job, args, device), profile_generation(job, args, device)]
+    sections = [profile_step(job, args, device), profile_reference(job, args, device)]
+    if args.small or folder is not None:
+        sections.append(profile_guide(job, args, device))
+    sections.append(profile_generation(job, args, device))
     result = common.result(
         "profile",
         args,
@@ -164,6 +180,74 @@ def profile_step(
     dtype = str(precision.compute).removeprefix("torch.")
     rates = common.measure_machine(shape, tokens_of(profiled), dtype, device, args.small)
     return summarise("training", what, clock, costs, rates, args.results, device)
+
+
+def profile_reference(
+    job: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Log-probs of both responses of each pair, after one pass unprofiled."""
+    config: Config = job["config"]
+    compute = PRECISION[args.precision].compute
+    model = make_model(job, compute, device).eval()
+    put_ranges(model)
+    drawn = make_pairs(LENGTHS[args.lengths], 4 * args.batch, config["vocab_size"])
+    pairs = [Pair(str(i), **pair) for i, pair in enumerate(drawn)]
+    clock = Clock(1, device)
+    for _ in range(4):
+        clock.tick()
+        response_logps(model, pairs, 10**9, device)
+    clock.tick()
+    shape, dtype = Shape.of(config), str(compute).removeprefix("torch.")
+    costs = scoring_costs(shape, drawn, compute.itemsize)
+    rates = common.measure_machine(shape, tokens_of(drawn), dtype, device, args.small)
+    what = f"{len(pairs)} pairs ({tokens_of(drawn)} tokens), {dtype}"
+    return summarise("reference", what, clock, costs, rates, args.results, device)
+
+
+def profile_guide(
+    job: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """The step after WARM_STEPS others of a guide whose two towers start as the policy."""
+    config: Config = job["config"]
+    drawn = make_pairs(LENGTHS[args.lengths], args.batch * (WARM_STEPS + 4), config["vocab_size"])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = job["folder"] or write_toy_model(Path(scratch) / "policy")
+        guide = pretrained_guide(
+            GuideConfig(max_tokens=None), SEED, folder, False, torch.float32, device
+        )
+        for tower in (guide.encoder, guide.decoder):
+            put_ranges(tower)
+        clock = Clock(WARM_STEPS, device)
+        hook = register_optimizer_step_post_hook(lambda *_: clock.tick())
+        settings = GuideTrainSettings(
+            epochs=1,
+            global_batch=args.batch,
+            learning_rate=1e-5,
+            micro_tokens=10**9,
+            loss=GuideLoss(),
+            weight_decay=0.0,
+            warmup_ratio=0.0,
+        )
+        compute = PRECISION[args.precision].compute
+        train_guide(
+            guide,
+            in_train_order(drawn),
+            settings,
+            compute_dtype=compute,
+            device=device,
+            seed=SEED,
+            stage="profile",
+            metrics_path=Path(scratch) / "metrics.jsonl",
+        )
+        hook.remove()
+    tokens = tokens_of(drawn) // (WARM_STEPS + 4)
+    dtype = str(compute).removeprefix("torch.")
+    rates = common.measure_machine(Shape.of(config), tokens, dtype, device, args.small)
+    what = (
+        f"one step of {args.batch} pairs (some {tokens} tokens), two trained towers, float32 "
+        f"weights, {dtype} compute"
+    )
+    return summarise("guide", what, clock, {}, rates, args.results, device)
 
 
 def profile_generation(
@@ -449,7 +533,7 @@ def draw(result: dict[str, Any], path: Path) -> bool:
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ldalign", "font.size": 9})
-    figure, axes = pyplot.subplots(1, len(result["sections"]), figsize=(9, 3.2))
+    figure, axes = pyplot.subplots(1, len(result["sections"]), figsize=(14, 3.2))
     for axis, section in zip(axes, result["sections"], strict=True):
         parts = section["parts"][::-1]
         names = [part["part"] for part in parts]

@@ -251,6 +251,27 @@ def step_costs(
     }
 
 
+def scoring_costs(shape: Shape, pairs: Sequence[Pair], itemsize: int) -> dict[str, Cost]:
+    """Returns the least cost of the log-probs of both responses of each pair, by part.
+
+    One forward: a third of what training needs for products and attention.
+    """
+    s, N = shape, tokens_of(pairs)
+    M = sum(len(p["real"]) + len(p["generated"]) for p in pairs)
+    third = _attention(s, N, sum(_seen(p) for p in pairs), itemsize)
+    attention, mlp = Cost(third.flops / 3, third.bytes / 3), Cost(0, 0)
+    for i, o in s.attention_products:
+        attention += _product(N, i, o, 1, itemsize)
+    for i, o in s.mlp_products:
+        mlp += _product(N, i, o, 1, itemsize)
+    return {
+        "attention": _times(s.layers, attention),
+        "MLP": _times(s.layers, mlp),
+        "head": Cost(2 * M * s.D * s.V, (M * s.D + s.D * s.V) * itemsize),
+        "elementwise": _times(s.layers, _elementwise(s, N, itemsize)),
+    }
+
+
 def attention_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
     """Counts the operations of attention's own products, with keys and values, in one step."""
     seen = sum(_seen(p) for p in pairs)
@@ -282,15 +303,11 @@ def generation_costs(
     mlp = Cost(0, 0)
     for i, o in s.mlp_products:
         mlp += _product(N, i, o, passes, itemsize)
-    elementwise = Cost(
-        8 * N * s.D + 3 * N * (s.H + s.K) * s.E + 5 * N * s.F,
-        (7 * N * s.D + 2 * N * (s.H + s.K) * s.E + 3 * N * s.F) * itemsize,
-    )
     return {
         "attention": _times(s.layers, attention),
         "MLP": _times(s.layers, mlp),
         "head": _product(R * new_tokens, s.D, s.V, passes, itemsize),
-        "elementwise": _times(s.layers, elementwise),
+        "elementwise": _times(s.layers, _elementwise(s, N, itemsize)),
         "sampler": Cost(6 * R * new_tokens * s.V, R * new_tokens * s.V * itemsize),
     }
 
@@ -309,6 +326,14 @@ def _attention(s: Shape, N: int, seen: int, itemsize: int) -> Cost:
     q, k, v and the output are read and written.
     """
     return Cost(3 * 4 * s.H * s.E * seen, 3 * N * (2 * s.H + 2 * s.K) * s.E * itemsize)
+
+
+def _elementwise(s: Shape, N: int, itemsize: int) -> Cost:
+    """Costs a layer's norms, rope and SwiGLU, forward alone."""
+    return Cost(
+        8 * N * s.D + 3 * N * (s.H + s.K) * s.E + 5 * N * s.F,
+        (7 * N * s.D + 2 * N * (s.H + s.K) * s.E + 3 * N * s.F) * itemsize,
+    )
 
 
 def _trained_product(N: int, i: int, o: int, itemsize: int) -> Cost:

@@ -81,17 +81,18 @@ def test_our_side_of_every_benchmark_runs(
 def test_profile_accounts_for_all_the_time(tmp_path: Path) -> None:
     run_bench("profile_train.py", "--small", "--results", tmp_path)
     result = json.loads((tmp_path / "profile-cpu.json").read_text())
-    training, generation = result["sections"]
+    training, reference, guide, generation = result["sections"]
     for section, busy in (
         (training, ("attention", "MLP", "head", "elementwise", "optimizer")),
+        (reference, ("attention", "MLP", "head", "elementwise")),
+        (guide, ("attention", "MLP", "optimizer")),
         (generation, ("attention", "MLP", "head", "elementwise", "sampler")),
     ):
         seconds = {part["part"]: part["seconds"] for part in section["parts"]}
         assert all(seconds[part] > 0 for part in busy), seconds
         assert sum(seconds.values()) == pytest.approx(section["seconds"], rel=0.2)
     assert {p.name for p in tmp_path.glob("*.json.gz")} == {
-        "trace-training-cpu.json.gz",
-        "trace-generation-cpu.json.gz",
+        f"trace-{section['name']}-cpu.json.gz" for section in result["sections"]
     }
 
 
@@ -271,6 +272,18 @@ def test_costs_count_the_products_that_a_step_multiplies(bench: Any) -> None:
     )
     scores = 3 * shape.layers * 4 * shape.H * shape.E * seen
     assert work.step_flops(shape, [pair]) == products + scores
+
+
+def test_scoring_is_a_third_of_a_step(bench: Any) -> None:
+    """Its products and scores; the elementwise work of one forward is less than half."""
+    work = bench("work")
+    shape = work.Shape.of(CONFIG)
+    pairs = [{"prompt": [1] * 5, "real": [1] * 4, "generated": [1] * 3}]
+    scored, step = work.scoring_costs(shape, pairs, 2), work.step_costs(shape, pairs, 2, 0)
+    for part in ("attention", "MLP", "head"):
+        assert 3 * scored[part].flops == pytest.approx(step[part].flops)
+        assert 3 * scored[part].bytes == pytest.approx(step[part].bytes)
+    assert scored["elementwise"].flops < step["elementwise"].flops / 2
 
 
 def test_generation_reads_the_weights_once_a_token(bench: Any) -> None:
