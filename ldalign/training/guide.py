@@ -172,19 +172,14 @@ class _GuideTask:
     done: int = 0  # steps that `progress` knows of
     tokens: int = 0  # since the last record, and the seconds that they took
     seconds: float = 0.0
-    ready: "GlobalBatch | None" = None  # of the next step
 
-    def prepare(self, epoch: int, indices: np.ndarray) -> None:
+    def prepare(self, epoch: int, indices: np.ndarray) -> "GlobalBatch":
         chosen = [self.pairs[i] for i in indices]
         # The key of a pair's draws: the same whatever the ranks and micro-batches.
         keys = [f"{self.stage}/{epoch}/{pair.id}" for pair in chosen]
-        self.ready = global_batch(self.guide, chosen, keys, self.settings, self.seed)
+        return global_batch(self.guide, chosen, keys, self.settings, self.seed)
 
-    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
-        if self.ready is None:
-            self.prepare(epoch, indices)
-        assert self.ready is not None
-        batch, self.ready = self.ready, None
+    def accumulate(self, batch: "GlobalBatch", indices: np.ndarray) -> Tensor:
         known = None if self.states is None else [self.states[i] for i in indices]
         return accumulate_gradients(self.guide, batch, self.settings, self.device, known)[None]
 

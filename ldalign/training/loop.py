@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -63,20 +63,23 @@ class Step:
     left: float  # about how many seconds the steps after it take, evaluations in between too
 
 
-class Task(Protocol):
+Prepared = TypeVar("Prepared")
+
+
+class Task(Protocol[Prepared]):
     """What is trained: its rows, its gradient, and what its records show. All ranks call each."""
 
-    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def prepare(self, epoch: int, indices: np.ndarray) -> Prepared:
+        """Returns what `accumulate` reads of a global batch; made while the device is at work on
+        the one before.
+        """
+        ...
+
+    def accumulate(self, batch: Prepared, indices: np.ndarray) -> Tensor:
         """Adds the gradient of one global batch to the parameters; returns (1 + n,) float64 on the
         device: what this rank adds to its loss, and to n numbers of the task's own.
 
         Nothing in it makes the host wait for a GPU.
-        """
-        ...
-
-    def prepare(self, epoch: int, indices: np.ndarray) -> None:
-        """Makes ready what `accumulate` will read of the next global batch, while the device is at
-        work on this one.
         """
         ...
 
@@ -105,7 +108,7 @@ class Task(Protocol):
 def optimize(
     model: nn.Module,
     optimizer: Optimizer,
-    task: Task,
+    task: Task[Prepared],
     settings: LoopSettings,
     *,
     seed: int,
@@ -154,6 +157,7 @@ def optimize(
         # What was done before the loop was cut short is passed over.
         steps, ahead = itertools.tee(itertools.islice(enumerate(batches), first, settings.stop))
         next(ahead, None)
+        batch: Prepared | None = None
         for (step, (epoch, indices)), following in itertools.zip_longest(steps, ahead):
             if state.get("ended"):
                 break
@@ -164,11 +168,12 @@ def optimize(
 
             with naming(what, lower):
                 with asking_once():
-                    mine = task.accumulate(epoch, indices)
+                    if batch is None:
+                        batch = task.prepare(epoch, indices)
+                    mine = task.accumulate(batch, indices)
                 sums = distributed.total(mine)
                 gradient_norm, clip = distributed.clip_grad_norm(model, settings.max_grad_norm)
-                if following is not None:
-                    task.prepare(*following[1])
+                batch = None if following is None else task.prepare(*following[1])
                 # The one place in a step where the host waits for the device.
                 norm, loss, *found = torch.cat([gradient_norm.double()[None], sums]).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -230,19 +230,15 @@ class _PolicyTask:
     # Of the step under way: what micro-batches add up on this rank, and their means over all ranks.
     mean: Mean = field(default_factory=Mean)
     means: dict[str, float] = field(default_factory=dict)
-    ready: GlobalBatch | None = None  # of the next step
 
     def batch(self, indices: np.ndarray) -> list[Pair]:
         return [self.pairs[i] for i in indices]
 
-    def prepare(self, epoch: int, indices: np.ndarray) -> None:
-        self.ready = global_batch(self.model, self.batch(indices), self.settings, self.device)
+    def prepare(self, epoch: int, indices: np.ndarray) -> GlobalBatch:
+        return global_batch(self.model, self.batch(indices), self.settings, self.device)
 
-    def accumulate(self, epoch: int, indices: np.ndarray) -> Tensor:
-        if self.ready is None:
-            self.prepare(epoch, indices)
-        assert self.ready is not None
-        batch, self.ready, self.mean = self.ready, None, Mean()
+    def accumulate(self, batch: GlobalBatch, indices: np.ndarray) -> Tensor:
+        self.mean = Mean()
         loss = accumulate_gradients(
             self.model, batch, self.settings, self.mean, self.device, self.step0
         )

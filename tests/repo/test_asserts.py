@@ -34,8 +34,6 @@ ALLOWED = {
     "ldalign/run/stages/policy.py::_accuracy.measure": "open_policy has refused other models",
     "ldalign/training/batches.py::token_logprobs": "a head was given, so no hidden states come",
     "ldalign/training/checkpoint.py::Checkpoints._finish": "set before a checkpoint is begun",
-    "ldalign/training/guide.py::_GuideTask.accumulate": "prepared two lines above",
-    "ldalign/training/policy.py::_PolicyTask.accumulate": "prepared two lines above",
     "ldalign/training/policy.py::batch_loss": "a head was given, so no hidden states come",
     "train/tour.py::main": "open_policy has refused other models",
     "train/tour.py::pull": "backward was called above",
