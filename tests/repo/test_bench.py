@@ -96,6 +96,16 @@ def test_profile_accounts_for_all_the_time(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_startup_measures_whole_commands(tmp_path: Path) -> None:
+    """Help loads no torch, and a first token cannot come before torch does."""
+    run_bench("startup.py", "--small", "--results", tmp_path)
+    rows = json.loads((tmp_path / "startup-cpu.json").read_text())["rows"]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["python -c 'import torch'"]["time_ratio"] == 1.0
+    assert all(row["median_seconds"] > 0 for row in rows) and len(rows) == 4
+
+
 def test_logits_in_bfloat16_cost_what_float32_ones_do_not(tmp_path: Path) -> None:
     run_bench("logit_rounding.py", "--small", "--results", tmp_path)
     rows = json.loads((tmp_path / "logit-rounding.json").read_text())["rows"]
