@@ -515,6 +515,23 @@ def test_penalty_counts_prompt_and_response(kind: str) -> None:
     assert any(len(set(r.ids)) < len(r.ids) for r in plain)
 
 
+def test_penalty_is_a_rows_own(kind: str) -> None:
+    """What a longer row beside it has room for is no token of a shorter one, whatever its number:
+    every number that may fill that room is a likely token.
+    """
+    decoder, sampling = decoder_of(kind, model_of()), Sampling(8, repetition_penalty=3.0)
+    requests = requests_of([[5], [9] * 20, [7, 8, 9]])
+    together = run(Engine(decoder, sampling, [], 0, longest=40), requests)
+    alone = [run_one(decoder, sampling, request) for request in requests]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert [r.logp for r in together] == pytest.approx([r.logp for r in alone], abs=1e-4)
+
+
+def run_one(decoder: Decoder, sampling: Sampling, request: Request) -> Response:
+    ((_, response),) = Engine(decoder, sampling, [], 0, longest=40).run([request])
+    return response
+
+
 def test_release_takes_the_weights() -> None:
     if not ISAS:
         pytest.skip("no C++ backend")
@@ -554,6 +571,9 @@ def test_an_engine_counts_the_caches_there_are(kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(first, "graphed", None)
     Engine(first, Sampling(10), [], 0, longest=60, rows=100)
     assert first.pages == 8 * each
+    free -= 2  # bytes: a page less fits into the half of it
+    Engine(first, Sampling(10), [], 0, longest=60, rows=100)
+    assert first.pages == 8 * each - 1
 
 
 # -------------------------------------------------------------------------------------------- parts
