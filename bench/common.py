@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def measure(
     folder = HERE
     if checkout is not None:
         python, folder = checkout.resolve() / ".venv/bin/python", checkout.resolve() / "bench"
+    busy = Busy()
     done = subprocess.run(
         [str(python), str(folder / script)],
         input=json.dumps(job),
@@ -125,7 +127,31 @@ def measure(
             if killed
             else f"exit code {done.returncode}: {last[:300]}"
         )
-    return json.loads(lines[-1])  # type: ignore[no-any-return]
+    return json.loads(lines[-1]) | {"others": busy.others()}  # type: ignore[no-any-return]
+
+
+class Busy:
+    """Counts from now on what share of the machine's cores other processes use, a spinning one and
+    the host's other guests among them.
+    """
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """(seconds of all cores, of them in use, of them by processes of ours that have ended)."""
+        try:
+            words = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0, 0.0, 0.0
+        times = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
+        own = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return sum(times), sum(times) - times[3] - times[4], own.ru_utime + own.ru_stime
+
+    def others(self) -> float:
+        whole, used, own = (b - a for a, b in zip(self.began, self._now(), strict=True))
+        return max(0.0, used - own) / whole if whole else 0.0
 
 
 @contextlib.contextmanager

@@ -11,19 +11,43 @@ that spins, too: few have a machine alone.
 """
 
 import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from work import LENGTHS, SHAPES, Shape, generation_costs, make_pairs
 
+from ldalign.models.gguf_export import GgufDtype, export_gguf
 from ldalign.system.exits import run
 
-PEERS = {"transformers generate": "generation", "transformers continuous batching": "continuous"}
+
+@dataclass(frozen=True)
+class Peer:
+    """Whose generation is measured, and for which rows of the table."""
+
+    script: str  # in bench/peers
+    environment: str
+    task: str = "generation"
+    gguf: GgufDtype | None = None  # dtype of the GGUF file that it reads; None: the model folder
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")  # that it computes in
+    rows: int | None = None  # the one batch that it is measured at
+
+
+PEERS = {
+    "transformers generate": Peer("generate.py", "transformers"),
+    # on a CPU it is slow
+    "transformers continuous batching": Peer("generate.py", "transformers", "continuous", rows=32),
+    "OpenVINO GenAI": Peer("openvino_engine.py", "openvino", gguf="f16"),
+    "OpenVINO GenAI, 8 bits": Peer(
+        "openvino_engine.py", "openvino", gguf="q8_0", dtypes=("bfloat16",)
+    ),
+}
 BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn
 BESIDE = ", beside a spinning process"
 BUSY_ROWS = (1, 32)  # measured on a machine with other work, too
-CONTINUOUS_ROWS = 32  # the one batch that continuous batching is measured at: on a CPU it is slow
 
 
 def main(argv: list[str]) -> None:
@@ -44,23 +68,31 @@ def main(argv: list[str]) -> None:
     )
     new_tokens = 4 if args.small else args.new_tokens
     tables = []
-    for name in dtypes.split(",")[: 1 if args.small else None]:
-        for rows in [2] if args.small else map(int, args.batches.split(",")):
-            repeat = 1 if args.small else args.repeat or (3 if rows <= 32 else 1)
-            pairs = make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])
-            beginning = pairs[0]["prompt"][:BEGINNING]
-            prompts = [beginning + pair["prompt"][len(beginning) :] for pair in pairs]
-            job = {
-                "device": str(device),
-                "dtype": name,
-                "folder": str(folder) if folder else None,
-                "config": config,
-                "new_tokens": new_tokens,
-                "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
-            }
-            tables.append(
-                measure(job, Shape.of(config), rows, not args.no_peers, device, args.small)
-            )
+    with tempfile.TemporaryDirectory() as scratch:
+        ggufs = {}
+        if folder is not None and device.type == "cpu" and not args.no_peers:
+            for kind in sorted({peer.gguf for peer in PEERS.values() if peer.gguf}):
+                ggufs[kind] = str(Path(scratch) / f"{kind}.gguf")
+                export_gguf(folder, Path(ggufs[kind]), kind)
+        for name in dtypes.split(",")[: 1 if args.small else None]:
+            for rows in [2] if args.small else map(int, args.batches.split(",")):
+                repeat = 1 if args.small else args.repeat or (3 if rows <= 32 else 1)
+                pairs = make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])
+                beginning = pairs[0]["prompt"][:BEGINNING]
+                prompts = [beginning + pair["prompt"][len(beginning) :] for pair in pairs]
+                job = {
+                    "device": str(device),
+                    "dtype": name,
+                    "threads": torch.get_num_threads(),
+                    "folder": str(folder) if folder else None,
+                    "ggufs": ggufs,
+                    "config": config,
+                    "new_tokens": new_tokens,
+                    "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
+                }
+                tables.append(
+                    measure(job, Shape.of(config), rows, not args.no_peers, device, args.small)
+                )
     result = common.result(
         "generate", args, device=str(device), shape=args.shape, new_tokens=new_tokens, tables=tables
     )
@@ -74,17 +106,25 @@ def measure(
     """One batch size in one dtype: all sides, and the machine's limits for the same work."""
     common.say(f"generate: {rows} rows, {job['dtype']} ...")
     sides: dict[str, dict[str, Any]] = {"ldalign": common.measure_ours("generation", job)}
-    for name, task in PEERS.items() if peers else ():
-        if task == "generation" or rows == CONTINUOUS_ROWS:
-            common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
-            sides[name] = measure_peer(job, task)
+    measured = {
+        name: peer
+        for name, peer in PEERS.items()
+        if peers
+        and job["dtype"] in peer.dtypes
+        and peer.rows in (None, rows)
+        and (peer.gguf is None or device.type == "cpu")
+    }
+    for name, peer in measured.items():
+        common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
+        sides[name] = measure_peer(job, peer)
     if device.type == "cpu" and rows in BUSY_ROWS and job["dtype"] == "bfloat16":
-        common.say(f"generate: {rows} rows, {job['dtype']}, beside a process that spins ...")
         fewer = {**job, "batches": job["batches"][:2]}  # one after the one that warms up
         with common.spinning(1):
+            common.say(f"generate: {rows} rows, {job['dtype']}{BESIDE} ...")
             sides["ldalign" + BESIDE] = common.measure_ours("generation", fewer)
-            if peers:
-                sides["transformers generate" + BESIDE] = measure_peer(fewer, "generation")
+            for name, peer in measured.items():
+                if peer.task == "generation":
+                    sides[name + BESIDE] = measure_peer(fewer, peer)
     tokens = rows * job["new_tokens"]
     for side in sides.values():
         if "skipped" not in side:
@@ -111,9 +151,15 @@ def measure(
     }
 
 
-def measure_peer(job: dict[str, Any], task: str) -> dict[str, Any]:
-    whole = {**job, "task": task}
-    return common.measure_or_say("peers/generate.py", whole, "transformers", common.KEEP_MEMORY)
+def measure_peer(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
+    whole = {**job, "task": peer.task}
+    if peer.gguf is not None:
+        if peer.gguf not in job["ggufs"]:
+            return {"skipped": "it reads a model's file, and these weights are random"}
+        whole["gguf"] = job["ggufs"][peer.gguf]
+    return common.measure_or_say(
+        f"peers/{peer.script}", whole, peer.environment, common.KEEP_MEMORY
+    )
 
 
 def render(result: dict[str, Any]) -> list[str]:
@@ -126,7 +172,8 @@ def render(result: dict[str, Any]) -> list[str]:
         f"batch to warm up. The first {BEGINNING} tokens of all prompts are the same, as a chat "
         "template's are. First token: ldalign's is the mean over rows. Limits: all tokens at the "
         "machine's measured rate of matrix products, and at its measured copy bandwidth with the "
-        "weights read once a step. A spinning process takes a core whenever it gets one.",
+        "weights read once a step. A spinning process takes a core whenever it gets one. Others: "
+        "the share of the cores that other processes used meanwhile.",
         "",
         *common.table(
             "rows",
@@ -136,22 +183,24 @@ def render(result: dict[str, Any]) -> list[str]:
             "time / ldalign's",
             "first token, s",
             "peak memory, GiB",
+            "others",
         ),
     ]
     for table in result["tables"]:
         for name, side in table["sides"].items():
             cells: list[str] = [str(table["rows"]), table["dtype"], name]
             if "skipped" in side:
-                cells += [f"not run: {side['skipped']}", "", "", ""]
+                cells += [f"not run: {side['skipped']}", "", "", "", ""]
             else:
                 first = "" if side["first"] is None else f"{side['first']:.2f}"
                 speed = [f"{side['tokens_per_second']:.0f}", f"{side['time_ratio']:.2f}"]
-                cells += [*speed, first, f"{side['peak_gib']:.2f}"]
+                others = f"{100 * side['others']:.0f} %"
+                cells += [*speed, first, f"{side['peak_gib']:.2f}", others]
             lines.append(common.row(*cells))
         for name, limit in table["limits"].items():
             lines.append(
                 common.row(
-                    table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", ""
+                    table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", "", ""
                 )
             )
     return lines
