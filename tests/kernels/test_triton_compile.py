@@ -27,7 +27,7 @@ OTHERS = [path.stem for path in sorted((ROOT / "requirements").glob("triton-*.tx
 def written() -> set[str]:
     """The kernels in kernels/triton_*.py."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("triton_*.py")]
-    return set(re.findall(r"^def _(\w+)_kernel\($", "\n".join(sources), re.MULTILINE))
+    return set(re.findall(r"^def _(\w+)_kernel\(", "\n".join(sources), re.MULTILINE))
 
 
 @pytest.mark.slow
