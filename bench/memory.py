@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+import torch.distributed.fsdp  # imported by whoever needs it, and no part of a model's peak
 
 from ldalign.data.pairs import Pair
 from ldalign.models.mistral import Mistral

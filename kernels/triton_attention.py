@@ -72,7 +72,9 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
         elif wide:  # sums come out of tensor memory through registers: larger tiles spill
             forward, dkv = Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
         return Plan(forward, dq, dkv)
-    return Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8 if wide else 4, 2), Tiles(64, 64, 8, 2))
+    if wide:
+        return Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2))
+    return Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 128, 8, 2))  # 64 rows spill
 
 
 # ------------------------------------------------------------------------------------ shared by all

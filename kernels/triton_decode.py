@@ -85,11 +85,14 @@ def tiles(
         return Tiles(16, 16, 1, 1)
     if dtype == torch.float32:
         return Tiles(16, 16 if E > 64 else 32, 8, 2) if decoding else Tiles(32, 16, 4, 1)
+    wide = E > 64
     if decoding:
         # Products take 16 rows at least.
-        return Tiles(max(16, min(64, triton.next_power_of_2(group))), 64, 8 if E > 64 else 4, 3)
-    # On 10 sums come out of tensor memory through registers: 128 wide rows spill.
-    return Tiles(128 if E <= 64 or capability[0] == 9 else 64, 64, 8, 2)
+        return Tiles(max(16, min(64, triton.next_power_of_2(group))), 32 if wide else 64, 4, 3)
+    # On 10 sums come out of tensor memory through registers: larger tiles of wide rows spill.
+    if wide and capability[0] == 10:
+        return Tiles(64, 32, 8, 3)
+    return Tiles(64 if wide and capability[0] != 9 else 128, 64, 8, 3)
 
 
 def splits(programs: int, tokens: int, processors: int) -> int:
