@@ -69,7 +69,6 @@ OPERATIONS = {  # parts told by the names of ldalign's own operations, and of to
     "dpo": "head",
     "decode_mlp": "MLP",
     "packed_linear": "head",
-    "packed_rows": "other",
     "sample": "sampler",
     "all_finite": "sampler",
 }
@@ -182,14 +181,21 @@ def profile_step(
     return summarise("training", what, clock, costs, rates, args.results, device)
 
 
+def answering_model(
+    job: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> tuple[Config, torch.dtype, Mistral]:
+    """The job's config, the dtype that is computed in, and the model in it, ranges around it."""
+    compute = PRECISION[args.precision].compute
+    model = make_model(job, compute, device).eval()
+    put_ranges(model)
+    return job["config"], compute, model
+
+
 def profile_reference(
     job: dict[str, Any], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Log-probs of both responses of each pair, after one pass unprofiled."""
-    config: Config = job["config"]
-    compute = PRECISION[args.precision].compute
-    model = make_model(job, compute, device).eval()
-    put_ranges(model)
+    config, compute, model = answering_model(job, args, device)
     drawn = make_pairs(LENGTHS[args.lengths], 4 * args.batch, config["vocab_size"])
     pairs = [Pair(str(i), **pair) for i, pair in enumerate(drawn)]
     clock = Clock(1, device)
@@ -254,10 +260,7 @@ def profile_generation(
     job: dict[str, Any], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Prefill and decoding of one batch, after one unprofiled."""
-    config: Config = job["config"]
-    compute = PRECISION[args.precision].compute
-    model = make_model(job, compute, device).eval()
-    put_ranges(model)
+    config, compute, model = answering_model(job, args, device)
     prompts = [
         pair["prompt"]
         for pair in make_pairs(LENGTHS[args.lengths], args.rows, config["vocab_size"])

@@ -26,7 +26,7 @@ namespace ldalign::cpu {
 namespace {
 
 // A part of the step, for torch's profiler: the caller's time stands for all threads'.
-#define LDALIGN_PART(member, name)                        \
+#define LDALIGN_PART(member, name)                            \
   at::RecordFunction part_of_step(at::RecordScope::FUNCTION); \
   if (member.caller() && part_of_step.isActive()) part_of_step.before("ldalign_cpp::decode_" name)
 

@@ -25,7 +25,7 @@ struct Part {
 
 // Of one thread in one part.
 struct alignas(64) Share {
-  std::atomic<int64_t> taken{0};    // pieces of those that the thread begins with
+  std::atomic<int64_t> taken{0};   // pieces of those that the thread begins with
   std::atomic<int64_t> doing{-1};  // the piece that it is at, until its result is claimed
 };
 
