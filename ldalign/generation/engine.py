@@ -44,8 +44,8 @@ from ldalign.system.transfer import to_device
 log = logging.getLogger(__name__)
 CACHE_SHARE = 0.5  # the cache's share of the free memory, where no budget is given
 # With graphs, this share of the rows leaves before others enter. A row of 200 tokens, of 256 rows:
-# 4 % of the steps have prompts in them, and half of the share, 6 %, of the places are empty.
-REFILL_SHARE = 1 / 8
+# under 5 % of the steps have prompts in them, and half of the share, 6 %, of the places are empty.
+REFILL_SHARE = 1 / 9
 
 
 # Of each decoder that is alive, the pages of its cache.

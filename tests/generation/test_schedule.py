@@ -8,7 +8,7 @@ from ldalign.generation.paged_cache import PAGE
 
 pytestmark = pytest.mark.gpu_check
 
-PLACES, STEP = 32, 2048  # an eighth of a GPU's 256 rows and 16,384 tokens
+PLACES, STEP = 36, 2304  # a seventh of a GPU's 256 rows and 16,384 tokens
 PROMPTS, RESPONSES = lengths(10 * PLACES, most=256)
 
 
@@ -23,12 +23,20 @@ def test_places_are_refilled_as_rows_leave() -> None:
     assert least <= sum(counts.tokens) <= least + 2 * len(PROMPTS)
     assert max(counts.tokens) <= STEP and max(counts.busy) == PLACES
     # A step with a part of a prompt in it is no graph; graphs are for few numbers of rows.
-    assert counts.table()["mixed"] < 0.05 and len(counts.graphs) <= 12
+    assert counts.table()["mixed"] < 0.055 and len(counts.graphs) <= 12
     few = 4 * PLACES
     chunked, same = simulate(PROMPTS[:few], RESPONSES[:few], PLACES, STEP, PLACES)
     assert chunked.table()["rows busy"] < PLACES * 2 / 3
     # A row's tokens depend on (seed, key) and logits, not on its company.
     assert same == {i: made[i] for i in range(few)}
+
+
+@pytest.mark.long
+def test_a_gpus_places() -> None:
+    """docs/generation.md's figures."""
+    counts, _ = simulate(*lengths(2560, most=256), 256, 16_384)
+    assert counts.table()["rows busy"] > 220
+    assert counts.table()["mixed"] < 0.05 and len(counts.graphs) <= 12
 
 
 def test_rows_enter_before_one_that_waits_for_pages() -> None:
