@@ -39,7 +39,7 @@ def summary(rows: Iterable[Compiled]) -> list[dict[str, Any]]:
         dict(zip(("kernel", "dtype", "arch", "triton"), key, strict=True))
         | {
             name: max(getattr(row, name) for row in group)
-            for name in ("registers", "spilled_bytes", "shared_bytes")
+            for name in ("registers", "spilled_bytes", "looped_spills", "shared_bytes")
         }
         | {
             "shapes": len(group),
@@ -59,8 +59,9 @@ def render(result: dict[str, Any]) -> list[str]:
     lines = [
         "## compile_matrix",
         "",
-        "By Triton version: registers of a thread / bytes spilled / KiB of shared memory of a "
-        "program, the worst of all shapes. Instructions of the last version: the fewest that a "
+        "By Triton version: registers of a thread / bytes of them spilled, all before and after "
+        "loops where nothing else is said / KiB of shared memory of a program, the worst of all "
+        "shapes. Instructions of the last version: the fewest that a "
         "shape with some has.",
         "",
         *common.table("kernel", "dtype", "GPU", *tritons, "instructions"),

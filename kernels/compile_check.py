@@ -47,6 +47,9 @@ from ldalign.kernels.triton_common import INTERPRETED, recording
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 # Which tensor-core instructions an architecture's large products are made of.
 PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+# Of a thread, stored before a loop and loaded after it, once a program. The compiler does so with a
+# value or two where registers are left, in one version here and in another there.
+SPILLED_BYTES = 64
 FEW_ROWS = 64  # a decoded token's query heads are fewer: wgmma and tcgen05 leave those to mma
 # Instructions that are counted, as the machine spells them.
 INSTRUCTIONS = {
@@ -115,8 +118,9 @@ SHORT = [Shapes(90, torch.bfloat16, MODELS[1:], [(56, 8, 128, 4096)], HEADS[1:2]
 class Compiled:
     """One kernel for one GPU.
 
-    shared_bytes and registers as launched; a spill is a register kept in memory. instructions: how
-    many of each of INSTRUCTIONS. widths: the bits of each load from and store to global memory.
+    shared_bytes and registers as launched; a spill is a register kept in memory. looped_spills: how
+    many instructions in loops store or load one. instructions: how many of each of INSTRUCTIONS.
+    widths: the bits of each load from and store to global memory.
     """
 
     kernel: str
@@ -127,6 +131,7 @@ class Compiled:
     stages: int
     registers: int
     spilled_bytes: int
+    looped_spills: int
     shared_bytes: int
     instructions: dict[str, int]
     multiplies: bool
@@ -233,15 +238,16 @@ def compiled(selection: Sequence[Shapes] = FULL) -> list[Compiled]:
 def problems(rows: Sequence[Compiled]) -> list[str]:
     """Returns what is not as it should be, a line each.
 
-    No register is spilled; shared memory fits; bfloat16 is multiplied by the architecture's tensor
-    cores with operands fetched ahead, float32 by none (they would round it to ten bits); what
-    memory limits is read and written 16 bytes at a time.
+    No register is spilled in a loop, and few before or after one; shared memory fits; bfloat16 is
+    multiplied by the architecture's tensor cores with operands fetched ahead, float32 by none (they
+    would round it to ten bits); what memory limits is read and written 16 bytes at a time.
     """
     found = []
     for row in rows:
         has = row.instructions
         wrong = {
-            f"spills {row.spilled_bytes} bytes": row.spilled_bytes > 0,
+            f"spills in a loop, {row.looped_spills} instructions": row.looped_spills > 0,
+            f"spills {row.spilled_bytes} bytes": row.spilled_bytes > SPILLED_BYTES,
             f"takes {row.shared_bytes} bytes of shared memory": row.shared_bytes
             > SHARED_KIB[row.arch] * 1024,
             "loads no 16 bytes at once": row.kernel not in NARROW_LOADS
@@ -324,6 +330,7 @@ class _Launch:
             registers=used["REG"],
             # A spilled register lies in the stack frame, which the machine calls local memory.
             spilled_bytes=max(used["STACK"], used["LOCAL"]),
+            looped_spills=looped_spills(code),
             shared_bytes=binary.metadata.shared,
             instructions={
                 name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
@@ -371,6 +378,37 @@ def _machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
     return {name: int(number) for name, number in used}, text
 
 
+def looped_spills(code: str) -> int:
+    """Returns how many instructions of a disassembly store or load a spilled register (STL, LDL)
+    and lie in a loop: can be reached from themselves.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z]\S*)([^;]*);", code)
+    number = {int(at, 16): i for i, (at, *_) in enumerate(found)}
+    following: list[list[int]] = []  # of each instruction, those that may come next
+    for i, (_, predicate, operation, operands) in enumerate(found):
+        kind, targets = operation.split(".")[0], re.findall(r"\b0x([0-9a-f]+)\b", operands)
+        jumps = kind in ("BRA", "JMP", "CALL") and bool(targets)
+        # A branch may have its condition among its operands, or in its name.
+        always = predicate in ("", "@PT") and "," not in operands and ".DIV" not in operation
+        ends = kind in ("EXIT", "RET") or (jumps and kind != "CALL")
+        following.append([i + 1] if i + 1 < len(found) and not (always and ends) else [])
+        if jumps and int(targets[-1], 16) in number:
+            following[i].append(number[int(targets[-1], 16)])
+
+    def returns(begin: int) -> bool:
+        seen: set[int] = set()
+        waiting = list(following[begin])
+        while waiting:
+            i = waiting.pop()
+            if i not in seen:
+                seen.add(i)
+                waiting.extend(following[i])
+        return begin in seen
+
+    spills = [i for i, x in enumerate(found) if x[2].split(".")[0] in ("STL", "LDL")]
+    return sum(map(returns, spills))
+
+
 def compiled_apart(folder: Path | None = None, *options: str) -> list[Compiled]:
     """Returns what this module finds in a process of its own: this one may interpret its Triton.
 
@@ -393,7 +431,17 @@ def compiled_apart(folder: Path | None = None, *options: str) -> list[Compiled]:
 
 def table(rows: Sequence[Compiled]) -> str:
     """Returns the rows as aligned text."""
-    head = ["kernel", "dtype", "GPU", "warps", "stages", "registers", "spilled B", "shared KiB"]
+    head = [
+        "kernel",
+        "dtype",
+        "GPU",
+        "warps",
+        "stages",
+        "registers",
+        "spilled B",
+        "in loops",
+        "shared KiB",
+    ]
     cells = [[*head, *INSTRUCTIONS, "constants"]] + [
         [
             row.kernel,
@@ -403,6 +451,7 @@ def table(rows: Sequence[Compiled]) -> str:
             str(row.stages),
             str(row.registers),
             str(row.spilled_bytes),
+            str(row.looped_spills),
             f"{row.shared_bytes / 1024:.1f}",
             *(str(row.instructions[name]) for name in INSTRUCTIONS),
             " ".join(f"{name}={value}" for name, value in row.constants.items()),

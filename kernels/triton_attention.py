@@ -63,7 +63,7 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
     wide = E > 64
     if dtype == torch.float32:  # no tensor cores: they would cut float32 to 10 bits of mantissa
         if wide:
-            return Plan(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2))
+            return Plan(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2))
         return Plan(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 2))
     if capability[0] in (9, 10):  # wgmma or newer, and 227 KiB of shared memory
         forward, dq, dkv = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)

@@ -17,7 +17,7 @@ from runs import ROOT
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from ldalign.kernels import compile_check
-from ldalign.kernels.compile_check import Compiled, compiled_apart, problems
+from ldalign.kernels.compile_check import Compiled, compiled_apart, looped_spills, problems
 
 pytestmark = pytest.mark.gpu_check
 # requirements/triton-3.6.txt is installed into .venv-triton-3.6
@@ -66,6 +66,7 @@ SOUND = Compiled(
     stages=2,
     registers=255,
     spilled_bytes=0,
+    looped_spills=0,
     shared_bytes=227 * 1024,
     instructions=INSTRUCTIONS | {"wgmma": 1, "store128": 1, "async128": 1},
     multiplies=True,
@@ -88,7 +89,8 @@ def on(product: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"spilled_bytes": 72}, "spills 72 bytes"),
+        ({"spilled_bytes": 8, "looped_spills": 2}, "spills in a loop, 2 instructions"),
         ({"shared_bytes": 227 * 1024 + 1}, "of shared memory"),
         ({"arch": 120, "shared_bytes": 99 * 1024 + 1, **on("mma")}, "of shared memory"),
         (on("mma"), "has no wgmma"),
@@ -117,6 +119,41 @@ def test_an_optimizer_moves_16_bytes_at_once() -> None:
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="--nothing"):
         compiled_apart(None, "--nothing")
+
+
+CODE = """
+        /*0000*/                   STL [R1], R6 ;                 /* 0x0000040601007387 */
+        /*0010*/              @!P4 BRA 0x0080 ;                   /* 0x0000000400e0c947 */
+        /*0020*/                   LDL R4, [R1+0x4] ;             /* 0x0000040601007387 */
+        /*0030*/               @P1 BRA P2, 0x0050 ;               /* 0x0000000400e0c947 */
+        /*0040*/              @!P5 BRA 0x0020 ?trans1;            /* 0xfffffff80094d947 */
+        /*0050*/                   LDL.LU R6, [R1] ;              /* 0x0000040601007387 */
+        /*0060*/                   BRA.DIV UR4, 0x00a0 ;          /* 0x0000001e048c7947 */
+        /*0070*/                   CALL.REL.NOINC 0x00d0 ;        /* 0x0000003c00847944 */
+        /*0080*/               @P0 EXIT ;                         /* 0x000000000000094d */
+        /*0090*/                   EXIT ;                         /* 0x000000000000794d */
+        /*00a0*/                   STL [R1], R6 ;                 /* 0x0000040601007387 */
+        /*00b0*/                   BRA 0x0070 ;                   /* 0xfffffff80094d947 */
+        /*00c0*/                   LDL R4, [R1+0x4] ;             /* 0x0000040601007387 */
+        /*00d0*/                   RET.REL.NODEC R2 0x0000 ;      /* 0x0000040601007387 */
+"""
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "loops"),
+    [
+        ("", "", 1),  # from 20 to 40; what lies behind the end and goes back is none
+        ("@P1 BRA P2, 0x0050", "    BRA     0x0050", 0),  # nothing comes back from 40
+        ("@P1 BRA P2, 0x0050", "@PT BRA     0x0050", 0),
+        ("@!P5 BRA 0x0020 ?trans1", "@!P5 BRA 0x0000", 2),
+        ("BRA 0x0070", "BRA 0x0050", 3),  # two more, from 50 to b0
+        ("    EXIT", "@P1 EXIT", 2),  # on to a0, and back to 70
+        ("    CALL.REL.NOINC 0x00d0", "@P6 BRA 0x00a0", 2),  # from 70 to b0
+        ("RET.REL.NODEC R2 0x0000", "BRA 0x00c0", 2),
+    ],
+)
+def test_spills_in_loops(was: str, now: str, loops: int) -> None:
+    assert was in CODE and looped_spills(CODE.replace(was, now)) == loops
 
 
 STEPS = """

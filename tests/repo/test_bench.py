@@ -124,11 +124,24 @@ def test_the_compile_matrix_shows_the_worst_shape(bench: Any) -> None:
     made = importlib.import_module("ldalign.kernels.compile_check").Compiled
     few, many = (
         made(
-            "rope", version, 90, "bf16", 4, 3, registers, spilled, 1024, {"mma": mma}, False, [], {}
+            "rope",
+            version,
+            90,
+            "bf16",
+            4,
+            3,
+            registers,
+            spilled,
+            0,
+            1024,
+            {"mma": mma},
+            False,
+            [],
+            {},
         )
         for version, registers, spilled, mma in (("3.6.0", 48, 0, 12), ("3.6.0", 40, 8, 0))
     )
-    other = made("rope", "3.9.0", 90, "bf16", 4, 3, 47, 0, 0, {"mma": 7}, False, [], {})
+    other = made("rope", "3.9.0", 90, "bf16", 4, 3, 47, 0, 0, 0, {"mma": 7}, False, [], {})
     matrix = bench("compile_matrix")
     rows = matrix.summary([few, many, other])
     line = matrix.render({"rows": rows, "problems": []})[-3]
