@@ -16,7 +16,17 @@ from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.exits import run
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("kernels", "step", "growth", "guide", "generate", "compile", "prepare", "startup")
+BENCHMARKS = (
+    "kernels",
+    "step",
+    "growth",
+    "guide",
+    "generate",
+    "drafts",
+    "compile",
+    "prepare",
+    "startup",
+)
 
 
 def main(argv: list[str]) -> None:

@@ -16,9 +16,13 @@ the host does with them, 0.3 to 0.6 ms, is done meanwhile. So it learns a step l
 ended, and drops the one token more that the row was given. A step with prompts costs the host more:
 where prompts wait, some rows leave before the next prompts enter, all at once.
 
+A request may bring a *draft*, a text that its response may resemble. Then a step computes some of
+its tokens (`ldalign.generation.drafts`) with the response's newest one, and as many stay as the row
+would have drawn anyway: it gets several tokens in one step, and they are the same.
+
 A *place* is an index into those arrays: a row has one from its entry to its end. Shapes: R places,
 L the longest row in tokens, P its pages, A places under way, C of them that get a token in a step,
-N new tokens of a step.
+N new tokens of a step, S tokens drawn in it: C, and one for each token of a draft.
 """
 
 import logging
@@ -26,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,6 +38,7 @@ import torch
 from torch import Tensor
 
 from ldalign.generation.decoders import Decoder
+from ldalign.generation.drafts import Draft
 from ldalign.generation.paged_cache import PAGE, PagePool, SharedPages, pages_for
 from ldalign.generation.sampling import Response, Sampling, blank_unsound, sample
 from ldalign.generation.standing import StandingSteps
@@ -75,6 +81,15 @@ class Request:
     prompt: Sequence[int]  # token ids, at least one
     index: int = 0  # the caller's own number for it
     name: str = ""  # what an error calls it; "": its key
+    draft: Sequence[int] = ()  # token ids that the response may resemble
+
+
+class Drawn(NamedTuple):
+    """At most one new token of each of some places."""
+
+    places: np.ndarray  # (C,)
+    ids: np.ndarray  # (C,) int64
+    logp: np.ndarray  # (C,) of the tokens
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,8 @@ class Engine:
     step_tokens: the most new tokens of one step, and so the longest that a row under way waits, as
         every row under way gets a token in each; None: as the decoder says.
     cache_bytes: the most that the key/value cache may take; None: half of what is free.
+    draft_tokens: the most tokens of a request's draft that a step computes; 0: drafts are not
+        looked at, as where steps are graphs.
     decode: ids to text, needed for stop strings alone.
 
     Raises InputError where the budget does not hold one row. Where memory runs out all the same,
@@ -112,6 +129,7 @@ class Engine:
         rows: int = 64,
         step_tokens: int | None = None,
         cache_bytes: int | None = None,
+        draft_tokens: int = 0,
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.decoder, self.sampling, self.seed, self.decode = decoder, sampling, seed, decode
@@ -148,6 +166,9 @@ class Engine:
         self.standing: StandingSteps | None = None
         if decoder.graphed is not None:
             self.standing = StandingSteps(decoder.graphed, sampling, rows, longest, pages)
+        # A step of drafts has another shape each time.
+        self.draft_tokens = draft_tokens if self.standing is None else 0
+        self.drafts: list[Draft | None] = [None] * rows  # None: the row brought none
         self._known = np.zeros(rows, dtype=bool)  # (R,) whether the standing steps have the row
         self._flight: Flight | None = None
 
@@ -200,10 +221,13 @@ class Engine:
             if not len(active):
                 self._flight = None  # of rows that have ended
                 return
-            chosen, ids, logp = self._next_tokens(active)
-            if on_tokens is not None:
-                on_tokens([self._request(place) for place in chosen], ids.tolist())
-            yield from self._append(chosen, ids, logp)
+            for places, ids, logp in self._next_tokens(active):
+                # Behind its last token a draft may have gone on.
+                there = self.length[places] > 0
+                chosen, ids, logp = places[there], ids[there], logp[there]
+                if on_tokens is not None:
+                    on_tokens([self._request(place) for place in chosen], ids.tolist())
+                yield from self._append(chosen, ids, logp)
 
     def _request(self, place: int) -> Request:
         request = self.requests[place]
@@ -279,20 +303,23 @@ class Engine:
         self.held[place], self.end[place] = len(shared) * PAGE, end
         self.draws[place] = uniforms(self.seed, request.key, self.sampling.max_new_tokens)
         self.logp[place], self._known[place] = 0.0, False
+        wanted = self.draft_tokens and request.draft
+        self.drafts[place] = Draft(request.draft, self.draft_tokens) if wanted else None
         self.entered[place], self._clock = self._clock, self._clock + 1
         self.shared.add(prompt, self.pages[place])
 
-    def _next_tokens(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _next_tokens(self, active: np.ndarray) -> list[Drawn]:
         """Takes the places under way (A,) one step further.
 
-        Returns the places that got a token (C,), the tokens (C,) and their log-probs (C,).
+        Returns their new tokens, in the order in which each has them; of more than one token the
+        last may be behind the row's end.
         """
         flight, standing = self._flight, self.standing
         prompts = bool((self.held[active] < self.begin[active]).any())
         if standing is None or prompts or not standing.ready(len(active)):
             # What is on its way comes first: the host's step goes on from it.
             self._flight = None
-            return self._step(active) if flight is None else self._land(flight)
+            return self._step(active) if flight is None else [self._land(flight)]
         if flight is None:
             flight = self._launch(standing, active)
         places = flight.places[self._alive(flight)]
@@ -300,7 +327,7 @@ class Engine:
         ahead = places[self.length[places] + 1 < self.end[places]]
         more = len(ahead) > 0 and standing.ready(len(ahead))
         self._flight = self._launch(standing, ahead) if more else None
-        return self._land(flight)
+        return [self._land(flight)]
 
     def _launch(self, standing: StandingSteps, places: np.ndarray) -> Flight:
         """Begins a standing step of these places (n,)."""
@@ -315,34 +342,71 @@ class Engine:
         places = flight.places
         return (self.entered[places] == flight.entered) & (self.length[places] > 0)
 
-    def _land(self, flight: Flight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Waits for the flight; returns what `_next_tokens` does."""
+    def _land(self, flight: Flight) -> Drawn:
+        """Waits for the flight; returns its tokens."""
         alive = self._alive(flight)
         places, (ids, logp, sound) = flight.places[alive], flight.result()[alive].T
         self._refuse_unsound(places, sound > 0)
         self.held[places] += 1
-        return places, ids.astype(np.int64), logp
+        return Drawn(places, ids.astype(np.int64), logp)
 
-    def _step(self, everyone: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _step(self, everyone: np.ndarray) -> list[Drawn]:
         """One forward over these places (A,), by the host's numbers; as `_next_tokens` returns."""
         active, new = self._share_out(everyone)
         whole = self.held[active] + new == self.length[active]  # nothing of the prompt is left
+        drafted = self._put_drafts(active, new, whole)  # (A,) tokens of drafts
+        drawn = np.where(whole, drafted + 1, 0)  # (A,) tokens to draw
+        place, turn = _spread(active, drawn)  # (S,)
         picked = logp = sound = torch.zeros(0)
 
         def work() -> None:
             nonlocal picked, logp, sound
-            picked, logp, sound = self._forward(active, new, whole)
+            picked, logp, sound = self._forward(active, new + drafted, drawn)
 
-        if not self._fits(work):
-            self._halve_steps(int(new.sum()))
+        fits = self._fits(work)
+        behind = self.length[place] + turn  # (S,) where the tokens drawn belong
+        draft = self.tokens[place, behind]  # (S,) what the drafts have there; -1 behind them
+        self.tokens[place, behind] = -1
+        if not fits:
+            self._halve_steps(int((new + drafted).sum()))
             return self._step(everyone)
-        self._refuse_unsound(active[whole], sound.cpu().numpy())
+        ids = picked.cpu().numpy()
+        # A token is the row's where the draft before it is what was drawn.
+        wrong = np.cumsum(np.append(0, ids != draft))[:-1]  # (S,) of all before it
+        kept = wrong == wrong[np.arange(len(ids)) - turn]  # (S,)
+        self._refuse_unsound(place[kept], sound.cpu().numpy()[kept])
+        prompts = active[self.held[active] < self.begin[active]]
         self.held[active] += new
+        self.held[active[whole]] += np.bincount(np.cumsum(turn == 0)[kept] - 1) - 1
         self._known[active] = False
         # A row in its prompt may have filled pages that others wait for.
-        for place in active[self.held[active] <= self.begin[active]]:
-            self.shared.computed(self.pages[place, : self.held[place] // PAGE])
-        return active[whole], picked.cpu().numpy(), logp.cpu().numpy()
+        for i in prompts:
+            filled = min(self.held[i], self.begin[i]) // PAGE
+            self.shared.computed(self.pages[i, :filled])
+        logps = logp.cpu().numpy()
+        taken = [kept & (turn == n) for n in range(int(drawn.max(initial=0)))]
+        return [Drawn(place[at], ids[at], logps[at]) for at in taken if at.any()]
+
+    def _put_drafts(self, active: np.ndarray, new: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """Puts drafts behind the tokens of the `whole` (A,) bool of the places `active` (A,), as
+        far as a step of `new` (A,) tokens has room; returns how many tokens each got: (A,) int64.
+        """
+        drafted = np.zeros_like(new)
+        if not self.draft_tokens:
+            return drafted
+        room = min(self.step_tokens, self._most) - int(new.sum())
+        for n in np.flatnonzero(whole):
+            place = active[n]
+            if (draft := self.drafts[place]) is None:
+                continue
+            length = self.length[place]
+            # The last token of all is drawn, not computed.
+            most = max(0, min(room, int(self.end[place] - length) - 1))
+            proposal = draft.proposal()[:most]
+            self.tokens[place, length : length + len(proposal)] = proposal
+            drafted[n] = len(proposal)
+            room -= len(proposal)
+        return drafted
 
     def _refuse_unsound(self, chosen: np.ndarray, sound: np.ndarray) -> None:
         """Raises NumericsError for the first of the places (C,) that is not `sound` (C,) bool."""
@@ -384,13 +448,14 @@ class Engine:
         self._most = tokens // 2
 
     def _forward(
-        self, active: np.ndarray, new: np.ndarray, whole: np.ndarray
+        self, active: np.ndarray, new: np.ndarray, drawn: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes `new` (A,) tokens of the places `active` (A,), and samples after the `whole`.
+        """Computes `new` (A,) tokens of the places `active` (A,), and draws one after each of the
+        last `drawn` (A,) of them.
 
-        Returns of the `whole` ones (A,) bool the next tokens (C,), their log-probs (C,), and
-        whether all their logits are finite (C,). Changes nothing but the cache, where doing it
-        again writes the same: so a step can be tried again.
+        Returns the S tokens drawn (S,), their log-probs (S,), and whether all their logits are
+        finite (S,). Changes nothing but the cache, where doing it again writes the same: so a step
+        can be tried again.
         """
         # The step's tokens lie end to end, place after place.
         first = np.cumsum(new) - new  # (A,) where each place's run begins
@@ -399,23 +464,26 @@ class Engine:
         ids = self.tokens[place, position]  # (N,)
         width = pages_for(int((self.held[active] + new).max()))  # pages that any place needs now
         counts = np.stack((new, self.held[active]), axis=1)  # (A, 2)
-        last = (first + new - 1)[whole]  # (C,) after which of the N tokens logits are wanted
+        chosen, turn = _spread(active, drawn)  # (S,)
+        # After which of the N tokens logits are wanted.
+        last = np.repeat(first + new - drawn, drawn) + turn  # (S,)
         logits = self.decoder.step(
             torch.from_numpy(ids),
             torch.from_numpy(counts),
             torch.from_numpy(self.pages[active, :width]),
             torch.from_numpy(last),
-        )  # (C, V)
-        chosen = active[whole]
+        )  # (S, V)
         if not len(chosen):
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0).bool()
         sound = blank_unsound(logits)
         seen = None
         if self.sampling.repetition_penalty != 1:
-            tokens = self.tokens[chosen, : self.length[chosen].max()]  # (C, longest so far)
+            length = self.length[chosen] + turn  # (S,)
+            tokens = self.tokens[chosen, : length.max()]  # (S, longest so far)
+            tokens[np.arange(tokens.shape[1]) >= length[:, None]] = -1  # of a draft
             (seen,) = to_device(logits.device, torch.from_numpy(tokens))
         # The n-th token of a response takes the n-th number of its row's stream.
-        draws = self.draws[chosen, self.length[chosen] - self.begin[chosen]]  # (C,)
+        draws = self.draws[chosen, self.length[chosen] + turn - self.begin[chosen]]  # (S,)
         (uniform,) = to_device(logits.device, torch.from_numpy(draws))
         return *sample(logits, uniform, self.sampling, seen), sound
 
@@ -426,6 +494,10 @@ class Engine:
         self.tokens[chosen, self.length[chosen]] = ids
         self.length[chosen] += 1
         self.logp[chosen] += logp
+        if self.draft_tokens:
+            for place, token in zip(chosen.tolist(), ids.tolist(), strict=True):
+                if (draft := self.drafts[place]) is not None:
+                    draft.append(token)
         stopped = np.isin(ids, self.ends)
         if self.sampling.stop:
             stopped |= np.fromiter(map(self._says_stop, chosen), dtype=bool)
@@ -450,3 +522,11 @@ class Engine:
         self.shared.forget(self.pool.give_back(own))
         self.requests[place], self.length[place] = None, 0
         return request, Response(ids, reason, float(self.logp[place]))
+
+
+def _spread(places: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each place (A,) as often as `counts` (A,) says: (S,), and the how manieth of its
+    place each is, from 0: (S,).
+    """
+    first = np.cumsum(counts) - counts
+    return np.repeat(places, counts), np.arange(int(counts.sum())) - np.repeat(first, counts)

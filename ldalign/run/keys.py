@@ -61,6 +61,13 @@ class SamplingKeys:
         "most memory of the key/value cache, on one rank; null: half of what is free",
         check=positive,
     )
+    draft_tokens: int = setting(
+        0,
+        "on a CPU, tokens of the data's response that a step tries on the policy's, at most: the "
+        "responses stay the same, and come sooner where the policy often says what the data says; "
+        "0: off",
+        check=non_negative,
+    )
 
 
 # What a response depends on; the others only move work about.

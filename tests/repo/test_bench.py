@@ -64,6 +64,7 @@ def run_bench(
         ("step.py", ["--precisions", "bfloat16"], "step-cpu"),
         ("growth.py", [], "growth-cpu"),
         ("generate.py", [], "generate-cpu"),
+        ("drafts.py", [], "drafts-cpu"),
         pytest.param("compile.py", [], "compile-cpu", marks=pytest.mark.long),
     ],
 )

@@ -364,6 +364,7 @@ CASES = [
     Case("sampling.stop", "[STOP]", of_responses, "make_answers.record", "one "),
     Case("sampling.batch_rows", "5", of_responses, "Engine.rows", 5),
     Case("sampling.cache_gib", "2", of_responses, "Engine.cache_bytes", 2 * 2**30),
+    Case("sampling.draft_tokens", "4", of_responses, "Engine.draft_tokens", 4),
     Case("max_new_tokens", "9", of_responses, "Engine.sampling.max_new_tokens", 9),
     Case("seed", "5", of_responses, "Engine.seed", 5),
     Case("max_rows", "20", of_responses, lambda calls: len(calls.make_answers.requests), 20),

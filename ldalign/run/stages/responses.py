@@ -59,7 +59,13 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> Res
         for row in rows
         for n in range(samples)
     ]
-    requests = [Request(key, pairs[i // samples].prompt, i) for i, key in enumerate(keys)]
+
+    def request(i: int, key: str) -> Request:
+        pair = pairs[i // samples]
+        draft = pair.real if config.sampling.draft_tokens else ()
+        return Request(key, pair.prompt, i, draft=draft)
+
+    requests = [request(i, key) for i, key in enumerate(keys)]
 
     def record(request: Request, r: Response) -> dict[str, Any]:
         text = text_of(ctx.tokenizer.decode(r.ids), sampling)
@@ -171,5 +177,6 @@ def new_engine(
         longest=longest,
         rows=rows,
         cache_bytes=cache_bytes,
+        draft_tokens=s.draft_tokens,
         decode=tokenizer.decode,
     )
