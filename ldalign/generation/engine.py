@@ -153,7 +153,8 @@ class Engine:
         self.shared = SharedPages(pages)
         # One entry a place.
         self.requests: list[Request | None] = [None] * rows  # None: the place is free
-        self.tokens = np.full((rows, longest), -1, dtype=np.int64)  # (R, L), -1: not there yet
+        # (R, L), -1: not there yet, but where a draft was
+        self.tokens = np.full((rows, longest), -1, dtype=np.int64)
         counts = np.zeros((5, rows), dtype=np.int64)
         self.length, self.held = counts[0], counts[1]  # (R,) tokens so far; those in the cache
         self.begin, self.end = counts[2], counts[3]  # (R,) where the response begins, must end
@@ -363,16 +364,14 @@ class Engine:
             nonlocal picked, logp, sound
             picked, logp, sound = self._forward(active, new + drafted, drawn)
 
-        fits = self._fits(work)
-        behind = self.length[place] + turn  # (S,) where the tokens drawn belong
-        draft = self.tokens[place, behind]  # (S,) what the drafts have there; -1 behind them
-        self.tokens[place, behind] = -1
-        if not fits:
+        if not self._fits(work):
             self._halve_steps(int((new + drafted).sum()))
             return self._step(everyone)
         ids = picked.cpu().numpy()
-        # A token is the row's where the draft before it is what was drawn.
-        wrong = np.cumsum(np.append(0, ids != draft))[:-1]  # (S,) of all before it
+        # A token is the row's where the draft before it is what was drawn. Behind a row's draft,
+        # where anything may stand, it counts for no other.
+        wrong = ids != self.tokens[place, self.length[place] + turn]  # (S,)
+        wrong = np.cumsum(np.append(0, wrong))[:-1]  # (S,) of all before it
         kept = wrong == wrong[np.arange(len(ids)) - turn]  # (S,)
         self._refuse_unsound(place[kept], sound.cpu().numpy()[kept])
         prompts = active[self.held[active] < self.begin[active]]
@@ -381,8 +380,7 @@ class Engine:
         self._known[active] = False
         # A row in its prompt may have filled pages that others wait for.
         for i in prompts:
-            filled = min(self.held[i], self.begin[i]) // PAGE
-            self.shared.computed(self.pages[i, :filled])
+            self.shared.computed(self.pages[i, : self.held[i] // PAGE])
         logps = logp.cpu().numpy()
         taken = [kept & (turn == n) for n in range(int(drawn.max(initial=0)))]
         return [Drawn(place[at], ids[at], logps[at]) for at in taken if at.any()]

@@ -74,7 +74,9 @@ def test_a_response_is_the_same(
 
     plain = run(engine(0), requests)
     assert len({r.finish_reason for r in plain}) == 2 or name in ("penalty", "greedy")
-    made = run(engine(5), with_drafts(requests, made_drafts(plain)))
+    drafting = engine(5)
+    assert drafting.draft_tokens == (0 if kind == "standing" else 5)
+    made = run(drafting, with_drafts(requests, made_drafts(plain)))
     assert [(r.ids, r.finish_reason) for r in made] == [(r.ids, r.finish_reason) for r in plain]
     assert [r.logp for r in made] == pytest.approx([r.logp for r in plain], abs=1e-4)
 
@@ -111,6 +113,19 @@ def test_steps_are_saved_and_no_more_is_computed() -> None:
     assert len(steps([r.ids for r in done])) == 5 * 6
     wrong = [[(r.ids[0] + 1) % 61] * 9 for r in done]
     assert sum(map(sum, steps(wrong))) == sum(map(sum, plain)) + 5
+
+
+def test_a_step_has_no_more_tokens_than_it_may() -> None:
+    """Rows under way first, and of their drafts what there is room for."""
+    requests, spy = requests_of([[5]] * 4), Spy(decoder_of("modules", model_of()))
+    plain = run(Engine(spy, Sampling(24), [], 0, longest=LONGEST, rows=4), requests)
+    spy.steps.clear()
+    engine = Engine(
+        spy, Sampling(24), [], 0, longest=LONGEST, rows=4, step_tokens=9, draft_tokens=4
+    )
+    made = run(engine, with_drafts(requests, [r.ids for r in plain]))
+    assert [r.ids for r in made] == [r.ids for r in plain]
+    assert max(map(sum, spy.steps)) == 9 and {5, 2, 1} <= {n for step in spy.steps for n in step}
 
 
 def test_a_row_on_a_shared_prompt_goes_on() -> None:
@@ -197,6 +212,10 @@ def test_a_draft_follows() -> None:
     draft.append(1)
     draft.append(2)
     assert draft.proposal() == [3]  # none behind: an earlier one
+    draft = Draft([1, 2, 3, 1, 2, 4], most=3)
+    for token in (1, 2, 3, 1, 2, 4, 1, 2):
+        draft.append(token)
+    assert draft.proposal() == [4]  # of two earlier places the later one
 
 
 def test_an_empty_draft_proposes_nothing() -> None:
