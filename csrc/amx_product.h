@@ -74,10 +74,7 @@ void amx_block(const bf16* x, int64_t ldx, int64_t rows, const bf16* panel, Ahea
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t column = 0; column < kPanel; column += kLanes) {
-      const F32 sum = load(sums[r] + column, Whole{});
-      O* to = y + r * ldy + column;
-      if (columns - column >= kLanes) store(to, sum, Whole{});
-      else if (columns > column) store(to, sum, static_cast<int>(columns - column));
+      store_left(y + r * ldy + column, load(sums[r] + column, Whole{}), columns - column);
     }
   }
 }

@@ -49,30 +49,104 @@ void check_decode_type(const Check& check, const Tensor& x, const char* name) {
                     x.scalar_type(), ", expected float32 or bfloat16");
 }
 
+// Rows of values in 8 bits, `stride` bytes from one to the next, with their groups (rows, groups of K), whatever K is.
+struct Int8Rows {
+  int8_t* q;
+  Quantised* groups;
+  int64_t stride;
+};
+
+// Buffers for N rows of at most K values, which `rows` points into.
+struct Int8Buffer {
+  Tensor q, groups;
+  Int8Rows rows;
+
+  Int8Buffer(int64_t N, int64_t K)
+      : q(at::empty({N, divided(K, kGroup) * kGroup}, at::kChar)),
+        groups(at::empty({N, divided(K, kGroup), int64_t(sizeof(Quantised))}, at::kByte)),
+        rows{data<int8_t>(q), data<Quantised>(groups), q.size(1)} {}
+};
+
+// Rows [first, first + count) of x (rows, K) go into the same rows of `to`.
+template <class T>
+void quantise(const T* x, int64_t first, int64_t count, int64_t K, const Int8Rows& to) {
+  kernels<T>().quantise(x + first * K, count, K, to.q + first * to.stride, to.stride,
+                        to.groups + first * divided(K, kGroup));
+}
+
+template <class T>
+void quantise(Member& member, const T* x, int64_t rows, int64_t K, const Int8Rows& to) {
+  member.by_turns(divided(rows, kNormed), [&](int64_t turn) {
+    const int64_t first = turn * kNormed;
+    quantise(x, first, std::min(rows - first, kNormed), K, to);
+  });
+}
+
+// y (rows, N) by panels of a packed weight: kernel(panel, until, columns, result, ld) computes some of them. `values`: of
+// x and a panel, what the panel costs.
+template <class O, class Kernel>
+void by_panels(Member& member, int64_t rows, int64_t panels, int64_t values, int64_t N, O* y, const Kernel& kernel) {
+  // A panel calls the next one into the cache, so a thread keeps to panels that follow each other; of small ones it
+  // takes as many at a time as make it worth the taking.
+  const int64_t step = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * values));
+  member.by_shares_claimed(divided(panels, step), [&](int64_t turn, const auto& claim) {
+    const int64_t first = turn * step, last = std::min(panels, first + step), ld = (last - first) * kPanel;
+    const int64_t columns = N - first * kPanel;
+    static thread_local std::vector<O> result;
+    if (int64_t(result.size()) < rows * ld) result.resize(rows * ld);
+    kernel(first, last, columns, result.data(), ld);
+    if (!claim()) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(result.data() + r * ld, std::min(columns, ld), y + r * N + first * kPanel);
+    }
+  });
+}
+
 // x (rows, K) times a packed weight (panels, K, 32) -> y (rows, N).
 template <class T, class O>
 void product(Member& member, const T* x, int64_t rows, const Tensor& packed, int64_t N, O* y) {
-  const int64_t panels = packed.size(0), K = packed.size(1);
+  const int64_t K = packed.size(1), panel = K * kPanel;
   const T* weight = data<T>(packed);
-  // A panel calls the next one into the cache, so a thread keeps to panels that follow each other; of small ones it
-  // takes as many at a time as make it worth the taking.
-  const int64_t step = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * K * kPanel));
-  member.by_shares_claimed(divided(panels, step), [&](int64_t turn, const auto& claim) {
-    const int64_t first = turn * step, last = std::min(panels, first + step), ld = (last - first) * kPanel;
-    static thread_local std::vector<O> result;
-    if (int64_t(result.size()) < rows * ld) result.resize(rows * ld);
-    const T* from = weight + first * K * kPanel;
-    if constexpr (std::is_same_v<T, O>) {
-      kernels<T>().packed_product(x, K, rows, from, K, N - first * kPanel, 0, last - first, result.data(), ld);
-    } else {
-      kernels<T>().packed_product_wide(x, K, rows, from, K, N - first * kPanel, 0, last - first, result.data(), ld);
-    }
-    if (!claim()) return;
-    const int64_t columns = std::min(N - first * kPanel, ld);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(result.data() + r * ld, columns, y + r * N + first * kPanel);
-    }
-  });
+  by_panels(member, rows, packed.size(0), panel, N, y,
+            [&](int64_t first, int64_t last, int64_t columns, O* result, int64_t ld) {
+              const T* from = weight + first * panel;
+              if constexpr (std::is_same_v<T, O>) {
+                kernels<T>().packed_product(x, K, rows, from, K, columns, 0, last - first, result, ld);
+              } else {
+                kernels<T>().packed_product_wide(x, K, rows, from, K, columns, 0, last - first, result, ld);
+              }
+            });
+}
+
+// The same of rows and a weight in 8 bits, scales (panels, groups, 32).
+template <class O>
+void product(Member& member, const Int8Rows& x, int64_t rows, const Tensor& packed, const Tensor& scales, int64_t N,
+             O* y) {
+  const int64_t K = packed.size(1), panel = K * kPanel, panel_scales = scales.size(1) * kPanel;
+  const int8_t* weight = data<int8_t>(packed);
+  const float* scale = data<float>(scales);
+  by_panels(member, rows, packed.size(0), panel, N, y,
+            [&](int64_t first, int64_t last, int64_t columns, O* result, int64_t ld) {
+              kernels<O>().packed_product_int8(x.q, x.stride, x.groups, rows, weight + first * panel,
+                                               scale + first * panel_scales, K, columns, 0, last - first, result, ld);
+            });
+}
+
+// A packed weight for x of K values a row: in x's dtype, or with scales in 8 bits.
+void check_packed(const Check& check, const Tensor& packed, const Tensor* scales, int64_t N, int64_t K,
+                  at::ScalarType dtype) {
+  const int64_t panels = divided(N, kPanel), groups = divided(K, kGroup);
+  check.shape(packed, "packed", {panels, scales ? groups * kGroup : K, kPanel}, "(panels, K, 32)");
+  check.dtype(packed, "packed", scales ? at::kChar : dtype);
+  TORCH_CHECK_VALUE(packed.is_contiguous(), check.op, ": packed must be contiguous");
+  if (scales) {
+    check.shape(*scales, "scales", {panels, groups, kPanel}, "(panels, groups, 32)");
+    check.dtype(*scales, "scales", at::kFloat);
+    TORCH_CHECK_VALUE(scales->is_contiguous(), check.op, ": scales must be contiguous");
+  } else {
+    const int64_t per_word = 4 / c10::elementSize(dtype);
+    TORCH_CHECK_VALUE(K % per_word == 0, check.op, ": K is ", K, ", expected whole words");
+  }
 }
 
 // Where the new tokens of one row lie, and its cache.
@@ -191,32 +265,40 @@ class Decoder {
     }
   }
 
-  // normed = norm(x + addend), and total that sum; norm(x) without an addend.
-  void norm(Member& member, const T* x, const T* addend, const A* weight, T* total, T* normed, A* rstd) const {
+  // normed = norm(x + addend), and total that sum; norm(x) without an addend. `bytes`: normed in 8 bits, where wanted.
+  void norm(Member& member, const T* x, const T* addend, const A* weight, T* total, T* normed, A* rstd,
+            const Int8Rows* bytes) const {
     member.by_turns(divided(N, kNormed), [&](int64_t turn) {
       const int64_t first = turn * kNormed, count = std::min(N, first + kNormed) - first, at = first * D;
       kernels<T>().rms_norm(addend ? addend + at : x + at, addend ? x + at : nullptr, weight, eps, count, D, normed + at,
                             addend ? total + at : nullptr, rstd + first);
+      if (bytes) quantise(normed, first, count, D, *bytes);
     });
   }
 };
 
 }  // namespace
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool wide_out) {
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales, int64_t out_features,
+                     bool wide_out) {
   const Check check{"packed_linear"};
   check.floats(x, "x", 2, "(N, K)");
   check_decode_type(check, x, "x");
-  check.shape(packed, "packed", {divided(out_features, kPanel), x.size(1), kPanel}, "(panels, K, 32)");
-  check.dtype(packed, "packed", x.scalar_type());
-  TORCH_CHECK_VALUE(x.size(1) % (4 / x.element_size()) == 0, check.op, ": K is ", x.size(1), ", expected whole words");
-  const Tensor from = x.contiguous(), weight = packed.contiguous();
-  const Tensor y = at::empty({x.size(0), out_features}, wide_out ? x.options().dtype(at::kFloat) : x.options());
+  const int64_t N = x.size(0), K = x.size(1);
+  check_packed(check, packed, scales ? &*scales : nullptr, out_features, K, x.scalar_type());
+  const Tensor from = x.contiguous();
+  const Tensor y = at::empty({N, out_features}, wide_out ? x.options().dtype(at::kFloat) : x.options());
   with_decode_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    together(1, [&](Member& member) {
-      if (wide_out) product(member, data<T>(from), x.size(0), weight, out_features, data<float>(y));
-      else product(member, data<T>(from), x.size(0), weight, out_features, data<T>(y));
+    const Int8Buffer bytes(scales ? N : 0, K);
+    const auto into = [&](Member& member, auto* to) {
+      if (!scales) return product(member, data<T>(from), N, packed, out_features, to);
+      quantise(member, data<T>(from), N, K, bytes.rows);
+      product(member, bytes.rows, N, packed, *scales, out_features, to);
+    };
+    together(2, [&](Member& member) {
+      if (wide_out) into(member, data<float>(y));
+      else into(member, data<T>(y));
     });
   });
   return y;
@@ -245,18 +327,20 @@ Tensor packed_rows(const Tensor& packed, const Tensor& ids) {
 }
 
 Tensor decode_layers(
-    const Tensor& x, at::TensorList weights, at::TensorList norms, const Tensor& keys, const Tensor& values,
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList norms, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& pages, const Tensor& cos, const Tensor& sin, int64_t heads,
-    std::optional<int64_t> window, double eps) {
+    int64_t intermediate, std::optional<int64_t> window, double eps) {
   const Check check{"decode_layers"};
   check.floats(x, "x", 2, "(N, D)");
   check_decode_type(check, x, "x");
   const int64_t layers = weights.size() / 4, N = x.size(0), D = x.size(1);
   TORCH_CHECK_VALUE(weights.size() == size_t(4 * layers) && norms.size() == size_t(2 * layers + 1), check.op, ": got ",
                     weights.size(), " weights and ", norms.size(), " norms, expected 4 and 2 a layer, and a last norm");
+  TORCH_CHECK_VALUE(scales.empty() || scales.size() == weights.size(), check.op, ": got ", scales.size(), " scales of ",
+                    weights.size(), " weights");
   check.floats(keys, "keys", 5, "(L, pages, K, E, 16)");
   check.floats(values, "values", 5, "(L, pages, K, 16, E')");
-  const int64_t K = keys.size(2), E = keys.size(3), H = heads, F = layers ? weights[3].size(1) : 0;
+  const int64_t K = keys.size(2), E = keys.size(3), H = heads, F = intermediate;
   check.shape(keys, "keys", {layers, keys.size(1), K, E, kPageTokens}, "(L, pages, K, E, 16)");
   check.shape(values, "values", {layers, keys.size(1), K, kPageTokens, rounded(E)}, "(L, pages, K, 16, E')");
   for (const Tensor* cache : {&keys, &values}) {
@@ -276,10 +360,8 @@ Tensor decode_layers(
   for (int64_t i = 0; i < layers; ++i) {
     const int64_t outs[] = {(H + 2 * K) * E, D, 2 * F, D}, ins[] = {D, H * E, D, F};
     for (int64_t j = 0; j < 4; ++j) {
-      const Tensor& weight = weights[4 * i + j];
-      check.shape(weight, "a weight", {divided(outs[j], kPanel), ins[j], kPanel}, "(panels, K, 32)");
-      check.dtype(weight, "a weight", x.scalar_type());
-      TORCH_CHECK_VALUE(weight.is_contiguous(), check.op, ": the weights must be contiguous");
+      const Tensor* scale = scales.empty() ? nullptr : &scales[4 * i + j];
+      check_packed(check, weights[4 * i + j], scale, outs[j], ins[j], x.scalar_type());
     }
   }
   for (const Tensor& norm : norms) {
@@ -336,24 +418,33 @@ Tensor decode_layers(
     const Tensor rstd = at::empty({N}, first.options().dtype(at::kFloat));
     T *const normed = data<T>(normed_of), *const qkv = data<T>(qkv_of), *const attended = data<T>(attended_of);
     T *const added = data<T>(added_of), *const gate_up = data<T>(gate_up_of), *const gated = data<T>(gated_of);
-    constexpr int64_t kPartsOfLayer = 9;
+    const bool in_bytes = !scales.empty();
+    // What the next product reads, in 8 bits: norms and gates leave it there as they are made.
+    const Int8Buffer buffer_of_bytes(in_bytes ? N : 0, std::max({D, H * E, F}));
+    const Int8Rows* bytes = in_bytes ? &buffer_of_bytes.rows : nullptr;
+    const auto product_of = [&](Member& member, const T* from, int64_t index, int64_t outs, T* to) {
+      if (bytes) product(member, *bytes, N, weights[index], scales[index], outs, to);
+      else product(member, from, N, weights[index], outs, to);
+    };
+    constexpr int64_t kPartsOfLayer = 10;
     together(kPartsOfLayer * layers + 1, [&](Member& member) {
       // Each norm takes in what the part before it adds to the stream.
       const T* stream = data<T>(first);
       int sums = 0;
-      const auto norm = [&](int64_t index, bool adds, T* to) {
+      const auto norm = [&](int64_t index, bool adds, T* to, const Int8Rows* to_bytes) {
         LDALIGN_PART(member, "rms_norm");
         T* sum = data<T>(totals[sums % 2]);
-        decoder.norm(member, stream, adds ? added : nullptr, data<A>(norms[index]), sum, to, data<A>(rstd));
+        decoder.norm(member, stream, adds ? added : nullptr, data<A>(norms[index]), sum, to, data<A>(rstd),
+                     to_bytes);
         if (adds) stream = sum, ++sums;
       };
       for (int64_t layer = 0; layer < layers; ++layer) {
         const typename Decoder<T>::Cache cache{data<T>(keys) + layer * keys.stride(0),
                                                data<T>(values) + layer * values.stride(0)};
-        norm(2 * layer, layer > 0, normed);
+        norm(2 * layer, layer > 0, normed, bytes);
         {
           LDALIGN_PART(member, "attention");
-          product(member, normed, N, weights[4 * layer], (H + 2 * K) * E, qkv);
+          product_of(member, normed, 4 * layer, (H + 2 * K) * E, qkv);
           member.by_turns(int64_t(decoder.puts.size()), [&](int64_t i) {
             const Put& put = decoder.puts[i];
             for (int64_t head = put.head; head < put.until; ++head) decoder.put(cache, qkv, *put.row, head);
@@ -361,23 +452,25 @@ Tensor decode_layers(
           member.by_turns_claimed(int64_t(decoder.tasks.size()), [&](int64_t i, const auto& claim) {
             decoder.attend(cache, qkv, decoder.tasks[i], attended, claim);
           });
-          product(member, attended, N, weights[4 * layer + 1], D, added);
+          if (bytes) quantise(member, attended, N, H * E, *bytes);
+          product_of(member, attended, 4 * layer + 1, D, added);
         }
-        norm(2 * layer + 1, true, normed);
+        norm(2 * layer + 1, true, normed, bytes);
         {
           LDALIGN_PART(member, "mlp");
-          product(member, normed, N, weights[4 * layer + 2], 2 * F, gate_up);
+          product_of(member, normed, 4 * layer + 2, 2 * F, gate_up);
           {
             LDALIGN_PART(member, "swiglu");
             member.by_turns(divided(N, kGated), [&](int64_t turn) {
               const int64_t begin = turn * kGated, count = std::min(N, begin + kGated) - begin;
               kernels<T>().swiglu(gate_up + begin * 2 * F, count, 2 * F, F, gated + begin * F);
+              if (bytes) quantise(gated, begin, count, F, *bytes);
             });
           }
-          product(member, gated, N, weights[4 * layer + 3], D, added);
+          product_of(member, gated, 4 * layer + 3, D, added);
         }
       }
-      norm(2 * layers, layers > 0, data<T>(out));
+      norm(2 * layers, layers > 0, data<T>(out), nullptr);
     });
   });
   return out;

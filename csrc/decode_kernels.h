@@ -1,7 +1,8 @@
 // The kernels of generation: products with packed weights and attention over cache pages. kernels.h says what each
 // computes. Every sum runs in one fixed order, whatever the number of rows: a row's bits do not depend on its company.
 //
-// A word is 4 bytes along the summed axis: one float, or two bf16. Packed weights and key pages lie word by word.
+// A word is 4 bytes along the summed axis: one float, two bf16, or four 8-bit integers (int8_product.h). Packed weights and
+// key pages lie word by word.
 #pragma once
 
 #include "lanes.h"
@@ -95,22 +96,34 @@ LDALIGN_INLINE void packed_block(const T* x, int64_t ldx, const T* panel, Ahead 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int64_t left = columns - v * kLanes;
-      O* to = y + r * ldy + v * kLanes;
-      if (left >= kLanes) store(to, sum[r][v], Whole{});
-      else if (left > 0) store(to, sum[r][v], static_cast<int>(left));
-    }
+    for (int v = 0; v < V; ++v) store_left(y + r * ldy + v * kLanes, sum[r][v], columns - v * kLanes);
   }
 }
 
-template <class T, class O, int R>
-void packed_rows(int64_t rows, const T* x, int64_t ldx, const T* panel, Ahead ahead, int64_t words, int64_t columns,
-                 O* y, int64_t ldy) {
-  if constexpr (R > 1) {
-    if (rows < R) return packed_rows<T, O, R - 1>(rows, x, ldx, panel, ahead, words, columns, y, ldy);
+// block(R, row, panel, ahead, its values) for R = rows, which is at most Most: a constant, that sums may be in registers.
+template <int Most, class T, class Block>
+void with_rows(int64_t rows, int64_t row, int64_t panel, const Ahead& ahead, const T* values, const Block& block) {
+  if constexpr (Most > 1) {
+    if (rows < Most) return with_rows<Most - 1>(rows, row, panel, ahead, values, block);
   }
-  packed_block<T, O, R>(x, ldx, panel, ahead, words, columns, y, ldy);
+  block(std::integral_constant<int, Most>{}, row, panel, ahead, values);
+}
+
+// That for the panels [first, last) and, with each, blocks of [row, row + R) of the rows, as even as can be.
+template <int Most, class T, class Block>
+LDALIGN_INLINE void by_blocks(int64_t rows, const T* packed, int64_t K, int64_t first, int64_t last,
+                              const Block& block) {
+  const int64_t blocks = (rows + Most - 1) / Most;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const T* values = packed + panel * kPanel * K;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t from = rows * i / blocks, to = rows * (i + 1) / blocks;
+      // The blocks call the next panel, each its share: one alone would ask for more than the memory gives.
+      const char* following = reinterpret_cast<const char*>(values + kPanel * K);
+      const Ahead ahead{following + kPanel * K * int64_t(sizeof(T)) * i / blocks, kPanel * 4 / blocks};
+      with_rows<Most>(to - from, from, panel, ahead, values, block);
+    }
+  }
 }
 
 template <class T, class O>
@@ -120,19 +133,12 @@ void packed_product(const T* x, int64_t ldx, int64_t rows, const T* packed, int6
   if constexpr (std::is_same_v<T, bf16>) return amx_product(x, ldx, rows, packed, K, N, first, last, y, ldy);
 #endif
   constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 2 : 1;  // with a panel's columns, what the registers hold
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t column = panel * kPanel;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
-      const T* at = packed + column * K;
-      // The tiles call the next panel, each its share: one alone would ask for more than the memory gives.
-      const char* following = reinterpret_cast<const char*>(at + kPanel * K);
-      const Ahead ahead{following + kPanel * K * int64_t(sizeof(T)) * tile / tiles, kPanel * 4 / tiles};
-      packed_rows<T, O, kRows>(to - from, x + from * ldx, ldx, at, ahead, K / per_word<T>, N - column,
-                               y + from * ldy + column, ldy);
-    }
-  }
+  by_blocks<kRows>(rows, packed, K, first, last,
+                   [&](auto R, int64_t row, int64_t panel, Ahead ahead, const T* values) LDALIGN_LAMBDA {
+                     const int64_t column = panel * kPanel;
+                     packed_block<T, O, R>(x + row * ldx, ldx, values, ahead, K / per_word<T>, N - column,
+                                           y + row * ldy + column, ldy);
+                   });
 }
 
 // Even and odd words are summed apart: of few rows one sum would wait for itself.

@@ -30,6 +30,11 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// Every processor with these has VNNI, too.
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 #ifdef LDALIGN_KNOWS_AMX
@@ -50,10 +55,11 @@ const std::vector<Isa>& built() {
 #ifdef __x86_64__
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &table_avx2},
       {"avx512", has_avx512(), &table_avx512},
-      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &table_avx512_bf16},
+      {"avx512_vnni", has_avx512_vnni(), &table_avx512_vnni},
+      {"avx512_bf16", has_avx512_bf16(), &table_avx512_bf16},
 #endif
 #ifdef LDALIGN_KNOWS_AMX
-      {"amx_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx(), &table_amx_bf16},
+      {"amx_bf16", has_avx512_bf16() && has_amx(), &table_amx_bf16},
 #endif
   };
   return all;

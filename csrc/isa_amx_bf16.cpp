@@ -1,4 +1,4 @@
-// The row kernels for AVX-512 with bfloat16 products, and AMX's tiles for products with packed weights. The pragma takes
+// The row kernels for AVX-512 with 8-bit and bfloat16 products, and AMX's tiles for bfloat16 products with packed weights. The pragma takes
 // the place of per-file compiler flags, which setuptools lacks.
 #include "kernels.h"
 
@@ -7,13 +7,14 @@
 
 #ifdef __clang__
 #pragma clang attribute push(                                                                              \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma"))), \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,fma"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,fma")
 #endif
 
 #define LDALIGN_ISA amx_bf16
+#define LDALIGN_VNNI
 #define LDALIGN_BF16_DOT
 #define LDALIGN_AMX
 #define LDALIGN_VECTOR_BYTES 64

@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #ifdef __x86_64__
+#include <immintrin.h>  // before the pragma: these functions bring their own targets
+
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

@@ -35,9 +35,16 @@ struct Update {
   uint32_t seed;                   // of the random bits that 16-bit values are rounded with
 };
 
+// A group of values as 8-bit integers q in [-127, 127]: q scale, to rounding. `offset` is -128 times the sum of q.
+struct Quantised {
+  float scale;
+  int32_t offset;
+};
+
 constexpr int64_t kAlign = 16;  // values: a multiple of every vector's width
 constexpr int64_t kPanel = 32;  // rows of a weight that are packed together
 constexpr int64_t kPageTokens = 16;  // of a page of the key/value cache
+constexpr int64_t kGroup = 64;  // 8-bit values of a row that have one scale
 
 template <class T>
 struct Kernels {
@@ -92,6 +99,17 @@ struct Kernels {
                          int64_t last, T* y, int64_t ldy);
   void (*packed_product_wide)(const T* x, int64_t ldx, int64_t rows, const T* packed, int64_t K, int64_t N,
                               int64_t first, int64_t last, A* y, int64_t ldy);
+  // x (rows, K) in 8 bits, in groups of 64 values, zeros beyond K: q, rows of ldq bytes, and groups (rows, groups). A
+  // group is turned (int8_product.h); with m the largest size then, scale is m / 127, and q is each value times 127 / m,
+  // rounded to the nearest, to even. Where 127 / m overflows, below 4e-37, scale and q are 0. A group with NaN or
+  // infinity has scale NaN and q 0, which makes its products NaN.
+  void (*quantise)(const T* x, int64_t rows, int64_t K, int8_t* q, int64_t ldq, Quantised* groups);
+  // packed_product of such rows with a weight in 8 bits, packed alike, K a multiple of 64; scales[panel][group][32 rows].
+  // y = sum over the groups in order of (sum of q w) (scale of the weight * scale of x), rounded after each of these
+  // operations; the inner sums are exact. So all instruction sets give the same bits.
+  void (*packed_product_int8)(const int8_t* q, int64_t ldq, const Quantised* groups, int64_t rows, const int8_t* packed,
+                              const float* scales, int64_t K, int64_t N, int64_t first, int64_t last, T* y,
+                              int64_t ldy);
   // Scores z (rows, 16 columns) of queries q against a page of keys, page[word of E][16 tokens]; and out (rows, E) +=
   // p (rows, keys) times a page of values, page[token][E]; E a multiple of kAlign there.
   void (*page_scores)(const T* q, int64_t ldq, int64_t rows, const T* page, int64_t E, A* z, int64_t ldz);
@@ -117,7 +135,7 @@ struct Table {
 };
 
 // All but the first only on x86-64, the last only by a compiler that knows it.
-extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16, table_amx_bf16;
+extern const Table table_default, table_avx2, table_avx512, table_avx512_vnni, table_avx512_bf16, table_amx_bf16;
 
 // The kernels of the chosen instruction set (isa.cpp).
 const Table& table();

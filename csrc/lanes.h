@@ -16,6 +16,7 @@ namespace ldalign::cpu::LDALIGN_ISA {
 constexpr int kLanes = LDALIGN_VECTOR_BYTES / 4;
 typedef float F32 __attribute__((vector_size(LDALIGN_VECTOR_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(LDALIGN_VECTOR_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(LDALIGN_VECTOR_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(LDALIGN_VECTOR_BYTES / 2)));
 typedef uint8_t U8 __attribute__((vector_size(LDALIGN_VECTOR_BYTES / 4)));
 
@@ -148,6 +149,13 @@ LDALIGN_INLINE void store(T* to, Lanes<T> value, int count) {
   else if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(to, mask, (__m256i)raw);
 #endif
   __builtin_memcpy(to, &raw, count * sizeof(T));
+}
+
+// The first `left` lanes, which may be none, or more than there are.
+template <class T>
+LDALIGN_INLINE void store_left(T* to, Lanes<T> value, int64_t left) {
+  if (left >= width<T>) store(to, value, Whole{});
+  else if (left > 0) store(to, value, static_cast<int>(left));
 }
 
 template <class T>

@@ -58,10 +58,11 @@ TORCH_LIBRARY(ldalign_cpp, m) {
         " float beta2, float eps, int step, int seed) -> ()");
   m.def("rmsprop_(Tensor(a!) p, Tensor grad, Tensor(b!) v, float learning_rate, float decay, float alpha, float eps,"
         " int seed) -> ()");
-  m.def("packed_linear(Tensor x, Tensor packed, int out_features, bool wide_out) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor? scales, int out_features, bool wide_out) -> Tensor");
   m.def("packed_rows(Tensor packed, Tensor ids) -> Tensor");
-  m.def("decode_layers(Tensor x, Tensor[] weights, Tensor[] norms, Tensor(a!) keys, Tensor(b!) values, Tensor rows,"
-        " Tensor pages, Tensor cos, Tensor sin, int heads, int? window, float eps) -> Tensor");
+  m.def("decode_layers(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] norms, Tensor(a!) keys, Tensor(b!) values,"
+        " Tensor rows, Tensor pages, Tensor cos, Tensor sin, int heads, int intermediate, int? window, float eps)"
+        " -> Tensor");
   m.def("all_finite(Tensor x) -> Tensor");
   m.def("sample(Tensor(a!) logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p,"
         " float penalty, Tensor seen) -> (Tensor ids, Tensor logp)");

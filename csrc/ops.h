@@ -89,18 +89,21 @@ void rmsprop_(Tensor p, const Tensor& grad, Tensor v, double learning_rate, doub
 
 // ---- decode.cpp: weights packed in panels of 32 rows, (panels, K, 32); float32 or bfloat16
 
-// x (N, K) -> (N, out_features), float32 with wide_out
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool wide_out);
+// x (N, K) -> (N, out_features), float32 with wide_out. With scales (panels, groups, 32) packed is int8, and so is x to
+// the product (int8_product.h).
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales, int64_t out_features,
+                     bool wide_out);
 // rows ids (N,) of a packed weight, as they were before -> (N, K)
 Tensor packed_rows(const Tensor& packed, const Tensor& ids);
 
 // x (N, D): the new tokens of R rows, row after row; rows (R, 2): how many, and how many the cache holds; pages (R, P):
-// the row's pages, in order. weights: qkv, o, gate_up and down of each layer; norms: two of each, and the last, float32.
+// the row's pages, in order. weights: qkv, o, gate_up and down of each layer; scales: theirs, where they are int8, else
+// none; norms: two of each, and the last, float32.
 // keys (L, pages, K, E, 16), values (L, pages, K, 16, E'): the new tokens' are added. -> normed hidden (N, D)
 Tensor decode_layers(
-    const Tensor& x, at::TensorList weights, at::TensorList norms, const Tensor& keys, const Tensor& values,
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList norms, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& pages, const Tensor& cos, const Tensor& sin, int64_t heads,
-    std::optional<int64_t> window, double eps);
+    int64_t intermediate, std::optional<int64_t> window, double eps);
 
 // ---- sample.cpp
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode_kernels.h"
+#include "int8_product.h"
 #include "lanes.h"
 
 namespace ldalign::cpu::LDALIGN_ISA {
@@ -404,6 +405,8 @@ constexpr Kernels<T> make() {
   if constexpr (is_float_or_bf16<T>) {
     all.packed_product = packed_product<T, T>;
     all.packed_product_wide = packed_product<T, float>;
+    all.quantise = quantise<T>;
+    all.packed_product_int8 = packed_product_int8<T>;
     all.page_scores = page_scores<T>;
     all.page_values = page_values<T>;
     all.adamw = adamw<T>;

@@ -10,8 +10,8 @@ Shapes: N rows (flat tokens), D width, V vocabulary, S = 2P responses (runs of r
 real, generated, real, ...) of P pairs, H heads, E head width. "Wide" is float32, or
 float64 where the inputs are.
 
-`LDALIGN_ISA` (default, avx2, avx512, avx512_bf16 or amx_bf16) chooses the instruction set; unset,
-the best one this machine has.
+`LDALIGN_ISA` (default, avx2, avx512, avx512_vnni, avx512_bf16 or amx_bf16) chooses the instruction
+set; unset, the best one this machine has.
 """
 
 import importlib
@@ -327,12 +327,18 @@ def rmsprop_(
 # --------------------------------------------------------------------------------------- generation
 
 
-def packed_linear(x: Tensor, packed: Tensor, out_features: int, wide_out: bool) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: Tensor, scales: Tensor | None, out_features: int, wide_out: bool
+) -> Tensor:
     """x (N, K) times a weight packed by `ldalign.generation.decoders.pack_weight`.
 
-    Returns (N, out_features), float32 with wide_out.
+    scales: those of an int8 weight (panels, groups, 32) float32, in whose product x is int8, too
+    (`reference.int8_linear`); None: the weight has x's dtype.
+
+    Returns (N, out_features), float32 with wide_out. A row's result does not depend on the other
+    rows, to the bit, and that of int8 on nothing but its arguments.
     """
-    out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, out_features, wide_out)
+    out: Tensor = torch.ops.ldalign_cpp.packed_linear(x, packed, scales, out_features, wide_out)
     return out
 
 
@@ -345,6 +351,7 @@ def packed_rows(packed: Tensor, ids: Tensor) -> Tensor:
 def decode_layers(
     x: Tensor,
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     norms: Sequence[Tensor],
     keys: Tensor,
     values: Tensor,
@@ -353,21 +360,37 @@ def decode_layers(
     cos: Tensor,
     sin: Tensor,
     heads: int,
+    intermediate: int,
     window: int | None,
     eps: float,
 ) -> Tensor:
     """A Mistral's layers and last norm on new tokens x (N, D) of R rows: (N, D).
 
     weights: packed; qkv, o, gate and up, down of each layer.
+    scales: theirs, as in `packed_linear`, where they are int8; else none.
     norms: float32; two a layer, and the last.
     keys (L, pages, K, E, 16), values (L, pages, K, 16, E rounded up to 16): gain the new tokens'.
     rows (R, 2) int64: new and cached tokens; pages (R, P) int32: where they lie.
     cos, sin (positions, E/2) float32.
+    intermediate: the feed-forward's width.
 
     A row's result does not depend on the other rows, to the bit.
     """
     out: Tensor = torch.ops.ldalign_cpp.decode_layers(
-        x, weights, norms, keys, values, rows, pages, cos, sin, heads, window, eps
+        x,
+        weights,
+        scales,
+        norms,
+        keys,
+        values,
+        rows,
+        pages,
+        cos,
+        sin,
+        heads,
+        intermediate,
+        window,
+        eps,
     )
     return out
 

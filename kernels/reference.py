@@ -339,3 +339,52 @@ def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
+
+
+GROUP = 64  # values of a row in 8 bits that have one scale, as csrc/kernels.h has it
+
+
+def turned(groups: Tensor) -> Tensor:
+    """Groups (..., 64) float32 times a symmetric Hadamard matrix of 1 and -1, 8 times a rotation.
+
+    A product of two turned groups is 64 times theirs, and a value much larger than the others
+    becomes 64 of middling size. Fast Walsh-Hadamard transform: sums and differences of the values
+    that lie 32, 16, ..., 1 apart.
+    """
+    for stride in (32, 16, 8, 4, 2, 1):
+        first, second = groups.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        groups = torch.stack((first + second, first - second), -2).flatten(-3)
+    return groups
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds rows x (N, K) to 8 bits: q (N, K') int8, and scales (N, groups) float32.
+
+    A group of 64 values of x, divided by 8 and turned, is about q scale; K' is K rounded up to 64,
+    with zeros for x. scale is the largest size in the group / 127. Where 127 / that overflows
+    float32, both are 0. A group with NaN or infinity has scale NaN and q 0.
+    """
+    padded = F.pad(x.float(), (0, -x.shape[1] % GROUP))
+    groups = turned(padded.unflatten(1, (-1, GROUP)))  # (N, groups, 64)
+    largest = groups.abs().amax(2)  # (N, groups)
+    factor = torch.full_like(largest, 127) / largest  # 127 / x would multiply by 1 / x
+    usable = factor.isfinite() & (factor > 0)
+    scale = torch.where(largest.isfinite(), 0.0, torch.nan)
+    scale = torch.where(usable, largest / (8 * 127), scale)
+    q = (groups * torch.where(usable, factor, 0.0)[..., None]).nan_to_num(0.0, 0.0, 0.0).round()
+    return q.to(torch.int8).flatten(1), scale
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """x (N, K) times a weight that `quantise` made, (M, K') int8 with scales (M, groups): (N, M).
+
+    x is rounded to 8 bits, too. A group's sum of products is exact; then it is scaled, and the
+    groups are added in order, each operation rounded to float32.
+    """
+    q, of_x = quantise(x)
+    total = torch.zeros(len(q), len(weight))
+    for g, scale in enumerate(scales.T):
+        group = slice(g * GROUP, (g + 1) * GROUP)
+        exact = q[:, group].double() @ weight[:, group].double().T  # below 2^53
+        total += exact.float() * (scale * of_x[:, g, None])
+    return total

@@ -19,6 +19,7 @@ from made_tokenizers import (
 )
 from runs import ROOT, run_script
 
+from ldalign.kernels import cpp
 from ldalign.models.fetch import DEFAULT_MODEL, resolve_model
 from ldalign.system import distributed
 from ldalign.system.errors import EnvironmentProblem
@@ -48,6 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if item not in long]
         config.hook.pytest_deselected(items=long)
+
+
+@pytest.fixture(params=cpp.build_info()["isas"] if cpp.available() else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every instruction set that the C++ operations were built for and this machine has."""
+    before = cpp.build_info()["isa"]
+    cpp.set_isa(request.param)
+    yield
+    cpp.set_isa(before)
 
 
 @pytest.fixture(scope="session")

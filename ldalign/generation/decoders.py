@@ -12,7 +12,7 @@ E head width, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,23 @@ from torch import Tensor, nn
 from ldalign import ops
 from ldalign.generation.graphs import CudaGraphs, Graphs
 from ldalign.generation.paged_cache import PAGE
-from ldalign.kernels import cpp
+from ldalign.kernels import cpp, reference
 from ldalign.models.layout import Rotary
 from ldalign.models.mistral import Mistral, rope_tables
+from ldalign.system.errors import InputError
 from ldalign.system.transfer import to_device
 
 PANEL = 32  # rows of a weight that are packed together, as csrc/kernels.h has it
+ROWS_AT_ONCE = 4096  # of a weight that is rounded to 8 bits
+# exact: the model's own; int8: their roundings to 8 bits, and the products' inputs in 8 bits, too
+Weights = Literal["exact", "int8"]
+
+
+class Packed(NamedTuple):
+    """A weight (N, K) as the C++ products read it (`pack_weight`)."""
+
+    values: Tensor  # (panels, K, 32) in the model's dtype, or int8
+    scales: Tensor | None = None  # (panels, groups of K, 32) float32, of int8
 
 
 class Decoder(Protocol):
@@ -80,12 +91,42 @@ class GraphDecoder(Decoder, Protocol):
         ...
 
 
-def new_decoder(model: Mistral, release: bool = False) -> Decoder:
+def new_decoder(model: Mistral, release: bool = False, weights: Weights = "exact") -> Decoder:
     """Returns the fastest decoder there is for the model's device and dtype.
 
     release: the model may lose its weights, so that there are never two copies of them.
+    weights: int8 draws from another distribution than the model's, one near it
+        (docs/generation.md).
+
+    Raises InputError for int8 where the C++ decoder cannot be.
     """
-    return PackedDecoder(model, release) if PackedDecoder.able(model) else ModuleDecoder(model)
+    if PackedDecoder.able(model):
+        return PackedDecoder(model, release, weights)
+    if weights != "exact":
+        raise _needs_packed(weights)
+    return ModuleDecoder(model)
+
+
+def check_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError for weights that no decoder has for such a policy."""
+    if weights != "exact" and not _packs(device, dtype):
+        raise _needs_packed(weights)
+
+
+def _packs(device: torch.device, dtype: torch.dtype) -> bool:
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and ops.choose("sample", "cpu") == "cpp"
+    )
+
+
+def _needs_packed(weights: Weights) -> InputError:
+    why = f" ({cpp.why_not()})" if cpp.why_not() else ""
+    return InputError(
+        f"sampling.weights={weights}: is for policies of even widths in float32 or bfloat16 on a "
+        f"CPU, by the C++ extension{why}; leave it out, or give device=cpu"
+    )
 
 
 class PackedDecoder:
@@ -102,19 +143,15 @@ class PackedDecoder:
     def able(model: Mistral) -> bool:
         """Says whether this machine, the model's dtype and its widths allow it."""
         weight, c = model.output_weight, model.config
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and c.hidden_size % 2 == c.intermediate_size % 2 == 0
-            and ops.choose("sample", "cpu") == "cpp"
-        )
+        even = c.hidden_size % 2 == c.intermediate_size % 2 == 0
+        return even and _packs(weight.device, weight.dtype)
 
     @torch.no_grad()
-    def __init__(self, model: Mistral, release: bool = False) -> None:
+    def __init__(self, model: Mistral, release: bool = False, weights: Weights = "exact") -> None:
         self.config, self.device = model.config, torch.device("cpu")
-        self.dtype = model.output_weight.dtype
+        self.dtype, self.weights = model.output_weight.dtype, weights
         # The order that `cpp.decode_layers` reads them in.
-        self.packed: list[Tensor] = []  # 4 L
+        self.packed: list[Packed] = []  # 4 L
         self.norms: list[Tensor] = []  # 2 L + 1, float32
         for block in model.blocks:
             attention, mlp = block.self_attn, block.mlp
@@ -124,14 +161,19 @@ class PackedDecoder:
             self.norms.append(block.post_attention_layernorm.weight.float())
         self.norms.append(model.model.norm.weight.float())
         tied = self.config.tie_word_embeddings
-        # A tied embedding is read out of the packed head (`_embed`), so that it exists once.
-        self.embedding = None if tied else model.model.embed_tokens.weight.detach()
-        self.head = self._take(model.model.embed_tokens if tied else model.lm_head, release)
+        # A tied embedding is read out of the packed head (`_embed`), so that it exists once; not
+        # out of one in 8 bits, whose error every layer would see.
+        shared = tied and weights == "exact"
+        self.embedding = None if shared else model.embedding.weight.detach()
+        self.head = self._take(
+            model.embedding if tied else model.lm_head, release and (shared or not tied)
+        )
 
-    def _take(self, module: nn.Module, release: bool) -> Tensor:
+    def _take(self, module: nn.Module, release: bool) -> Packed:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        packed = pack_weight(weight.detach())
+        given = weight.detach()
+        packed = Packed(pack_weight(given)) if self.weights == "exact" else pack_int8(given)
         if release:
             weight.data = weight.new_empty(0)
         return packed
@@ -159,39 +201,50 @@ class PackedDecoder:
 
     def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:
         c = self.config
-        weights, cache = (self.packed, self.norms), (self.keys, self.values)
         hidden = cpp.decode_layers(
             self._embed(ids),
-            *weights,
-            *cache,
+            [weight.values for weight in self.packed],
+            [weight.scales for weight in self.packed if weight.scales is not None],
+            self.norms,
+            self.keys,
+            self.values,
             rows,
             pages,
             self.cos,
             self.sin,
             c.num_attention_heads,
+            c.intermediate_size,
             c.sliding_window,
             c.rms_norm_eps,
         )  # (N, D)
         if len(last) < len(hidden):  # else all: no row has a prompt in this step
             hidden = hidden[last]
-        return cpp.packed_linear(hidden, self.head, c.vocab_size, wide_out=True)
+        return cpp.packed_linear(hidden, *self.head, c.vocab_size, wide_out=True)
 
     def _embed(self, ids: Tensor) -> Tensor:
         if self.embedding is not None:
             return F.embedding(ids, self.embedding)
-        return cpp.packed_rows(self.head, ids)
+        return cpp.packed_rows(self.head.values, ids)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Packs a weight so that a product reads it once, from front to back.
 
-    (N, K) float32 or bfloat16, K even -> (ceil(N / 32), K, 32): panels of 32 rows, which lie in
-    turns of 4 bytes each. Rows that the last panel lacks are zeros.
+    (N, K) float32, bfloat16 or int8, K of whole words of 4 bytes -> (ceil(N / 32), K, 32): panels
+    of 32 rows, which lie in turns of a word each. Rows that the last panel lacks are zeros.
     """
     if len(weight) % PANEL:
         weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
     words = weight.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))
     return words.transpose(1, 2).contiguous().view(weight.dtype).view(-1, weight.shape[1], PANEL)
+
+
+def pack_int8(weight: Tensor) -> Packed:
+    """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`reference.quantise`) and packs it."""
+    # By pieces: what is made on the way is four times the result.
+    pieces = [reference.quantise(rows) for rows in weight.split(ROWS_AT_ONCE)]
+    values, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return Packed(pack_weight(values), pack_weight(scales))
 
 
 class ModuleDecoder:

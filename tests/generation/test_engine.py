@@ -1,7 +1,7 @@
 """Continuous batching: decoders against the whole forward, rows alone, and a memory budget."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,6 @@ KINDS = [PACKED, "modules", "standing"]  # the last: what on a GPU is captured a
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cpp.build_info()["isa"]
-    cpp.set_isa(request.param)
-    yield
-    cpp.set_isa(before)
 
 
 def decoder_of(kind: str, model: Mistral) -> Decoder:
@@ -626,20 +618,20 @@ def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int)
     assert packed.shape == (-(-N // 32), K, 32)
     exact = x.double() @ weight.double().T
     for wide in (False, True):
-        ours = cpp.packed_linear(x, packed, N, wide)
+        ours = cpp.packed_linear(x, packed, None, N, wide)
         theirs = x.float() @ weight.float().T if wide else x @ weight.T
         assert ours.dtype == (torch.float32 if wide else dtype)
         floor = 4 * torch.finfo(ours.dtype).eps * exact.norm()
         assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + floor
         assert all(
-            torch.equal(cpp.packed_linear(x[i : i + 1], packed, N, wide)[0], ours[i])
+            torch.equal(cpp.packed_linear(x[i : i + 1], packed, None, N, wide)[0], ours[i])
             for i in range(rows)
         )
     assert (
-        cpp.packed_linear(x.roll(1, 1), packed, N, True).double() - exact
+        cpp.packed_linear(x.roll(1, 1), packed, None, N, True).double() - exact
     ).norm() > 0.1 * exact.norm()
     with pytest.raises(ValueError, match="packed_linear: packed has shape"):
-        cpp.packed_linear(x, packed, N + 32, False)
+        cpp.packed_linear(x, packed, None, N + 32, False)
 
 
 @pytest.mark.skipif(not ISAS, reason="no C++ backend")

@@ -9,7 +9,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,18 +34,9 @@ from ldalign.models.layout import Packed
 if not cpp.available():
     pytest.skip(f"no C++ backend: {cpp.why_not()}", allow_module_level=True)
 
-ISAS = cpp.build_info()["isas"]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
 VOCABULARIES = [32_000, 49_152, 50_257, 128_256]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cpp.build_info()["isa"]
-    cpp.set_isa(request.param)
-    yield
-    cpp.set_isa(before)
 
 
 @pytest.fixture
