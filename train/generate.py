@@ -29,7 +29,7 @@ from ldalign.data.rows import Message
 from ldalign.data.shapes import given_id, read_prompt
 from ldalign.data.tokenizer import TEMPLATE_DATE, Tokenizer
 from ldalign.generation.answers import make_answers
-from ldalign.generation.decoders import Decoder, new_decoder
+from ldalign.generation.decoders import Decoder, check_weights, new_decoder
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response
@@ -43,7 +43,6 @@ from ldalign.run.context import (
     open_policy,
     open_tokenizer,
 )
-from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import hash_model_folder, hash_settings, run_stage, stage_parents
 from ldalign.run.positions import reads, warn_of_answers
 from ldalign.run.settings import RunConfig
@@ -54,6 +53,7 @@ from ldalign.run.stages.responses import (
     new_engine,
     responses_stage,
     sampling_of,
+    sampling_parents,
 )
 from ldalign.system import distributed, exits, interrupt
 from ldalign.system.config import positive, setting
@@ -194,7 +194,8 @@ def answer(
         **tokenizer.template_parents,
         "dtype": str(choose_dtype(config, device)),
         "prompts": hash_settings(prompts),
-        **named_keys(config, "samples", "max_new_tokens", *SAMPLING_KEYS, "seed"),
+        **named_keys(config, "samples"),
+        **sampling_parents(config),
     }
     made = run_stage(output, parents, make, resume=True)
     say(f"{'The answers' if made else 'Answered before'}: {output / ANSWERS}")
@@ -229,9 +230,10 @@ def began(output: Path) -> date | None:
 def open_decoder(config: RunConfig, folder: Path) -> Decoder:
     """Loads a policy to generate with; `folder` is its model folder."""
     device = distributed.start(config.device)
-    return new_decoder(
-        cast(Mistral, load_model(folder, choose_dtype(config, device), device)), release=True
-    )
+    dtype, weights = choose_dtype(config, device), config.sampling.weights
+    check_weights(weights, device, dtype)
+    model = cast(Mistral, load_model(folder, dtype, device))
+    return new_decoder(model, release=True, weights=weights)
 
 
 def chat(config: GenerateConfig) -> None:

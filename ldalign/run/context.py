@@ -19,6 +19,7 @@ from ldalign.data.preparation import TOO_MANY
 from ldalign.data.rows import Row
 from ldalign.data.store import NO_ROWS, Split, data_hash, tokens_hash
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
+from ldalign.generation.decoders import check_weights
 from ldalign.kernels import flash
 from ldalign.models.fetch import resolve_model
 from ldalign.models.guide_folder import is_trained_guide
@@ -267,9 +268,9 @@ def open_context(
 
     planned: the stages to come; None: all. write: False: nothing is written into the run folder.
     Raises InputError for bad rows, rows that do not fit or are longer than the policy reads, fewer
-    of them than one global batch, rows without the checker that weights=oracle asks, or a guide
-    that is asked for in two ways; EnvironmentProblem where a host has another policy, template or
-    rows, or computes otherwise.
+    of them than one global batch, rows without the checker that weights=oracle asks, a guide that
+    is asked for in two ways, or sampling.weights that no decoder here has; EnvironmentProblem where
+    a host has another policy, template or rows, or computes otherwise.
     """
     _check_guide(config.guide)
     device = distributed.start(config.device, config.timeout_minutes)
@@ -278,6 +279,7 @@ def open_context(
     start = open_policy(config)
     tokenizer = open_tokenizer(config, start, run.began)
     dtype = choose_dtype(config, device)
+    check_weights(config.sampling.weights, device, dtype)
     distributed.agree(
         lambda: {
             "device": device.type,

@@ -7,6 +7,7 @@ Defaults are for a 7B-sized model where the paper or SPIN says something (arXiv 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ldalign.generation.decoders import Weights
 from ldalign.kernels.loss_options import SMOOTHING_BOUND, Kind, LossOptions
 from ldalign.models.guide import Injection, LatentNorm, Readout
 from ldalign.system.config import (
@@ -55,6 +56,11 @@ class SamplingKeys:
         1.0, "divides the logits of tokens already there; 1: off", check=positive
     )
     stop: list[str] = setting([], "texts that end a response")
+    weights: Weights = setting(
+        "exact",
+        "int8: the policy's weights rounded to 8 bits, on CPUs: faster, from a distribution near "
+        "the policy's (docs/generation.md); scores and the evaluation are of its own",
+    )
     batch_rows: int = setting(64, "rows generated at a time, on one rank", check=positive)
     cache_gib: float | None = setting(
         None,
@@ -73,7 +79,7 @@ class SamplingKeys:
 # What a response depends on; the others only move work about.
 SAMPLING_KEYS = tuple(
     f"sampling.{key}"
-    for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+    for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "weights")
 )
 
 

@@ -362,6 +362,8 @@ CASES = [
     ),
     Case("sampling.stop", "[STOP]", of_responses, "Engine.sampling.stop", ("STOP",)),
     Case("sampling.stop", "[STOP]", of_responses, "make_answers.record", "one "),
+    Case("sampling.weights", "int8", of_responses, "new_decoder.weights", "int8"),
+    Case("sampling.weights", "int8", of_agreement, "new_decoder.weights", "int8"),
     Case("sampling.batch_rows", "5", of_responses, "Engine.rows", 5),
     Case("sampling.cache_gib", "2", of_responses, "Engine.cache_bytes", 2 * 2**30),
     Case("sampling.draft_tokens", "4", of_responses, "Engine.draft_tokens", 4),

@@ -12,10 +12,9 @@ from ldalign.generation.sampling import Response
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
 from ldalign.run.context import Context
-from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Cost, Stage
-from ldalign.run.stages.responses import new_engine, sampling_of
+from ldalign.run.stages.responses import new_engine, sampling_of, sampling_parents
 from ldalign.system import distributed
 from ldalign.system.files import read_jsonl
 from ldalign.system.metrics import Bar, Metrics
@@ -60,9 +59,8 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
         }
 
     def make(folder: Path) -> Metrics:
-        decoder = new_decoder(
-            cast(Mistral, load_model(policy, ctx.dtype, ctx.device)), release=True
-        )
+        model = cast(Mistral, load_model(policy, ctx.dtype, ctx.device))
+        decoder = new_decoder(model, release=True, weights=ctx.config.sampling.weights)
         share = -(-len(requests) // distributed.world_size())
         with Bar(name, share, "samples", most=ctx.config.max_new_tokens) as progress:
             made = make_answers(
@@ -81,7 +79,7 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
         "dtype": str(ctx.dtype),
         "kept": "token ids",  # which the samples of earlier versions lack
         **ctx.tokenizer.template_parents,
-        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+        **sampling_parents(ctx.config),
     }
     ctx.run.stage(name, parents, make, resume=True)
     return read_jsonl(ctx.run.path / name / SAMPLES)

@@ -14,7 +14,7 @@ from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model
-from ldalign.run.context import Context
+from ldalign.run.context import Context, named_keys
 from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.settings import RunConfig
@@ -93,9 +93,8 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> Res
             engine = new_engine(config, requests, ctx.tokenizer)
             share = -(-len(requests) // distributed.world_size())
             with Bar(name, share, "rows", most=config.max_new_tokens) as progress:
-                records = make_answers(
-                    path, requests, new_decoder(model, release=True), engine, record, progress
-                )
+                decoder = new_decoder(model, release=True, weights=config.sampling.weights)
+                records = make_answers(path, requests, decoder, engine, record, progress)
         tokens = sum(r["n_tokens"] for r in records)
         cut = sum(r["finish_reason"] == "length" for r in records)
         return {
@@ -123,8 +122,18 @@ def _sampling_parents(ctx: Context, t: int, policy: Path, samples: int) -> Paren
         "iteration": t,
         "dtype": str(ctx.dtype),
         **({"samples": samples} if samples > 1 else {}),
-        **ctx.keys("max_new_tokens", *SAMPLING_KEYS, "seed"),
+        **sampling_parents(ctx.config),
     }
+
+
+def sampling_parents(config: RunConfig) -> Parents:
+    """The keys that responses depend on; `sampling.weights` where it is not the default: responses
+    made before there was a choice stay valid.
+    """
+    parents = named_keys(config, "max_new_tokens", *SAMPLING_KEYS, "seed")
+    if config.sampling.weights == RunConfig().sampling.weights:
+        del parents["sampling.weights"]
+    return parents
 
 
 def read_responses(ctx: Context, t: int) -> Responses:
