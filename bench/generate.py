@@ -46,6 +46,7 @@ PEERS = {
     ),
 }
 BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn
+IN_8_BITS = "ldalign, 8 bits"  # sampling.weights=int8
 BESIDE = ", beside a spinning process"
 BUSY_ROWS = (1, 32)  # measured on a machine with other work, too
 
@@ -106,6 +107,9 @@ def measure(
     """One batch size in one dtype: all sides, and the machine's limits for the same work."""
     common.say(f"generate: {rows} rows, {job['dtype']} ...")
     sides: dict[str, dict[str, Any]] = {"ldalign": common.measure_ours("generation", job)}
+    if device.type == "cpu" and job["dtype"] == "bfloat16":
+        common.say(f"generate: {rows} rows, {job['dtype']}: {IN_8_BITS} ...")
+        sides[IN_8_BITS] = common.measure_ours("generation", {**job, "weights": "int8"})
     measured = {
         name: peer
         for name, peer in PEERS.items()

@@ -120,9 +120,8 @@ def make_model(job: Job, dtype: torch.dtype, device: torch.device) -> Mistral:
 def generation(job: Job) -> Result:
     """Times sampling without end tokens: rows go on to the end."""
     device = distributed.start(job["device"])
-    decoder = new_decoder(
-        make_model(job, getattr(torch, job["dtype"]), device).eval(), release=True
-    )
+    model = make_model(job, getattr(torch, job["dtype"]), device).eval()
+    decoder = new_decoder(model, release=True, weights=job.get("weights", "exact"))
     seconds: list[float] = []
     first: list[float] = []
     new = job["new_tokens"]

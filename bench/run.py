@@ -23,6 +23,7 @@ BENCHMARKS = (
     "guide",
     "generate",
     "drafts",
+    "int8",
     "compile",
     "prepare",
     "startup",

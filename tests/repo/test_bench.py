@@ -65,6 +65,7 @@ def run_bench(
         ("growth.py", [], "growth-cpu"),
         ("generate.py", [], "generate-cpu"),
         ("drafts.py", [], "drafts-cpu"),
+        ("int8.py", [], "int8"),
         pytest.param("compile.py", [], "compile-cpu", marks=pytest.mark.long),
     ],
 )
