@@ -158,6 +158,12 @@ def tree(tmp_path: Path) -> Path:
                 "after": "x >= 9", "why": "9 becomes 9",
             }]
         ),
+        "tests/support/surviving_mutants.yaml": yaml.safe_dump(
+            [{
+                "file": "ldalign/sums.py", "function": "clip", "before": "9", "after": "10",
+                "why": "any bound will do",
+            }]
+        ),
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +203,9 @@ def test_a_whole_tree(tree: Path) -> None:
     assert found["equivalent"] == 1 and found["tried"] == found["possible"] - 1
     assert (tree / "ldalign/sums.py").read_bytes() == before
     page = (tree / mutate.PAGE).read_text()
-    assert "| 3 | constant: `` 9 `` to `` 10 `` | `clip` | 1 |" in page
+    assert "| 3 | constant: `` 9 `` to `` 10 `` | `clip` | 1 | any bound will do |" in page
+    assert "| 3 | constant: `` 9 `` to `` 8 `` | `clip` | 1 |  |" in page
+    assert page.count("| all | ") == 1
 
     # Stopped while it wrote its last verdict: that mutant alone is tried again.
     verdicts = tree / mutate.WORK / "verdicts.jsonl"
@@ -229,19 +237,21 @@ def test_the_modules_are_there() -> None:
     assert all((ROOT / path).is_file() for path in mutate.MODULES)
 
 
-def test_every_equivalent_mutant_is_one_of_the_code_as_it_is() -> None:
+@pytest.mark.parametrize("name", [mutate.EQUIVALENT, mutate.SURVIVING])
+def test_every_listed_mutant_is_one_of_the_code_as_it_is(name: str) -> None:
     """An entry whose code has changed says nothing any more."""
-    listed = mutate.equivalents(ROOT)
+    listed = mutate.listed(ROOT, name)
     for file in {one["file"] for one in listed}:
         every = mutants((ROOT / file).read_bytes(), file)
         own = [one for one in listed if one["file"] == file]
-        gone = [one for one in own if not any(mutate.is_equivalent(m, [one]) for m in every)]
+        gone = [one for one in own if not any(mutate.is_listed(m, [one]) for m in every)]
         assert not gone and all(one["why"] for one in own), gone
 
 
 def test_the_page_is_of_the_results() -> None:
     results = json.loads((ROOT / mutate.RESULTS).read_text(encoding="utf-8"))
-    assert (ROOT / mutate.PAGE).read_text(encoding="utf-8") == mutate.page(results)
+    reasons = mutate.listed(ROOT, mutate.SURVIVING)
+    assert (ROOT / mutate.PAGE).read_text(encoding="utf-8") == mutate.page(results, reasons)
     for one in results.values():
         assert one["tried"] == sum(one[key] for key in ("caught", "timeout", "survived", "no test"))
         assert len(one["survivors"]) == one["survived"] + one["no test"]

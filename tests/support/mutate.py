@@ -14,7 +14,9 @@ those that were tried.
 
 The rest is a report, `docs/mutation.md` and `docs/results/mutation.json`: a module's entry there is
 replaced when it is run. Mutants that no test can notice stand, each with the reason, in
-`tests/support/equivalent_mutants.yaml`. `--report` writes the page again from what is recorded.
+`tests/support/equivalent_mutants.yaml`, and are not tried; those that a test could notice and none
+should in `surviving_mutants.yaml`, which are tried and counted, and whose reasons the page shows.
+`--report` writes the page again from what is recorded.
 
 A test that starts another process is recorded as covering what its own process runs. A change that
 only other processes reach counts as reached by no test.
@@ -68,13 +70,17 @@ MODULES = (
     "ldalign/system/distributed.py",
 )
 EQUIVALENT = "tests/support/equivalent_mutants.yaml"
+SURVIVING = "tests/support/surviving_mutants.yaml"
 PAGE, RESULTS = "docs/mutation.md", "docs/results/mutation.json"
 WORK = "build/mutate"
+KEYS = ("file", "function", "before", "after")  # of a listed mutant
+COUNTS = ("possible", "tried", "caught", "timeout", "survived", "no test")
 # What a copy of the tree leaves out.
 LEFT_OUT = (".git", ".venv*", ".*cache", ".hypothesis", "runs", "build", "site", "__pycache__")
 # Imported once, before a process forks for every mutant: what takes seconds, and none of ldalign.
 HEAVY = (
     "torch",
+    "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.utils.checkpoint",
@@ -406,18 +412,17 @@ def asked_modules(root: Path, names: Sequence[str]) -> list[str]:
     return found or [path for path in MODULES if (root / path).is_file()]
 
 
-def equivalents(root: Path) -> list[dict[str, str]]:
-    """The committed list of mutants that no test can notice."""
-    path = root / EQUIVALENT
+def listed(root: Path, name: str) -> list[dict[str, str]]:
+    """A committed list of mutants: EQUIVALENT or SURVIVING."""
+    path = root / name
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     found: list[dict[str, str]] = yaml.safe_load(text) or []
     return found
 
 
-def is_equivalent(mutant: Mutant, known: Sequence[dict[str, str]]) -> bool:
+def is_listed(mutant: Mutant, known: Sequence[dict[str, str]]) -> bool:
     """Whether the list has a mutant: by file, function and change, not by line."""
-    keys = ("file", "function", "before", "after")
-    return any(all(getattr(mutant, key) == one[key] for key in keys) for one in known)
+    return any(all(getattr(mutant, key) == one[key] for key in KEYS) for one in known)
 
 
 def results_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -444,7 +449,7 @@ def run_module(
     every = mutants(source, file)
     drawn = [
         one for one in chosen(every, args.mutants, args.seed)
-        if not is_equivalent(one, args.equivalent)
+        if not is_listed(one, args.equivalent)
     ]  # fmt: skip
     known: dict[str, dict[str, Any]] = {}
     path = root / WORK / "verdicts.jsonl"
@@ -523,7 +528,9 @@ comparison, an operator of arithmetic, a constant by 1, `and` and `or`, a `not`,
 condition, two arguments swapped, an argument or a statement left out, `None` returned) and runs the
 tests that cover the place, in a copy of the tree, until one fails. A change that none notices is a
 gap in the tests, or makes no difference at all: those are listed with the reason in
-`tests/support/equivalent_mutants.yaml` and not counted below.
+`tests/support/equivalent_mutants.yaml` and not counted below. One that makes a difference of which
+no test should speak (a default size, a pause) is counted, with its reason beside it, from
+`surviving_mutants.yaml` there. A survivor without a reason is a gap.
 
 ```
 make mutate                                        # 100 mutants of every module, over hours
@@ -539,15 +546,20 @@ module has; *tried*: those that were drawn and run, without the equivalent ones.
 """
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """docs/mutation.md."""
+def page(results: dict[str, dict[str, Any]], reasons: Sequence[dict[str, str]]) -> str:
+    """docs/mutation.md. reasons: the list SURVIVING."""
+    why = {tuple(one[key] for key in KEYS): one["why"] for one in reasons}
     lines = ["| module | possible | tried | caught | time limit | survived | no test | score |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for file, one in sorted(results.items()):
+    every = results.values()
+    total = {key: sum(one[key] for one in every) for key in COUNTS}
+    for name, one in [
+        *((f"`{file}`", one) for file, one in sorted(results.items())),
+        ("all", total),
+    ]:
         caught, tried = one["caught"] + one["timeout"], one["tried"]
         score = f"{100 * caught / tried:.1f} %" if tried else "-"
-        counts = [one[key] for key in ("possible", "tried", "caught", "timeout", "survived")]
-        cells = [f"`{file}`", *counts, one["no test"], score]
+        cells = [name, *(one[key] for key in COUNTS), score]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     text = HEAD + "\n" + "\n".join(lines) + "\n"
     for file, one in sorted(results.items()):
@@ -556,13 +568,15 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         if not one["survivors"]:
             text += "None survived.\n"
             continue
-        text += "\n\n| line | change | in | tests |\n|---|---|---|---|\n"
+        text += "\n\n| line | change | in | tests | why it may |\n|---|---|---|---|---|\n"
         for mutant in one["survivors"]:
             before, after = (_code(mutant[key]) for key in ("before", "after"))
             tests = f"{mutant['tests']}"
             tests += f", {mutant['left']} left out" if mutant["left"] else ""
             change = f"{mutant['operator']}: {before} to {after}"
-            text += f"| {mutant['line']} | {change} | `{mutant['function']}` | {tests} |\n"
+            reason = why.get((file, *(mutant[key] for key in KEYS[1:])), "")
+            cells = [mutant["line"], change, f"`{mutant['function']}`", tests, reason]
+            text += f"| {' | '.join(map(str, cells))} |\n"
     return text
 
 
@@ -594,7 +608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = root / RESULTS
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not args.report:
-        args.equivalent, args.commit = equivalents(root), commit_of(root)
+        args.equivalent, args.commit = listed(root, EQUIVALENT), commit_of(root)
         files = asked_modules(root, args.modules)
         work = root / WORK
         for old in work.glob("tree*"):
@@ -622,7 +636,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(root: Path, results: dict[str, dict[str, Any]]) -> None:
     (root / RESULTS).parent.mkdir(parents=True, exist_ok=True)
     (root / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    (root / PAGE).write_text(page(results), encoding="utf-8")
+    (root / PAGE).write_text(page(results, listed(root, SURVIVING)), encoding="utf-8")
 
 
 if __name__ == "__main__":
