@@ -1,14 +1,20 @@
-"""Checkpoints that are written while training goes on, as on a GPU; here with a thread on a CPU."""
+"""Checkpoints: those that are written while training goes on, as on a GPU, here with a thread on a
+CPU; which rank writes and reads what; and what becomes of damaged ones.
+"""
 
+import json
+import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ldalign.system import distributed, exits
@@ -271,3 +277,137 @@ def test_a_rank_checks_the_files_that_it_reads(
         assert problem is not None and "damaged" in problem
     monkeypatch.setattr(keeper, "_tensors", lambda: iter(()))
     assert keeper._problem(path) is None  # the other rank's matter
+
+
+def test_a_checkpoint_every_ten_minutes_and_two_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default; the minutes count from the one before, or from the start."""
+    assert CheckpointPlan(tmp_path) == CheckpointPlan(tmp_path, minutes=10.0, steps=None, keep=2)
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    _, keeper, state = training(tmp_path)
+    keeper.plan = CheckpointPlan(tmp_path / "checkpoint")
+    keeper.plan.folder.mkdir()
+    for step, (seconds, expected) in enumerate(
+        ((599.9, []), (0.1, [2]), (599.9, [2]), (0.1, [2, 4])), start=1
+    ):
+        clock[0] += seconds
+        keeper.after_step(step, False, state)
+        assert names(tmp_path) == [f"step_{n:08d}" for n in expected]
+
+
+def test_on_a_gpu_it_is_written_behind(tmp_path: Path) -> None:
+    """Unless it is said otherwise; on a CPU it is not."""
+    plan = CheckpointPlan(tmp_path)
+    for kind, behind, expected in (
+        ("cuda", None, True),
+        ("cpu", None, False),
+        ("cuda", False, False),
+        ("cpu", True, True),
+    ):
+        weight = SimpleNamespace(device=SimpleNamespace(type=kind))
+        model: Any = SimpleNamespace(parameters=lambda weight=weight: iter([weight]))
+        optimizer: Any = None
+        keeper = Checkpoints(plan, model, optimizer, None, behind)
+        assert (keeper.writer is not None) == expected
+
+
+def test_the_metrics_are_on_the_disk_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a host that goes down could leave one that says more of them than there is."""
+    _, keeper, state = training(tmp_path)
+    synced: list[Path] = []
+    sync, save = checkpoint.sync, checkpoint.save_tensors
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path) or sync(path))
+    monkeypatch.setattr(
+        checkpoint, "save_tensors", lambda tensors, path: synced.append(path) or save(tensors, path)
+    )
+    keeper.write(1, state)
+    assert synced[0] == tmp_path / "metrics.jsonl" and synced[1].suffix == ".safetensors"
+    assert synced[-1] == tmp_path / "checkpoint"  # with the name that it has been given
+
+
+def test_which_ranks_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone of what is whole on each; each rank of a model that is cut, and where there are
+    copies of it those of the first copy.
+    """
+    _, keeper, _ = training(tmp_path)
+    (tmp_path / "parts").mkdir()
+    cut = SimpleNamespace(ndim=1)
+
+    def copies(*place: int) -> SimpleNamespace:
+        """A mesh of (copies, shards), as its rank at `place` sees it."""
+        return SimpleNamespace(ndim=2, get_local_rank=lambda axis: place[axis])
+
+    for rank, mesh, writes in (
+        (0, None, True),
+        (1, None, False),
+        (0, cut, True),
+        (1, cut, True),
+        (0, copies(0, 0), True),
+        (1, copies(0, 1), True),
+        (2, copies(1, 0), False),
+        (3, copies(1, 1), False),
+    ):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "mesh_of", lambda tensors, mesh=mesh: mesh)
+        entry = keeper._begin_share(tmp_path / "parts").result()
+        assert (entry is not None) == writes
+        assert entry is None or entry["name"] == f"rank_{rank:05d}.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("rows", "reads"), [([0, 2], False), ([0, 3], True), ([3, 4], True), ([4, 6], False)]
+)
+def test_a_rank_reads_the_files_with_rows_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[int], reads: bool
+) -> None:
+    _, keeper, _ = training(tmp_path)
+    mine = ("weight/a", torch.zeros(2, 5), 2)  # rows 2 and 3
+    monkeypatch.setattr(keeper, "_tensors", lambda: iter([mine]))
+    assert keeper._reads({"rows": {"weight/b": [0, 9], "weight/a": rows}}) == reads
+
+
+def test_what_is_damaged_is_set_aside_and_older_ones_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where one of that name was set aside by an earlier start."""
+    _, keeper, state = training(tmp_path)
+    keeper.plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1, keep=3)
+    for number in (1, 2, 3):
+        keeper.write(number, state)
+    kept = tmp_path / "checkpoint"
+    (kept / "step_00000003/manifest.json").write_text("{}")
+    (kept / "step_00000003.damaged").mkdir()
+    (kept / "step_00000003.damaged/old").touch()
+    caplog.set_level(logging.WARNING)
+    assert keeper.resume() == {"step": 2, "sums": {"loss": 1.0}}
+    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003.damaged"]
+    assert not (kept / "step_00000003.damaged/old").exists()
+    (said,) = caplog.messages
+    assert said.startswith(f"{kept / 'step_00000003/manifest.json'}: not a readable manifest")
+    assert said.endswith(f"; going on from {kept / 'step_00000002'}")
+
+
+def test_a_tensor_that_not_every_file_has(tmp_path: Path) -> None:
+    """Of a tensor with fewer rows than there were ranks, some held none."""
+    model, keeper, state = training(tmp_path)
+    keeper.write(1, state)
+    expected, folder = copy(model), tmp_path / "checkpoint/step_00000001"
+    (file,) = folder.glob("*.safetensors")
+    tensors, manifest = load_file(file), json.loads((folder / "manifest.json").read_text())
+    rows, manifest["files"] = manifest["files"][0]["rows"], []
+    for rank, part in enumerate(("weight", "bias")):
+        held = {name: (tensors[name], rows[name][0]) for name in tensors if name.endswith(part)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            manifest["files"].append(checkpoint._write_share(folder, held))
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert keeper.resume() == state
+    assert all(torch.equal(p, expected[name]) for name, p in copy(model).items())
