@@ -1,0 +1,132 @@
+"""The optimizer loop by itself on a task of four numbers: what it times, refuses and lets go of."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldalign.system import distributed
+from ldalign.system.errors import NumericsError
+from ldalign.training import loop
+from ldalign.training.checkpoint import CheckpointPlan
+from ldalign.training.loop import LoopSettings, Step, optimize
+from ldalign.training.optim import make_optimizer
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_rank(in_process: None) -> Iterator[None]:
+    distributed.start("cpu")
+    yield
+
+
+class Toy:
+    """The mean square of a linear layer's outputs of 1 to 8; two rows a step.
+
+    fails, spoils: the step (from 1) that raises, or whose loss is NaN.
+    """
+
+    def __init__(self, fails: int = 0, spoils: int = 0) -> None:
+        self.fails, self.spoils, self.calls = fails, spoils, 0
+        self.steps: list[Step] = []
+        torch.manual_seed(0)
+        self.model = nn.Linear(1, 1)
+
+    def prepare(self, epoch: int, indices: np.ndarray) -> Tensor:
+        return torch.tensor(indices + 1.0, dtype=torch.float32)[:, None]
+
+    def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
+        self.calls += 1
+        if self.calls == self.fails:
+            raise RuntimeError("planted")
+        loss = self.model(batch).square().mean()
+        loss.backward()
+        return loss.detach().double()[None] * (np.nan if self.calls == self.spoils else 1)
+
+    def check(self, step: int, found: Any) -> None:
+        pass
+
+    def record(self, step: Step, state: Any) -> None:
+        self.steps.append(step)
+
+    def ids(self, indices: np.ndarray) -> list[str]:
+        return [f"row-{i}" for i in indices]
+
+    def largest(self, indices: np.ndarray) -> str:
+        return "two numbers"
+
+    def train(self, folder: Path, plan: CheckpointPlan | None = None) -> dict[str, Any]:
+        settings = LoopSettings(
+            rows=8, global_batch=2, epochs=1, steps=STEPS, stop=STEPS, learning_rate=0.1,
+            warmup_ratio=0.0, schedule="linear", max_grad_norm=0.0,
+        )  # fmt: skip
+        return optimize(
+            self.model, make_optimizer(self.model, "adamw", 0.1), self, settings, seed=0,
+            stage="toy", lower="nothing", begin={}, metrics_path=folder / "metrics.jsonl",
+            checkpoints=plan,
+        )  # fmt: skip
+
+
+def test_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps to come take what those of this start took on average, checkpoints included."""
+    clock = [100.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Slow(Toy):
+        def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
+            clock[0] += 2.0 * (self.calls + 1)  # 2, 4, 6 and 8 seconds
+            return super().accumulate(batch, indices)
+
+    task = Slow()
+    assert task.train(tmp_path) == {"step": STEPS}
+    assert [step.number for step in task.steps] == [1, 2, 3, 4]
+    assert [step.seconds for step in task.steps] == [2.0, 4.0, 6.0, 8.0]
+    assert [step.left for step in task.steps] == [2.0 * 3, 3.0 * 2, 4.0 * 1, 0.0]
+
+    plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1)
+    with pytest.raises(RuntimeError, match="planted"):
+        Slow(fails=3).train(tmp_path, plan)
+    task = Slow()
+    task.train(tmp_path, plan)
+    assert [(step.number, step.left) for step in task.steps] == [(3, 2.0), (4, 0.0)]
+
+
+def test_a_step_that_is_refused_can_be_looked_at_and_gone_on_from(tmp_path: Path) -> None:
+    """A checkpoint is made of what led to it, due or not; the rows are in a file until the next
+    start tries them again.
+    """
+    plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=None)
+    task = Toy(spoils=3)
+    with pytest.raises(NumericsError, match="^toy: step 3: loss nan, gradient norm [0-9]"):
+        task.train(tmp_path, plan)
+    assert [path.name for path in plan.folder.iterdir()] == ["step_00000002"]
+    text = (tmp_path / loop.REFUSED).read_text()
+    found = json.loads(text)
+    assert (found["stage"], found["step"], found["loss"]) == ("toy", 3, "nan")
+    assert len(found["rows"]) == 2
+    assert np.isfinite(float(found["grad_norm"]))
+    assert text == json.dumps(found, indent=1) + "\n"
+
+    again = Toy()
+    again.train(tmp_path, plan)
+    assert [step.number for step in again.steps] == [3, 4]
+    assert not (tmp_path / loop.REFUSED).exists()
+    whole = Toy()
+    whole.train(tmp_path / "whole")
+    assert torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_a_cpu_gives_memory_back_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(loop, "give_back_holes", lambda: given.append(1))
+    Toy().train(tmp_path)
+    assert len(given) == STEPS
