@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from made_tokenizers import (
@@ -111,6 +112,29 @@ def test_add_bos_token_false_wins(zephyr_folder, tmp_path):
     assert tokenizer.bos_id not in tokenizer.prompt_ids(messages([("user", "Hi")]))
 
 
+def test_a_bos_is_wanted_where_tokenizer_json_adds_one(tmp_path):
+    """Where no add_bos_token says it: a post-processor does, a BOS that is only named does not."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    added = write_folder(tmp_path / "a", sentencepiece_tokenizer(), ZEPHYR_TEMPLATE, **names)
+    assert load_tokenizer(added).adds_bos
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    named = write_folder(tmp_path / "b", byte_level_tokenizer(), CHATML_TEMPLATE, **names)
+    assert load_tokenizer(named).bos_id == 0 and not load_tokenizer(named).adds_bos
+
+
+def test_rendered_text_has_the_bos_once_and_where_it_is_wanted(zephyr_folder, tmp_path):
+    tokenizer = load_tokenizer(zephyr_folder)
+    bare = tokenizer.encode_rendered("x</s>", add_bos=False)
+    assert tokenizer.bos_id not in bare and bare[-1] in tokenizer.end_ids
+    assert tokenizer.encode_rendered("x</s>") == [tokenizer.bos_id, *bare]
+    assert tokenizer.encode_rendered("x</s>", add_bos=True) == [tokenizer.bos_id, *bare]
+    assert tokenizer.encode_rendered("<s>x</s>").count(tokenizer.bos_id) == 1
+    without = load_tokenizer(
+        copy(zephyr_folder, tmp_path, "tokenizer_config.json", add_bos_token=False)
+    )
+    assert without.encode_rendered("x</s>") == bare
+
+
 def test_smollm2_ids_are_the_published_ones(smollm2_folder):
     tokenizer = load_tokenizer(smollm2_folder)
     system = [
@@ -213,6 +237,52 @@ def test_added_tokens_not_marked_special(tmp_path):
     assert tokenizer.decode(pair.response) == text + "<|end|>"
 
 
+def check_prompt(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Checks that a row's prompt is what generation starts from; its prompt and response."""
+    row = as_row([("user", "Say it."), ("assistant", "It is said.")])
+    pair = tokenizer.pair_ids(row)
+    assert pair.prompt == tokenizer.prompt_ids(row.history)
+    assert tokenizer.decode(pair.response).strip() == "It is said."
+    return pair
+
+
+def test_a_prompt_without_control_tokens(chatml_folder):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
+        "<|im_end|>{% endif %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = load_tokenizer(chatml_folder, template=template)
+    prompt, response = check_prompt(tokenizer)
+    assert min(prompt) > 2 and response[-1] == 2  # 0 to 2 are the control tokens
+    assert tokenizer.decode(prompt) == "user: Say it. assistant: "
+
+
+def test_a_control_token_that_the_library_does_not_find(tmp_path):
+    """One for words alone, which the template writes right behind a letter."""
+    backend = byte_level_tokenizer()
+    backend.add_special_tokens([tokenizers.AddedToken("<q>", single_word=True, special=True)])
+    template = CHATML_TEMPLATE.replace("message['content'] +", "message['content'] + 'x<q>' +", 1)
+    for text in (template, template.replace("x<q>", " <q> ")):
+        folder = write_folder(tmp_path / str(len(text)), backend, text, eos_token="<|im_end|>")
+        tokenizer = load_tokenizer(folder)
+        row = as_row([("user", "Say it."), ("assistant", "It is said.")])
+        assert tokenizer.pair_ids(row).prompt == tokenizer.prompt_ids(row.history)
+
+
+def test_of_two_control_tokens_the_longer_one_is_meant(tmp_path):
+    backend = byte_level_tokenizer()
+    backend.add_special_tokens(["<|im_start|>assistant", "<|im_end|>\n"])
+    folder = write_folder(tmp_path, backend, CHATML_TEMPLATE, eos_token="<|im_end|>")
+    generation = {"eos_token_id": backend.token_to_id("<|im_end|>\n")}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(folder)
+    prompt, response = check_prompt(tokenizer)
+    longer = backend.token_to_id("<|im_start|>assistant")
+    assert prompt.count(longer) == 1 and response[-1] == generation["eos_token_id"]
+    rendered = tokenizer.render(messages([("user", "Say it.")]), add_generation_prompt=True)
+    assert prompt == tokenizer.encode_rendered(rendered)
+
+
 def test_private_use_characters_survive(chatml_folder):
     tokenizer = load_tokenizer(chatml_folder)
     text = "".join(map(chr, range(0xE000, 0xE008))) + "\ue000:0\ue001 <|im_end|> \ue0020\ue003"
@@ -261,6 +331,15 @@ def test_smollm2_round_trip(smollm2_folder, text):
 def test_end_id_outside_the_vocabulary_is_refused(chatml_folder, tmp_path, value):
     folder = copy(chatml_folder, tmp_path, "generation_config.json", eos_token_id=value)
     with pytest.raises(InputError, match=r"generation_config.json: eos_token_id"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_folder_without_an_end_token_is_refused(tmp_path, empty):
+    """And one without any token."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE()) if empty else byte_level_tokenizer()
+    folder = write_folder(tmp_path, backend, CHATML_TEMPLATE)
+    with pytest.raises(InputError, match="no end token is declared; set eos_token_id in"):
         load_tokenizer(folder)
 
 
