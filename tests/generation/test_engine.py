@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -254,6 +255,37 @@ def test_what_is_left_of_a_shared_prompt_comes_first(kind: str) -> None:
     engine = Engine(spy, Sampling(10), [], 0, longest=80, rows=3, step_tokens=40)
     run(engine, requests_of([prompt, prompt, other]))
     assert spy.steps[:4] == [[40], [30, 10], [1, 6, 33], [1, 1, 17]]
+
+
+def test_who_comes_first_in_a_step() -> None:
+    """A response under way before a prompt that entered earlier, however short that is; a prompt of
+    which a page or less is left before a longer one.
+    """
+    engine = Engine(
+        decoder_of("modules", model_of()), Sampling(10), [], 0, longest=80, rows=3, step_tokens=12
+    )
+    engine.entered[:] = [0, 1, 2]
+    engine.length[:], engine.held[:] = [PAGE + 1, PAGE, 7], [0, PAGE - 9, 6]
+    active, new = engine._share_out(np.array([0, 1, 2]))
+    assert (active.tolist(), new.tolist()) == ([2, 1, 0], [1, 9, 2])
+
+
+def test_a_step_inside_a_prompt_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it returns is of the same kinds as a step that chooses tokens."""
+    made: list[tuple[np.ndarray, ...]] = []
+    step = Engine._step
+
+    def kept(engine: Engine, everyone: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        made.append(step(engine, everyone))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "_step", kept)
+    decoder = decoder_of("modules", model_of())
+    engine = Engine(decoder, Sampling(3), [], 0, longest=80, rows=1, step_tokens=40)
+    run(engine, requests_of([[5] * 70]))
+    assert [len(ids) for _, ids, _ in made] == [0, 1, 1, 1]
+    for places, ids, logp in made:
+        assert (places.dtype, ids.dtype, logp.dtype) == (np.int64, np.int64, np.float32)
 
 
 def test_memory_stays_in_its_budget(kind: str) -> None:
@@ -569,6 +601,30 @@ def test_an_engine_counts_the_caches_there_are(kind: str, monkeypatch: pytest.Mo
 
 
 # -------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(("kind", "own", "beside"), [("cuda", 1070, 1000), ("cpu", 1030, 960)])
+def test_a_caches_untouched_pages_are_a_cpus_matter(
+    kind: str, own: int, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's cache has its memory from the start: none of it is free, or free for two."""
+
+    class Device:
+        type = kind
+
+    class Cached:
+        device = Device()
+
+        def page_bytes(self) -> int:
+            return 10
+
+    first: Any = Cached()
+    second: Any = Cached()
+    pools: Any = WeakKeyDictionary({first: SimpleNamespace(size=7, untouched=4)})
+    monkeypatch.setattr(engine_module, "_POOLS", pools)
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: 1000)
+    assert engine_module._free_bytes(first) == own
+    assert engine_module._free_bytes(second) == beside
 
 
 def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
