@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from ldalign.data.pairs import Pair
 from ldalign.models.gpt2 import GPT2
-from ldalign.models.guide import NO_LATENT, Guide, Reading, States, runs
+from ldalign.models.guide import NO_LATENT, Guide, GuideConfig, Reading, States, runs
 from ldalign.models.guide_folder import (
     check_trained_guide,
     is_trained_guide,
@@ -174,6 +174,10 @@ def test_a_prompt_has_no_tokens_that_its_text_has_not() -> None:
     )
     assert guide.tokenizer.encode("a").ids[0] == end[name]
     assert guide.pair("a", "What is 2 + 2?", "4", "5") == plain
+
+
+def test_the_guide_that_is_not_asked_for() -> None:
+    assert GuideConfig() == GuideConfig("mean", 1, 256, "none", "output", 512, "<|endoftext|>")
 
 
 def test_batches_are_filled_in_order_and_never_over_their_budget() -> None:

@@ -101,6 +101,11 @@ def test_deal_balances_ranks_and_micro_batches() -> None:
         assert (loads.max(0).sum() / loads.mean(0).sum()) < 1.05
 
 
+def test_deal_takes_turns_from_either_end() -> None:
+    """Items of one micro-batch each: no rank has the larger one every time."""
+    assert deal([12, 11, 10, 9, 8, 7], 2, 12) == [[[0], [3], [4]], [[1], [2], [5]]]
+
+
 def test_deal_balances_costs_within_sizes() -> None:
     """What fills a micro-batch is not what it costs: four short items cost as
     much as one long one.
@@ -158,6 +163,8 @@ def test_pack_pairs_by_hand() -> None:
     assert batch.rows.tolist() == [1, 2, 1, 5, 5, 7]
     assert batch.targets.tolist() == [9, 2, 3, 4, 6, 1]
     assert batch.lengths == [2, 1, 1, 2]
+    assert batch.tokens.tolist() == batch.lengths
+    assert {t.dtype for t in (batch.reference, batch.weights, batch.tokens)} == {torch.float32}
     real, generated = batch.split(torch.tensor([10.0, 20.0, 30.0, 40.0]))
     assert real.tolist() == [10, 30] and generated.tolist() == [20, 40]
 

@@ -380,6 +380,22 @@ def test_what_to_lower_where_memory_does_not_hold_the_states(
         train(guide, chosen, latent_map=how)
 
 
+def test_the_guides_optimizer(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW with the betas of arXiv 1706.03762; the policy has others."""
+    made = []
+    make = training.make_optimizer
+
+    def kept(*given: Any, **more: Any) -> Any:
+        made.append(make(*given, **more))
+        return made[-1]
+
+    monkeypatch.setattr(training, "make_optimizer", kept)
+    guide = text_guide()
+    train(guide, pairs(guide), learning_rate=3e-4)
+    (optimizer,) = made
+    assert optimizer.name == "adamw" and optimizer.defaults["betas"] == (0.9, 0.98)
+
+
 def test_rows_are_held_out_by_seed_and_stage() -> None:
     rows = [Pair(str(i), [1], [2], [3]) for i in range(40)]
     seen, unseen = map(list, split(rows, 0.2, 0))

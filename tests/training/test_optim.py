@@ -53,6 +53,17 @@ def test_the_optimizers_are_the_named_ones() -> None:
         assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_rmsprop_keeps_one_average() -> None:
+    """A mean that nothing reads would be as much memory again as the weights."""
+    for name, kept in (("adamw", {"mean", "square"}), ("rmsprop", {"square"})):
+        model = torch.nn.Linear(2, 2)
+        optimizer = make_optimizer(model, name, 0.1)  # type: ignore[arg-type]
+        model.weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert optimizer.state[model.weight].keys() == kept
+        assert optimizer.seed == 0
+
+
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_every_parameter_and_step_rounds_by_a_seed_of_its_own(
     name: str, monkeypatch: pytest.MonkeyPatch
