@@ -1,6 +1,7 @@
 """The tool behind `make mutate`: its operators on a few lines, and a whole small tree."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -223,6 +224,27 @@ def test_a_whole_tree(tree: Path) -> None:
     more = run(tree)
     assert more["out"].count("ldalign/sums.py:") == len(found["survivors"]) == 7
     assert [one["verdict"] for one in more["survivors"]] == ["survived"] * 3 + ["no test"] * 2
+
+
+def test_what_a_report_knows_is_not_tried_again() -> None:
+    """Of the same draw: a survivor is tried again, and with it what the report cannot tell from it
+    (the two zeros of one line).
+    """
+    draw = mutants(b"def f(a, b):\n    return a[0] + b[0]\n", "m")
+    keys = ("line", "function", "operator", "before", "after")
+    zeros = [one for one in draw if (one.before, one.after) == ("0", "1")]
+    survivors = [{key: getattr(zeros[0], key) for key in keys}]
+    report = {"seed": 0, "survivors": survivors, "tests": ["a"], "caught": 3, "timeout": 1}
+    args = Namespace(seed=0, equivalent=[], tests=["b", "a"])
+    known = mutate.caught_before(draw, report, args)
+    assert known.keys() == {one.name for one in draw} - {one.name for one in zeros}
+    assert len(zeros) == 2 and sorted(v["verdict"] for v in known.values()) == [
+        *["caught"] * 3, "timeout"
+    ]  # fmt: skip
+    assert args.tests == ["a", "b"]
+    for other in ({"seed": 1}, {"caught": 4}, {"survivors": [{**survivors[0], "line": 9}]}):
+        assert not mutate.caught_before(draw, report | other, args)
+    assert mutate.source_at(ROOT, "no such commit", "Makefile") is None
 
 
 def test_a_name_that_is_no_module(tree: Path) -> None:

@@ -9,8 +9,9 @@ tree (`build/mutate/`), where the tests that cover its line run until one fails:
 after those of another, the cheapest first, at most `seconds` of them. Which test covers which line
 is recorded before, once for as long as the code stays, and so is every verdict: after a stop the
 same command goes on. A mutant that tests caught is not tried again before its module changes, one
-that survived whenever a test does. After `minutes` no other mutant is begun, and the report is of
-those that were tried.
+that survived whenever a test does. So it is with what the committed report has of the same draw
+from the same module; its entry then names the tests of both. After `minutes` no other mutant is
+begun, and the report is of those that were tried.
 
 The rest is a report, `docs/mutation.md` and `docs/results/mutation.json`: a module's entry there is
 replaced when it is run. Mutants that no test can notice stand, each with the reason, in
@@ -438,8 +439,12 @@ def run_module(
     recorded: dict[str, Covered],
     args: argparse.Namespace,
     pool: ProcessPoolExecutor,
+    reported: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Tries a module's drawn mutants that have no verdict yet; the report's entry of the module."""
+    """Tries a module's drawn mutants that have no verdict yet; the report's entry of the module.
+
+    reported: its entry before.
+    """
     source = (root / file).read_bytes()
     key = digest([root / file])
     tests_key = hashlib.sha256(
@@ -447,11 +452,11 @@ def run_module(
         + digest(root / path for path in recorded).encode()
     ).hexdigest()[:16]
     every = mutants(source, file)
-    drawn = [
-        one for one in chosen(every, args.mutants, args.seed)
-        if not is_listed(one, args.equivalent)
-    ]  # fmt: skip
+    draw = chosen(every, args.mutants, args.seed)
+    drawn = [one for one in draw if not is_listed(one, args.equivalent)]
     known: dict[str, dict[str, Any]] = {}
+    if reported and source_at(root, reported["commit"], file) == source:
+        known = caught_before(draw, reported, args)
     path = root / WORK / "verdicts.jsonl"
     for one in results_of(path):
         same = one["source"] == key and one["file"] == file
@@ -484,6 +489,35 @@ def run_module(
                     task_left.cancel()
     drawn = [one for one in drawn if one.name in known]
     return entry(file, len(every), drawn, known, args)
+
+
+def source_at(root: Path, commit: str, file: str) -> bytes | None:
+    """A file as it was at a commit; None where that is not known."""
+    command = ["git", "-C", root, "show", f"{commit}:{file}"]
+    done = subprocess.run(command, capture_output=True)
+    return done.stdout if done.returncode == 0 else None
+
+
+def caught_before(
+    draw: Sequence[Mutant], reported: dict[str, Any], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """The verdicts of the mutants that a report's entry of the same source counts as caught: those
+    of the same draw that are not among its survivors. None of another draw.
+
+    Adds the entry's tests to `args.tests` where there are some.
+    """
+    keys = ("line", "function", "operator", "before", "after")
+    survived = {tuple(one[key] for key in keys) for one in reported["survivors"]}
+    gone = [one for one in draw if tuple(getattr(one, key) for key in keys) not in survived]
+    caught = [one for one in gone if not is_listed(one, args.equivalent)]
+    there = {tuple(getattr(one, key) for key in keys) for one in draw}
+    same = reported["seed"] == args.seed and survived <= there
+    if not same or len(caught) != reported["caught"] + reported["timeout"]:
+        return {}
+    verdicts = ["timeout"] * reported["timeout"] + ["caught"] * reported["caught"]
+    args.tests = [*dict.fromkeys([*reported["tests"], *args.tests])]
+    pairs = zip(caught, verdicts, strict=True)
+    return {one.name: {"verdict": verdict, "tests": 0, "left": 0} for one, verdict in pairs}
 
 
 def entry(
@@ -617,14 +651,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         warm(root)
         copy_tree(root, work / "tree")
         modules = sorted({*files, *asked_modules(root, [])})
-        tests = test_files(root, args.tests)
+        asked = args.tests
+        tests = test_files(root, asked)
         recorded = record(work / "tree", root, tests, modules, work / "coverage")
         fork = multiprocessing.get_context("fork")
         args.until = time.monotonic() + 60 * args.minutes
         pool = ProcessPoolExecutor(args.jobs, mp_context=fork)
         try:
             for file in files:
-                results[file] = run_module(root, file, recorded, args, pool)
+                args.tests = asked
+                results[file] = run_module(root, file, recorded, args, pool, results.get(file))
                 write(root, results)
         finally:  # stopped: what has not begun is not begun
             pool.shutdown(cancel_futures=True)
