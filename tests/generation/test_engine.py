@@ -28,7 +28,7 @@ from ldalign.generation.decoders import (
 )
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.paged_cache import PAGE, PagePool, pages_for
-from ldalign.generation.sampling import Response, Sampling, blank_unsound
+from ldalign.generation.sampling import Response, Sampling
 from ldalign.kernels import cpp, eager, reference
 from ldalign.models.layout import Packed
 from ldalign.models.mistral import Mistral
@@ -368,46 +368,6 @@ def test_a_model_that_overflows_is_refused(kind: str, dtype: torch.dtype) -> Non
     engine = Engine(decoder_of(kind, model), Sampling(4), [], 0, longest=30, rows=2)
     with pytest.raises(NumericsError, match="NaN or infinite"):
         run(engine, requests_of([[5, 6], [7, 8, 9]]))
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_unsound_rows_are_blanked(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where finite numbers have an infinite sum, and without the C++ backend."""
-    if not built:
-        monkeypatch.setattr(cpp, "available", lambda: False)
-    logits = torch.full((3, 8), 3e38)
-    logits[1, 2] = float("nan")
-    assert blank_unsound(logits).tolist() == [True, False, True]
-    assert logits[1].tolist() == [0.0] * 8 and logits[0].tolist() == [torch.tensor(3e38).item()] * 8
-
-
-def test_rows_are_told_one_by_one() -> None:
-    assert blank_unsound(torch.ones(2, 5)).tolist() == [True, True]
-
-
-def test_the_sampling_that_is_not_asked_for() -> None:
-    """From the model's own distribution, whatever the config of a model says."""
-    assert Sampling() == Sampling(256, 1.0, 0, 1.0, 0.0, 1.0, ())
-
-
-@pytest.mark.parametrize(
-    ("name", "sound", "refused"),
-    [
-        ("max_new_tokens", [1], [0]),
-        ("temperature", [0.0, 1e9], [-1e-9, float("inf"), float("nan")]),
-        ("top_k", [0, 1], [-1]),
-        ("top_p", [1e-9, 1.0], [0.0, 1.0000001]),
-        ("min_p", [0.0, 1.0], [-1e-9, 1.0000001]),
-        ("repetition_penalty", [1e-9, 1e9], [0.0, float("inf")]),
-        ("stop", [("a", "b")], [("a", "")]),
-    ],
-)
-def test_the_ends_of_what_may_be_asked(name: str, sound: list[Any], refused: list[Any]) -> None:
-    for value in sound:
-        Sampling(**{name: value})
-    for value in refused:
-        with pytest.raises(ValueError, match="bad sampling settings"):
-            Sampling(**{name: value})
 
 
 class Poor(Spy):

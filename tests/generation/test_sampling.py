@@ -1,4 +1,6 @@
-"""The sampler: C++ and eager against the reference in float64; the reference against others."""
+"""The sampler: C++ and eager against the reference in float64; the reference against others; what
+may be asked of it.
+"""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldalign.generation.sampling import Sampling, blank_unsound, sample
 from ldalign.kernels import cpp, eager, reference
 
 NONE = torch.empty(0, 0, dtype=torch.int64)
@@ -130,3 +133,54 @@ def test_bad_arguments_name_themselves() -> None:
         cpp.sample(logits, uniform[:2], 1.0, 0, 1.0, 0.0, 1.0, seen)
     with pytest.raises(ValueError, match="sample: seen has shape"):
         cpp.sample(logits, uniform, 1.0, 0, 1.0, 0.0, 2.0, seen[:1])
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_unsound_rows_are_blanked(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where finite numbers have an infinite sum, and without the C++ backend."""
+    if not built:
+        monkeypatch.setattr(cpp, "available", lambda: False)
+    logits = torch.full((3, 8), 3e38)
+    logits[1, 2] = float("nan")
+    assert blank_unsound(logits).tolist() == [True, False, True]
+    assert logits[1].tolist() == [0.0] * 8 and logits[0].tolist() == [torch.tensor(3e38).item()] * 8
+
+
+def test_rows_are_told_one_by_one() -> None:
+    assert blank_unsound(torch.ones(2, 5)).tolist() == [True, True]
+
+
+def test_the_sampling_that_is_not_asked_for() -> None:
+    """From the model's own distribution, whatever the config of a model says."""
+    assert Sampling() == Sampling(256, 1.0, 0, 1.0, 0.0, 1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "sound", "refused"),
+    [
+        ("max_new_tokens", [1], [0]),
+        ("temperature", [0.0, 1e9], [-1e-9, float("inf"), float("nan")]),
+        ("top_k", [0, 1], [-1]),
+        ("top_p", [1e-9, 1.0], [0.0, 1.0000001]),
+        ("min_p", [0.0, 1.0], [-1e-9, 1.0000001]),
+        ("repetition_penalty", [1e-9, 1e9], [0.0, float("inf")]),
+        ("stop", [("a", "b")], [("a", "")]),
+    ],
+)
+def test_the_ends_of_what_may_be_asked(name: str, sound: list[Any], refused: list[Any]) -> None:
+    for value in sound:
+        Sampling(**{name: value})
+    for value in refused:
+        with pytest.raises(ValueError, match="bad sampling settings"):
+            Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_setting_reaches_the_sampler(settings: Any) -> None:
+    logits, uniform, seen = inputs(7, 50)
+    temperature, top_k, top_p, min_p, penalty = settings
+    sampling = Sampling(9, temperature, top_k, top_p, min_p, penalty)
+    found = sample(logits.clone(), uniform, sampling, seen)
+    expected = eager.sample(logits.clone(), uniform, *settings, seen)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)

@@ -3,27 +3,21 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from runs import one_thread, run_script
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldalign.data.pairs import Pair
@@ -31,7 +25,6 @@ from ldalign.models.mistral import Mistral
 from ldalign.models.weights import load_model, stored_state, write_weights
 from ldalign.system import distributed, exits
 from ldalign.system.distributed import Sharding
-from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.system.metrics import Mean
 from ldalign.training.batches import deal, pair_costs
 from ldalign.training.policy import TrainSettings, accumulate_gradients, global_batch, train
@@ -319,149 +312,6 @@ def test_merged_rows_and_scores(results: Results, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_means_weigh_examples_not_ranks(results: Results, ranks: int) -> None:
     assert results[ranks][1]["muted"] == {"x": 2.0, "y": pytest.approx(10.0)}
-
-
-def test_a_rank_alone_pays_nothing(in_process: None) -> None:
-    """Only for weights to be cast: those are gathered, in the compute dtype, by FSDP."""
-    distributed.start("cpu")
-    for dtype, wrapped in ((torch.float32, False), (torch.bfloat16, True)):
-        model = tiny.mistral()
-        distributed.shard(model, model.blocks, dtype, CPU)
-        assert isinstance(model, FSDPModule) == wrapped
-
-
-def precisions() -> dict[str, object]:
-    """Every setting that lets a product of float32 be less, or a sum of half precision."""
-    products, backends = torch.backends.cuda.matmul, torch.backends
-    return {
-        "all": backends.fp32_precision,
-        "cuBLAS": products.fp32_precision,
-        "cuBLAS TF32": products.allow_tf32,
-        "cuDNN": (backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision),
-        "cuDNN TF32": backends.cudnn.allow_tf32,
-        "oneDNN": (backends.mkldnn.conv.fp32_precision, backends.mkldnn.rnn.fp32_precision),
-        "bfloat16 sums": products.allow_bf16_reduced_precision_reduction,
-        "float16 sums": products.allow_fp16_reduced_precision_reduction,
-        "float16 accumulation": products.allow_fp16_accumulation,
-        "attention's sums": backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
-    }
-
-
-@pytest.fixture
-def torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch says that it has a GPU, and a process group; its precisions are the loosest."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    torch.backends.fp32_precision = "tf32"
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.allow_tf32 = True
-    products = torch.backends.cuda.matmul
-    products.allow_bf16_reduced_precision_reduction = True
-    products.allow_fp16_reduced_precision_reduction = True
-    products.allow_fp16_accumulation = True
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    yield
-    distributed.keep_float32()
-    distributed.use_onednn_for_float32()
-
-
-@pytest.mark.parametrize("asked", ["auto", "cuda"])
-def test_float32_is_float32_on_a_gpu(asked: str, torch_with_a_gpu: None) -> None:
-    loose = precisions()
-    assert distributed.start(asked) == torch.device("cuda", 0)
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert precisions() == {
-        "all": "ieee",
-        "cuBLAS": "ieee",
-        "cuBLAS TF32": False,
-        "cuDNN": ("ieee", "ieee"),
-        "cuDNN TF32": False,
-        "oneDNN": ("ieee", "ieee"),
-        "bfloat16 sums": False,
-        "float16 sums": False,
-        "float16 accumulation": False,
-        "attention's sums": False,
-    }
-    assert all(loose[name] != kept for name, kept in precisions().items()), "all were loose before"
-
-
-@pytest.mark.parametrize("asked", ["auto", "cpu"])
-def test_float32_is_float32_on_a_cpu(
-    asked: str, torch_with_a_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Products are oneDNN's, which is asked for as "medium", only where it keeps them float32."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.start(asked) == CPU
-    exact = distributed.use_onednn_for_float32()
-    assert torch.get_float32_matmul_precision() == ("medium" if exact else "highest")
-    mine = precisions()
-    assert mine["oneDNN"] == ("ieee", "ieee") and mine["bfloat16 sums"] is False
-    a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
-    product = a.double() @ a.double()
-    assert ((a @ a).double() - product).norm() < 1e-5 * product.norm()
-
-
-@pytest.mark.parametrize(
-    ("world", "ranks", "copies"), [(8, None, 1), (8, 8, 1), (8, 2, 4), (6, 3, 2), (1, None, 1)]
-)
-def test_copies(
-    world: int, ranks: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
-    assert distributed.copies(ranks) == copies
-    with pytest.raises(
-        InputError, match=f"training.shard_ranks=5: {world} ranks cannot be split so"
-    ):
-        distributed.copies(5)
-
-
-def test_no_start_meets_what_an_earlier_one_left() -> None:
-    """One store for 20 starts of 3 ranks. Before some of them a rank never comes, and the others
-    give up.
-    """
-    store, ranks, draw = dist.HashStore(), 3, random.Random(0)
-    limit, used = timedelta(minutes=5), set()
-    for attempt in range(20):
-        dead = draw.choice([(), (1,), (2,), (0,)])
-        if dead:  # of these ranks nobody joins, and the others give up
-            for rank in {0, 1, 2} - {*dead}:
-                give_up = timedelta(seconds=0.1)
-                store.set_timeout(give_up)
-                with pytest.raises(dist.DistStoreError):
-                    distributed._unused(store, rank, ranks, give_up)
-        store.set_timeout(limit)
-        found: dict[int, Any] = {}
-
-        def join(rank: int, found: dict[int, Any] = found) -> None:
-            found[rank] = distributed._unused(store, rank, ranks, limit)
-
-        order = draw.sample(range(ranks), ranks)
-        threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not found[0].check(["key"])
-        found[0].set("key", str(attempt))
-        assert {found[rank].get("key") for rank in range(ranks)} == {str(attempt).encode()}
-        used.add(found[0].get("key"))
-    assert len(used) == 20
-
-
-def test_a_rank_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 alone of two: its store waits, then says so."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    for name, value in {**variables, "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
-    expected = r"^the 2 ranks did not all join within 0\.02 minutes \(timeout_minutes\): .*; start"
-    with pytest.raises(EnvironmentProblem, match=expected):
-        distributed.start("cpu", 0.02)
 
 
 JOINS = """

@@ -2,9 +2,12 @@
 is told what the others are. Whole trainings on several ranks are in test_distributed.py.
 """
 
+import random
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,9 +15,9 @@ import tiny
 import torch
 import torch._dynamo  # which FSDP imports: once, and not in each fork
 import torch.distributed as dist
-import torch.distributed.fsdp
 from ranks_here import on_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ldalign.system import distributed, exits
 from ldalign.system.distributed import Sharding
@@ -31,6 +34,52 @@ def no_group_yet(in_process: None) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ meeting
+
+
+def test_no_start_meets_what_an_earlier_one_left() -> None:
+    """One store for 20 starts of 3 ranks. Before some of them a rank never comes, and the others
+    give up.
+    """
+    store, ranks, draw = dist.HashStore(), 3, random.Random(0)
+    limit, used = timedelta(minutes=5), set()
+    for attempt in range(20):
+        dead = draw.choice([(), (1,), (2,), (0,)])
+        if dead:  # of these ranks nobody joins, and the others give up
+            for rank in {0, 1, 2} - {*dead}:
+                give_up = timedelta(seconds=0.1)
+                store.set_timeout(give_up)
+                with pytest.raises(dist.DistStoreError):
+                    distributed._unused(store, rank, ranks, give_up)
+        store.set_timeout(limit)
+        found: dict[int, Any] = {}
+
+        def join(rank: int, found: dict[int, Any] = found) -> None:
+            found[rank] = distributed._unused(store, rank, ranks, limit)
+
+        order = draw.sample(range(ranks), ranks)
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not found[0].check(["key"])
+        found[0].set("key", str(attempt))
+        assert {found[rank].get("key") for rank in range(ranks)} == {str(attempt).encode()}
+        used.add(found[0].get("key"))
+    assert len(used) == 20
+
+
+def test_a_rank_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone of two: its store waits, then says so."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in {**variables, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    expected = r"^the 2 ranks did not all join within 0\.02 minutes \(timeout_minutes\): .*; start"
+    with pytest.raises(EnvironmentProblem, match=expected):
+        distributed.start("cpu", 0.02)
 
 
 def meets() -> dict[str, Any]:
@@ -198,6 +247,20 @@ def test_a_model_on_two_ranks() -> None:
             assert all(torch.equal(p.double(), found["each"][name]) for name, p in plain.items())
 
 
+@pytest.mark.parametrize(
+    ("world", "ranks", "copies"), [(8, None, 1), (8, 8, 1), (8, 2, 4), (6, 3, 2), (1, None, 1)]
+)
+def test_copies(
+    world: int, ranks: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    assert distributed.copies(ranks) == copies
+    with pytest.raises(
+        InputError, match=f"training.shard_ranks=5: {world} ranks cannot be split so"
+    ):
+        distributed.copies(5)
+
+
 class Told:
     """A wrapped model that keeps what it was last told, by the method's name."""
 
@@ -235,6 +298,15 @@ def test_what_a_micro_batch_leaves_out(
 # -------------------------------------------------------------------------- of one rank, that casts
 
 
+def test_a_rank_alone_pays_nothing(in_process: None) -> None:
+    """Only for weights to be cast: those are gathered, in the compute dtype, by FSDP."""
+    distributed.start("cpu")
+    for dtype, wrapped in ((torch.float32, False), (torch.bfloat16, True)):
+        model = tiny.mistral()
+        distributed.shard(model, model.blocks, dtype, CPU)
+        assert isinstance(model, FSDPModule) == wrapped
+
+
 def test_tables_stay_float32_where_weights_are_cast() -> None:
     """The rotary tables enter a block as they are; FSDP's warning about views is not said."""
     distributed.start("cpu")
@@ -270,3 +342,80 @@ def test_the_norm_of_bfloat16_gradients_is_taken_in_float32() -> None:
     norm, _ = distributed.clip_grad_norm(model, 0.0)
     assert norm.dtype == torch.float32
     assert float(norm) == pytest.approx(1.0078125 * (7 * 301) ** 0.5, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ float32
+
+
+def precisions() -> dict[str, object]:
+    """Every setting that lets a product of float32 be less, or a sum of half precision."""
+    products, backends = torch.backends.cuda.matmul, torch.backends
+    return {
+        "all": backends.fp32_precision,
+        "cuBLAS": products.fp32_precision,
+        "cuBLAS TF32": products.allow_tf32,
+        "cuDNN": (backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision),
+        "cuDNN TF32": backends.cudnn.allow_tf32,
+        "oneDNN": (backends.mkldnn.conv.fp32_precision, backends.mkldnn.rnn.fp32_precision),
+        "bfloat16 sums": products.allow_bf16_reduced_precision_reduction,
+        "float16 sums": products.allow_fp16_reduced_precision_reduction,
+        "float16 accumulation": products.allow_fp16_accumulation,
+        "attention's sums": backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+    }
+
+
+@pytest.fixture
+def torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch says that it has a GPU, and a process group; its precisions are the loosest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    torch.backends.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = True
+    products.allow_fp16_reduced_precision_reduction = True
+    products.allow_fp16_accumulation = True
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield
+    distributed.keep_float32()
+    distributed.use_onednn_for_float32()
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_float32_is_float32_on_a_gpu(asked: str, torch_with_a_gpu: None) -> None:
+    loose = precisions()
+    assert distributed.start(asked) == torch.device("cuda", 0)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert precisions() == {
+        "all": "ieee",
+        "cuBLAS": "ieee",
+        "cuBLAS TF32": False,
+        "cuDNN": ("ieee", "ieee"),
+        "cuDNN TF32": False,
+        "oneDNN": ("ieee", "ieee"),
+        "bfloat16 sums": False,
+        "float16 sums": False,
+        "float16 accumulation": False,
+        "attention's sums": False,
+    }
+    assert all(loose[name] != kept for name, kept in precisions().items()), "all were loose before"
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_float32_is_float32_on_a_cpu(
+    asked: str, torch_with_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are oneDNN's, which is asked for as "medium", only where it keeps them float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.start(asked) == CPU
+    exact = distributed.use_onednn_for_float32()
+    assert torch.get_float32_matmul_precision() == ("medium" if exact else "highest")
+    mine = precisions()
+    assert mine["oneDNN"] == ("ieee", "ieee") and mine["bfloat16 sums"] is False
+    a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    product = a.double() @ a.double()
+    assert ((a @ a).double() - product).norm() < 1e-5 * product.norm()
