@@ -24,6 +24,7 @@ BENCHMARKS = (
     "generate",
     "drafts",
     "int8",
+    "end_to_end",
     "compile",
     "prepare",
     "startup",

@@ -14,7 +14,7 @@ import argparse
 import re
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,13 +223,13 @@ def finish(results: list[dict[str, Any]], pairs: int, tokens: int, flops: float)
             r["memory_ratio"] = r["peak_gib"] / ours[r["precision"]]["peak_gib"]
 
 
-def pinned() -> dict[str, str]:
-    """The peers' versions, from their requirements files."""
+PINNED = {"trl": ("trl", "transformers"), "transformers": ("transformers",)}
+
+
+def pinned(peers: Mapping[str, tuple[str, ...]] = PINNED) -> dict[str, str]:
+    """The versions of the packages that are named of every peer, from its requirements file."""
     found = {}
-    for peer, packages in {
-        "trl": ("trl", "transformers"),
-        "transformers": ("transformers",),
-    }.items():
+    for peer, packages in peers.items():
         for package in packages:
             match = re.search(rf"^{package}==(\S+)", pins(peer), re.MULTILINE)
             if match:

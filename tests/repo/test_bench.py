@@ -66,6 +66,7 @@ def run_bench(
         ("generate.py", [], "generate-cpu"),
         ("drafts.py", [], "drafts-cpu"),
         ("int8.py", [], "int8"),
+        ("end_to_end.py", [], "end-to-end-cpu"),
         pytest.param("compile.py", [], "compile-cpu", marks=pytest.mark.long),
     ],
 )
@@ -233,6 +234,95 @@ def test_growth_leaves_out_what_would_not_fit(bench: Any) -> None:
     growth = bench("growth")
     said = growth.measure_side(growth.SIDES[0], {}, 32, {"ldalign": (16, 1e6)}, "cpu")
     assert said["skipped"].startswith("needs up to 2000000 GiB, ")
+
+
+# ----------------------------------------------------------------------------------- whole commands
+
+
+def test_a_side_is_watched_with_all_its_processes(bench: Any, tmp_path: Path) -> None:
+    """Its time belongs to the stage that it said last, its memory is that of its children too."""
+    script = bench("end_to_end")
+    child = "import time; held = bytearray(200 * 2**20); time.sleep(0.6)"
+    first = (
+        "import subprocess, sys, time; time.sleep(0.3); print('stage: training', flush=True); "
+        f"held = bytearray(150 * 2**20); subprocess.run([sys.executable, '-c', {child!r}]); "
+        "print('stage: rest'); print('a word of its own')"
+    )
+    second = "import time; time.sleep(0.3)"
+    found = script.watch(
+        [
+            script.Command([sys.executable, "-c", first]),
+            script.Command([sys.executable, "-c", second], "hand-over"),
+        ],
+        tmp_path,
+    )
+    assert set(found["stages"]) == {"rest", "training", "hand-over"}
+    assert found["stages"]["training"] > 0.6 and found["stages"]["rest"] > 0.3
+    assert found["stages"]["hand-over"] > 0.3
+    assert sum(found["stages"].values()) == pytest.approx(found["seconds"], abs=0.3)
+    assert 350 < found["peak_gib"] * 1024 < 450
+
+
+def test_a_side_that_fails_says_why(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = bench("end_to_end")
+    bad = script.Command([sys.executable, "-c", "raise SystemExit('no such thing')"])
+    side = script.Side("somebody", lambda work, out: [bad], ())
+    monkeypatch.setitem(script.SIDES, "trl", side)
+    found = {"ldalign": {"seconds": 2.0, "peak_gib": 1.0, "user_lines": 1}}
+    found["trl"] = script.measure_side("trl", None, tmp_path / "trl")
+    assert found["trl"]["skipped"].endswith("exit code 1: no such thing")
+    script.compare(found)
+    assert found["ldalign"]["time_ratio"] == 1.0 and set(found["trl"]) == {"skipped"}
+    monkeypatch.setitem(script.SIDES, "ldalign", side)
+    with pytest.raises(script.EnvironmentProblem, match="ldalign failed: .*no such thing"):
+        script.measure_side("ldalign", None, tmp_path / "ldalign")
+
+
+def test_lines_of_code_are_counted(bench: Any, tmp_path: Path) -> None:
+    script = bench("end_to_end")
+    (tmp_path / "some.py").write_text(
+        '''"""What it does.
+
+Not code.
+"""
+
+import sys  # one
+
+# a comment
+
+
+def name(
+    one: int,
+) -> str:
+    """Not code."""
+    text = """two
+lines"""
+    print("stage: training", flush=True)
+    return text
+'''
+    )
+    assert script.code_lines(tmp_path / "some.py") == 7
+    assert script.leaves({"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [4, 5]}) == 4
+
+
+def test_rows_of_text_have_the_lengths_drawn(bench: Any, tmp_path: Path) -> None:
+    """But for the few tokens that merge, or are spaces, where a text is cut."""
+    script, lengths = bench("end_to_end"), bench("work").LENGTHS["gsm8k"]
+    toy = importlib.import_module("ldalign.models.toy").write_toy_model(tmp_path / "toy")
+    tokenizer = importlib.import_module("ldalign.data.tokenizer").load_tokenizer(toy)
+    rows = {}
+    for split in ("train", "heldout"):
+        script.write_rows(tmp_path / split, tokenizer, "gsm8k", 40, split)
+        rows[split] = list(map(json.loads, (tmp_path / split).read_text().splitlines()))
+    prompts = [{row["prompt"] for row in rows[split]} for split in rows]
+    assert len(prompts[0]) == len(prompts[1]) == 40 and not prompts[0] & prompts[1]
+    dice = script.random.Random("0/gsm8k")
+    for row in rows["train"]:
+        prompt, response, _ = lengths.draw(dice)
+        assert abs(len(tokenizer.encode(row["prompt"])) + lengths.template - prompt) <= 3
+        assert abs(len(tokenizer.encode(row["response"])) - response) <= 3
 
 
 # -------------------------------------------------------------------------------------------- pairs
