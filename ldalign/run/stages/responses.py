@@ -130,7 +130,7 @@ def sampling_parents(config: RunConfig) -> Parents:
     """The keys that responses depend on; `sampling.weights` where it is not the default: responses
     made before there was a choice stay valid.
     """
-    parents = named_keys(config, "max_new_tokens", *SAMPLING_KEYS, "seed")
+    parents = dict(named_keys(config, "max_new_tokens", *SAMPLING_KEYS, "seed"))
     if config.sampling.weights == RunConfig().sampling.weights:
         del parents["sampling.weights"]
     return parents
