@@ -71,6 +71,8 @@ def plan(dtype: torch.dtype, E: int, capability: tuple[int, int] | None) -> Plan
             dkv = Tiles(32, 128, 8, 2)  # dk and dv take half of all registers: 64 rows spill
         elif wide:  # sums come out of tensor memory through registers: larger tiles spill
             forward, dkv = Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
+        elif capability[0] == 10:
+            dkv = Tiles(64, 64, 8, 3)  # 128 keys spill by Triton 3.6
         return Plan(forward, dq, dkv)
     if wide:
         return Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2))
