@@ -150,7 +150,7 @@ ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
             "first four starts.",
             "all ranks start again, and the fifth ends well",
         ),
-        "test_distributed.py::test_no_start_meets_what_an_earlier_one_left": (
+        "test_ranks.py::test_no_start_meets_what_an_earlier_one_left": (
             "20 starts of three ranks on one store, of which some lack a rank.",
             "the ranks of each start meet, and see nothing of another",
         ),
