@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch._dynamo  # which FSDP imports: once, and not in each fork
 import torch.distributed as dist
+from fake_gpu import FakeGPU
 from ranks_here import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -181,6 +182,80 @@ def test_ranks_wait_long_for_each_other_by_gloo(monkeypatch: pytest.MonkeyPatch)
     )
     distributed._meeting()
     assert made == [{"backend": "gloo", "timeout": distributed.LONGEST_WORK}]
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (lambda: distributed.on_all(lambda: 1), "all_gather_object"),
+        (lambda: distributed.on_rank0(lambda: 1), "broadcast_object_list"),
+        (distributed.barrier, "barrier"),
+    ],
+    ids=["on_all", "on_rank0", "barrier"],
+)
+def test_where_one_may_work_for_hours_all_meet(
+    work: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the group of the steps, whose patience is short."""
+    meeting, met = object(), []
+
+    def meets(*given: Any, group: Any, **more: Any) -> None:
+        met.append(group)
+        if name == "all_gather_object":
+            given[0][:] = [given[1]] * 2
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_meeting", lambda: meeting)
+    monkeypatch.setattr(dist, name, meets)
+    work()
+    assert met == [meeting]
+
+
+def test_of_a_store_that_does_not_answer_the_first_line_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def silent(*given: Any, **more: Any) -> None:
+        raise dist.DistStoreError("timed out after 180000ms\n  at TCPStore.cpp:1\n")
+
+    monkeypatch.setattr(dist, "rendezvous", silent)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    expected = (
+        r"^the 4 ranks did not all join within 3 minutes \(timeout_minutes\): timed out after "
+        "180000ms; start those of every host together$"
+    )
+    with pytest.raises(EnvironmentProblem, match=expected):
+        distributed._join("gloo", timedelta(minutes=3), None)
+
+
+def test_a_gpus_ranks_add_up_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL knows no other memory; the result is the host's."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeGPU():
+        found = distributed.merge_rows(3, [2, 0], torch.tensor([[5.0], [6.0]]))
+    assert found.tolist() == [[6.0], [0.0], [5.0]] and found.device == CPU
+
+
+@pytest.mark.parametrize(("local", "device"), [(None, 0), ("1", 1), ("2", None)])
+def test_a_rank_takes_the_gpu_of_its_number(
+    local: str | None, device: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    if device is None:
+        expected = r"^device=cuda: rank 2 of this machine has no GPU \(2 found\); use device=cpu"
+        with pytest.raises(EnvironmentProblem, match=expected):
+            distributed.start("cuda")
+    else:
+        assert distributed.start("cuda") == torch.device("cuda", device) and taken == [device]
 
 
 # ---------------------------------------------------------------------------------- cut into shards

@@ -411,3 +411,43 @@ def test_a_tensor_that_not_every_file_has(tmp_path: Path) -> None:
             p.zero_()
     assert keeper.resume() == state
     assert all(torch.equal(p, expected[name]) for name, p in copy(model).items())
+
+
+def test_a_gpus_copy_is_waited_for_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the thread that writes, and by an event after the copies: training does not wait."""
+    _, keeper, state = training(tmp_path, behind=True)
+    done: list[str] = []
+    write = checkpoint._write_share
+
+    class Event:
+        def record(self) -> None:
+            done.append("recorded" if keeper.copies else "recorded too early")
+
+        def synchronize(self) -> None:
+            done.append(threading.current_thread().name.split("_")[0])
+
+    def written(*given: Any) -> Any:
+        done.append("written")
+        return write(*given)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(checkpoint, "_write_share", written)
+    keeper.write(1, state)
+    assert done == ["recorded", "checkpoint", "written"]
+
+
+def test_metrics_that_a_checkpoint_does_not_know_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of them where it was made without; what it goes on from is said."""
+    _, keeper, state = training(tmp_path)
+    metrics, keeper.metrics = keeper.metrics, None
+    keeper.write(1, state)
+    keeper.metrics = metrics
+    caplog.set_level(logging.INFO)
+    assert keeper.resume() == state
+    assert metrics is not None and metrics.read_bytes() == b""
+    assert caplog.messages == [f"{tmp_path / 'checkpoint/step_00000001'}: gone on from"]

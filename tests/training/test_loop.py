@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
+from ldalign.system.memory import OutOfMemory
 from ldalign.training import loop
 from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.loop import LoopSettings, Step, optimize
-from ldalign.training.optim import make_optimizer
+from ldalign.training.optim import Optimizer, make_optimizer
 
 STEPS = 4
 
@@ -62,7 +63,9 @@ class Toy:
     def largest(self, indices: np.ndarray) -> str:
         return "two numbers"
 
-    def train(self, folder: Path, plan: CheckpointPlan | None = None) -> dict[str, Any]:
+    def train(
+        self, folder: Path, plan: CheckpointPlan | None = None, validator: Any = None
+    ) -> dict[str, Any]:
         settings = LoopSettings(
             rows=8, global_batch=2, epochs=1, steps=STEPS, stop=STEPS, learning_rate=0.1,
             warmup_ratio=0.0, schedule="linear", max_grad_norm=0.0,
@@ -70,7 +73,7 @@ class Toy:
         return optimize(
             self.model, make_optimizer(self.model, "adamw", 0.1), self, settings, seed=0,
             stage="toy", lower="nothing", begin={}, metrics_path=folder / "metrics.jsonl",
-            checkpoints=plan,
+            checkpoints=plan, validator=validator,
         )  # fmt: skip
 
 
@@ -130,3 +133,60 @@ def test_a_cpu_gives_memory_back_after_each_step(
     monkeypatch.setattr(loop, "give_back_holes", lambda: given.append(1))
     Toy().train(tmp_path)
     assert len(given) == STEPS
+
+
+class Looks:
+    """Stands in for a Validator: what it is asked, and whether that ends the training."""
+
+    def __init__(self, ends: int = -1) -> None:
+        self.ends, self.asked = ends, list[Any]()
+
+    def check(self, state: Any) -> None:
+        self.asked.append("check")
+
+    def after_step(self, step: int, last: bool, state: Any) -> tuple[dict[str, Any], str] | None:
+        self.asked.append((step, last))
+        state.setdefault(loop.STATE, {})
+        if step == self.ends:
+            state["ended"] = True
+        return None if step % 2 else ({"global_step": step, "looked": True}, "looked")
+
+
+def steps_kept(plan: CheckpointPlan) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in plan.folder.glob("step_*"))
+
+
+def test_what_a_validator_is_asked(tmp_path: Path) -> None:
+    """Before the first step and after each, and again from where a loop goes on; what it finds is
+    written down. Of the last step no checkpoint is made: the result is there.
+    """
+    plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1)
+    looks = Looks()
+    Toy().train(tmp_path, plan, looks)
+    assert looks.asked == ["check", (0, False), (1, False), (2, False), (3, False), (4, True)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [0, 2, 4]
+    assert steps_kept(plan) == [2, 3]
+
+    looks = Looks()
+    Toy().train(tmp_path, plan, looks)
+    assert looks.asked == ["check", (4, True)]
+
+
+def test_a_validator_may_end_the_loop(tmp_path: Path) -> None:
+    plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1)
+    task, looks = Toy(), Looks(ends=3)
+    state = task.train(tmp_path, plan, looks)
+    assert len(task.steps) == 3 and looks.asked[-1] == (3, False)
+    assert state["step"] == 3 and state["ended"] and steps_kept(plan) == [1, 2]
+
+
+def test_no_memory_for_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its averages are made in the first step."""
+
+    def failing(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Optimizer, "step", failing)
+    with pytest.raises(OutOfMemory, match="^step 1: two numbers: out of memory; nothing"):
+        Toy().train(tmp_path)
