@@ -1,5 +1,6 @@
 """Continuous batching: decoders against the whole forward, rows alone, and a memory budget."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from ldalign.generation.decoders import (
     pack_weight,
     slots,
 )
-from ldalign.generation.engine import Engine, Request
+from ldalign.generation.engine import Drawn, Engine, Request
 from ldalign.generation.paged_cache import PAGE, PagePool, pages_for
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.kernels import cpp, eager, reference
@@ -271,11 +272,10 @@ def test_who_comes_first_in_a_step() -> None:
 
 
 def test_a_step_inside_a_prompt_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it returns is of the same kinds as a step that chooses tokens."""
-    made: list[tuple[np.ndarray, ...]] = []
+    made: list[list[Drawn]] = []
     step = Engine._step
 
-    def kept(engine: Engine, everyone: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def kept(engine: Engine, everyone: np.ndarray) -> list[Drawn]:
         made.append(step(engine, everyone))
         return made[-1]
 
@@ -283,8 +283,8 @@ def test_a_step_inside_a_prompt_chooses_nothing(monkeypatch: pytest.MonkeyPatch)
     decoder = decoder_of("modules", model_of())
     engine = Engine(decoder, Sampling(3), [], 0, longest=80, rows=1, step_tokens=40)
     run(engine, requests_of([[5] * 70]))
-    assert [len(ids) for _, ids, _ in made] == [0, 1, 1, 1]
-    for places, ids, logp in made:
+    assert [[len(drawn.ids) for drawn in of_step] for of_step in made] == [[], [1], [1], [1]]
+    for places, ids, logp in itertools.chain(*made):
         assert (places.dtype, ids.dtype, logp.dtype) == (np.int64, np.int64, np.float32)
 
 

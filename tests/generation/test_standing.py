@@ -224,16 +224,16 @@ def test_a_row_that_leaves_is_one_small_copy() -> None:
 
 
 def test_rows_enter_together() -> None:
-    """Of 16 places two are empty before others enter; without graphs one."""
+    """Of 18 places two are empty before others enter; without graphs one."""
     asked = requests(50, longest=10)
     for fake, least in ((FakeGraphs(), 2), (None, 1)):
-        made = engine(fake, Sampling(25), 16, [4, 5, 6], step_tokens=1000)
+        made = engine(fake, Sampling(25), 18, [4, 5, 6], step_tokens=1000)
         entered = [0]  # rows, before each step
         for _ in made.run(asked, lambda *_: entered.append(made._clock)):  # noqa: B023
             pass
         entries = np.diff(entered)
         groups = [n for n in entries[1:] if n]
-        assert sum(entries) == 50 and entries[0] == 16
+        assert sum(entries) == 50 and entries[0] == 18
         assert min(groups[:-1]) == least and len(groups) > 5
 
 
