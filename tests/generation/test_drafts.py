@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_engine import Spy, decoder_of, isa, kind, model_of, requests_of, run  # noqa: F401
+from test_engine import Spy, decoder_of, kind, model_of, requests_of, run  # noqa: F401
 from torch import Tensor
 
 from ldalign.generation.decoders import PackedDecoder
@@ -83,7 +83,7 @@ def test_a_response_is_the_same(
 
 @pytest.mark.skipif(not cpp.available(), reason="no C++ backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_are_the_same(isa: None, dtype: torch.dtype) -> None:  # noqa: F811
+def test_bits_are_the_same(isa: None, dtype: torch.dtype) -> None:
     decoder, requests = PackedDecoder(model_of(dtype)), requests_of(tiny.prompts(14, longest=20))
     settings = {"longest": LONGEST, "rows": 4}
     plain = run(Engine(decoder, Sampling(20), [2, 5], 0, **settings), requests)
