@@ -1,8 +1,9 @@
 """The peers' Python environments: one each, from requirements/bench-NAME.txt, beside our own.
 
 A peer never shares packages with ldalign: its pins are its own. Only torch is the same, to the
-version, and is installed first: nothing that comes after can bring another build of it, with
-gigabytes of CUDA packages.
+version, and is installed first. The pins are all that a peer needs, and nothing else is installed:
+nothing can bring another build of torch, with gigabytes of CUDA packages, or one of torchvision
+that does not load beside it.
 """
 
 import importlib.metadata
@@ -58,13 +59,11 @@ def peer_python(name: str, root: Path = ROOT) -> Path:
 
 
 def pins(name: str, root: Path = ROOT) -> str:
-    """The text of the peer's requirements, with that of the file they build on."""
-    text = requirements(name, root).read_text(encoding="utf-8")
-    return (
-        text + (root / "requirements" / f"bench-{name}.txt").read_text(encoding="utf-8")
-        if "-r " in text
-        else text
-    )
+    """The text of the peer's requirements, with that of the files they build on."""
+    file = requirements(name, root)
+    text = file.read_text(encoding="utf-8")
+    bases = [line.removeprefix("-r ") for line in text.splitlines() if line.startswith("-r ")]
+    return text + "".join((file.parent / base).read_text(encoding="utf-8") for base in bases)
 
 
 def requirements(name: str, root: Path = ROOT) -> Path:
@@ -76,7 +75,7 @@ def requirements(name: str, root: Path = ROOT) -> Path:
 
 
 def install(python: Path, wanted: Path) -> None:
-    """Installs torch, exactly ours, then the pins, which may not move it.
+    """Installs torch, exactly ours, then the pins and nothing that they ask for besides.
 
     Raises subprocess.SubprocessError.
     """
@@ -95,9 +94,7 @@ def install(python: Path, wanted: Path) -> None:
         )
     else:
         _run([*pip, f"torch=={version.partition('+')[0]}"])
-    constraint = python.parent.parent / "torch.txt"
-    constraint.write_text(f"torch=={version}\n", encoding="utf-8")
-    _run([*pip, "-r", str(wanted), "-c", str(constraint)])
+    _run([*pip, "--no-deps", "-r", str(wanted)])
 
 
 def _run(command: list[str]) -> None:

@@ -1,10 +1,12 @@
-"""Sampling with the engine against transformers: `generate`, left-padded, and continuous batching.
+"""Sampling with the engine against transformers and the engines that are made for CPUs.
 
     python bench/generate.py [--batches 1,8,32,128] [--dtypes bfloat16,float32] [--shape mistral-7b]
 
 Part of `make bench`. Prompts of GSM8K's lengths, mixed; no row may stop before its full length, so
 all make the same number of tokens from the same prompts. Every row of the table is a process of its
-own, the peers in an environment of their own, in the same run. Beside them, what the machine could
+own, the peers in an environment of their own, in the same run: transformers' `generate`,
+left-padded, and its continuous batching; on a CPU also OpenVINO GenAI, vLLM, llama.cpp and
+CTranslate2, each with the settings that the page names. Beside them, what the machine could
 do: the time of the matrix products at its measured rate, and of reading weights and cache once a
 token at its measured bandwidth. On a CPU one row and 32 in bfloat16 are measured beside a process
 that spins, too: few have a machine alone.
@@ -31,18 +33,52 @@ class Peer:
     script: str  # in bench/peers
     environment: str
     task: str = "generation"
-    gguf: GgufDtype | None = None  # dtype of the GGUF file that it reads; None: the model folder
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")  # that it computes in
-    rows: int | None = None  # the one batch that it is measured at
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")  # tables that it is in
+    rows: tuple[int, ...] | None = None  # the batches that it is measured at; None: all
+    cpu: bool = False  # an engine for CPUs, which reads the policy's files
+    ggufs: tuple[tuple[str, GgufDtype], ...] = ()  # (table's dtype, of the GGUF file that it reads)
+    beside: bool = False  # measured beside a spinning process, too
 
 
 PEERS = {
-    "transformers generate": Peer("generate.py", "transformers"),
+    "transformers generate": Peer("generate.py", "transformers", beside=True),
     # on a CPU it is slow
-    "transformers continuous batching": Peer("generate.py", "transformers", "continuous", rows=32),
-    "OpenVINO GenAI": Peer("openvino_engine.py", "openvino", gguf="f16"),
+    "transformers continuous batching": Peer(
+        "generate.py", "transformers", "continuous", rows=(32,)
+    ),
+    "OpenVINO GenAI": Peer(
+        "openvino_engine.py",
+        "openvino",
+        cpu=True,
+        ggufs=(("bfloat16", "f16"), ("float32", "f16")),
+        beside=True,
+    ),
     "OpenVINO GenAI, 8 bits": Peer(
-        "openvino_engine.py", "openvino", gguf="q8_0", dtypes=("bfloat16",)
+        "openvino_engine.py",
+        "openvino",
+        dtypes=("bfloat16",),
+        cpu=True,
+        ggufs=(("bfloat16", "q8_0"),),
+        beside=True,
+    ),
+    "vLLM": Peer("vllm_engine.py", "vllm", cpu=True),
+    "llama.cpp": Peer(
+        "llama_cpp_engine.py",
+        "llamacpp",
+        cpu=True,
+        ggufs=(("bfloat16", "bf16"), ("float32", "f32")),
+    ),
+    "llama.cpp, 8 bits": Peer(
+        "llama_cpp_engine.py",
+        "llamacpp",
+        dtypes=("bfloat16",),
+        cpu=True,
+        ggufs=(("bfloat16", "q8_0"),),
+    ),
+    "CTranslate2": Peer("ctranslate2_engine.py", "ctranslate2", dtypes=("float32",), cpu=True),
+    # beside bfloat16, which it does not compute in on a CPU
+    "CTranslate2, 8 bits": Peer(
+        "ctranslate2_engine.py", "ctranslate2", "eight_bits", dtypes=("bfloat16",), cpu=True
     ),
 }
 BEGINNING = 24  # tokens that all prompts begin with under SmolLM2's chat template: its system turn
@@ -59,7 +95,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--shape", choices=list(SHAPES), help="random weights in this shape, no model folder"
     )
+    environments = sorted({peer.environment for peer in PEERS.values()})
+    parser.add_argument(
+        "--peers",
+        default=",".join(environments),
+        help="whose, by environment; default: %(default)s",
+    )
     args = parser.parse_args(argv)
+    peers = set() if args.no_peers else set(args.peers.split(","))
+    if unknown := peers - set(environments):
+        parser.error(f"--peers {','.join(unknown)}: choose from {', '.join(environments)}")
     device, dtype = common.device_and_dtype()
     folder, config = (
         (None, SHAPES[args.shape]) if args.shape and not args.small else common.model_of(args)
@@ -71,8 +116,9 @@ def main(argv: list[str]) -> None:
     tables = []
     with tempfile.TemporaryDirectory() as scratch:
         ggufs = {}
-        if folder is not None and device.type == "cpu" and not args.no_peers:
-            for kind in sorted({peer.gguf for peer in PEERS.values() if peer.gguf}):
+        if folder is not None and device.type == "cpu":
+            asked = [peer for peer in PEERS.values() if peer.environment in peers]
+            for kind in sorted({kind for peer in asked for _, kind in peer.ggufs}):
                 ggufs[kind] = str(Path(scratch) / f"{kind}.gguf")
                 export_gguf(folder, Path(ggufs[kind]), kind)
         for name in dtypes.split(",")[: 1 if args.small else None]:
@@ -91,9 +137,7 @@ def main(argv: list[str]) -> None:
                     "new_tokens": new_tokens,
                     "batches": [prompts[i : i + rows] for i in range(0, len(prompts), rows)],
                 }
-                tables.append(
-                    measure(job, Shape.of(config), rows, not args.no_peers, device, args.small)
-                )
+                tables.append(measure(job, Shape.of(config), rows, peers, device, args.small))
     result = common.result(
         "generate", args, device=str(device), shape=args.shape, new_tokens=new_tokens, tables=tables
     )
@@ -102,7 +146,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(
-    job: dict[str, Any], shape: Shape, rows: int, peers: bool, device: torch.device, small: bool
+    job: dict[str, Any], shape: Shape, rows: int, peers: set[str], device: torch.device, small: bool
 ) -> dict[str, Any]:
     """One batch size in one dtype: all sides, and the machine's limits for the same work."""
     common.say(f"generate: {rows} rows, {job['dtype']} ...")
@@ -113,10 +157,10 @@ def measure(
     measured = {
         name: peer
         for name, peer in PEERS.items()
-        if peers
+        if peer.environment in peers
         and job["dtype"] in peer.dtypes
-        and peer.rows in (None, rows)
-        and (peer.gguf is None or device.type == "cpu")
+        and (peer.rows is None or rows in peer.rows)
+        and (not peer.cpu or device.type == "cpu")
     }
     for name, peer in measured.items():
         common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
@@ -127,7 +171,7 @@ def measure(
             common.say(f"generate: {rows} rows, {job['dtype']}{BESIDE} ...")
             sides["ldalign" + BESIDE] = common.measure_ours("generation", fewer)
             for name, peer in measured.items():
-                if peer.task == "generation":
+                if peer.beside:
                     sides[name + BESIDE] = measure_peer(fewer, peer)
     tokens = rows * job["new_tokens"]
     for side in sides.values():
@@ -157,10 +201,10 @@ def measure(
 
 def measure_peer(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
     whole = {**job, "task": peer.task}
-    if peer.gguf is not None:
-        if peer.gguf not in job["ggufs"]:
-            return {"skipped": "it reads a model's file, and these weights are random"}
-        whole["gguf"] = job["ggufs"][peer.gguf]
+    if peer.cpu and job["folder"] is None:
+        return {"skipped": "it reads a model's files, and these weights are random"}
+    if peer.ggufs:
+        whole["gguf"] = job["ggufs"][dict(peer.ggufs)[job["dtype"]]]
     return common.measure_or_say(
         f"peers/{peer.script}", whole, peer.environment, common.KEEP_MEMORY
     )
@@ -207,7 +251,13 @@ def render(result: dict[str, Any]) -> list[str]:
                     table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", "", ""
                 )
             )
-    return lines
+    settings = {
+        name: side["settings"]
+        for table in result["tables"]
+        for name, side in table["sides"].items()
+        if "settings" in side and not name.endswith(BESIDE)
+    }
+    return [*lines, "", *(f"- {name}: {said}" for name, said in settings.items())]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+import transformers
 from padded import make_model
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from worker import Job, Result, main, settle
@@ -63,7 +64,8 @@ def generation(job: Job) -> Result:
         seconds.append(time.perf_counter() - began)
         first.append((noted.at or began) - began)
         assert out.shape[1] == longest + job["new_tokens"]
-    return {"seconds": seconds[1:], "first": statistics.median(first[1:])}
+    settings = f"{transformers.__version__}; one batch, padded on the left"
+    return {"seconds": seconds[1:], "first": statistics.median(first[1:]), "settings": settings}
 
 
 def continuous(job: Job) -> Result:
@@ -85,7 +87,8 @@ def continuous(job: Job) -> Result:
         assert made == [job["new_tokens"]] * len(prompts), (
             f"continuous batching made {set(made)} tokens; {wrong}"
         )
-    return {"seconds": seconds[1:], "first": None}
+    settings = f"{transformers.__version__}; its defaults"
+    return {"seconds": seconds[1:], "first": None, "settings": settings}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What every measured process shares: a job in as JSON, its result out as stdout's last line.
 
-Imports torch and nothing of ours: the peers run in environments of their own, where
-ldalign is not installed.
+Imports nothing of ours, as the peers run in environments of their own, where ldalign is not
+installed; and torch only where it is used: an engine without it is not to hold its memory.
 """
+
+from __future__ import annotations
 
 import json
 import sys
@@ -10,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -22,17 +25,21 @@ def main(tasks: dict[str, Callable[[Job], Result]]) -> None:
     """Does the job's task and prints its result, with the peak memory of this process."""
     job: Job = json.load(sys.stdin)
     if job.get("float32_products"):
+        import torch
+
         torch.set_float32_matmul_precision(job["float32_products"])
     result = tasks[job["task"]](job)
-    print(json.dumps({"peak_gib": peak_gib(torch.device(job["device"]))} | result))
+    print(json.dumps({"peak_gib": peak_gib(job["device"])} | result))
 
 
-def peak_gib(device: torch.device) -> float:
+def peak_gib(device: str) -> float:
     """Returns the peak memory in GiB: the GPU's, or this process's resident memory (VmHWM).
 
     getrusage would count the parent's memory too, which was shared for a moment.
     """
-    if device.type == "cuda":
+    if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
@@ -42,6 +49,8 @@ def peak_gib(device: torch.device) -> float:
 def settle(device: torch.device) -> None:
     """Waits until the device has done what it was told."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize()
 
 
@@ -57,6 +66,8 @@ def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
 
 def optimizer_of(model: torch.nn.Module, name: str, learning_rate: float) -> torch.optim.Optimizer:
     """Makes the peers' optimizer, its states in the weights' dtype: torch's fastest form of it."""
+    import torch
+
     if name == "rmsprop":
         return torch.optim.RMSprop(model.parameters(), lr=learning_rate, foreach=True)
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
@@ -68,6 +79,8 @@ def padded(
     """[prompt; response] of R sequences, right-padded: ids, what is no padding, and what is
     response (bool), each (R, longest).
     """
+    import torch
+
     longest = max(len(x) + len(y) for x, y in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     seen, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)

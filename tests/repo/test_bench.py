@@ -230,6 +230,79 @@ def test_ours_trains_in_the_order_given(bench: Any) -> None:
     assert taken == [pair["prompt"] for pair in pairs]
 
 
+def test_peers_are_chosen_by_environment() -> None:
+    command = [sys.executable, str(BENCH / "generate.py"), "--peers", "vllm,lama"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
+    assert done.returncode == 2
+    assert "--peers lama: choose from ctranslate2, llamacpp, openvino, tr" in done.stderr
+
+
+def test_an_engine_has_all_that_it_reads(bench: Any) -> None:
+    """Every peer has its script and pins, one that reads GGUF files a file for each of its tables;
+    and one that reads files has none of random weights.
+    """
+    generate, environments = bench("generate"), bench("environments")
+    for peer in generate.PEERS.values():
+        assert (BENCH / "peers" / peer.script).is_file()
+        assert environments.requirements(peer.environment).is_file()
+        assert not peer.ggufs or [dtype for dtype, _ in peer.ggufs] == list(peer.dtypes)
+        if peer.cpu:
+            said = generate.measure_peer({"folder": None, "dtype": "bfloat16"}, peer)
+            assert said == {"skipped": "it reads a model's files, and these weights are random"}
+
+
+def test_an_engine_reads_the_file_of_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = bench("generate")
+    asked = []
+    monkeypatch.setattr(
+        generate.common, "measure_or_say", lambda script, job, *_: asked.append((script, job))
+    )
+    job = {"folder": "policy", "ggufs": {kind: f"{kind}.gguf" for kind in ("f32", "bf16", "q8_0")}}
+    for name, dtype in (
+        ("llama.cpp", "float32"),
+        ("llama.cpp", "bfloat16"),
+        ("llama.cpp, 8 bits", "bfloat16"),
+        ("CTranslate2, 8 bits", "bfloat16"),
+    ):
+        generate.measure_peer({**job, "dtype": dtype}, generate.PEERS[name])
+    assert [(script, job.get("gguf"), job["task"]) for script, job in asked] == [
+        ("peers/llama_cpp_engine.py", "f32.gguf", "generation"),
+        ("peers/llama_cpp_engine.py", "bf16.gguf", "generation"),
+        ("peers/llama_cpp_engine.py", "q8_0.gguf", "generation"),
+        ("peers/ctranslate2_engine.py", None, "eight_bits"),
+    ]
+
+
+def test_the_page_names_the_engines_settings_once(bench: Any) -> None:
+    generate = bench("generate")
+    side = {"tokens_per_second": 9.0, "time_ratio": 2.0, "first": None, "peak_gib": 1.0}
+    side |= {"others": 0.0}
+    sides = {
+        "ldalign": side,
+        "engine": {**side, "settings": "1.0; one batch"},
+        "engine" + generate.BESIDE: {**side, "settings": "1.0; one batch"},
+        "missing": {"skipped": "no network"},
+    }
+    table = {"rows": 1, "dtype": "float32", "sides": sides, "limits": {"reading": 100.0}}
+    said = {"device": "cpu", "shape": None, "policy": "toy", "new_tokens": 8}
+    lines = generate.render({**said, "tables": [table, {**table, "rows": 8}]})
+    assert [line for line in lines if "one batch" in line and line.startswith("- ")] == [
+        "- engine: 1.0; one batch"
+    ]
+
+
+def test_a_worker_holds_no_torch_that_its_engine_does_not_use() -> None:
+    code = "import sys, worker; print('torch' in sys.modules, worker.peak_gib('cpu') < 0.1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(BENCH / "peers")},
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
 def test_growth_leaves_out_what_would_not_fit(bench: Any) -> None:
     growth = bench("growth")
     said = growth.measure_side(growth.SIDES[0], {}, 32, {"ldalign": (16, 1e6)}, "cpu")
@@ -489,6 +562,13 @@ def test_an_environment_is_made_again_when_its_pins_change(
         pins.write_text(text)
         assert environments.peer_python("some", tmp_path) == tmp_path / ".venv-some/bin/python"
         assert made == [pins] * times
+
+
+def test_pins_are_those_of_the_files_they_build_on_too(bench: Any, tmp_path: Path) -> None:
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/bench-some.txt").write_text("-r bench-other.txt\nsome==1\n")
+    (tmp_path / "requirements/bench-other.txt").write_text("other==2\n")
+    assert "other==2\n" in bench("environments").pins("some", tmp_path)
 
 
 def test_a_failing_peer_leaves_its_last_line(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
