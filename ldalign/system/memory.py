@@ -3,7 +3,7 @@
 glibc returns every large block to the system and gets it back page by page; in a training step that
 is a large share of the time. `keep_freed_memory` turns that off by mallopt(3); other C libraries
 are left as they are. A heap that is kept so grows holes between blocks of many sizes, and with them
-the process: `give_back_holes`, called between steps, returns them once they are most of it.
+the process: `Heap` gives them back, between steps.
 """
 
 import contextlib
@@ -50,28 +50,35 @@ def keep_freed_memory() -> bool:
     return all(worked)  # after all of them were tried
 
 
-class _MallInfo(ctypes.Structure):
-    """struct mallinfo2 of <malloc.h>."""
+class Heap:
+    """The heap of a training loop on a CPU: what it grows in holes is given back, not too often.
 
-    _fields_ = (
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
-        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "in_use", "free", "keepcost")),
-    )
-
-
-def give_back_holes() -> bool:
-    """Returns freed memory to the system where more of this process is free than in use, and
-    at least LEAST_HOLES; says whether it did. For a CPU: tens of microseconds where it does not.
+    A step's activations are freed by its end and taken again by the next one, which is slower by a
+    quarter where their pages went back to the system meanwhile. So what a step takes that begins
+    without holes counts as needed, and only what lies above it as holes.
     """
-    try:
-        library = ctypes.CDLL(None)
-        mallinfo2, malloc_trim = library.mallinfo2, library.malloc_trim
-    except (AttributeError, OSError):  # glibc 2.33 has both
-        return False
-    mallinfo2.restype = _MallInfo
-    in_use = mallinfo2().in_use
-    holes = (resident("RssAnon") or 0) - in_use
-    return holes >= max(LEAST_HOLES, in_use) and bool(malloc_trim(0))
+
+    def __init__(self) -> None:
+        self.needed = 0  # bytes: the most that such a step has left resident
+        self.packed = True  # this step began without holes
+
+    def after_step(self) -> bool:
+        """Returns freed memory to the system where holes take LEAST_HOLES, and either half of what
+        is needed or more than the machine has left; says whether it did.
+        """
+        held = resident("RssAnon") or 0
+        if self.packed:
+            self.needed = max(self.needed, held)
+        holes = held - self.needed
+        self.packed = holes >= LEAST_HOLES and (
+            holes >= self.needed / 2 or holes > available_bytes(torch.device("cpu"))
+        )
+        if self.packed:
+            try:
+                ctypes.CDLL(None).malloc_trim(0)
+            except (AttributeError, OSError):  # not glibc
+                self.packed = False
+        return self.packed
 
 
 def resident(name: str) -> int | None:

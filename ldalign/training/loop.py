@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ldalign.system import distributed, interrupt
 from ldalign.system.errors import NumericsError
 from ldalign.system.files import write_text
-from ldalign.system.memory import asking_once, give_back_holes, naming
+from ldalign.system.memory import Heap, asking_once, naming
 from ldalign.system.metrics import MetricsLog, say
 from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints, State
@@ -135,7 +135,7 @@ def optimize(
     state: State = keeper.resume() or {"step": 0, **begin}
     if first := state["step"]:
         say(f"{stage}: goes on at step {first + 1} of {settings.stop}")
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    heap = Heap() if next(model.parameters()).device.type == "cpu" else None
     started = time.perf_counter()
     forget_refused_step(metrics_path)
     batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
@@ -188,8 +188,8 @@ def optimize(
             with naming(what, lower):  # the first step allocates the optimizer's averages
                 optimizer.step(clip)
             optimizer.zero_grad()
-            if on_cpu:
-                give_back_holes()
+            if heap is not None:
+                heap.after_step()
             state["step"] = step + 1
             now = time.perf_counter()
             done = Step(
