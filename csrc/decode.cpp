@@ -33,6 +33,9 @@ namespace {
 constexpr int64_t kQueries = 32;  // new tokens of a row whose attention is computed together
 constexpr int64_t kNormed = 8;    // tokens that a thread norms at a time
 constexpr int64_t kGated = 4;     // tokens whose gates it multiplies at a time
+// Of more rows a piece of a product goes straight to its place: to move it there takes a tenth of its time, and a step
+// with prompts is long enough to wait for a thread that was put aside.
+constexpr int64_t kClaimedRows = 64;
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t rounded(int64_t n) { return divided(n, kAlign) * kAlign; }
@@ -86,9 +89,16 @@ void quantise(Member& member, const T* x, int64_t rows, int64_t K, const Int8Row
 // x and a panel, what the panel costs.
 template <class O, class Kernel>
 void by_panels(Member& member, int64_t rows, int64_t panels, int64_t values, int64_t N, O* y, const Kernel& kernel) {
-  // A panel calls the next one into the cache, so a thread keeps to panels that follow each other; of small ones it
-  // takes as many at a time as make it worth the taking.
-  const int64_t step = std::max<int64_t>(1, 40000 / std::max<int64_t>(1, rows * values));
+  // A panel calls the next one into the cache, so a thread keeps to panels that follow each other.
+  if (rows > kClaimedRows) {
+    member.by_shares(panels, [&](int64_t panel) {
+      kernel(panel, panel + 1, N - panel * kPanel, y + panel * kPanel, N);
+    });
+    return;
+  }
+  // Of small panels a thread takes as many at a time as make it worth the taking, and leaves pieces enough to share.
+  const int64_t worth = 400000 / std::max<int64_t>(1, rows * values), few = panels / (16 * member.threads());
+  const int64_t step = std::max<int64_t>(1, std::min(worth, few));
   member.by_shares_claimed(divided(panels, step), [&](int64_t turn, const auto& claim) {
     const int64_t first = turn * step, last = std::min(panels, first + step), ld = (last - first) * kPanel;
     const int64_t columns = N - first * kPanel;

@@ -20,7 +20,7 @@ namespace ldalign::cpu {
 
 // One part of a region, as its threads share it.
 struct Part {
-  std::atomic<int64_t> taken{0}, finished{0};  // pieces
+  std::atomic<int64_t> finished{0};  // pieces
 };
 
 // Of one thread in one part.
@@ -52,17 +52,16 @@ class Member {
   // The thread that asked for the region: there is always one.
   bool caller() const { return index_ == 0; }
 
+  // Threads of the region, the same in each; what torch says of their number differs between them.
+  int threads() const { return region_.threads; }
+
   // piece(i) for i < count, each thread taking the next when it is free; returns when all are done.
   template <class Piece>
-  void by_turns(int64_t count, const Piece& piece) {
-    Part& part = begin();
-    int64_t did = 0;
-    for (int64_t i; (i = part.taken.fetch_add(1, std::memory_order_relaxed)) < count; ++did) {
-      attempt([&] { piece(i); });
-    }
-    add(part, did, count);
-    wait(part, count);
-  }
+  void by_turns(int64_t count, const Piece& piece) { unclaimed(count, 1, piece); }
+
+  // The same, each thread going through a share of its own in order, then through what others have left.
+  template <class Piece>
+  void by_shares(int64_t count, const Piece& piece) { unclaimed(count, region_.threads, piece); }
 
   // piece(i, claim) for i < count, each taking the next, and when there is none, what others are still at. A piece
   // computes in memory of its thread's own and, if claim() is true, moves the result to its place. It may read what is
@@ -70,24 +69,32 @@ class Member {
   template <class Piece>
   void by_turns_claimed(int64_t count, const Piece& piece) { claimed(count, 1, piece); }
 
-  // The same, each thread going through a share of its own in order, then through what others have left.
+  // The same by shares.
   template <class Piece>
   void by_shares_claimed(int64_t count, const Piece& piece) { claimed(count, region_.threads, piece); }
 
  private:
   template <class Piece>
-  void claimed(int64_t count, int64_t owners, const Piece& piece) {
-    Share* shares = region_.shares.data() + part_ * region_.threads;
+  void unclaimed(int64_t count, int64_t owners, const Piece& piece) {
+    Share* shares = shares_of_part();
     Part& part = begin();
-    for (int64_t other = 0; other < owners; ++other) {
-      const int64_t owner = (index_ + other) % owners;
-      const int64_t first = count * owner / owners, last = count * (owner + 1) / owners;
-      std::atomic<int64_t>& taken = shares[owner].taken;
-      for (int64_t i; (i = first + taken.fetch_add(1, std::memory_order_relaxed)) < last;) {
-        shares[index_].doing = i;
-        claimed_piece(part, count, shares[index_], i, piece);
-      }
-    }
+    int64_t did = 0;
+    take(shares, count, owners, [&](int64_t i) {
+      attempt([&] { piece(i); });
+      ++did;
+    });
+    add(part, did, count);
+    wait(part, count);
+  }
+
+  template <class Piece>
+  void claimed(int64_t count, int64_t owners, const Piece& piece) {
+    Share* shares = shares_of_part();
+    Part& part = begin();
+    take(shares, count, owners, [&](int64_t i) {
+      shares[index_].doing = i;
+      claimed_piece(part, count, shares[index_], i, piece);
+    });
     if (soon(part, count)) return;
     for (int other = 1; other < region_.threads; ++other) {
       Share& late = shares[(index_ + other) % region_.threads];
@@ -95,6 +102,17 @@ class Member {
       if (i >= 0) claimed_piece(part, count, late, i, piece);
     }
     wait(part, count);
+  }
+
+  // work(i) for the pieces that this thread gets, of shares that `owners` threads begin with.
+  template <class Work>
+  void take(Share* shares, int64_t count, int64_t owners, const Work& work) {
+    for (int64_t other = 0; other < owners; ++other) {
+      const int64_t owner = (index_ + other) % owners;
+      const int64_t first = count * owner / owners, last = count * (owner + 1) / owners;
+      std::atomic<int64_t>& taken = shares[owner].taken;
+      for (int64_t i; (i = first + taken.fetch_add(1, std::memory_order_relaxed)) < last;) work(i);
+    }
   }
 
   // Piece i, which the share's thread is at: by that thread, or another.
@@ -118,6 +136,7 @@ class Member {
     }
   }
 
+  Share* shares_of_part() { return region_.shares.data() + part_ * region_.threads; }
   Part& begin();
   static void add(Part& part, int64_t did, int64_t count);
   static bool soon(const Part& part, int64_t count);  // whether a part is over in some microseconds

@@ -33,7 +33,7 @@ struct Cell {
 };
 
 // Sums of sums: every part reads all that the part before it has written, as a layer does. Parts of 0, 1, 2, 5 and 40
-// pieces, of all three kinds; with `sleeps` some pieces are slow, as where the system puts a thread aside.
+// pieces, of all four kinds; with `sleeps` some pieces are slow, as where the system puts a thread aside.
 void chain(int regions, int parts, bool sleeps) {
   constexpr int64_t kCounts[] = {40, 0, 1, 5, 2};
   for (int region = 0; region < regions; ++region) {
@@ -59,8 +59,10 @@ void chain(int regions, int parts, bool sleeps) {
           const int64_t result = sum(i);
           if (claim()) move(i, result);
         };
-        if (part % 3 == 0) member.by_turns(count, [&](int64_t i) { move(i, sum(i)); });
-        else if (part % 3 == 1) member.by_turns_claimed(count, claimed);
+        const auto once = [&](int64_t i) { move(i, sum(i)); };
+        if (part % 4 == 0) member.by_turns(count, once);
+        else if (part % 4 == 1) member.by_turns_claimed(count, claimed);
+        else if (part % 4 == 2) member.by_shares(count, once);
         else member.by_shares_claimed(count, claimed);
         if (count > 0) before = &values[part];
       }
