@@ -25,6 +25,7 @@ from ldalign.kernels import cpp, reference
 from ldalign.models.layout import Rotary
 from ldalign.models.mistral import Mistral, rope_tables
 from ldalign.system.errors import InputError
+from ldalign.system.memory import LargePages
 from ldalign.system.transfer import to_device
 
 PANEL = 32  # rows of a weight that are packed together, as csrc/kernels.h has it
@@ -150,6 +151,7 @@ class PackedDecoder:
     def __init__(self, model: Mistral, release: bool = False, weights: Weights = "exact") -> None:
         self.config, self.device = model.config, torch.device("cpu")
         self.dtype, self.weights = model.output_weight.dtype, weights
+        self._pages = LargePages()
         # The order that `cpp.decode_layers` reads them in.
         self.packed: list[Packed] = []  # 4 L
         self.norms: list[Tensor] = []  # 2 L + 1, float32
@@ -173,7 +175,10 @@ class PackedDecoder:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         given = weight.detach()
-        packed = Packed(pack_weight(given)) if self.weights == "exact" else pack_int8(given)
+        if self.weights == "exact":
+            packed = Packed(pack_weight(given, self._pages.empty))
+        else:
+            packed = pack_int8(given, self._pages.empty)
         if release:
             weight.data = weight.new_empty(0)
         return packed
@@ -227,24 +232,33 @@ class PackedDecoder:
         return cpp.packed_rows(self.head.values, ids)
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+class Empty(Protocol):
+    """Makes a tensor, as `torch.empty`."""
+
+    def __call__(self, *shape: int, dtype: torch.dtype) -> Tensor: ...
+
+
+def pack_weight(weight: Tensor, empty: Empty = torch.empty) -> Tensor:
     """Packs a weight so that a product reads it once, from front to back.
 
     (N, K) float32, bfloat16 or int8, K of whole words of 4 bytes -> (ceil(N / 32), K, 32): panels
-    of 32 rows, which lie in turns of a word each. Rows that the last panel lacks are zeros.
+    of 32 rows, which lie in turns of a word each. Rows that the last panel lacks are zeros. empty:
+    makes the result.
     """
     if len(weight) % PANEL:
         weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-    words = weight.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))
-    return words.transpose(1, 2).contiguous().view(weight.dtype).view(-1, weight.shape[1], PANEL)
+    words = weight.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))  # (panels, 32, words)
+    packed = empty(len(words), words.shape[2], PANEL, dtype=torch.int32)
+    packed.copy_(words.transpose(1, 2))
+    return packed.view(weight.dtype).view(-1, weight.shape[1], PANEL)
 
 
-def pack_int8(weight: Tensor) -> Packed:
+def pack_int8(weight: Tensor, empty: Empty = torch.empty) -> Packed:
     """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`reference.quantise`) and packs it."""
     # By pieces: what is made on the way is four times the result.
     pieces = [reference.quantise(rows) for rows in weight.split(ROWS_AT_ONCE)]
     values, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Packed(pack_weight(values), pack_weight(scales))
+    return Packed(pack_weight(values, empty), pack_weight(scales, empty))
 
 
 class ModuleDecoder:

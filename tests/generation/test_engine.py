@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ldalign.generation.decoders import (
     ModuleDecoder,
     PackedDecoder,
     Paged,
+    Weights,
     new_decoder,
     pack_weight,
     slots,
@@ -648,6 +650,24 @@ def test_packed_linear(isa: None, dtype: torch.dtype, rows: int, K: int, N: int)
     ).norm() > 0.1 * exact.norm()
     with pytest.raises(ValueError, match="packed_linear: packed has shape"):
         cpp.packed_linear(x, packed, None, N + 32, False)
+
+
+@pytest.mark.skipif(not ISAS, reason="no C++ backend")
+@pytest.mark.parametrize("weights", ["exact", "int8"])
+def test_packed_weights_lie_in_large_pages(weights: Weights) -> None:
+    """Linux marks their mapping "hg"."""
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file() or not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("no large pages here")
+    decoder = PackedDecoder(random_mistral(tiny.MISTRAL, 0), weights=weights)
+    tensors = [t for packed in (*decoder.packed, decoder.head) for t in packed if t is not None]
+    large, here = set(), range(0)
+    for line in maps.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = range(int(found[1], 16), int(found[2], 16))
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            large |= {t.data_ptr() for t in tensors if t.data_ptr() in here}
+    assert large == {t.data_ptr() for t in tensors}
 
 
 @pytest.mark.skipif(not ISAS, reason="no C++ backend")

@@ -1,5 +1,6 @@
 """What is kept of freed memory, and what is given back."""
 
+import mmap
 import subprocess
 import sys
 
@@ -74,6 +75,46 @@ def test_when_a_heap_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     small = memory.Heap()
     heap = small
     assert [after(held) for held in (0.5, 1.4, 1.5)] == [False, False, True]
+
+
+def test_tensors_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not overlap, whatever their sizes, and outlive what made them."""
+    monkeypatch.setattr(memory.LargePages, "block_bytes", 2**21)
+    pages = memory.LargePages()
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+        *(((3, 5), torch.bfloat16), ((7,), torch.float32), ((2**20,), torch.bfloat16)),
+        *(((0, 4), torch.int8), ((1000, 1000, 3), torch.int8), ((64,), torch.int8)),
+    ]
+    made = [pages.empty(*shape, dtype=dtype) for shape, dtype in shapes]
+    del pages
+    for number, tensor in enumerate(made):
+        tensor.fill_(number)
+    for number, (tensor, (shape, dtype)) in enumerate(zip(made, shapes, strict=True)):
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+        assert bool((tensor == number).all()) and tensor.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("kernel", ["not Linux", "no large pages"])
+def test_without_large_pages_they_are_tensors_all_the_same(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "mmap", Other(kernel))
+    made = memory.LargePages().empty(3, 4, dtype=torch.float32)
+    assert made.shape == (3, 4) and bool((made.fill_(2) == 2).all())
+
+
+class Other:
+    """The module `mmap` of another system."""
+
+    MAP_PRIVATE, MAP_ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_ANONYMOUS
+
+    def __init__(self, kernel: str) -> None:
+        if kernel == "no large pages":
+            self.MADV_HUGEPAGE = -1  # which every kernel refuses
+
+    def mmap(self, *args: int, **options: int) -> mmap.mmap:
+        assert hasattr(self, "MADV_HUGEPAGE")
+        return mmap.mmap(*args, **options)
 
 
 def test_a_gpus_driver_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
