@@ -135,15 +135,31 @@ def test_bad_arguments_name_themselves() -> None:
         cpp.sample(logits, uniform, 1.0, 0, 1.0, 0.0, 2.0, seen[:1])
 
 
+def no_check(logits: Tensor) -> Tensor:
+    raise AssertionError("the C++ backend was asked")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("built", [True, False])
-def test_unsound_rows_are_blanked(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsound_rows_are_blanked(built: bool, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where finite numbers have an infinite sum, and without the C++ backend."""
     if not built:
         monkeypatch.setattr(cpp, "available", lambda: False)
+        monkeypatch.setattr(cpp, "all_finite", no_check)
     logits = torch.full((3, 8), 3e38)
-    logits[1, 2] = float("nan")
+    logits[1, 2] = bad
     assert blank_unsound(logits).tolist() == [True, False, True]
     assert logits[1].tolist() == [0.0] * 8 and logits[0].tolist() == [torch.tensor(3e38).item()] * 8
+
+
+def test_the_cpp_backend_is_not_asked_about_logits_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It reads a CPU's memory alone. A tensor without any stands for a GPU's."""
+    monkeypatch.setattr(cpp, "available", lambda: True)
+    monkeypatch.setattr(cpp, "all_finite", no_check)
+    sound = blank_unsound(torch.zeros(3, 8, device="meta"))
+    assert (sound.shape, sound.dtype, sound.device.type) == ((3,), torch.bool, "meta")
 
 
 def test_rows_are_told_one_by_one() -> None:
