@@ -587,6 +587,8 @@ def test_a_caches_untouched_pages_are_a_cpus_matter(
     monkeypatch.setattr(engine_module, "available_bytes", lambda device: 1000)
     assert engine_module._free_bytes(first) == own
     assert engine_module._free_bytes(second) == beside
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: 0)
+    assert engine_module._free_bytes(second) == 0  # less than nothing is nothing
 
 
 def test_free_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
