@@ -6,13 +6,15 @@ After `make gpu-check`, whose Tritons it compiles with, beside the installed one
 in one dtype on one GPU, the worst of all production shapes.
 """
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import common
 
-from ldalign.kernels.compile_check import Compiled, compiled_apart, problems
+from ldalign.kernels.compile_check import SHARED_KIB, Compiled, compiled_apart, problems
 from ldalign.system.exits import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,10 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str]) -> None:
     args = common.options("compile_matrix", __doc__).parse_args(argv)
-    rows = compiled_apart(None, "--short") if args.small else compiled_apart()
-    for made in [] if args.small else sorted(ROOT.glob(".venv-triton-*/.made")):
-        common.say(f"compile_matrix: {made.parent.name}")
-        rows += compiled_apart(made.parent)
+    jobs: list[tuple[Path | None, str]] = [(None, "--short")]
+    if not args.small:
+        others = [made.parent for made in sorted(ROOT.glob(".venv-triton-*/.made"))]
+        jobs = [(place, f"--arch={arch}") for place in (None, *others) for arch in SHARED_KIB]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a process
+        rows = [
+            row for found in threads.map(lambda job: compiled_apart(*job), jobs) for row in found
+        ]
     found = problems(rows)
     result = common.result("compile_matrix", args, rows=summary(rows), problems=found)
     common.save(result, render(result), args.results, "compile-matrix")

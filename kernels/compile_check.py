@@ -469,10 +469,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="one shape, the worst, on sm_90")
     parser.add_argument(
+        "--arch", type=int, choices=list(SHARED_KIB), help="only for this GPU, 90 for sm_90"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print a JSON list instead of the table"
     )
     args = parser.parse_args()
-    rows = compiled(SHORT if args.short else FULL)
+    selection = SHORT if args.short else FULL
+    rows = compiled([shapes for shapes in selection if args.arch in (None, shapes.arch)])
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0
