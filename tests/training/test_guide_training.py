@@ -396,6 +396,18 @@ def test_the_guides_optimizer(one_rank: None, monkeypatch: pytest.MonkeyPatch) -
     assert optimizer.name == "adamw" and optimizer.defaults["betas"] == (0.9, 0.98)
 
 
+def test_checkpoints_and_records_lie_where_they_are_asked_for(
+    one_rank: None, tmp_path: Path
+) -> None:
+    """Of two steps; after the last no checkpoint is made."""
+    guide, kept = text_guide(), tmp_path / "checkpoint"
+    plan = CheckpointPlan(kept, minutes=None, steps=1)
+    train(guide, pairs(guide), metrics_path=tmp_path / "metrics.jsonl", checkpoints=plan)
+    assert [path.name for path in kept.iterdir()] == ["step_00000001"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [1, 2]
+
+
 def test_rows_are_held_out_by_seed_and_stage() -> None:
     rows = [Pair(str(i), [1], [2], [3]) for i in range(40)]
     seen, unseen = map(list, split(rows, 0.2, 0))
