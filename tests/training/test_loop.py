@@ -15,6 +15,7 @@ from ldalign.system import distributed
 from ldalign.system.errors import NumericsError
 from ldalign.system.memory import OutOfMemory
 from ldalign.training import loop
+from ldalign.training.batches import global_batches
 from ldalign.training.checkpoint import CheckpointPlan
 from ldalign.training.loop import LoopSettings, Step, optimize
 from ldalign.training.optim import Optimizer, make_optimizer
@@ -101,10 +102,63 @@ def test_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [(step.number, step.left) for step in task.steps] == [(3, 2.0), (4, 0.0)]
 
 
-def test_a_step_that_is_refused_can_be_looked_at_and_gone_on_from(tmp_path: Path) -> None:
-    """A checkpoint is made of what led to it, due or not; the rows are in a file until the next
-    start tries them again.
+class Told(Toy):
+    """Also finds the sum of a step's rows, is told of it, and has a record of every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, Any, float]] = []
+
+    def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
+        return torch.cat([super().accumulate(batch, indices), batch.sum().double()[None]])
+
+    def check(self, step: int, found: Any) -> None:
+        self.told.append((step, found, self.model.weight.item()))
+
+    def record(self, step: Step, state: Any) -> Any:
+        super().record(step, state)
+        return None if step.number % 2 else ({"global_step": step.number}, "told")
+
+
+def test_the_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    """Rows in the order of seed and stage, each step's own rate, and what it found said before the
+    weights are touched.
     """
+    task, plain = Told(), Toy()
+    task.train(tmp_path)
+    optimizer = make_optimizer(plain.model, "adamw", 0.1)
+    batches = list(global_batches(8, 2, 1, 0, "toy"))
+    assert len(batches) == len(task.steps) == len(task.told) == STEPS
+    for n, (epoch, indices) in enumerate(batches):
+        rows, step, weight = plain.prepare(epoch, indices), task.steps[n], plain.model.weight.item()
+        loss = plain.model(rows).square().mean()
+        loss.backward()
+        rate = 0.1 * (1 - n / STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        grads = [p.grad.flatten() for p in plain.model.parameters() if p.grad is not None]
+        norm = torch.cat(grads).norm().item()
+        optimizer.zero_grad()
+        assert (step.number, step.epoch) == (n + 1, 0)
+        assert step.indices.tolist() == indices.tolist()
+        found = [step.loss, step.grad_norm, step.learning_rate]
+        assert found == pytest.approx([loss.item(), norm, rate], rel=1e-5)
+        assert task.told[n][:2] == (n, [rows.sum().item()])
+        assert task.told[n][2] == pytest.approx(weight, rel=1e-5)
+    torch.testing.assert_close(task.model.weight, plain.model.weight)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [2, 4]
+
+
+def test_a_step_that_is_refused_can_be_looked_at_and_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is made of what led to it, due or not; the rows are in a file until the next
+    start tries them again, which says so.
+    """
+    said: list[str] = []
+    monkeypatch.setattr(loop, "say", said.append)
     plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=None)
     task = Toy(spoils=3)
     with pytest.raises(NumericsError, match="^toy: step 3: loss nan, gradient norm [0-9]"):
@@ -118,7 +172,9 @@ def test_a_step_that_is_refused_can_be_looked_at_and_gone_on_from(tmp_path: Path
     assert text == json.dumps(found, indent=1) + "\n"
 
     again = Toy()
+    assert not said
     again.train(tmp_path, plan)
+    assert said == ["toy: goes on at step 3 of 4"]
     assert [step.number for step in again.steps] == [3, 4]
     assert not (tmp_path / loop.REFUSED).exists()
     whole = Toy()
@@ -173,6 +229,25 @@ def test_what_a_validator_is_asked(tmp_path: Path) -> None:
     assert looks.asked == ["check", (4, True)]
 
 
+def test_before_the_first_step_a_validator_is_asked_once(tmp_path: Path) -> None:
+    """Not again where that step was refused, nor of weights that have been trained without."""
+    refused = CheckpointPlan(tmp_path / "refused", minutes=None, steps=None)
+    looks = Looks()
+    with pytest.raises(NumericsError):
+        Toy(spoils=1).train(tmp_path, refused, looks)
+    assert looks.asked == ["check", (0, False)]
+    looks = Looks()
+    Toy().train(tmp_path, refused, looks)
+    assert looks.asked == ["check", (1, False), (2, False), (3, False), (4, True)]
+
+    without = CheckpointPlan(tmp_path / "without", minutes=None, steps=None)
+    with pytest.raises(NumericsError):
+        Toy(spoils=3).train(tmp_path, without)
+    looks = Looks()
+    Toy().train(tmp_path, without, looks)
+    assert looks.asked == ["check", (3, False), (4, True)]
+
+
 def test_a_validator_may_end_the_loop(tmp_path: Path) -> None:
     plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1)
     task, looks = Toy(), Looks(ends=3)
@@ -181,12 +256,23 @@ def test_a_validator_may_end_the_loop(tmp_path: Path) -> None:
     assert state["step"] == 3 and state["ended"] and steps_kept(plan) == [1, 2]
 
 
-def test_no_memory_for_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its averages are made in the first step."""
+@pytest.mark.parametrize(
+    ("owner", "name", "where"),
+    [
+        (Toy, "accumulate", "step 1: two numbers"),
+        (Optimizer, "step", "step 1: two numbers"),
+        (Looks, "after_step", "validation after step 0"),
+    ],
+    ids=["gradient", "optimizer", "validation"],
+)
+def test_memory_that_does_not_suffice(
+    owner: type, name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was for, then what to lower. The optimizer's averages are made in the first step."""
 
     def failing(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Optimizer, "step", failing)
-    with pytest.raises(OutOfMemory, match="^step 1: two numbers: out of memory; nothing"):
-        Toy().train(tmp_path)
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(OutOfMemory, match=f"^{where}: out of memory; nothing$"):
+        Toy().train(tmp_path, validator=Looks())
