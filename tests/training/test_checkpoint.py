@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldalign.system import distributed, exits
-from ldalign.system.errors import EnvironmentProblem, NumericsError
+from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
 from ldalign.system.files import save_tensors
 from ldalign.training import checkpoint, loop, policy, validation
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints
@@ -389,6 +389,31 @@ def test_what_is_damaged_is_set_aside_and_older_ones_stay(
     (said,) = caplog.messages
     assert said.startswith(f"{kept / 'step_00000003/manifest.json'}: not a readable manifest")
     assert said.endswith(f"; going on from {kept / 'step_00000002'}")
+
+
+def test_where_none_can_be_used_nothing_is_lost(tmp_path: Path) -> None:
+    """Said of every one, and of those that an earlier start has set aside: a stage does not begin
+    anew over them. Where there was none it does, and with it the metrics.
+    """
+    _, keeper, state = training(tmp_path)
+    for number in (1, 2):
+        keeper.write(number, state)
+        (tmp_path / f"checkpoint/step_{number:08d}/manifest.json").write_text("{}")
+    before = names(tmp_path)
+    unreadable = r"step_0000000{}/manifest\.json: not a readable manifest \(.*\)"
+    expected = f": no checkpoint can be used: .*{unreadable.format(2)}; .*{unreadable.format(1)}; b"
+    with pytest.raises(InputError, match=expected):
+        keeper.resume()
+    assert names(tmp_path) == before and (tmp_path / "metrics.jsonl").read_text()
+    for name in before:
+        folder = tmp_path / "checkpoint" / name
+        folder.rename(folder.with_name(name + checkpoint.DAMAGED))
+    with pytest.raises(InputError, match="can be used: all are set aside as damaged; bring back"):
+        keeper.resume()
+    for folder in (tmp_path / "checkpoint").iterdir():
+        folder.rename(tmp_path / folder.name)
+    assert (tmp_path / "metrics.jsonl").read_text()
+    assert keeper.resume() is None and (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_a_tensor_that_not_every_file_has(tmp_path: Path) -> None:
