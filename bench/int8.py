@@ -1,34 +1,44 @@
 """Decoding with weights in 8 bits (`sampling.weights=int8`): what is drawn, and how fast.
 
-    python bench/int8.py [--texts 150] [--rows 1,8,32] [--new-tokens 64]
+    python bench/int8.py [--texts 150] [--answers 300] [--rows 1,8,32] [--new-tokens 64]
 
 Part of `make bench`; on CPUs. What is drawn: at every token of the responses of embedded held-out
 rows, under the policy's chat template, the next-token distribution of each decoder against that of
-float32; bfloat16's stands beside it, as what a run accepts anyway. How fast: the same rows
-sampled by the exact decoder in the run's dtype and by the one in 8 bits, in turns.
+float32; bfloat16's stands beside it, as what a run accepts anyway. What comes of it: the share of
+held-out rows that the policy, after an epoch of SFT on rows of the same kinds, answers right.
+How fast: the same rows sampled by the exact decoder in the run's dtype and by the one in 8 bits, in
+turns.
 """
 
 import itertools
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import common
+import numpy as np
 import torch
+from drafts import fine_tuned
 from ours import SEED, make_model
 from torch import Tensor
 from work import LENGTHS, make_pairs
 
-from ldalign.data.embedded import make_rows
+from ldalign.data.embedded import check, make_rows
 from ldalign.data.tokenizer import load_tokenizer
+from ldalign.evaluation.statistics import standard_error
 from ldalign.generation.decoders import PackedDecoder, Weights
 from ldalign.generation.engine import Engine, Request
 from ldalign.generation.paged_cache import pages_for
 from ldalign.generation.sampling import Sampling
+from ldalign.models.fetch import resolve_model
 from ldalign.system.errors import EnvironmentProblem
 from ldalign.system.exits import run
 
+ANSWER_TOKENS = 96  # of an answer, at most
 # Whose distributions are held against float32's.
 SIDES: dict[str, tuple[torch.dtype, Weights]] = {
     "bfloat16": (torch.bfloat16, "exact"),
@@ -40,6 +50,8 @@ SIDES: dict[str, tuple[torch.dtype, Weights]] = {
 def main(argv: list[str]) -> None:
     parser = common.options("int8", __doc__)
     parser.add_argument("--texts", type=int, default=150, help="rows whose responses are measured")
+    parser.add_argument("--answers", type=int, default=300, help="rows whose answers are checked")
+    parser.add_argument("--sft-rows", type=int, default=400, help="that are trained on before")
     parser.add_argument("--rows", default="1,8,32", help="rows that are sampled at a time")
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args(argv)
@@ -47,8 +59,8 @@ def main(argv: list[str]) -> None:
     job = {"folder": str(folder) if folder else None, "config": config}
     _, dtype = common.device_and_dtype()
 
-    def decoder(dtype: torch.dtype, weights: Weights) -> PackedDecoder:
-        model = make_model(job, dtype, torch.device("cpu")).eval()
+    def decoder(dtype: torch.dtype, weights: Weights, of: common.Config = job) -> PackedDecoder:
+        model = make_model(of, dtype, torch.device("cpu")).eval()
         if not PackedDecoder.able(model):
             raise EnvironmentProblem("bench: int8: needs the C++ extension; see `make setup`")
         return PackedDecoder(model, release=True, weights=weights)
@@ -60,14 +72,39 @@ def main(argv: list[str]) -> None:
         {name: decoder(*side) for name, side in SIDES.items()},
         texts,
     )
-    pair = [decoder(getattr(torch, dtype), weights) for weights in ("exact", "int8")]
+    with tempfile.TemporaryDirectory() as scratch:
+        taught = make_rows(SEED, "train", 8 if args.small else args.sft_rows)
+        data = Path(scratch) / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in taught), encoding="utf-8")
+        start = resolve_model("toy", args.cache) if folder is None else folder
+        common.say("int8: an epoch of SFT ...")
+        tuned = fine_tuned(start, data, len(taught), 1, Path(scratch), args.cache)
+        asked = make_rows(SEED, "heldout", 4 if args.small else args.answers)
+        common.say("int8: answers ...")
+        right = {
+            weights: answered(
+                decoder(getattr(torch, dtype), weights, {"folder": str(tuned)}),
+                tuned,
+                asked,
+            )
+            for weights in get_args(Weights)
+        }
+    pair = [decoder(getattr(torch, dtype), weights) for weights in get_args(Weights)]
     new, repeat = (4, 1) if args.small else (args.new_tokens, args.repeat or 5)
     speeds = []
     for rows in [2] if args.small else map(int, args.rows.split(",")):
         common.say(f"int8: {rows} rows ...")
         speeds.append(speed(pair, rows, new, repeat, config["vocab_size"]))
     result = common.result(
-        "int8", args, texts=len(texts), dtype=dtype, new_tokens=new, drawn=drawn, speeds=speeds
+        "int8",
+        args,
+        texts=len(texts),
+        dtype=dtype,
+        new_tokens=new,
+        sft_rows=len(taught),
+        drawn=drawn,
+        answers=compared(right),
+        speeds=speeds,
     )
     common.save(result, render(result), args.results)
 
@@ -130,6 +167,49 @@ def next_logps(decoder: PackedDecoder, ids: list[int], count: int) -> Tensor:
     return logits.double().log_softmax(1)
 
 
+def answered(
+    decoder: PackedDecoder, folder: Path, rows: Sequence[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Whether each row is answered right, greedily and at temperature 1: 0 or 1."""
+    tokenizer = load_tokenizer(folder)
+    prompts = [tokenizer.prompt_ids(row["messages"][:1]) for row in rows]
+    longest = max(map(len, prompts)) + ANSWER_TOKENS
+    right = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        sampling = Sampling(ANSWER_TOKENS, temperature=temperature)
+        engine = Engine(decoder, sampling, tokenizer.end_ids, SEED, longest=longest, rows=32)
+        requests = [Request(row["id"], prompts[i], i) for i, row in enumerate(rows)]
+        made = {request.index: response for request, response in engine.run(requests)}
+        right[name] = [
+            float(
+                made[i].finish_reason == "stop"
+                and check(row["kind"], row["answer"], tokenizer.decode(made[i].ids))
+            )
+            for i, row in enumerate(rows)
+        ]
+    return right
+
+
+def compared(right: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Of greedy and of sampled answers: the share that is right of both decoders, and by how much
+    that in 8 bits has more, with the standard error of the differences row by row.
+    """
+    found = []
+    for name in right["exact"]:
+        exact, int8 = (np.array(right[weights][name]) for weights in get_args(Weights))
+        found.append(
+            {
+                "answers": name,
+                "rows": len(exact),
+                "exact": exact.mean(),
+                "int8": int8.mean(),
+                "more": (int8 - exact).mean(),
+                "error": standard_error(int8 - exact),
+            }
+        )
+    return found
+
+
 def speed(
     decoders: Sequence[PackedDecoder], rows: int, new: int, repeat: int, vocabulary: int
 ) -> dict[str, Any]:
@@ -188,6 +268,23 @@ def render(result: dict[str, Any]) -> list[str]:
                 f"{side['bias']:+.4f} +- {side['bias_error']:.4f}",
             )
         )
+    lines += [
+        "",
+        f"Answers right of {result['answers'][0]['rows']} held-out rows, by the policy after an "
+        f"epoch of SFT on {result['sft_rows']} rows; exact: {result['dtype']}. The difference is "
+        "row by row, with its standard error.",
+        "",
+        *common.table("answers", "exact", "8 bits", "8 bits - exact"),
+        *(
+            common.row(
+                found["answers"],
+                f"{100 * found['exact']:.1f} %",
+                f"{100 * found['int8']:.1f} %",
+                f"{100 * found['more']:+.1f} +- {100 * found['error']:.1f} points",
+            )
+            for found in result["answers"]
+        ),
+    ]
     lines += [
         "",
         f"Tokens a second of rows being decoded, {result['new_tokens']} tokens each, medians over "
