@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
                 export_gguf(folder, Path(ggufs[kind]), kind)
         for name in dtypes.split(",")[: 1 if args.small else None]:
             for rows in [2] if args.small else map(int, args.batches.split(",")):
-                repeat = 1 if args.small else args.repeat or (3 if rows <= 32 else 1)
+                repeat = 2 if args.small else args.repeat or (3 if rows <= 32 else 1)
                 pairs = make_pairs(LENGTHS["gsm8k"], rows * (repeat + 1), config["vocab_size"])
                 beginning = pairs[0]["prompt"][:BEGINNING]
                 prompts = [beginning + pair["prompt"][len(beginning) :] for pair in pairs]
@@ -165,7 +165,8 @@ def measure(
     for name, peer in measured.items():
         common.say(f"generate: {rows} rows, {job['dtype']}: {name} ...")
         sides[name] = measure_peer(job, peer)
-    if device.type == "cpu" and rows in BUSY_ROWS and job["dtype"] == "bfloat16":
+    busy = small or rows in BUSY_ROWS
+    if device.type == "cpu" and busy and job["dtype"] == "bfloat16":
         fewer = {**job, "batches": job["batches"][:2]}  # one after the one that warms up
         with common.spinning(1):
             common.say(f"generate: {rows} rows, {job['dtype']}{BESIDE} ...")
@@ -177,7 +178,9 @@ def measure(
     for side in sides.values():
         if "skipped" not in side:
             side["tokens_per_second"] = tokens / statistics.median(side["seconds"])
-            side["time_ratio"] = common.median_ratio(side["seconds"], sides["ldalign"]["seconds"])
+            # Beside a spinning process fewer batches were measured, the first ones.
+            ours = sides["ldalign"]["seconds"][: len(side["seconds"])]
+            side["time_ratio"] = common.median_ratio(side["seconds"], ours)
     itemsize = getattr(torch, job["dtype"]).itemsize
     costs = generation_costs(
         shape, [len(p) for p in job["batches"][-1]], job["new_tokens"], itemsize
