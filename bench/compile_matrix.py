@@ -26,12 +26,13 @@ def main(argv: list[str]) -> None:
     if not args.small:
         others = [made.parent for made in sorted(ROOT.glob(".venv-triton-*/.made"))]
         jobs = [(place, f"--arch={arch}") for place in (None, *others) for arch in SHARED_KIB]
+    rows: list[Compiled] = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a process
-        rows = [
-            row for found in threads.map(lambda job: compiled_apart(*job), jobs) for row in found
-        ]
-    found = problems(rows)
-    result = common.result("compile_matrix", args, rows=summary(rows), problems=found)
+        done = threads.map(lambda job: compiled_apart(*job), jobs)
+        for (place, option), found in zip(jobs, done, strict=True):
+            common.say(f"compile_matrix: {place.name if place else 'triton'} {option}")
+            rows += found
+    result = common.result("compile_matrix", args, rows=summary(rows), problems=problems(rows))
     common.save(result, render(result), args.results, "compile-matrix")
 
 

@@ -53,14 +53,10 @@ def main(argv: list[str]) -> None:
     )
     entries = []
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "rows.jsonl"
         records = make_rows(SEED, "train", count)
-        data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         for n in epochs:
             common.say(f"drafts: {n} epochs of SFT ...")
-            policy = (
-                start if n == 0 else fine_tuned(start, data, count, n, Path(scratch), args.cache)
-            )
+            policy = start if n == 0 else fine_tuned(start, records, n, Path(scratch), args.cache)
             repeat = 1 if args.small else args.repeat or 3
             measured = measure(policy, records, batches, drafts, repeat, args.small)
             entries += [{"epochs": n, **entry} for entry in measured]
@@ -82,9 +78,12 @@ class Counted:
         return self.decoder.step(*given)
 
 
-def fine_tuned(start: Path, data: Path, rows: int, epochs: int, scratch: Path, cache: Path) -> Path:
-    """Trains with train/sft.py, as a user would; returns the policy's folder."""
-    folder = scratch / f"sft-{epochs}"
+def fine_tuned(
+    start: Path, records: Sequence[dict[str, Any]], epochs: int, scratch: Path, cache: Path
+) -> Path:
+    """Trains on the records with train/sft.py, as a user would; returns the policy's folder."""
+    folder, data = scratch / f"sft-{epochs}", scratch / "rows.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     settings = [
         f"policy={start}",
         f"data={data}",
@@ -92,7 +91,7 @@ def fine_tuned(start: Path, data: Path, rows: int, epochs: int, scratch: Path, c
         f"cache={cache}",
         f"sft.epochs={epochs}",
         "sft.learning_rate=2e-5",
-        f"sft.global_batch={min(8, rows)}",
+        f"sft.global_batch={min(8, len(records))}",
         "evaluation.rows=0",
         "report=table",
     ]

@@ -213,6 +213,15 @@ def measure_peer(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
     )
 
 
+def in_8_bits(name: str, side: dict[str, Any], sides: dict[str, dict[str, Any]]) -> str:
+    """A peer's time and memory over those of ldalign in 8 bits, where the peer is so, too."""
+    if "8 bits" not in name or name.endswith(BESIDE):
+        return ""
+    ours = sides[IN_8_BITS]
+    time = common.median_ratio(side["seconds"], ours["seconds"])
+    return f"{time:.2f}, {side['peak_gib'] / ours['peak_gib']:.2f}"
+
+
 def render(result: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     lines = [
@@ -234,6 +243,8 @@ def render(result: dict[str, Any]) -> list[str]:
             "time / ldalign's",
             "first token, s",
             "peak memory, GiB",
+            "memory / ldalign's",
+            "time, memory / ldalign's in 8 bits",
             "others",
         ),
     ]
@@ -241,17 +252,19 @@ def render(result: dict[str, Any]) -> list[str]:
         for name, side in table["sides"].items():
             cells: list[str] = [str(table["rows"]), table["dtype"], name]
             if "skipped" in side:
-                cells += [f"not run: {side['skipped']}", "", "", "", ""]
+                cells += [f"not run: {side['skipped']}", *[""] * 6]
             else:
                 first = "" if side["first"] is None else f"{side['first']:.2f}"
                 speed = [f"{side['tokens_per_second']:.0f}", f"{side['time_ratio']:.2f}"]
                 others = f"{100 * side['others']:.0f} %"
-                cells += [*speed, first, f"{side['peak_gib']:.2f}", others]
+                cells += [*speed, first, f"{side['peak_gib']:.2f}"]
+                cells += [f"{side['peak_gib'] / table['sides']['ldalign']['peak_gib']:.2f}"]
+                cells += [in_8_bits(name, side, table["sides"]), others]
             lines.append(common.row(*cells))
         for name, limit in table["limits"].items():
             lines.append(
                 common.row(
-                    table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", "", "", "", ""
+                    table["rows"], table["dtype"], f"limit: {name}", f"{limit:.0f}", *[""] * 6
                 )
             )
     settings = {

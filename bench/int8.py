@@ -11,7 +11,6 @@ turns.
 """
 
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -74,18 +73,14 @@ def main(argv: list[str]) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         taught = make_rows(SEED, "train", 8 if args.small else args.sft_rows)
-        data = Path(scratch) / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in taught), encoding="utf-8")
         start = resolve_model("toy", args.cache) if folder is None else folder
         common.say("int8: an epoch of SFT ...")
-        tuned = fine_tuned(start, data, len(taught), 1, Path(scratch), args.cache)
+        tuned = fine_tuned(start, taught, 1, Path(scratch), args.cache)
         asked = make_rows(SEED, "heldout", 4 if args.small else args.answers)
         common.say("int8: answers ...")
         right = {
             weights: answered(
-                decoder(getattr(torch, dtype), weights, {"folder": str(tuned)}),
-                tuned,
-                asked,
+                decoder(getattr(torch, dtype), weights, {"folder": str(tuned)}), tuned, asked
             )
             for weights in get_args(Weights)
         }

@@ -467,8 +467,9 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> int:
     """Prints the table and the problems, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--short", action="store_true", help="one shape, the worst, on sm_90")
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--short", action="store_true", help="one shape, the worst, on sm_90")
+    part.add_argument(
         "--arch", type=int, choices=list(SHARED_KIB), help="only for this GPU, 90 for sm_90"
     )
     parser.add_argument(

@@ -151,14 +151,14 @@ class PackedDecoder:
     def __init__(self, model: Mistral, release: bool = False, weights: Weights = "exact") -> None:
         self.config, self.device = model.config, torch.device("cpu")
         self.dtype, self.weights = model.output_weight.dtype, weights
-        self._pages = LargePages()
+        empty = LargePages().empty
         # The order that `cpp.decode_layers` reads them in.
         self.packed: list[Packed] = []  # 4 L
         self.norms: list[Tensor] = []  # 2 L + 1, float32
         for block in model.blocks:
             attention, mlp = block.self_attn, block.mlp
             for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-                self.packed.append(self._take(linear, release))
+                self.packed.append(self._take(linear, release, empty))
             self.norms.append(block.input_layernorm.weight.float())
             self.norms.append(block.post_attention_layernorm.weight.float())
         self.norms.append(model.model.norm.weight.float())
@@ -168,17 +168,15 @@ class PackedDecoder:
         shared = tied and weights == "exact"
         self.embedding = None if shared else model.embedding.weight.detach()
         self.head = self._take(
-            model.embedding if tied else model.lm_head, release and (shared or not tied)
+            model.embedding if tied else model.lm_head, release and (shared or not tied), empty
         )
 
-    def _take(self, module: nn.Module, release: bool) -> Packed:
+    def _take(self, module: nn.Module, release: bool, empty: "Empty") -> Packed:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         given = weight.detach()
-        if self.weights == "exact":
-            packed = Packed(pack_weight(given, self._pages.empty))
-        else:
-            packed = pack_int8(given, self._pages.empty)
+        exact = self.weights == "exact"
+        packed = Packed(pack_weight(given, empty)) if exact else pack_int8(given, empty)
         if release:
             weight.data = weight.new_empty(0)
         return packed

@@ -56,9 +56,9 @@ def keep_freed_memory() -> bool:
 class Heap:
     """The heap of a training loop on a CPU: what it grows in holes is given back, not too often.
 
-    A step's activations are freed by its end and taken again by the next one, which is slower by a
-    quarter where their pages went back to the system meanwhile. So what a step takes that begins
-    without holes counts as needed, and only what lies above it as holes.
+    A step's activations are freed by its end and taken again by the next one, which is much slower
+    where their pages went back to the system meanwhile. So what a step takes that begins without
+    holes counts as needed, and only what lies above it as holes.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ class Heap:
 class LargePages:
     """Memory for tensors that are kept and read often: in pages of 2 MiB where Linux has them.
 
-    Of weights that are read once a token from end to end, looking up pages of 4 KiB is a twentieth
-    of the time. It is given back when the last tensor in a block of it is gone.
+    Of weights that are read once a token from end to end, looking up pages of 4 KiB takes time that
+    can be seen. It is given back when the last tensor in a block of it is gone.
     """
 
     block_bytes = 2**26

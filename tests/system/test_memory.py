@@ -72,8 +72,7 @@ def test_when_a_heap_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heap.needed == 5 * gib
     # A step that needs little does not make those after it look large.
     assert [after(held) for held in (1.0, 5.0, 7.4)] == [False, False, False]
-    small = memory.Heap()
-    heap = small
+    heap = memory.Heap()
     assert [after(held) for held in (0.5, 1.4, 1.5)] == [False, False, True]
 
 
