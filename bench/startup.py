@@ -56,6 +56,12 @@ def commands(policy: Path, place: Path, args: Any) -> dict[str, list[str] | str]
         "ldalign align --help": [*ldalign, "align", "--help"],
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         "ldalign generate, one token": [*ldalign, *generate.split(), f"output={place}/answers"],
+        "the same by weights in 8 bits": [
+            *ldalign,
+            *generate.split(),
+            "sampling.weights=int8",
+            f"output={place}/answers_8_bits",
+        ],
     }
     if not args.no_peers and not args.small:
         try:

@@ -336,6 +336,21 @@ Tensor packed_rows(const Tensor& packed, const Tensor& ids) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> quantise(const Tensor& x) {
+  const Check check{"quantise"};
+  check.floats(x, "x", 2, "(N, K)");
+  check_decode_type(check, x, "x");
+  const int64_t N = x.size(0), K = x.size(1), groups = divided(K, kGroup);
+  const Tensor from = x.contiguous();
+  const Int8Buffer bytes(N, K);
+  with_decode_type(x.scalar_type(), [&]<class T>(T) {
+    together(1, [&](Member& member) { quantise(member, data<T>(from), N, K, bytes.rows); });
+  });
+  const Tensor scales = at::empty({N, groups}, at::kFloat);
+  for (int64_t i = 0; i < N * groups; ++i) data<float>(scales)[i] = bytes.rows.groups[i].scale;
+  return {bytes.q, scales};
+}
+
 Tensor decode_layers(
     const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList norms, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& pages, const Tensor& cos, const Tensor& sin, int64_t heads,

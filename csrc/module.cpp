@@ -60,6 +60,7 @@ TORCH_LIBRARY(ldalign_cpp, m) {
         " int seed) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, Tensor? scales, int out_features, bool wide_out) -> Tensor");
   m.def("packed_rows(Tensor packed, Tensor ids) -> Tensor");
+  m.def("quantise(Tensor x) -> (Tensor q, Tensor scales)");
   m.def("decode_layers(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] norms, Tensor(a!) keys, Tensor(b!) values,"
         " Tensor rows, Tensor pages, Tensor cos, Tensor sin, int heads, int intermediate, int? window, float eps)"
         " -> Tensor");
@@ -93,6 +94,7 @@ TORCH_LIBRARY_IMPL(ldalign_cpp, CPU, m) {
   m.impl("rmsprop_", TORCH_FN(rmsprop_));
   m.impl("packed_linear", TORCH_FN(packed_linear));
   m.impl("packed_rows", TORCH_FN(packed_rows));
+  m.impl("quantise", TORCH_FN(quantise));
   m.impl("decode_layers", TORCH_FN(decode_layers));
   m.impl("all_finite", TORCH_FN(all_finite));
   m.impl("sample", TORCH_FN(sample));

@@ -95,6 +95,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
                      bool wide_out);
 // rows ids (N,) of a packed weight, as they were before -> (N, K)
 Tensor packed_rows(const Tensor& packed, const Tensor& ids);
+// x (N, K) -> q (N, K to whole groups of 64) int8 and scales (N, groups) float32: `quantise` of kernels.h
+std::tuple<Tensor, Tensor> quantise(const Tensor& x);
 
 // x (N, D): the new tokens of R rows, row after row; rows (R, 2): how many, and how many the cache holds; pages (R, P):
 // the row's pages, in order. weights: qkv, o, gate_up and down of each layer; scales: theirs, where they are int8, else

@@ -342,6 +342,12 @@ def packed_linear(
     return out
 
 
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds rows x (N, K) float32 or bfloat16 to 8 bits: `reference.quantise`, to the bit."""
+    q, scales = torch.ops.ldalign_cpp.quantise(x)
+    return q, scales
+
+
 def packed_rows(packed: Tensor, ids: Tensor) -> Tensor:
     """Rows ids (N,) int64 of a weight packed by `pack_weight`, as they were before: (N, K)."""
     out: Tensor = torch.ops.ldalign_cpp.packed_rows(packed, ids)

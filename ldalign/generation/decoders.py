@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldalign import ops
 from ldalign.generation.graphs import CudaGraphs, Graphs
 from ldalign.generation.paged_cache import PAGE
-from ldalign.kernels import cpp, reference
+from ldalign.kernels import cpp
 from ldalign.models.layout import Rotary
 from ldalign.models.mistral import Mistral, rope_tables
 from ldalign.system.errors import InputError
@@ -29,7 +29,6 @@ from ldalign.system.memory import LargePages
 from ldalign.system.transfer import to_device
 
 PANEL = 32  # rows of a weight that are packed together, as csrc/kernels.h has it
-ROWS_AT_ONCE = 4096  # of a weight that is rounded to 8 bits
 # exact: the model's own; int8: their roundings to 8 bits, and the products' inputs in 8 bits, too
 Weights = Literal["exact", "int8"]
 
@@ -252,10 +251,8 @@ def pack_weight(weight: Tensor, empty: Empty = torch.empty) -> Tensor:
 
 
 def pack_int8(weight: Tensor, empty: Empty = torch.empty) -> Packed:
-    """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`reference.quantise`) and packs it."""
-    # By pieces: what is made on the way is four times the result.
-    pieces = [reference.quantise(rows) for rows in weight.split(ROWS_AT_ONCE)]
-    values, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`cpp.quantise`) and packs it."""
+    values, scales = cpp.quantise(weight)
     return Packed(pack_weight(values, empty), pack_weight(scales, empty))
 
 

@@ -105,6 +105,21 @@ def test_zeros_and_what_has_no_reciprocal_are_zeros() -> None:
     assert not q.any() and not scales.any()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("K", [2, 64, 66, 576])
+def test_cpp_quantises_to_the_bit(isa: None, dtype: torch.dtype, K: int) -> None:
+    """In every instruction set, also what is not finite, not contiguous, or near nothing."""
+    x = normal(37, 2 * K).to(dtype)[:, ::2]
+    x[0], x[1], x[2, 0] = 0, 1e-40, 1e4
+    x[3, -1], x[4, 0], x[5, K // 2] = float("nan"), float("inf"), float("-inf")
+    x[6, 0], x[7] = 3e38, 3e38  # 8 times the turn of the second overflows
+    (q, scales), (wanted, of_wanted) = cpp.quantise(x), reference.quantise(x)
+    assert torch.equal(q, wanted) and torch.equal(scales.isnan(), of_wanted.isnan())
+    assert torch.equal(scales.nan_to_num(-1.0), of_wanted.nan_to_num(-1.0))
+    assert scales.isnan().any(1).sum() >= 3 and (scales == 0).any(1).sum() >= 2
+    assert [part.shape[0] for part in cpp.quantise(x[:0])] == [0, 0]
+
+
 # ----------------------------------------------------------------------------------- the product
 
 

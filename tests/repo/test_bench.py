@@ -106,7 +106,7 @@ def test_startup_measures_whole_commands(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "startup-cpu.json").read_text())["rows"]
     by_name = {row["name"]: row for row in rows}
     assert by_name["python -c 'import torch'"]["time_ratio"] == 1.0
-    assert all(row["median_seconds"] > 0 for row in rows) and len(rows) == 4
+    assert all(row["median_seconds"] > 0 for row in rows) and len(rows) == 5
 
 
 def test_logits_in_bfloat16_cost_what_float32_ones_do_not(tmp_path: Path) -> None:
