@@ -116,6 +116,14 @@ def test_logits_in_bfloat16_cost_what_float32_ones_do_not(tmp_path: Path) -> Non
     assert all(row[part]["deviation"] > 0.01 for row in rows for part in ("bfloat16", "hidden"))
 
 
+def test_company_changes_what_bfloat16_rounds(tmp_path: Path) -> None:
+    """Beside float32 a log-prob is off, and by less than the check of step 0 refuses."""
+    run_bench("company.py", "--small", "--results", tmp_path)
+    found = json.loads((tmp_path / "company.json").read_text())["found"]
+    assert [entry["dtype"] for entry in found] == ["float32", "bfloat16", "bfloat16"]
+    assert found[2]["other"] == "float32" and 0 < found[2]["typical"] <= found[2]["most"] < 1
+
+
 def test_benchmarks_are_chosen_by_name() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / "run.py"), "--only", "stepp"], capture_output=True, text=True

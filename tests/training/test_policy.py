@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -239,26 +240,69 @@ def test_step_0_must_start_at_the_reference() -> None:
     )
 
 
+BFLOAT16 = policy.STEP0_TOLERANCE[torch.bfloat16]  # put in the place of float32's
+
+
+def moved(pairs: Sequence[Pair], *nats: float) -> list[Pair]:
+    """The pairs with the first ones' winner further off the reference."""
+    off = [replace(p, ref_real=p.ref_real + x) for p, x in zip(pairs, nats, strict=False)]
+    return [*off, *pairs[len(off) :]]
+
+
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 def test_step_0_is_judged_in_nats_whatever_beta_is(
     beta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probs that are off by 0.19 nats, either way or all the same, as bfloat16 rounds them; and
-    by 4, which cancel in the mean loss, or which the other pairs outweigh there.
+    """Log-probs that are off as bfloat16 rounds them, either way or all the same; and one by 4
+    nats, which cancel in the mean loss, or which the other pairs outweigh there.
     """
     pairs = with_reference(tiny.pairs(8, weights=WEIGHTS))
-    monkeypatch.setitem(policy.STEP0_TOLERANCE, torch.float32, 5e-2)  # bfloat16's
-
-    def off(*nats: float) -> list[Pair]:
-        moved = [replace(p, ref_real=p.ref_real + x) for p, x in zip(pairs, nats, strict=False)]
-        return [*moved, *pairs[len(moved) :]]
-
-    assert all(0.2 < 0.05 * (len(pair.real) + 15) ** 0.5 < 0.25 for pair in pairs)
-    for sound in (off(-0.19, 0.19), off(0.19, 0.19)):
+    monkeypatch.setitem(policy.STEP0_TOLERANCE, torch.float32, BFLOAT16)
+    assert all(1.9 < BFLOAT16 * (len(pair.real) + 15) ** 0.5 < 2.5 for pair in pairs)
+    for sound in (moved(pairs, -0.5, 0.5), moved(pairs, 0.5, 0.5), moved(pairs, 1.9)):
         run(sound, beta=beta)
-    for wrong in (off(0.0, 4.0), off(-4.0, 4.0), off(0.0, 0.25)):
+    for wrong in (moved(pairs, 0.0, 4.0), moved(pairs, -4.0, 4.0), moved(pairs, 0.0, 2.6)):
         with pytest.raises(NumericsError, match=r"row-[01]'s real response \(\d tokens\) is [-+]"):
             run(wrong, beta=beta)
+
+
+def test_step_0_asks_more_of_many_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be off by what one of few tokens is; all of them at once are not.
+
+    The allowed root mean square, from the text: 0.3 of one's, and the rest by the root of the
+    number of responses.
+    """
+    pairs = with_reference(tiny.pairs(8, weights=WEIGHTS))
+    monkeypatch.setitem(policy.STEP0_TOLERANCE, torch.float32, BFLOAT16)
+    mean = sum(len(r) + 15 for pair in pairs for r in pair.responses) / 16
+    allowed = BFLOAT16 * (0.3 + 0.7 / 16**0.5) * mean**0.5
+    near = allowed * 2**0.5  # of the real ones alone: half of 16
+    run(moved(pairs, *[0.98 * near] * 8))
+    with pytest.raises(NumericsError) as refused:
+        run(moved(pairs, *[1.02 * near] * 8))
+    said = re.search(
+        r"log-probs of 16 responses are ([\d.]+) nats .* explains ([\d.]+): ", str(refused.value)
+    )
+    assert said and float(said[1]) == pytest.approx(1.02 * allowed, rel=1e-3)
+    assert float(said[2]) == pytest.approx(allowed, rel=1e-3)
+    assert "most of all row row-" in str(refused.value)
+
+
+def test_step_0_counts_the_responses_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose own are exact refuses for another's: the worst one's, or the sum's."""
+    pairs = with_reference(tiny.pairs(8, weights=WEIGHTS))
+    for worst, squares, wrong in (
+        (0.9, 16 * 0.0004**2, False),
+        (0.9, 16 * 0.0007**2, True),
+        (1.1, 0.0, True),
+    ):
+        other = ((worst, 1e-3, 9e-4, "row x's real response (5 tokens)"), 16, squares, 16 * 20)
+        monkeypatch.setattr(distributed, "on_all", lambda work, other=other: [work(), other])
+        if wrong:
+            with pytest.raises(NumericsError, match="row x's real response"):
+                run(pairs)
+        else:
+            run(pairs)
 
 
 def test_step_0_names_the_worst_response_and_its_nats() -> None:
