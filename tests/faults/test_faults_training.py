@@ -19,7 +19,7 @@ import tiny
 import torch
 from faults import TIMES, Driver
 from faults_ranks import STEPS, pairs, trained
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_context import open_toy
 
@@ -541,7 +541,9 @@ def test_T15_dropout_in_config_json(tmp_path: Path) -> None:
     assert timeless(tmp_path)[0]["loss/unweighted"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+def align_one_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str
+) -> tuple[nn.Module, nn.Module]:
     """Runs reference and policy stage for one step on four pairs of the toy run; their models."""
     loaded: list[nn.Module] = []
     for stage in (policy_module, reference_module):
@@ -556,6 +558,7 @@ def align_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Mo
         "heldout_fraction=0",
         "sft.rows=4",
         "sft.global_batch=4",
+        *overrides,
     )
     before = hash_model_folder(ctx.start)
     with ctx.run:
@@ -598,6 +601,28 @@ def test_T16_the_reference_has_no_gradients(
         trainable, policy = align_one_step(tmp_path / "two", monkeypatch)
     with pytest.raises(AssertionError):
         assert_frozen(trainable, policy)
+
+
+def test_T16_the_reference_is_as_coarse_as_the_weights_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """training.master_dtype=bfloat16 and dtype=float32, from a policy whose file has float32.
+
+    Expected: the reference has the weights that training begins with, and step 0 finds it so.
+    """
+    folder = write_toy_model(tmp_path / "policy")
+    stored = {
+        name: p.float() * (1 + 2**-10)
+        for name, p in load_file(folder / "model.safetensors").items()
+    }
+    save_file(stored, folder / "model.safetensors")
+    keys = (f"policy={folder}", "dtype=float32")
+    coarse = "training.master_dtype=bfloat16"
+    reference, _ = align_one_step(tmp_path / "one", monkeypatch, *keys, coarse)
+    for name, p in reference.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()), name
+    exact, _ = align_one_step(tmp_path / "two", monkeypatch, *keys)
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in exact.parameters())
 
 
 def test_T16_reference_stays_as_it_is(toy_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from ldalign.data.pairs import Pairs
@@ -38,9 +39,16 @@ def reference_stage(
     name = REFERENCE_STAGE.folder(t)
     used = pairs.usable
     kept = pairs.take(used)
+    # The policy begins with its weights as training keeps them, which may be coarser than they are
+    # computed in here: the reference is that policy.
+    start = getattr(torch, ctx.config.training.master_dtype)
+    rounded = start.itemsize < ctx.dtype.itemsize
 
     def make(folder: Path) -> Metrics:
         model = load_model(policy, ctx.dtype, ctx.device).requires_grad_(False)
+        if rounded:
+            for p in model.parameters():
+                p.copy_(p.to(start))
         with Bar(name, len(kept), "pairs") as progress:
             logps = response_logps(
                 model,
@@ -63,6 +71,7 @@ def reference_stage(
         "data": ctx.used_hash,
         **ctx.tokenizer.template_parents,
         "dtype": str(ctx.dtype),
+        **({"start": str(start)} if rounded else {}),
         **made_from,
         **ctx.keys("max_length"),
     }
