@@ -100,6 +100,19 @@ def test_what_an_import_runs() -> None:
     assert run_at_import(b"@f\ndef g(): return 1\n") == {1: range(1, 3)}
 
 
+def test_what_an_import_runs_belongs_to_its_class_not_to_who_imported_it() -> None:
+    code = b"class A:\n    n = 1\n\n    def f(self):\n        return 2\n"
+    constant, other = mutants(code, "a.py")[0], mutants(code, "a.py")[-1]
+    assert (constant.line, other.line) == (2, 5)
+    recorded = {
+        "first.py": mutate.Covered({}, {"a.py": {1: ["imports"], 2: ["imports"], 4: ["imports"]}}),
+        "second.py": mutate.Covered({}, {"a.py": {5: ["calls"]}}),
+    }
+    both = {"first.py": ["imports"], "second.py": ["calls"]}
+    assert mutate.covering(constant, code, recorded) == both
+    assert mutate.covering(other, code, recorded) == {"second.py": ["calls"]}
+
+
 def test_a_draw_is_the_seeds() -> None:
     found = mutants(SOURCE.encode(), "m")
     assert chosen(found, 1000, 0) == found

@@ -305,11 +305,11 @@ def covering(mutant: Mutant, source: bytes, recorded: dict[str, Covered]) -> dic
     """{test file: its tests} that run a mutant's lines.
 
     What is run at import alone (a default, a constant) belongs to the tests of the function or
-    class around it, or else to all of the module.
+    class around it, or else to all of the module: not to the test that happened to import it.
     """
     places = [range(mutant.lines[0], mutant.lines[1] + 1)]
     if around := run_at_import(source).get(mutant.line):
-        places += [around, range(1, source.count(b"\n") + 2)]
+        places = [around, range(1, source.count(b"\n") + 2)]
     for lines in places:
         found = {}
         for file, covered in recorded.items():
