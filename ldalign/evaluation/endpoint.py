@@ -32,7 +32,11 @@ RETRIES = 6  # after waits of 0.5, 1, 2, 4, 8 and 8 seconds, where the server na
 LONGEST_WAIT_S = 60.0  # whatever the server names
 ANSWER_S = 600.0  # a try's: to connect, to send, and from then to the answer's last byte
 MAX_BYTES = 2**20  # of an answer as it is sent; parsed, JSON takes up to 20 times that
+# Of all that comes for a try, headers and the lines of chunks with it: an answer of MAX_BYTES in
+# chunks of one byte takes 6 times that.
+MAX_SENT = 8 * MAX_BYTES
 KEPT_CHARACTERS = 20_000  # of an answer's text, its end: the verdict comes last
+MAX_LINE = 2**20  # bytes of a kept answer; a character takes at most 6, as \u001b does
 KEY = "OPENAI_API_KEY"
 
 
@@ -172,8 +176,9 @@ class Endpoint:
     def _post(self, body: bytes) -> "_Reply":
         """Sends a question, through the proxy that the environment names.
 
-        Raises _NoAnswer for an answer of status 200 that is packed or has more than MAX_BYTES;
-        OSError, ValueError or HTTPException where no answer comes within ANSWER_S.
+        Raises _NoAnswer for an answer of status 200 that is packed or has more than MAX_BYTES, and
+        for any that comes in more than MAX_SENT; OSError, ValueError or HTTPException where no
+        answer comes within ANSWER_S.
         """
         headers = {
             "Content-Type": "application/json",
@@ -239,7 +244,7 @@ class Endpoint:
 
 
 class _NoAnswer(Exception):
-    """What came with status 200 is none: says why."""
+    """What came is no answer: says why."""
 
 
 class _Reply(NamedTuple):
@@ -250,10 +255,15 @@ class _Reply(NamedTuple):
 
 
 class _Until(io.RawIOBase):
-    """A connection's bytes, until ANSWER_S after it was made, however slowly they come."""
+    """A connection's bytes, until ANSWER_S after it was made, however slowly they come.
+
+    Here they are counted too, as only here all of them pass: http.client bounds neither how many
+    lines an answer has before, between and after its chunks, nor what a chunk's size may say.
+    """
 
     def __init__(self, connection: Any, raw: Any) -> None:
         self.connection, self.raw, self.end = connection, raw, time.monotonic() + ANSWER_S
+        self.left = MAX_SENT
 
     def readable(self) -> bool:
         return True
@@ -264,6 +274,9 @@ class _Until(io.RawIOBase):
             raise TimeoutError
         self.connection.settimeout(left)
         got: int | None = self.raw.readinto(buffer)
+        self.left -= got or 0
+        if self.left < 0:
+            raise _NoAnswer(f"it came in more than {MAX_SENT} bytes")
         return got
 
     def close(self) -> None:
@@ -275,6 +288,13 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_Until(sock, self.fp.detach()))
+
+    def _read_next_chunk_size(self) -> int:
+        # http.client reads it by int(), which takes a sign, and -1 bytes are all that ever come.
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if size < 0:
+            raise ValueError("negative")  # which http.client tells as IncompleteRead
+        return size
 
 
 class _Connection(http.client.HTTPConnection):
@@ -371,27 +391,32 @@ def _reason(error: Exception) -> str:
 def _read(path: Path) -> tuple[dict[str, str], int]:
     """Reads a file of answers: (answers by key, tokens they took).
 
-    A torn last line is cut off, and asked again. Raises InputError for any other bad line.
+    Line by line, as the file may have come with a stranger's run folder. A torn last line is cut
+    off, and asked again. Raises InputError for any other bad line, also for one of more than
+    MAX_LINE bytes, which is not read to its end.
     """
-    answers, tokens = {}, 0
+    answers: dict[str, str] = {}
+    tokens = whole = 0  # whole: the bytes until the last line's end
     if not path.is_file():
         return {}, 0
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            answer, cost = str(record["answer"]), record["tokens"]
-            if type(cost) is not int or cost < 0:
-                raise ValueError
-            answers[str(record["key"])] = answer
-            tokens += cost
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise InputError(
-                f"{path}:{number}: not a kept answer; delete the line, and it is asked again"
-            ) from None
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(MAX_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) <= MAX_LINE and not line.endswith(b"\n"):
+                os.truncate(path, whole)
+                break
+            try:
+                if len(line) > MAX_LINE:
+                    raise ValueError
+                record = json.loads(line.decode("utf-8", errors="replace"))
+                answer, cost = str(record["answer"]), record["tokens"]
+                if type(cost) is not int or cost < 0:
+                    raise ValueError
+                answers[str(record["key"])] = answer
+                tokens += cost
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise InputError(
+                    f"{path}:{number}: not a kept answer; delete the line, and it is asked again"
+                ) from None
+            whole += len(line)
     return answers, tokens

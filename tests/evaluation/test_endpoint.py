@@ -137,6 +137,11 @@ MALFORMED = {
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         "IncompleteRead",
     ),
+    "a chunk of less than nothing": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
+        + json.dumps(chat()).encode(),
+        "IncompleteRead",
+    ),
     "no word": (b"", "Remote end closed connection without response"),
 }
 
@@ -206,6 +211,71 @@ def test_an_answer_without_end_is_not_read_to_its_end(stranger: Stranger, tmp_pa
     stranger.says = says
     line = refusal(connect(stranger, tmp_path), "q", EnvironmentProblem)
     assert "it has more than 1048576 bytes" in line and max(taken) < 32
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LONG_LINE = b"x" * 60_000 + b"\r\n"
+TOO_MUCH = "it came in more than 8388608 bytes"
+WITHOUT_END = {  # what is sent first, what then without end, and what it ends in
+    "a chunk of less than nothing": (CHUNKED + b"-1\r\n", b" " * 60_000, "IncompleteRead"),
+    "long lines of chunks": (CHUNKED, b"1;" + LONG_LINE + b" \r\n", TOO_MUCH),
+    "lines behind the chunks": (CHUNKED + b"0\r\n", LONG_LINE, TOO_MUCH),
+    "a head, again and again": (
+        b"",
+        b"HTTP/1.1 100 Continue\r\nX: " + LONG_LINE + b"\r\n",
+        TOO_MUCH,
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "then", "message"), WITHOUT_END.values(), ids=WITHOUT_END)
+def test_what_is_around_an_answer_is_not_read_to_its_end(
+    stranger: Stranger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: bytes,
+    then: bytes,
+    message: str,
+) -> None:
+    """Of 64 MB that are sent in each of two tries no more are taken than what all of an answer may
+    have.
+    """
+    read: dict[int, int] = {}
+    readinto = endpoint_module._Until.readinto
+
+    def counted(self: Any, buffer: Any) -> int | None:
+        got = readinto(self, buffer)
+        read[id(self.connection)] = read.get(id(self.connection), 0) + (got or 0)
+        return got
+
+    def says(question: str, connection: socket.socket) -> bytes:
+        connection.sendall(first)
+        for _ in range(64 * 10**6 // len(then)):
+            connection.sendall(then)
+        return b""
+
+    monkeypatch.setattr(endpoint_module._Until, "readinto", counted)
+    stranger.says = says
+    endpoint = connect(stranger, tmp_path)
+    line = refusal(endpoint, "q", EnvironmentProblem)
+    assert f"gives no answer after 1 more tries ({message}" in line
+    assert len(stranger.asked) == 2 and 0 < sum(read.values()) <= 2 * 2**23
+    assert endpoint.refused == (2 if message == TOO_MUCH else 0)
+
+
+def test_an_answer_in_chunks_of_a_byte_is_read(
+    stranger: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many bytes as an answer may have: with the chunks' lines, six times that. Here both
+    bounds are a 64th of what they are.
+    """
+    most = endpoint_module.MAX_BYTES // 64
+    monkeypatch.setattr(endpoint_module, "MAX_BYTES", most)
+    monkeypatch.setattr(endpoint_module, "MAX_SENT", endpoint_module.MAX_SENT // 64)
+    body = json.dumps(chat("B")).encode().ljust(most)
+    whole = CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    stranger.says = lambda question, connection: whole
+    assert connect(stranger, tmp_path).ask(["q"]) == ["B"] and stranger.asked == ["q"]
 
 
 @pytest.mark.parametrize("part", ["status", "head", "body", "chunks"])
@@ -287,6 +357,30 @@ def test_a_kept_line_without_a_count_is_refused(
     (tmp_path / "judge.jsonl").write_text(line)
     with pytest.raises(InputError, match="judge.jsonl:1: not a kept answer"):
         connect(stranger, tmp_path)
+
+
+def test_kept_lines_are_read_within_a_bound(
+    stranger: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of 8 MB is refused when its first MiB has been read; of what ldalign writes the
+    longest line is read again, and a torn one is cut off and asked again.
+    """
+    stranger.says = lambda question, connection: answer("\x01" * 10**5)
+    (text,) = connect(stranger, tmp_path).ask(["q"])
+    path = tmp_path / "judge.jsonl"
+    assert path.stat().st_size > 6 * 20_000
+    kept = path.read_bytes()
+    path.write_bytes(kept + kept[:-1])
+    assert connect(stranger, tmp_path).ask(["q"]) == [text] and stranger.asked == ["q"]
+    assert path.read_bytes() == kept
+    long = json.dumps({"key": "k", "model": "big", "answer": "A" * 2**23, "tokens": 1})
+    path.write_bytes(kept + long.encode() + b"\n" + kept)
+    parsed: list[int] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(len(text)) or loads(text))
+    with pytest.raises(InputError, match="judge.jsonl:2: not a kept answer; delete the line"):
+        connect(stranger, tmp_path)
+    assert parsed == [len(kept.decode())]
 
 
 @pytest.mark.parametrize("form", ["{}", '{{"error": "{}"}}', '{{"error": {{"message": "{}"}}}}'])
