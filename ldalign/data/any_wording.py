@@ -74,6 +74,8 @@ _FILLER = re.compile(
 )
 _JOINT = re.compile(r"\band\b|[^\w>]")
 _AFTER = re.compile(r"\b(?:then|now|only|too|please)\b|[^\w>]")
+# The number that a text ends in, in the text turned round; all that is no word is behind it.
+_ENDS_IN = re.compile(r"\W*+[\d:.,]*\d")
 
 
 class Sentence(NamedTuple):
@@ -173,8 +175,7 @@ def _contradicts(text: str, sentences: Sequence[Sentence]) -> bool:
     """Whether two sentences say the same of two values."""
     told: dict[str, str] = {}
     for start, end, mentions, _ in sentences:
-        figure = re.search(r"\d[\d:.,]*\W*$", text[start:end])
-        at = mentions[-1].start if mentions else start + figure.start() if figure else end
+        at = mentions[-1].start if mentions else _last_figure(text, start, end)
         upto = mentions[-1].end if mentions else end
         frame = " ".join(f"{text[start:at]} # {text[upto:end]}".split())
         value = text[at:upto].strip(" .")
@@ -182,6 +183,15 @@ def _contradicts(text: str, sentences: Sequence[Sentence]) -> bool:
         if worded and told.setdefault(frame, value) != value:
             return True
     return False
+
+
+def _last_figure(text: str, start: int, end: int) -> int:
+    """Where the number begins that text[start:end] ends in, but for marks; its end, if in none.
+
+    Looked for from the end, as from the front every figure of a long text would be tried.
+    """
+    figure = _ENDS_IN.match(text[start:end][::-1])
+    return end - figure.end() if figure else end
 
 
 def _reasoned(text: str, sentences: Sequence[Sentence]) -> Iterator[Mention]:

@@ -98,9 +98,13 @@ def _same_record(expected: str, given: str) -> bool:
             raise TypeError("not an object")
         return sorted((key, str(value)) for key, value in record)
 
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", given.strip(), re.DOTALL)
+    given = given.strip()
+    if len(given) >= 6 and given.startswith("```") and given.endswith("```"):
+        given = given[3:-3].removeprefix("json").strip()
+    else:
+        given = given.rstrip(".;! ")
     try:
-        return pairs(expected) == pairs(fenced[1] if fenced else given.strip().rstrip(".;! "))
+        return pairs(expected) == pairs(given)
     except (ValueError, TypeError, RecursionError):
         return False  # not JSON, or not an object
 
@@ -130,9 +134,16 @@ _SAME: dict[str, Callable[[str, str], bool]] = {
 KINDS: tuple[str, ...] = (*PROBLEMS, *(problem + ANY for problem in PROBLEMS))
 
 # "Answer: 42", "The answer is 42", "**Final answer:** 42"
-_MARKER = re.compile(
-    r"(?:\b(?:so|the|my|final|correct)\s+)*\banswer\W{0,3}?\s*(?::|=|\bis\b:?)", re.IGNORECASE
-)
+_MARKER = re.compile(r"\banswer\W{0,3}?\s*(?::|=|\bis\b:?)", re.IGNORECASE)
+# What leads up to it, as "so the final ", in a text that is turned round: a search for it from the
+# front would begin anew at every one of its words, which takes hours in a text of nothing else.
+_BEFORE = re.compile(r"(?:\s+(?:os|eht|ym|lanif|tcerroc)\b)*", re.IGNORECASE)
+
+
+def _given(response: str) -> list[str]:
+    """What follows each "answer:", until what leads up to the next."""
+    *parts, last = _MARKER.split(response)
+    return [*(_BEFORE.sub("", part[::-1], count=1)[::-1] for part in parts), last][1:]
 
 
 def check(kind: str, answer: Any, response: str) -> bool:
@@ -149,7 +160,7 @@ def check(kind: str, answer: Any, response: str) -> bool:
     problem = kind.removesuffix(ANY)
     if problem != kind:
         return check_any(problem, answer, response)
-    given = [response] if kind == "formatting" else _MARKER.split(response)[1:]
+    given = [response] if kind == "formatting" else _given(response)
     return bool(given) and all(_SAME[kind](str(answer), text) for text in given)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from any_wording_cases import MISSED, RIGHT, STATE, WRONG, fields_of, pieces, wr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ldalign.data import any_wording
 from ldalign.data.any_wording import MOST_CHARACTERS, MOST_WORDS
 from ldalign.data.embedded import ANY, any_answer, check
 from ldalign.data.problems import PEOPLE, PROBLEMS, RESPONSES, WORDINGS, draw
@@ -224,6 +226,24 @@ def test_a_strange_response_costs_no_time(piece):
         check(kind + ANY, answer, piece * (MOST_CHARACTERS // len(piece)))
     assert time.process_time() - start < 20
     assert not check("counting-any", {"final": "5", "known": []}, "5" + " " * MOST_CHARACTERS)
+
+
+@pytest.mark.parametrize("mark", [":", ",", ":.", ",;"])
+@pytest.mark.parametrize("end", ["", "x", "x\n"])
+def test_figures_before_many_marks_get_their_verdict(mark, end):
+    """From every figure anew, and from each to every mark, 10,000 characters would take minutes."""
+    figures = "1" * (MOST_CHARACTERS // 3) + mark * (MOST_CHARACTERS // 3) + end
+    for kind, answer, _ in {case[0]: case for case in RIGHT}.values():
+        assert check(kind + ANY, answer, figures[:MOST_CHARACTERS]) is False
+
+
+@given(before=st.text(), text=st.text("1:., \nxa)(-_\u0660"))
+def test_the_figure_that_a_text_ends_in(before, text):
+    """As one regular expression says it, which takes too long for long texts."""
+    found = re.search(r"\d[\d:.,]*\W*$", text)
+    end = len(before) + len(text)
+    start = any_wording._last_figure(before + text + "2", len(before), end)
+    assert start == (len(before) + found.start() if found else end)
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,43 @@ def test_lists_are_equal_only_in_the_same_order(items, data):
     assert check("sorting", ", ".join(items), "Answer: " + ", ".join(other)) == (items == other)
 
 
+@given(
+    words=st.lists(
+        st.sampled_from(
+            ["so", "The", "my", "FINAL", "correct", "\u017fo", "also", "answer", "Answer:"]
+        )
+        | st.sampled_from(["is", ":", "=", "5", "**", " ", "\n "])
+    ),
+    between=st.sampled_from(["", " "]),
+)
+def test_an_answer_ends_where_the_next_is_led_up_to(words, between):
+    """As one regular expression says it, which takes too long for long texts."""
+    leads = r"(?:\b(?:so|the|my|final|correct)\s+)*\banswer\W{0,3}?\s*(?::|=|\bis\b:?)"
+    text = between.join(words)
+    assert embedded._given(text) == re.split(leads, text, flags=re.IGNORECASE)[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "response", "right"),
+    [
+        ("arithmetic", "5", "so " * 333_000 + "x", False),
+        ("arithmetic", "5", "so " * 333_000 + "answer: 5", True),
+        ("arithmetic", "5", "Answer: 5. " + "So the final " * 77_000 + "answer is 5", True),
+        ("arithmetic", "5", "so " * 333_000 + "answer: 6", False),
+        ("arithmetic", "5", "answer" + " " * 10**6 + "x", False),
+        ("arithmetic", "5", "Answer: " + "1," * 500_000 + "x", False),
+        ("sorting", "a, b", "Answer: " + "a, and " * 140_000, False),
+        ("formatting", '{"a": 5}', "```" + " " * 10**6 + "x", False),
+        ("formatting", '{"a": 5}', "```" + "x " * 10**6 + "```", False),
+        ("formatting", '{"a": 5}', "```" + " \n" * 10**6 + '{"a": 5}' + " " * 10**6 + "```", True),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else None,
+)
+def test_a_long_text_gets_its_verdict(kind, answer, response, right):
+    """Of a megabyte: read from every word anew, most of these would take hours."""
+    assert check(kind, answer, response) is right
+
+
 @given(kind=st.sampled_from(KINDS), response=st.text() | st.text().map("Answer: ".__add__))
 def test_any_text_gets_a_verdict(kind, response):
     assert (
