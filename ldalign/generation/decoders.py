@@ -240,8 +240,10 @@ def pack_weight(weight: Tensor, empty: Empty = torch.empty) -> Tensor:
 
     (N, K) float32, bfloat16 or int8, K of whole words of 4 bytes -> (ceil(N / 32), K, 32): panels
     of 32 rows, which lie in turns of a word each. Rows that the last panel lacks are zeros. empty:
-    makes the result.
+    makes the result. Raises ValueError for a weight without columns, which has no words.
     """
+    if not weight.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it needs at least one column")
     if len(weight) % PANEL:
         weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
     words = weight.contiguous().view(torch.int32).unflatten(0, (-1, PANEL))  # (panels, 32, words)
@@ -251,7 +253,10 @@ def pack_weight(weight: Tensor, empty: Empty = torch.empty) -> Tensor:
 
 
 def pack_int8(weight: Tensor, empty: Empty = torch.empty) -> Packed:
-    """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`cpp.quantise`) and packs it."""
+    """Rounds a weight (N, K) float32 or bfloat16 to 8 bits (`cpp.quantise`) and packs it.
+
+    Raises ValueError as `pack_weight`.
+    """
     values, scales = cpp.quantise(weight)
     return Packed(pack_weight(values, empty), pack_weight(scales, empty))
 

@@ -234,6 +234,18 @@ def test_bad_weights_are_refused() -> None:
             cpp.packed_linear(x, values, scales, N, wide_out=True)
 
 
+@pytest.mark.parametrize("pack", [pack_int8, pack_weight])
+@pytest.mark.parametrize("rows", [0, 3, 32])
+def test_a_weight_without_columns_is_refused(pack: Callable[[Tensor], Any], rows: int) -> None:
+    """One without rows is none the less packed: into no panels."""
+    with pytest.raises(
+        ValueError, match=rf"^weight has shape \({rows}, 0\); it needs at least one"
+    ):
+        pack(torch.zeros(rows, 0))
+    packed = pack(torch.zeros(0, 64))
+    assert (packed.values if pack is pack_int8 else packed).shape == (0, 64, PANEL)
+
+
 # ----------------------------------------------------------------------------------- the decoder
 
 
