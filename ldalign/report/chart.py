@@ -21,6 +21,7 @@ from matplotlib.ticker import NullFormatter
 
 from ldalign.evaluation.statistics import Array
 from ldalign.system.files import write_bytes
+from ldalign.system.visible import visible
 
 T = TypeVar("T")
 
@@ -88,9 +89,11 @@ def write_chart(chart: Chart, folder: Path) -> str:
         chart.figure.savefig(drawn, format="svg", metadata={"Date": None})
         chart.figure.set_layout_engine("none")  # it is laid out: not a second time
         chart.figure.savefig(white, format="png", dpi=130, facecolor="white")
-    write_bytes(folder / f"{chart.name}.svg", drawn.getvalue())
+    # A name may hold a control character, with which the file were no XML.
+    svg = visible(drawn.getvalue().decode())
+    write_bytes(folder / f"{chart.name}.svg", svg.encode())
     write_bytes(folder / f"{chart.name}.png", white.getvalue())
-    return inline_svg(drawn.getvalue().decode(), chart.name, chart.title)
+    return inline_svg(svg, chart.name, chart.title)
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:

@@ -41,6 +41,7 @@ from ldalign.run.stages.guide import GUIDE_STAGE
 from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stages.reference import REFERENCE_STAGE
 from ldalign.run.stages.responses import RESPONSES_STAGE
+from ldalign.system.visible import visible
 
 FEWEST_SMOOTHED = 20  # steps, below which a running mean hides more than it shows
 MOST_IN_A_ROW = 4  # panels: of more, three are a row
@@ -667,7 +668,7 @@ def budget(seconds: Mapping[str, float]) -> Chart:
             color=[colours.get(stage_of(name), GRID) for name in seconds],
         )
         axes.bar_label(drawn, [duration(s) for s in seconds.values()], padding=3, fontsize=8)
-        axes.set_yticks(range(len(seconds)), list(seconds))
+        axes.set_yticks(range(len(seconds)), [visible(name) for name in seconds])
         axes.set(ylim=(len(seconds) - 0.4, -0.6), xlabel="wall time, s")
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
@@ -712,7 +713,7 @@ def contrasts(summary: Mapping[str, Any]) -> Chart:
             axes.axvline(0, color=INK, lw=0.8)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(f"{measured.words}, {measured.points}")
-        panels[0].set_yticks(places, list(rows))
+        panels[0].set_yticks(places, [visible(name) for name in rows])
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
         return figure, (
             "Bars: 95 % intervals over seeds and prompts. Small strokes: each seed's own "

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ldalign.report.notation import seen
 from ldalign.report.page import PAGE
 from ldalign.run.context import Context
 from ldalign.run.plan import stage_of
@@ -294,7 +295,7 @@ def curve_html(points: Sequence[tuple[float, float]]) -> str:
     )
 
 
-_TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+_TEMPLATE = Environment(autoescape=True, finalize=seen, undefined=StrictUndefined).from_string(
     """<!DOCTYPE html>
 <html lang="en">
 <head>

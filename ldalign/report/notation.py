@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldalign.evaluation.statistics import NORMAL_95
+from ldalign.system.visible import visible
 
 MOST_DECIMALS = 5  # a number that needs more is written with its power of ten
 
@@ -110,9 +111,19 @@ def column_decimals(rows: Iterable[Mapping[str, Any]], key: str, figure: Figure)
 
 def plain(text: str) -> str:
     """Returns a text that holds a name from elsewhere, so that Markdown shows it as it is, in one
-    line: no markup, link, formula or border of a table.
+    line: no markup, link, formula or border of a table, and nothing that acts on a terminal.
     """
-    return re.sub(r"([\\`*<>\[\]$|&~])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*<>\[\]$|&~])", r"\\\1", visible(" ".join(text.split())))
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)
+    # at its beginning, what makes a heading or an item of a list
+    return re.sub(r"^(\d*)(?=[-+=#.)]+(\s|$))", r"\1\\", text)
+
+
+def seen(value: Any) -> Any:
+    """Returns a value as a template of a page shows it: a text from elsewhere with its control
+    characters seen, all else as it is. What is markup is ours, made of texts that were seen.
+    """
+    return visible(value) if type(value) is str else value
 
 
 def markdown(text: str) -> str:

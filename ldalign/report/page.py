@@ -37,6 +37,7 @@ from ldalign.run.stages.policy import POLICY_STAGE
 from ldalign.run.stranger import refuse_outside
 from ldalign.system.errors import EnvironmentProblem, InputError, how_to_install
 from ldalign.system.files import make_folder, write_text, writing
+from ldalign.system.visible import visible
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,11 @@ def write_page(run: Path) -> Path:
     values = gather(run)
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=notation.seen,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"signs": notation.page, "glossed": _glossed(Glossary())}
     environment.filters["parted"] = _parted
@@ -203,7 +208,7 @@ def _parts(kind: Kind, judged: bool, answered: bool, guided: bool) -> dict[str, 
 
 def _parted(name: str) -> Markup:
     """A stage's name that may be broken after its slashes, and nowhere else."""
-    return Markup("/<wbr>").join(name.split("/"))
+    return Markup("/<wbr>").join(visible(name).split("/"))
 
 
 def _glossed(glossary: Glossary) -> Callable[[str], str]:

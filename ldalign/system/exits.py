@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from ldalign.system import interrupt, logs
 from ldalign.system.errors import FILE_SYSTEM, LdalignError
+from ldalign.system.visible import visible
 
 PEERS: list[tuple[str, int]] = []  # (host, process number) by rank, once `distributed` knows them
 
@@ -143,14 +144,14 @@ def _exit(
     rank: the one that failed, where it is not this one. aftermath: this comes of another's end, and
     is said only where nothing was said before.
     """
-    line = " ".join(message.split())
+    line = visible(" ".join(message.split()))  # it may hold a name from a stranger's file
     if _ranks() > 1:
         line = f"rank {os.environ.get('RANK', '0') if rank is None else rank}: {line}"
     if not aftermath:
         _record_cause(line, code)
     if _may_speak(line if rank is not None else line.partition(": ")[2], aftermath):
         with contextlib.suppress(OSError):
-            print(f"{trace}ldalign: error: {line}", file=sys.stderr, flush=True)
+            print(f"{visible(trace)}ldalign: error: {line}", file=sys.stderr, flush=True)
     leave(code)
 
 

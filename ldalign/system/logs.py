@@ -12,6 +12,8 @@ import sys
 
 from tqdm import tqdm
 
+from ldalign.system.visible import visible
+
 # Libraries that say much at INFO; what they warn of is said, in one line.
 LIBRARIES = (
     "datasets",
@@ -29,10 +31,12 @@ NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def line(text: str) -> None:
-    """Prints a line on stderr, above a bar where one is shown there.
+    """Prints a line on stderr, above a bar where one is shown there. Control characters, which a
+    name or text from elsewhere may hold, are printed with their number.
 
     A run outlives who reads it, a terminal or a pipe: a line that cannot be printed is lost.
     """
+    text = visible(text)
     with contextlib.suppress(OSError, ValueError):  # ValueError: stderr is closed
         if shows_bars():
             tqdm.write(text, file=sys.stderr)

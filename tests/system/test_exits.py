@@ -116,6 +116,16 @@ def test_a_file_system_that_fails_is_not_the_files_fault(tmp_path: Path) -> None
     assert type(cannot_be_read(tmp_path, absent)) is InputError
 
 
+def test_a_strangers_name_does_not_act_on_the_terminal() -> None:
+    """A key or a file's name in a message, also in the traceback."""
+    what = "raise errors.InputError('a\\x1b[2J\\x00\\x9b\\u202eb\\u200d c')"
+    code = [sys.executable, "-c", FAILS.format(what=what), "--debug"]
+    done = subprocess.run(code, capture_output=True, text=True, encoding="utf-8")
+    trace, _, line = done.stderr.strip().rpartition("\n")
+    assert line == "ldalign: error: a\\x1b[2J\\x00\\x9b\\u202eb\u200d c" and done.returncode == 2
+    assert trace.startswith("Traceback") and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", trace)
+
+
 def test_debug_adds_the_traceback_and_is_taken_out() -> None:
     result = command("--debug", "InputError")
     assert result.returncode == 2

@@ -52,6 +52,20 @@ def test_a_command_says_its_own_lines_and_others_warnings() -> None:
     assert fourth == "WARNING: %d rows"  # a message that cannot be made is said as it is
 
 
+def test_what_acts_and_is_not_seen_is_printed_with_its_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    acting = "\x00\x08\x0b\x1b\x7f\x85\x9f\u061c\u200e\u200f\u202a\u202e\u2066\u2069\ud800\uffff\r"
+    for character in acting:
+        logs.line(f"a{character}b")
+        shown = f"{ord(character):02x}" if ord(character) < 256 else f"{ord(character):04x}"
+        assert capsys.readouterr().err in (f"a\\x{shown}b\n", f"a\\u{shown}b\n")
+    # Arabic, Hebrew, joiners of a word and of an emoji, tabs, lines of either kind
+    legible = "\u0633 \u05e9\t\u0645\u200c\u06cc\n\r\n\U0001f468\u200d\U0001f469\xa0\xad\u2060"
+    logs.line(legible)
+    assert capsys.readouterr().err == f"{legible}\n"
+
+
 def test_it_is_configured_once(configured: None, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure()
     logging.getLogger("ldalign.run.manifest").info("once")
