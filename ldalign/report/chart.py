@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ldalign.evaluation.statistics import Array
-from ldalign.system.files import write_bytes
+from ldalign.system.files import write_bytes, writing
 from ldalign.system.visible import visible
 
 T = TypeVar("T")
@@ -82,7 +82,9 @@ def write_chart(chart: Chart, folder: Path) -> str:
     """
     if chart.figure is None:
         for suffix in (".svg", ".png"):  # of an earlier report
-            (folder / chart.name).with_suffix(suffix).unlink(missing_ok=True)
+            path = (folder / chart.name).with_suffix(suffix)
+            with writing(path):
+                path.unlink(missing_ok=True)
         return ""
     with matplotlib.rc_context(STYLE):
         drawn, white = io.BytesIO(), io.BytesIO()

@@ -63,7 +63,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
-        where = error.filename or path
+        where = error.filename2 or error.filename or path  # a file half written, by its name to be
         raise EnvironmentProblem(
             f"{where}: cannot be written: {error.strerror}{_space(error, path, size)}; mend that "
             "and run the same command again: what is finished is kept"

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 from made_run import made_run, seal
+from matplotlib.figure import Figure
 from test_comparison_page import summary_of
 
+from ldalign.report.chart import Chart, write_chart
 from ldalign.report.comparison_page import write_comparison
 from ldalign.report.table import write_report
 from ldalign.run.settings import RunConfig
 from ldalign.system.config import read_written, to_yaml
-from ldalign.system.errors import InputError
+from ldalign.system.errors import EnvironmentProblem, InputError
 from ldalign.train import report as script
 
 Damage = Callable[[Path], Any]
@@ -210,6 +212,14 @@ def test_a_damaged_comparison_is_named(tmp_path: Path, damage: Damage) -> None:
     damage(tmp_path / "report/comparison.json")
     with pytest.raises(InputError, match=r"report/comparison\.json"):
         script.main([f"run={tmp_path}"])
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_folder_in_the_place_of_a_drawing_is_named(tmp_path: Path, drawn: bool) -> None:
+    """Where a drawing is written, and where one of an earlier report is removed."""
+    (tmp_path / "one.svg").mkdir()
+    with pytest.raises(EnvironmentProblem, match=r"one\.svg: cannot be written: Is a directory"):
+        write_chart(Chart("one", "One", "", Figure() if drawn else None), tmp_path)
 
 
 def test_what_ldalign_writes_is_read(tmp_path: Path) -> None:
