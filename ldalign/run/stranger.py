@@ -9,14 +9,15 @@ from typing import Any
 from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
 
 MAX_BYTES = 10**7  # a summary, a manifest, environment.json: a hundred times the largest real one
-# What the libraries of the key `log` keep in a run folder. ldalign itself reads and writes nothing
-# there, and wandb's has links to its own logs elsewhere.
+# What the libraries of the key `log` keep in a run folder, and only there. ldalign itself reads
+# and writes nothing there, and wandb's has links to its own logs elsewhere.
 SINKS = ("tensorboard", "trackio", "wandb")
 
 
 def refuse_outside(run: Path) -> None:
-    """Raises InputError where a link in the run folder leads out of it, or something in it is
-    neither file nor folder: before anything there is read or written, which would follow it.
+    """Raises InputError where a link in the run folder leads out of it, or to what is not looked at
+    here, or something in it is neither file nor folder: before anything there is read or written,
+    which would follow it.
     """
     root = os.path.realpath(run)
 
@@ -27,7 +28,8 @@ def refuse_outside(run: Path) -> None:
     for folder, inner, files in os.walk(run, onerror=refuse):
         for name in (*inner, *files):
             _refuse(os.path.join(folder, name), root)
-        inner[:] = [name for name in inner if name not in SINKS]
+        if folder == os.fspath(run):
+            inner[:] = [name for name in inner if name not in SINKS]
 
 
 def _refuse(path: str, root: str) -> None:
@@ -36,10 +38,15 @@ def _refuse(path: str, root: str) -> None:
     except FileNotFoundError:
         return
     if stat.S_ISLNK(mode):
-        target = os.path.realpath(path)
-        if not os.path.join(target, "").startswith(os.path.join(root, "")):
+        target = os.path.join(os.path.realpath(path), "")
+        if not target.startswith(os.path.join(root, "")):
             raise InputError(
                 f"{path}: is a link out of the run folder; remove it, or put the file itself there"
+            )
+        if target.startswith(tuple(os.path.join(root, name, "") for name in SINKS)):
+            raise InputError(
+                f"{path}: is a link to what a library of the key log keeps, whose own links "
+                "are not looked at; remove it, or put the file itself there"
             )
     elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InputError(f"{path}: is neither a file nor a folder; remove it")

@@ -182,6 +182,27 @@ def test_a_link_within_the_run_and_a_sinks_links_may_stay(run: Path) -> None:
     assert (run / REPORTS[0]).is_file()
 
 
+@pytest.mark.parametrize("sink", ["wandb", "trackio", "tensorboard"])
+@pytest.mark.parametrize("folder", ["iteration_1/benchmarks", "data", "iteration_0/policy/a"])
+def test_a_folder_of_a_sinks_name_further_in_is_no_sinks(run: Path, folder: str, sink: str) -> None:
+    """A benchmark may have such a name, and a manifest may list files in such a folder."""
+    link_out(run / folder / sink / "summary.json")
+    (run / folder / sink / "manifest.json").write_text('{"parents": {}, "files": {}}')
+    named = re.escape(f"{folder}/{sink}/summary.json: is a link out of the run folder")
+    with pytest.raises(InputError, match=named):
+        script.main([f"run={run}"])
+
+
+def test_a_link_to_a_sinks_folder_is_refused(run: Path) -> None:
+    """By way of it, the links there, which may lead anywhere, would be followed."""
+    link_out(run / "wandb/benchmarks/arc/summary.json")
+    (run / "iteration_1/benchmarks").symlink_to("../wandb/benchmarks")
+    with pytest.raises(
+        InputError, match="iteration_1/benchmarks: is a link to what a library of the key log keeps"
+    ):
+        script.main([f"run={run}"])
+
+
 def test_a_link_within_the_run_is_not_written_through(run: Path) -> None:
     """Where a report is half written, a link to a stage's file would be."""
     (run / "report").mkdir(exist_ok=True)
