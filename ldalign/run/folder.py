@@ -19,11 +19,20 @@ from ldalign.run.plan import FIRST, LAST, PER_POLICY, stage_of
 from ldalign.run.stage import Stage
 from ldalign.run.stages.benchmarks import BENCHMARKS_STAGE
 from ldalign.run.stages.evaluation import EVALUATION_STAGE
-from ldalign.run.stranger import read_if_there, read_object, refuse_outside
+from ldalign.run.stranger import MAX_BYTES, read_if_there, read_object, refuse_outside
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import EnvironmentProblem, InputError
-from ldalign.system.files import PARTIAL, make_folder, write_json, write_text, writing
+from ldalign.system.files import (
+    PARTIAL,
+    holds,
+    make_folder,
+    read_bounded,
+    write_bytes,
+    write_json,
+    write_text,
+    writing,
+)
 from ldalign.system.listeners import tell
 from ldalign.system.memory import naming
 from ldalign.system.metrics import Metrics, say
@@ -48,6 +57,7 @@ _MACHINE: dict[str, Any] = {
     "gpus": list,
     "world_size": int,
 }
+MAX_METRICS = 2**31  # bytes of a stage's metrics.jsonl: millions of steps
 SUMMARY = "summary.json"  # in every stage folder: what a report shows of it, and its wall time
 
 
@@ -190,7 +200,9 @@ class RunFolder:
     def _read_date(self) -> date:
         path = self.path / STARTED
         try:
-            return date.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["date"])
+            return date.fromisoformat(
+                json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))["date"]
+            )
         except (FileNotFoundError, NotADirectoryError):
             return date.today()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -310,16 +322,16 @@ def _join_metrics(run: Path) -> None:
         summary = read_summary(run / name)
         record = {"stage": name, **{f"{prefix}{key}": value for key, value in summary.items()}}
         lines.append(json.dumps(record) + "\n")
-    path, text = run / "metrics.jsonl", "".join(lines)
-    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
-        write_text(path, text)
+    path, content = run / "metrics.jsonl", "".join(lines).encode("utf-8")
+    if not holds(path, content):
+        write_bytes(path, content)
 
 
 def _stage_lines(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MAX_METRICS).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: damaged: not UTF-8 text (byte {error.start}); delete {path.parent} to make "
-            "it again"
-        ) from None
+        problem = f"not UTF-8 text (byte {error.start})"
+    except ValueError as error:
+        problem = str(error)
+    raise InputError(f"{path}: damaged: {problem}; delete {path.parent} to make it again")

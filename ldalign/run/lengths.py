@@ -23,8 +23,9 @@ from ldalign.data.tokenizer import Tokenizer
 from ldalign.models.weights import context_length
 from ldalign.run.positions import reads
 from ldalign.run.settings import RunConfig
+from ldalign.run.stranger import MAX_BYTES
 from ldalign.system.errors import InputError
-from ldalign.system.files import write_json
+from ldalign.system.files import read_bounded, write_json
 from ldalign.system.metrics import Bar
 
 C = TypeVar("C", bound=RunConfig)
@@ -179,7 +180,7 @@ def read_lengths(folder: Path, config: RunConfig) -> Lengths | None:
     lengths were to be taken from the data than now.
     """
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_bounded(folder / FILE, MAX_BYTES).decode("utf-8"))
         lengths = Lengths(**{key: _tuple(value) for key, value in found.items()})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # damaged: the stage says so itself

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from ldalign.run.stranger import MAX_BYTES
 from ldalign.system.errors import EnvironmentProblem
+from ldalign.system.files import read_bounded
 from ldalign.system.metrics import in_words, say
 
 LOCK, CLAIM = "lock", "claim"  # in the run folder
@@ -171,7 +173,7 @@ class _Claim:
     def _holder(self) -> str:
         """Its first line, "" where it cannot be read or is not written yet."""
         try:
-            return self.path.read_text(encoding="utf-8").partition("\n")[0]
+            return read_bounded(self.path, MAX_BYTES).decode("utf-8").partition("\n")[0]
         except (OSError, ValueError):
             return ""
 

@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ldalign.run.stranger import read_object
+from ldalign.run.stranger import MAX_BYTES, read_object
 from ldalign.system import distributed
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
@@ -28,6 +28,7 @@ from ldalign.system.files import (
     PARTIAL,
     hash_file,
     make_folder,
+    read_bounded,
     sync,
     write_text,
     writing,
@@ -218,10 +219,10 @@ def _holds_work(partial: Path) -> bool:
 
 def _read_parents(path: Path) -> dict[str, Any]:
     try:
-        parents = json.loads(path.read_text(encoding="utf-8"))
+        parents = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
         if not isinstance(parents, dict):
             raise ValueError
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise InputError(
             f"{path}: not readable; delete {path.parent} to begin this stage again"
         ) from None

@@ -43,6 +43,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import (
     PARTIAL,
     hash_file,
+    read_bounded,
     temporary_folder,
     write_json,
     write_jsonl,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 DATA = "data"  # the stage's folder
 EMBEDDED_ROWS = {"train": 4000, "heldout": 600}
 SOURCES_FILE = "sources.json"  # in the data stage: the files that were read, sha256 and rows
+MAX_SOURCES = 10**9  # bytes of it: millions of files
 FORMAT = 2  # of the files; another is made anew
 SMALL_BYTES = 16 * 2**20  # of data: not worth the start of other processes
 # Keys that the rows depend on, and the files that their tokens do.
@@ -302,7 +304,7 @@ def _written_files(folder: Path) -> list[tuple[str, str, str]]:
     which the stage says itself.
     """
     try:
-        files = json.loads((folder / SOURCES_FILE).read_text(encoding="utf-8"))
+        files = json.loads(read_bounded(folder / SOURCES_FILE, MAX_SOURCES).decode("utf-8"))
         return [(str(f["key"]), str(f["path"]), str(f["sha256"])) for f in files]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []

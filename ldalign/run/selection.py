@@ -16,7 +16,7 @@ from ldalign.run.stages.policy import POLICY_STAGE, start_name
 from ldalign.run.stranger import read_if_there
 from ldalign.system.distributed import on_rank0
 from ldalign.system.errors import InputError
-from ldalign.system.files import write_text
+from ldalign.system.files import holds, write_text
 from ldalign.training.validation import better
 
 # Of a training stage's summary: what validation found of its policy, of where it began, of its last
@@ -45,7 +45,7 @@ def select(ctx: Context, start: Path) -> Selected:
 
     def write() -> None:
         path, text = ctx.run.path / SELECTED, json.dumps(asdict(found), indent=1) + "\n"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        if not holds(path, text.encode("utf-8")):
             write_text(path, text)
 
     found = _select(ctx, start)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
+from ldalign.system.files import read_bounded
 
 MAX_BYTES = 10**7  # a summary, a manifest, environment.json: a hundred times the largest real one
 # What the libraries of the key `log` keep in a run folder, and only there. ldalign itself reads
@@ -58,11 +59,7 @@ def read_object(path: Path, instead: str) -> dict[str, Any]:
     instead: what to do where there is something else. Raises InputError naming the file.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        found = json.loads(text.decode("utf-8"))
+        found = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} in place of an object")
     except OSError as error:

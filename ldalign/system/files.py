@@ -190,6 +190,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_bounded(path: Path, most: int) -> bytes:
+    """Reads a file of at most `most` bytes. Raises ValueError for a larger one, before it is read
+    (a hole of any size takes no room on a disk), and OSError as it is.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise ValueError(f"more than {most} bytes")
+        return file.read()
+
+
+def holds(path: Path, content: bytes) -> bool:
+    """Says whether a file has this content; one of another size is not read."""
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Writes one JSON value a line."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)

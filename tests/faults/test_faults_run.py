@@ -157,6 +157,49 @@ def test_C3_a_damaged_summary(tmp_path: Path) -> None:
             run.stage("sft/evaluation", {}, lambda folder: {"nll/real": 1.0})
 
 
+def test_C3_files_of_any_size(tmp_path: Path) -> None:
+    """Files of a run folder that have become holes of a terabyte.
+
+    Expected: one line with the name of what is needed; what can be made again is, and none is read.
+    """
+    path, huge = tmp_path / "run", 10**12
+    with RunFolder(path, "seed: 1\n") as run:
+        run.stage("sft/policy", {}, lambda folder: {"loss": 1.0})
+    whole = (path / "metrics.jsonl").read_bytes()
+    os.truncate(path / "metrics.jsonl", huge)
+    with RunFolder(path, "seed: 1\n") as run:
+        run.stage("sft/policy", {}, lambda folder: {})
+    assert (path / "metrics.jsonl").read_bytes() == whole
+    (path / "guide.partial").mkdir()
+    for name in ("guide.partial/parents.json", "guide.partial/rows"):
+        (path / name).touch()
+        os.truncate(path / name, huge)
+    with (
+        pytest.raises(InputError, match=r"guide\.partial/parents\.json: not readable; delete"),
+        RunFolder(path, "seed: 1\n") as run,
+    ):
+        run.stage("guide", {}, lambda folder: {}, resume=True)
+    os.truncate(path / "started.json", huge)
+    with (
+        pytest.raises(InputError, match=r"started\.json: not readable; write the day"),
+        RunFolder(path, "seed: 1\n") as run,
+    ):
+        run.record()
+
+
+def test_C3_a_stages_metrics_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(place: Path) -> dict[str, float]:
+        (place / "metrics.jsonl").write_text('{"step": 1}\n')
+        return {}
+
+    monkeypatch.setattr(folder, "MAX_METRICS", 5)
+    with (
+        pytest.raises(InputError, match=r"sft/policy/metrics\.jsonl: damaged: more than 5 bytes"),
+        RunFolder(tmp_path / "run", "seed: 1\n") as run,
+    ):
+        run.stage("sft/policy", {}, make)
+
+
 def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
     """(time of change, content) of every file but the lock."""
     files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
