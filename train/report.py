@@ -19,11 +19,9 @@ from ldalign.report.table import write_report
 from ldalign.run.stranger import read_object
 from ldalign.system import exits
 from ldalign.system.config import REQUIRED, describe, load_config, setting, split_argv
-from ldalign.system.errors import InputError, LdalignError
+from ldalign.system.errors import InputError
+from ldalign.system.files import is_misread
 from ldalign.system.metrics import say
-
-# What texts and numbers of another kind than ours end in.
-_READING = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,8 @@ def main(argv: list[str]) -> None:
         print((__doc__ or "").strip(), describe(ReportConfig), sep="\n\n")
         return
     run = Path(load_config(ReportConfig, path, overrides).run)
-    check_run(run)
+    with _made_of(run):
+        check_run(run)
     comparison = run / "report/comparison.json"
     if os.path.lexists(comparison):
         summary = read_object(comparison, "run ldalign compare again, which writes it")
@@ -59,12 +58,13 @@ def _made_of(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except LdalignError:
-        raise
-    except _READING as e:
+    except Exception as e:
+        if not is_misread(e):
+            raise
         raise InputError(
-            f"{path}: holds what no report can be made of ({type(e).__name__}: {e}); with --debug, "
-            "the traceback says what is read: delete that stage, or report it if ldalign made it"
+            f"{path}: holds what no report can be made of ({type(e).__name__}: {e!s:.300}); with "
+            "--debug, the traceback says what is read: delete that stage, or report it if ldalign "
+            "made it"
         ) from e
 
 

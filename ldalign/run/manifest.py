@@ -313,7 +313,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             if {"size", "sha256"} - expected.keys() or Path(name).is_absolute() or ".." in parts:
                 raise ValueError
             # The longest path and name that Linux takes.
-            if len(os.fsencode(name)) > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:
+            whole = len(os.fsencode(folder / name))
+            if whole > 4000 or max(len(os.fsencode(part)) for part in parts) > 255:
                 raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(

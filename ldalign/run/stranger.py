@@ -24,7 +24,7 @@ def refuse_outside(run: Path) -> None:
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a stage that has just got its name
-            raise cannot_be_read(error.filename, error) from None
+            raise cannot_be_read(f"{error.filename:.200}", error) from None
 
     for folder, inner, files in os.walk(run, onerror=refuse):
         for name in (*inner, *files):
@@ -38,6 +38,8 @@ def _refuse(path: str, root: str) -> None:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
+    except OSError as error:  # a tree of folders that is deeper than any path can say
+        raise cannot_be_read(f"{path[:200]}...", error) from None
     if stat.S_ISLNK(mode):
         target = os.path.join(os.path.realpath(path), "")
         if not target.startswith(os.path.join(root, "")):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 
-from ldalign.system.errors import FILE_SYSTEM, EnvironmentProblem
+from ldalign.system.errors import (
+    FILE_SYSTEM,
+    EnvironmentProblem,
+    InputError,
+    LdalignError,
+    cannot_be_read,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,6 +56,66 @@ _MACHINE_ERRORS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+
+# What a file system says of names and kinds of files, by which it is not to blame.
+_OF_THE_FILE = (
+    None,  # of a library, which says it in words
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.ENODEV,  # a folder is mapped into memory
+    errno.ENXIO,
+    errno.EOVERFLOW,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+# What texts, numbers and tensors of another kind than ours end in.
+_MISREAD = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+
+
+def is_misread(error: BaseException) -> bool:
+    """Says whether this may be what the content of a file has led to, which may be a stranger's:
+    neither the machine's fault, nor an error that says already what is wrong.
+    """
+    if isinstance(error, LdalignError | BrokenPipeError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in _OF_THE_FILE
+    if "torch" in sys.modules and isinstance(error, RuntimeError):  # importing it takes seconds
+        from ldalign.system.memory import is_out_of_memory
+
+        return not is_out_of_memory(error)
+    return isinstance(error, _MISREAD)
+
+
+@contextlib.contextmanager
+def reading(where: object, again: str) -> Iterator[None]:
+    """Turns what reading files of ours ends with, where somebody else has made them, into an
+    InputError: the hashes of a stage say that it is as it was made, not that ldalign made it.
+
+    where: the file or folder. again: what to do. What the file system itself fails with is an
+    EnvironmentProblem.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
+            raise cannot_be_read(where, error) from error
+        if not is_misread(error):
+            raise
+        kind = type(error).__name__
+        raise InputError(f"{where}: damaged: {kind}: {error!s:.200}; {again}") from error
 
 
 @contextlib.contextmanager

@@ -224,6 +224,49 @@ def test_rows_of_another_kind_under_a_fitting_manifest(run: Path, lines: str) ->
         script.main([f"run={run}"])
 
 
+REFERENCE = "iteration_0/reference/reference.safetensors"
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(b"\xff" * 64)
+
+
+@pytest.mark.parametrize("damage", [junk, os.unlink, folder])
+def test_tensors_of_another_kind_under_a_fitting_manifest(run: Path, damage: Damage) -> None:
+    damage(run / REFERENCE)
+    seal(run)
+    with pytest.raises(InputError, match=re.escape(str(run))):
+        script.main([f"run={run}"])
+
+
+def test_a_manifest_with_a_path_that_no_system_takes(run: Path) -> None:
+    """Within the bound itself, and beyond it below the run's own folder."""
+    name = "a/" * 1990 + "b"
+    (run / "data/manifest.json").write_text(
+        json.dumps({"parents": {}, "files": {name: {"size": 1, "sha256": "0" * 64}}})
+    )
+    with pytest.raises(InputError, match=r"data/manifest\.json: damaged: not a manifest"):
+        script.main([f"run={run}"])
+
+
+def test_folders_deeper_than_a_path_can_say(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    for _ in range(45):
+        os.mkdir("d" * 100)
+        os.chdir("d" * 100)
+    with pytest.raises(InputError, match="run/d{100}.*: cannot be read: File name too long"):
+        script.main([f"run={run}"])
+
+
+def test_a_comparison_without_a_known_figure(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a generator early is no error of ours either."""
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report/comparison.json").write_text("{}")
+    monkeypatch.setattr(script, "write_comparison", lambda run, summary: next(iter(())))
+    with pytest.raises(InputError, match=r"report/comparison\.json: holds what no report"):
+        script.main([f"run={run}"])
+
+
 @pytest.mark.parametrize(
     "damage", [cut, no_text, folder, huge, with_text("[]"), with_text('{"primary": 3}')]
 )
