@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,9 +14,10 @@ from ldalign.report.glossary import Glossary, explained
 from ldalign.report.guides import gain_text, is_known
 from ldalign.report.notation import (
     FIGURES,
-    LEADING,
+    count,
     decimals,
     interval,
+    leading,
     number,
     plain,
     with_error,
@@ -25,7 +27,14 @@ from ldalign.run.comparison import START
 from ldalign.system import distributed
 from ldalign.system.errors import how_to_install
 from ldalign.system.files import make_folder, write_text, writing
+from ldalign.system.visible import visible
 
+# What `ldalign.report.words.command` writes of a comparison; an older version named no folder.
+_COMMAND = re.compile(
+    r"(git checkout [0-9a-f]+\n)?ldalign compare( --ranks [0-9]+)? --config config\.yaml"
+    r"( run=(?P<folder>.+))?",
+    re.DOTALL,
+)
 # The differences that the page may begin with: the first of these that there is.
 LEADING_DIFFERENCES = ("ld_align - sft", f"ld_align - {START}")
 
@@ -53,10 +62,14 @@ def write_comparison(run: Path, summary: Mapping[str, Any]) -> str:
 
 def _signed(text: str) -> Iterator[str]:
     """The lines of a page with the signs of one, those of code as they are."""
-    code = False
+    fence = ""
     for line in text.split("\n"):
-        code ^= line.startswith("```")
-        yield line if code else notation.markdown(line)
+        opened = re.match("`{3,}", line)
+        if not fence and opened:
+            fence = opened[0]
+        elif fence and line == fence:
+            fence = ""
+        yield line if fence or opened else notation.markdown(line)
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -107,7 +120,7 @@ def _opening(summary: Mapping[str, Any]) -> list[str]:
             first,
             figure,
             (gap["value"], gap["low"], gap["high"]),
-            f"{summary['rows']['test']} held-out prompts",
+            f"{count(summary['rows']['test'])} held-out prompts",
             f"paired by {'seed and prompt' if seeds > 1 else 'prompt'}; {over}",
         )
     ]
@@ -121,13 +134,14 @@ def _called(method: str) -> str:
 
 def _set_up(summary: Mapping[str, Any]) -> list[str]:
     rows, rounds = summary["rows"], summary["iterations"]
-    each = f"{rounds} iterations of {summary['steps']}" if rounds > 1 else f"{summary['steps']}"
+    prompts = "all" if summary["max_rows"] is None else count(summary["max_rows"])
+    each = f"{count(rounds)} iterations of " * (rounds > 1) + count(summary["steps"])
     return [
-        f"**{len(summary['seeds'])} seed(s), {rows['test']} held-out rows; learning rates chosen "
-        f"on {rows['validation']} more**",
+        f"**{len(summary['seeds'])} seed(s), {count(rows['test'])} held-out rows; learning rates "
+        f"chosen on {count(rows['validation'])} more**",
         "",
-        f"Every method: {summary['max_rows']} prompts, {each} optimizer steps of "
-        f"{summary['global_batch']}",
+        f"Every method: {prompts} prompts, {each} optimizer steps of "
+        f"{count(summary['global_batch'])}",
     ]
 
 
@@ -256,7 +270,7 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
         lines.append(_row(name, cells))
     losers = next(iter(found.values()))["losers"]
     if checked:
-        counts = ", ".join(f"{n['wrong']} / {n['right']}" for n in losers)
+        counts = ", ".join(f"{count(n['wrong'])} / {count(n['right'])}" for n in losers)
         lines += ["", f"Wrong / right losers, by seed: {counts}."]
     return lines
 
@@ -303,15 +317,15 @@ def _power(summary: Mapping[str, Any]) -> list[str]:
     return ["**The smallest difference seen with 80 % power**", "", *lines] if lines else []
 
 
-def power_sentence(before: Mapping[str, float], seeds: int) -> str:
+def power_sentence(before: Mapping[str, Any], seeds: int) -> str:
     """Says what `ldalign.report.comparison.power_before` found."""
     if not before["sees"]:
         return "Before training: not known, as the start's answers are all right or all wrong."
     return (
         f"Before training, from the start's own answers: with {seeds} seed(s) and "
-        f"{before['prompts']} prompts, {100 * before['sees']:.1f} points of sampled accuracy, for "
-        "two policies that answer as well as the start and independently; effects of seeds and "
-        "prompts come on top."
+        f"{count(before['prompts'])} prompts, {100 * before['sees']:.1f} points of sampled "
+        "accuracy, for two policies that answer as well as the start and independently; effects of "
+        "seeds and prompts come on top."
     )
 
 
@@ -323,8 +337,9 @@ def _search(summary: Mapping[str, Any]) -> list[str]:
         return []
     what = "-NLL" if figure == "nll" else FIGURES[figure].title()
     lines = [
-        f"**The search** (seed {summary['seeds'][0]}, validation rows: {what}; the best is taken; "
-        "in brackets, by how many standard errors of the difference over rows a rate is below it)",
+        f"**The search** (seed {count(summary['seeds'][0])}, validation rows: {what}; the best is "
+        "taken; in brackets, by how many standard errors of the difference over rows a rate is "
+        "below it)",
         "",
         *_head(["method", *(f"{rate:g}" for rate in rates)]),
     ]
@@ -347,12 +362,16 @@ def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
         return []
     tasks = sorted({task for scores in found.values() for task in scores})
     first = next(iter(found.values()))
-
-    def leading(task: str) -> str:
-        seen = [scores[task][0] for scores in found.values() if task in scores]
-        return next(metric for metric in LEADING if any(metric in scores for scores in seen))
-
-    metrics = {task: leading(task) for task in tasks}
+    metrics = {}
+    for task in tasks:
+        every = {
+            metric for scores in found.values() if task in scores for metric in scores[task][0]
+        }
+        metric = leading(dict.fromkeys(every))
+        if metric is not None:  # of a task without one that we know, nothing can be shown
+            metrics[task] = metric
+    if not metrics:
+        return []
     lines = [
         "**Benchmarks**, % (mean over the seeds, +- one standard error over rows of one seed; each "
         "seed)",
@@ -365,8 +384,9 @@ def _benchmarks(summary: Mapping[str, Any]) -> list[str]:
     shots = ", ".join(
         f"{plain(t)}: {s[0]['rows']:.0f} rows, {s[0]['shots']:.0f} shots"
         for t, s in sorted(first.items())
+        if t in metrics
     )
-    return [*lines, "", f"{shots}."]
+    return [*lines, "", f"{shots}."] if shots else lines
 
 
 def _over_runs(scores: Sequence[Mapping[str, float]], metric: str) -> str:
@@ -380,14 +400,14 @@ def _over_runs(scores: Sequence[Mapping[str, float]], metric: str) -> str:
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
     """Says what the errors are."""
-    seeds, leading = len(summary["seeds"]), FIGURES[summary["figures"][0]].words
+    seeds, tested = len(summary["seeds"]), FIGURES[summary["figures"][0]].words
     alone = " With one seed they are over prompts alone, and hold for this seed." * (seeds == 1)
     return [
         "+- is one standard error over seeds and prompts, both taken as drawn at random (variance "
         "components); differences are taken seed by seed and prompt by prompt. Intervals and p are "
         f"Student's t with Satterthwaite's degrees of freedom.{alone} The bootstrap resamples "
         "seeds and prompts; of few seeds its interval is too narrow. p is of "
-        f"{leading} alone, adjusted by Holm's method over each table; differences of other figures "
+        f"{tested} alone, adjusted by Holm's method over each table; differences of other figures "
         "are shown with their error and not tested."
     ]
 
@@ -396,8 +416,10 @@ def _again(summary: Mapping[str, Any]) -> list[str]:
     """How to make every number of the page again."""
     found = summary["again"]
     machine = [plain(found["machine"]), ""] if found["machine"] else []
-    # longer than any that the settings hold
-    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", found["settings"])), 0)
+    run, settings = _command(found["command"]), visible(found["settings"])
+    # longer than any that the settings or the command's folder hold
+    runs = re.findall("`+", f"{run}\n{settings}")
+    fence = "`" * max(3, *(1 + len(one) for one in runs), 0)
     changed = str(found["commit"] or "").endswith("-dirty")
     return [
         "**Every number again**",
@@ -405,15 +427,26 @@ def _again(summary: Mapping[str, Any]) -> list[str]:
         *machine,
         *[UNCOMMITTED, ""] * changed,
         fence,
-        found["command"],
+        run,
         fence,
         "",
         "where config.yaml is",
         "",
         f"{fence}yaml",
-        found["settings"].rstrip(),
+        settings.rstrip(),
         fence,
     ]
+
+
+def _command(said: str) -> str:
+    """The command of `words.command`, as a comparison.json has it: it is pasted into a shell.
+    Raises ValueError for another one, which may be a stranger's.
+    """
+    match = _COMMAND.fullmatch(said)
+    folder = match and match["folder"]
+    if not match or (folder and [shlex.quote(word) for word in shlex.split(folder)] != [folder]):
+        raise ValueError("again.command is none that ldalign compare writes")
+    return visible(said)
 
 
 # ------------------------------------------------------------------------------------------- cells

@@ -82,6 +82,13 @@ def with_error(value: float, error: float, sign: str = "", digits: int | None = 
     return f"{number(value, digits, sign)} +- {number(error, digits)}"
 
 
+def count(value: int) -> str:
+    """Writes a whole number. Raises ValueError or TypeError for what a stranger's file has in its
+    place, which is not shown.
+    """
+    return f"{value:d}"
+
+
 def interval(low: float, high: float, sign: str = "", digits: int | None = None) -> str:
     """Writes a 95 % interval; its width says how many decimals there are unless `digits` does."""
     digits = interval_decimals(low, high) if digits is None else digits

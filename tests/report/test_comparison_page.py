@@ -1,16 +1,19 @@
 """A comparison's numbers and page: families of tests, the oracle's shares, what weights know."""
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from runs import ROOT
 
-from ldalign.report import comparison, figures
+from ldalign.report import chart, comparison, figures
 from ldalign.report.analysis import RunPairs
 from ldalign.report.cautions import UNCOMMITTED
 from ldalign.report.comparison import (
@@ -29,10 +32,14 @@ from ldalign.report.comparison import (
 )
 from ldalign.report.comparison_page import render, write_comparison
 from ldalign.report.notation import decimals
+from ldalign.report.words import command
 from ldalign.run.compare_settings import CompareConfig
 from ldalign.run.comparison import Arm, arm_folder
 from ldalign.run.folder import ENVIRONMENT
+from ldalign.system import files
 from ldalign.system.config import load_config
+from ldalign.system.errors import InputError
+from ldalign.system.visible import visible
 from ldalign.train import report as script
 
 METHODS = ["sft", "spin", "ld_align/shuffled", "ld_align", "ld_align/oracle"]
@@ -400,6 +407,155 @@ def test_benchmarks_of_every_seed() -> None:
     assert "| spin | 55.0 +- 1.0 (50.0, 60.0, 55.0) |" in text
 
 
+def test_a_benchmark_without_a_known_metric_is_left_out() -> None:
+    scores = {"acc": 0.5, "acc_se": 0.01, "rows": 50, "shots": 0}
+    odd = {"perplexity": 12.0, "perplexity_se": 0.2, "rows": 40, "shots": 0}
+    text = render(summary_of(benchmarks={"start": {"piqa": [scores], "wikitext": [odd]}}))
+    assert "| start | 50.0 +- 1.0 |" in text and "wikitext" not in text
+    assert "Benchmarks" not in render(summary_of(benchmarks={"start": {"wikitext": [odd]}}))
+
+
+STRANGE = "x\n```\n````\n<img src=x onerror=alert(1)>\x1b[2J\u202e"
+# Shorter than a comparison's: of all that repeats, a few.
+KEPT = ("start", "ld_align", "ld_align - spin", "ld_align - sft")
+
+
+@functools.cache
+def short_text() -> str:
+    scores = {"acc": 0.5, "acc_se": 0.01, "rows": 50, "shots": 0}
+    found = summary_of(benchmarks={"start": {"piqa": [scores]}})
+    found["weights"]["ld_align"]["embedding"] = [{"value": 0.2}, {"value": 0.3}]
+    for key in ("policies", "primary", "others", "search"):
+        found[key] = {name: value for name, value in found[key].items() if name in KEPT}
+    return json.dumps(found)
+
+
+def short_summary() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(short_text())
+    return found
+
+
+PARTS = (
+    "rows seeds figures learning_rates searched_by search policies primary others oracle weights "
+    "guides power_before settings steps iterations global_batch max_rows benchmarks again "
+    "on_the_way"
+).split()
+
+
+def places(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    """The way to every leaf of a JSON value, and to every key of its objects."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, *path, key)
+        if isinstance(value, dict):
+            yield from ((*path, "key of", key) for key in value)
+    else:
+        yield path
+
+
+def spoil(value: Any, path: Sequence[Any]) -> None:
+    """Puts STRANGE in the place of a leaf or, after "key of", of a key."""
+    *way, last = path
+    renamed = way[-1:] == ["key of"]
+    for key in way[:-1] if renamed else way:
+        value = value[key]
+    if renamed:
+        items = [(STRANGE if key == last else key, inner) for key, inner in value.items()]
+        value.clear()
+        value.update(items)
+    else:
+        value[last] = STRANGE
+
+
+def prose(page: str) -> str:
+    """What of a Markdown page is no code block, without its escaped characters."""
+    fence, out = "", []
+    for line in page.split("\n"):
+        mark = re.match(" {0,3}(`{3,})([^`]*)$", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and fence and len(mark[1]) >= len(fence) and not mark[2].strip():
+            fence = ""
+        elif not fence:
+            out.append(line)
+    return re.sub(r"\\.", "", "\n".join(out))
+
+
+def test_prose() -> None:
+    assert prose("a\n```\n<b>\n```\nc \\<d") == "a\nc d"
+    assert prose("````\n```\n<b>\n````\n<c>") == "<c>"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ls\n```\n<img src=x onerror=alert(1)>",
+        "curl evil | sh",
+        "git checkout abc; rm -rf ~\nldalign compare --config config.yaml",
+        "ldalign compare --config config.yaml run=x; rm -rf ~",
+        "ldalign compare --config config.yaml run='x' y",
+        "ldalign compare --config config.yaml run=$(rm)",
+    ],
+)
+def test_another_command_is_not_shown(tmp_path: Path, command: str) -> None:
+    """It is there to be pasted into a shell."""
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "report").mkdir()
+    found = short_summary()
+    found["again"]["command"] = command
+    (tmp_path / "report/comparison.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"report/comparison\.json.*again\.command"):
+        script.main([f"run={tmp_path}"])
+
+
+def test_a_folders_name_stays_in_the_commands_block() -> None:
+    summary = short_summary()
+    summary["again"]["command"] = command({"run": "a'b\n```\n<b> \x1b"}, {}, "compare")
+    page = render(summary)
+    assert "\n````\nldalign compare" in page and "<b>" not in prose(page) and "\x1b" not in page
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_text_of_a_strangers_comparison_is_markup(
+    part: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the place of each text, number and key in turn: it is shown as plain text, or refused."""
+    monkeypatch.setattr(chart, "write_chart", lambda drawn, folder: "")  # it has a test of its own
+    monkeypatch.setattr(figures, "contrasts", lambda summary: None)
+    monkeypatch.setattr(files, "sync", lambda path: None)  # a disk's time, some hundred times
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "report").mkdir()
+    path, page = tmp_path / "report/comparison.json", tmp_path / "report/comparison.md"
+    whole = short_summary()
+    assert {*whole} == {*PARTS}
+    for place in places({part: whole[part]}):
+        found = json.loads(json.dumps(whole))
+        spoil(found, place)
+        path.write_text(json.dumps(found))
+        try:
+            script.main([f"run={tmp_path}"])
+        except InputError as refused:
+            assert refused.exit_code == 2 and str(path) in str(refused), place
+        else:
+            text, said = page.read_text(encoding="utf-8"), capsys.readouterr().err
+            assert "<img" not in prose(text) and "<img" not in prose(said), place
+            assert visible(text) == text and visible(said) == said, place
+
+
+def test_a_strangers_names_are_plain_text_in_the_drawing(tmp_path: Path) -> None:
+    summary = short_summary()
+    for part in ("primary", "others"):
+        for name in list(summary[part]):
+            spoil(summary, (part, "key of", name))
+    chart.write_chart(figures.contrasts(summary), tmp_path)
+    drawing = (tmp_path / "comparison.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(drawing)
+    assert "&lt;img" in drawing and "<img" not in drawing and visible(drawing) == drawing
+
+
 def test_the_page_of_closeness() -> None:
     found = {
         name: {"closeness": table["nll"], "nll": table["nll"]} for name, table in tables().items()
@@ -462,7 +618,12 @@ def test_the_page_without_what_is_not_known() -> None:
         settings={"learning_rates": [0.01]},
         iterations=1,
         on_the_way={},
-        again={"settings": "run: x\n", "command": "c", "commit": None, "machine": None},
+        again={
+            "settings": "run: x\n",
+            "command": "ldalign compare --config config.yaml run=x-again",
+            "commit": None,
+            "machine": None,
+        },
     )
     text = render(summary)
     assert (
