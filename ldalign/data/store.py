@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from ldalign.data.pairs import Pairs
 from ldalign.data.ragged import Texts, TokenLists, ends
 from ldalign.data.rows import Row
-from ldalign.system.files import open_to_write, save_array, sync, writing
+from ldalign.system.files import again, open_to_write, reading, save_array, sync, writing
 
 if TYPE_CHECKING:
     from ldalign.data.encoding import FittedRow
@@ -33,6 +34,7 @@ COLUMNS = ("text", "id", "prompt", "response", "rejected")
 _BEGIN = b'{"id": '
 PART_FILES = (".lines", ".tokens", ".index.npy")
 MOST_OPEN = 256  # files at a time
+_AT_ONCE = 2**22  # tokens that are looked at
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | Self:
         if isinstance(index, slice):
             return type(self)(self.texts.take(index), self.path)
-        return read_line(self.texts[index])
+        text = self.texts.array(index)  # here: an IndexError ends who goes through a sequence
+        with reading(f"{self.path}: row {index + 1}", again(self.path.parent)):
+            return read_line(self.texts.item(text))
 
     def lines(self) -> Iterator[bytes]:
         """Yields the rows' lines, read from the file: pages of a map would stay in memory."""
@@ -76,8 +80,8 @@ class StoredRows(Sequence[Row]):
 class StoredIds(Sequence[str]):
     """The ids of rows in a file."""
 
-    def __init__(self, texts: Texts) -> None:
-        self.texts = texts
+    def __init__(self, texts: Texts, path: Path) -> None:
+        self.texts, self.path = texts, path
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -88,9 +92,13 @@ class StoredIds(Sequence[str]):
     def __getitem__(self, index: slice) -> Self: ...
     def __getitem__(self, index: int | slice) -> str | Self:
         if isinstance(index, slice):
-            return type(self)(self.texts.take(index))
-        name: str = json.loads(self.texts[index])
-        return name
+            return type(self)(self.texts.take(index), self.path)
+        text = self.texts.array(index)
+        with reading(f"{self.path}: row {index + 1}", again(self.path.parent)):
+            name = json.loads(self.texts.item(text))
+            if not isinstance(name, str):
+                raise TypeError(f"an id that is {name!r:.80}")
+            return name
 
 
 # --------------------------------------------------------------------------------- a row and a line
@@ -115,6 +123,9 @@ def read_line(line: str) -> Row:
     record = json.loads(line)
     messages = record.get("messages") or record["chosen"]
     rejected = record["rejected"][-1]["content"] if "rejected" in record else None
+    texts = [message["content"] for message in messages]
+    if not all(isinstance(text, str) for text in (record["id"], *texts[-1:], rejected or "")):
+        raise TypeError("an id or a response that is no text")
     return Row(
         record["id"],
         tuple(messages[:-1]),
@@ -240,14 +251,25 @@ def _copy(
             out.write(data)
 
 
-def open_split(folder: Path, name: str) -> Split:
-    """Opens the files of a split in place."""
-    index = np.load(folder / f"{name}.index.npy")
-    if not len(index):
-        return NO_ROWS
+def open_split(folder: Path, name: str, vocabulary: int) -> Split:
+    """Opens the files of a split in place.
+
+    vocabulary: token ids are below it. Raises InputError where the files, which may be a
+    stranger's, do not fit each other.
+    """
+    with reading(folder / f"{name}.index.npy", again(folder)):
+        # Mapped: its header may promise more than the file has, or than there is memory.
+        index = np.load(folder / f"{name}.index.npy", mmap_mode="r", allow_pickle=False)
+        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != len(COLUMNS):
+            raise ValueError(f"{index.dtype} of shape {index.shape}, in place of an index")
+        if not len(index):
+            return NO_ROWS
+        lines = np.memmap(folder / f"{name}.jsonl", dtype=np.uint8, mode="r")
+        flat = np.load(folder / f"{name}.tokens.npy", mmap_mode="r", allow_pickle=False)
+        index = _checked_index(index, len(lines), flat)
+    with reading(folder / f"{name}.tokens.npy", again(folder)):
+        _check_tokens(flat, vocabulary)
     text, ids, *tokens = index.T
-    lines = np.memmap(folder / f"{name}.jsonl", dtype=np.uint8, mode="r")
-    flat = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
     texts = Texts(lines, ends(text) - text, text)
     prompt, response, rejected = (np.maximum(n, 0) for n in tokens)
     begin = ends(prompt + response + rejected) - prompt - response - rejected
@@ -259,7 +281,42 @@ def open_split(folder: Path, name: str) -> Split:
             (begin + prompt + response, rejected),
         )
     )
-    names = StoredIds(Texts(lines, texts.starts + len(_BEGIN), ids))
+    path = folder / f"{name}.jsonl"
+    names = StoredIds(Texts(lines, texts.starts + len(_BEGIN), ids), path)
     preference = bool((index[:, -1] >= 0).all())
-    rows = StoredRows(texts, folder / f"{name}.jsonl")
+    rows = StoredRows(texts, path)
     return Split(rows, Pairs(names, prompts, real), losers if preference else None)
+
+
+def _checked_index(index: npt.NDArray[Any], size: int, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns an index (N, 5) in memory, whose rows lie end to end in a text of `size` bytes and in
+    the tokens `flat`. Raises ValueError for any other.
+    """
+    if len(index) > size:
+        raise ValueError(f"{len(index)} rows in {size} bytes of text")
+    if flat.dtype != np.int32 or flat.ndim != 1:
+        raise ValueError(f"tokens that are {flat.dtype} of shape {flat.shape}")
+    index = np.array(index)
+    text, ids, prompt, response, rejected = index.T
+    ends_within = len(_BEGIN) + ids <= text  # the id
+    if (index[:, :4] < 0).any() or (rejected < -1).any() or not ends_within.all():
+        raise ValueError("a length that none can be")
+    for what, lengths, whole in (
+        ("bytes of text", (text,), size),
+        ("tokens", (prompt, response, np.maximum(rejected, 0)), len(flat)),
+    ):
+        # In float64, which has whole numbers as large as any file, and does not wrap around.
+        total = sum(float(part.sum(dtype=np.float64)) for part in lengths)
+        if total != whole:
+            raise ValueError(f"{total:.0f} {what}, of which there are {whole}")
+    return index
+
+
+def _check_tokens(flat: npt.NDArray[Any], vocabulary: int) -> None:
+    """Raises ValueError for a token id that is not in the vocabulary."""
+    for first in range(0, len(flat), _AT_ONCE):
+        piece = flat[first : first + _AT_ONCE]
+        low, high = int(piece.min()), int(piece.max())
+        if low < 0 or high >= vocabulary:
+            odd = low if low < 0 else high
+            raise ValueError(f"token id {odd}, but the vocabulary has {vocabulary} entries")

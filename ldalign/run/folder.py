@@ -1,5 +1,6 @@
 """The folder of a run: its lock, its stages with their summaries, and the run's metrics.jsonl."""
 
+import contextlib
 import functools
 import json
 import os
@@ -133,8 +134,7 @@ class RunFolder:
         if made:
             say(f"{name}: done ({summary['seconds']:.0f} s)")
         else:
-            at = datetime.fromtimestamp((self.path / name / MANIFEST).stat().st_mtime)
-            say(f"{name}: already done, from {at:%Y-%m-%d %H:%M}")
+            say(f"{name}: already done{_since(self.path / name / MANIFEST)}")
         # Also if it was done before: the run may have been killed right then.
         on_rank0(lambda: _join_metrics(self.path))
         tell(lambda listener: listener.ends(name, summary, made))
@@ -219,6 +219,13 @@ class RunFolder:
             self.path / ENVIRONMENT,
             json.dumps(environment.describe_machine(), indent=1) + "\n",
         )
+
+
+def _since(path: Path) -> str:
+    """Says when a file was made, or nothing where its time is none of a calendar's."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return f", from {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    return ""
 
 
 def is_foreign(path: Path) -> bool:

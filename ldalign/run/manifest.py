@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,6 +28,7 @@ from ldalign.system.files import (
     hash_file,
     make_folder,
     read_bounded,
+    remove,
     sync,
     write_text,
     writing,
@@ -179,7 +179,8 @@ def _prepare(
     """
     with writing(folder):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(partial)
             check_stage(folder, parents)
             return True
         if (partial / MANIFEST).is_file():  # whole, but for its name
@@ -190,7 +191,7 @@ def _prepare(
             _compare_parents(partial / PARENTS, _read_parents(partial / PARENTS), as_read(parents))
             log.info("%s: left over from a run that was cut short; gone on from", partial)
             for path in [*partial.rglob(HALF_WRITTEN), *partial.rglob(f"*{PARTIAL}")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove(path)
             return False
         if partial.exists():
             if any((partial / CHECKPOINTS).glob("*")):
@@ -199,7 +200,7 @@ def _prepare(
                     "from, is gone; bring it back, or delete the folder to begin this stage again"
                 )
             log.info("%s: left over from a run that was cut short; made again", partial)
-            shutil.rmtree(partial)
+            remove(partial)
         make_folder(partial)
         if resume:
             write_text(
@@ -348,8 +349,7 @@ def _name(folder: Path, partial: Path) -> None:
     manifest; then gives it its name.
     """
     for inner in (CHECKPOINTS, PARTS):
-        if (partial / inner).exists():
-            shutil.rmtree(partial / inner)
+        remove(partial / inner)
     (partial / PARENTS).unlink(missing_ok=True)
     partial.rename(folder)
     sync(folder.parent)

@@ -105,13 +105,18 @@ def open_data(run: Run, config: RunConfig, tokenizer: Tokenizer, write: bool = T
         lambda place: on_rank0(lambda: _make(place, config, tokenizer, files, lengths)),
         resume=True,
     )
-    return Data(*_open(folder, summary), config)
+    return Data(*_open(folder, summary, tokenizer), config)
 
 
-def _open(folder: Path, summary: Metrics) -> tuple[Split, Split, Split, Metrics]:
-    train, heldout = (open_split(folder, name) for name in ("train", "heldout"))
+def _open(
+    folder: Path, summary: Metrics, tokenizer: Tokenizer
+) -> tuple[Split, Split, Split, Metrics]:
+    def split(name: str) -> Split:
+        return open_split(folder, name, tokenizer.vocab_size)
+
+    train, heldout = split("train"), split("heldout")
     aside = summary.get("rows/validation", 0) > 0
-    return train, heldout, open_split(folder, "validation") if aside else NO_ROWS, summary
+    return train, heldout, split("validation") if aside else NO_ROWS, summary
 
 
 def _lengths(
@@ -320,7 +325,7 @@ def _in_passing(
     place = Path(on_rank0(lambda: temporary_folder("ldalign-data-")))
     try:
         summary = on_rank0(lambda: _make(place, config, tokenizer, files))
-        return _open(place, summary)
+        return _open(place, summary, tokenizer)
     finally:
         distributed.barrier()  # all have opened them
         if distributed.rank() == 0:

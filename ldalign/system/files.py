@@ -99,12 +99,17 @@ def is_misread(error: BaseException) -> bool:
     return isinstance(error, _MISREAD)
 
 
+def again(folder: Path) -> str:
+    """What to do where a stage's files are damaged."""
+    return f"delete {folder} to make it again"
+
+
 @contextlib.contextmanager
-def reading(where: object, again: str) -> Iterator[None]:
+def reading(where: object, instead: str) -> Iterator[None]:
     """Turns what reading files of ours ends with, where somebody else has made them, into an
     InputError: the hashes of a stage say that it is as it was made, not that ldalign made it.
 
-    where: the file or folder. again: what to do. What the file system itself fails with is an
+    where: the file or folder. instead: what to do. What the file system itself fails with is an
     EnvironmentProblem.
     """
     try:
@@ -115,7 +120,7 @@ def reading(where: object, again: str) -> Iterator[None]:
         if not is_misread(error):
             raise
         kind = type(error).__name__
-        raise InputError(f"{where}: damaged: {kind}: {error!s:.200}; {again}") from error
+        raise InputError(f"{where}: damaged: {kind}: {error!s:.200}; {instead}") from error
 
 
 @contextlib.contextmanager
@@ -249,6 +254,16 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all in it, or a file; a link itself, and not what it leads to. Where
+    nothing is, nothing happens.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> str:

@@ -28,7 +28,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,9 @@ from ldalign.system.files import (
     PARTIAL,
     hash_file,
     make_folder,
+    read_bounded,
+    reading,
+    remove,
     save_tensors,
     sync,
     write_text,
@@ -55,6 +58,7 @@ from ldalign.system.memory import available_bytes, is_out_of_memory
 from ldalign.training.optim import AVERAGES, Optimizer
 
 MANIFEST = "manifest.json"
+MAX_BYTES = 10**9  # of it: ten thousand ranks' rows of a large model
 DAMAGED = ".damaged"  # what cannot be used is set aside under this name
 State = dict[str, Any]
 # What a rank holds: (the rows of a tensor, the number of the first), by its name in the file.
@@ -348,7 +352,10 @@ class Checkpoints:
                     )
         except FileNotFoundError as error:
             return f"{error.filename}: missing"
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (
+            *(OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError),
+            RecursionError,
+        ) as error:
             return f"{path / MANIFEST}: not a readable manifest ({error})"
         return None
 
@@ -366,7 +373,8 @@ class Checkpoints:
         """
         for newer in (path.parent / name for name in names if name > path.name):
             aside = newer.with_name(newer.name + DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                remove(aside)
             newer.rename(aside)
         part = _read_manifest(path).get("metrics")
         self._cut_metrics(part["size"] if part else 0)
@@ -379,8 +387,12 @@ class Checkpoints:
     @torch.no_grad()
     def _load(self, path: Path) -> State:
         """Weights and averages from any number of files: each tensor's rows are
-        where the manifest says.
+        where the manifest says. Raises InputError where they are not.
         """
+        with reading(path, f"delete {path} to use an older one"):
+            return self._read(path)
+
+    def _read(self, path: Path) -> State:
         manifest = _read_manifest(path)
         stored = {name for entry in manifest["files"] for name in entry["rows"]}
         for name, p in self.model.named_parameters():
@@ -457,8 +469,7 @@ def _is_whole_name(name: str) -> bool:
 
 def _empty(folder: Path) -> None:
     with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove(folder)
         make_folder(folder)
 
 
@@ -478,12 +489,16 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises OSError and ValueError."""
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """Raises OSError, ValueError and what else of its kind JSON that is not ours ends in."""
+    text = read_bounded(path / MANIFEST, MAX_BYTES).decode("utf-8")
+    manifest: dict[str, Any] = json.loads(text)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
         raise ValueError("its sha256 is not that of its content")
     if any(Path(entry["name"]).name != entry["name"] for entry in manifest["files"]):
         raise ValueError("a file outside the folder")
+    step = manifest["state"]["step"]
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{step!r:.80} steps done")
     return manifest
 
 

@@ -23,9 +23,18 @@ from ldalign.data.pairs import Pair
 from ldalign.models.weights import LanguageModel
 from ldalign.system import distributed
 from ldalign.system.errors import InputError, NumericsError
-from ldalign.system.files import PARTIAL, hash_file, make_folder, save_tensors, sync, writing
+from ldalign.system.files import (
+    PARTIAL,
+    hash_file,
+    make_folder,
+    read_bounded,
+    reading,
+    save_tensors,
+    sync,
+    writing,
+)
 from ldalign.training.batches import Batch, deal, pair_costs, token_logprobs
-from ldalign.training.checkpoint import DAMAGED, MANIFEST, State
+from ldalign.training.checkpoint import DAMAGED, MANIFEST, MAX_BYTES, State
 
 Metric = Literal["nll", "accuracy"]
 PARTS = 4  # evaluations of a stage where nobody says how often: one a quarter
@@ -228,9 +237,10 @@ def _referred(folder: Path) -> set[float]:
     for manifest in folder.glob(f"step_*/{MANIFEST}"):
         if manifest.parent.name.endswith(DAMAGED):
             continue
-        state = json.loads(manifest.read_text(encoding="utf-8"))["state"]
-        best = state.get(STATE, {}).get("best")
-        steps |= {best["step"]} if best is not None else set()
+        with reading(manifest, f"delete {manifest.parent}"):
+            state = json.loads(read_bounded(manifest, MAX_BYTES).decode("utf-8"))["state"]
+            best = state.get(STATE, {}).get("best")
+            steps |= {best["step"]} if best is not None else set()
     return steps
 
 

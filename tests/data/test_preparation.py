@@ -81,7 +81,7 @@ def prepare(chatml_folder: Path, files: list[Path], tmp_path: Path) -> Prepare:
 
 
 def splits(folder: Path) -> list[Split]:
-    return [open_split(folder, name) for name in ("train", "heldout")]
+    return [open_split(folder, name, 10**6) for name in ("train", "heldout")]
 
 
 def same_files(one: Path, other: Path) -> bool:

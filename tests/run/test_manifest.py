@@ -125,6 +125,32 @@ def test_a_stage_that_has_done_nothing_is_begun_anew_under_other_parents(tmp_pat
     check_stage(tmp_path / "guide", other)
 
 
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Where an unfinished stage is cleared: of a link to a folder, rmtree makes an error."""
+    other, stage, partial = tmp_path / "data", tmp_path / "policy", tmp_path / "policy.partial"
+    run_stage(other, {}, writer())
+    (partial / "checkpoint").mkdir(parents=True)
+    (partial / "parents.json").write_text(json.dumps(PARENTS))
+    (partial / "rows").write_text("1")
+    for name in ("a.partial", "parts"):
+        (partial / name).symlink_to("../data")
+    assert run_stage(stage, PARENTS, lambda folder: None, resume=True)
+    assert sorted(path.name for path in stage.iterdir()) == ["manifest.json", "rows"]
+    partial.symlink_to("data")
+    assert not run_stage(stage, PARENTS, must_not_run)
+    assert not os.path.lexists(partial)
+    check_stage(other)
+
+
+def test_a_begun_stages_parents_may_be_no_json(tmp_path: Path) -> None:
+    partial = tmp_path / "policy.partial"
+    partial.mkdir()
+    (partial / "rows").write_text("1")
+    (partial / "parents.json").write_text("[" * 10**5)
+    with pytest.raises(InputError, match=r"parents\.json: not readable; delete .*partial to begin"):
+        run_stage(tmp_path / "policy", PARENTS, must_not_run, resume=True)
+
+
 def test_checkpoints_without_parents_are_no_reason_to_begin_again(tmp_path: Path) -> None:
     (tmp_path / "guide.partial/checkpoint/step_00000001").mkdir(parents=True)
     with pytest.raises(InputError, match="guide.partial: holds checkpoints, but parents.json"):

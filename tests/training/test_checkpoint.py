@@ -4,8 +4,9 @@ CPU; which rank writes and reads what; and what becomes of damaged ones.
 
 import json
 import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import nn
 
 from ldalign.system import distributed, exits
 from ldalign.system.errors import EnvironmentProblem, InputError, NumericsError
-from ldalign.system.files import save_tensors
+from ldalign.system.files import hash_file, save_tensors
 from ldalign.training import checkpoint, loop, policy, validation
 from ldalign.training.checkpoint import CheckpointPlan, Checkpoints
 from ldalign.training.optim import make_optimizer
@@ -389,6 +390,52 @@ def test_what_is_damaged_is_set_aside_and_older_ones_stay(
     (said,) = caplog.messages
     assert said.startswith(f"{kept / 'step_00000003/manifest.json'}: not a readable manifest")
     assert said.endswith(f"; going on from {kept / 'step_00000002'}")
+
+
+def resealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a checkpoint under sums that fit, as a stranger can."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    for entry in manifest["files"]:
+        file = path / entry["name"]
+        entry |= {"size": file.stat().st_size, "sha256": hash_file(file)}
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_manifest_that_is_a_strangers(tmp_path: Path) -> None:
+    """JSON too deep to be read, steps that are none, more than a checkpoint's bytes."""
+    _, keeper, state = training(tmp_path)
+    keeper.write(1, state)
+    path = tmp_path / "checkpoint/step_00000001"
+    whole = (path / "manifest.json").read_text()
+    refused = r"no checkpoint can be used: .*manifest\.json: not a readable manifest"
+    for change in (
+        lambda: (path / "manifest.json").write_text("[" * 10**5),
+        lambda: os.truncate(path / "manifest.json", 10**12),
+        lambda: resealed(path, lambda manifest: manifest["state"].update(step="one")),
+        lambda: resealed(path, lambda manifest: manifest["state"].update(step=-1)),
+    ):
+        (path / "manifest.json").write_text(whole)
+        change()
+        with pytest.raises(InputError, match=refused):
+            keeper.resume()
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_weights_that_are_a_strangers(tmp_path: Path, rows: int | None) -> None:
+    """No safetensors, or tensors of another shape, under fitting sums."""
+    _, keeper, state = training(tmp_path)
+    keeper.write(1, state)
+    path = tmp_path / "checkpoint/step_00000001"
+    (file,) = path.glob("*.safetensors")
+    if rows is None:
+        file.write_bytes(b"\xff" * 64)
+    else:
+        save_tensors({name: torch.zeros(rows, 7) for name in load_file(file)}, file)
+    resealed(path, lambda manifest: None)
+    with pytest.raises(InputError, match="step_00000001: damaged: .*; delete .* to use an older"):
+        keeper.resume()
 
 
 def test_where_none_can_be_used_nothing_is_lost(tmp_path: Path) -> None:

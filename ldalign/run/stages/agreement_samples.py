@@ -16,7 +16,7 @@ from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import new_engine, sampling_of, sampling_parents
 from ldalign.system import distributed
-from ldalign.system.files import read_jsonl
+from ldalign.system.files import again, read_jsonl, reading
 from ldalign.system.metrics import Bar, Metrics
 
 SAMPLES = "samples.jsonl"
@@ -82,4 +82,6 @@ def agreement_samples_stage(ctx: Context, policy: Path) -> list[dict[str, Any]]:
         **sampling_parents(ctx.config),
     }
     ctx.run.stage(name, parents, make, resume=True)
-    return read_jsonl(ctx.run.path / name / SAMPLES)
+    path = ctx.run.path / name / SAMPLES
+    with reading(path, again(path.parent)):
+        return read_jsonl(path)

@@ -27,7 +27,7 @@ from ldalign.run.stages.guide import guide_hash, guide_pairs, guide_plan, guide_
 from ldalign.run.stages.judged import embedding_folder
 from ldalign.run.stages.responses import RESPONSES
 from ldalign.system import distributed
-from ldalign.system.files import iter_jsonl, read_jsonl, write_jsonl
+from ldalign.system.files import again, iter_jsonl, read_jsonl, reading, write_jsonl
 from ldalign.system.metrics import Bar, Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
@@ -86,8 +86,12 @@ def distances_stage(ctx: Context, t: int, guide: Path | None, start: Path, pairs
         **(ctx.keys("seed") if config.weights == "shuffled" else {}),
     }
     ctx.run.stage(name, parents, make, resume=True)
-    weights = [r["weight"] for r in read_jsonl(ctx.run.path / name / "distances.jsonl")]
-    return pairs.changed(weights=np.array(weights))
+    path = ctx.run.path / name / "distances.jsonl"
+    with reading(path, again(path.parent)):
+        weights = np.array([float(record["weight"]) for record in read_jsonl(path)])
+        if len(weights) != len(pairs):
+            raise ValueError(f"{len(weights)} weights for {len(pairs)} pairs")
+    return pairs.changed(weights=weights)
 
 
 def _distances(
@@ -126,11 +130,13 @@ def right_losers(ctx: Context, t: int) -> list[bool]:
     """Says of each row of `ctx.used`, all of which name a checker, whether the response that
     iteration t sampled is a right answer; one that did not end is none.
     """
-    records = iter_jsonl(ctx.run.path / RESPONSES.format(t))
-    return [
-        record["finish_reason"] == "stop" and check(str(row.kind), row.answer, record["response"])
-        for row, record in zip(ctx.used[0], records, strict=True)
-    ]
+    path = ctx.run.path / RESPONSES.format(t)
+    with reading(path, again(path.parent)):
+        return [
+            record["finish_reason"] == "stop"
+            and check(str(row.kind), row.answer, record["response"])
+            for row, record in zip(ctx.used[0], iter_jsonl(path), strict=True)
+        ]
 
 
 def open_guide(ctx: Context, guide: Path | None, start: Path) -> Guide:

@@ -33,7 +33,7 @@ from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.responses import RESPONSES, Responses, response_texts
 from ldalign.system import distributed
 from ldalign.system.errors import InputError
-from ldalign.system.files import read_jsonl, write_jsonl
+from ldalign.system.files import again, read_jsonl, reading, write_jsonl
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
@@ -191,5 +191,9 @@ def judged_stage(
         **judge_parents(ctx, policy, judge),
     }
     ctx.run.stage(name, parents, make, resume=True)
-    given = [r["preference"] for r in read_jsonl(ctx.run.path / name / JUDGED)]
-    return [math.nan if p is None else p for p in given]
+    path = ctx.run.path / name / JUDGED
+    with reading(path, again(path.parent)):
+        given = [r["preference"] for r in read_jsonl(path)]
+        if len(given) != len(rows):
+            raise ValueError(f"{len(given)} verdicts on {len(rows)} rows")
+        return [math.nan if p is None else float(p) for p in given]

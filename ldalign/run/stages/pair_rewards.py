@@ -9,7 +9,7 @@ from ldalign.run.manifest import hash_model_folder
 from ldalign.run.stage import Stage
 from ldalign.run.stages.responses import RESPONSES
 from ldalign.run.stages.reward import write_rewards
-from ldalign.system.files import hash_file, read_jsonl
+from ldalign.system.files import again, hash_file, read_jsonl, reading
 from ldalign.system.metrics import Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 
@@ -27,8 +27,10 @@ def pair_rewards_stage(ctx: Context, t: int) -> None:
     def make(folder: Path) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
         questions, ids = [prompt_text(row) for row in rows], [row.id for row in rows]
+        with reading(responses, again(responses.parent)):
+            generated_texts = [str(record["response"]) for record in read_jsonl(responses)]
         sides = {
-            "generated": [record["response"] for record in read_jsonl(responses)],
+            "generated": generated_texts,
             "real": [row.response for row in rows],
         }
         generated, real = (

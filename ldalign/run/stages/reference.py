@@ -11,7 +11,7 @@ from ldalign.run.context import Context
 from ldalign.run.manifest import Parents, hash_model_folder
 from ldalign.run.stage import Cost, Stage
 from ldalign.system import distributed
-from ldalign.system.files import save_tensors, write_json
+from ldalign.system.files import again, reading, save_tensors, write_json
 from ldalign.system.metrics import Bar, Metrics
 from ldalign.system.partial_rows import FOLDER as PARTS
 from ldalign.training.scoring import response_logps
@@ -76,6 +76,10 @@ def reference_stage(
         **ctx.keys("max_length"),
     }
     ctx.run.stage(name, parents, make, resume=True)
-    references = pairs.references.copy()
-    references[used] = load_file(ctx.run.path / name / LOGPS)["logps"].numpy()
+    references, path = pairs.references.copy(), ctx.run.path / name / LOGPS
+    with reading(path, again(path.parent)):
+        logps = load_file(path)["logps"].numpy()
+        if logps.shape != references[used].shape:
+            raise ValueError(f"log-probs of shape {logps.shape} for {len(kept)} pairs")
+        references[used] = logps
     return pairs.changed(references=references)

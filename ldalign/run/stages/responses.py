@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from ldalign.data.ragged import TokenLists
 from ldalign.data.tokenizer import Tokenizer
 from ldalign.generation.answers import make_answers
@@ -13,7 +15,7 @@ from ldalign.generation.external import read_losers
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.models.weights import load_model
+from ldalign.models.weights import load_model, read_config
 from ldalign.run.context import Context, named_keys
 from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
@@ -21,7 +23,7 @@ from ldalign.run.settings import RunConfig
 from ldalign.run.stage import Cost, Stage
 from ldalign.run.stages.data import DATA_STAGE
 from ldalign.system import distributed
-from ldalign.system.files import hash_file, iter_jsonl, write_jsonl
+from ldalign.system.files import again, hash_file, iter_jsonl, reading, write_jsonl
 from ldalign.system.metrics import Bar, Metrics
 
 
@@ -109,7 +111,7 @@ def responses_stage(ctx: Context, t: int, policy: Path, samples: int = 1) -> Res
     parents = {"data": ctx.used_hash, **ctx.tokenizer.template_parents, **source}
     # A given file is read at once, and may be mended: there is nothing to go on from.
     ctx.run.stage(name, parents, make, resume=given is None)
-    return read_responses(ctx, t)
+    return read_responses(ctx, t, samples)
 
 
 def _given_parents(given: Path) -> Parents:
@@ -136,16 +138,28 @@ def sampling_parents(config: RunConfig) -> Parents:
     return parents
 
 
-def read_responses(ctx: Context, t: int) -> Responses:
-    """The responses that iteration t sampled, those of a row one after the other."""
+def read_responses(ctx: Context, t: int, samples: int = 1) -> Responses:
+    """The responses that iteration t sampled, those of a row one after the other.
+
+    Raises InputError where these are not `samples` of every row, in the policy's token ids.
+    """
+    path = ctx.run.path / RESPONSES.format(t)
     reasons: list[str] = []
+    expected, vocabulary = samples * len(ctx.used[1]), read_config(ctx.start)["vocab_size"]
 
     def tokens() -> Iterator[list[int]]:
-        for record in iter_jsonl(ctx.run.path / RESPONSES.format(t)):
-            reasons.append(record["finish_reason"])
-            yield record["token_ids"]
+        for record in iter_jsonl(path):
+            reasons.append(str(record["finish_reason"]))
+            ids = np.array(record["token_ids"], dtype=np.int32)
+            if ids.ndim != 1 or ((ids < 0) | (ids >= vocabulary)).any():
+                raise ValueError(f"response {len(reasons)} has other ids than the vocabulary's")
+            yield ids.tolist()
 
-    return Responses(TokenLists.of(tokens()), reasons)
+    with reading(path, again(path.parent)):
+        found = TokenLists.of(tokens())
+        if len(found) != expected:
+            raise ValueError(f"{len(found)} responses in place of {expected}")
+    return Responses(found, reasons)
 
 
 def response_texts(ctx: Context, responses: Responses) -> list[str]:

@@ -12,7 +12,7 @@ from ldalign.run.manifest import hash_model_folder
 from ldalign.run.stage import Stage
 from ldalign.run.stages.evaluation import answers_file
 from ldalign.system import distributed
-from ldalign.system.files import hash_file, read_jsonl, write_jsonl
+from ldalign.system.files import again, hash_file, read_jsonl, reading, write_jsonl
 from ldalign.system.metrics import Metrics, say
 from ldalign.system.partial_rows import FOLDER as PARTS
 
@@ -36,7 +36,8 @@ def reward_stage(ctx: Context, name: str, first: str) -> Metrics:
         scorer = RewardModel(model, ctx.device, r.max_tokens, r.batch_tokens)
         questions = [prompt_text(row) for row in ctx.heldout.rows]
         ids = [row.id for row in ctx.heldout.rows]
-        answered = [record["greedy"] for record in read_jsonl(answers)]
+        with reading(answers, again(answers.parent)):
+            answered = [str(record["greedy"]) for record in read_jsonl(answers)]
         generated = (
             scorer.score(questions, answered, ids, folder / PARTS / "generated").double().numpy()
         )
