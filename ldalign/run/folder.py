@@ -187,7 +187,7 @@ class RunFolder:
     def _check_shared(self, signature: str) -> None:
         """Raises EnvironmentProblem where this rank's host has another folder at the path."""
         try:
-            shared = (self.path / LOCK).read_text(encoding="utf-8") == signature
+            shared = holds(self.path / LOCK, signature.encode("utf-8"))
         except OSError:
             shared = False
         if not shared:

@@ -79,7 +79,7 @@ def lock(folder: Path, write: bool = True) -> Lock:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.readline().strip()
+        holder = file.readline(1000).strip()
         file.close()
         raise _in_use(folder / LOCK, holder) from None
     except OSError as error:  # some network file systems
