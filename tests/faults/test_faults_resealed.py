@@ -106,7 +106,11 @@ REFERENCE = "reference/reference.safetensors"
     ],
 )
 def test_C3_stages_that_are_not_ours(context: Context, name: str, damage: Damage) -> None:
-    """What a later stage reads of them has another kind, number or range."""
+    """What a later stage reads of a finished stage has another kind, number or range, and its
+    manifest fits it.
+
+    Expected: one line with the file, exit code 2.
+    """
     iteration = context.run.path / "iteration_0"
     kept = iteration.with_name("kept")
     shutil.copytree(iteration, kept)
@@ -184,7 +188,10 @@ def pickled(path: Path) -> None:
 def test_C3_prepared_rows_that_do_not_fit(
     context: Context, tmp_path: Path, name: str, damage: Damage
 ) -> None:
-    """Their index, tokens and texts lie in files of their own."""
+    """The index, tokens and texts of prepared rows do not fit each other, or are of another kind.
+
+    Expected: one line with the file, and which stage to delete.
+    """
     data = shutil.copytree(context.run.path / "data", tmp_path / "data")
     damage(data / name)
     with pytest.raises(InputError, match=rf"data/{re.escape(name)}: damaged: .*; delete .*data"):
@@ -193,7 +200,10 @@ def test_C3_prepared_rows_that_do_not_fit(
 
 @pytest.mark.parametrize("line", [b"[1]", b'{"id": 7', b"\xff", b'{"id": "a", "messages": [3]}'])
 def test_C3_a_row_that_is_none(context: Context, tmp_path: Path, line: bytes) -> None:
-    """It is read when it is asked for."""
+    """A prepared row that is no row; it is read when it is asked for.
+
+    Expected: one line with the file and the row; the others are read.
+    """
     data = shutil.copytree(context.run.path / "data", tmp_path / "data")
     first = int(np.load(data / "train.index.npy")[0, 0])
     text = (data / "train.jsonl").read_bytes()
@@ -208,7 +218,10 @@ def test_C3_a_row_that_is_none(context: Context, tmp_path: Path, line: bytes) ->
 
 
 def test_C3_a_time_that_no_calendar_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manifest's time of change is far away: no reason not to go on. Few file systems keep it."""
+    """A manifest's time of change is far away, as few file systems keep it.
+
+    Expected: the run goes on.
+    """
     with RunFolder(tmp_path / "run", "seed: 1\n") as run:
         run.stage("sft/policy", {}, lambda folder: {})
         stat = Path.stat

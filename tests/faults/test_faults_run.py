@@ -188,6 +188,11 @@ def test_C3_files_of_any_size(tmp_path: Path) -> None:
 
 
 def test_C3_a_stages_metrics_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's metrics.jsonl is larger than any that was written.
+
+    Expected: one line with the file.
+    """
+
     def make(place: Path) -> dict[str, float]:
         (place / "metrics.jsonl").write_text('{"step": 1}\n')
         return {}

@@ -84,12 +84,15 @@ def of_continual_sft(ctx: Context, caught: Caught) -> None:
     policy.sft_stage(ctx, "continual_sft", ctx.start)
 
 
+ANSWER = '{"finish_reason": "stop", "token_ids": [5, 6]}\n'  # a record of a response
+
+
 def of_responses(ctx: Context, caught: Caught) -> None:
     def answers(given: Namespace) -> list[dict[str, Any]]:
         given.new_engine("decoder")
         ids = ctx.tokenizer.encode("one STOP two")
         given.record = given.record(given.requests[0], Response(ids, "stop", 0.0))["response"]
-        given.path.write_text("")
+        given.path.write_text(ANSWER * len(given.requests))
         return []
 
     caught(responses, "load_model", "new_decoder", "Engine")
@@ -627,7 +630,7 @@ def test_the_keys_of_what_is_drawn(toy: Context, tmp_path: Path) -> None:
     def answers(given: Namespace) -> list[Any]:
         asked.append([request.key for request in given.requests])
         given.path.parent.mkdir(parents=True, exist_ok=True)
-        given.path.write_text("")
+        given.path.write_text(ANSWER * len(given.requests))
         return []
 
     with pytest.MonkeyPatch.context() as patch:

@@ -307,21 +307,24 @@ def described(path: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def results(paths: list[str]) -> dict[str, Counter[str]]:
-    """{file.py::test: how often passed, failed, skipped} over all parameters."""
-    counts: dict[str, Counter[str]] = {}
+    """{file.py::test: how often passed, failed, skipped} over all parameters; of what is in several
+    files, as the last of them has it.
+    """
+    found: dict[tuple[str, str], str] = {}
     for path in paths:
         for case in ET.parse(path).iter("testcase"):
-            module = case.get("classname", "").split(".")[-1]
-            name = f"{module}.py::{case.get('name', '').split('[')[0]}"
+            module, name = case.get("classname", "").split(".")[-1], case.get("name", "")
             kinds = {child.tag for child in case}
-            outcome = (
+            found[module, name] = (
                 "failed"
                 if kinds & {"failure", "error"}
                 else "skipped"
                 if "skipped" in kinds
                 else "passed"
             )
-            counts.setdefault(name, Counter())[outcome] += 1
+    counts: dict[str, Counter[str]] = {}
+    for (module, name), outcome in found.items():
+        counts.setdefault(f"{module}.py::{name.split('[')[0]}", Counter())[outcome] += 1
     return counts
 
 

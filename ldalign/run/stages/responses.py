@@ -15,7 +15,8 @@ from ldalign.generation.external import read_losers
 from ldalign.generation.generate import text_of
 from ldalign.generation.sampling import Response, Sampling
 from ldalign.models.mistral import Mistral
-from ldalign.models.weights import load_model, read_config
+from ldalign.models.stored_tensors import read_config
+from ldalign.models.weights import load_model
 from ldalign.run.context import Context, named_keys
 from ldalign.run.keys import SAMPLING_KEYS
 from ldalign.run.manifest import Parents, hash_model_folder
