@@ -105,10 +105,13 @@ def test_what_an_import_runs_belongs_to_its_class_not_to_who_imported_it() -> No
     constant, other = mutants(code, "a.py")[0], mutants(code, "a.py")[-1]
     assert (constant.line, other.line) == (2, 5)
     recorded = {
-        "first.py": mutate.Covered({}, {"a.py": {1: ["imports"], 2: ["imports"], 4: ["imports"]}}),
-        "second.py": mutate.Covered({}, {"a.py": {5: ["calls"]}}),
+        "first.py": mutate.Covered(
+            {"imports": 1.0}, {"a.py": {1: ["imports"], 2: ["imports"], 4: ["imports"]}}
+        ),
+        "second.py": mutate.Covered({"calls": 1.0, "makes": 1.0}, {"a.py": {5: ["calls"]}}),
+        "other.py": mutate.Covered({"else": 1.0}, {"b.py": {2: ["else"]}}),
     }
-    both = {"first.py": ["imports"], "second.py": ["calls"]}
+    both = {"first.py": ["imports"], "second.py": ["calls", "makes"]}
     assert mutate.covering(constant, code, recorded) == both
     assert mutate.covering(other, code, recorded) == {"second.py": ["calls"]}
 

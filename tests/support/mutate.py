@@ -297,25 +297,28 @@ def record(
             module: {int(line): [t for t in tests if t not in failed] for line, tests in of.items()}
             for module, of in value["lines"].items()
         }
-        found[file] = Covered(value["seconds"], lines)
+        seconds = {test: took for test, took in value["seconds"].items() if test not in failed}
+        found[file] = Covered(seconds, lines)
     return found
 
 
 def covering(mutant: Mutant, source: bytes, recorded: dict[str, Covered]) -> dict[str, list[str]]:
     """{test file: its tests} that run a mutant's lines.
 
-    What is run at import alone (a default, a constant) belongs to the tests of the function or
-    class around it, or else to all of the module: not to the test that happened to import it.
+    What is run at import alone (a default, a constant) belongs to all tests of the files that reach
+    the function or class around it, or else the module: not to the test that happened to import it,
+    and a test that only makes a dataclass runs no line of it.
     """
     places = [range(mutant.lines[0], mutant.lines[1] + 1)]
-    if around := run_at_import(source).get(mutant.line):
+    around = run_at_import(source).get(mutant.line)
+    if around:
         places = [around, range(1, source.count(b"\n") + 2)]
     for lines in places:
         found = {}
         for file, covered in recorded.items():
             of = covered.lines.get(mutant.file, {})
             if tests := {test for line in lines for test in of.get(line, ())}:
-                found[file] = sorted(tests)
+                found[file] = sorted(covered.seconds if around else tests)
         if found:
             return found
     return {}
