@@ -45,10 +45,12 @@ def main(argv: list[str]) -> None:
             common.say(f"company: {str(dtype).removeprefix('torch.')}, {size} tokens ...")
             logps[str(size)] = response_logps(model, pairs, size, device).numpy()
         del model
-        exact = logps[str(sizes[-1])] if exact is None else exact
-        against = [*itertools.pairwise(logps), *([(str(sizes[-1]), "float32")])]
-        for one, other in against if dtype != torch.float32 else against[:-1]:
-            off = logps[one] - (exact if other == "float32" else logps[other])
+        if exact is None:  # float32 comes first
+            exact = logps[str(sizes[-1])]
+        else:
+            logps["float32"] = exact
+        for one, other in itertools.pairwise(logps):
+            off = logps[one] - logps[other]
             found.append(compared(pairs, off, dtype) | {"one": one, "other": other})
     result = common.result("company", args, pairs=len(pairs), found=found)
     common.save(result, render(result), args.results)

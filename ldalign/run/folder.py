@@ -29,6 +29,7 @@ from ldalign.system.files import (
     holds,
     make_folder,
     read_bounded,
+    read_json,
     write_bytes,
     write_json,
     write_text,
@@ -200,9 +201,7 @@ class RunFolder:
     def _read_date(self) -> date:
         path = self.path / STARTED
         try:
-            return date.fromisoformat(
-                json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))["date"]
-            )
+            return date.fromisoformat(read_json(path, MAX_BYTES)["date"])
         except (FileNotFoundError, NotADirectoryError):
             return date.today()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):

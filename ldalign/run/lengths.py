@@ -4,7 +4,6 @@ They are taken of the real responses and their prompts, in the policy's tokens, 
 prepared, and kept in the stage data. So every stage, manifest and later start has the same numbers.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from ldalign.run.positions import reads
 from ldalign.run.settings import RunConfig
 from ldalign.run.stranger import MAX_BYTES
 from ldalign.system.errors import InputError
-from ldalign.system.files import read_bounded, write_json
+from ldalign.system.files import read_json, write_json
 from ldalign.system.metrics import Bar
 
 C = TypeVar("C", bound=RunConfig)
@@ -180,7 +179,7 @@ def read_lengths(folder: Path, config: RunConfig) -> Lengths | None:
     lengths were to be taken from the data than now.
     """
     try:
-        found = json.loads(read_bounded(folder / FILE, MAX_BYTES).decode("utf-8"))
+        found = read_json(folder / FILE, MAX_BYTES)
         lengths = Lengths(**{key: _tuple(value) for key, value in found.items()})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # damaged: the stage says so itself

@@ -27,7 +27,7 @@ from ldalign.system.files import (
     PARTIAL,
     hash_file,
     make_folder,
-    read_bounded,
+    read_json,
     remove,
     sync,
     write_text,
@@ -220,7 +220,7 @@ def _holds_work(partial: Path) -> bool:
 
 def _read_parents(path: Path) -> dict[str, Any]:
     try:
-        parents = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
+        parents = read_json(path, MAX_BYTES)
         if not isinstance(parents, dict):
             raise ValueError
     except (OSError, ValueError, RecursionError):

@@ -43,7 +43,7 @@ from ldalign.system.errors import InputError
 from ldalign.system.files import (
     PARTIAL,
     hash_file,
-    read_bounded,
+    read_json,
     temporary_folder,
     write_json,
     write_jsonl,
@@ -309,7 +309,7 @@ def _written_files(folder: Path) -> list[tuple[str, str, str]]:
     which the stage says itself.
     """
     try:
-        files = json.loads(read_bounded(folder / SOURCES_FILE, MAX_SOURCES).decode("utf-8"))
+        files = read_json(folder / SOURCES_FILE, MAX_SOURCES)
         return [(str(f["key"]), str(f["path"]), str(f["sha256"])) for f in files]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []

@@ -1,13 +1,12 @@
 """The files of a run folder, which may be a stranger's: read within bounds, within the folder."""
 
-import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from ldalign.system.errors import FILE_SYSTEM, InputError, cannot_be_read
-from ldalign.system.files import read_bounded
+from ldalign.system.files import read_json
 
 MAX_BYTES = 10**7  # a summary, a manifest, environment.json: a hundred times the largest real one
 # What the libraries of the key `log` keep in a run folder, and only there. ldalign itself reads
@@ -61,7 +60,7 @@ def read_object(path: Path, instead: str) -> dict[str, Any]:
     instead: what to do where there is something else. Raises InputError naming the file.
     """
     try:
-        found = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
+        found = read_json(path, MAX_BYTES)
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} in place of an object")
     except OSError as error:

@@ -282,6 +282,13 @@ def read_bounded(path: Path, most: int) -> bytes:
         return file.read()
 
 
+def read_json(path: Path, most: int) -> Any:
+    """Reads a file of JSON of at most `most` bytes. Raises as `read_bounded`, ValueError for other
+    content, and RecursionError for one that is too deep.
+    """
+    return json.loads(read_bounded(path, most).decode("utf-8"))
+
+
 def holds(path: Path, content: bytes) -> bool:
     """Says whether a file has this content; one of another size is not read."""
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content

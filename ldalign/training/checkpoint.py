@@ -45,7 +45,7 @@ from ldalign.system.files import (
     PARTIAL,
     hash_file,
     make_folder,
-    read_bounded,
+    read_json,
     reading,
     remove,
     save_tensors,
@@ -353,7 +353,12 @@ class Checkpoints:
         except FileNotFoundError as error:
             return f"{error.filename}: missing"
         except (
-            *(OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError),
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            OverflowError,
             RecursionError,
         ) as error:
             return f"{path / MANIFEST}: not a readable manifest ({error})"
@@ -490,8 +495,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises OSError, ValueError and what else of its kind JSON that is not ours ends in."""
-    text = read_bounded(path / MANIFEST, MAX_BYTES).decode("utf-8")
-    manifest: dict[str, Any] = json.loads(text)
+    manifest: dict[str, Any] = read_json(path / MANIFEST, MAX_BYTES)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
         raise ValueError("its sha256 is not that of its content")
     if any(Path(entry["name"]).name != entry["name"] for entry in manifest["files"]):

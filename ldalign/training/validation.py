@@ -9,7 +9,6 @@ The rows are none of those that a report's figures are of: what is chosen on row
 them than it is.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ldalign.system.files import (
     PARTIAL,
     hash_file,
     make_folder,
-    read_bounded,
+    read_json,
     reading,
     save_tensors,
     sync,
@@ -238,7 +237,7 @@ def _referred(folder: Path) -> set[float]:
         if manifest.parent.name.endswith(DAMAGED):
             continue
         with reading(manifest, f"delete {manifest.parent}"):
-            state = json.loads(read_bounded(manifest, MAX_BYTES).decode("utf-8"))["state"]
+            state = read_json(manifest, MAX_BYTES)["state"]
             best = state.get(STATE, {}).get("best")
             steps |= {best["step"]} if best is not None else set()
     return steps
