@@ -153,8 +153,8 @@ class Engine:
         self.shared = SharedPages(pages)
         # One entry a place.
         self.requests: list[Request | None] = [None] * rows  # None: the place is free
-        # (R, L), -1: not there yet, but where a draft was
-        self.tokens = np.full((rows, longest), -1, dtype=np.int64)
+        # (R, L), -1 in a row under way: not there yet, but where a draft was
+        self.tokens = np.zeros((rows, longest), dtype=np.int64)
         counts = np.zeros((5, rows), dtype=np.int64)
         self.length, self.held = counts[0], counts[1]  # (R,) tokens so far; those in the cache
         self.begin, self.end = counts[2], counts[3]  # (R,) where the response begins, must end
@@ -303,7 +303,7 @@ class Engine:
         self.length[place] = self.begin[place] = len(prompt)
         self.held[place], self.end[place] = len(shared) * PAGE, end
         self.draws[place] = uniforms(self.seed, request.key, self.sampling.max_new_tokens)
-        self.logp[place], self._known[place] = 0.0, False
+        self.logp[place] = 0.0
         wanted = self.draft_tokens and request.draft
         self.drafts[place] = Draft(request.draft, self.draft_tokens) if wanted else None
         self.entered[place], self._clock = self._clock, self._clock + 1

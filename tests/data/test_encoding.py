@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from made_tokenizers import CHATML_TEMPLATE
 
+from ldalign.data import encoding
 from ldalign.data.encoding import FittedRow, Fitting, TooLong, encode_rows, fit_rows, truncated
 from ldalign.data.records import BadRow
 from ldalign.data.rows import Row
@@ -116,6 +117,31 @@ def test_whole_turns_go_before_a_part_of_one(tokenizer: Tokenizer) -> None:
     # No more turns go than must.
     more = (system, *long.history[-len(history) - 1 :])
     assert len(tokenizer.prompt_ids(more)) > size - 10 - Fitting(size - 10).room
+
+
+def test_a_greeting_is_no_question(tokenizer: Tokenizer) -> None:
+    """An answer before the only question stays with it: neither is half of a whole turn."""
+    greeting = {"role": "assistant", "content": "Hello!"}
+    long = Row("x", (greeting, {"role": "user", "content": LONG}), "Yes.")
+    cut = fitted(long, tokenizer, Fitting(60, "truncate"))
+    first, question = cut.row.history
+    assert first == greeting and LONG.endswith(question["content"]) and cut.truncated
+
+
+def test_what_is_cut_and_still_too_long_is_not_cut_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text's end may have more tokens alone than it had behind its beginning."""
+    times: list[Row] = []
+
+    def hardly(row: Row, *_: object) -> Row:
+        times.append(row)
+        assert len(times) < 5
+        return row
+
+    monkeypatch.setattr(encoding, "truncated", hardly)
+    [found] = fit_rows([row(0, prompt=LONG)], tokenizer, Fitting(60, "truncate"))
+    assert isinstance(found, TooLong) and len(times) == 1
 
 
 def with_system(words: int, question: str) -> Row:

@@ -488,6 +488,21 @@ def test_stop_strings_and_the_stream_of_tokens(kind: str) -> None:
     )
 
 
+def test_a_stop_string_of_a_byte_a_token(kind: str) -> None:
+    """As many tokens are looked at as the longest stop string has bytes, whichever it is."""
+
+    def text(ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    decoder, [request] = decoder_of(kind, model_of()), requests_of(tiny.prompts(1))
+    whole = run_one(decoder, Sampling(20), request)
+    stop = text(whole.ids)[2:14]
+    assert text(whole.ids).find(stop) == 2
+    engine = Engine(decoder, Sampling(20, stop=("?", stop)), [], 0, longest=40, decode=text)
+    ((_, stopped),) = engine.run([request])
+    assert (stopped.ids, stopped.finish_reason) == (whole.ids[:14], "stop")
+
+
 def test_penalty_counts_prompt_and_response(kind: str) -> None:
     """So strong a penalty that greedy decoding never repeats a token, nor one of the prompt."""
     decoder, requests = decoder_of(kind, model_of()), requests_of(tiny.prompts(6))

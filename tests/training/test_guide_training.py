@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,43 @@ def test_checkpoints_and_records_lie_where_they_are_asked_for(
     assert [path.name for path in kept.iterdir()] == ["step_00000001"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["global_step"] for line in lines] == [1, 2]
+
+
+def test_progress_counts_steps(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step once; those of an earlier start at once with the first of the next."""
+    moved: list[int] = []
+    monkeypatch.setattr(
+        training, "Bar", lambda *_: nullcontext(lambda steps, tokens: moved.append(steps))
+    )
+    guide = text_guide()
+    chosen, plan = pairs(guide), CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=3)
+    train(guide, chosen, epochs=3, checkpoints=plan)
+    assert moved == [1] * 6
+    moved.clear()
+    train(text_guide(), chosen, epochs=3, checkpoints=plan)
+    assert moved == [4, 1, 1]
+
+
+def test_micro_batches_add_up_and_the_last_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one, of a rank that has fewer pairs, adds nothing; only after the last gradients may
+    be summed over the ranks.
+    """
+    last: list[bool] = []
+    monkeypatch.setattr(distributed, "last_micro", lambda model, is_last: last.append(is_last))
+    settings, found = settings_of(), []
+    for micros in ([[0, 1, 2, 3, 4]], [[3, 1], [0, 2, 4], []], [[]]):
+        guide = stir(text_guide())
+        chosen = pairs(guide)
+        batch = global_batch(guide, chosen, [pair.id for pair in chosen], settings, 0)
+        total = accumulate_gradients(guide, batch._replace(micros=micros), settings, CPU)
+        found.append([total, *(p.grad for p in guide.parameters() if p.grad is not None)])
+    assert last == [True, False, False, True, True]
+    assert len({len(one) for one in found}) == 1 and len(found[0]) > 20 and found[0][0] > 0
+    for whole, added_up, nothing in zip(*found, strict=True):
+        assert torch.allclose(added_up, whole, rtol=1e-3, atol=1e-6)
+        assert not nothing.any()
 
 
 def test_rows_are_held_out_by_seed_and_stage() -> None:
