@@ -174,6 +174,38 @@ def test_an_arrow_stream_that_is_cut_between_two_batches(tmp_path):
         read_rows(path)
 
 
+def test_a_damaged_piece_of_a_parquet_file_names_the_rows_before_it(tmp_path):
+    path = tmp_path / "x"
+    rows = table(ROWS[: 3 * records.CHUNK_ROWS])
+    pyarrow.parquet.write_table(rows, path, row_group_size=records.CHUNK_ROWS, compression="zstd")
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(2)
+    content, start = bytearray(path.read_bytes()), group.column(0).data_page_offset
+    content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    read = iter_rows(path)
+    assert sum(1 for _ in zip(range(2 * records.CHUNK_ROWS), read, strict=False)) == 512
+    with pytest.raises(InputError, match="^[^ ]*x: broken parquet file after row 512: "):
+        next(read)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "Arrow stream", "Arrow file"])
+def test_columns_that_say_nothing_are_not_read(tmp_path, kind):
+    path, rows = tmp_path / "x", [{**row, "number": i} for i, row in enumerate(ROWS[:9])]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table(rows), path)
+    else:
+        arrow(path, rows, pa.ipc.new_stream if kind == "Arrow stream" else pa.ipc.new_file)
+    for chunk in records.chunks(path):
+        assert chunk.unread == ("number",)
+        assert all(record.keys() == {"prompt", "response", "id"} for _, record in chunk.records())
+
+
+def test_an_array_comes_in_pieces(tmp_path):
+    sizes = [len(list(chunk.records())) for chunk in records.chunks(make("array", tmp_path / "x"))]
+    size = records.CHUNK_ROWS
+    assert sizes == [size] * (len(ROWS) // size) + [len(ROWS) % size]
+
+
 def test_a_saved_part_of_a_data_set(tmp_path):
     """`select` keeps what is said of the whole in dataset_info.json: that is no fault."""
     arrow(tmp_path / "data-00000-of-00001.arrow", ROWS[:60])

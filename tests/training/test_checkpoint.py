@@ -410,11 +410,19 @@ def test_a_manifest_that_is_a_strangers(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint/step_00000001"
     whole = (path / "manifest.json").read_text()
     refused = r"no checkpoint can be used: .*manifest\.json: not a readable manifest"
+
+    def elsewhere() -> None:
+        """A file that is there, with fitting sums, but not in the folder."""
+        (file,) = path.glob("*.safetensors")
+        file.rename(path.parent / file.name)
+        resealed(path, lambda manifest: manifest["files"][0].update(name=f"../{file.name}"))
+
     for change in (
         lambda: (path / "manifest.json").write_text("[" * 10**5),
         lambda: os.truncate(path / "manifest.json", 10**12),
         lambda: resealed(path, lambda manifest: manifest["state"].update(step="one")),
         lambda: resealed(path, lambda manifest: manifest["state"].update(step=-1)),
+        elsewhere,
     ):
         (path / "manifest.json").write_text(whole)
         change()
@@ -461,6 +469,25 @@ def test_where_none_can_be_used_nothing_is_lost(tmp_path: Path) -> None:
         folder.rename(tmp_path / folder.name)
     assert (tmp_path / "metrics.jsonl").read_text()
     assert keeper.resume() is None and (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_averages_keep_their_own_dtype(tmp_path: Path) -> None:
+    """Of bfloat16 weights they are float32, and come back to the bit."""
+    distributed.start("cpu")
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = make_optimizer(model, "adamw", 0.1, state_dtype=torch.float32)
+    plan = CheckpointPlan(tmp_path / "checkpoint", minutes=None, steps=1)
+    keeper = Checkpoints(plan, model, optimizer, None)
+    model(torch.full((1, 3), 0.3, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    keeper.write(1, {"step": 1})
+    expected = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state}
+    optimizer.state.clear()
+    keeper.resume()
+    for p, states in expected.items():
+        for kind in ("mean", "square"):
+            found = optimizer.state[p][kind]
+            assert found.dtype == torch.float32 and torch.equal(found, states[kind])
 
 
 def test_a_tensor_that_not_every_file_has(tmp_path: Path) -> None:
