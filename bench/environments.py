@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 1800  # of one installation
+LIMIT_S = 3600  # of one installation: llama.cpp is compiled, half an hour on two cores
 _missing: dict[str, str] = {}  # why, by name: nobody waits for the same failure twice
 
 
