@@ -27,6 +27,7 @@ from ldalign.data.records import BadRow
 from ldalign.data.tokenizer_files import (
     DEFAULT_TEMPLATE,
     library_error,
+    like,
     read_backend,
     read_settings,
     read_templates,
@@ -99,7 +100,9 @@ class Tokenizer:
 
         control = self._control_tokens(description["added_tokens"])
         self._chat.set_control(control)
-        self._literal, self._real_id = self._make_literal(description, control)  # encodes
+        self._literal, self._real_id = self._make_literal(  # encodes
+            description["added_tokens"], control
+        )
         highest = max([self.vocab_size, *self._real_id])
         self._is_stand_in = _flags(self._real_id, highest)
         self._forbidden = _flags(set(self._real_id.values()) - {self._unknown_id(), -1}, highest)
@@ -373,7 +376,7 @@ class Tokenizer:
         return sorted(control, key=len, reverse=True)  # the longest match first, as in tokenizers
 
     def _make_literal(
-        self, description: dict[str, Any], control: list[str]
+        self, added: list[dict[str, Any]], control: list[str]
     ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """A tokenizer that reads control tokens as text, and their stand-ins as control.
 
@@ -381,12 +384,11 @@ class Tokenizer:
         text keeps everything that depends on neighbours as it was: which segments get a
         SentencePiece space, and what a token with `lstrip` swallows.
         """
-        added = description["added_tokens"]
         flags = {token["content"]: token for token in added if token["content"] in control}
         tokens = [
             {**token, "special": token["special"] or token["content"] in flags} for token in added
         ]
-        literal = read_backend({**description, "added_tokens": tokens}, self.folder)
+        literal = like(self._plain, tokens, self.folder)
         keys = ("single_word", "lstrip", "rstrip", "normalized")
         real_id: dict[int, int] = {}
         for number, text in enumerate([*control, None]):

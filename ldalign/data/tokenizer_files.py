@@ -13,6 +13,7 @@ A token that is declared without an id has that of the vocabulary, or the next o
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +251,39 @@ def read_backend(description: dict[str, Any], folder: Path) -> tokenizers.Tokeni
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
     except BaseException as error:
         raise library_error(folder, error) from error
-    for token in description["added_tokens"]:
+    _check_ids(backend, description["added_tokens"], folder)
+    return backend
+
+
+def like(
+    backend: tokenizers.Tokenizer, added_tokens: Sequence[dict[str, Any]], folder: Path
+) -> tokenizers.Tokenizer:
+    """Returns a tokenizer with other added tokens, which shares the rest with `backend`.
+
+    Reading a vocabulary of 49,152 pieces a second time would take 0.2 s and 30 MB. Raises
+    InputError where an added token gets another id.
+    """
+    made = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (shared := getattr(backend, part)) is not None:
+            setattr(made, part, shared)
+    # One after the other: together the special ones would come first, and get the first ids.
+    for token in added_tokens:
+        flags = {flag: token[flag] for flag in FLAGS}
+        made.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+    _check_ids(made, added_tokens, folder)
+    return made
+
+
+def _check_ids(
+    backend: tokenizers.Tokenizer, added_tokens: Sequence[dict[str, Any]], folder: Path
+) -> None:
+    for token in added_tokens:
         if backend.token_to_id(token["content"]) != token["id"]:
             raise InputError(
                 f"{folder}/tokenizer.json: added token {token['content']!r} cannot have id "
                 f"{token['id']}"
             )
-    return backend
 
 
 def library_error(folder: Path, error: BaseException) -> BaseException:

@@ -21,6 +21,7 @@ from made_tokenizers import write_tokenizer_folder as write_folder
 
 from ldalign.data.tokenizer import Tokenizer, load_tokenizer
 from ldalign.data.tokenizer_export import WRITES_BOS, save_tokenizer_files
+from ldalign.data.tokenizer_files import like, read_backend, read_settings, read_tokenizer_json
 from ldalign.system.errors import InputError
 
 LLAMA2_TEMPLATE = (
@@ -438,6 +439,24 @@ def test_broken_folder_is_an_input_error(chatml_folder, tmp_path, name, text, me
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=message):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("made", ["zephyr_folder", "chatml_folder", "smollm2_folder"])
+def test_a_tokenizer_that_shares_its_vocabulary_is_the_same(request, made):
+    """As the library reads it from a description with those added tokens, and the other one too."""
+    folder = request.getfixturevalue(made)
+    description = read_tokenizer_json(folder, read_settings(folder))
+    backend = read_backend(description, folder)
+    whole, added = backend.to_str(), description["added_tokens"]
+    for tokens in (added, [{**token, "special": not token["special"]} for token in added]):
+        expected = read_backend({**description, "added_tokens": tokens}, folder)
+        made = like(backend, tokens, folder)
+        made.add_tokens(["<one-more>"])
+        expected.add_tokens(["<one-more>"])
+        assert made.to_str() == expected.to_str()
+    assert backend.to_str() == whole
+    with pytest.raises(InputError, match=r"added token '<other>' cannot have id 3"):
+        like(backend, [{**added[0], "content": "<other>", "id": 3}], folder)
 
 
 def test_truncation_and_padding_of_tokenizer_json_are_ignored(chatml_folder, tmp_path):
