@@ -67,8 +67,9 @@ report: $(VENV)/.product
 PYTEST := $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
+# Hundreds of tests start processes: each would compile the package anew where nothing may write bytecode.
 test: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 $(PYTEST) $(ARGS)
+	@PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE= $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev
 	@PYTHONSAFEPATH=1 $(PYTEST) --long -m long $(ARGS)
