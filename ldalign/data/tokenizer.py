@@ -390,12 +390,21 @@ class Tokenizer:
         ]
         literal = like(self._plain, tokens, self.folder)
         keys = ("single_word", "lstrip", "rstrip", "normalized")
+        names: dict[str, str | None] = {stand_in(n): text for n, text in enumerate(control)}
+        names[boundary()] = None
+        literal.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    name,
+                    special=False,
+                    **({} if text is None else {key: flags[text][key] for key in keys}),
+                )
+                for name, text in names.items()
+            ]
+        )
         real_id: dict[int, int] = {}
-        for number, text in enumerate([*control, None]):
-            options = {} if text is None else {key: flags[text][key] for key in keys}
-            content = boundary() if text is None else stand_in(number)
-            literal.add_tokens([tokenizers.AddedToken(content, special=False, **options)])
-            token = literal.token_to_id(content)
+        for name, text in names.items():
+            token = literal.token_to_id(name)
             assert token is not None
             if self._plain.id_to_token(token) is not None:
                 raise InputError(

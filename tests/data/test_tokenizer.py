@@ -459,6 +459,18 @@ def test_a_tokenizer_that_shares_its_vocabulary_is_the_same(request, made):
         like(backend, [{**added[0], "content": "<other>", "id": 3}], folder)
 
 
+def test_thousands_of_control_tokens(tmp_path):
+    """As families with reserved ones have them: added one after the other they take a minute."""
+    backend = byte_level_tokenizer()
+    backend.add_special_tokens([f"<unused{n}>" for n in range(4000)])
+    folder = write_folder(tmp_path, backend, CHATML_TEMPLATE, eos_token="<|im_end|>")
+    tokenizer, text = load_tokenizer(folder), "a <unused7><unused3999> b"
+    reserved = [backend.token_to_id(f"<unused{n}>") for n in (7, 3999)]
+    found = tokenizer.encode(text)
+    assert not set(reserved) & set(found) and tokenizer.decode(found) == text
+    assert [i for i in tokenizer.encode_rendered(text) if i in reserved] == reserved
+
+
 def test_truncation_and_padding_of_tokenizer_json_are_ignored(chatml_folder, tmp_path):
     backend = byte_level_tokenizer()
     backend.enable_truncation(4)
