@@ -281,6 +281,7 @@ def like(
 def _check_ids(
     backend: tokenizers.Tokenizer, added_tokens: Sequence[dict[str, Any]], folder: Path
 ) -> None:
+    """Raises InputError where an added token gets another id than it should have."""
     for token in added_tokens:
         if backend.token_to_id(token["content"]) != token["id"]:
             raise InputError(
