@@ -64,24 +64,25 @@ report: $(VENV)/.product
 	@$(PY) train/report.py run=$(RUN) $(ARGS)
 
 # Tests run side by side, one process a core; ARGS="-n 0" for one after the other, as a debugger needs.
-PYTEST := $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
-
 # PYTHONSAFEPATH keeps the repository's root off the import path, where kernels/ would hide a package of that name.
 # Hundreds of tests start processes: each would compile the package anew where nothing may write bytecode.
+PYTEST := PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE= \
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE= $(PYTEST) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev
-	@PYTHONSAFEPATH=1 $(PYTEST) --long -m long $(ARGS)
+	@$(PYTEST) --long -m long $(ARGS)
 
 # A Triton that is not the environment's is put before it on the import path of the process that compiles.
 TRITONS := $(patsubst requirements/%.txt,.venv-%/.made,$(wildcard requirements/triton-*.txt))
 
 gpu-check: $(VENV)/.dev $(TRITONS)
-	@PYTHONSAFEPATH=1 $(PYTEST) --long -m gpu_check $(ARGS)
+	@$(PYTEST) --long -m gpu_check $(ARGS)
 
 reliability: $(VENV)/.dev
-	@status=0; PYTHONSAFEPATH=1 $(PYTEST) --long --junitxml=$(VENV)/reliability.xml \
+	@status=0; $(PYTEST) --long --junitxml=$(VENV)/reliability.xml \
 		$$($(PY) tests/support/reliability.py --files) $(ARGS) || status=$$?; \
 	$(PY) tests/support/reliability.py $(VENV)/reliability.xml; exit $$status
 
