@@ -26,6 +26,8 @@ from ldalign.data.chat_text import ChatText, Marked, PairText, boundary, stand_i
 from ldalign.data.records import BadRow
 from ldalign.data.tokenizer_files import (
     DEFAULT_TEMPLATE,
+    TEXT_TOKEN,
+    add,
     library_error,
     like,
     read_backend,
@@ -384,26 +386,27 @@ class Tokenizer:
         text keeps everything that depends on neighbours as it was: which segments get a
         SentencePiece space, and what a token with `lstrip` swallows.
         """
-        flags = {token["content"]: token for token in added if token["content"] in control}
+        declared = {token["content"]: token for token in added}
+        # By the name of each stand-in what it stands for; the boundary stands for nothing.
+        meant: dict[str, dict[str, Any] | None] = {
+            stand_in(number): declared[text] for number, text in enumerate(control)
+        }
+        meant[boundary()] = None
+        controls = set(control)
         tokens = [
-            {**token, "special": token["special"] or token["content"] in flags} for token in added
+            {**token, "special": token["special"] or token["content"] in controls}
+            for token in added
         ]
         literal = like(self._plain, tokens, self.folder)
-        keys = ("single_word", "lstrip", "rstrip", "normalized")
-        names: dict[str, str | None] = {stand_in(n): text for n, text in enumerate(control)}
-        names[boundary()] = None
-        literal.add_tokens(
+        add(
+            literal,
             [
-                tokenizers.AddedToken(
-                    name,
-                    special=False,
-                    **({} if text is None else {key: flags[text][key] for key in keys}),
-                )
-                for name, text in names.items()
-            ]
+                {**(TEXT_TOKEN if token is None else token), "content": name, "special": False}
+                for name, token in meant.items()
+            ],
         )
         real_id: dict[int, int] = {}
-        for name, text in names.items():
+        for name, original in meant.items():
             token = literal.token_to_id(name)
             assert token is not None
             if self._plain.id_to_token(token) is not None:
@@ -411,7 +414,7 @@ class Tokenizer:
                     f"{self.folder}/tokenizer.json: the ids of the vocabulary have gaps, and a "
                     f"token added to it gets id {token}, which another one has"
                 )
-            real_id[token] = -1 if text is None else flags[text]["id"]
+            real_id[token] = -1 if original is None else original["id"]
         literal.encode_special_tokens = True  # special tokens' text is read as text
         return literal, real_id
 

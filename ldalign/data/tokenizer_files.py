@@ -31,6 +31,8 @@ DEFAULT_TEMPLATE = "default"  # the name of that one
 # What a template is given beside the special tokens.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# The library's own flags of a token that is text.
+TEXT_TOKEN = {**dict.fromkeys(FLAGS, False), "normalized": True}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -267,15 +269,22 @@ def like(
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (shared := getattr(backend, part)) is not None:
             setattr(made, part, shared)
-    # All at once: what finds them in a text is built anew in every call.
-    made.add_tokens(
-        [
-            tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS})
-            for token in added_tokens
-        ]
-    )
+    add(made, added_tokens)
     _check_ids(made, added_tokens, folder)
     return made
+
+
+def add(backend: tokenizers.Tokenizer, tokens: Sequence[dict[str, Any]]) -> None:
+    """Adds tokens, each with its `content` and all FLAGS, which get the next ids in their order.
+
+    All at once, as what finds them in a text is built anew in every call of the library.
+    """
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS})
+            for token in tokens
+        ]
+    )
 
 
 def _check_ids(
