@@ -24,7 +24,7 @@
 namespace ldalign::cpu {
 namespace {
 
-constexpr int64_t kTile = 64;  // query tokens whose scores are held at once: in the second-level cache
+constexpr int64_t kTile = 32;  // query tokens whose scores are held at once: in the second-level cache
 constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
 int64_t rounded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
