@@ -1,6 +1,7 @@
 """A whole iteration of SPIN, prompts to next policy: ldalign, TRL, and the best pieced together.
 
     python bench/end_to_end.py [--rows 256] [--new-tokens 64] [--sides ldalign,trl]
+        [--pieced-pairs 4]
 
 Part of `make bench`, on a CPU. Every side samples a response to each prompt, takes the start
 policy's log-probs as the reference, trains one epoch and measures the held-out rows before and
@@ -66,6 +67,7 @@ class Work:
     heldout_rows: int
     new_tokens: int
     global_batch: int
+    pieced_pairs: int  # that the pieced-together side's training takes at a time
 
     def options(self, out: Path) -> list[str]:
         """The same as a peer's command line."""
@@ -104,6 +106,7 @@ def main(argv: list[str]) -> None:
             args.heldout_rows,
             args.new_tokens,
             args.global_batch,
+            args.pieced_pairs,
         )
         found = {}
         for name in sides:
@@ -118,6 +121,7 @@ def main(argv: list[str]) -> None:
         heldout_rows=args.heldout_rows,
         new_tokens=args.new_tokens,
         global_batch=args.global_batch,
+        pieced_pairs=args.pieced_pairs,
         learning_rate=LEARNING_RATE,
         beta=BETA,
         sides=found,
@@ -132,6 +136,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heldout-rows", type=int, help="default 64")
     parser.add_argument("--new-tokens", type=int, help="most of a sampled response; default 64")
     parser.add_argument("--global-batch", type=int, help="rows an optimizer step; default 64")
+    parser.add_argument(
+        "--pieced-pairs", type=int, default=4, help="that TRL at its best takes at a time"
+    )
     parser.add_argument("--sides", default=",".join(SIDES), help="which to measure, by name")
     args = parser.parse_args(argv)
     for key, usual, small in (
@@ -230,11 +237,12 @@ def pieced_commands(work: Work, out: Path) -> list[Command]:
     gguf, samples = str(out / "policy.gguf"), str(out / "samples.jsonl")
     sample = [str(peer_python("openvino")), str(PEERS / "pieced_sample.py")]
     train = [str(peer_python("trl")), str(PEERS / "pieced_train.py")]
+    train += ["--samples", samples, "--pairs-at-a-time", str(work.pieced_pairs)]
     export = [sys.executable, str(ROOT / "train/export.py"), "gguf", work.policy, gguf, "dtype=f16"]
     return [
         Command(export, "hand-over"),
         Command([*sample, gguf, work.data, samples, str(work.new_tokens)], "sampling"),
-        Command([*train, "--samples", samples, *work.options(out)], "rest", common.KEEP_MEMORY),
+        Command([*train, *work.options(out)], "rest", common.KEEP_MEMORY),
     ]
 
 
@@ -518,7 +526,8 @@ def render(result: dict[str, Any]) -> list[str]:
         *lines,
         "",
         "NLL: nats a token of the held-out real responses. OpenVINO GenAI + TRL: float16 GGUF file "
-        "by ldalign's exporter, computed in bfloat16; malloc's thresholds raised for its training. "
+        "by ldalign's exporter, computed in bfloat16; malloc's thresholds raised for its training, "
+        f"which takes {result['pieced_pairs']} pairs at a time. "
         f"Peers: {versions}.",
     ]
 

@@ -2,7 +2,8 @@
 
 Best on a CPU: float32 weights under bfloat16 autocast, no checkpointing, the reference's log-probs
 computed once before training and no second model, rows sorted by length for that, micro-batches of
-like lengths. `padding_free` does nothing in TRL 1.16, and Liger's kernels want a GPU.
+like lengths, as many pairs in each as is fastest. `padding_free` does nothing in TRL 1.16, and
+Liger's kernels want a GPU.
 """
 
 import json
@@ -16,14 +17,13 @@ from held_out import assistant, nll, options, read_rows, user
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-PAIRS_AT_A_TIME = 4
-
 
 def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     parser = options()
     parser.add_argument("--samples", required=True)
+    parser.add_argument("--pairs-at-a-time", type=int, required=True)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     rows, samples, heldout = map(read_rows, (args.data, args.samples, args.heldout))
@@ -43,7 +43,7 @@ def main() -> None:
         for row, made in zip(rows, samples, strict=True)
     ]
     pairs.sort(key=lambda pair: -pair["length"])
-    at_a_time = min(PAIRS_AT_A_TIME, args.global_batch)
+    at_a_time = min(args.pairs_at_a_time, args.global_batch)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": at_a_time,
         "gradient_accumulation_steps": args.global_batch // at_a_time,
