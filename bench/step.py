@@ -5,9 +5,9 @@
 
 Part of `make bench`. Every row runs in a process of its own, the peers in environments of their
 own, one after the other in the same run; the machine's rate of matrix products is measured before
-each. All take the same pairs in the same order, the reference's log-probs at hand, gradients
-clipped, optimizer states in the weights' dtype, and the first step of each warms up. Ratios are
-medians over steps of the same pairs.
+and after each, as it moves. All take the same pairs in the same order, the reference's log-probs at
+hand, gradients clipped, optimizer states in the weights' dtype, and the first step of each warms
+up. Ratios are medians over steps of the same pairs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import common
@@ -174,10 +175,12 @@ def measure_table(
                 continue
             common.say(f"step: {row.name}, {row.precision} ...")
             dtype = "float32" if row.precision == "float32" else "bfloat16"
-            out["rates"].append(
-                common.measure_machine(shape, tokens_of(batches[0]), dtype, device, small)["flops"]
+            machine = partial(
+                common.measure_machine, shape, tokens_of(batches[0]), dtype, device, small
             )
+            out["rates"].append(machine()["flops"])
             add(out, measure_row(row, job))
+            out["rates"].append(machine()["flops"])
     finish(results, len(measured), tokens_of(measured), step_flops(shape, measured))
     return {
         "pairs": describe(batches[1:]),
@@ -213,7 +216,7 @@ def finish(results: list[dict[str, Any]], pairs: int, tokens: int, flops: float)
     for r in results:
         if "skipped" in r:
             continue
-        rounds = len(r["rates"])
+        rounds = len(r["rates"]) / 2
         seconds = sum(r["seconds"]) / rounds
         r["pairs_per_second"], r["tokens_per_second"] = pairs / seconds, tokens / seconds
         r["product_rate"] = statistics.median(r["rates"])
@@ -247,8 +250,8 @@ def render(result: dict[str, Any]) -> list[str]:
         f"DPO steps of {result['batch']} pairs, {model} ({result['parameters'] / 1e6:.0f} million "
         f"weights), {result['optimizer']}, reference log-probs at hand. Tokens are real ones, each "
         "prompt counted once. MFU: the step's matrix products (prompt once, head at responses) "
-        "against the machine's measured rate of bare products. Ratios: to ldalign's row of the "
-        "same precision, medians over steps.",
+        "against the machine's rate of bare products, the median of those measured before and "
+        "after each row. Ratios: to ldalign's row of the same precision, medians over steps.",
         "",
     ]
     for table in result["tables"]:
