@@ -28,6 +28,7 @@ BENCHMARKS = (
     "compile",
     "prepare",
     "startup",
+    "packed_file",
 )
 
 

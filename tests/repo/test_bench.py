@@ -66,6 +66,7 @@ def run_bench(
         ("generate.py", [], "generate-cpu"),
         ("drafts.py", [], "drafts-cpu"),
         ("int8.py", [], "int8"),
+        ("packed_file.py", [], "packed-file"),
         ("end_to_end.py", [], "end-to-end-cpu"),
         pytest.param("compile.py", [], "compile-cpu", marks=pytest.mark.long),
     ],
