@@ -24,7 +24,7 @@ from typing import Any
 
 import common
 import torch
-from ours import PRECISION, SEED, in_train_order, make_model
+from ours import PRECISION, SEED, STAGE, in_train_order, make_model
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -140,11 +140,17 @@ def profile_step(
     """The step after WARM_STEPS others, from the start of its forward to that of the next."""
     precision = PRECISION[args.precision]
     config: Config = job["config"]
-    pairs = make_pairs(LENGTHS[args.lengths], args.batch * (WARM_STEPS + 4), config["vocab_size"])
+    pairs = pairs_of_steps(args, config)
     model = make_model(job, precision.weights, device)
     put_ranges(model)
     clock = Clock(WARM_STEPS, device)
-    model.register_forward_pre_hook(lambda *_: clock.tick())
+    read: list[int] = []  # tokens of each step
+
+    def begins(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        read.append(inputs[0].numel())
+        clock.tick()
+
+    model.register_forward_pre_hook(begins)
     settings = policy.TrainSettings(
         epochs=1,
         global_batch=args.batch,
@@ -162,10 +168,11 @@ def profile_step(
         compute_dtype=precision.compute,
         device=device,
         seed=SEED,
-        stage="profile",
+        stage=STAGE,
         step0_is_reference=False,
     )
-    profiled = pairs[WARM_STEPS * args.batch : (WARM_STEPS + 1) * args.batch]
+    profiled = pairs[-args.batch :]
+    assert set(read[WARM_STEPS:]) == {tokens_of(profiled)}, read
     shape, width = Shape.of(config), precision.weights.itemsize
     # of the weights' size: norm, clipping, update
     accesses = {"adamw": 10, "rmsprop": 8}[args.optimizer]
@@ -179,6 +186,12 @@ def profile_step(
     dtype = str(precision.compute).removeprefix("torch.")
     rates = common.measure_machine(shape, tokens_of(profiled), dtype, device, args.small)
     return summarise("training", what, clock, costs, rates, args.results, device)
+
+
+def pairs_of_steps(args: argparse.Namespace, config: Config) -> list[dict[str, list[int]]]:
+    """The pairs of all steps, in order: some to warm up, and then the same ones each time."""
+    pairs = make_pairs(LENGTHS[args.lengths], args.batch * (WARM_STEPS + 1), config["vocab_size"])
+    return pairs + 3 * pairs[-args.batch :]
 
 
 def answering_model(
@@ -215,7 +228,7 @@ def profile_guide(
 ) -> dict[str, Any]:
     """The step after WARM_STEPS others of a guide whose two towers start as the policy."""
     config: Config = job["config"]
-    drawn = make_pairs(LENGTHS[args.lengths], args.batch * (WARM_STEPS + 4), config["vocab_size"])
+    drawn = pairs_of_steps(args, config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = job["folder"] or write_toy_model(Path(scratch) / "policy")
         guide = pretrained_guide(
@@ -242,15 +255,15 @@ def profile_guide(
             compute_dtype=compute,
             device=device,
             seed=SEED,
-            stage="profile",
+            stage=STAGE,
             metrics_path=Path(scratch) / "metrics.jsonl",
         )
         hook.remove()
-    tokens = tokens_of(drawn) // (WARM_STEPS + 4)
+    tokens = tokens_of(drawn[-args.batch :])
     dtype = str(compute).removeprefix("torch.")
     rates = common.measure_machine(Shape.of(config), tokens, dtype, device, args.small)
     what = (
-        f"one step of {args.batch} pairs (some {tokens} tokens), two trained towers, float32 "
+        f"one step of {args.batch} pairs ({tokens} tokens), two trained towers, float32 "
         f"weights, {dtype} compute"
     )
     return summarise("guide", what, clock, {}, rates, args.results, device)
