@@ -220,6 +220,7 @@ def our_config(work: Work, out: Path) -> dict[str, Any]:
             "schedule": "constant",
             "warmup_ratio": 0.0,
             "micro_tokens": 3072,
+            "checkpointing": "selective",
         },
         "evaluation": {"rows": work.heldout_rows},
         "validation": {"rows": 0},

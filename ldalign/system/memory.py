@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
     "Triton Error [CUDA]: out of memory",
     "Cuda failure 2 'out of memory'",  # NCCL
 )
-LEAST_HOLES = 2**30  # bytes: less is not worth getting the pages anew
+LEAST_HOLES = 2**29  # bytes: less is not worth getting the pages anew
 _reached: dict[torch.device, int] | None = None  # within `asking_once`, what was answered
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 
@@ -56,31 +56,35 @@ def keep_freed_memory() -> bool:
 class Heap:
     """The heap of a training loop on a CPU: what it grows in holes is given back, not too often.
 
-    A step's activations are freed by its end and taken again by the next one, which is much slower
-    where their pages went back to the system meanwhile. So what a step takes that begins without
-    holes counts as needed, and only what lies above it as holes.
+    A micro-batch's activations are freed by its end and taken again by the next one, which is
+    slower where their pages went back to the system meanwhile. So what a micro-batch takes that
+    begins without holes counts as needed, and only what lies above it as holes: they are what the
+    others' activations, of other sizes, could not be put into.
     """
 
-    def __init__(self) -> None:
-        self.needed = 0  # bytes: the most that such a step has left resident
-        self.packed = True  # this step began without holes
+    def __init__(self, device: torch.device) -> None:
+        self.kept = device.type == "cpu"
+        self.needed = 0  # bytes: the most that such a micro-batch has left resident
+        self.packed = True  # this micro-batch began without holes
 
-    def after_step(self) -> bool:
-        """Returns freed memory to the system where holes take LEAST_HOLES, and either half of what
-        is needed or more than the machine has left; says whether it did.
+    def after_micro(self) -> bool:
+        """Returns freed memory to the system where holes take LEAST_HOLES, and either an eighth of
+        what is needed or more than the machine has left; says whether it did.
         """
+        if not self.kept:
+            return False
         held = resident("RssAnon") or 0
         if self.packed:
             self.needed = max(self.needed, held)
         holes = held - self.needed
         self.packed = holes >= LEAST_HOLES and (
-            holes >= self.needed / 2 or holes > available_bytes(torch.device("cpu"))
+            holes >= self.needed / 8 or holes > available_bytes(torch.device("cpu"))
         )
         if self.packed:
             try:
                 ctypes.CDLL(None).malloc_trim(0)
             except (AttributeError, OSError):  # not glibc
-                self.packed = False
+                self.packed = self.kept = False
         return self.packed
 
 

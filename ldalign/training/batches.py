@@ -159,7 +159,8 @@ def deal(
     sizes: what fills a micro-batch, at most `budget` of it (a larger single item gets one of its
     own); costs: what is balanced, over ranks and over micro-batches; None: the sizes. Every rank
     has the same number of micro-batches, the fewest that are found to do, as FSDP's collectives
-    need; a rank that runs out has empty ones, at the end.
+    need, the largest first: the others' activations fit into what it leaves free, and memory that
+    does not suffice shows at once. A rank that runs out has empty ones, at the end.
     """
     costs = sizes if costs is None else costs
     order = sorted(range(len(sizes)), key=lambda i: (-costs[i], -sizes[i], i))
@@ -171,6 +172,9 @@ def deal(
     bins.sort(key=lambda items: -sum(costs[i] for i in items))
     layers = [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
     layers = [layer[:: 1 if k % 2 == 0 else -1] for k, layer in enumerate(layers) if any(layer)]
+    layers.sort(
+        key=lambda layer: (not all(layer), -max(sum(sizes[i] for i in items) for items in layer))
+    )
     return [[layer[rank] for layer in layers] for rank in range(ranks)]
 
 

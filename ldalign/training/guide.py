@@ -179,9 +179,13 @@ class _GuideTask:
         keys = [f"{self.stage}/{epoch}/{pair.id}" for pair in chosen]
         return global_batch(self.guide, chosen, keys, self.settings, self.seed)
 
-    def accumulate(self, batch: "GlobalBatch", indices: np.ndarray) -> Tensor:
+    def accumulate(
+        self, batch: "GlobalBatch", indices: np.ndarray, after_micro: Callable[[], object]
+    ) -> Tensor:
         known = None if self.states is None else [self.states[i] for i in indices]
-        return accumulate_gradients(self.guide, batch, self.settings, self.device, known)[None]
+        return accumulate_gradients(
+            self.guide, batch, self.settings, self.device, known, after_micro
+        )[None]
 
     def check(self, step: int, found: Sequence[float]) -> None:
         """Nothing is known of a guide's first step."""
@@ -267,11 +271,12 @@ def accumulate_gradients(
     settings: GuideTrainSettings,
     device: torch.device,
     known: Sequence[States] | None = None,
+    after_micro: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Adds the gradient of this rank's share of a global batch; returns what it adds to the loss:
     () float64 on the device.
 
-    known: the states of each pair, where they are kept.
+    known: the states of each pair, where they are kept. after_micro: called after each micro-batch.
     """
     what, (pairs, draws, counts, plan) = settings.loss, batch
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -296,6 +301,8 @@ def accumulate_gradients(
         loss = loss * (1.0 if micro else 0.0)
         loss.backward()
         total += loss.detach().double()
+        del loss
+        after_micro()
     return total
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -75,11 +75,13 @@ class Task(Protocol[Prepared]):
         """
         ...
 
-    def accumulate(self, batch: Prepared, indices: np.ndarray) -> Tensor:
+    def accumulate(
+        self, batch: Prepared, indices: np.ndarray, after_micro: Callable[[], object]
+    ) -> Tensor:
         """Adds the gradient of one global batch to the parameters; returns (1 + n,) float64 on the
         device: what this rank adds to its loss, and to n numbers of the task's own.
 
-        Nothing in it makes the host wait for a GPU.
+        after_micro: called after each micro-batch. Nothing in it makes the host wait for a GPU.
         """
         ...
 
@@ -135,7 +137,7 @@ def optimize(
     state: State = keeper.resume() or {"step": 0, **begin}
     if first := state["step"]:
         say(f"{stage}: goes on at step {first + 1} of {settings.stop}")
-    heap = Heap() if next(model.parameters()).device.type == "cpu" else None
+    heap = Heap(next(model.parameters()).device)
     started = time.perf_counter()
     forget_refused_step(metrics_path)
     batches = global_batches(settings.rows, settings.global_batch, settings.epochs, seed, stage)
@@ -170,7 +172,7 @@ def optimize(
                 with asking_once():
                     if batch is None:
                         batch = task.prepare(epoch, indices)
-                    mine = task.accumulate(batch, indices)
+                    mine = task.accumulate(batch, indices, heap.after_micro)
                 sums = distributed.total(mine)
                 gradient_norm, clip = distributed.clip_grad_norm(model, settings.max_grad_norm)
                 batch = None if following is None else task.prepare(*following[1])
@@ -188,8 +190,6 @@ def optimize(
             with naming(what, lower):  # the first step allocates the optimizer's averages
                 optimizer.step(clip)
             optimizer.zero_grad()
-            if heap is not None:
-                heap.after_step()
             state["step"] = step + 1
             now = time.perf_counter()
             done = Step(

@@ -260,10 +260,12 @@ class _PolicyTask:
     def prepare(self, epoch: int, indices: np.ndarray) -> GlobalBatch:
         return global_batch(self.model, self.batch(indices), self.settings, self.device)
 
-    def accumulate(self, batch: GlobalBatch, indices: np.ndarray) -> Tensor:
+    def accumulate(
+        self, batch: GlobalBatch, indices: np.ndarray, after_micro: Callable[[], object]
+    ) -> Tensor:
         self.mean = Mean()
         loss = accumulate_gradients(
-            self.model, batch, self.settings, self.mean, self.device, self.step0
+            self.model, batch, self.settings, self.mean, self.device, self.step0, after_micro
         )
         return torch.cat([loss[None], self.mean.totals(self.device)])
 
@@ -317,11 +319,12 @@ def accumulate_gradients(
     mean: Mean,
     device: torch.device,
     step0: Step0 | None = None,
+    after_micro: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Adds the gradient of this rank's share of a global batch; returns what it adds to the loss:
     () float64 on the device.
 
-    step0: takes the differences from the reference.
+    step0: takes the differences from the reference. after_micro: called after each micro-batch.
     """
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     # On a GPU the host only queues work here, so that it packs a micro-batch while the device
@@ -333,6 +336,8 @@ def accumulate_gradients(
         loss = batch_loss(model, micro, settings, scale, mean, step0 if counts else None)
         loss.backward()
         total_loss += loss.detach().double()
+        del loss
+        after_micro()
     return total_loss
 
 

@@ -16,29 +16,29 @@ from ldalign.system import memory
 
 assert memory.keep_freed_memory()
 memory.LEAST_HOLES = 64 * 2**20
-heap, MiB = memory.Heap(), 2**20
+heap, MiB = memory.Heap(torch.device("cpu")), 2**20
 small = []
 
 
-def step(blocks):  # a small block behind each large one keeps the heap as long as it is
+def micro(blocks):  # a small block behind each large one keeps the heap as long as it is
     large = []
     for _ in range(blocks):
         large.append(torch.ones(8 * MiB, dtype=torch.uint8))
         small.append(torch.ones(2**16, dtype=torch.uint8))
 
 
-step(10)
-assert not heap.after_step()  # what the first step takes is needed
+micro(10)
+assert not heap.after_micro()  # what the first one takes is needed
 needed = heap.needed
-step(60)
+micro(60)
 held = memory.resident("RssAnon")
 assert held > needed + 350 * MiB, (held, needed)
-assert heap.after_step()
+assert heap.after_micro()
 left = memory.resident("RssAnon")
 assert left < held - 400 * MiB, (left, held)
 assert heap.needed == needed
-step(60)
-assert not heap.after_step()  # it began without holes: so much is needed
+micro(60)
+assert not heap.after_micro()  # it began without holes: so much is needed
 assert heap.needed > needed + 350 * MiB
 assert all(bool(block.all()) for block in small)
 print("done")
@@ -46,34 +46,35 @@ print("done")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_holes_are_given_back_once_they_are_half_of_what_a_step_needs() -> None:
-    """480 MiB in blocks of 8 MiB are freed, and stay, until the step is over."""
+def test_holes_are_given_back() -> None:
+    """480 MiB in blocks of 8 MiB are freed, and stay, until the micro-batch is over."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
 def test_when_a_heap_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GiB that are resident after a step, and that the machine has left."""
+    """GiB that are resident after a micro-batch, and that the machine has left."""
     gib, now = 2**30, {"held": 0.0, "free": 100.0}
     monkeypatch.setattr(memory, "resident", lambda name: int(now["held"] * gib))
     monkeypatch.setattr(memory, "available_bytes", lambda device: int(now["free"] * gib))
-    heap = memory.Heap()
+    heap = memory.Heap(torch.device("cpu"))
 
     def after(held: float, free: float = 100) -> bool:
         now.update(held=held, free=free)
-        return heap.after_step()
+        return heap.after_micro()
 
-    assert [after(held) for held in (4.0, 5.5, 5.9, 6.0)] == [False, False, False, True]
-    assert [after(held) for held in (5.0, 6.5, 7.4, 7.5)] == [False, False, False, True]
-    # Where the machine has less left than the holes take, earlier; but never for less than 1 GiB.
-    assert [after(5.0, 0.1), after(5.9, 0.1), after(6.1, 1.2), after(6.1, 1.0)] == [
+    assert [after(held) for held in (8.0, 8.8, 8.9, 9.0)] == [False, False, False, True]
+    assert [after(held) for held in (8.8, 9.6, 9.8, 9.95)] == [False, False, False, True]
+    # Where the machine has less left than the holes take, earlier; but never for less than 1/2 GiB.
+    assert [after(8.8, 0.1), after(9.2, 0.1), after(9.4, 0.7), after(9.4, 0.5)] == [
         *(False, False, False, True)
     ]
-    assert heap.needed == 5 * gib
-    # A step that needs little does not make those after it look large.
-    assert [after(held) for held in (1.0, 5.0, 7.4)] == [False, False, False]
-    heap = memory.Heap()
-    assert [after(held) for held in (0.5, 1.4, 1.5)] == [False, False, True]
+    assert heap.needed == int(8.8 * gib)
+    # A micro-batch that needs little does not make those after it look large.
+    assert [after(held) for held in (1.0, 8.8, 9.8)] == [False, False, False]
+    heap = memory.Heap(torch.device("cpu"))
+    assert [after(held) for held in (0.5, 0.9, 1.0)] == [False, False, True]
+    assert not any(memory.Heap(torch.device("cuda")).after_micro() for _ in range(3))
 
 
 def test_tensors_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:

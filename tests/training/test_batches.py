@@ -72,6 +72,9 @@ def test_deal(costs: list[int], ranks: int, budget: int) -> None:
             assert sum(costs[i] for i in micro) <= budget or len(micro) == 1
         filled = [bool(micro) for micro in micros]
         assert filled == sorted(filled, reverse=True)  # empty ones come last
+    layers = list(zip(*plan, strict=True))
+    largest = [max(sum(costs[i] for i in micro) for micro in layer) for layer in layers]
+    assert largest == sorted(largest, reverse=True)
     loads = [sum(costs[i] for micro in micros for i in micro) for micros in plan]
     assert max(loads) - min(loads) <= max(costs)
     assert deal(costs, ranks, budget) == plan
@@ -104,6 +107,12 @@ def test_deal_balances_ranks_and_micro_batches() -> None:
 def test_deal_takes_turns_from_either_end() -> None:
     """Items of one micro-batch each: no rank has the larger one every time."""
     assert deal([12, 11, 10, 9, 8, 7], 2, 12) == [[[0], [3], [4]], [[1], [2], [5]]]
+
+
+def test_deal_takes_the_largest_first() -> None:
+    """By what fills them, not by what they cost; those of a rank that has none left are last."""
+    assert deal([5, 6, 7, 8], 1, 8, [40, 30, 20, 10]) == [[[3], [2], [1], [0]]]
+    assert deal([5, 6, 8], 2, 8, [40, 30, 10]) == [[[0], []], [[1], [2]]]
 
 
 def test_deal_balances_costs_within_sizes() -> None:

@@ -432,14 +432,20 @@ def test_micro_batches_add_up_and_the_last_is_told(monkeypatch: pytest.MonkeyPat
     """
     last: list[bool] = []
     monkeypatch.setattr(distributed, "last_micro", lambda model, is_last: last.append(is_last))
-    settings, found = settings_of(), []
+    settings, found, after = settings_of(), [], [0]
+
+    def after_micro() -> None:
+        after[0] += 1
+
     for micros in ([[0, 1, 2, 3, 4]], [[3, 1], [0, 2, 4], []], [[]]):
         guide = stir(text_guide())
         chosen = pairs(guide)
         batch = global_batch(guide, chosen, [pair.id for pair in chosen], settings, 0)
-        total = accumulate_gradients(guide, batch._replace(micros=micros), settings, CPU)
+        total = accumulate_gradients(
+            guide, batch._replace(micros=micros), settings, CPU, after_micro=after_micro
+        )
         found.append([total, *(p.grad for p in guide.parameters() if p.grad is not None)])
-    assert last == [True, False, False, True, True]
+    assert last == [True, False, False, True, True] and after == [5]
     assert len({len(one) for one in found}) == 1 and len(found[0]) > 20 and found[0][0] > 0
     for whole, added_up, nothing in zip(*found, strict=True):
         assert torch.allclose(added_up, whole, rtol=1e-3, atol=1e-6)

@@ -1,7 +1,7 @@
 """The optimizer loop by itself on a task of four numbers: what it times, refuses and lets go of."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,12 +44,15 @@ class Toy:
     def prepare(self, epoch: int, indices: np.ndarray) -> Tensor:
         return torch.tensor(indices + 1.0, dtype=torch.float32)[:, None]
 
-    def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
+    def accumulate(
+        self, batch: Tensor, indices: np.ndarray, after_micro: Callable[[], object]
+    ) -> Tensor:
         self.calls += 1
         if self.calls == self.fails:
             raise RuntimeError("planted")
         loss = self.model(batch).square().mean()
         loss.backward()
+        after_micro()
         return loss.detach().double()[None] * (np.nan if self.calls == self.spoils else 1)
 
     def check(self, step: int, found: Any) -> None:
@@ -84,9 +87,9 @@ def test_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Slow(Toy):
-        def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
+        def accumulate(self, *given: Any) -> Tensor:
             clock[0] += 2.0 * (self.calls + 1)  # 2, 4, 6 and 8 seconds
-            return super().accumulate(batch, indices)
+            return super().accumulate(*given)
 
     task = Slow()
     assert task.train(tmp_path) == {"step": STEPS}
@@ -109,8 +112,8 @@ class Told(Toy):
         super().__init__()
         self.told: list[tuple[int, Any, float]] = []
 
-    def accumulate(self, batch: Tensor, indices: np.ndarray) -> Tensor:
-        return torch.cat([super().accumulate(batch, indices), batch.sum().double()[None]])
+    def accumulate(self, batch: Tensor, *given: Any) -> Tensor:
+        return torch.cat([super().accumulate(batch, *given), batch.sum().double()[None]])
 
     def check(self, step: int, found: Any) -> None:
         self.told.append((step, found, self.model.weight.item()))
@@ -182,13 +185,13 @@ def test_a_step_that_is_refused_can_be_looked_at_and_gone_on_from(
     assert torch.equal(again.model.weight, whole.model.weight)
 
 
-def test_a_cpu_looks_at_its_heap_after_each_step(
+def test_a_cpu_looks_at_its_heap_after_each_micro_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(loop.Heap, "after_step", lambda heap: given.append(id(heap)))
+    given: list[tuple[int, bool]] = []
+    monkeypatch.setattr(loop.Heap, "after_micro", lambda heap: given.append((id(heap), heap.kept)))
     Toy().train(tmp_path)
-    assert len(given) == STEPS and len(set(given)) == 1
+    assert len(given) == STEPS and len(set(given)) == 1 and given[0][1]
 
 
 class Looks:

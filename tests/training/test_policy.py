@@ -61,7 +61,13 @@ def gradient(
         block.checkpointing = checkpointing
     distributed.shard(model, model.blocks, torch.float32, CPU)
     batch = global_batch(model, pairs, settings, CPU)
-    loss = float(accumulate_gradients(model, batch, settings, mean, CPU))
+    after: list[None] = []
+    loss = float(
+        accumulate_gradients(
+            model, batch, settings, mean, CPU, after_micro=lambda: after.append(None)
+        )
+    )
+    assert len(after) == batch.micros
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss, grads, mean.means(mean.totals(CPU).tolist())
 
