@@ -196,9 +196,10 @@ class PackedDecoder:
         self.keys = self.values = torch.empty(0)  # an earlier cache is gone before there is another
         # Not zeros: the system gives no memory to a page that was never written to.
         # Keys (L, pages, K, E, 16): one load takes the same element of 16 keys.
-        self.keys = torch.empty(*shape, c.head_dim, PAGE, dtype=self.dtype)
+        empty = LargePages().empty
+        self.keys = empty(*shape, c.head_dim, PAGE, dtype=self.dtype)
         # Values (L, pages, K, 16, E padded): a value's elements lie together.
-        self.values = torch.empty(*shape, PAGE, self._value_width(), dtype=self.dtype)
+        self.values = empty(*shape, PAGE, self._value_width(), dtype=self.dtype)
         self.cos, self.sin = rope_tables(torch.arange(longest), c.head_dim, c.rope_theta)
 
     def step(self, ids: Tensor, rows: Tensor, pages: Tensor, last: Tensor) -> Tensor:

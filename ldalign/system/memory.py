@@ -101,7 +101,7 @@ class LargePages:
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Returns a new tensor of any values, at a multiple of 64 bytes."""
+        """Returns a new tensor of any values, at a multiple of 64 bytes. Raises MemoryError."""
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._block):
             self._block, self._used = self._map(max(size, self.block_bytes)), 0
@@ -115,7 +115,10 @@ class LargePages:
             return torch.empty(size, dtype=torch.uint8)
         # A mapping of its own: nothing has had its pages before, small ones. What is never written
         # to takes no memory.
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes: {error}") from error
         with contextlib.suppress(OSError):  # a kernel without large pages
             block.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(block, dtype=torch.uint8)

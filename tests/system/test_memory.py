@@ -103,6 +103,11 @@ def test_without_large_pages_they_are_tensors_all_the_same(
     assert made.shape == (3, 4) and bool((made.fill_(2) == 2).all())
 
 
+def test_more_than_there_can_be_is_memory_that_does_not_suffice() -> None:
+    with pytest.raises(MemoryError, match="^[0-9]+ bytes: "):
+        memory.LargePages().empty(2**60, dtype=torch.uint8)
+
+
 class Other:
     """The module `mmap` of another system."""
 
