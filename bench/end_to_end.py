@@ -1,7 +1,7 @@
 """A whole iteration of SPIN, prompts to next policy: ldalign, TRL, and the best pieced together.
 
     python bench/end_to_end.py [--rows 256] [--new-tokens 64] [--sides ldalign,trl]
-        [--pieced-pairs 4]
+        [--pieced-pairs 2]
 
 Part of `make bench`, on a CPU. Every side samples a response to each prompt, takes the start
 policy's log-probs as the reference, trains one epoch and measures the held-out rows before and
@@ -137,7 +137,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, help="most of a sampled response; default 64")
     parser.add_argument("--global-batch", type=int, help="rows an optimizer step; default 64")
     parser.add_argument(
-        "--pieced-pairs", type=int, default=4, help="that TRL at its best takes at a time"
+        "--pieced-pairs", type=int, default=2, help="that TRL at its best takes at a time"
     )
     parser.add_argument("--sides", default=",".join(SIDES), help="which to measure, by name")
     args = parser.parse_args(argv)
