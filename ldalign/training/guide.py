@@ -301,7 +301,6 @@ def accumulate_gradients(
         loss = loss * (1.0 if micro else 0.0)
         loss.backward()
         total += loss.detach().double()
-        del loss
         after_micro()
     return total
 

@@ -336,7 +336,6 @@ def accumulate_gradients(
         loss = batch_loss(model, micro, settings, scale, mean, step0 if counts else None)
         loss.backward()
         total_loss += loss.detach().double()
-        del loss
         after_micro()
     return total_loss
 
