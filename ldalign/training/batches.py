@@ -159,8 +159,8 @@ def deal(
     sizes: what fills a micro-batch, at most `budget` of it (a larger single item gets one of its
     own); costs: what is balanced, over ranks and over micro-batches; None: the sizes. Every rank
     has the same number of micro-batches, the fewest that are found to do, as FSDP's collectives
-    need, the largest first: the others' activations fit into what it leaves free, and memory that
-    does not suffice shows at once. A rank that runs out has empty ones, at the end.
+    need, the largest first, so that memory which does not suffice shows at once. A rank that runs
+    out has empty ones, at the end.
     """
     costs = sizes if costs is None else costs
     order = sorted(range(len(sizes)), key=lambda i: (-costs[i], -sizes[i], i))
